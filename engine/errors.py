@@ -1,0 +1,50 @@
+"""Everything the engine raises on purpose; each message is one line that says what, where and what to do.
+
+* EngineError
+  x ConfigError        a policy, flag or argument that cannot be meant
+  x CheckpointError    a model directory that is missing, incomplete or damaged
+  x UnsupportedError   a model or feature this engine does not run
+  x CapacityError      what was asked for does not fit into the memory at hand
+  x EnvironmentError_  the installation or the machine is not usable (wrong packages, no such device)
+  x JobError           one job is bad; only that job fails
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EngineError(Exception):
+    """Base of all errors of the engine; `str()` of it is one line for the user."""
+
+
+class ConfigError(EngineError):
+    """A policy, flag or argument that cannot be meant."""
+
+
+class CheckpointError(EngineError):
+    """A model directory that is missing, incomplete or damaged."""
+
+
+class UnsupportedError(EngineError):
+    """A model or feature this engine does not run."""
+
+
+class CapacityError(EngineError):
+    """What was asked for does not fit into the memory at hand."""
+
+
+class EnvironmentError_(EngineError):  # noqa: N801 - the plain name is a builtin
+    """The installation or the machine is not usable: wrong packages, no such device."""
+
+
+class JobError(EngineError):
+    """One job is bad (empty, too long, not finite); only that job fails."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the nearest of `known`, or the sorted list of them."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"

@@ -1,0 +1,83 @@
+"""What goes into the engine and what comes out: Job, Sampling, Completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.errors import EngineError, JobError
+
+FinishReason = Literal["stop", "length", "endoftext"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; every job has its own."""
+
+    temperature: float = 0.0
+    """0 is greedy, exactly; otherwise logits are divided by it."""
+    top_k: int | None = None
+    """Sample among this many most likely tokens; None: among all."""
+    top_p: float = 1.0
+    """Sample among the smallest set of tokens whose probabilities sum to at least this, in (0, 1]."""
+    seed: int | None = None
+    """The same seed gives the same sample whatever runs beside it; None draws one."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before (OpenAI's definition)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before, once per occurrence."""
+
+    def check(self) -> None:
+        """Raise `JobError` for a value outside its range."""
+        if not self.temperature >= 0.0 or self.temperature == float("inf"):
+            raise JobError(f"temperature {self.temperature} is not a number >= 0; 0 is greedy")
+        if self.top_k is not None and self.top_k < 1:
+            raise JobError(f"top_k {self.top_k} is below 1; leave it out to sample among all tokens")
+        if not 0.0 < self.top_p <= 1.0:
+            raise JobError(f"top_p {self.top_p} is outside (0, 1]; 1 samples among all tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One prompt and what to do with it."""
+
+    prompt: Sequence[int]
+    """Token ids, special tokens included; at least one."""
+    max_new_tokens: int = 16
+    """Tokens to generate at most; 0 (with `prompt_logprobs`) only scores the prompt."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str | Sequence[int]] = ()
+    """Strings, or lists of token ids, that end the completion; matched in generated text only."""
+    prompt_logprobs: bool = False
+    """Also return the log-probability of each prompt token."""
+
+    def check(self) -> None:
+        """Raise `JobError` for a job that no model could run."""
+        if len(self.prompt) == 0:
+            raise JobError("the prompt is empty; a model needs at least one token (its BOS, for example)")
+        if self.max_new_tokens < 0:
+            raise JobError(f"max_new_tokens {self.max_new_tokens} is negative")
+        if self.max_new_tokens == 0 and not self.prompt_logprobs:
+            raise JobError("max_new_tokens 0 without prompt_logprobs asks for nothing")
+        if any(len(stop) == 0 for stop in self.stop):
+            raise JobError("a stop sequence is empty; it would end every completion at once")
+        self.sampling.check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What became of a job."""
+
+    text: str = ""
+    """Generated text, ending before the stop; end-of-text is not in it."""
+    tokens: tuple[int, ...] = ()
+    """The generated token ids that it took to produce `text`."""
+    logprobs: tuple[float, ...] = ()
+    """Natural logs, one per token, under the model's unmodified distribution."""
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not asked for."""
+    finish_reason: FinishReason | None = None
+    """Why it ended; "length" for a job that only scores; None when `error` is set."""
+    error: EngineError | None = None
+    """Set when this job failed; then the other fields are empty."""

@@ -1,0 +1,231 @@
+"""The policy: where weights, KV cache and activations live, and how large a sweep may be (YAML, strict)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from engine.errors import ConfigError, did_you_mean
+
+PadMode = Literal["bucket"] | int | None
+Bits = Literal[4, 8] | None
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
+_UNITS = {
+    f"{prefix}{infix}b": base ** (power + 1)
+    for power, prefix in enumerate("kmgt")
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def parse_bytes(value: Any, where: str) -> int:
+    """Bytes of `"16GB"`, `"16GiB"` or a bare number of GiB; `ConfigError` otherwise."""
+    match = None if isinstance(value, bool) else _SIZE.fullmatch(str(value))
+    if match is None:
+        raise ConfigError(f'{where}: {value!r} is not a size; write "16GB", "16GiB" or a number of GiB')
+    number, unit = match.groups()
+    size = int(float(number) * (_UNITS[unit.lower()] if unit else 1024**3))
+    if size <= 0:
+        raise ConfigError(f"{where}: {value!r} is no memory at all")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Percents of something over the three tiers; they sum to 100."""
+
+    gpu: float
+    cpu: float
+    disk: float = 0.0
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> Share:
+        """Read `{gpu: 20, cpu: 80, disk: 0}`; what is left out is 0."""
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {value!r} is not a mapping such as {{gpu: 20, cpu: 80, disk: 0}}")
+        for key in value:
+            if key not in ("gpu", "cpu", "disk"):
+                raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), ('gpu', 'cpu', 'disk'))}")
+        parts = {key: _percent(value.get(key, 0), f"{where}.{key}") for key in ("gpu", "cpu", "disk")}
+        total = sum(parts.values())
+        if abs(total - 100.0) > 1e-6:
+            raise ConfigError(f"{where}: percents sum to {total:g}, not 100")
+        return cls(**parts)
+
+    def as_mapping(self) -> dict[str, float]:
+        """The form `parse` reads."""
+        return {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}
+
+
+def _percent(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{where}: {value!r} is not a number of percents")
+    if not 0 <= value <= 100:
+        raise ConfigError(f"{where}: {value:g} percent is not between 0 and 100")
+    return float(value)
+
+
+def shares_from_percent(percent: Any, where: str = "percent") -> tuple[Share, Share, Share]:
+    """FlexGen's six percents (weights gpu/cpu, cache gpu/cpu, activations gpu/cpu); the rest of each is disk."""
+    if not isinstance(percent, list | tuple) or len(percent) != 6:
+        count = len(percent) if isinstance(percent, list | tuple) else 1
+        raise ConfigError(
+            f"{where}: needs six numbers (weights gpu cpu, cache gpu cpu, activations gpu cpu), got {count}"
+        )
+    values = [_percent(value, f"{where}[{i}]") for i, value in enumerate(percent)]
+    shares = []
+    for name, gpu, cpu in zip(("weights", "cache", "activations"), values[::2], values[1::2], strict=True):
+        if gpu + cpu > 100:
+            raise ConfigError(f"{where}: {name} gpu {gpu:g} + cpu {cpu:g} = {gpu + cpu:g} percent, more than 100")
+        shares.append(Share(gpu=gpu, cpu=cpu, disk=100.0 - gpu - cpu))
+    return shares[0], shares[1], shares[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Placement and sizes of a run. None means: chosen by the engine from the memory at hand."""
+
+    gpu_batch_size: int | None = None
+    """Most sequences in a micro-batch (an upper bound)."""
+    num_gpu_batches: int | None = None
+    """Most micro-batches in a sweep (an upper bound)."""
+    weights: Share | None = None
+    kv_cache: Share | None = None
+    activations: Share | None = None
+    pad_to_seq_len: PadMode = None
+    """None: packed, no padding; "bucket": to the next bucket; an int: every prompt to this many tokens."""
+    compress_weight: Bits = None
+    compress_cache: Bits = None
+    cpu_cache_compute: bool = False
+    pin_weight: bool = True
+    overlap: bool = True
+    share_prefix: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    gpu_memory: int | None = None
+    """Bytes torch may reserve on the device (on the CPU: bytes of the device tier)."""
+    cpu_memory: int | None = None
+    """Bytes of page-locked and placed host memory."""
+    offload_dir: str | None = None
+    """Directory of the disk tier; needed as soon as any share is on disk."""
+
+    @classmethod
+    def load(cls, spec: Policy | str | Path | Mapping[str, Any] | None = "auto") -> Policy:
+        """Make a policy from `"auto"`, the name of a shipped one, a YAML file, a mapping, or a Policy."""
+        if isinstance(spec, Policy):
+            return spec
+        if spec is None or spec == "auto":
+            return cls()
+        if isinstance(spec, Mapping):
+            return cls.from_mapping(spec)
+        return cls.from_mapping(read_policy_yaml(spec), where=str(spec))
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], where: str = "policy") -> Policy:
+        """Read the keys of the policy YAML; unknown keys are errors that name the nearest one."""
+        known = {field.name.replace("_", "-") for field in fields(cls)} | {"percent"}
+        for key in mapping:
+            if key not in known:
+                raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        if "percent" in mapping and {"weights", "kv-cache", "activations"} & set(mapping):
+            raise ConfigError(f"{where}: give either percent or weights/kv-cache/activations, not both")
+        values = {key.replace("-", "_"): value for key, value in mapping.items() if key != "percent"}
+        for key in ("weights", "kv_cache", "activations"):
+            if values.get(key) is not None:
+                values[key] = Share.parse(values[key], f"{where}: {key.replace('_', '-')}")
+        if mapping.get("percent") is not None:
+            shares = shares_from_percent(mapping["percent"], f"{where}: percent")
+            values["weights"], values["kv_cache"], values["activations"] = shares
+        for key in ("gpu_memory", "cpu_memory"):
+            if values.get(key) is not None:
+                values[key] = parse_bytes(values[key], f"{where}: {key.replace('_', '-')}")
+        for key in ("compress_weight", "compress_cache"):
+            if key in values:
+                values[key] = _bits(values[key], f"{where}: {key.replace('_', '-')}")
+        if values.get("offload_dir") is not None:
+            values["offload_dir"] = str(Path(str(values["offload_dir"])).expanduser())
+        policy = cls(**values)
+        policy.check(where)
+        return policy
+
+    def check(self, where: str = "policy") -> None:
+        """Raise `ConfigError` for values that cannot be meant."""
+        for name in ("gpu_batch_size", "num_gpu_batches"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{where}: {name.replace('_', '-')} {value!r} is not a whole number of at least 1")
+        pad = self.pad_to_seq_len
+        if pad is not None and pad != "bucket" and (isinstance(pad, bool) or not isinstance(pad, int) or pad < 1):
+            raise ConfigError(f'{where}: pad-to-seq-len {pad!r} is neither null, "bucket" nor a number of tokens')
+        for name in ("cpu_cache_compute", "pin_weight", "overlap", "share_prefix"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{where}: {name.replace('_', '-')} {getattr(self, name)!r} is not true or false")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{where}: unknown dtype {self.dtype!r}{did_you_mean(str(self.dtype), DTYPES)}")
+        if not isinstance(self.device, str):
+            raise ConfigError(f"{where}: device {self.device!r}: lists of devices are not supported yet; name one")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"{where}: device {self.device!r} is none of auto, cpu, cuda, cuda:N, mps, xpu")
+        if self.offload_dir is None and self.uses_disk:
+            raise ConfigError(f"{where}: a share is on disk but there is no offload-dir; name a directory for it")
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether any spelled-out share is on disk."""
+        return any(share is not None and share.disk > 0 for share in (self.weights, self.kv_cache, self.activations))
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The mapping that `from_mapping` reads back as this policy; defaults are left out."""
+        mapping: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                if isinstance(value, Share):
+                    value = value.as_mapping()
+                elif item.name in ("gpu_memory", "cpu_memory"):
+                    value = f"{value / 1000:.17g}kB"
+                mapping[item.name.replace("_", "-")] = value
+        return mapping
+
+
+def _bits(value: Any, where: str) -> Bits:
+    if value is None or value is False:
+        return None
+    if value is True or value == 4:
+        return 4
+    if value == 8:
+        return 8
+    raise ConfigError(f"{where}: {value!r} is none of false, 4, 8")
+
+
+def policy_directories() -> list[Path]:
+    """Where shipped policies are: inside the installed package first, beside it (a checkout) second."""
+    root = Path(__file__).resolve().parent.parent
+    return [root / "flexgen_helm" / "configs" / "policies", root / "configs" / "policies"]
+
+
+def read_policy_yaml(spec: str | Path) -> Mapping[str, Any]:
+    """Read a policy file, or the shipped policy of that name; `ConfigError` if there is neither."""
+    path = Path(spec).expanduser()
+    if not path.suffix and not path.is_file():
+        shipped = {file.stem: file for folder in policy_directories() for file in folder.glob("*.yaml")}
+        if str(spec) not in shipped:
+            known = [*shipped, "auto"]
+            raise ConfigError(f"no policy file or shipped policy {str(spec)!r}{did_you_mean(str(spec), known)}")
+        path = shipped[str(spec)]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read policy {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"policy {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"policy {path} is not a mapping of keys to values")
+    return content
