@@ -5,7 +5,7 @@
   x CheckpointError    a model directory that is missing, incomplete or damaged
   x UnsupportedError   a model or feature this engine does not run
   x CapacityError      what was asked for does not fit into the memory at hand
-  x EnvironmentError_  the installation or the machine is not usable (wrong packages, no such device)
+  x InstallationError  the installation or the machine is not usable (wrong packages, no such device)
   x JobError           one job is bad; only that job fails
 """
 
@@ -35,7 +35,7 @@ class CapacityError(EngineError):
     """What was asked for does not fit into the memory at hand."""
 
 
-class EnvironmentError_(EngineError):  # noqa: N801 - the plain name is a builtin
+class InstallationError(EngineError):
     """The installation or the machine is not usable: wrong packages, no such device."""
 
 

@@ -226,6 +226,8 @@ def read_policy_yaml(spec: str | Path) -> Mapping[str, Any]:
         raise ConfigError(f"cannot read policy {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"policy {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content == "auto":
+        return {}
     if not isinstance(content, Mapping):
         raise ConfigError(f"policy {path} is not a mapping of keys to values")
     return content

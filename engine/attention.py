@@ -1,0 +1,209 @@
+"""Attention of a packed micro-batch over [prefix | own past | new], as a function that `transformers` layers call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+if TYPE_CHECKING:
+    from engine.batch import DecodeGroup, MicroBatch, PrefillGroup
+    from engine.kv_cache import KVCache
+
+ATTENTION_NAME = "flexgen"
+"""The name under which `transformers` finds our attention function."""
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Keys and values of one token in one layer."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    @property
+    def key_width(self) -> int:
+        """Elements of a token's keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def width(self) -> int:
+        """Elements of a token's keys and values: a row of the KV cache."""
+        return self.key_width + self.value_heads * self.value_dim
+
+
+@dataclass
+class Sweeping:
+    """What the attention function needs to know of the sweep in hand; the executor sets it before each layer call."""
+
+    layer: int = 0
+    probed: KVShape | None = None
+    batch: MicroBatch = field(init=False)
+    cache: KVCache = field(init=False)
+
+
+class _Probed(Exception):
+    """Leaves a layer as soon as its attention has shown its shapes."""
+
+
+def probe_kv_shape(
+    layer: nn.Module, sweeping: Sweeping, hidden: torch.Tensor, args: Any, kwargs: Any
+) -> KVShape | None:
+    """Call `layer`, whose parameters are on `meta`, until it calls our attention; None when it never does."""
+
+    def on_meta(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to("meta")
+        if isinstance(value, tuple | list):
+            return type(value)(on_meta(item) for item in value)
+        return value
+
+    sweeping.probed = None
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            layer(on_meta(hidden), *on_meta(args), **{key: on_meta(value) for key, value in kwargs.items()})
+    except _Probed:
+        return sweeping.probed
+    return None
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function registered with `transformers.AttentionInterface`.
+
+    query, key, value: rotated, `[1, heads, rows, head_dim]`; returns `[1, rows, heads, head_dim]`. `softcap` is
+    Gemma-2's cap of the scores, `s_aux` the sinks of GPT-OSS `[heads]`.
+    """
+    sweeping: Sweeping = module.__dict__["sweeping"]
+    if query.device.type == "meta":
+        sweeping.probed = KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
+        raise _Probed
+    batch = sweeping.batch
+    scores = Scores(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    rows = torch.cat((key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)), dim=1)
+    sweeping.cache.write(sweeping.layer, batch, rows)
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for prefill in batch.prefill_groups:
+        _prefill(prefill, query[0], key[0], value[0], sweeping, scores, output)
+    for decode in batch.decode_groups:
+        _decode(decode, query[0], rows, sweeping, scores, output)
+    return output[None], None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a layer turns queries and keys into attention weights."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether `scaled_dot_product_attention` can compute it."""
+        return self.softcap is None and self.sinks is None
+
+    def weights(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Scores `[…, heads, rows, keys]` (unscaled) and what to add to them -> float32 weights of the same shape."""
+        scores = scores.float() * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = scores + mask
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1)
+        sinks = self.sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
+
+
+def _prefill(
+    group: PrefillGroup,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sweeping: Sweeping,
+    scores: Scores,
+    output: torch.Tensor,
+) -> None:
+    """Attend the rows of `group`: query `[heads, rows, dim]`, … of the whole micro-batch -> its rows of `output`."""
+    rows = slice(group.first, group.end)
+    size = (group.end - group.first) // group.num_parts
+    # [parts, heads, rows of a part, dim]
+    query, key, value = (x[:, rows].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value))
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    if not group.chain and scores.is_stock and (scores.window is None or scores.window >= size):
+        result = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scores.scaling, enable_gqa=groups > 1
+        )
+        output[rows] = result.transpose(1, 2).flatten(0, 1)
+        return
+    if group.chain:
+        prefix_key, prefix_value = sweeping.cache.prefix(sweeping.layer, group.chain)
+        key, value = torch.cat((prefix_key[None], key), dim=2), torch.cat((prefix_value[None], value), dim=2)
+    # The heads of one group of queries share keys and values: they become further rows, and nothing is copied.
+    query = query.unflatten(1, (heads, groups)).flatten(2, 3)
+    if scores.is_stock:
+        mask = group.mask(scores.window, query.dtype, groups)
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scores.scaling)
+    else:
+        dots = (query @ key.mT).unflatten(2, (groups, -1)).flatten(1, 2)  # sinks differ from head to head
+        weights = scores.weights(dots, group.mask(scores.window, torch.float32, 1)).to(value.dtype)
+        result = weights.unflatten(1, (heads, groups)).flatten(2, 3) @ value
+    output[rows] = result.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
+
+
+def _decode(
+    group: DecodeGroup,
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    sweeping: Sweeping,
+    scores: Scores,
+    output: torch.Tensor,
+) -> None:
+    """Attend one new row of each sequence of `group`; query `[heads, rows, dim]` of the whole micro-batch."""
+    taken = slice(group.first, group.end)
+    key, value = sweeping.cache.own(sweeping.layer, group, rows[taken])  # [sequences, kv heads, length, dim]
+    heads, groups = key.shape[1], query.shape[0] // key.shape[1]
+    query = query[:, taken].transpose(0, 1).unflatten(1, (heads, groups))  # [sequences, kv heads, groups, dim]
+    dots = query @ key.mT
+    start = 0
+    if group.chain:
+        prefix_key, prefix_value = sweeping.cache.prefix(sweeping.layer, group.chain)  # [kv heads, prefix, dim]
+        start = prefix_key.shape[1]
+        # All sequences against the one prefix: [kv heads, sequences * groups, dim] @ [kv heads, dim, prefix].
+        flat = query.transpose(0, 1).flatten(1, 2)
+        shared = (flat @ prefix_key.mT).unflatten(1, (-1, groups)).transpose(0, 1)
+        dots = torch.cat((shared, dots), dim=-1)
+    weights = scores.weights(dots.flatten(1, 2)[:, :, None], group.mask(scores.window)[:, None, None])
+    weights = weights.to(value.dtype).view_as(dots)
+    result = weights[..., start:] @ value
+    if group.chain:
+        flat = weights[..., :start].transpose(0, 1).flatten(1, 2)
+        result = result + (flat @ prefix_value).unflatten(1, (-1, groups)).transpose(0, 1)
+    output[taken] = result.flatten(1, 2)
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)
+# No mask is made: causality, windows and padding are told by the segments of the micro-batch.
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)

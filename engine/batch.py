@@ -1,0 +1,154 @@
+"""A micro-batch: packed rows of several spans, and what its attention needs to know of them."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.schedule import Segment
+from engine.sequence import Prefix
+
+if TYPE_CHECKING:
+    from engine.kv_cache import Block
+
+_MASKED_ROWS = 256
+"""Rows of own tokens that one masked attention call over a shared prefix takes at least: they attend to each other in
+vain, so their number is kept near the prefix's length."""
+
+
+class PrefillGroup:
+    """Neighbouring segments of new spans that continue the same chain of prefixes (or none)."""
+
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        self.chain: tuple[Prefix, ...] = segments[0].span.chain
+        self.first, self.end = segments[0].first, segments[-1].end
+        self.num_parts = 1 if self.chain else len(segments)
+        """Parts of equal length that attend to nothing of each other; with a chain, the mask sees to that."""
+        self._device = device
+        self._segments = segments if self.chain else segments[:1]
+        self._masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype, copies: int) -> torch.Tensor:
+        """What to add to the scores of a part, 0 or -inf: `[copies * rows, prefix + rows]`, repeated by query groups."""
+        key = window, dtype, copies
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(window, dtype).repeat(copies, 1)
+        return self._masks[key]
+
+    def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        # Order counts padding on, so that real rows, which come first, never see it.
+        start = sum(len(prefix.tokens) for prefix in self.chain)
+        sizes = [segment.num_rows + segment.num_pad for segment in self._segments]
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        order = torch.cat([torch.arange(start, start + size) for size in sizes])
+        key_owner = torch.cat((torch.full((start,), -1), owner))
+        key_order = torch.cat((torch.arange(start), order))
+        seen = ((key_owner == -1) | (key_owner == owner[:, None])) & (key_order <= order[:, None])
+        if window is not None:
+            seen &= order[:, None] - key_order < window
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+        return mask.to(self._device)
+
+
+class DecodeGroup:
+    """Single new rows of running sequences that continue the same chain of prefixes (or none)."""
+
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        self.chain: tuple[Prefix, ...] = segments[0].span.chain
+        self.segments = segments
+        self.first, self.end = segments[0].first, segments[-1].end
+        past = torch.tensor([segment.past for segment in segments])
+        self.length = int(past.max()) + 1
+        self.past = past.to(device)
+        self._start = segments[0].span.start
+        self._masks: dict[int | None, torch.Tensor] = {}
+        self.device_index: torch.Tensor | None = None
+        """Rows of the device table that hold the own tokens, `[sequences * length]`; None if some are elsewhere."""
+        blocks = [segment.span.block for segment in segments]
+        if all(block is not None and block.tier == "device" for block in blocks):
+            first = torch.tensor([block.first if block else 0 for block in blocks])
+            # Beyond a sequence's length the index stays on its last row: written, hence finite, and masked.
+            index = first[:, None] + torch.minimum(torch.arange(self.length), past[:, None])
+            self.device_index = index.flatten().to(device)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """What to add to the scores, 0 or -inf: float32 `[sequences, prefix + length]`."""
+        if window not in self._masks:
+            past = self.past[:, None]
+            own = torch.arange(self.length, device=past.device)
+            seen = own <= past
+            prefix = torch.arange(self._start, device=past.device)
+            seen_prefix = torch.ones(len(past), self._start, dtype=torch.bool, device=past.device)
+            if window is not None:
+                seen &= past - own < window
+                seen_prefix &= self._start + past - prefix < window
+            seen = torch.cat((seen_prefix, seen), dim=1)
+            mask = torch.zeros(seen.shape, device=past.device)
+            self._masks[window] = mask.masked_fill_(~seen, float("-inf"))
+        return self._masks[window]
+
+
+class MicroBatch:
+    """Rows of `segments`, one behind the other, each with its padding."""
+
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        self.segments = segments
+        self.num_rows = segments[-1].end
+        ids: list[int] = []
+        positions: list[int] = []
+        for segment in segments:
+            span, last = segment.span, segment.past + segment.num_rows
+            ids += span.tokens[segment.past : last] + [0] * segment.num_pad
+            positions += range(span.start + segment.past, span.start + last)
+            positions += [span.start + last - 1] * segment.num_pad  # stays inside the model's window
+        self.ids = torch.tensor([ids])
+        """`[1, rows]`, on the host."""
+        self.positions = torch.tensor([positions]).to(device)
+        """`[1, rows]`, on the device."""
+        self.prefill_groups = [PrefillGroup(group, device) for group in _prefill_runs(segments)]
+        decode = [segment for segment in segments if segment.is_decode]
+        self.decode_groups = [
+            DecodeGroup(list(group), device) for _, group in groupby(decode, key=lambda segment: id(segment.span.parent))
+        ]
+        self.offloaded: list[tuple[Segment, Block]] = []
+        """Segments whose new keys and values go to the host or to disk."""
+        self.device_rows: torch.Tensor | None = None
+        """Rows whose keys and values stay on the device, and where: `[stored]` each."""
+        self.device_slots: torch.Tensor | None = None
+        self._find_stores(device)
+
+    def _find_stores(self, device: torch.device) -> None:
+        rows: list[torch.Tensor] = []
+        slots: list[torch.Tensor] = []
+        for segment in self.segments:
+            block = segment.span.block
+            if block is None:
+                continue
+            if block.tier != "device":
+                self.offloaded.append((segment, block))
+                continue
+            rows.append(torch.arange(segment.first, segment.first + segment.num_rows))
+            first = block.first + segment.past
+            slots.append(torch.arange(first, first + segment.num_rows))
+        if rows:
+            self.device_rows = torch.cat(rows).to(device)
+            self.device_slots = torch.cat(slots).to(device)
+
+
+def _prefill_runs(segments: list[Segment]) -> list[list[Segment]]:
+    """Neighbouring new segments that one attention call takes: equal lengths, or a shared chain of limited size."""
+    runs: list[list[Segment]] = []
+    for segment in (segment for segment in segments if not segment.is_decode):
+        last = runs[-1] if runs else []
+        if last and last[-1].span.parent is segment.span.parent:
+            if segment.span.parent is None:
+                joins = segment.end - segment.first == last[-1].end - last[-1].first
+            else:
+                joins = segment.end - last[0].first <= max(_MASKED_ROWS, segment.span.start)
+            if joins:
+                last.append(segment)
+                continue
+        runs.append([segment])
+    return runs

@@ -1,0 +1,95 @@
+"""Ends completions: stop strings, stop ids, end-of-text and length; and what text and tokens are then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.job import Completion
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Text:
+    """Turns tokens into text, and knows which tokens end it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_of_text: frozenset[int]
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of generated tokens, special ones spelled out."""
+        text = self.tokenizer.decode(tokens)
+        assert isinstance(text, str)
+        return text
+
+
+def advance(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
+    """Add a generated token to `sequence`, or end it."""
+    if token in text.end_of_text:
+        sequence.finish_reason = "endoftext"
+        return
+    sequence.tokens.append(token)
+    sequence.generated_logprobs.append(logprob)
+    if _stopped(sequence, text):
+        sequence.finish_reason = "stop"
+    elif len(sequence.generated_logprobs) == sequence.job.max_new_tokens:
+        sequence.finish_reason = "length"
+
+
+def _stopped(sequence: Sequence, text: Text) -> bool:
+    generated = sequence.generated
+    strings = [stop for stop in sequence.job.stop if isinstance(stop, str)]
+    if any(_ends_with(generated, stop) for stop in sequence.job.stop):
+        return True
+    if not strings:
+        return False
+    written = text.decode(generated)
+    return any(stop in written for stop in strings)
+
+
+def _ends_with(tokens: list[int], stop: object) -> bool:
+    return not isinstance(stop, str) and list(stop) == tokens[-len(list(stop)) :]  # type: ignore[call-overload]
+
+
+def completion_of(sequence: Sequence, text: Text) -> Completion:
+    """The completion of a sequence that is done."""
+    if sequence.error is not None:
+        return Completion(error=sequence.error)
+    tokens, written = _cut(sequence, text)
+    return Completion(
+        text=written,
+        tokens=tuple(tokens),
+        logprobs=tuple(sequence.generated_logprobs[: len(tokens)]),
+        prompt_logprobs=_prompt_logprobs(sequence) if sequence.job.prompt_logprobs else None,
+        finish_reason=sequence.finish_reason,
+    )
+
+
+def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str]:
+    """Tokens and text before the stop, if one ended the sequence; the last token may reach past the text's end."""
+    tokens = sequence.generated
+    if sequence.finish_reason == "stop":
+        for stop in sequence.job.stop:
+            if _ends_with(tokens, stop):
+                tokens = tokens[: len(tokens) - len(stop)]
+                return tokens, text.decode(tokens)
+    written = text.decode(tokens) if tokens else ""
+    if sequence.finish_reason != "stop":
+        return tokens, written
+    found = [written.find(stop) for stop in sequence.job.stop if isinstance(stop, str) and stop in written]
+    written = written[: min(found)]
+    while tokens and (not written or text.decode(tokens[:-1]).startswith(written)):
+        tokens = tokens[:-1]
+    return tokens, written
+
+
+def _prompt_logprobs(sequence: Sequence) -> tuple[float | None, ...]:
+    """Of the whole prompt: the chain's, then the sequence's own; the first token of all has none."""
+    logprobs: list[float | None] = []
+    before = None
+    for span in (*sequence.chain, sequence):
+        logprobs.append(None if before is None else float(before.next_logprobs[span.tokens[0]]))
+        logprobs += span.prompt_logprobs if isinstance(span, Sequence) else span.logprobs
+        before = span if not isinstance(span, Sequence) else None
+    return tuple(logprobs)

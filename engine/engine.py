@@ -1,0 +1,341 @@
+"""The engine: loads a model by a policy, takes jobs from any thread, and serves them together, sweep by sweep."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from engine.arena import Arena
+from engine.checkpoint import describe
+from engine.completion import Text, advance, completion_of
+from engine.errors import CapacityError, CheckpointError, EngineError, JobError, UnsupportedError
+from engine.executor import Executor
+from engine.hardware import available_memory, resolve_device, resolve_dtype
+from engine.hidden import HiddenStates
+from engine.job import Completion, Job
+from engine.kv_cache import KVCache
+from engine.loading import load_checkpoint
+from engine.model import CausalModel
+from engine.placement import Tier
+from engine.planner import ModelShape, Plan, make_plan
+from engine.policy import Policy
+from engine.schedule import Scheduler
+from engine.sequence import Sequence
+from engine.weights import WeightStore
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of `stream`: where its completions go."""
+
+    results: queue.SimpleQueue[tuple[int, Completion] | BaseException] = field(default_factory=queue.SimpleQueue)
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs jobs through a causal language model that may be larger than the device.
+
+    Calls from several threads are served together: jobs that arrive while a sweep runs join the next one. A context
+    manager; `close` frees page-locked memory and offload files.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        weights: WeightStore,
+        scheduler: Scheduler,
+        executor: Executor,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        policy: Policy,
+        plan: Plan,
+        window: int | None,
+        end_of_text: frozenset[int],
+        arena: Arena,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.policy = policy
+        self.plan = plan
+        self.window = window
+        """Most positions of a sequence; None when the model sets no limit."""
+        self._model = model
+        self._weights = weights
+        self._scheduler = scheduler
+        self._executor = executor
+        self._arena = arena
+        self._text = Text(tokenizer, end_of_text)
+        self._owner: dict[int, tuple[_Call, int]] = {}
+        self._inbox: list[tuple[_Call, dict[int, Sequence]]] = []
+        self._abandoned: list[_Call] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._fault: BaseException | None = None
+        self._worker = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
+        self._worker.start()
+
+    @classmethod
+    def from_pretrained(cls, model: str, policy: Policy | str | Path | Mapping[str, Any] = "auto") -> Engine:
+        """Load `model`, a hub id or directory, as `policy` says.
+
+        policy: the name of a shipped one, a YAML file, a mapping, or "auto". Raises `ConfigError`, `CheckpointError`,
+        `UnsupportedError`, or `CapacityError` when the policy does not fit the memory at hand.
+        """
+        policy = Policy.load(policy)
+        for key, value in (("compress-weight", policy.compress_weight), ("compress-cache", policy.compress_cache)):
+            if value:
+                raise UnsupportedError(f"{key}: {value} is not supported yet; leave it out")
+        if policy.cpu_cache_compute:
+            raise UnsupportedError("cpu-cache-compute is not supported yet; leave it out")
+        description = describe(model)
+        device_name = resolve_device(policy.device)
+        device = torch.device(device_name)
+        dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
+        path = Path(description.path)
+        tokenizer = _load_tokenizer(path)
+        causal = CausalModel(path, dtype, device)
+        memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        plan = make_plan(shape_of(causal), policy, memory, on_cpu=device.type == "cpu")
+        arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
+        if device.type == "cuda" and policy.gpu_memory is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, policy.gpu_memory / total), device)
+        store = None
+        try:
+            store = WeightStore(causal, plan.weights, arena, overlap=policy.overlap)
+            load_checkpoint(path, store)
+            cache = KVCache(causal.kv_shapes, dtype, arena, plan.cache_budgets, plan.kv_cache)
+            hidden = HiddenStates(arena, plan.activations, causal.hidden_size, dtype)
+            return cls(
+                causal,
+                store,
+                Scheduler(plan.limits, cache, share_prefix=policy.share_prefix),
+                Executor(causal, store, cache, hidden),
+                tokenizer,
+                policy=policy,
+                plan=plan,
+                window=description.window,
+                end_of_text=_end_of_text(path, causal, tokenizer),
+                arena=arena,
+            )
+        except BaseException as error:
+            if store is not None:
+                store.close()
+            arena.close()
+            raise _explain(error, policy) from error
+
+    def run(self, jobs: Iterable[Job]) -> list[Completion]:
+        """Run `jobs` and return their completions in the same order."""
+        jobs = list(jobs)
+        completions: list[Completion | None] = [None] * len(jobs)
+        for index, completion in self.stream(jobs):
+            completions[index] = completion
+        assert all(completion is not None for completion in completions)
+        return [completion for completion in completions if completion is not None]
+
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion]]:
+        """Yield (position in `jobs`, completion), each as soon as its sweep ends.
+
+        A bad job fails in its own `Completion.error`; raises `EngineError` only for faults of the engine. Jobs of a
+        generator that is closed early are dropped.
+        """
+        jobs = list(jobs)
+        call, bad = _Call(), []
+        for index, job in enumerate(jobs):
+            try:
+                self._check(job)
+                call.sequences[index] = Sequence.of(job)
+            except EngineError as error:
+                bad.append((index, Completion(error=error)))
+        self._submit(call)
+        return self._results(call, bad, len(call.sequences))
+
+    def _results(
+        self, call: _Call, bad: list[tuple[int, Completion]], num_running: int
+    ) -> Iterator[tuple[int, Completion]]:
+        try:
+            yield from bad
+            for _ in range(num_running):
+                result = call.results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            with self._changed:
+                self._abandoned.append(call)
+                self._changed.notify_all()
+
+    @property
+    def num_sweeps(self) -> int:
+        """Passes over the weights so far."""
+        return self._executor.num_sweeps
+
+    def placed_bytes(self) -> dict[Tier, int]:
+        """Bytes held on each tier now: weights, device slots, KV cache, activations off the device."""
+        return dict(self._arena.num_bytes)
+
+    def close(self) -> None:
+        """Stop serving and free page-locked memory and offload files; waiting calls fail."""
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            self._changed.notify_all()
+        self._worker.join()
+        self._weights.close()
+        self._arena.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, job: Job) -> None:
+        job.check()
+        vocabulary = self._model.vocab_size
+        if not all(0 <= token < vocabulary for token in job.prompt):
+            raise JobError(f"a prompt token is outside the model's vocabulary of {vocabulary}")
+        positions = len(job.prompt) + max(0, job.max_new_tokens - 1)
+        if self.window is not None and positions > self.window:
+            raise JobError(
+                f"prompt of {len(job.prompt)} tokens + {job.max_new_tokens} new ones exceed the model's window of "
+                f"{self.window}; shorten it"
+            )
+        pad = self.policy.pad_to_seq_len
+        if isinstance(pad, int) and len(job.prompt) > pad:
+            raise JobError(f"prompt of {len(job.prompt)} tokens is longer than pad-to-seq-len {pad}; raise it")
+
+    def _submit(self, call: _Call) -> None:
+        with self._changed:
+            if self._fault is not None:
+                raise self._fault
+            if self._closing:
+                raise EngineError("the engine is closed")
+            if call.sequences:
+                self._inbox.append((call, call.sequences))
+                self._changed.notify_all()
+
+    def _serve(self) -> None:
+        try:
+            while self._receive():
+                self._step()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
+            self._fault = _explain(error, self.policy)
+        finally:
+            with self._changed:
+                calls = {id(call): call for call, _ in [*self._owner.values(), *self._inbox]}
+                self._inbox.clear()
+            for call in calls.values():
+                call.results.put(self._fault or EngineError("the engine was closed while this job was waiting"))
+
+    def _receive(self) -> bool:
+        """Take in what arrived; wait when there is nothing to do. False when the engine closes."""
+        with self._changed:
+            while self._scheduler.is_idle and not self._inbox and not self._closing:
+                self._changed.wait()
+            if self._closing:
+                return False
+            inbox, self._inbox = self._inbox, []
+            abandoned, self._abandoned = self._abandoned, []
+        for call, sequences in inbox:
+            self._owner.update({id(sequence): (call, index) for index, sequence in sequences.items()})
+            self._scheduler.add(sequences.values())
+        for call in abandoned:
+            left = [sequence for sequence in call.sequences.values() if id(sequence) in self._owner]
+            for sequence in left:
+                del self._owner[id(sequence)]
+            if left:
+                self._scheduler.drop(left)
+        return True
+
+    def _step(self) -> None:
+        batches = self._scheduler.next_sweep()
+        for sequence in self._scheduler.take_failed():
+            self._deliver(sequence)
+        if not batches:
+            return
+        self._executor.sweep(batches, lambda sequence, token, logprob: advance(sequence, token, logprob, self._text))
+        done = []
+        for sequence in self._scheduler.running:
+            if sequence.job.max_new_tokens == 0 and sequence.error is None:
+                sequence.finish_reason = "length"
+            if sequence.is_done:
+                done.append(sequence)
+                self._deliver(sequence)
+        self._scheduler.finish(done)
+
+    def _deliver(self, sequence: Sequence) -> None:
+        call, index = self._owner.pop(id(sequence))
+        call.sequences.pop(index)
+        call.results.put((index, completion_of(sequence, self._text)))
+
+
+def shape_of(model: CausalModel) -> ModelShape:
+    """Sizes that the planner needs."""
+    state, config = model.state, model.config.get_text_config()
+    sizes = {
+        unit.name: sum(state[name].numel() * state[name].element_size() for name in unit.owners)
+        for unit in model.units
+    }
+    layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
+    head = sizes["embedding"] if model.is_tied else sizes["head"]
+    inner = next(
+        (getattr(config, key) for key in ("intermediate_size", "ffn_dim", "n_inner") if getattr(config, key, None)),
+        4 * model.hidden_size,
+    )
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    heads = config.num_attention_heads
+    widest = max(model.kv_shapes, key=lambda shape: shape.width)
+    attention = heads * (2 * widest.key_dim + 2 * widest.value_dim)
+    item = model.dtype.itemsize
+    return ModelShape(
+        unit_bytes=(*layers, head),
+        embedding_bytes=0 if model.is_tied else sizes["embedding"],
+        outer_bytes=sizes["outer"],
+        cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
+        cache_layer_row_bytes=widest.width * item,
+        hidden_row_bytes=model.hidden_size * item,
+        work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
+    )
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    return tokenizer
+
+
+def _end_of_text(path: Path, model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a completion, as `transformers`' generate finds them."""
+    ids: Any = None
+    if (path / "generation_config.json").is_file():
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    if ids is None:
+        ids = model.config.get_text_config().eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _explain(error: BaseException, policy: Policy) -> BaseException:
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).split(". ")[0]
+        return CapacityError(
+            f"the device ran out of memory ({' '.join(reason.split())}); lower gpu-batch-size"
+            f"{'' if policy.gpu_batch_size is None else f' {policy.gpu_batch_size}'} or the gpu percents"
+        )
+    if isinstance(error, EngineError | KeyboardInterrupt | SystemExit):
+        return error
+    return EngineError(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")

@@ -1,0 +1,150 @@
+"""Runs sweeps: all micro-batches through one layer, then the next layer; then logits only where somebody asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch import MicroBatch
+from engine.errors import JobError
+from engine.hidden import HiddenStates
+from engine.kv_cache import KVCache
+from engine.model import CausalModel
+from engine.planner import LOGITS_BYTES
+from engine.sampling import choose
+from engine.schedule import Segment
+from engine.sequence import Prefix, Sequence, Span
+from engine.weights import WeightStore
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """Logits that somebody wants: those of one row of one span."""
+
+    span: Span
+    batch: int
+    row: int
+    target: int | None
+    """Token whose log-probability is asked for; None: the next token is to be chosen (or, for a prefix, kept)."""
+
+
+class Executor:
+    """Takes micro-batches of segments through the model once."""
+
+    def __init__(self, model: CausalModel, weights: WeightStore, cache: KVCache, hidden: HiddenStates) -> None:
+        self._model = model
+        self._weights = weights
+        self._cache = cache
+        self._hidden = hidden
+        self._chunk = max(1, LOGITS_BYTES // (4 * model.vocab_size))
+        self.num_sweeps = 0
+        """Passes over the layers so far."""
+
+    @torch.no_grad()
+    def sweep(self, batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
+        """Compute every segment; then call `advance(sequence, token, logprob)` for each sequence's next token.
+
+        Log-probabilities of prompts are added to their spans; a sequence whose logits are not finite gets an `error`.
+        """
+        model, weights, hidden = self._model, self._weights, self._hidden
+        micro = [MicroBatch(segments, model.device) for segments in batches]
+        hidden.begin(micro)
+        calls = []
+        for index, batch in enumerate(micro):
+            weights.look_up(batch.ids)
+            first, layer_calls = model.record(batch.ids.to(model.device), batch.positions)
+            hidden.put(index, first)
+            calls.append(layer_calls)
+        model.sweeping.cache = self._cache
+        for layer in range(len(model.layers)):
+            weights.acquire(layer)
+            model.sweeping.layer = layer
+            for index, batch in enumerate(micro):
+                model.sweeping.batch = batch
+                hidden.put(index, model.layer(layer, hidden.take(index), calls[index][layer]))
+            weights.release(layer)
+        weights.acquire(len(model.layers))
+        self._answer(batches, advance)
+        weights.release(len(model.layers))
+        self.num_sweeps += 1
+
+    def _answer(self, batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
+        asks: list[_Ask] = []
+        states: list[torch.Tensor] = []
+        for index, segments in enumerate(batches):
+            wanted = [ask for segment in segments for ask in _asks(segment, index)]
+            last = self._hidden.take(index)
+            if wanted:
+                states.append(last[torch.tensor([ask.row for ask in wanted], device=last.device)])
+                asks += wanted
+            for segment in segments:
+                segment.span.cached += segment.num_rows
+        for first in range(0, len(asks), self._chunk):
+            part = asks[first : first + self._chunk]
+            self._answer_chunk(part, _take_rows(states, len(part)), advance)
+
+    def _answer_chunk(
+        self, asks: list[_Ask], states: torch.Tensor, advance: Callable[[Sequence, int, float], None]
+    ) -> None:
+        logits = self._model.head(states)
+        logprobs = logits.log_softmax(dim=-1)
+        tokens = torch.tensor([ask.target or 0 for ask in asks], device=logits.device)
+        choosing = [i for i, ask in enumerate(asks) if ask.target is None and isinstance(ask.span, Sequence)]
+        if choosing:
+            rows = torch.tensor(choosing, device=logits.device)
+            sequences = [ask.span for ask in asks if ask.target is None and isinstance(ask.span, Sequence)]
+            tokens[rows] = choose(
+                logits if len(choosing) == len(asks) else logits[rows],
+                [sequence.job.sampling for sequence in sequences],
+                [sequence.rng.random() for sequence in sequences],
+                [sequence.generated for sequence in sequences],
+            )
+        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        for i, ask in enumerate(asks):
+            if ask.target is None and isinstance(ask.span, Prefix):
+                ask.span.next_logprobs = logprobs[i].cpu()
+        finite = torch.isfinite(logits).all(dim=-1)
+        for ask, token, logprob, is_finite in zip(
+            asks, tokens.tolist(), chosen.tolist(), finite.tolist(), strict=True
+        ):
+            span = ask.span
+            if isinstance(span, Sequence) and not is_finite:
+                span.error = JobError("the model's logits are not finite (overflow in this dtype, or damaged weights)")
+            elif ask.target is not None:
+                (span.prompt_logprobs if isinstance(span, Sequence) else span.logprobs).append(logprob)
+            elif isinstance(span, Sequence) and span.error is None:
+                advance(span, token, logprob)
+
+
+def _asks(segment: Segment, batch: int) -> list[_Ask]:
+    """What `segment` wants of the logits, in the order of its rows."""
+    span = segment.span
+    last = segment.first + segment.num_rows - 1
+    if isinstance(span, Prefix):
+        scored, chooses = span.scored, span.scored
+    else:
+        assert isinstance(span, Sequence)
+        scored = span.job.prompt_logprobs and not segment.is_decode
+        chooses = span.job.max_new_tokens > 0
+    asks = []
+    if scored:
+        asks = [_Ask(span, batch, segment.first + i - 1, span.tokens[i]) for i in range(1, segment.num_rows)]
+    if chooses:
+        asks.append(_Ask(span, batch, last, None))
+    return asks
+
+
+def _take_rows(states: list[torch.Tensor], count: int) -> torch.Tensor:
+    """Remove the first `count` rows from a list of row blocks and return them as one."""
+    taken: list[torch.Tensor] = []
+    while count:
+        block = states[0]
+        taken.append(block[:count])
+        count -= len(taken[-1])
+        if len(taken[-1]) == len(block):
+            states.pop(0)
+        else:
+            states[0] = block[len(taken[-1]) :]
+    return taken[0] if len(taken) == 1 else torch.cat(taken)

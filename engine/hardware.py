@@ -1,0 +1,105 @@
+"""What this machine has: device, memory, and the number format that suits it. Imports torch only when asked."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+from engine.errors import ConfigError, InstallationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a run may use on each tier."""
+
+    device: int
+    host: int
+    disk: int
+    shared: bool = False
+    """Device and host tier are the same memory (the CPU): together they may use `host`."""
+
+
+def resolve_device(name: str) -> str:
+    """The device "auto" stands for; `InstallationError` when a named one is not here."""
+    if name == "cpu":
+        return "cpu"
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    module = getattr(torch, kind)
+    if not module.is_available():
+        raise InstallationError(f"device {name}: torch {torch.__version__} sees no {kind} device; use device: cpu")
+    if index and int(index) >= module.device_count():
+        raise InstallationError(f"device {name}: there are only {module.device_count()} {kind} devices")
+    return name
+
+
+def resolve_dtype(name: str, checkpoint: str, device: str) -> str:
+    """The dtype "auto" stands for: the checkpoint's on an accelerator, float32 on the CPU.
+
+    bfloat16 falls back to float16, with a notice, on cards that compute it only by emulation (before sm80).
+    """
+    if name == "auto":
+        name = "float32" if device == "cpu" else checkpoint
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"dtype {name} (the checkpoint's) cannot be computed with; set dtype: float16 or bfloat16")
+    if name == "bfloat16" and device.startswith("cuda"):
+        import torch
+
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            warnings.warn(f"compute capability {capability} has no bfloat16: using float16", stacklevel=2)
+            return "float16"
+    return name
+
+
+def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None, offload_dir: str | None) -> Memory:
+    """What may be used: the policy's limits, or 90 % of what is free now on each tier.
+
+    On the CPU the device tier is a budget of host memory like any other; unless limited, it may be all of it.
+    """
+    host = int(free_host_memory() * 0.9)
+    limited_host = host if cpu_memory is None else min(cpu_memory, host)
+    disk = free_disk(offload_dir) if offload_dir else 0
+    if not device.startswith("cuda"):
+        # A limit on one tier says nothing about the other; both together cannot exceed what there is.
+        shared = gpu_memory is None or gpu_memory + limited_host > host
+        tier = host if gpu_memory is None else min(gpu_memory, host)
+        return Memory(device=tier, host=limited_host, disk=disk, shared=shared and cpu_memory is None)
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    tier = int(free * 0.95)
+    return Memory(device=tier if gpu_memory is None else min(gpu_memory, tier), host=limited_host, disk=disk)
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that can be had without swapping (`MemAvailable`, and the container's limit)."""
+    available = 0
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            for line in stream:
+                if line.startswith("MemAvailable:"):
+                    available = int(line.split()[1]) * 1024
+    except OSError:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open(
+            "/sys/fs/cgroup/memory.current", encoding="ascii"
+        ) as used:
+            available = min(available, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):
+        pass
+    return available
+
+
+def free_disk(directory: str) -> int:
+    """Bytes free where `directory` is, or will be made."""
+    path = os.path.abspath(os.path.expanduser(directory))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize

@@ -1,0 +1,148 @@
+"""The KV cache: rows of keys and values on three tiers, whole sequences on one tier each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.arena import Arena
+from engine.attention import KVShape
+from engine.batch import DecodeGroup, MicroBatch
+from engine.extents import Extents
+from engine.placement import TIERS, Tier
+from engine.policy import Share
+from engine.sequence import Prefix
+
+_GROWTH = 1.5
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows on one tier, in every layer."""
+
+    tier: Tier
+    first: int
+    num_rows: int
+
+
+class KVCache:
+    """Keys and values of spans, as rows `[keys | values]` of one table per layer and tier.
+
+    Tables grow on demand up to their budget. Sequences go to the tiers by `share` (counted in sequences), or, without
+    one, to the device while it has room, then to the host, then to disk.
+    """
+
+    def __init__(
+        self, shapes: list[KVShape], dtype: torch.dtype, arena: Arena, budgets: dict[Tier, int], share: Share | None
+    ) -> None:
+        self.shapes = shapes
+        self.dtype = dtype
+        self.row_bytes = sum(shape.width for shape in shapes) * dtype.itemsize
+        """Bytes of one token over all layers."""
+        self._arena = arena
+        self._share = share
+        self._max_rows = {tier: budgets[tier] // self.row_bytes for tier in TIERS}
+        self._extents = {tier: Extents() for tier in TIERS}
+        self._tables: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
+        self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)
+        """Spans that have a block, by tier."""
+        self._fresh: dict[int, torch.Tensor] = {}
+        self._fresh_layer = -1
+
+    def allocate(self, num_rows: int) -> Block | None:
+        """Room for a span of `num_rows` tokens; None when the tier it belongs to (or every tier) is full."""
+        for tier in self._tiers_in_turn():
+            first = self._extents[tier].take(num_rows)
+            if first is None and self._grow(tier, num_rows):
+                first = self._extents[tier].take(num_rows)
+            if first is not None:
+                self.num_blocks[tier] += 1
+                return Block(tier, first, num_rows)
+        return None
+
+    def free(self, block: Block) -> None:
+        """Give a block back."""
+        self._extents[block.tier].give(block.first, block.num_rows)
+        self.num_blocks[block.tier] -= 1
+
+    def _tiers_in_turn(self) -> list[Tier]:
+        if self._share is None:
+            return list(TIERS)
+        total = sum(self.num_blocks.values()) + 1
+        percents = {"device": self._share.gpu, "host": self._share.cpu, "disk": self._share.disk}
+        lacking = {tier: total * percents[tier] / 100 - self.num_blocks[tier] for tier in TIERS if percents[tier] > 0}
+        return [max(lacking, key=lambda tier: lacking[tier])]
+
+    def _grow(self, tier: Tier, num_rows: int) -> bool:
+        extents = self._extents[tier]
+        needed = extents.capacity - extents.tail_free() + num_rows
+        if needed > self._max_rows[tier]:
+            return False
+        capacity = min(self._max_rows[tier], max(needed, int(extents.capacity * _GROWTH)))
+        tables = self._tables[tier]
+        for layer, shape in enumerate(self.shapes):  # one layer at a time, so that little is held twice
+            new = self._arena.empty(capacity * shape.width * self.dtype.itemsize, tier)
+            if layer < len(tables):
+                old = tables[layer]
+                new[: old.numel() * old.element_size()].copy_(old.flatten().view(torch.uint8))
+                tables[layer] = new.view(self.dtype).view(capacity, shape.width)
+                self._arena.free(old)
+            else:
+                tables.append(new.view(self.dtype).view(capacity, shape.width))
+        extents.grow(capacity)
+        return True
+
+    def write(self, layer: int, batch: MicroBatch, rows: torch.Tensor) -> None:
+        """Store a micro-batch's new keys and values `[rows, width]` of a layer in their blocks."""
+        if layer != self._fresh_layer:
+            self._fresh, self._fresh_layer = {}, layer
+        if batch.device_rows is not None:
+            self._tables["device"][layer].index_copy_(0, batch.device_slots, rows.index_select(0, batch.device_rows))
+        for segment, block in batch.offloaded:
+            new = rows[segment.first : segment.first + segment.num_rows]
+            first = block.first + segment.past
+            self._tables[block.tier][layer][first : first + segment.num_rows].copy_(new, non_blocking=True)
+            if isinstance(segment.span, Prefix):
+                self._fresh[id(segment.span)] = new.clone()
+
+    def prefix(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
+        parts = [self._rows(layer, prefix) for prefix in chain]
+        return self.unpack(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _rows(self, layer: int, prefix: Prefix) -> torch.Tensor:
+        block = prefix.block
+        assert block is not None
+        if block.tier == "device":
+            return self._tables["device"][layer][block.first : block.first + block.num_rows]
+        fresh = self._fresh.get(id(prefix)) if layer == self._fresh_layer else None
+        if fresh is not None:  # just computed: its way to the other tier may still be under way
+            return fresh
+        stored = self._tables[block.tier][layer][block.first : block.first + block.num_rows]
+        return stored.to(self._arena.device, non_blocking=True)
+
+    def own(self, layer: int, group: DecodeGroup, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a decode group's own tokens, the new one included: `[sequences, heads, length, dim]`.
+
+        `new` are the group's new rows `[sequences, width]`. Rows beyond a sequence's length hold anything finite.
+        """
+        if group.device_index is not None:
+            rows = self._tables["device"][layer].index_select(0, group.device_index)
+            rows = rows.view(len(group.segments), group.length, -1)
+        else:
+            rows = new.new_zeros(len(group.segments), group.length, new.shape[1])
+            for index, segment in enumerate(group.segments):
+                block = segment.span.block
+                assert block is not None
+                stored = self._tables[block.tier][layer][block.first : block.first + segment.past]
+                rows[index, : segment.past].copy_(stored, non_blocking=True)
+            rows[torch.arange(len(group.segments), device=rows.device), group.past] = new
+        return self.unpack(layer, rows)
+
+    def unpack(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split rows `[…, length, width]` into keys and values `[…, heads, length, dim]`."""
+        shape = self.shapes[layer]
+        keys, values = rows.split((shape.key_width, shape.width - shape.key_width), dim=-1)
+        keys = keys.unflatten(-1, (shape.key_heads, shape.key_dim)).transpose(-3, -2)
+        return keys, values.unflatten(-1, (shape.value_heads, shape.value_dim)).transpose(-3, -2)

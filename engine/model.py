@@ -1,0 +1,245 @@
+"""A stock `transformers` model taken apart: record (embeddings and layer arguments), layers, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from engine.attention import ATTENTION_NAME, KVShape, Sweeping, probe_kv_shape
+from engine.errors import CheckpointError, UnsupportedError
+
+Owner = tuple[nn.Module, str]
+"""A parameter's module and its name there."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model itself calls one of its layers, but for the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules get parameters without storage, but real buffers (rotary tables and the like)."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _Stand(nn.Module):
+    """Stands in for a decoder layer: notes how it is called, and passes on its input, or the state to inject."""
+
+    def __init__(self, layer: nn.Module, tape: _Tape) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, tape=tape)
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their layers (the kind of attention, …)
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tape: _Tape = self.__dict__["tape"]
+        if tape.inject is not None:
+            return tape.inject
+        if not tape.calls:
+            tape.first_hidden = hidden
+        tape.calls.append(LayerCall(args, kwargs))
+        return hidden
+
+
+@dataclass
+class _Tape:
+    """What the stands of one model share."""
+
+    calls: list[LayerCall]
+    first_hidden: torch.Tensor | None = None
+    inject: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are placed, and brought to the device, as one."""
+
+    name: str
+    """"embedding", "outer", "layer.N" or "head"."""
+    owners: dict[str, Owner]
+    """By full parameter name."""
+
+
+class CausalModel:
+    """Drives a decoder-only `transformers` model (5.x) layer by layer; its parameters are on `meta` until bound.
+
+    The family's own code makes embeddings, positions, rotary tables and the final norm and head: `record` calls the
+    model's forward with stand-ins for the layers, and `head` calls it with the last hidden state injected.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.device, self.dtype = device, dtype
+        self.module = _build(path, dtype)
+        self.config = self.module.config
+        self.sweeping = Sweeping()
+        """Tells our attention function, called from inside the layers, what it works on."""
+        self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
+        """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
+        self.embedding: nn.Module = self.module.get_input_embeddings()
+        self.output: nn.Module | None = self.module.get_output_embeddings()
+        if self.output is None:
+            raise UnsupportedError(f"{type(self.module).__name__} has no output embedding; it cannot be run here")
+        self.head_name = next(name for name, module in self.module.named_modules() if module is self.output) + ".weight"
+        """Full name of the head's weight."""
+        self.is_tied = self.head_name in self.module.all_tied_weights_keys
+        """Whether the head's weight is the token embedding's."""
+        slots = _decoder_layers(self.module)
+        self.layers = list(slots)
+        self.units = self._find_units()
+        self._tape = _Tape([])
+        for index, layer in enumerate(self.layers):
+            slots[index] = _Stand(layer, self._tape)
+            for module in layer.modules():
+                module.__dict__["sweeping"] = self.sweeping
+        self.kv_shapes: list[KVShape] = self._probe()
+        for root in (self.module, *self.layers):
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(device)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return int(self.state[self.embedding_name].shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between layers."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def embedding_name(self) -> str:
+        """Full name of the token embedding's weight."""
+        return next(iter(self.units[0].owners))
+
+    def _find_units(self) -> list[Unit]:
+        layer_of = {id(module): index for index, layer in enumerate(self.layers) for module in layer.modules()}
+        units = {name: Unit(name, {}) for name in ("embedding", "outer")}
+        units.update({f"layer.{index}": Unit(f"layer.{index}", {}) for index in range(len(self.layers))})
+        units["head"] = Unit("head", {})
+        for prefix, module in self.module.named_modules():
+            for attribute in module._parameters:
+                if module._parameters[attribute] is None or (self.is_tied and module is self.output):
+                    continue
+                if id(module) in layer_of:
+                    unit = f"layer.{layer_of[id(module)]}"
+                elif module is self.embedding:
+                    unit = "embedding"
+                else:
+                    unit = "head" if module is self.output else "outer"
+                units[unit].owners[f"{prefix}.{attribute}" if prefix else attribute] = module, attribute
+        if len(units["embedding"].owners) != 1:
+            raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
+        return list(units.values())
+
+    @torch.no_grad()
+    def record(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Embed a packed micro-batch: ids, positions `[1, rows]` -> hidden `[rows, width]`, each layer's arguments.
+
+        Needs the embedding and the outer parameters bound.
+        """
+        return self._record(input_ids=ids, position_ids=positions)
+
+    def _record(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        tape = self._tape
+        tape.calls, tape.first_hidden = [], None
+        self.module.base_model(**inputs, use_cache=False)
+        calls, hidden = tape.calls, tape.first_hidden
+        tape.calls, tape.first_hidden = [], None
+        assert hidden is not None
+        return hidden[0], calls
+
+    @torch.no_grad()
+    def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Run one layer: hidden `[rows, width]` -> `[rows, width]`; its parameters must be bound."""
+        output = self.layers[index](hidden[None], *call.args, **call.kwargs)
+        return (output[0] if isinstance(output, tuple) else output)[0]
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head: hidden `[rows, width]` of the last layer -> float32 logits `[rows, vocabulary]`."""
+        positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        # Something must be embedded; the injected states take its place after the layers.
+        width = self.state[self.embedding_name].shape[1]
+        inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
+        self._tape.inject = hidden[None]
+        try:
+            output = self.module(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+        finally:
+            self._tape.inject = None
+        return output.logits[0].float()
+
+    def _probe(self) -> list[KVShape]:
+        """Shapes of the keys and values of each layer, learned by calling the layers on `meta`."""
+        outer = self.units[1]
+        for name, (module, attribute) in outer.owners.items():
+            zeros = torch.zeros(self.state[name].shape, dtype=self.state[name].dtype)
+            module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
+        inputs = torch.zeros(1, 1, self.state[self.embedding_name].shape[1], dtype=self.dtype)
+        try:
+            with torch.no_grad():
+                hidden, calls = self._record(inputs_embeds=inputs, position_ids=torch.zeros(1, 1, dtype=torch.long))
+        except TypeError as error:
+            raise UnsupportedError(f"{self._family}: cannot be driven layer by layer ({error})") from None
+        finally:
+            for name, (module, attribute) in outer.owners.items():
+                module._parameters[attribute] = nn.Parameter(self.state[name], requires_grad=False)
+        if len(calls) != len(self.layers):
+            raise UnsupportedError(f"{self._family}: its forward calls {len(calls)} of its {len(self.layers)} layers")
+        shapes = []
+        for layer, call in zip(self.layers, calls, strict=True):
+            shape = probe_kv_shape(layer, self.sweeping, hidden[None], call.args, call.kwargs)
+            if shape is None:
+                raise UnsupportedError(
+                    f"{self._family}: its layers do not use transformers' attention interface (they carry their own "
+                    "attention, or none); this version runs families that use it, such as OPT, Llama, Qwen or Mixtral"
+                )
+            shapes.append(shape)
+        return shapes
+
+    @property
+    def _family(self) -> str:
+        return f"{type(self.module).__name__} ({self.config.model_type})"
+
+
+def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot build this model: {' '.join(str(error).split())}") from None
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedError(f"{path}: quantized checkpoints are not supported yet; take the unquantized one")
+    return model.eval()
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UnsupportedError(f"{type(model).__name__}: no list of {count} decoder layers found")

@@ -1,0 +1,73 @@
+"""Where the bytes of a unit go, and where the parameters lie in it (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.policy import Share
+
+Tier = Literal["device", "host", "disk"]
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+
+ALIGNMENT = 64
+"""Bytes to which parameters and tier borders are aligned inside a unit."""
+
+
+def align(num_bytes: int) -> int:
+    """Round up to the alignment of parameters."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Where one parameter lies in its unit, in bytes."""
+
+    name: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A unit cut into a device part, a host part and a disk part, in this order, in bytes."""
+
+    device: int
+    host: int
+    disk: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the unit."""
+        return self.device + self.host + self.disk
+
+    def parts(self) -> tuple[tuple[Tier, int, int], ...]:
+        """(tier, first byte, end byte) of each part."""
+        host_end = self.device + self.host
+        return ("device", 0, self.device), ("host", self.device, host_end), ("disk", host_end, self.num_bytes)
+
+
+def split_bytes(num_bytes: int, share: Share, row_bytes: int = ALIGNMENT) -> Split:
+    """Cut `num_bytes` by the percents of `share`, at the nearest multiples of `row_bytes`."""
+    device = min(num_bytes, round(num_bytes * share.gpu / 100 / row_bytes) * row_bytes)
+    end = min(num_bytes, round(num_bytes * (share.gpu + share.cpu) / 100 / row_bytes) * row_bytes)
+    if share.disk == 0:
+        end = num_bytes
+        if share.cpu == 0:
+            device = num_bytes
+    host = max(0, end - device)
+    return Split(device=device, host=host, disk=num_bytes - device - host)
+
+
+def lay_out(sizes: dict[str, int]) -> tuple[list[Extent], int]:
+    """Place parameters one after the other, aligned; returns their extents and the size of the unit."""
+    extents, first = [], 0
+    for name, size in sizes.items():
+        extents.append(Extent(name=name, first=first, end=first + size))
+        first = align(first + size)
+    return extents, first
+
+
+def streamed_from(extents: list[Extent], split: Split) -> int:
+    """First byte that must be brought to the device: the start of the first parameter not wholly there."""
+    return next((extent.first for extent in extents if extent.end > split.device), split.num_bytes)

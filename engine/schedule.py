@@ -1,0 +1,252 @@
+"""Which work rides in the next sweep, and how it is cut into micro-batches (pure)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from engine.errors import CapacityError
+from engine.policy import PadMode
+from engine.prefix import share_prefixes
+from engine.sequence import Prefix, Sequence, Span
+
+if TYPE_CHECKING:
+    from engine.kv_cache import Block
+
+BUCKET_TOKENS = 64
+"""Padding "bucket" rounds a prompt up to a power of two times this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How large sweeps and micro-batches may be."""
+
+    sequences_per_batch: int
+    batches: int
+    rows_per_batch: int
+    """Rows (tokens, padding included) in a micro-batch; a single longer prompt still gets one of its own."""
+    cached_rows_per_batch: int
+    """Rows of the KV cache that the decode steps of a micro-batch may bring to the device."""
+    rows_per_sweep: int
+    """Rows whose hidden states the activation memory holds."""
+    pad: PadMode = None
+
+
+@dataclass(eq=False)
+class Segment:
+    """Consecutive rows of a micro-batch that belong to one span: its tokens that are not cached yet."""
+
+    span: Span
+    num_rows: int
+    """Real rows."""
+    num_pad: int = 0
+    """Rows of padding behind them."""
+    first: int = 0
+    """First row in the micro-batch."""
+    past: int = field(init=False)
+    """Own tokens already in the cache."""
+
+    def __post_init__(self) -> None:
+        self.past = self.span.cached
+
+    @property
+    def end(self) -> int:
+        """Row behind the last one, padding included."""
+        return self.first + self.num_rows + self.num_pad
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is one step of a running sequence."""
+        return self.past > 0
+
+
+class CacheRoom(Protocol):
+    """What the scheduler needs of the KV cache."""
+
+    def allocate(self, num_rows: int) -> Block | None:
+        """Room for `num_rows` tokens, or None."""
+
+    def free(self, block: Block) -> None:
+        """Give room back."""
+
+
+class Scheduler:
+    """Keeps waiting and running sequences; between sweeps finished ones leave and waiting ones enter."""
+
+    def __init__(self, limits: Limits, cache: CacheRoom, *, share_prefix: bool = True) -> None:
+        self.limits = limits
+        self.running: list[Sequence] = []
+        self._cache = cache
+        self._share_prefix = share_prefix and not isinstance(limits.pad, int)
+        self._waiting: deque[Sequence] = deque()
+        self._prefixes: list[Prefix] = []
+        self.failed: list[Sequence] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.running and not self._waiting
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Queue new sequences; neighbours in the queue share prefixes where they can."""
+        sequences = list(sequences)
+        if not self._share_prefix:
+            self._waiting.extend(sequences)
+            return
+        ordered = share_prefixes(sequences, self._prefixes)
+        known = set(map(id, self._prefixes))
+        for sequence in ordered:
+            for prefix in sequence.chain:
+                prefix.scored |= sequence.job.prompt_logprobs and not prefix.is_computed
+                if id(prefix) not in known:
+                    known.add(id(prefix))
+                    self._prefixes.append(prefix)
+            if sequence.job.prompt_logprobs and not all(prefix.scored for prefix in sequence.chain):
+                self._unshare(sequence)  # a prefix computed without log-probabilities cannot supply them
+        self._waiting.extend(ordered)
+
+    def next_sweep(self) -> list[list[Segment]]:
+        """Micro-batches of the next sweep: a step of every running sequence, and as many waiting ones as fit.
+
+        A sequence that can never fit fails alone (its `error` is set) and is among `take_failed`.
+        """
+        segments = [Segment(sequence, 1) for sequence in self.running]
+        rows, entered = len(segments), set[int]()
+        capacity = self.limits.sequences_per_batch * self.limits.batches
+        while self._waiting and len(self.running) < capacity:
+            sequence = self._waiting[0]
+            new = self._enter(sequence, entered)
+            if new is None:
+                if self.running or entered:
+                    break
+                self._waiting.popleft()
+                self._fail(sequence)
+                continue
+            size = sum(segment.num_rows + segment.num_pad for segment in new)
+            if segments and rows + size > self.limits.rows_per_sweep:
+                self._withdraw(new)
+                break
+            self._waiting.popleft()
+            entered |= {id(segment.span) for segment in new}
+            segments, rows = segments + new, rows + size
+            self.running.append(sequence)
+        return _micro_batches(segments, self.limits)
+
+    def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
+        """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
+        new: list[Segment] = []
+        for prefix in sequence.chain:
+            if not prefix.is_computed and id(prefix) not in entered:
+                prefix.block = self._cache.allocate(len(prefix.tokens))
+                if prefix.block is None:
+                    self._withdraw(new)
+                    if self.running or entered:
+                        return None
+                    self._unshare(sequence)
+                    return self._enter(sequence, entered)
+                new.append(Segment(prefix, len(prefix.tokens)))
+        if sequence.needs_cache:
+            sequence.block = self._cache.allocate(sequence.capacity)
+            if sequence.block is None:
+                self._withdraw(new)
+                return None
+        rows = len(sequence.tokens)
+        new.append(Segment(sequence, rows, padded_length(rows, self.limits.pad) - rows))
+        return new
+
+    def _withdraw(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            if segment.span.block is not None:
+                self._cache.free(segment.span.block)
+                segment.span.block = None
+
+    def _fail(self, sequence: Sequence) -> None:
+        rows = sequence.capacity + sum(len(prefix.tokens) for prefix in sequence.chain)
+        sequence.error = CapacityError(
+            f"the KV cache has no room for a sequence of {rows} tokens; "
+            "shorten it, or give the cache more memory (gpu-memory, cpu-memory, or a disk share)"
+        )
+        self._leave(sequence)
+        self.failed.append(sequence)
+
+    def finish(self, sequences: Iterable[Sequence]) -> None:
+        """Let ended sequences leave: their room in the cache, and prefixes that nobody needs any more, are free."""
+        leaving = set(map(id, sequences))
+        for sequence in self.running:
+            if id(sequence) in leaving:
+                self._leave(sequence)
+        self.running = [sequence for sequence in self.running if id(sequence) not in leaving]
+
+    def drop(self, sequences: Iterable[Sequence]) -> None:
+        """Forget sequences that nobody waits for any more, whether they run or wait."""
+        leaving = set(map(id, sequences))
+        for sequence in self._waiting:
+            if id(sequence) in leaving:
+                self._leave(sequence)
+        self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in leaving)
+        self.finish(sequence for sequence in self.running if id(sequence) in leaving)
+
+    def take_failed(self) -> list[Sequence]:
+        """Sequences that failed since the last call because they can never fit."""
+        failed, self.failed = self.failed, []
+        return failed
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._free(sequence)
+        span: Span = sequence
+        while (prefix := span.parent) is not None:
+            prefix.num_users -= 1
+            if prefix.num_users:
+                break
+            self._free(prefix)
+            prefix.cached = 0
+            self._prefixes.remove(prefix)
+            span = prefix
+
+    def _unshare(self, sequence: Sequence) -> None:
+        shared = [token for prefix in sequence.chain for token in prefix.tokens]
+        self._leave(sequence)
+        sequence.take_back(shared)
+
+    def _free(self, span: Span) -> None:
+        if span.block is not None:
+            self._cache.free(span.block)
+            span.block = None
+
+
+def padded_length(rows: int, pad: PadMode) -> int:
+    """Rows of a prompt of `rows` tokens, padding included."""
+    if pad is None:
+        return rows
+    if pad == "bucket":
+        size = BUCKET_TOKENS
+        while size < rows:
+            size *= 2
+        return size
+    return max(rows, pad)
+
+
+def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
+    decode = [segment for segment in segments if segment.is_decode]
+    decode.sort(key=lambda segment: (id(segment.span.parent), segment.past))
+    batches: list[list[Segment]] = []
+    rows = count = cached = 0
+    for segment in [*decode, *(segment for segment in segments if not segment.is_decode)]:
+        size = segment.num_rows + segment.num_pad
+        is_sequence = isinstance(segment.span, Sequence)
+        reach = max(cached, (segment.past + 1) if segment.is_decode else 0)  # decode steps are padded to the longest
+        if not batches or (
+            rows + size > limits.rows_per_batch
+            or count + is_sequence > limits.sequences_per_batch
+            or (segment.is_decode and reach * (count + 1) > limits.cached_rows_per_batch)
+        ):
+            batches.append([])
+            rows = count = 0
+            reach = segment.past + 1 if segment.is_decode else 0
+        segment.first = rows
+        batches[-1].append(segment)
+        rows, count, cached = rows + size, count + is_sequence, reach
+    return batches

@@ -1,0 +1,113 @@
+"""Sequences in work and the prefixes that they share (pure)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.job import FinishReason, Job
+
+if TYPE_CHECKING:
+    from engine.kv_cache import Block
+
+
+@dataclass(eq=False, kw_only=True)
+class Span:
+    """Consecutive tokens whose keys and values are computed together and kept in one block."""
+
+    tokens: list[int]
+    parent: Prefix | None = None
+    """The prefix that these tokens continue."""
+    cached: int = 0
+    """How many of `tokens` have their keys and values in `block`."""
+    block: Block | None = None
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        return 0 if self.parent is None else self.parent.start + len(self.parent.tokens)
+
+    @property
+    def chain(self) -> tuple[Prefix, ...]:
+        """The prefixes before this span, the first one first."""
+        return () if self.parent is None else (*self.parent.chain, self.parent)
+
+
+@dataclass(eq=False, kw_only=True)
+class Prefix(Span):
+    """Tokens shared by several sequences; computed once, kept while somebody needs them."""
+
+    num_users: int = 0
+    """Waiting and running sequences, and prefixes, whose parent this one is."""
+    scored: bool = False
+    """Whether somebody asked for the log-probabilities of these tokens."""
+    logprobs: list[float | None] = field(default_factory=list)
+    next_logprobs: Any = None
+    """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether all of it is in the cache."""
+        return self.cached == len(self.tokens)
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence(Span):
+    """A job on its way: `tokens` are its own prompt tokens, then what was generated."""
+
+    job: Job
+    num_prompt: int
+    """How many of `tokens` are prompt."""
+    generated_logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+    """Of the own prompt tokens."""
+    rng: random.Random = field(default_factory=random.Random)
+    finish_reason: FinishReason | None = None
+    error: EngineError | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> Sequence:
+        """A new sequence for a checked job."""
+        rng = random.Random() if job.sampling.seed is None else random.Random(job.sampling.seed)
+        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt), rng=rng)
+
+    @property
+    def generated(self) -> list[int]:
+        """Generated tokens so far."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether its keys and values outlive the layer in hand: jobs of at most one new token need none."""
+        return self.job.max_new_tokens > 1
+
+    @property
+    def capacity(self) -> int:
+        """Own tokens whose keys and values must be kept at most (the last new one is never fed back)."""
+        return self.num_prompt + max(0, self.job.max_new_tokens - 1)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.finish_reason is not None or self.error is not None
+
+    def continue_from(self, prefix: Prefix) -> None:
+        """Leave the first own tokens, which must equal those of `prefix`, to `prefix`, a child of `parent`."""
+        assert self.cached == 0
+        assert prefix.parent is self.parent
+        assert self.tokens[: len(prefix.tokens)] == prefix.tokens
+        if self.parent is not None:
+            self.parent.num_users -= 1
+        self.tokens = self.tokens[len(prefix.tokens) :]
+        self.num_prompt -= len(prefix.tokens)
+        self.parent = prefix
+        prefix.num_users += 1
+
+    def take_back(self, shared: list[int]) -> None:
+        """Own again the tokens that were left to a chain of prefixes: this sequence then shares nothing."""
+        assert self.cached == 0
+        self.parent = None
+        self.tokens = shared + self.tokens
+        self.num_prompt += len(shared)

@@ -1,0 +1,269 @@
+"""Weights on their tiers, and their way through the device slots, layer by layer."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.arena import Arena
+from engine.model import CausalModel, Unit
+from engine.placement import TIERS, Extent, Split, Tier, lay_out, split_bytes, streamed_from
+from engine.policy import Share
+
+NUM_SLOTS = 2
+_STAGE_BYTES = 64 << 20
+_CHUNK_ELEMENTS = 16 << 20
+
+
+@dataclass(eq=False)
+class PlacedUnit:
+    """A unit of parameters, cut over the tiers."""
+
+    unit: Unit
+    extents: list[Extent]
+    split: Split
+    parts: dict[Tier, torch.Tensor]
+    """Bytes by tier; together, in the order of the tiers, they are the unit."""
+    start: int
+    """First byte that must be brought to the device before use."""
+
+    @property
+    def num_streamed(self) -> int:
+        """Bytes that pass through a slot."""
+        return self.split.num_bytes - self.start
+
+    def pieces(self) -> list[tuple[Tier, int, torch.Tensor]]:
+        """(tier, offset in the slot, bytes) of everything that is copied into the slot."""
+        pieces: list[tuple[Tier, int, torch.Tensor]] = []
+        for tier, first, end in self.split.parts():
+            low = max(first, self.start)
+            if low < end:
+                pieces.append((tier, low - self.start, self.parts[tier][low - first : end - first]))
+        return pieces
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Device memory that layers take turns in."""
+
+    memory: torch.Tensor
+    content: PlacedUnit | None = None
+    arrival: Future[Any] | None = None
+    in_use: bool = False
+    released: Any = field(default=None)
+    """CUDA event: the last computation that reads the slot."""
+
+
+class WeightStore:
+    """Places a model's parameters by percents and brings each unit to the device when its turn comes.
+
+    Parameters are views: of the device part where they lie there wholly, else of the slot that their unit passes
+    through. Resident bytes of a parameter that is cut by the border are copied within the device.
+    """
+
+    def __init__(self, model: CausalModel, share: Share, arena: Arena, *, overlap: bool = True) -> None:
+        self.model = model
+        self._arena = arena
+        self._device = arena.device
+        self._overlap = overlap
+        self._placed: dict[str, PlacedUnit] = {}
+        for unit in model.units:
+            if unit.owners:
+                self._placed[unit.name] = self._place(unit, share)
+        self._extent_of = {
+            extent.name: (placed, extent) for placed in self._placed.values() for extent in placed.extents
+        }
+        last = self._placed["embedding"] if model.is_tied else self._placed["head"]
+        order = [*(self._placed[f"layer.{index}"] for index in range(len(model.layers))), last]
+        self._by_step = order
+        self._streamed = [placed for placed in order if placed.num_streamed]
+        size = max((placed.num_streamed for placed in self._streamed), default=0)
+        count = min(NUM_SLOTS, len(self._streamed))
+        self._slots = [_Slot(arena.empty(size, "device")) for _ in range(count)]
+        self._slot_of = {id(placed): self._slots[i % count] for i, placed in enumerate(self._streamed)}
+        self._next = {id(a): b for a, b in pairwise([*self._streamed, *self._streamed[:1]])}
+        self._outer = arena.empty(self._placed["outer"].num_streamed if "outer" in self._placed else 0, "device")
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
+        self._copy_stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stage: list[tuple[torch.Tensor, Any]] = []
+        self._lookup: torch.Tensor | None = None
+        self._bind(last)
+
+    def placed_bytes(self) -> dict[str, dict[Tier, int]]:
+        """Bytes of each unit on each tier."""
+        return {
+            name: {tier: placed.parts[tier].numel() for tier in TIERS} for name, placed in self._placed.items()
+        }
+
+    def _place(self, unit: Unit, share: Share) -> PlacedUnit:
+        state = self.model.state
+        sizes = {name: state[name].numel() * state[name].element_size() for name in unit.owners}
+        extents, num_bytes = lay_out(sizes)
+        if unit.name == "embedding":  # cut between rows, which are looked up one by one
+            table = state[extents[0].name]
+            num_bytes = extents[0].end
+            split = split_bytes(num_bytes, share, table.shape[1] * table.element_size())
+        else:
+            split = split_bytes(num_bytes, share)
+        parts: dict[Tier, torch.Tensor] = {
+            "device": self._arena.empty(split.device, "device"),
+            "host": self._arena.empty(split.host, "host"),
+            "disk": self._arena.empty(split.disk, "disk"),
+        }
+        return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split))
+
+    def _bind(self, last: PlacedUnit) -> None:
+        for placed in self._placed.values():
+            if placed.unit.name == "outer":
+                self._bind_unit(placed, self._outer)
+            elif placed.unit.name != "embedding":
+                slot = self._slot_of.get(id(placed))
+                self._bind_unit(placed, slot.memory if slot else self._outer)
+        table = self._placed["embedding"]
+        if table.num_streamed == 0:
+            self._bind_unit(table, self._outer)
+        else:
+            embedding: Any = self.model.embedding
+            embedding.padding_idx = None  # only gradients know it, and it may lie beyond the rows looked up
+            embedding.register_forward_pre_hook(lambda module, args: (self._lookup, *args[1:]))
+        if self.model.is_tied:
+            slot = self._slot_of.get(id(table))
+            weight = self._view(table, table.extents[0], slot.memory if slot else self._outer)
+            assert self.model.output is not None
+            self.model.output._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+    def _bind_unit(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
+        for extent in placed.extents:
+            module, attribute = placed.unit.owners[extent.name]
+            view = self._view(placed, extent, slot)
+            module._parameters[attribute] = nn.Parameter(view, requires_grad=False)
+
+    def _view(self, placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
+        like = self.model.state[extent.name]
+        if extent.end <= placed.split.device:
+            flat = placed.parts["device"][extent.first : extent.end]
+        else:
+            flat = slot[extent.first - placed.start : extent.end - placed.start]
+        return flat.view(like.dtype).view(like.shape)
+
+    def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
+        """Copy a parameter, or consecutive elements of it, to its place, converting to the model's dtype."""
+        placed, extent = self._extent_of[name]
+        dtype = self.model.state[name].dtype
+        source = tensor.reshape(-1)
+        begin = extent.first + first_element * dtype.itemsize
+        for tier, first, end in placed.split.parts():
+            low, high = max(first, begin), min(end, begin + source.numel() * dtype.itemsize)
+            if low >= high:
+                continue
+            target = placed.parts[tier][low - first : high - first].view(dtype)
+            piece = source[(low - begin) // dtype.itemsize : (high - begin) // dtype.itemsize]
+            for at in range(0, piece.numel(), _CHUNK_ELEMENTS):
+                target[at : at + _CHUNK_ELEMENTS].copy_(piece[at : at + _CHUNK_ELEMENTS])
+
+    def finish_loading(self) -> None:
+        """To be called once every parameter is in place: brings what is always needed to the device."""
+        if "outer" in self._placed:
+            self._copy(self._placed["outer"], self._outer)
+
+    def look_up(self, ids: torch.Tensor) -> None:
+        """Prepare the token embedding for `ids` `[1, rows]` (on the host): brings just their rows to the device."""
+        table = self._placed["embedding"]
+        if table.num_streamed == 0:
+            return
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        like = self.model.state[table.extents[0].name]
+        rows = torch.empty(len(unique), like.shape[1], dtype=like.dtype, device=self._device)
+        row_bytes = like.shape[1] * like.element_size()
+        for tier, first, end in table.split.parts():
+            here = (unique >= first // row_bytes) & (unique < end // row_bytes)
+            if here.any():
+                part = table.parts[tier].view(like.dtype).view(-1, like.shape[1])
+                index = (unique[here] - first // row_bytes).to(part.device)
+                rows[here.to(self._device)] = part.index_select(0, index).to(self._device)
+        self.model.embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        self._lookup = inverse.to(self._device)
+
+    def acquire(self, step: int) -> None:
+        """Wait until layer `step` (or, behind the last layer, the head) can compute, and start fetching the next."""
+        placed = self._by_step[step]
+        slot = self._slot_of.get(id(placed))
+        if slot is None:
+            return
+        if slot.content is not placed:
+            self._fetch(placed, slot)
+        assert slot.arrival is not None
+        arrived = slot.arrival.result()
+        if arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(arrived)
+        slot.in_use = True
+        self._prefetch(placed)
+
+    def release(self, step: int) -> None:
+        """Tell that layer `step` has computed; its slot may be filled anew."""
+        placed = self._by_step[step]
+        slot = self._slot_of.get(id(placed))
+        if slot is None:
+            return
+        slot.in_use = False
+        if self._copy_stream is not None:
+            slot.released = torch.cuda.current_stream(self._device).record_event()
+        self._prefetch(placed)
+
+    def _prefetch(self, placed: PlacedUnit) -> None:
+        following = self._next[id(placed)]
+        slot = self._slot_of[id(following)]
+        if self._overlap and not slot.in_use and slot.content is not following:
+            self._fetch(following, slot)
+
+    def _fetch(self, placed: PlacedUnit, slot: _Slot) -> None:
+        slot.content = placed
+        slot.arrival = self._fetcher.submit(self._fill, placed, slot)
+
+    def _fill(self, placed: PlacedUnit, slot: _Slot) -> Any:
+        if self._copy_stream is None:
+            self._copy(placed, slot.memory)
+            return None
+        with torch.cuda.device(self._device), torch.cuda.stream(self._copy_stream):
+            if slot.released is not None:
+                self._copy_stream.wait_event(slot.released)
+            self._copy(placed, slot.memory)
+            return self._copy_stream.record_event()
+
+    def _copy(self, placed: PlacedUnit, target: torch.Tensor) -> None:
+        for tier, offset, piece in placed.pieces():
+            destination = target[offset : offset + piece.numel()]
+            if self._copy_stream is None or tier == "device" or (tier == "host" and self._arena.pinned):
+                destination.copy_(piece, non_blocking=True)
+            else:
+                self._copy_staged(piece, destination)
+
+    def _copy_staged(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy pageable or mapped bytes to the device through two page-locked buffers in turn."""
+        if not self._stage:
+            self._stage = [(torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True), None) for _ in range(2)]
+        for turn, first in enumerate(range(0, source.numel(), _STAGE_BYTES)):
+            buffer, copied = self._stage[turn % 2]
+            if copied is not None:
+                copied.synchronize()
+            size = min(_STAGE_BYTES, source.numel() - first)
+            buffer[:size].copy_(source[first : first + size])
+            target[first : first + size].copy_(buffer[:size], non_blocking=True)
+            event = torch.cuda.current_stream(self._device).record_event()
+            self._stage[turn % 2] = buffer, event
+
+    def close(self) -> None:
+        """Stop fetching; the arena frees the memory."""
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        for placed in self._placed.values():
+            for module, attribute in placed.unit.owners.values():
+                module._parameters[attribute] = None
+        if self.model.output is not None:
+            self.model.output._parameters["weight"] = None
+        self._placed.clear()
+        self._slots.clear()

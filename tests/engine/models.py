@@ -1,0 +1,92 @@
+"""Tiny random models of many families, with a real tokenizer, saved as Hugging Face directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 500
+WINDOW = 128
+
+_BASE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+_GQA = {**_BASE, "intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": WINDOW}
+_HEAD16 = {**_GQA, "head_dim": 16}
+_OPT = {**_BASE, "ffn_dim": 128, "max_position_embeddings": WINDOW}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {**_OPT, "word_embed_proj_dim": 64}),
+    "opt-post-norm": ("opt", {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "llama": ("llama", _GQA),
+    "qwen3": ("qwen3", _HEAD16),
+    "mistral": ("mistral", {**_GQA, "sliding_window": 8}),
+    "gemma2": ("gemma2", {**_HEAD16, "sliding_window": 8}),
+    "gpt-neox": ("gpt_neox", {**_BASE, "intermediate_size": 128, "max_position_embeddings": WINDOW}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": WINDOW}),
+    "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),
+    "mixtral": ("mixtral", {**_GQA, "num_local_experts": 4}),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of exactly `VOCABULARY` tokens, trained on the spot."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = [f"{a}{b}{c}" for a in ("pre", "re", "un") for b in ("place", "load", "fill") for c in ("s", "ed", "ing")]
+    tokenizer.train_from_iterator([" ".join(words), *(f" {n} {n * 37}" for n in range(400))], trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", model_max_length=WINDOW
+    )
+
+
+def save_model(directory: Path, family: str, **changes: Any) -> Path:
+    """Write a tiny random model of `family` with its tokenizer to `directory`."""
+    model_type, config = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2} | config | changes)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform, so that an error shows
+            parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 1
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def load_reference(directory: Path) -> PreTrainedModel:
+    """The same model in plain `transformers`, float32, eager attention."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+@torch.no_grad()
+def reference_logprobs(model: PreTrainedModel, tokens: list[int]) -> list[float]:
+    """log p(tokens[i] | tokens[:i]) for i >= 1, by one plain forward."""
+    logprobs = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+    return [logprobs[i - 1, tokens[i]].item() for i in range(1, len(tokens))]
+
+
+@torch.no_grad()
+def reference_greedy(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """Greedy tokens of `model.generate`, end-of-text excluded."""
+    output = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_new_tokens, do_sample=False,
+    )
+    tokens = output[0, len(prompt) :].tolist()
+    return tokens[:-1] if tokens and tokens[-1] == 2 else tokens
