@@ -14,7 +14,7 @@ import torch
 from engine.errors import CapacityError, ConfigError
 from engine.placement import TIERS, Tier
 
-_REGISTER_BYTES = 1 << 30  # cudaHostRegister runs at the speed of page faults: many threads, one part each
+_TOUCH_BYTES = 64 << 20
 
 
 class Arena:
@@ -64,8 +64,7 @@ class Arena:
         self.num_bytes[tier] -= num_bytes
         if tier == "host" and self.pinned:
             # Before the mapping goes: the driver would otherwise keep the pages of a later mapping at this address.
-            for first in range(0, num_bytes, _REGISTER_BYTES):
-                torch.cuda.cudart().cudaHostUnregister(pointer + first)
+            torch.cuda.cudart().cudaHostUnregister(pointer)
 
     def _map_file(self, num_bytes: int) -> torch.Tensor:
         if self.offload_dir is None:
@@ -93,18 +92,17 @@ class Arena:
 def _page_locked(num_bytes: int) -> torch.Tensor:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(pages, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
-    parts = [(first, min(_REGISTER_BYTES, num_bytes - first)) for first in range(0, num_bytes, _REGISTER_BYTES)]
 
-    def register(part: tuple[int, int]) -> int:
-        ctypes.memset(tensor.data_ptr() + part[0], 0, part[1])
-        return int(runtime.cudaHostRegister(tensor.data_ptr() + part[0], part[1], 0))
+    def touch(first: int) -> None:
+        ctypes.memset(tensor.data_ptr() + first, 0, min(_TOUCH_BYTES, num_bytes - first))
 
+    # Registering takes the time of the page faults, unless several threads have had them before.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        codes = list(pool.map(register, parts))
-    if any(codes):
+        list(pool.map(touch, range(0, num_bytes, _TOUCH_BYTES)))
+    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0))
+    if code:
         raise CapacityError(
-            f"cannot page-lock {num_bytes / 1e9:.1f} GB of host memory (CUDA error {max(codes)}); "
+            f"cannot page-lock {num_bytes / 1e9:.1f} GB of host memory (CUDA error {code}); "
             "raise the locked-memory limit, lower the cpu share, or set pin-weight: false"
         )
     return tensor

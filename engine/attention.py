@@ -133,7 +133,7 @@ class Scores:
         scores = scores + mask
         if self.sinks is None:
             return torch.softmax(scores, dim=-1)
-        sinks = self.sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        sinks = self.sinks.to(scores.device, torch.float32).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
 
 
@@ -183,25 +183,28 @@ def _decode(
 ) -> None:
     """Attend one new row of each sequence of `group`; query `[heads, rows, dim]` of the whole micro-batch."""
     taken = slice(group.first, group.end)
-    key, value = sweeping.cache.own(sweeping.layer, group, rows[taken])  # [sequences, kv heads, length, dim]
+    device = sweeping.cache.attention_device(group)
+    query, rows = query[:, taken].to(device), rows[taken].to(device)
+    key, value = sweeping.cache.own(sweeping.layer, group, rows)  # [sequences, kv heads, length, dim]
     heads, groups = key.shape[1], query.shape[0] // key.shape[1]
-    query = query[:, taken].transpose(0, 1).unflatten(1, (heads, groups))  # [sequences, kv heads, groups, dim]
+    query = query.transpose(0, 1).unflatten(1, (heads, groups))  # [sequences, kv heads, groups, dim]
     dots = query @ key.mT
     start = 0
     if group.chain:
-        prefix_key, prefix_value = sweeping.cache.prefix(sweeping.layer, group.chain)  # [kv heads, prefix, dim]
+        prefix = sweeping.cache.prefix(sweeping.layer, group.chain)
+        prefix_key, prefix_value = (x.to(device) for x in prefix)  # [kv heads, prefix, dim]
         start = prefix_key.shape[1]
         # All sequences against the one prefix: [kv heads, sequences * groups, dim] @ [kv heads, dim, prefix].
         flat = query.transpose(0, 1).flatten(1, 2)
         shared = (flat @ prefix_key.mT).unflatten(1, (-1, groups)).transpose(0, 1)
         dots = torch.cat((shared, dots), dim=-1)
-    weights = scores.weights(dots.flatten(1, 2)[:, :, None], group.mask(scores.window)[:, None, None])
+    weights = scores.weights(dots.flatten(1, 2)[:, :, None], group.mask(scores.window).to(device)[:, None, None])
     weights = weights.to(value.dtype).view_as(dots)
     result = weights[..., start:] @ value
     if group.chain:
         flat = weights[..., :start].transpose(0, 1).flatten(1, 2)
         result = result + (flat @ prefix_value).unflatten(1, (-1, groups)).transpose(0, 1)
-    output[taken] = result.flatten(1, 2)
+    output[taken] = result.flatten(1, 2).to(output.device)
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)

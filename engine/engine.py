@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from engine.arena import Arena
-from engine.checkpoint import describe
+from engine.checkpoint import ModelDescription, describe
 from engine.completion import Text, advance, completion_of
 from engine.errors import CapacityError, CheckpointError, EngineError, JobError, UnsupportedError
 from engine.executor import Executor
@@ -89,40 +89,49 @@ class Engine:
         `UnsupportedError`, or `CapacityError` when the policy does not fit the memory at hand.
         """
         policy = Policy.load(policy)
-        for key, value in (("compress-weight", policy.compress_weight), ("compress-cache", policy.compress_cache)):
-            if value:
-                raise UnsupportedError(f"{key}: {value} is not supported yet; leave it out")
-        if policy.cpu_cache_compute:
-            raise UnsupportedError("cpu-cache-compute is not supported yet; leave it out")
         description = describe(model)
+        path = Path(description.path)
+        return cls.open(description, policy, lambda store: load_checkpoint(path, store))
+
+    @classmethod
+    def open(cls, description: ModelDescription, policy: Policy, fill: Callable[[WeightStore], None]) -> Engine:
+        """Open the described model with weights that `fill` puts in place (benchmarks fill random ones)."""
+        _refuse_unsupported(policy)
         device_name = resolve_device(policy.device)
         device = torch.device(device_name)
         dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
         path = Path(description.path)
         tokenizer = _load_tokenizer(path)
-        causal = CausalModel(path, dtype, device)
+        model = CausalModel(path, dtype, device)
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
-        plan = make_plan(shape_of(causal), policy, memory, on_cpu=device.type == "cpu")
-        arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
+        plan = make_plan(shape_of(model), policy, memory, on_cpu=device.type == "cpu")
         if device.type == "cuda" and policy.gpu_memory is not None:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, policy.gpu_memory / total), device)
+        arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
         store = None
         try:
-            store = WeightStore(causal, plan.weights, arena, overlap=policy.overlap)
-            load_checkpoint(path, store)
-            cache = KVCache(causal.kv_shapes, dtype, arena, plan.cache_budgets, plan.kv_cache)
-            hidden = HiddenStates(arena, plan.activations, causal.hidden_size, dtype)
+            store = WeightStore(model, plan.weights, arena, overlap=policy.overlap)
+            fill(store)
+            cache = KVCache(
+                model.kv_shapes,
+                dtype,
+                arena,
+                plan.cache_budgets,
+                plan.kv_cache,
+                compute_on_host=policy.cpu_cache_compute,
+            )
+            hidden = HiddenStates(arena, plan.activations, model.hidden_size, dtype)
             return cls(
-                causal,
+                model,
                 store,
                 Scheduler(plan.limits, cache, share_prefix=policy.share_prefix),
-                Executor(causal, store, cache, hidden),
+                Executor(model, store, cache, hidden),
                 tokenizer,
                 policy=policy,
                 plan=plan,
                 window=description.window,
-                end_of_text=_end_of_text(path, causal, tokenizer),
+                end_of_text=_end_of_text(path, model, tokenizer),
                 arena=arena,
             )
         except BaseException as error:
@@ -190,7 +199,11 @@ class Engine:
             self._changed.notify_all()
         self._worker.join()
         self._weights.close()
+        self._scheduler = self._executor = None  # type: ignore[assignment] # they hold tensors
         self._arena.close()
+        if self._arena.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0, self._arena.device)
 
     def __enter__(self) -> Engine:
         return self
@@ -307,6 +320,15 @@ def shape_of(model: CausalModel) -> ModelShape:
         hidden_row_bytes=model.hidden_size * item,
         work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
     )
+
+
+def _refuse_unsupported(policy: Policy) -> None:
+    for key, value in (
+        ("compress-weight", policy.compress_weight),
+        ("compress-cache", policy.compress_cache),
+    ):
+        if value:
+            raise UnsupportedError(f"{key}: {value} is not supported yet; leave it out")
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -34,7 +34,14 @@ class KVCache:
     """
 
     def __init__(
-        self, shapes: list[KVShape], dtype: torch.dtype, arena: Arena, budgets: dict[Tier, int], share: Share | None
+        self,
+        shapes: list[KVShape],
+        dtype: torch.dtype,
+        arena: Arena,
+        budgets: dict[Tier, int],
+        share: Share | None,
+        *,
+        compute_on_host: bool = False,
     ) -> None:
         self.shapes = shapes
         self.dtype = dtype
@@ -42,6 +49,7 @@ class KVCache:
         """Bytes of one token over all layers."""
         self._arena = arena
         self._share = share
+        self._compute_on_host = compute_on_host
         self._max_rows = {tier: budgets[tier] // self.row_bytes for tier in TIERS}
         self._extents = {tier: Extents() for tier in TIERS}
         self._tables: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
@@ -122,10 +130,16 @@ class KVCache:
         stored = self._tables[block.tier][layer][block.first : block.first + block.num_rows]
         return stored.to(self._arena.device, non_blocking=True)
 
+    def attention_device(self, group: DecodeGroup) -> torch.device:
+        """Where a decode group's attention is computed: by its keys and values, if the policy wants that."""
+        if self._compute_on_host and group.device_index is None:
+            return torch.device("cpu")
+        return self._arena.device
+
     def own(self, layer: int, group: DecodeGroup, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a decode group's own tokens, the new one included: `[sequences, heads, length, dim]`.
 
-        `new` are the group's new rows `[sequences, width]`. Rows beyond a sequence's length hold anything finite.
+        `new` are the group's new rows `[sequences, width]`; where they are, the result is. Rows beyond a sequence's length hold anything finite.
         """
         if group.device_index is not None:
             rows = self._tables["device"][layer].index_select(0, group.device_index)
@@ -137,7 +151,7 @@ class KVCache:
                 assert block is not None
                 stored = self._tables[block.tier][layer][block.first : block.first + segment.past]
                 rows[index, : segment.past].copy_(stored, non_blocking=True)
-            rows[torch.arange(len(group.segments), device=rows.device), group.past] = new
+            rows[torch.arange(len(group.segments), device=rows.device), group.past.to(rows.device)] = new
         return self.unpack(layer, rows)
 
     def unpack(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

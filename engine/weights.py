@@ -181,11 +181,11 @@ class WeightStore:
         rows = torch.empty(len(unique), like.shape[1], dtype=like.dtype, device=self._device)
         row_bytes = like.shape[1] * like.element_size()
         for tier, first, end in table.split.parts():
-            here = (unique >= first // row_bytes) & (unique < end // row_bytes)
-            if here.any():
+            here = ((unique >= first // row_bytes) & (unique < end // row_bytes)).nonzero()[:, 0]
+            if len(here):
                 part = table.parts[tier].view(like.dtype).view(-1, like.shape[1])
                 index = (unique[here] - first // row_bytes).to(part.device)
-                rows[here.to(self._device)] = part.index_select(0, index).to(self._device)
+                rows.index_copy_(0, here.to(self._device), part.index_select(0, index).to(self._device))
         self.model.embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         self._lookup = inverse.to(self._device)
 

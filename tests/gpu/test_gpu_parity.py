@@ -1,0 +1,139 @@
+"""On a CUDA device the engine gives what plain transformers gives there, under every placement, within its memory cap."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from engine import Completion, Engine, Job, Policy, Sampling
+
+pytestmark = pytest.mark.gpu
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "device": {"percent": [100, 0, 100, 0, 100, 0]},
+    "20-80": {"percent": [20, 80, 0, 100, 0, 100]},
+    "host": {"percent": [0, 100, 0, 100, 0, 100]},
+    "disk": {"percent": [0, 0, 0, 0, 0, 0]},
+    "thirds": {"percent": [34, 33, 34, 33, 34, 33]},
+    "unpinned": {"percent": [20, 80, 0, 100, 0, 100], "pin-weight": False},
+    "serial": {"percent": [20, 80, 0, 100, 0, 100], "overlap": False},
+    "cpu-attention": {"percent": [20, 80, 0, 100, 0, 100], "cpu-cache-compute": True},
+    "padded": {"percent": [50, 50, 50, 50, 50, 50], "pad-to-seq-len": 64},
+    "bucket": {"percent": [50, 50, 50, 50, 50, 50], "pad-to-seq-len": "bucket", "gpu-batch-size": 2},
+}
+CAP = 2 << 30
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(1)
+    shared = [rng.randrange(3, 500) for _ in range(24)]
+    lengths = ((shared, 5), (shared, 9), (shared, 1), (shared, 9), ([], 1), ([], 30), ([], 30))
+    return [start + [rng.randrange(3, 500) for _ in range(length)] for start, length in lengths]
+
+
+@pytest.fixture(scope="module", params=list(models.FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    return models.save_model(directory, request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(family: Path) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and log-probabilities of prompt and tokens, by plain transformers on the CPU in float32."""
+    reference = models.load_reference(family)
+    tokens = [models.reference_greedy(reference, prompt, 8) for prompt in prompts()]
+    return [(new, models.reference_logprobs(reference, prompt + new)) for prompt, new in zip(prompts(), tokens)]
+
+
+def run(directory: Path, policy: dict[str, Any], jobs: list[Job], tmp_path: Path) -> list[Completion]:
+    policy = {"device": "cuda", "gpu-memory": "2GiB", "offload-dir": str(tmp_path), **policy}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with Engine.from_pretrained(str(directory), policy=policy) as engine:
+        done = engine.run(jobs)
+        assert torch.cuda.max_memory_reserved() <= CAP
+    assert not list(tmp_path.iterdir())
+    return done
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_float32_equals_transformers(
+    family: Path,
+    expected: list[tuple[list[int], list[float]]],
+    policy: str,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    jobs = [Job(prompt=prompt, max_new_tokens=8, prompt_logprobs=True) for prompt in prompts()]
+    done = run(family, {**POLICIES[policy], "dtype": "float32"}, jobs, tmp_path)
+    largest = 0.0
+    for completion, (tokens, logprobs) in zip(done, expected, strict=True):
+        assert completion.error is None
+        assert list(completion.tokens) == tokens
+        assert completion.prompt_logprobs is not None
+        found = [*completion.prompt_logprobs[1:], *completion.logprobs]
+        largest = max(largest, *(abs(a - b) for a, b in zip(found, logprobs, strict=True)))
+    record_property("largest_logprob_difference", largest)
+    assert largest < 1e-4
+
+
+@pytest.mark.parametrize("policy", ["device", "20-80", "thirds"])
+def test_float16_is_near_transformers(
+    family: Path, policy: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """float16 on the card: log-probabilities of the same tokens within 2e-2 of transformers' float16 on the card."""
+    reference = models.load_reference(family).half().cuda()
+    jobs = [Job(prompt=prompt, max_new_tokens=8, prompt_logprobs=True) for prompt in prompts()]
+    done = run(family, {**POLICIES[policy], "dtype": "float16"}, jobs, tmp_path)
+    largest = 0.0
+    for job, completion in zip(jobs, done, strict=True):
+        tokens = [*job.prompt, *completion.tokens]
+        with torch.no_grad():
+            logits = reference(torch.tensor([tokens], device="cuda")).logits[0].float()
+        logprobs = logits.log_softmax(-1).cpu()
+        assert completion.prompt_logprobs is not None
+        found = [*completion.prompt_logprobs[1:], *completion.logprobs]
+        for i, value in enumerate(found):
+            assert value is not None
+            largest = max(largest, abs(value - logprobs[i, tokens[i + 1]].item()))
+        for i, token in enumerate(completion.tokens):  # greedy, but for ties within rounding
+            row = logprobs[len(job.prompt) + i - 1]
+            assert row.max().item() - row[token].item() < 2e-2
+    record_property("largest_logprob_difference", largest)
+    assert largest < 2e-2
+
+
+def test_samples_and_stops_do_not_depend_on_placement(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = models.save_model(tmp_path_factory.mktemp("llama"), "llama")
+    sampling = [Sampling(temperature=0.9, top_p=0.9, top_k=50, seed=seed) for seed in range(7)]
+    jobs = [
+        Job(prompt=prompt, max_new_tokens=12, sampling=how, stop=["1"])
+        for prompt, how in zip(prompts(), sampling, strict=True)
+    ]
+    dtype = {"dtype": "float32"}
+    expected = run(directory, {**POLICIES["device"], **dtype}, jobs, tmp_path)
+    for policy in POLICIES.values():
+        assert [c.tokens for c in run(directory, {**policy, **dtype}, jobs, tmp_path)] == [c.tokens for c in expected]
+
+
+def test_greedy_plan_fits_a_small_card(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`auto` under a cap smaller than the weights places the rest on the host and stays under the cap."""
+    directory = models.save_model(
+        tmp_path_factory.mktemp("wide"), "llama", hidden_size=1024, intermediate_size=8192, num_hidden_layers=12
+    )
+    policy = Policy.load({"device": "cuda", "dtype": "float32", "gpu-memory": "1GB"})
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with Engine.from_pretrained(str(directory), policy=policy) as engine:
+        assert engine.plan.weights.gpu < 100
+        done = engine.run([Job(prompt=prompt, max_new_tokens=4) for prompt in prompts()])
+        assert torch.cuda.max_memory_reserved() <= 1_000_000_000
+    reference = models.load_reference(directory)
+    for prompt, completion in zip(prompts(), done, strict=True):
+        assert list(completion.tokens) == models.reference_greedy(reference, prompt, 4)
