@@ -99,6 +99,8 @@ class Engine:
         _refuse_unsupported(policy)
         device_name = resolve_device(policy.device)
         device = torch.device(device_name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
         path = Path(description.path)
         tokenizer = _load_tokenizer(path)
