@@ -1,0 +1,72 @@
+"""The demo: HELM's own fact-completion scenario on real facts about countries, with a real small model."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+
+OUTPUT_PATH = "benchmark_output/demo"
+"""Not `benchmark_output`: HELM would take the demo's facts there for the whole of WikiFact ever after."""
+
+NEXT = (
+    "Next, a model that is larger than your GPU:\n"
+    "  python -m flexgen_helm.run --model facebook/opt-30b --policy opt-30b-t4 -r mmlu:subject=anatomy -m 100"
+)
+
+CONTINENTS = {
+    "AF": "Africa",
+    "AN": "Antarctica",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
+NUM_TRAIN = 10
+"""Countries whose facts serve as examples in the prompts; the others are asked for."""
+
+
+def write_facts(countries: Iterable[Mapping[str, Any]], output_path: Path) -> None:
+    """Write the facts where HELM's WikiFact scenario looks for its download.
+
+    Raises `ConfigError` if other facts are there.
+    """
+    chosen = [country for country in countries if _is_fair(country)]
+    chosen.sort(key=lambda country: str(country["name"]))
+    random.Random(0).shuffle(chosen)
+    folder = output_path / "scenarios" / "wikifact" / "data"
+    contents = {
+        "train.jsonl": "".join(_facts(chosen[:NUM_TRAIN])),
+        "dev.jsonl": "",
+        "test.jsonl": "".join(_facts(chosen[NUM_TRAIN:])),
+    }
+    for name, content in contents.items():
+        file = folder / name
+        if file.exists() and file.read_text(encoding="utf-8") != content:
+            raise ConfigError(f"{file} holds other facts than the demo's; give the demo another directory with -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def _is_fair(country: Mapping[str, Any]) -> bool:
+    """Leave out tiny territories, and capitals that the country's own name gives away."""
+    name, capital = str(country["name"]), str(country["capital"])
+    return country["population"] >= 500_000 and bool(capital) and name not in capital and capital not in name
+
+
+def _facts(countries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for country in countries:
+        name = country["name"]
+        for wikidata_property, question, answer in (
+            ("P36", f"The capital of {name} is", country["capital"]),
+            ("P30", f"The continent of {name} is", CONTINENTS[country["continentcode"]]),
+            ("P1376", f"{country['capital']} is the capital of", name),
+        ):
+            fact = {"property": wikidata_property, "template": question, "result_names": [[answer]]}
+            yield json.dumps(fact, ensure_ascii=False) + "\n"

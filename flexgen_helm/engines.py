@@ -1,0 +1,179 @@
+"""The engines of this process: one per model directory and policy, loaded when first needed, closed at exit."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from helm.common.hierarchical_logger import hexception, htrack_block
+
+from engine.checkpoint import ModelDescription, describe, result_identity
+from engine.errors import EngineError
+from engine.job import Completion, Job
+from engine.policy import Policy
+from flexgen_helm.batcher import Batcher, Done
+
+Identity = dict[str, str | int | None]
+
+
+class RunningEngine(Protocol):
+    """What is needed of `engine.Engine`."""
+
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Completion]]:
+        """Yield (position in jobs, completion), each as soon as it is there."""
+
+    def close(self) -> None:
+        """Give back all memory and files."""
+
+
+Load = Callable[[str, Policy], RunningEngine]
+"""Makes a running engine of a model directory and a policy."""
+
+
+def load_engine(path: str, policy: Policy) -> RunningEngine:
+    """Load weights; takes as long as reading them does."""
+    from engine import Engine
+
+    engine: RunningEngine = Engine.from_pretrained(path, policy=policy)
+    return engine
+
+
+class Served:
+    """One model under one policy: described without its weights, which load when the first job needs them.
+
+    Safe to use from several threads. What failed once fails again at once, with the same error.
+    """
+
+    def __init__(self, registry: EngineRegistry, description: ModelDescription, policy: Policy) -> None:
+        self.description = description
+        self.policy = policy
+        self.batcher = Batcher(self.stream)
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._identity: Identity | None = None
+        self._engine: RunningEngine | None = None
+        self._failure: EngineError | None = None
+        self._num_users = 0
+
+    @property
+    def identity(self) -> Identity:
+        """What of model and policy can change a result (`engine.checkpoint.result_identity`)."""
+        with self._lock:
+            if self._identity is None:
+                self._identity = result_identity(self.description.path, self.policy)
+            return self._identity
+
+    def stream(self, jobs: Sequence[Job]) -> Iterator[Done]:
+        """Run jobs, loading the engine if need be; raises `EngineError` for a fault of the engine only."""
+        with self._running() as engine:
+            started = time.perf_counter()
+            try:
+                for index, completion in engine.stream(jobs):
+                    yield Done(index=index, completion=completion, seconds=time.perf_counter() - started)
+            except EngineError:
+                raise
+            except Exception as error:
+                raise _as_engine_error(f"the engine failed on {self.description.path}", error) from error
+
+    @contextmanager
+    def _running(self) -> Iterator[RunningEngine]:
+        with self._registry.loading:
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            if self._engine is None:
+                self._registry.close_idle()
+                self._engine = self._load()
+            with self._lock:
+                self._num_users += 1
+        try:
+            yield self._engine
+        finally:
+            with self._lock:
+                self._num_users -= 1
+
+    def _load(self) -> RunningEngine:
+        try:
+            with htrack_block(f"Loading {self.description.path}"):
+                return self._registry.load(self.description.path, self.policy)
+        except EngineError as error:
+            self._failure = error
+        except Exception as error:
+            self._failure = _as_engine_error(f"{self.description.path} cannot be loaded", error)
+        raise self._failure
+
+    def close(self) -> None:
+        """Close the engine if one is loaded; a later job loads it again."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody runs jobs on it now."""
+        with self._lock:
+            return self._num_users == 0
+
+
+class EngineRegistry:
+    """Hands out the `Served` of a model and policy, the same to everybody who asks.
+
+    Before it loads an engine it closes those that are idle: each was given the memory that it found free.
+    """
+
+    def __init__(self, load: Load = load_engine) -> None:
+        self.load = load
+        self.loading = threading.Lock()
+        """Held while an engine loads; a second one would measure memory that the first is about to take."""
+        self._lock = threading.Lock()
+        self._served: dict[tuple[str, Policy], Served] = {}
+        self._described: dict[str, ModelDescription | EngineError] = {}
+
+    def served(self, model: str, policy: Policy) -> Served:
+        """The `Served` of a hub id or directory; raises `EngineError` when it is no usable model."""
+        with self._lock:
+            if model not in self._described:
+                try:
+                    self._described[model] = describe(model)
+                except EngineError as error:
+                    self._described[model] = error
+            description = self._described[model]
+            if isinstance(description, EngineError):
+                raise description.with_traceback(None)
+            key = (os.path.realpath(description.path), policy)
+            if key not in self._served:
+                self._served[key] = Served(self, description, policy)
+            return self._served[key]
+
+    def close_idle(self) -> None:
+        """Close the engines that run no jobs; the caller holds `loading`."""
+        for served in self._everyone():
+            if served.is_idle:
+                served.close()
+
+    def close(self) -> None:
+        """Close all engines and forget what is known of the models."""
+        for served in self._everyone():
+            served.close()
+        with self._lock:
+            self._served.clear()
+            self._described.clear()
+
+    def _everyone(self) -> list[Served]:
+        with self._lock:
+            return list(self._served.values())
+
+
+def _as_engine_error(what: str, error: Exception) -> EngineError:
+    hexception(error)
+    return EngineError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+engines = EngineRegistry()
+"""The registry of this process: HELM builds clients concurrently and without a lock, so they meet here."""
+
+atexit.register(engines.close)

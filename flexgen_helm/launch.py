@@ -1,0 +1,155 @@
+"""From a command line to a HELM run: everything is checked before anything is written or a weight is read."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from helm.benchmark.config_registry import register_builtin_configs_from_helm_package, register_configs_from_directory
+from helm.benchmark.huggingface_registration import (
+    register_huggingface_hub_model_from_flag_value,
+    register_huggingface_local_model_from_flag_value,
+)
+from helm.benchmark.run import import_user_plugins, load_entry_point_plugins, run_benchmarking
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import set_benchmark_output_path
+from helm.common.authentication import Authentication
+from helm.common.hierarchical_logger import setup_default_logging
+from helm.proxy.services.remote_service import create_authentication
+
+from engine.errors import ConfigError, EngineError, InstallationError
+from flexgen_helm import assets, demo
+from flexgen_helm.command_line_runner import CommandLineRunner
+from flexgen_helm.entries import assign_models, build_run_specs, check_run_spec_names, read_entries
+from flexgen_helm.errors import RunFailed
+from flexgen_helm.flags import PolicySpec, parse_run_flags, policy_from_flags
+from flexgen_helm.footprint import Footprint
+from flexgen_helm.installation import model_problem
+from flexgen_helm.models import Models
+from flexgen_helm.progress import Progress
+from flexgen_helm.runner import RunsFailed
+from flexgen_helm.scores import read_scores, table
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the entries of a command line, or the demo; `EngineError` for bad input, `RunFailed` for a failed run."""
+    args = parse_run_flags(arguments)
+    policy = policy_from_flags(args)
+    is_demo = not (args.conf_paths or args.run_entries or args.run_specs or args.description)
+    args.output_path = args.output_path or (demo.OUTPUT_PATH if is_demo else "benchmark_output")
+    if is_demo:
+        args.conf_paths = ["demo"]
+    if problem := model_problem():
+        raise InstallationError(problem)
+    _set_up_logging(args)
+    footprint = Footprint()
+    run_specs: list[RunSpec] = []
+    try:
+        footprint.watch([args.output_path, args.local_path])
+        run_specs = _prepare(args, policy, is_demo=is_demo)
+        footprint.watch(_run_path(args, run_spec) for run_spec in run_specs)
+        _execute(args, run_specs)
+    except EngineError:
+        finished = [path for path in (_run_path(args, spec) for spec in run_specs) if (path / "stats.json").exists()]
+        footprint.undo(keep=Path(args.output_path) / "scenarios", finished=finished)
+        raise
+    if is_demo:
+        print(demo.NEXT)
+    return 0
+
+
+def _set_up_logging(args: argparse.Namespace) -> None:
+    """Show HELM's log as anybody asks for it; where nobody does, its warnings only."""
+    logger = logging.getLogger("helm")
+    if not logger.handlers:
+        setup_default_logging(args.log_config)
+    if not (args.debug or args.log_config or os.environ.get("HELM_LOG_LEVEL") or os.environ.get("LOG_LEVEL")):
+        logger.setLevel(logging.WARNING)
+
+
+def _prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: bool) -> list[RunSpec]:
+    """Check everything that can be checked beforehand; then write what HELM reads. Returns what is to be run."""
+    _register_with_helm(args)
+    entries = read_entries(args)
+    check_run_spec_names(entries)
+    named = [args.model] if args.model else list(args.models_to_run or [])
+    models = Models(policy=policy, path=args.path, apply_chat_template=False if is_demo and not named else None)
+    if is_demo and not named:
+        named = [str(assets.demo_model())]
+    assigned = assign_models(entries, named, models.target, skip_others=bool(args.models_to_run))
+    set_benchmark_output_path(args.output_path)
+    run_specs = build_run_specs(assigned, args)
+    if is_demo:
+        demo.write_facts(assets.countries(), Path(args.output_path))
+    models.write(args.local_path)
+    return run_specs
+
+
+def _register_with_helm(args: argparse.Namespace) -> None:
+    """Make HELM know what `helm-run` would make it know."""
+    register_builtin_configs_from_helm_package()
+    try:
+        register_configs_from_directory(args.local_path)
+        load_entry_point_plugins()
+        import_user_plugins(args.plugins or [])
+        for name in args.enable_huggingface_models:
+            register_huggingface_hub_model_from_flag_value(name)
+        for name in args.enable_local_huggingface_models:
+            register_huggingface_local_model_from_flag_value(name)
+    except Exception as error:  # whatever is in the user's files
+        raise ConfigError(f"HELM cannot read {args.local_path} or the plugins: {_named(error)}") from error
+
+
+def _execute(args: argparse.Namespace, run_specs: list[RunSpec]) -> None:
+    """Run, then show the scores; `EngineError` for bad input that only shows now, `RunFailed` for a failed run."""
+    display = CommandLineRunner.display = Progress(num_runs=len(run_specs))
+    own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
+    auth = create_authentication(args) if args.server_url and not args.skip_instances else Authentication("")
+    failure: Exception | None = None
+    try:
+        run_benchmarking(
+            run_specs=run_specs,
+            auth=auth,
+            url=args.server_url,
+            local_path=args.local_path,
+            num_threads=args.num_threads,
+            output_path=args.output_path,
+            suite=args.suite,
+            dry_run=args.dry_run,
+            skip_instances=args.skip_instances,
+            cache_instances=args.cache_instances,
+            cache_instances_only=args.cache_instances_only,
+            skip_completed_runs=args.skip_completed_runs,
+            exit_on_error=args.exit_on_error,
+            runner_class_name=args.runner_class_name or own,
+            mongo_uri=args.mongo_uri,
+            disable_cache=args.disable_cache,
+        )
+    except Exception as error:
+        failure = error
+    throughput = display.close()
+    scores = read_scores(run_specs, Path(args.output_path) / "runs" / args.suite)
+    if scores and not args.dry_run:
+        print(table(scores), throughput, f"results: {Path(args.output_path) / 'runs' / args.suite}", sep="\n")
+    if failure is not None:
+        raise _verdict(failure, len(run_specs)) from failure
+
+
+def _verdict(failure: Exception, num_runs: int) -> Exception:
+    """Tell bad input (`EngineError`) from a failed run (`RunFailed`), which it is as soon as one went well."""
+    if isinstance(failure, RunsFailed) and failure.bad_input and len(failure.failures) == num_runs:
+        return next(iter(failure.failures.values()))
+    if isinstance(failure, EngineError) and type(failure) is not EngineError:
+        return failure
+    return RunFailed(str(failure) if isinstance(failure, RunsFailed | EngineError) else _named(failure))
+
+
+def _run_path(args: argparse.Namespace, run_spec: RunSpec) -> Path:
+    return Path(args.output_path) / "runs" / str(args.suite) / run_spec.name
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

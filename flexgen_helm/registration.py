@@ -1,0 +1,196 @@
+"""HELM's entries for a user's model: made from its files, registered in this process, merged into a local path."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helm.benchmark.model_deployment_registry import (
+    ALL_MODEL_DEPLOYMENTS,
+    ClientSpec,
+    ModelDeployment,
+    register_model_deployment,
+)
+from helm.benchmark.model_metadata_registry import (
+    FULL_FUNCTIONALITY_TEXT_MODEL_TAG,
+    MODEL_NAME_TO_MODEL_METADATA,
+    TEXT_MODEL_TAG,
+    ModelMetadata,
+    register_model_metadata,
+)
+from helm.benchmark.tokenizer_config_registry import (
+    TOKENIZER_NAME_TO_CONFIG,
+    TokenizerConfig,
+    TokenizerSpec,
+    register_tokenizer_config,
+)
+
+from engine.checkpoint import ModelDescription, describe
+from engine.errors import CheckpointError, ConfigError
+from engine.policy import Policy
+from flexgen_helm.yaml_lists import add_to_yaml_lists
+
+CLIENT = "flexgen_helm.client.FlexGenClient"
+TOKENIZER = "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer"
+
+_FILES = (
+    ("model_metadata.yaml", "models"),
+    ("tokenizer_configs.yaml", "tokenizer_configs"),
+    ("model_deployments.yaml", "model_deployments"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """What HELM must know to run a model on the engine; all three refer to each other by name."""
+
+    model: ModelMetadata
+    tokenizer: TokenizerConfig
+    deployment: ModelDeployment
+
+
+def entries_for(
+    model: str,
+    *,
+    name: str | None = None,
+    policy: str | Path | Mapping[str, Any] | Policy = "auto",
+    max_sequence_length: int | None = None,
+    apply_chat_template: bool | None = None,
+    top_k: int | None = None,
+) -> Entries:
+    """Make the entries of a hub id or model directory; reads its tokenizer, but no weights.
+
+    The HELM model is called `name`, by default the hub id, or local/<directory>. Raises `EngineError` for a model that
+    the engine cannot run, and where the longest sequence is neither given nor to be found.
+    """
+    description = describe(model)
+    is_directory = Path(model).expanduser().is_dir()
+    source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
+    helm_name = _checked_name(name) if name else _default_name(source, is_directory)
+    end_of_text_token, prefix_token, tokenizer_limit = _read_tokenizer(description.path)
+    args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
+    if apply_chat_template is not None:
+        args["apply_chat_template"] = apply_chat_template
+    if top_k is not None:
+        args["top_k"] = top_k
+    return Entries(
+        model=ModelMetadata(
+            name=helm_name,
+            display_name=helm_name.split("/")[1],
+            description=f"{description.model_type} model from {source}",
+            creator_organization_name=helm_name.split("/")[0],
+            access="open",
+            release_date=None,
+            tags=[TEXT_MODEL_TAG, FULL_FUNCTIONALITY_TEXT_MODEL_TAG],
+        ),
+        tokenizer=TokenizerConfig(
+            name=helm_name,
+            tokenizer_spec=TokenizerSpec(class_name=TOKENIZER, args={"pretrained_model_name_or_path": source}),
+            end_of_text_token=end_of_text_token,
+            prefix_token=prefix_token,
+        ),
+        deployment=ModelDeployment(
+            name=f"flexgen/{helm_name.split('/')[1]}",
+            model_name=helm_name,
+            tokenizer_name=helm_name,
+            max_sequence_length=_longest_sequence(model, max_sequence_length, description, tokenizer_limit),
+            client_spec=ClientSpec(class_name=CLIENT, args=args),
+        ),
+    )
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[^/\s,:=]+/[^/\s,:=]+", name):
+        raise ConfigError(f"HELM model name {name!r} is not of the form organization/model, e.g. local/my-model")
+    return name
+
+
+def _default_name(source: str, is_directory: bool) -> str:
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(source)) or "model"
+    return f"local/{last}" if is_directory or "/" not in source else source
+
+
+def _read_tokenizer(path: str) -> tuple[str, str, int]:
+    from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+
+    try:
+        with HuggingFaceTokenizer.create_tokenizer(path) as tokenizer:
+            return tokenizer.eos_token or "", tokenizer.bos_token or "", int(tokenizer.model_max_length)
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _longest_sequence(model: str, given: int | None, description: ModelDescription, tokenizer_limit: int) -> int:
+    limit = description.window
+    if given is not None:
+        if given < 1 or (limit is not None and given > limit):
+            raise ConfigError(f"max_sequence_length {given} of {model} is not between 1 and its window, {limit}")
+        return given
+    if limit is not None:
+        return limit
+    if tokenizer_limit < 1_000_000:  # transformers writes 10**30 where a tokenizer sets no limit
+        return tokenizer_limit
+    raise ConfigError(f"neither config nor tokenizer of {model} tell its longest sequence; give max_sequence_length")
+
+
+def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | dict[str, Any]:
+    checked = Policy.load(policy)
+    if isinstance(policy, Policy):
+        return checked.as_mapping() or "auto"
+    if isinstance(policy, Mapping):
+        return dict(policy)
+    file = Path(policy).expanduser()
+    return str(file.absolute()) if file.is_file() else str(policy)
+
+
+def register_in_process(entries: Entries) -> None:
+    """Make HELM in this process know the entries.
+
+    Model and tokenizer stay as they are if they are registered; the deployment is replaced, because it says how this
+    run is to be done.
+    """
+    if entries.model.name not in MODEL_NAME_TO_MODEL_METADATA:
+        register_model_metadata(dataclasses.replace(entries.model))
+    if entries.tokenizer.name not in TOKENIZER_NAME_TO_CONFIG:
+        register_tokenizer_config(entries.tokenizer)
+    ALL_MODEL_DEPLOYMENTS[:] = [known for known in ALL_MODEL_DEPLOYMENTS if known.name != entries.deployment.name]
+    register_model_deployment(entries.deployment)
+
+
+def merge_into_local_path(entries: Entries, local_path: str | Path) -> list[str]:
+    """Add the entries to HELM's three YAML files in `local_path`; return a line for each that was there, but different.
+
+    helm-summarize and helm-server know only these files. Nothing that stands in them is changed, and no file is ever
+    half written. Models and tokenizers that HELM ships are left to HELM. Raises `ConfigError` if a file cannot be
+    read or written.
+    """
+    directory = Path(local_path).expanduser()
+    mappings = [_as_mapping(entries.model), _as_mapping(entries.tokenizer), _as_mapping(entries.deployment)]
+    additions = [
+        (directory / file, key, mapping)
+        for (file, key), mapping in zip(_FILES, mappings, strict=True)
+        if not _helm_ships(file, mapping["name"])
+    ]
+    return add_to_yaml_lists(additions)
+
+
+def _as_mapping(entry: ModelMetadata | TokenizerConfig | ModelDeployment) -> dict[str, Any]:
+    """The fields that differ from their defaults, as HELM's YAML has them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(entry)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(entry).items()
+        if value is not None and value != defaults[name] and name != "deployment_names"
+    }
+
+
+def _helm_ships(file: str, name: str) -> bool:
+    from importlib import resources
+
+    text = resources.files("helm.config").joinpath(file).read_text(encoding="utf-8")
+    return re.search(rf"^\s*- name:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", text, re.MULTILINE) is not None

@@ -1,0 +1,81 @@
+"""The command line: `flexgen-helm run | register | doctor`; `python -m flexgen_helm.run` is the first of them.
+
+Exit codes: 0 done, 1 a run failed (or `doctor` found something broken), 2 bad input, which leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from flexgen_helm import __version__, engine_problem
+from flexgen_helm.errors import RunFailed, UsageError
+from flexgen_helm.parser import Parser
+
+COMMANDS = {
+    "run": "run HELM entries through the offloading engine; with no entries, the demo",
+    "register": "write a model's HELM entries once, for plain helm-run",
+    "doctor": "show what this machine has and what is missing",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command, rest = _split(arguments)
+        if command == "doctor":
+            from flexgen_helm.doctor import doctor
+
+            return doctor(rest)
+        if problem := engine_problem():
+            raise UsageError(problem)
+        return _run_command(command, rest)
+    except UsageError as error:
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; answers so far are kept, the same command goes on from there", 130)
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
+    width = max(map(len, COMMANDS))
+    parser = Parser(
+        prog="flexgen-helm",
+        usage="flexgen-helm COMMAND ...    (COMMAND --help shows its flags)",
+        description="\n".join(f"{name:<{width}}  {what}" for name, what in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"flexgen-helm {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    parser.parse_args(arguments or ["--help"])
+    raise AssertionError("argparse ends for --help and --version, and refuses everything else")
+
+
+def _run_command(command: str, rest: list[str]) -> int:
+    from engine.errors import EngineError
+
+    try:
+        if command == "register":
+            from flexgen_helm.register import register
+
+            return register(rest)
+        from flexgen_helm.launch import run
+
+        return run(rest)
+    except (EngineError, RunFailed) as error:
+        if "--debug" in rest:
+            traceback.print_exc()
+        return _complain(error, 1 if isinstance(error, RunFailed) else 2)
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"flexgen-helm: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]]))

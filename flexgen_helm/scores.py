@@ -1,0 +1,102 @@
+"""The table of scores that ends a run, read from the files that HELM wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from helm.benchmark.run_spec import RunSpec
+
+FALLBACK_METRICS = (
+    "quasi_exact_match",
+    "exact_match",
+    "quasi_prefix_exact_match",
+    "prefix_exact_match",
+    "f1_score",
+    "rouge_l",
+    "bits_per_byte",
+)
+"""Looked for, in this order, where a scenario does not name its main metric."""
+SPLITS = ("test", "valid")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The main metric of one run; `value` is None where HELM computed none."""
+
+    run: str
+    model: str
+    metric: str
+    split: str
+    num_instances: int
+    value: float | None
+
+
+def short_name(run: str) -> str:
+    """Return a run's name without its model."""
+    kept = [part for part in run.split(",") if not part.startswith(("model=", "model_deployment="))]
+    return ",".join(kept).split(":model=", 1)[0]
+
+
+def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
+    """Read the main metric of each run whose `stats.json` is there."""
+    scores = []
+    for run_spec in run_specs:
+        file = runs_path / run_spec.name / "stats.json"
+        if file.is_file():
+            metric, split = _main_metric(run_spec)
+            stats = json.loads(file.read_text(encoding="utf-8"))
+            scores.append(choose(stats, run_spec.name, run_spec.adapter_spec.model, metric, split))
+    return scores
+
+
+def choose(
+    stats: Sequence[dict[str, Any]], run: str, model: str, metric: str | None = None, split: str | None = None
+) -> Score:
+    """Pick the run's score among its stats: the named metric on the named split if it is there, else the nearest."""
+    plain = {(stat["name"]["name"], stat["name"].get("split")): stat for stat in stats if _is_plain(stat["name"])}
+    metrics = ([metric] if metric else []) + list(FALLBACK_METRICS)
+    splits = ([split] if split else []) + list(SPLITS)
+    for name in metrics:
+        for part in splits:
+            stat = plain.get((name, part))
+            if stat is not None and stat.get("count"):
+                instances = plain.get(("num_instances", part), {}).get("sum", 0)
+                return Score(run, model, name, part, round(instances), float(stat["mean"]))
+    return Score(run, model, metrics[0], splits[0], 0, None)
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Lay the scores out in columns; where they are of one model, its name heads the first one."""
+    models = {score.model for score in scores}
+    rows = [(models.copy().pop() if len(models) == 1 else "run", "metric", "split", "instances", "score")]
+    for score in scores:
+        value = "none" if score.value is None else f"{score.value:.3f}"
+        run = short_name(score.run) if len(models) == 1 else score.run
+        rows.append((run, score.metric, score.split, str(score.num_instances), value))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        padded += [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+        lines.append("  ".join(padded))
+    return "\n".join(lines)
+
+
+def _is_plain(name: dict[str, Any]) -> bool:
+    return "perturbation" not in name and "sub_split" not in name
+
+
+def _main_metric(run_spec: RunSpec) -> tuple[str | None, str | None]:
+    """Ask the scenario for its main metric and split; not every scenario knows them."""
+    from helm.benchmark.scenarios.scenario import create_scenario
+
+    try:
+        metadata = create_scenario(run_spec.scenario_spec).get_metadata()
+    except Exception:  # NotImplementedError, mostly, or whatever a scenario's constructor meets
+        return None, None
+    return metadata.main_metric, metadata.main_split

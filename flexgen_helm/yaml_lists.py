@@ -1,0 +1,120 @@
+"""Adds named entries to the lists of YAML files that people edit, without touching what stands in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import ConfigError
+
+Addition = tuple[Path, str, Mapping[str, Any]]
+"""A file, the top-level key whose value is a list, and the entry to add; the entry has a `name`."""
+
+
+def add_to_yaml_lists(additions: Sequence[Addition]) -> list[str]:
+    """Add each entry whose name its list does not have; return one line for each that is there with other content.
+
+    All files are checked before the first is written, each is replaced as a whole. Raises `ConfigError` for a file
+    that cannot be read, extended or written.
+    """
+    notices: list[str] = []
+    texts: dict[Path, str] = {}
+    for path, key, entry in additions:
+        text = texts.get(path) if path in texts else _read(path)
+        known = _entries(path, key, text or "")
+        same_name = [other for other in known if isinstance(other, Mapping) and other.get("name") == entry["name"]]
+        if not same_name:
+            texts[path] = _with_entry(path, key, text or "", entry)
+        elif same_name[-1] != entry:
+            notices.append(f"{path} has another entry {entry['name']}; it was kept as it is")
+    for path, text in texts.items():
+        _replace(path, text)
+    return notices
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+
+
+def _entries(path: Path, key: str, text: str) -> list[Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return []
+    entries = content.get(key) if isinstance(content, Mapping) else content
+    if entries is None:
+        return []
+    if not isinstance(content, Mapping) or not isinstance(entries, list):
+        raise ConfigError(f"{path} has no list under {key!r}; mend it, or use another local path")
+    return entries
+
+
+def _with_entry(path: Path, key: str, text: str, entry: Mapping[str, Any]) -> str:
+    """Return `text` with the entry first in its list: whatever HELM takes the last of stays the user's."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    found = None
+    if isinstance(node, yaml.MappingNode):
+        found = next(((k, v) for k, v in node.value if k.value == key), None)
+    if found is None:
+        start = text if not text or text.endswith("\n") else text + "\n"
+        extended = f"{start}{key}:\n{_block(entry, 2)}"
+    elif isinstance(found[1], yaml.SequenceNode) and found[1].flow_style:
+        inside = found[1].start_mark.index + 1
+        flow = yaml.safe_dump(dict(entry), default_flow_style=True, sort_keys=False, width=float("inf")).strip()
+        extended = f"{text[:inside]}{flow}{', ' if found[1].value else ''}{text[inside:]}"
+    else:
+        extended = _with_block_entry(text, *found, entry)
+    if not _holds(extended, key, [dict(entry), *_entries(path, key, text)]):
+        raise ConfigError(f"cannot add {entry['name']} to the list {key!r} in {path}; write that list as a plain block")
+    return extended
+
+
+def _holds(text: str, key: str, entries: list[Any]) -> bool:
+    try:
+        return bool(yaml.safe_load(text)[key] == entries)
+    except yaml.YAMLError:
+        return False
+
+
+def _with_block_entry(text: str, key: yaml.Node, value: yaml.Node, entry: Mapping[str, Any]) -> str:
+    indent = value.start_mark.column if isinstance(value, yaml.SequenceNode) else 2
+    lines = text.splitlines(keepends=True)
+    line = key.end_mark.line
+    if not lines[line].endswith("\n"):
+        lines[line] += "\n"
+    return "".join([*lines[: line + 1], _block(entry, indent), *lines[line + 1 :]])
+
+
+def _block(entry: Mapping[str, Any], indent: int) -> str:
+    dumped = yaml.safe_dump([dict(entry)], sort_keys=False, allow_unicode=True, width=120)
+    return "".join(" " * indent + line for line in dumped.splitlines(keepends=True))
+
+
+def _replace(path: Path, text: str) -> None:
+    path = path.resolve()  # a link stays a link
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if path.exists():
+            shutil.copymode(path, scratch)
+        scratch.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; name a directory that can be written") from None
+    finally:
+        scratch.unlink(missing_ok=True)

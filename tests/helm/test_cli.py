@@ -1,0 +1,298 @@
+"""Protects: the command line runs HELM on the engine end to end, and refuses bad input in one line, leaving nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flexgen_helm.run import main
+
+ENTRY = "synthetic_reasoning_natural:difficulty=easy"
+ROOT = Path(__file__).resolve().parents[2]
+
+Cli = Callable[..., int]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
+    """Run a command line in an empty directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    handler = logging.NullHandler()  # HELM's own would keep writing to this test's stdout
+    logging.getLogger("helm").addHandler(handler)
+    yield lambda *arguments: main([str(argument) for argument in arguments])
+    logging.getLogger("helm").removeHandler(handler)
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *, expected: int = 2) -> str:
+    """Check that a command line was refused in one line, and return that line."""
+    errors = capsys.readouterr().err.splitlines()
+    assert code == expected, errors
+    assert len(errors) == 1
+    assert errors[0].startswith("flexgen-helm: error: ")
+    return errors[0]
+
+
+def stats_of(runs: Path) -> dict[str, dict[str, float]]:
+    found = {}
+    for file in runs.glob("*/stats.json"):
+        stats = json.loads(file.read_text())
+        found[file.parent.name] = {
+            json.dumps(stat["name"], sort_keys=True): stat["sum"]
+            for stat in stats
+            if not any(part in stat["name"]["name"] for part in ("runtime", "batch_size"))
+        }
+    return found
+
+
+# Runs
+
+
+def test_a_run_ends_with_its_scores_and_helm_knows_the_model(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{ENTRY},model=local_tiny-llama,model_deployment=flexgen_tiny-llama"
+    assert cli("run", "-r", ENTRY, "--model", tiny_llama, "-m", 3) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("local/tiny-llama ") and line.endswith("score") for line in out)
+    assert [line.split()[0] for line in out if " test " in line] == [ENTRY]
+    assert any("3 requests, " in line and " tokens/s" in line for line in out)
+    first = stats_of(Path("benchmark_output/runs/default"))
+    assert set(first) == {name}
+    deployments = yaml.safe_load(Path("prod_env/model_deployments.yaml").read_text())["model_deployments"]
+    assert [each["name"] for each in deployments] == ["flexgen/tiny-llama"]
+
+    # Another policy: answered from HELM's cache, and the same.
+    assert cli("run", "--description", f"{ENTRY.replace(':', ':model=text,')}", "--model", tiny_llama, "-m", 3,
+               "--percent", 0, 100, 0, 100, 0, 100, "--suite", "other") == 0  # fmt: skip
+    assert "3 requests, all answered from the cache" in capsys.readouterr().out
+    assert stats_of(Path("benchmark_output/runs/other")) == first
+
+    # Without the cache: computed under that policy, and the same.
+    assert cli("run", "-r", ENTRY, "--model", tiny_llama, "-m", 3, "--percent", 0, 100, 0, 100, 0, 100,
+               "--suite", "third", "--disable-cache") == 0  # fmt: skip
+    assert stats_of(Path("benchmark_output/runs/third")) == first
+
+    summarize = Path(sys.executable).with_name("helm-summarize")
+    made = subprocess.run([summarize, "--suite", "default"], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "tiny-llama" in Path("benchmark_output/runs/default/runs.json").read_text()
+
+
+def test_a_registered_model_is_found_by_its_helm_name_with_its_own_settings(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path.cwd() / "mine.yaml").write_text("gpu-batch-size: 2\n")
+    assert cli("register", tiny_llama, "--name", "acme/rocket", "--policy", "mine.yaml", "--local-path", "env") == 0
+    assert "model=acme/rocket,model_deployment=flexgen/rocket" in capsys.readouterr().out
+    before = Path("env/model_deployments.yaml").read_text()
+    assert yaml.safe_load(before)["model_deployments"][0]["client_spec"]["args"]["policy"] == str(
+        Path("mine.yaml").absolute()
+    )
+    entry = f"{ENTRY},model=acme/rocket,model_deployment=flexgen/rocket"
+    assert cli("run", "-r", entry, "-m", 1, "--local-path", "env") == 0
+    assert Path("env/model_deployments.yaml").read_text() == before
+
+
+def test_a_failed_run_is_exit_code_1_and_keeps_what_went_well(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = (ENTRY, "custom_mcqa:path=nowhere.jsonl,num_train_instances=0")
+    code = cli("run", "-r", *entries, "--model", tiny_llama, "-m", 1)
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.err.splitlines()[-1].startswith("flexgen-helm: error: Failed runs: [")
+    assert "Traceback" not in captured.err
+    assert len(stats_of(Path("benchmark_output/runs/default"))) == 1
+
+
+# Bad input
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown entry": (["-r", "synthetic_raesoning:mode=induction"], "did you mean synthetic_reasoning"),
+    "wrong entry argument": (["-r", "synthetic_reasoning:mode=sideways"], "sideways"),
+    "missing entry argument": (["-r", "synthetic_reasoning"], "mode"),
+    "entry that is none": (["-r", "synthetic_reasoning:induction"], "name:key=value"),
+    "no file of entries": (["-c", "nowhere.conf"], "nowhere.conf"),
+    "unknown policy": (["-r", ENTRY, "--policy", "opt-30b-t5"], "did you mean 'opt-30b-t4'"),
+    "six percents": (["-r", ENTRY, "--percent", "100", "0"], "six numbers"),
+    "disk without a directory": (["-r", ENTRY, "--percent", "0", "0", "0", "100", "0", "100"], "offload-dir"),
+    "unknown flag": (["-r", ENTRY, "--pad-to-length", "3"], "--pad-to-length"),
+    "unknown group": (["-r", ENTRY, "--groups-to-run", "nothing"], "--groups-to-run"),
+    "unknown plugin": (["-r", ENTRY, "--plugins", "no_such_plugin"], "no_such_plugin"),
+    "prompt longer than the pad": (["-r", ENTRY, "-m", "2", "--pad-to-seq-len", "9"], "9"),
+    "compression": (["-r", ENTRY, "-m", "1", "--compress-weight"], "compress-weight"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input(case: str, cli: Cli, tiny_llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments, message = BAD[case]
+    code = cli("run", *arguments, "--model", tiny_llama)
+    assert message in refused(capfd, code)
+    assert not list(Path.cwd().iterdir())
+
+
+def test_bad_input_in_the_last_run_is_found_before_the_first_begins(
+    cli: Cli, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt without examples fits into the pad, one with five does not."""
+    short, long = "simple_mcqa:max_train_instances=0", ENTRY
+    assert cli("run", "-r", short, "--model", tiny_llama, "-m", 1, "--pad-to-seq-len", 200) == 0
+    capfd.readouterr()
+    code = cli("run", "-r", short, long, "--model", tiny_llama, "-m", 1, "--pad-to-seq-len", 200, "--suite", "second")
+    assert ENTRY in refused(capfd, code)
+    assert not Path("benchmark_output/runs/second").exists()
+
+
+def test_a_metric_whose_package_is_missing_is_found_before_the_first_run_begins(
+    cli: Cli, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    entries = (ENTRY, "summarization_xsum_sampled:temperature=0.3,device=cpu")
+    code = cli("run", "-r", *entries, "--model", tiny_llama, "-m", 1)
+    assert "pip install" in refused(capfd, code)
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(("model", "message"), [("nowhere/at/all", "does not exist"), ("empty", "config.json")])
+@pytest.mark.parametrize("command", ["run", "register"])
+def test_bad_model(command: str, model: str, message: str, cli: Cli, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = Path.cwd() / "empty"
+    folder.mkdir()
+    code = cli("register", model) if command == "register" else cli("run", "-r", ENTRY, "--model", model)
+    assert message in refused(capfd, code)
+    assert list(Path.cwd().iterdir()) == [folder]
+
+
+def test_no_model(cli: Cli, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "--model" in refused(capfd, cli("run", "-r", ENTRY))
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("flag", ["-o", "--local-path"])
+def test_directories_that_cannot_be_written(
+    flag: str, cli: Cli, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("taken").write_text("a file")
+    code = cli("run", "-r", ENTRY, "--model", tiny_llama, flag, "taken/below")
+    assert "taken is not a directory" in refused(capfd, code)
+    assert [path.name for path in Path.cwd().iterdir()] == ["taken"]
+
+
+def test_a_refused_run_leaves_an_older_output_as_it_was(
+    cli: Cli, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("run", "-r", ENTRY, "--model", tiny_llama, "-m", 1) == 0
+    capfd.readouterr()
+    before = sorted(path for path in Path("benchmark_output").rglob("*"))
+    other = "synthetic_reasoning_natural:difficulty=hard"
+    code = cli("run", "-r", other, "--model", tiny_llama, "-m", 1, "--pad-to-seq-len", 9)
+    refused(capfd, code)
+    assert sorted(path for path in Path("benchmark_output").rglob("*")) == before
+
+
+def test_two_models_of_one_name_are_not_mixed_up(
+    cli: Cli, tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("run", "-r", ENTRY, "--model", tiny_llama, "-m", 1) == 0
+    link, twin = tmp_path / "link" / tiny_llama.name, tmp_path / "twin" / tiny_llama.name
+    link.parent.mkdir()
+    link.symlink_to(tiny_llama)
+    shutil.copytree(tiny_llama, twin)
+    assert cli("run", "-r", ENTRY, "--model", link, "-m", 1) == 0
+    capfd.readouterr()
+    assert "--local-path" in refused(capfd, cli("run", "-r", ENTRY, "--model", twin, "-m", 1))
+
+
+# The installation
+
+
+def run_python(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, [path or "", ROOT]))}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path: Path) -> Path:
+    """A torchvision that cannot be imported beside the torch that is installed."""
+    package = tmp_path / "site" / "torchvision"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist\\nmore")')
+    return package.parent
+
+
+def test_a_wrong_pair_of_torch_and_torchvision_is_noticed_at_once(tmp_path: Path, broken_torchvision: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    run = run_python("-m", "flexgen_helm.run", "-r", ENTRY, "--model", "m/m", cwd=here, path=broken_torchvision)
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    assert "pip install" in run.stderr
+    assert "torchvision::nms" in run.stderr
+    assert not list(here.iterdir())
+    doctor = run_python("-m", "flexgen_helm", "doctor", cwd=here, path=broken_torchvision)
+    assert doctor.returncode == 1
+    assert [line.split()[1] for line in doctor.stdout.splitlines() if line.startswith("broken")] == ["torchvision"]
+
+
+@pytest.mark.parametrize("command", ["run", "register", "doctor"])
+def test_another_package_called_engine_in_the_way(command: str, tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("")
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: not found')")  # spares doctor the import
+    done = run_python("-m", "flexgen_helm", command, *(["m/m"] if command == "register" else []), cwd=tmp_path)
+    text = done.stdout if command == "doctor" else done.stderr
+    assert done.returncode == (1 if command == "doctor" else 2), done.stderr
+    assert str(tmp_path / "engine") in text
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "torch.py"]
+
+
+def test_doctor_is_content_here_and_imports_no_helm(tmp_path: Path) -> None:
+    program = (
+        "import sys; from flexgen_helm.run import main; code = main(['doctor']);"
+        "print(code, [name for name in sys.modules if name == 'helm' or name.startswith('helm.')])"
+    )
+    done = run_python("-c", program, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "0 []", done.stdout
+    looked_at = {line[9:26].strip() for line in lines[:-1]}
+    assert {
+        "python",
+        "torch",
+        "torchvision",
+        "crfm-helm",
+        "host memory",
+        "offload-dir",
+        "helm entry point",
+    } <= looked_at
+
+
+def test_doctor_says_when_the_offload_directory_cannot_be_written(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    assert cli("doctor", "--offload-dir", "file/below") == 1
+    assert any(line.startswith("broken   offload-dir") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"]])
+def test_help(arguments: list[str], cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli(*arguments)
+    assert ended.value.code == 0
+    assert "flexgen-helm" in capsys.readouterr().out
+
+
+def test_an_unknown_command(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'walk'" in refused(capsys, cli("walk"))

@@ -1,0 +1,156 @@
+"""Protects: every command, policy and file that the README shows is one that works."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.policy import Policy, policy_directories
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HELM = pytest.importorskip("helm.benchmark.run", reason="crfm-helm is not installed")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines if shlex.split(line, comments=True)]
+
+
+def commands_of(*program: str) -> list[list[str]]:
+    split = [shlex.split(command) for command in commands()]
+    return [words[len(program) :] for words in split if tuple(words[: len(program)]) == program]
+
+
+RUNS = [*commands_of("python", "-m", "flexgen_helm.run"), *commands_of("flexgen-helm", "run")]
+
+
+def test_every_command_is_looked_at_here() -> None:
+    known = ("make", "pip", "helm-run", "flexgen-helm", "python -m flexgen_helm.run")
+    assert [command for command in commands() if not command.startswith(known)] == []
+    assert len(RUNS) >= 5
+
+
+@pytest.mark.parametrize("arguments", RUNS, ids=" ".join)
+def test_runs_are_accepted(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexgen_helm.entries import check_run_spec_names, read_entries
+    from flexgen_helm.flags import parse_run_flags, policy_from_flags
+
+    monkeypatch.chdir(tmp_path)
+    Path("my_entries.conf").write_text("entries: []")
+    args = parse_run_flags(arguments)
+    assert Policy.load(policy_from_flags(args)) is not None
+    check_run_spec_names(read_entries(args))
+
+
+@pytest.mark.parametrize("arguments", commands_of("helm-run"), ids=" ".join)
+def test_helm_accepts_its_commands(arguments: list[str]) -> None:
+    from helm.benchmark.presentation.run_entry import RunEntry
+
+    from flexgen_helm.entries import check_run_spec_names
+
+    args = HELM.build_parser().parse_args(arguments)
+    check_run_spec_names([RunEntry(entry) for entry in args.run_entries])
+
+
+def test_other_commands_are_accepted() -> None:
+    from flexgen_helm.flags import checked_policy
+    from flexgen_helm.register import register_parser
+    from flexgen_helm.run import COMMANDS
+
+    for arguments in commands_of("flexgen-helm"):
+        assert arguments[0] in COMMANDS
+    for arguments in commands_of("flexgen-helm", "register"):
+        checked_policy(register_parser().parse_args(arguments).policy)
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {arguments[0] for arguments in commands_of("make")} <= targets
+
+
+def test_every_flag_in_the_text_exists() -> None:
+    from flexgen_helm.flags import run_parser
+
+    known = run_parser().format_help() + Path(ROOT / "flexgen_helm" / "register.py").read_text()
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}
+    assert flags
+    assert [flag for flag in flags if flag not in known] == []
+
+
+def test_the_policy_shown_is_one_and_shows_every_key() -> None:
+    shown = next(block for block in blocks("yaml") if block.startswith("gpu-batch-size"))
+    policy = yaml.safe_load(shown)
+    Policy.from_mapping(policy)
+    known = {field.name.replace("_", "-") for field in fields(Policy)}
+    assert set(policy) == known - {"weights", "kv-cache", "activations"} | {"percent"}
+
+
+def test_every_shipped_policy_and_file_of_entries_is_named() -> None:
+    shipped = {file.stem for folder in policy_directories() for file in folder.glob("*.yaml")}
+    shipped |= {file.stem for file in (ROOT / "run_specs").glob("*.conf")}
+    assert [name for name in shipped if f"`{name}`" not in README] == []
+
+
+def test_the_deployment_shown_is_one() -> None:
+    import cattrs
+    from helm.benchmark.model_deployment_registry import ModelDeployments
+    from helm.common.object_spec import get_class_by_name
+
+    shown = next(block for block in blocks("yaml") if block.startswith("model_deployments"))
+    deployment = cattrs.structure(yaml.safe_load(shown), ModelDeployments).model_deployments[0]
+    assert get_class_by_name(deployment.client_spec.class_name).__name__ == "FlexGenClient"
+    Policy.load(deployment.client_spec.args["policy"])
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_the_python_shown_uses_what_there_is(block: str) -> None:
+    import engine
+
+    tree = ast.parse(block)
+    imported = [name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert imported
+    assert set(imported) <= set(engine.__all__)
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_the_demo_ends_with_a_command_that_works() -> None:
+    from flexgen_helm import demo
+    from flexgen_helm.flags import parse_run_flags, policy_from_flags
+
+    words = shlex.split(demo.NEXT.splitlines()[-1])
+    assert words[:3] == ["python", "-m", "flexgen_helm.run"]
+    assert policy_from_flags(parse_run_flags(words[3:])) == "opt-30b-t4"
+
+
+def test_the_changelog_is_in_the_agreed_form() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE)[0] == "[Unreleased]"
+    assert set(re.findall(r"^### (.*)$", text, re.MULTILINE)) <= {
+        *("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"),
+    }
+
+
+def test_nothing_names_the_machine_it_was_made_on() -> None:
+    pattern = re.compile(r"/work/|/tmp/|\.\./shared|issue \d")
+    files = [
+        path
+        for folder in ("flexgen_helm", "engine", "configs", "run_specs", "docs")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".yaml", ".conf")
+    ]
+    files += [ROOT / name for name in ("README.md", "CHANGELOG.md", "Makefile", "setup.cfg", "pyproject.toml")]
+    assert len(files) > 30
+    assert [str(path) for path in files if pattern.search(path.read_text(encoding="utf-8"))] == []
