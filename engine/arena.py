@@ -20,8 +20,8 @@ _TOUCH_BYTES = 64 << 20
 class Arena:
     """Hands out flat byte tensors on any tier, keeps count of them, and frees them.
 
-    Host memory for a CUDA device is mapped at its exact size and page-locked by `cudaHostRegister`: PyTorch's own pinned
-    allocator rounds every block up to a power of two. Files of the disk tier lose their name as soon as they are
+    Host memory for a CUDA device is mapped at its exact size and page-locked by `cudaHostRegister`: PyTorch's own
+    pinned allocator rounds every block up to a power of two. Files of the disk tier lose their name as soon as they are
     mapped, so the system frees them whatever ends the process.
     """
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from engine import flash
+
 if TYPE_CHECKING:
     from engine.batch import DecodeGroup, MicroBatch, PrefillGroup
     from engine.kv_cache import KVCache
@@ -101,13 +103,17 @@ def attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    rows = torch.cat((key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)), dim=1)
-    sweeping.cache.write(sweeping.layer, batch, rows)
-    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    for prefill in batch.prefill_groups:
-        _prefill(prefill, query[0], key[0], value[0], sweeping, scores, output)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
+    sweeping.cache.write(sweeping.layer, batch, key, value)
+    output = query.new_empty(*query.shape[:2], value.shape[2])
+    use_flash = flash.is_usable(query, value, scores, batch)
+    if use_flash:
+        flash.attend(batch, query, key, value, sweeping, scores, output)
+    for prefill in () if use_flash else batch.prefill_groups:
+        _prefill(prefill, query, key, value, sweeping, scores, output)
     for decode in batch.decode_groups:
-        _decode(decode, query[0], rows, sweeping, scores, output)
+        if not use_flash or sweeping.cache.attention_device(decode) != query.device:
+            _decode(decode, query, key, value, sweeping, scores, output)
     return output[None], None
 
 
@@ -146,11 +152,11 @@ def _prefill(
     scores: Scores,
     output: torch.Tensor,
 ) -> None:
-    """Attend the rows of `group`: query `[heads, rows, dim]`, … of the whole micro-batch -> its rows of `output`."""
+    """Attend the rows of `group`: query, key, value `[rows, heads, dim]` of the whole micro-batch -> its `output`."""
     rows = slice(group.first, group.end)
     size = (group.end - group.first) // group.num_parts
     # [parts, heads, rows of a part, dim]
-    query, key, value = (x[:, rows].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x[rows].unflatten(0, (-1, size)).transpose(1, 2) for x in (query, key, value))
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     if not group.chain and scores.is_stock and (scores.window is None or scores.window >= size):
         result = F.scaled_dot_product_attention(
@@ -176,18 +182,19 @@ def _prefill(
 def _decode(
     group: DecodeGroup,
     query: torch.Tensor,
-    rows: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     sweeping: Sweeping,
     scores: Scores,
     output: torch.Tensor,
 ) -> None:
-    """Attend one new row of each sequence of `group`; query `[heads, rows, dim]` of the whole micro-batch."""
+    """Attend one new row of each sequence of `group`; query, key, value `[rows, heads, dim]` of the micro-batch."""
     taken = slice(group.first, group.end)
     device = sweeping.cache.attention_device(group)
-    query, rows = query[:, taken].to(device), rows[taken].to(device)
-    key, value = sweeping.cache.own(sweeping.layer, group, rows)  # [sequences, kv heads, length, dim]
-    heads, groups = key.shape[1], query.shape[0] // key.shape[1]
-    query = query.transpose(0, 1).unflatten(1, (heads, groups))  # [sequences, kv heads, groups, dim]
+    query, key, value = (x[taken].to(device) for x in (query, key, value))
+    key, value = sweeping.cache.own(sweeping.layer, group, key, value)  # [sequences, kv heads, length, dim]
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    query = query.unflatten(1, (heads, groups))  # [sequences, kv heads, groups, dim]
     dots = query @ key.mT
     start = 0
     if group.chain:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,7 @@ class PrefillGroup:
         self._masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype, copies: int) -> torch.Tensor:
-        """What to add to the scores of a part, 0 or -inf: `[copies * rows, prefix + rows]`, repeated by query groups."""
+        """What to add to the scores of a part, 0 or -inf: `[copies * rows, prefix + rows]`, a copy per query group."""
         key = window, dtype, copies
         if key not in self._masks:
             self._masks[key] = self._make_mask(window, dtype).repeat(copies, 1)
@@ -62,6 +62,10 @@ class DecodeGroup:
         past = torch.tensor([segment.past for segment in segments])
         self.length = int(past.max()) + 1
         self.past = past.to(device)
+        self.own_lengths = (past + 1).to(device, torch.int32)
+        borders = torch.arange(len(segments) + 1, dtype=torch.int32)
+        self.row_borders, self.own_borders = borders.to(device), (borders * self.length).to(device)
+        """Where each sequence's rows begin, of the queries and of the padded own tokens: int32 `[sequences + 1]`."""
         self._start = segments[0].span.start
         self._masks: dict[int | None, torch.Tensor] = {}
         self.device_index: torch.Tensor | None = None
@@ -110,14 +114,33 @@ class MicroBatch:
         self.prefill_groups = [PrefillGroup(group, device) for group in _prefill_runs(segments)]
         decode = [segment for segment in segments if segment.is_decode]
         self.decode_groups = [
-            DecodeGroup(list(group), device) for _, group in groupby(decode, key=lambda segment: id(segment.span.parent))
+            DecodeGroup(list(group), device)
+            for _, group in groupby(decode, key=lambda segment: id(segment.span.parent))
         ]
+        self.prefill_first = len(decode)
+        """First row that is no decode step."""
+        borders = [segment.first - len(decode) for segment in segments[len(decode) :]] + [self.num_rows - len(decode)]
+        self.prefill_borders = torch.tensor(borders, dtype=torch.int32).to(device)
+        """Where the new spans begin, counted from the first: int32 `[spans + 1]`."""
+        self.longest_prefill = max((b - a for a, b in pairwise(borders)), default=0)
+        self.longest = max(positions) + 1
+        """Tokens of the longest context."""
+        self.chain_runs = [
+            (run[0].first, run[-1].end, run[0].span.chain)
+            for run in _runs_of_one_chain(segments)
+            if run[0].span.parent is not None
+        ]
+        """(first row, end row, prefixes) of neighbours that continue the same chain."""
         self.offloaded: list[tuple[Segment, Block]] = []
         """Segments whose new keys and values go to the host or to disk."""
         self.device_rows: torch.Tensor | None = None
         """Rows whose keys and values stay on the device, and where: `[stored]` each."""
         self.device_slots: torch.Tensor | None = None
         self._find_stores(device)
+
+    def decode_group_at(self, row: int) -> DecodeGroup | None:
+        """The decode group that a row belongs to, if it is a decode step."""
+        return next((group for group in self.decode_groups if group.first <= row < group.end), None)
 
     def _find_stores(self, device: torch.device) -> None:
         rows: list[torch.Tensor] = []
@@ -135,6 +158,12 @@ class MicroBatch:
         if rows:
             self.device_rows = torch.cat(rows).to(device)
             self.device_slots = torch.cat(slots).to(device)
+
+
+def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
+    """Neighbours of the same chain; decode steps apart from new spans."""
+    runs = groupby(segments, key=lambda segment: (segment.is_decode, id(segment.span.parent)))
+    return [list(run) for _, run in runs]
 
 
 def _prefill_runs(segments: list[Segment]) -> list[list[Segment]]:

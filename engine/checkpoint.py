@@ -219,7 +219,8 @@ def _check_index(path: Path, present: set[str]) -> None:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         if missing := sorted(listed - present):
             raise CheckpointError(
-                f"{path}: its index lists {len(missing)} tensors that its shards lack, e.g. {missing[0]}; fetch it again"
+                f"{path}: its index lists {len(missing)} tensors that its shards lack, e.g. {missing[0]}; "
+                "fetch it again"
             )
 
 
@@ -240,7 +241,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]
 
     read_safetensors_header(file)
     try:
-        handle = safe_open(file, framework="pt")
+        handle: Any = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {_one_line(error)}; fetch it again") from None
     for name in handle.keys():  # noqa: SIM118 - not a mapping

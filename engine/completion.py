@@ -86,10 +86,10 @@ def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str]:
 
 def _prompt_logprobs(sequence: Sequence) -> tuple[float | None, ...]:
     """Of the whole prompt: the chain's, then the sequence's own; the first token of all has none."""
+    chain = sequence.chain
     logprobs: list[float | None] = []
-    before = None
-    for span in (*sequence.chain, sequence):
-        logprobs.append(None if before is None else float(before.next_logprobs[span.tokens[0]]))
-        logprobs += span.prompt_logprobs if isinstance(span, Sequence) else span.logprobs
-        before = span if not isinstance(span, Sequence) else None
-    return tuple(logprobs)
+    first = None
+    for prefix, following in zip(chain, (*chain, sequence)[1:], strict=True):
+        logprobs += [first, *prefix.prompt_logprobs]
+        first = float(prefix.next_logprobs[following.tokens[0]])
+    return (*logprobs, first, *sequence.prompt_logprobs)

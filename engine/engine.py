@@ -165,13 +165,16 @@ class Engine:
                 call.sequences[index] = Sequence.of(job)
             except EngineError as error:
                 bad.append((index, Completion(error=error)))
+        results = self._results(call, bad, len(call.sequences))
+        next(results)  # into its `try`, so that closing it drops the jobs even before the first result is taken
         self._submit(call)
-        return self._results(call, bad, len(call.sequences))
+        return results
 
     def _results(
         self, call: _Call, bad: list[tuple[int, Completion]], num_running: int
     ) -> Iterator[tuple[int, Completion]]:
         try:
+            yield -1, Completion()
             yield from bad
             for _ in range(num_running):
                 result = call.results.get()
@@ -201,7 +204,7 @@ class Engine:
             self._changed.notify_all()
         self._worker.join()
         self._weights.close()
-        self._scheduler = self._executor = None  # type: ignore[assignment] # they hold tensors
+        self._executor.close()
         self._arena.close()
         if self._arena.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -244,7 +247,7 @@ class Engine:
         try:
             while self._receive():
                 self._step()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
+        except BaseException as error:
             self._fault = _explain(error, self.policy)
         finally:
             with self._changed:
@@ -299,8 +302,7 @@ def shape_of(model: CausalModel) -> ModelShape:
     """Sizes that the planner needs."""
     state, config = model.state, model.config.get_text_config()
     sizes = {
-        unit.name: sum(state[name].numel() * state[name].element_size() for name in unit.owners)
-        for unit in model.units
+        unit.name: sum(state[name].numel() * state[name].element_size() for name in unit.owners) for unit in model.units
     }
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]

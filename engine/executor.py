@@ -11,7 +11,7 @@ from engine.batch import MicroBatch
 from engine.errors import JobError
 from engine.hidden import HiddenStates
 from engine.kv_cache import KVCache
-from engine.model import CausalModel
+from engine.model import CausalModel, LayerCall
 from engine.planner import LOGITS_BYTES
 from engine.sampling import choose
 from engine.schedule import Segment
@@ -42,28 +42,40 @@ class Executor:
         self.num_sweeps = 0
         """Passes over the layers so far."""
 
+    def close(self) -> None:
+        """Let go of keys, values and hidden states; the arena frees the memory."""
+        self._cache.close()
+        self._hidden.close()
+
     @torch.no_grad()
     def sweep(self, batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
         """Compute every segment; then call `advance(sequence, token, logprob)` for each sequence's next token.
 
         Log-probabilities of prompts are added to their spans; a sequence whose logits are not finite gets an `error`.
         """
-        model, weights, hidden = self._model, self._weights, self._hidden
+        model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
         micro = [MicroBatch(segments, model.device) for segments in batches]
         hidden.begin(micro)
-        calls = []
-        for index, batch in enumerate(micro):
-            weights.look_up(batch.ids)
-            first, layer_calls = model.record(batch.ids.to(model.device), batch.positions)
-            hidden.put(index, first)
-            calls.append(layer_calls)
-        model.sweeping.cache = self._cache
+        calls: list[list[LayerCall]] = []
+        model.sweeping.cache = cache
+        cache.begin_sweep()
+        cache.prefetch(0, micro[0])
         for layer in range(len(model.layers)):
             weights.acquire(layer)
             model.sweeping.layer = layer
             for index, batch in enumerate(micro):
+                if index + 1 < len(micro):
+                    cache.prefetch(layer, micro[index + 1])
+                elif layer + 1 < len(model.layers):
+                    cache.prefetch(layer + 1, micro[0])
+                if layer == 0:  # not before: the host looks up embeddings while the device is at the first layer
+                    weights.look_up(batch.ids)
+                    states, recorded = model.record(batch.ids.to(model.device), batch.positions)
+                    calls.append(recorded)
+                else:
+                    states = hidden.take(index)
                 model.sweeping.batch = batch
-                hidden.put(index, model.layer(layer, hidden.take(index), calls[index][layer]))
+                hidden.put(index, model.layer(layer, states, calls[index][layer]))
             weights.release(layer)
         weights.acquire(len(model.layers))
         self._answer(batches, advance)
@@ -104,16 +116,14 @@ class Executor:
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         for i, ask in enumerate(asks):
             if ask.target is None and isinstance(ask.span, Prefix):
-                ask.span.next_logprobs = logprobs[i].cpu()
+                ask.span.next_logprobs = logprobs[i].to("cpu", copy=True)  # a view would keep the whole chunk
         finite = torch.isfinite(logits).all(dim=-1)
-        for ask, token, logprob, is_finite in zip(
-            asks, tokens.tolist(), chosen.tolist(), finite.tolist(), strict=True
-        ):
+        for ask, token, logprob, is_finite in zip(asks, tokens.tolist(), chosen.tolist(), finite.tolist(), strict=True):
             span = ask.span
             if isinstance(span, Sequence) and not is_finite:
                 span.error = JobError("the model's logits are not finite (overflow in this dtype, or damaged weights)")
             elif ask.target is not None:
-                (span.prompt_logprobs if isinstance(span, Sequence) else span.logprobs).append(logprob)
+                span.prompt_logprobs.append(logprob)
             elif isinstance(span, Sequence) and span.error is None:
                 advance(span, token, logprob)
 

@@ -95,3 +95,8 @@ class HiddenStates:
                 stored = self._buffers[run.tier][run.offset : run.offset + size]
             hidden[run.first : run.end].copy_(stored, non_blocking=True)
         return hidden
+
+    def close(self) -> None:
+        """Let go of the buffers; the arena frees them."""
+        self._buffers.clear()
+        self._on_device.clear()

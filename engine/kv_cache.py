@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from engine.arena import Arena
 from engine.attention import KVShape
 from engine.batch import DecodeGroup, MicroBatch
 from engine.extents import Extents
+from engine.kv_transfer import KVTransfer
 from engine.placement import TIERS, Tier
 from engine.policy import Share
 from engine.sequence import Prefix
@@ -49,14 +52,26 @@ class KVCache:
         """Bytes of one token over all layers."""
         self._arena = arena
         self._share = share
+        self._percents: dict[Tier, float] = (
+            dict.fromkeys(TIERS, 100.0)
+            if share is None
+            else {"device": share.gpu, "host": share.cpu, "disk": share.disk}
+        )
         self._compute_on_host = compute_on_host
         self._max_rows = {tier: budgets[tier] // self.row_bytes for tier in TIERS}
         self._extents = {tier: Extents() for tier in TIERS}
         self._tables: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
         self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         """Spans that have a block, by tier."""
+        self._expected = 0
         self._fresh: dict[int, torch.Tensor] = {}
         self._fresh_layer = -1
+        self._transfer = KVTransfer(arena.device, dtype)
+        self._staged: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
+
+    def expect(self, num_rows: int) -> None:
+        """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
+        self._expected = max(self._expected, num_rows)
 
     def allocate(self, num_rows: int) -> Block | None:
         """Room for a span of `num_rows` tokens; None when the tier it belongs to (or every tier) is full."""
@@ -65,6 +80,7 @@ class KVCache:
             if first is None and self._grow(tier, num_rows):
                 first = self._extents[tier].take(num_rows)
             if first is not None:
+                self._expected = max(0, self._expected - num_rows)
                 self.num_blocks[tier] += 1
                 return Block(tier, first, num_rows)
         return None
@@ -78,7 +94,7 @@ class KVCache:
         if self._share is None:
             return list(TIERS)
         total = sum(self.num_blocks.values()) + 1
-        percents = {"device": self._share.gpu, "host": self._share.cpu, "disk": self._share.disk}
+        percents = self._percents
         lacking = {tier: total * percents[tier] / 100 - self.num_blocks[tier] for tier in TIERS if percents[tier] > 0}
         return [max(lacking, key=lambda tier: lacking[tier])]
 
@@ -87,7 +103,8 @@ class KVCache:
         needed = extents.capacity - extents.tail_free() + num_rows
         if needed > self._max_rows[tier]:
             return False
-        capacity = min(self._max_rows[tier], max(needed, int(extents.capacity * _GROWTH)))
+        expected = needed + int(self._expected * self._percents[tier] / 100)
+        capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
         tables = self._tables[tier]
         for layer, shape in enumerate(self.shapes):  # one layer at a time, so that little is held twice
             new = self._arena.empty(capacity * shape.width * self.dtype.itemsize, tier)
@@ -101,18 +118,52 @@ class KVCache:
         extents.grow(capacity)
         return True
 
-    def write(self, layer: int, batch: MicroBatch, rows: torch.Tensor) -> None:
-        """Store a micro-batch's new keys and values `[rows, width]` of a layer in their blocks."""
+    def begin_sweep(self) -> None:
+        """To be called before a sweep: from now on it may read what the sweep before wrote."""
+        self._transfer.begin_sweep()
+        self._staged.clear()
+
+    def prefetch(self, layer: int, batch: MicroBatch) -> None:
+        """Start bringing a layer's offloaded keys and values of a micro-batch's decode steps to the device."""
+        if not self._transfer.is_asynchronous or self._compute_on_host:
+            return
+        groups = [group for group in batch.decode_groups if group.device_index is None]
+        if not groups:
+            return
+        table_width = self.shapes[layer].width
+        pieces: list[tuple[int, torch.Tensor]] = []
+        first = 0
+        for group in groups:
+            pieces += [(first + row, rows) for row, rows in self._stored_rows(layer, group)]
+            first += len(group.segments) * group.length
+        staged, arrival = self._transfer.fetch(first, table_width, pieces)
+        first = 0
+        for group in groups:
+            end = first + len(group.segments) * group.length
+            self._staged[layer, id(group)] = staged[first:end], arrival
+            first = end
+
+    def _stored_rows(self, layer: int, group: DecodeGroup) -> Iterator[tuple[int, torch.Tensor]]:
+        """(row among the group's padded own rows, what is stored of a sequence)."""
+        for index, segment in enumerate(group.segments):
+            block = segment.span.block
+            assert block is not None
+            yield index * group.length, self._tables[block.tier][layer][block.first : block.first + segment.past]
+
+    def write(self, layer: int, batch: MicroBatch, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store a micro-batch's new keys and values `[rows, heads, dim]` of a layer in their blocks."""
         if layer != self._fresh_layer:
             self._fresh, self._fresh_layer = {}, layer
-        if batch.device_rows is not None:
-            self._tables["device"][layer].index_copy_(0, batch.device_slots, rows.index_select(0, batch.device_rows))
+        if batch.device_rows is not None and batch.device_slots is not None:
+            rows = _pack(key.index_select(0, batch.device_rows), value.index_select(0, batch.device_rows))
+            self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
         for segment, block in batch.offloaded:
-            new = rows[segment.first : segment.first + segment.num_rows]
+            taken = slice(segment.first, segment.first + segment.num_rows)
+            rows = _pack(key[taken], value[taken])
             first = block.first + segment.past
-            self._tables[block.tier][layer][first : first + segment.num_rows].copy_(new, non_blocking=True)
+            self._transfer.store(rows, self._tables[block.tier][layer][first : first + segment.num_rows])
             if isinstance(segment.span, Prefix):
-                self._fresh[id(segment.span)] = new.clone()
+                self._fresh[id(segment.span)] = rows
 
     def prefix(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
@@ -136,23 +187,39 @@ class KVCache:
             return torch.device("cpu")
         return self._arena.device
 
-    def own(self, layer: int, group: DecodeGroup, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def own(
+        self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a decode group's own tokens, the new one included: `[sequences, heads, length, dim]`.
 
-        `new` are the group's new rows `[sequences, width]`; where they are, the result is. Rows beyond a sequence's length hold anything finite.
+        `key`, `value` are the group's new rows `[sequences, heads, dim]`; where they are, the result is. Rows beyond a
+        sequence's length hold anything finite.
         """
+        return self.unpack(layer, self._own_rows(layer, group, key, value))
+
+    def own_flat(
+        self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as `[sequences * length, heads, dim]`."""
+        own = self.unpack(layer, self._own_rows(layer, group, key, value).flatten(0, 1))
+        return own[0].transpose(0, 1), own[1].transpose(0, 1)
+
+    def _own_rows(self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if group.device_index is not None:
             rows = self._tables["device"][layer].index_select(0, group.device_index)
-            rows = rows.view(len(group.segments), group.length, -1)
+            return rows.view(len(group.segments), group.length, -1)
+        new = _pack(key, value)
+        staged = self._staged.pop((layer, id(group)), None)
+        if staged is not None:
+            self._transfer.await_arrival(staged[1])
+            rows = staged[0].view(len(group.segments), group.length, -1)
         else:
             rows = new.new_zeros(len(group.segments), group.length, new.shape[1])
-            for index, segment in enumerate(group.segments):
-                block = segment.span.block
-                assert block is not None
-                stored = self._tables[block.tier][layer][block.first : block.first + segment.past]
-                rows[index, : segment.past].copy_(stored, non_blocking=True)
-            rows[torch.arange(len(group.segments), device=rows.device), group.past.to(rows.device)] = new
-        return self.unpack(layer, rows)
+            flat = rows.flatten(0, 1)
+            for first, stored in self._stored_rows(layer, group):
+                flat[first : first + len(stored)].copy_(stored)
+        rows[torch.arange(len(group.segments), device=rows.device), group.past.to(rows.device)] = new
+        return rows
 
     def unpack(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split rows `[…, length, width]` into keys and values `[…, heads, length, dim]`."""
@@ -160,3 +227,13 @@ class KVCache:
         keys, values = rows.split((shape.key_width, shape.width - shape.key_width), dim=-1)
         keys = keys.unflatten(-1, (shape.key_heads, shape.key_dim)).transpose(-3, -2)
         return keys, values.unflatten(-1, (shape.value_heads, shape.value_dim)).transpose(-3, -2)
+
+    def close(self) -> None:
+        """Let go of the tables; the arena frees them."""
+        self._tables = {tier: [] for tier in TIERS}
+        self._fresh = {}
+
+
+def _pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Rows `[rows, width]` of keys and values `[rows, heads, dim]`."""
+    return torch.cat((key.flatten(1), value.flatten(1)), dim=1)

@@ -55,9 +55,7 @@ def load_checkpoint(path: Path, store: WeightStore) -> None:
     store.finish_loading()
 
 
-def _convert(
-    target: str, converter: WeightConverter, sources: list[tuple[str, str, Load]], places: _Places
-) -> None:
+def _convert(target: str, converter: WeightConverter, sources: list[tuple[str, str, Load]], places: _Places) -> None:
     model = places.store.model
     by_pattern: dict[str, list[tuple[str, str, Load]]] = {}
     for source in sources:
@@ -95,8 +93,8 @@ class _Places:
         expected = model.state[name].shape
         if tensor.shape != expected:
             raise CheckpointError(
-                f"{self._path}: {name} is {list(tensor.shape)} in the weight files but {list(expected)} by config.json; "
-                "they do not belong together"
+                f"{self._path}: {name} is {list(tensor.shape)} in the weight files but {list(expected)} by "
+                "config.json; they do not belong together"
             )
         if name in self._parameters:
             self.store.put(name, tensor)
@@ -113,8 +111,8 @@ class _Places:
         expected = self.store.model.state[name].shape
         if tensor.shape[1:] != expected[1:] or expected[0] != count * tensor.shape[0]:
             raise CheckpointError(
-                f"{self._path}: {name} would be {[count * tensor.shape[0], *tensor.shape[1:]]} from the weight files but "
-                f"is {list(expected)} by config.json; they do not belong together"
+                f"{self._path}: {name} would be {[count * tensor.shape[0], *tensor.shape[1:]]} from the weight files "
+                f"but is {list(expected)} by config.json; they do not belong together"
             )
         self.store.put(name, tensor, first_element=index * tensor.numel())
         if index == count - 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engine.attention import ATTENTION_NAME, KVShape, Sweeping, probe_kv_shape
 from engine.errors import CheckpointError, UnsupportedError
+
+_OWN_ATTENTION = (
+    "its layers do not use transformers' attention interface (they carry their own attention, or none); "
+    "this version runs families that use it, such as OPT, Llama, Qwen or Mixtral"
+)
+_PATCHING = threading.Lock()
+"""Held while `nn.Module` is patched, which is one for all threads."""
 
 Owner = tuple[nn.Module, str]
 """A parameter's module and its name there."""
@@ -29,19 +37,21 @@ class LayerCall:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, modules get parameters without storage, but real buffers (rotary tables and the like)."""
-    register = nn.Module.register_parameter
+    """Inside, modules of this thread get parameters without storage, but real buffers (rotary tables and the like)."""
+    thread = threading.get_ident()
+    with _PATCHING:
+        register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(module, name, param)
+        def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and threading.get_ident() == thread:
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            register(self, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Stand(nn.Module):
@@ -176,7 +186,8 @@ class CausalModel:
     def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Run one layer: hidden `[rows, width]` -> `[rows, width]`; its parameters must be bound."""
         output = self.layers[index](hidden[None], *call.args, **call.kwargs)
-        return (output[0] if isinstance(output, tuple) else output)[0]
+        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return states[0]
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -190,7 +201,8 @@ class CausalModel:
             output = self.module(inputs_embeds=inputs, position_ids=positions, use_cache=False)
         finally:
             self._tape.inject = None
-        return output.logits[0].float()
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
 
     def _probe(self) -> list[KVShape]:
         """Shapes of the keys and values of each layer, learned by calling the layers on `meta`."""
@@ -202,8 +214,8 @@ class CausalModel:
         try:
             with torch.no_grad():
                 hidden, calls = self._record(inputs_embeds=inputs, position_ids=torch.zeros(1, 1, dtype=torch.long))
-        except TypeError as error:
-            raise UnsupportedError(f"{self._family}: cannot be driven layer by layer ({error})") from None
+        except Exception as error:
+            raise self._undrivable(error) from None
         finally:
             for name, (module, attribute) in outer.owners.items():
                 module._parameters[attribute] = nn.Parameter(self.state[name], requires_grad=False)
@@ -211,14 +223,18 @@ class CausalModel:
             raise UnsupportedError(f"{self._family}: its forward calls {len(calls)} of its {len(self.layers)} layers")
         shapes = []
         for layer, call in zip(self.layers, calls, strict=True):
-            shape = probe_kv_shape(layer, self.sweeping, hidden[None], call.args, call.kwargs)
+            try:
+                shape = probe_kv_shape(layer, self.sweeping, hidden[None], call.args, call.kwargs)
+            except Exception as error:
+                raise self._undrivable(error) from None
             if shape is None:
-                raise UnsupportedError(
-                    f"{self._family}: its layers do not use transformers' attention interface (they carry their own "
-                    "attention, or none); this version runs families that use it, such as OPT, Llama, Qwen or Mixtral"
-                )
+                raise UnsupportedError(f"{self._family}: {_OWN_ATTENTION}")
             shapes.append(shape)
         return shapes
+
+    def _undrivable(self, error: Exception) -> UnsupportedError:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return UnsupportedError(f"{self._family}: cannot be driven layer by layer ({reason})")
 
     @property
     def _family(self) -> str:
@@ -229,12 +245,19 @@ def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path)
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION_NAME
+            )
     except (ValueError, OSError, ImportError, KeyError) as error:
+        if error.args == (ATTENTION_NAME,):
+            raise UnsupportedError(f"{config.model_type} in {path}: {_OWN_ATTENTION}") from None
         raise CheckpointError(f"{path}: transformers cannot build this model: {' '.join(str(error).split())}") from None
+    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{path}: quantized checkpoints are not supported yet; take the unquantized one")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

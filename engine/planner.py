@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.errors import CapacityError
 from engine.hardware import Memory
-from engine.placement import Tier
+from engine.placement import TIERS, Tier
 from engine.policy import Policy, Share
 from engine.schedule import Limits
 
@@ -75,29 +76,18 @@ class _Planner:
         weights = self.policy.weights or self._greedy_weights()
         self._check_weights(weights)
         device = self.memory.device - self._device_weights(weights)
-        rows = self._rows_per_batch(device)
-        device -= self._work(rows)
         host = self.memory.host - self._part(weights.cpu)
         if self.memory.shared:  # device and host tier are one memory
-            host = min(host, self.memory.host - (self.memory.device - device) - self._part(weights.cpu))
+            host -= self._device_weights(weights)
+            device = min(device, host)
+        rows = self._rows_per_batch(device)
+        device -= self._work(rows)
+        if self.memory.shared:
+            host -= self._work(rows)
         disk = self.memory.disk - self._part(weights.disk)
         activations = self.policy.activations or Share(gpu=100, cpu=0)
-        left = {"device": device, "host": host, "disk": disk}
+        left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
         hidden_rows = self._hidden_rows(activations, left)
-        hidden = hidden_rows * self.shape.hidden_row_bytes / 100
-        budgets: dict[Tier, int] = {
-            "device": int(device - hidden * activations.gpu),
-            "host": int(host - hidden * activations.cpu),
-            "disk": int(disk - hidden * activations.disk),
-        }
-        if self.memory.shared:
-            budgets["host"] = min(budgets["host"], int(host - hidden * 100))
-            if self.policy.kv_cache is not None and self.policy.kv_cache.gpu and self.policy.kv_cache.cpu:
-                budgets["device"], budgets["host"] = budgets["device"] // 2, budgets["host"] // 2
-            elif self.policy.kv_cache is None:
-                budgets["host"] = 0
-        if self.policy.kv_cache is None and self.policy.offload_dir is None:
-            budgets["disk"] = 0
         staged = max(self._work(rows) // 2, 64 << 20)
         limits = Limits(
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
@@ -111,9 +101,24 @@ class _Planner:
             weights=weights,
             kv_cache=self.policy.kv_cache,
             activations=activations,
-            cache_budgets={tier: max(0, budget) for tier, budget in budgets.items()},
+            cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
         )
+
+    def _cache_budgets(self, left: dict[Tier, int], activations: Share, hidden_bytes: int) -> dict[Tier, int]:
+        """What hidden states leave of the tiers that the cache may use."""
+        cache, shared = self.policy.kv_cache, self.memory.shared
+        hidden = {tier: hidden_bytes * percent / 100 for tier, percent in _percents(activations).items()}
+        budgets = {tier: int(left[tier] - hidden[tier]) for tier in TIERS}
+        if cache is not None:
+            is_used = {tier: percent > 0 for tier, percent in _percents(cache).items()}
+        else:
+            is_used = {"device": True, "host": not shared, "disk": self.policy.offload_dir is not None}
+        if shared:  # what both have left is the same memory
+            rest = int(left["host"] - hidden["device"] - hidden["host"])
+            for tier in ("device", "host"):
+                budgets[tier] = min(budgets[tier], rest // max(1, is_used["device"] + is_used["host"]))
+        return {tier: max(0, budgets[tier]) if is_used[tier] else 0 for tier in TIERS}
 
     def _part(self, percent: float) -> int:
         return round(self.shape.weight_bytes * percent / 100)
@@ -134,17 +139,22 @@ class _Planner:
     def _logits_bytes(self) -> int:
         return min(LOGITS_BYTES, max(self.memory.device // 16, 1 << 20))
 
+    @staticmethod
+    def _with_logits(num_bytes: int) -> int:
+        """The least device memory that holds `num_bytes` besides the logits, which grow with it up to a limit."""
+        growing = max(num_bytes * 16 // (16 - _LOGITS_COPIES) + 1, num_bytes + (_LOGITS_COPIES << 20))
+        return min(growing, num_bytes + _LOGITS_COPIES * LOGITS_BYTES)
+
     def _rows_per_batch(self, left: int) -> int:
         choices = _ROWS["cpu" if self.on_cpu else "other"]
         fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 
-    def _hidden_rows(self, activations: Share, left: dict[str, int]) -> int:
-        percents = {"device": activations.gpu, "host": activations.cpu, "disk": activations.disk}
+    def _hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
         fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}
         rows = [
             max(0, left[tier]) * fraction[tier] / (self.shape.hidden_row_bytes * percent / 100)
-            for tier, percent in percents.items()
+            for tier, percent in _percents(activations).items()
             if percent > 0
         ]
         return max(1, int(min(rows)))
@@ -162,46 +172,82 @@ class _Planner:
         host = memory.host - (memory.device if memory.shared else 0)
         cpu = int(max(0.0, min(100.0 - gpu, 100 * 0.9 * host / shape.weight_bytes)))
         if gpu + cpu < 100 and self.policy.offload_dir is None:
+            self._check_transit(Share(gpu=0, cpu=100))
             raise CapacityError(
                 f"weights {_gb(shape.weight_bytes)} exceed what device ({_gb(memory.device)}) and host "
                 f"({_gb(host)}) hold; set offload-dir to let {100 - gpu - cpu} % of them go to disk"
             )
         return Share(gpu=gpu, cpu=cpu, disk=100 - gpu - cpu)
 
-    def _check_weights(self, weights: Share) -> None:
-        shape, memory = self.shape, self.memory
+    def _rooms(self, gpu: float) -> dict[Tier, int]:
+        """Bytes of weights that each tier can take when `gpu` percent of them are on the device."""
+        memory, transit = self.memory, self._device_weights(Share(gpu=gpu, cpu=100 - gpu)) - self._part(gpu)
         work = self._work(_ROWS["cpu"][-1])
-        needed = self._device_weights(weights) + work
-        if needed > memory.device:
-            slots = self._slots(Share(gpu=0, cpu=100)) + shape.outer_bytes
-            room = memory.device - slots - work
-            if room < 0:
-                raise CapacityError(
-                    f"even with no weights on the device, two layers ({_gb(slots)}) and the work on them ({_gb(work)}) "
-                    f"exceed the {_gb(memory.device)} of device memory; raise gpu-memory to {_gb(slots + work)}"
-                )
-            gpu = int(100 * room / shape.weight_bytes)
-            cpu = int(weights.cpu + weights.gpu - gpu)
+        host = memory.host - (self._part(gpu) + transit + work if memory.shared else 0)
+        return {"device": memory.device - transit - work, "host": host, "disk": memory.disk}
+
+    def _check_weights(self, weights: Share) -> None:
+        """Raise `CapacityError` for weights that do not fit, with the nearest shares that do."""
+        total, memory, rooms = self.shape.weight_bytes, self.memory, self._rooms(weights.gpu)
+        work = self._work(_ROWS["cpu"][-1])
+        parts = {"device": self._part(weights.gpu), "host": self._part(weights.cpu), "disk": self._part(weights.disk)}
+        transit = memory.device - rooms["device"] - work
+        self._check_transit(weights)
+        if parts["device"] > rooms["device"]:
             raise CapacityError(
-                f"weights {_gb(shape.weight_bytes)} x {weights.gpu:g} % + layers in transit "
-                f"{_gb(needed - work - self._part(weights.gpu))} + work {_gb(work)} exceed the {_gb(memory.device)} of "
-                f"device memory; the nearest that fits is weights: {{gpu: {gpu}, cpu: {cpu}, "
-                f"disk: {100 - gpu - cpu}}}"
+                f"weights {_gb(total)} x {weights.gpu:g} % + layers in transit {_gb(transit)} + work {_gb(work)} "
+                f"exceed the {_gb(memory.device)} of device memory; {self._advice(weights)}"
             )
-        placed = self._part(weights.cpu)
-        host = memory.host - (needed if memory.shared else 0)
-        if placed > host:
-            cpu = max(0, int(100 * host / shape.weight_bytes))
+        if parts["host"] > rooms["host"]:
             raise CapacityError(
-                f"weights {_gb(shape.weight_bytes)} x {weights.cpu:g} % = {_gb(placed)} exceed the {_gb(max(0, host))} "
-                f"of host memory; the nearest that fits is weights: {{gpu: {weights.gpu:g}, cpu: {cpu}, "
-                f"disk: {100 - weights.gpu - cpu:g}}} with an offload-dir"
+                f"weights {_gb(total)} x {weights.cpu:g} % = {_gb(parts['host'])} exceed the {_gb(rooms['host'])} "
+                f"of host memory; {self._advice(weights)}"
             )
-        if self._part(weights.disk) > memory.disk:
+        if parts["disk"] > rooms["disk"]:
             raise CapacityError(
-                f"weights {_gb(shape.weight_bytes)} x {weights.disk:g} % = {_gb(self._part(weights.disk))} exceed the "
-                f"{_gb(memory.disk)} free in offload-dir {self.policy.offload_dir}; name another, or lower the disk share"
+                f"weights {_gb(total)} x {weights.disk:g} % = {_gb(parts['disk'])} exceed the {_gb(memory.disk)} "
+                f"free in offload-dir {self.policy.offload_dir}; {self._advice(weights)}"
             )
+
+    def _check_transit(self, weights: Share) -> None:
+        """Raise `CapacityError` when the device cannot even hold layers in transit and the work on them."""
+        if self._rooms(0)["device"] >= 0 or self._part(weights.gpu) <= self._rooms(weights.gpu)["device"]:
+            return
+        slots, work = self._device_weights(Share(gpu=0, cpu=100)), self._work(_ROWS["cpu"][-1])
+        enough = self._with_logits(self._device_weights(weights) + _ROWS["cpu"][-1] * self.shape.work_row_bytes)
+        raise CapacityError(
+            f"even with no weights on the device, two layers ({_gb(slots)}) and the work on them ({_gb(work)}) "
+            f"exceed the {_gb(self.memory.device)} of device memory; raise gpu-memory to {_gb_up(enough)}"
+        )
+
+    def _advice(self, weights: Share) -> str:
+        """Name the nearest shares that fit, in whole percents; what a tier cannot take goes to memory before disk."""
+        percent = {tier: self._percent(room) for tier, room in self._rooms(0).items()}
+        gpu = min(int(weights.gpu), percent["device"])
+        host = self._percent(self._rooms(gpu)["host"])
+        disk = int(weights.disk) if self.policy.offload_dir is None else min(int(weights.disk), percent["disk"])
+        cpu = min(100 - gpu - disk, host)
+        gpu = min(100 - cpu - disk, percent["device"]) if not self.memory.shared else gpu
+        disk = 100 - gpu - cpu
+        if self.policy.offload_dir is not None and disk > percent["disk"]:
+            return (
+                f"all tiers together hold {gpu + cpu + percent['disk']} % of them; name an offload-dir with more room"
+            )
+        advice = f"the nearest that fits is weights: {{gpu: {gpu}, cpu: {cpu}, disk: {disk}}}"
+        return advice + (" with an offload-dir" if disk and self.policy.offload_dir is None else "")
+
+    def _percent(self, num_bytes: int) -> int:
+        """Whole percents of the weights that fit into this many bytes."""
+        return max(0, min(100, int(100 * num_bytes / self.shape.weight_bytes)))
+
+
+def _percents(share: Share) -> dict[Tier, float]:
+    return {"device": share.gpu, "host": share.cpu, "disk": share.disk}
+
+
+def _gb_up(num_bytes: float) -> str:
+    unit = 1e8 if num_bytes >= 1e8 else 1e5
+    return _gb(math.ceil(num_bytes / unit) * unit)
 
 
 def _gb(num_bytes: float) -> str:

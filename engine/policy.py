@@ -31,7 +31,7 @@ def parse_bytes(value: Any, where: str) -> int:
     if match is None:
         raise ConfigError(f'{where}: {value!r} is not a size; write "16GB", "16GiB" or a number of GiB')
     number, unit = match.groups()
-    size = int(float(number) * (_UNITS[unit.lower()] if unit else 1024**3))
+    size = round(float(number) * (_UNITS[unit.lower()] if unit else 1024**3))
     if size <= 0:
         raise ConfigError(f"{where}: {value!r} is no memory at all")
     return size
@@ -214,7 +214,7 @@ def policy_directories() -> list[Path]:
 def read_policy_yaml(spec: str | Path) -> Mapping[str, Any]:
     """Read a policy file, or the shipped policy of that name; `ConfigError` if there is neither."""
     path = Path(spec).expanduser()
-    if not path.suffix and not path.is_file():
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
         shipped = {file.stem: file for folder in policy_directories() for file in folder.glob("*.yaml")}
         if str(spec) not in shipped:
             known = [*shipped, "auto"]

@@ -6,6 +6,9 @@ import torch
 
 from engine.job import Sampling
 
+_MIN_TEMPERATURE = 1e-20
+"""Below it, logits divided by the temperature would overflow; the choice is greedy long before."""
+
 
 def choose(
     logits: torch.Tensor, samplings: list[Sampling], draws: list[float], generated: list[list[int]]
@@ -37,7 +40,8 @@ def _penalized(logits: torch.Tensor, samplings: list[Sampling], generated: list[
 
 def _sample(logits: torch.Tensor, samplings: list[Sampling], draws: list[float]) -> torch.Tensor:
     device = logits.device
-    temperature = torch.tensor([sampling.temperature for sampling in samplings], device=device)
+    temperatures = [max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings]
+    temperature = torch.tensor(temperatures, device=device, dtype=torch.float32)
     values, ids = (logits / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
     size = values.shape[-1]
     top_k = torch.tensor([min(sampling.top_k or size, size) for sampling in samplings], device=device)
@@ -51,4 +55,5 @@ def _sample(logits: torch.Tensor, samplings: list[Sampling], draws: list[float])
     point = torch.tensor(draws, device=device, dtype=torch.float64)[:, None] * cumulated[:, -1:]
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     index = torch.minimum((cumulated <= point).sum(dim=-1, keepdim=True), last)
+    index = index.clamp(min=0)  # a row that is not finite has no last; its sequence fails, not its neighbours
     return ids.gather(-1, index)[:, 0]

@@ -71,6 +71,9 @@ class CacheRoom(Protocol):
     def free(self, block: Block) -> None:
         """Give room back."""
 
+    def expect(self, num_rows: int) -> None:
+        """Tell that room for `num_rows` tokens will be asked for, so that it can grow once instead of many times."""
+
 
 class Scheduler:
     """Keeps waiting and running sequences; between sweeps finished ones leave and waiting ones enter."""
@@ -92,6 +95,8 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue new sequences; neighbours in the queue share prefixes where they can."""
         sequences = list(sequences)
+        seats = self.limits.sequences_per_batch * self.limits.batches
+        self._cache.expect(sum(sequence.capacity for sequence in sequences[:seats] if sequence.needs_cache))
         if not self._share_prefix:
             self._waiting.extend(sequences)
             return
@@ -136,16 +141,22 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
         """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
+        while (new := self._try_enter(sequence, entered)) is None:
+            if self._evict(sequence.chain):
+                continue
+            if self.running or not sequence.chain:
+                return None
+            self._unshare(sequence)
+        return new
+
+    def _try_enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
         new: list[Segment] = []
         for prefix in sequence.chain:
             if not prefix.is_computed and id(prefix) not in entered:
                 prefix.block = self._cache.allocate(len(prefix.tokens))
                 if prefix.block is None:
                     self._withdraw(new)
-                    if self.running or entered:
-                        return None
-                    self._unshare(sequence)
-                    return self._enter(sequence, entered)
+                    return None
                 new.append(Segment(prefix, len(prefix.tokens)))
         if sequence.needs_cache:
             sequence.block = self._cache.allocate(sequence.capacity)
@@ -155,6 +166,15 @@ class Scheduler:
         rows = len(sequence.tokens)
         new.append(Segment(sequence, rows, padded_length(rows, self.limits.pad) - rows))
         return new
+
+    def _evict(self, wanted: tuple[Prefix, ...]) -> bool:
+        """Free the room of prefixes that only waiting sequences share; they are computed anew when their turn comes."""
+        kept = {id(prefix) for sequence in self.running for prefix in sequence.chain} | set(map(id, wanted))
+        idle = [prefix for prefix in self._prefixes if prefix.block is not None and id(prefix) not in kept]
+        for prefix in idle:
+            self._free(prefix)
+            prefix.forget()
+        return bool(idle)
 
     def _withdraw(self, segments: list[Segment]) -> None:
         for segment in segments:
@@ -201,7 +221,7 @@ class Scheduler:
             if prefix.num_users:
                 break
             self._free(prefix)
-            prefix.cached = 0
+            prefix.forget()
             self._prefixes.remove(prefix)
             span = prefix
 

@@ -23,6 +23,8 @@ class Span:
     cached: int = 0
     """How many of `tokens` have their keys and values in `block`."""
     block: Block | None = None
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Log-probabilities of the prompt tokens among `tokens`, but the first, where asked for."""
 
     @property
     def start(self) -> int:
@@ -43,7 +45,6 @@ class Prefix(Span):
     """Waiting and running sequences, and prefixes, whose parent this one is."""
     scored: bool = False
     """Whether somebody asked for the log-probabilities of these tokens."""
-    logprobs: list[float | None] = field(default_factory=list)
     next_logprobs: Any = None
     """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
 
@@ -51,6 +52,12 @@ class Prefix(Span):
     def is_computed(self) -> bool:
         """Whether all of it is in the cache."""
         return self.cached == len(self.tokens)
+
+    def forget(self) -> None:
+        """Be as before it was computed."""
+        self.cached = 0
+        self.prompt_logprobs = []
+        self.next_logprobs = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -61,8 +68,6 @@ class Sequence(Span):
     num_prompt: int
     """How many of `tokens` are prompt."""
     generated_logprobs: list[float] = field(default_factory=list)
-    prompt_logprobs: list[float | None] = field(default_factory=list)
-    """Of the own prompt tokens."""
     rng: random.Random = field(default_factory=random.Random)
     finish_reason: FinishReason | None = None
     error: EngineError | None = None

@@ -96,9 +96,7 @@ class WeightStore:
 
     def placed_bytes(self) -> dict[str, dict[Tier, int]]:
         """Bytes of each unit on each tier."""
-        return {
-            name: {tier: placed.parts[tier].numel() for tier in TIERS} for name, placed in self._placed.items()
-        }
+        return {name: {tier: placed.parts[tier].numel() for tier in TIERS} for name, placed in self._placed.items()}
 
     def _place(self, unit: Unit, share: Share) -> PlacedUnit:
         state = self.model.state
@@ -184,10 +182,20 @@ class WeightStore:
             here = ((unique >= first // row_bytes) & (unique < end // row_bytes)).nonzero()[:, 0]
             if len(here):
                 part = table.parts[tier].view(like.dtype).view(-1, like.shape[1])
-                index = (unique[here] - first // row_bytes).to(part.device)
-                rows.index_copy_(0, here.to(self._device), part.index_select(0, index).to(self._device))
+                found = self._rows_of(part, unique[here] - first // row_bytes)
+                if len(here) == len(rows):
+                    rows.copy_(found, non_blocking=True)
+                else:
+                    rows.index_copy_(0, here.to(self._device), found.to(self._device, non_blocking=True))
         self.model.embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         self._lookup = inverse.to(self._device)
+
+    def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, page-locked if they are to cross the link."""
+        if part.device.type != "cpu" or self._copy_stream is None:
+            return part.index_select(0, index.to(part.device))
+        rows = torch.empty(len(index), part.shape[1], dtype=part.dtype, pin_memory=True)
+        return torch.index_select(part, 0, index, out=rows)
 
     def acquire(self, step: int) -> None:
         """Wait until layer `step` (or, behind the last layer, the head) can compute, and start fetching the next."""
@@ -258,12 +266,15 @@ class WeightStore:
             self._stage[turn % 2] = buffer, event
 
     def close(self) -> None:
-        """Stop fetching; the arena frees the memory."""
+        """Stop fetching and let go of the weights; the arena frees the memory."""
         self._fetcher.shutdown(wait=True, cancel_futures=True)
         for placed in self._placed.values():
             for module, attribute in placed.unit.owners.values():
                 module._parameters[attribute] = None
         if self.model.output is not None:
             self.model.output._parameters["weight"] = None
-        self._placed.clear()
-        self._slots.clear()
+        self._outer = torch.empty(0, dtype=torch.uint8)
+        for held in (self._placed, self._extent_of, self._slot_of, self._next):
+            held.clear()
+        for listed in (self._by_step, self._streamed, self._slots, self._stage):
+            listed.clear()

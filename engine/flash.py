@@ -1,0 +1,113 @@
+"""Attention by FlashAttention kernels, where the card has them: no mask, no padding, no copy of a shared prefix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from engine.attention import Scores, Sweeping
+    from engine.batch import DecodeGroup, MicroBatch
+
+_MAX_HEAD_DIM = 256
+
+
+def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: MicroBatch) -> bool:
+    """Whether the kernels can do it: CUDA from sm80 on, 16 bits, plain softmax, no window that cuts anything off."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= _MAX_HEAD_DIM
+        and query.shape[-1] % 8 == 0
+        and scores.is_stock
+        and (scores.window is None or batch.longest <= scores.window)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def attend(
+    batch: MicroBatch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sweeping: Sweeping,
+    scores: Scores,
+    output: torch.Tensor,
+) -> None:
+    """Attend a micro-batch: query, key, value `[rows, heads, dim]` -> `output` `[rows, heads, dim]`.
+
+    Own tokens first, all new spans in one call; then, per chain of prefixes, its rows against the prefix; the two are
+    merged by their log-sum-exps, which is exact. Decode steps whose attention is the host's are left out.
+    """
+    cache, layer = sweeping.cache, sweeping.layer
+    logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
+    if batch.prefill_first < len(query):
+        rows = slice(batch.prefill_first, len(query))
+        output[rows], logsumexp[:, rows] = _varlen(
+            query[rows], key[rows], value[rows], batch.prefill_borders, batch.longest_prefill, scores, causal=True
+        )
+    for group in batch.decode_groups:
+        if cache.attention_device(group) != query.device:
+            continue
+        rows = slice(group.first, group.end)
+        own_key, own_value = cache.own_flat(layer, group, key[rows], value[rows])
+        output[rows], logsumexp[:, rows] = _decode(query[rows], own_key, own_value, group, scores)
+    for first, end, chain in batch.chain_runs:
+        group_of_first = batch.decode_group_at(first)
+        if group_of_first is not None and cache.attention_device(group_of_first) != query.device:
+            continue
+        rows = slice(first, end)
+        prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in cache.prefix(layer, chain))
+        shared, shared_logsumexp = _dense(query[rows][None], prefix_key, prefix_value, scores)
+        # Weight of the prefix: its share of the sum of exponentials.
+        weight = torch.sigmoid(shared_logsumexp - logsumexp[:, rows]).T[:, :, None].to(output.dtype)
+        output[rows] = torch.lerp(output[rows], shared, weight)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scores: Scores,
+    *,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    result = torch.ops.aten._flash_attention_forward(
+        query, key, value, borders, borders, longest, longest, 0.0, causal, False, scale=scores.scaling
+    )
+    return result[0], result[1]
+
+
+def _decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: DecodeGroup, scores: Scores
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row a sequence against its own tokens: key, value `[sequences * length, heads, dim]`."""
+    result = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        group.row_borders,
+        group.own_borders,
+        1,
+        group.length,
+        0.0,
+        False,
+        False,
+        scale=scores.scaling,
+        seqused_k=group.own_lengths,
+    )
+    return result[0], result[1]
+
+
+def _dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows `[1, rows, heads, dim]` against all of a prefix `[1, length, heads, dim]`."""
+    rows, length = query.shape[1], key.shape[1]
+    result = torch.ops.aten._flash_attention_forward(
+        query, key, value, None, None, rows, length, 0.0, False, False, scale=scores.scaling
+    )
+    return result[0][0], result[1][0]

@@ -1,0 +1,72 @@
+"""Moves keys and values between the device and the other tiers beside the computation, on streams of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+_NUM_BUFFERS = 2
+
+
+class KVTransfer:
+    """Ordered copies off and onto a CUDA device; on other devices plain copies.
+
+    What is brought for one micro-batch lies in one of two staging buffers in turn, so it is good until the micro-batch
+    after the next one is brought.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        is_cuda = device.type == "cuda"
+        self._fetch: Any = torch.cuda.Stream(device) if is_cuda else None
+        self._store: Any = torch.cuda.Stream(device) if is_cuda else None
+        self._buffers: list[torch.Tensor | None] = [None] * _NUM_BUFFERS
+        self._turn = 0
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether fetching ahead is of any use."""
+        return self._fetch is not None
+
+    def begin_sweep(self) -> None:
+        """Wait until what the sweep before stored has arrived: this one may read it."""
+        if self._store is not None:
+            self._store.synchronize()
+
+    def store(self, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy new rows from the device to their place."""
+        if self._store is None:
+            target.copy_(rows)
+            return
+        self._store.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._store):
+            target.copy_(rows, non_blocking=True)
+        rows.record_stream(self._store)
+
+    def fetch(self, num_rows: int, width: int, pieces: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, Any]:
+        """Start copying (first row, rows) pieces into a staging buffer `[num_rows, width]`.
+
+        Returns it with the event of its arrival. Rows that no piece covers hold anything finite.
+        """
+        assert self._fetch is not None
+        self._turn = (self._turn + 1) % _NUM_BUFFERS
+        size = num_rows * width
+        buffer = self._buffers[self._turn]
+        if buffer is None or buffer.numel() < size:
+            self._buffers[self._turn] = None
+            buffer = torch.zeros(size, dtype=self._dtype, device=self._device)
+            self._buffers[self._turn] = buffer
+        staged = buffer[:size].view(num_rows, width)
+        # The computation that used the buffer last has been queued by now.
+        self._fetch.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._fetch):
+            for first, rows in pieces:
+                staged[first : first + len(rows)].copy_(rows, non_blocking=True)
+            return staged, self._fetch.record_event()
+
+    def await_arrival(self, arrival: Any) -> None:
+        """Let the computation wait for a fetch."""
+        torch.cuda.current_stream(self._device).wait_event(arrival)
