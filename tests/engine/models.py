@@ -16,6 +16,7 @@ WINDOW = 128
 _BASE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 _GQA = {**_BASE, "intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": WINDOW}
 _HEAD16 = {**_GQA, "head_dim": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _OPT = {**_BASE, "ffn_dim": 128, "max_position_embeddings": WINDOW}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,6 +30,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": WINDOW}),
     "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),
     "mixtral": ("mixtral", {**_GQA, "num_local_experts": 4}),
+    "gpt-oss": (  # attention sinks
+        "gpt_oss",
+        {**_HEAD16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "rope_parameters": _ROPE},
+    ),
+    "deepseek-v3": (  # keys wider than values; a first layer of another kind
+        "deepseek_v3",
+        {
+            **_GQA,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
 }
 
 
@@ -76,7 +99,7 @@ def load_reference(directory: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def reference_logprobs(model: PreTrainedModel, tokens: list[int]) -> list[float]:
-    """log p(tokens[i] | tokens[:i]) for i >= 1, by one plain forward."""
+    """Natural log of p(tokens[i] | tokens[:i]) for i >= 1, by one plain forward."""
     logprobs = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
     return [logprobs[i - 1, tokens[i]].item() for i in range(1, len(tokens))]
 
@@ -85,8 +108,10 @@ def reference_logprobs(model: PreTrainedModel, tokens: list[int]) -> list[float]
 def reference_greedy(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> list[int]:
     """Greedy tokens of `model.generate`, end-of-text excluded."""
     output = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=max_new_tokens, do_sample=False,
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
     )
     tokens = output[0, len(prompt) :].tolist()
     return tokens[:-1] if tokens and tokens[-1] == 2 else tokens

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""On a CUDA device the engine gives what plain transformers gives there, under every placement, within its memory cap."""
+"""On a CUDA device the engine gives what plain transformers gives, under every placement, within its memory cap."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def expected(family: Path) -> list[tuple[list[int], list[float]]]:
     """Greedy tokens and log-probabilities of prompt and tokens, by plain transformers on the CPU in float32."""
     reference = models.load_reference(family)
     tokens = [models.reference_greedy(reference, prompt, 8) for prompt in prompts()]
-    return [(new, models.reference_logprobs(reference, prompt + new)) for prompt, new in zip(prompts(), tokens)]
+    return [
+        (new, models.reference_logprobs(reference, prompt + new)) for prompt, new in zip(prompts(), tokens, strict=True)
+    ]
 
 
 def run(directory: Path, policy: dict[str, Any], jobs: list[Job], tmp_path: Path) -> list[Completion]:

@@ -1,0 +1,191 @@
+"""Protects: a plan stays within the memory it was made for; what does not fit is refused with what does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from engine import Policy
+from engine.errors import CapacityError
+from engine.hardware import Memory
+from engine.planner import ModelShape, Plan, make_plan
+from engine.policy import Share, parse_bytes
+
+GB = 10**9
+OPT_30B = ModelShape(
+    unit_bytes=(1_233_000_000,) * 48 + (720_000_000,),
+    embedding_bytes=0,
+    outer_bytes=30_000_000,
+    cache_row_bytes=48 * 2 * 7168 * 2,
+    cache_layer_row_bytes=2 * 7168 * 2,
+    hidden_row_bytes=7168 * 2,
+    work_row_bytes=2 * (6 * 7168 + 3 * 4 * 7168 + 4 * 7168),
+)
+T4 = Memory(device=15 * GB, host=200 * GB, disk=0)
+
+
+def used(plan: Plan, shape: ModelShape) -> dict[str, float]:
+    """Bytes that a plan takes on each tier, reckoned anew."""
+    rows = plan.limits.rows_per_sweep * shape.hidden_row_bytes / 100
+    device = shape.weight_bytes * plan.weights.gpu / 100 + plan.activations.gpu * rows + plan.cache_budgets["device"]
+    device += plan.limits.rows_per_batch * shape.work_row_bytes
+    if plan.weights.gpu < 100:  # two layers in transit, and what is copied for good
+        device += 2 * max(shape.unit_bytes) + shape.outer_bytes
+    host = shape.weight_bytes * plan.weights.cpu / 100 + plan.activations.cpu * rows + plan.cache_budgets["host"]
+    disk = shape.weight_bytes * plan.weights.disk / 100 + plan.activations.disk * rows + plan.cache_budgets["disk"]
+    return {"device": device, "host": host, "disk": disk}
+
+
+def assert_fits(plan: Plan, shape: ModelShape, memory: Memory) -> None:
+    taken, slack = used(plan, shape), 64
+    assert taken["device"] <= memory.device + slack
+    assert taken["host"] <= memory.host + slack
+    assert taken["disk"] <= memory.disk + slack
+    if memory.shared:
+        assert taken["device"] + taken["host"] <= memory.host + slack
+    assert min(plan.cache_budgets.values()) >= 0
+    assert plan.limits.rows_per_sweep >= 1
+    assert plan.limits.rows_per_batch >= 1
+    assert plan.limits.cached_rows_per_batch >= 1
+
+
+shapes = st.builds(
+    lambda layer, count, head, embedding, row, kv: ModelShape(
+        unit_bytes=(layer,) * count + (head,),
+        embedding_bytes=embedding,
+        outer_bytes=row * 100,
+        cache_row_bytes=kv * count,
+        cache_layer_row_bytes=kv,
+        hidden_row_bytes=row,
+        work_row_bytes=row * 25,
+    ),
+    layer=st.integers(10**6, 2 * GB),
+    count=st.integers(1, 80),
+    head=st.integers(10**6, GB),
+    embedding=st.sampled_from([0, 10**8]),
+    row=st.sampled_from([1024, 16384]),
+    kv=st.sampled_from([512, 28672]),
+)
+percents = st.integers(0, 100).flatmap(lambda gpu: st.tuples(st.just(gpu), st.integers(0, 100 - gpu)))
+shares = percents.map(lambda two: Share(gpu=two[0], cpu=two[1], disk=100 - two[0] - two[1]))
+memories = st.builds(
+    lambda device, host, disk, shared: Memory(
+        device=min(device, host) if shared else device, host=host, disk=disk, shared=shared
+    ),
+    device=st.integers(GB // 2, 80 * GB),
+    host=st.integers(GB, 300 * GB),
+    disk=st.sampled_from([0, 10 * GB, 10_000 * GB]),
+    shared=st.booleans(),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    shape=shapes,
+    memory=memories,
+    weights=st.none() | shares,
+    kv_cache=st.none() | shares,
+    activations=st.none() | shares,
+    on_cpu=st.booleans(),
+)
+def test_a_plan_fits_or_is_refused_with_one_that_does(
+    shape: ModelShape,
+    memory: Memory,
+    weights: Share | None,
+    kv_cache: Share | None,
+    activations: Share | None,
+    on_cpu: bool,
+) -> None:
+    policy = Policy(
+        weights=weights, kv_cache=kv_cache, activations=activations, offload_dir="/disk" if memory.disk else None
+    )
+    assume(memory.disk or not policy.uses_disk)
+    try:
+        plan = make_plan(shape, policy, memory, on_cpu=on_cpu)
+    except CapacityError as error:
+        message = str(error)
+    else:
+        assert_fits(plan, shape, memory)
+        for asked, given_ in ((weights, plan.weights), (kv_cache, plan.kv_cache), (activations, plan.activations)):
+            assert asked is None or asked == given_
+        return
+    assert "\n" not in message
+    assert re.search(r"\d GB|\d MB", message)
+    heeded = heed(message, policy, memory)
+    if heeded is None:
+        return
+    try:
+        assert_fits(make_plan(shape, heeded[0], heeded[1], on_cpu=on_cpu), shape, heeded[1])
+    except CapacityError as error:  # a larger device alone may not help; but it is large enough then
+        if "raise gpu-memory" not in message or "device memory" in str(error):
+            raise
+
+
+def heed(message: str, policy: Policy, memory: Memory) -> tuple[Policy, Memory] | None:
+    """The policy and memory that a refusal asks for; None where it says that nothing fits."""
+    if match := re.search(r"weights: \{gpu: ([\d.]+), cpu: ([\d.]+), disk: ([\d.]+)\}", message):
+        gpu, cpu, disk = map(float, match.groups())
+        assert gpu + cpu + disk == pytest.approx(100)
+        if disk:
+            assert policy.offload_dir or "offload-dir" in message
+            policy, memory = replace(policy, offload_dir="/disk"), replace(memory, disk=memory.disk or 10_000 * GB)
+        return replace(policy, weights=Share(gpu=gpu, cpu=cpu, disk=disk)), memory
+    if match := re.search(r"raise gpu-memory to ([\d.]+ [GM]B)", message):
+        if memory.shared:
+            return None
+        device = parse_bytes(match[1], "gpu-memory")
+        return policy, replace(memory, device=device)
+    if "set offload-dir" in message:
+        return replace(policy, offload_dir="/disk"), replace(memory, disk=10_000 * GB)
+    assert "all tiers together hold" in message
+    return None
+
+
+def test_a_published_policy_fits_its_machine() -> None:
+    plan = make_plan(OPT_30B, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+    assert_fits(plan, OPT_30B, T4)
+    assert plan.weights == Share(gpu=20, cpu=80, disk=0)
+    assert (plan.limits.sequences_per_batch, plan.limits.batches) == (48, 3)
+    assert plan.cache_budgets["host"] > 70 * GB
+
+
+def test_auto_fills_the_device_first_then_the_host_then_the_disk() -> None:
+    def weights(memory: Memory, offload_dir: str | None = None) -> Share:
+        plan = make_plan(OPT_30B, Policy(offload_dir=offload_dir), memory, on_cpu=False)
+        assert_fits(plan, OPT_30B, memory)
+        return plan.weights
+
+    assert weights(Memory(device=80 * GB, host=200 * GB, disk=0)) == Share(gpu=100, cpu=0, disk=0)
+    small = weights(T4)
+    assert 5 < small.gpu < 25
+    assert small.disk == 0
+    tiny = weights(Memory(device=15 * GB, host=20 * GB, disk=1000 * GB), "/disk")
+    assert tiny.gpu == small.gpu
+    assert 20 < tiny.cpu < 34
+    assert tiny.disk > 40
+
+
+def test_auto_without_room_asks_for_a_disk() -> None:
+    with pytest.raises(CapacityError, match=r"offload-dir.*%"):
+        make_plan(OPT_30B, Policy(), Memory(device=15 * GB, host=20 * GB, disk=0), on_cpu=False)
+
+
+def test_a_refusal_names_weights_and_memory() -> None:
+    with pytest.raises(CapacityError, match=r"weights 59\.9 GB x 100 %.*15\.0 GB of device memory") as caught:
+        make_plan(OPT_30B, Policy(weights=Share(gpu=100, cpu=0)), T4, on_cpu=False)
+    assert "nearest that fits" in str(caught.value)
+    with pytest.raises(CapacityError, match=r"59\.9 GB x 100 % = 59\.9 GB exceed the 30\.0 GB of host memory"):
+        make_plan(OPT_30B, Policy(weights=Share(gpu=0, cpu=100)), replace(T4, host=30 * GB), on_cpu=False)
+    disk = Policy(weights=Share(gpu=0, cpu=0, disk=100), offload_dir="/disk")
+    with pytest.raises(CapacityError, match=r"59\.9 GB exceed the 20\.0 GB free in offload-dir /disk"):
+        make_plan(OPT_30B, disk, replace(T4, disk=20 * GB), on_cpu=False)
+
+
+def test_sizes_of_the_policy_are_upper_bounds() -> None:
+    policy = Policy(gpu_batch_size=7, num_gpu_batches=2)
+    limits = make_plan(OPT_30B, policy, T4, on_cpu=False).limits
+    assert (limits.sequences_per_batch, limits.batches) == (7, 2)

@@ -1,0 +1,271 @@
+"""Protects: sweeps keep their limits, compute prefixes before their users, serve everybody, and leak no room."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import Job
+from engine.errors import CapacityError
+from engine.extents import Extents
+from engine.kv_cache import Block
+from engine.schedule import Limits, Scheduler, Segment, padded_length
+from engine.sequence import Prefix, Sequence
+
+
+class Room:
+    """Rows of one table of fixed size."""
+
+    def __init__(self, capacity: int) -> None:
+        self.extents = Extents(capacity)
+
+    def allocate(self, num_rows: int) -> Block | None:
+        first = self.extents.take(num_rows)
+        return None if first is None else Block("device", first, num_rows)
+
+    def expect(self, num_rows: int) -> None:
+        assert num_rows >= 0
+
+    def free(self, block: Block) -> None:
+        self.extents.give(block.first, block.num_rows)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.extents.num_free == self.extents.capacity == self.extents.tail_free()
+
+
+@dataclass
+class Runner:
+    """Plays the executor: computes what the scheduler says, with tokens out of thin air."""
+
+    scheduler: Scheduler
+    room: Room
+    lengths: dict[int, int] = field(default_factory=dict)
+    """How many tokens a sequence generates, where that is fewer than it may."""
+    done: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def sweep(self) -> None:
+        before = list(self.scheduler.running)
+        batches = self.scheduler.next_sweep()
+        self.failed += self.scheduler.take_failed()
+        self.check(before, batches)
+        for segment in (segment for batch in batches for segment in batch):
+            segment.span.cached += segment.num_rows
+        leaving = []
+        for sequence in self.scheduler.running:
+            if sequence.job.max_new_tokens:
+                sequence.tokens.append(1)
+            count = len(sequence.generated)
+            if count >= min(sequence.job.max_new_tokens, self.lengths.get(id(sequence), 10**9)):
+                leaving.append(sequence)
+        self.done += leaving
+        self.scheduler.finish(leaving)
+        self.rows.append(sum(segment.num_rows for batch in batches for segment in batch))
+
+    def check(self, before: list[Sequence], batches: list[list[Segment]]) -> None:
+        limits, running = self.scheduler.limits, self.scheduler.running
+        assert running[: len(before)] == before
+        assert len(running) <= limits.sequences_per_batch * limits.batches
+        segments = [segment for batch in batches for segment in batch]
+        spans = [id(segment.span) for segment in segments]
+        assert len(spans) == len(set(spans))
+        assert {id(sequence) for sequence in running} == {
+            id(segment.span) for segment in segments if isinstance(segment.span, Sequence)
+        }
+        total = sum(segment.num_rows + segment.num_pad for segment in segments)
+        assert total <= limits.rows_per_sweep or len(running) == 1
+        seen: set[int] = set()
+        for batch in batches:
+            check_batch(batch, limits)
+            for segment in batch:
+                for prefix in segment.span.chain:  # computed in an earlier sweep, or before it in this one
+                    assert prefix.is_computed or id(prefix) in seen
+                    assert prefix.block is not None
+                seen.add(id(segment.span))
+                check_segment(segment, limits)
+        assert total == 0 or batches
+
+    def run(self, most_sweeps: int) -> None:
+        for _ in range(most_sweeps):
+            if self.scheduler.is_idle:
+                break
+            self.sweep()
+        assert self.scheduler.is_idle
+        assert self.room.is_empty
+        assert self.scheduler._prefixes == []
+
+
+def check_batch(batch: list[Segment], limits: Limits) -> None:
+    assert sum(isinstance(segment.span, Sequence) for segment in batch) <= limits.sequences_per_batch
+    assert batch[-1].end <= limits.rows_per_batch or len(batch) == 1
+    first = 0
+    for segment in batch:
+        assert segment.first == first
+        first = segment.end
+    kinds = [segment.is_decode for segment in batch]
+    assert kinds == sorted(kinds, reverse=True)
+    lengths = [segment.past + 1 for segment in batch if segment.is_decode]
+    assert len(lengths) * max(lengths, default=0) <= limits.cached_rows_per_batch or len(lengths) == 1
+
+
+def check_segment(segment: Segment, limits: Limits) -> None:
+    span = segment.span
+    assert segment.past == span.cached
+    assert segment.past + segment.num_rows == len(span.tokens)  # all that is not computed yet
+    if isinstance(span, Sequence):
+        assert (span.block is not None) == span.needs_cache
+        if span.block is not None:
+            assert span.block.num_rows >= span.num_prompt + span.job.max_new_tokens - 1
+        rows = segment.num_rows if segment.is_decode else padded_length(segment.num_rows, limits.pad)
+        assert segment.num_rows + segment.num_pad == rows
+    else:
+        assert isinstance(span, Prefix)
+        assert span.block is not None
+        assert span.block.num_rows == len(span.tokens)
+        assert segment.num_pad == 0
+
+
+def make_runner(capacity: int, *, share_prefix: bool = True, **limits: object) -> Runner:
+    values: dict[str, object] = {
+        "sequences_per_batch": 64, "batches": 4, "rows_per_batch": 256, "cached_rows_per_batch": 10**6,
+        "rows_per_sweep": 10**6,
+    } | limits  # fmt: skip
+    room = Room(capacity)
+    return Runner(Scheduler(Limits(**values), room, share_prefix=share_prefix), room)  # type: ignore[arg-type]
+
+
+@st.composite
+def job_sets(draw: st.DrawFn) -> list[Job]:
+    rng = random.Random(draw(st.integers(0, 10**6)))
+    prompts: list[list[int]] = []
+    for _ in range(draw(st.integers(1, 14))):
+        start = rng.choice(prompts)[: rng.randrange(60)] if prompts and rng.random() < 0.8 else []
+        prompts.append([*start, *(rng.randrange(3) for _ in range(rng.randrange(1, 30)))])
+    counts = [rng.choice([0, 1, 2, 5, 9]) for _ in prompts]
+    return [
+        Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=count == 0 or rng.random() < 0.3)
+        for prompt, count in zip(prompts, counts, strict=True)
+    ]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 6), job_sets()), min_size=1, max_size=4),
+    capacity=st.integers(20, 300),
+    limits=st.fixed_dictionaries(
+        {
+            "sequences_per_batch": st.integers(1, 5),
+            "batches": st.integers(1, 4),
+            "rows_per_batch": st.sampled_from([16, 64, 256]),
+            "cached_rows_per_batch": st.sampled_from([1, 40, 10**6]),
+            "rows_per_sweep": st.sampled_from([1, 60, 10**6]),
+            "pad": st.sampled_from([None, None, "bucket", 100]),
+        }
+    ),
+    share_prefix=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_everybody_is_served_within_the_limits(
+    arrivals: list[tuple[int, list[Job]]],
+    capacity: int,
+    limits: dict[str, object],
+    share_prefix: bool,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    runner = make_runner(capacity, share_prefix=share_prefix, **limits)
+    everybody: list[Sequence] = []
+    dropped: list[Sequence] = []
+    for wait, jobs in arrivals:
+        for _ in range(wait):
+            runner.sweep()
+        sequences = [Sequence.of(job) for job in jobs]
+        runner.lengths |= {id(sequence): rng.randrange(1, 12) for sequence in sequences}
+        runner.scheduler.add(sequences)
+        everybody += sequences
+        if rng.random() < 0.3:
+            gone = set(map(id, (*runner.done, *runner.failed, *dropped)))
+            leaving = [sequence for sequence in everybody if id(sequence) not in gone and rng.random() < 0.3]
+            runner.scheduler.drop(leaving)
+            dropped += leaving
+    runner.run(sum(1 + sequence.job.max_new_tokens for sequence in everybody))
+    ended = [*runner.done, *runner.failed, *dropped]
+    assert sorted(map(id, ended)) == sorted(map(id, everybody))
+    for sequence in everybody:
+        needed = len(sequence.job.prompt) + sequence.job.max_new_tokens - 1 if sequence.job.max_new_tokens > 1 else 0
+        if sequence in runner.failed:  # only what cannot fit even alone
+            assert needed > capacity
+            assert isinstance(sequence.error, CapacityError)
+        elif sequence in runner.done:
+            assert needed <= capacity
+
+
+def words(seed: int, count: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 500) for _ in range(count)]
+
+
+def test_a_prefix_is_computed_once_and_kept_while_somebody_waits_for_it() -> None:
+    runner = make_runner(10_000, sequences_per_batch=1, batches=1)
+    prompts = [[*words(0, 100), *words(i, 5)] for i in range(1, 6)]
+    runner.scheduler.add([Sequence.of(Job(prompt=prompt, max_new_tokens=1)) for prompt in prompts])
+    runner.run(10)
+    assert runner.rows == [105, 5, 5, 5, 5]
+
+
+def test_a_prefix_that_only_waiting_sequences_share_makes_room() -> None:
+    """Somebody who needs the whole cache is let in, and the prefix is computed again for the others."""
+    runner = make_runner(120, sequences_per_batch=1, batches=1)
+    sharers = [Sequence.of(Job(prompt=[*words(0, 100), *words(i, 5)], max_new_tokens=2)) for i in range(1, 4)]
+    runner.scheduler.add(sharers[:2])
+    runner.sweep()
+    big = Sequence.of(Job(prompt=words(9, 118), max_new_tokens=3))
+    late = sharers[2]
+    runner.scheduler.drop([sharers[1]])
+    runner.scheduler.add([big, late])
+    assert late.chain == sharers[0].chain
+    runner.run(20)
+    assert runner.failed == []
+    assert runner.rows == [105, 1, 118, 1, 1, 105, 1]
+
+
+def test_a_prefix_known_without_its_logprobs_is_not_shared_with_who_wants_them() -> None:
+    runner = make_runner(1000)
+    start = words(0, 50)
+    runner.scheduler.add([Sequence.of(Job(prompt=[*start, i], max_new_tokens=9)) for i in range(2)])
+    runner.sweep()
+    scoring = Sequence.of(Job(prompt=[*start, 7], max_new_tokens=0, prompt_logprobs=True))
+    other = Sequence.of(Job(prompt=[*start, 8], max_new_tokens=1))
+    runner.scheduler.add([scoring, other])
+    assert scoring.chain == ()
+    assert len(other.chain) == 1
+    runner.sweep()
+    assert runner.rows == [52, 2 + 51 + 1]
+    runner.run(20)
+
+
+def test_one_token_jobs_need_no_cache_of_their_own() -> None:
+    runner = make_runner(0)
+    jobs = [Job(prompt=words(i, 50), max_new_tokens=1) for i in range(3)]
+    jobs += [Job(prompt=[*words(9, 50), i], max_new_tokens=0, prompt_logprobs=True) for i in range(3)]
+    runner.scheduler.add([Sequence.of(job) for job in jobs])
+    runner.run(10)
+    assert len(runner.done) == 6
+
+
+def test_padding() -> None:
+    assert [padded_length(rows, None) for rows in (1, 77)] == [1, 77]
+    assert [padded_length(rows, "bucket") for rows in (1, 64, 65, 128, 129, 300)] == [64, 64, 128, 128, 256, 512]
+    assert [padded_length(rows, 100) for rows in (1, 100)] == [100, 100]
+
+
+def test_a_fixed_pad_shares_no_prefix() -> None:
+    runner = make_runner(10_000, pad=120)
+    runner.scheduler.add([Sequence.of(Job(prompt=[*words(0, 100), i], max_new_tokens=1)) for i in range(3)])
+    runner.run(1)
+    assert runner.rows == [303]

@@ -1,0 +1,248 @@
+"""Protects: completions come as their sweeps end, a closed stream frees what it held, and a bad job fails alone."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from watch import cache_of
+
+from engine import Engine, EngineError, Job, Sampling
+from engine.errors import CapacityError, JobError
+
+PREFIX = list(range(10, 40))
+
+
+@pytest.fixture
+def engine(build: Callable[[str], Path]) -> Iterator[Engine]:
+    with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as engine:
+        yield engine
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for what another thread does soon."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    """No sequence, prefix or block is left, and the free rows of the cache are in one piece."""
+    scheduler, cache = engine._scheduler, cache_of(engine)
+    wait_until(lambda: scheduler.is_idle)
+    assert set(cache.num_blocks.values()) == {0}
+    assert scheduler._prefixes == []
+    assert engine._owner == {}
+    for extents in cache._extents.values():
+        assert extents.num_free == extents.tail_free() == extents.capacity
+
+
+def long_jobs(count: int = 6) -> list[Job]:
+    return [Job(prompt=[*PREFIX, 50 + i], max_new_tokens=90) for i in range(count)]
+
+
+def test_early_finishers_come_first_in_the_order_of_their_sweeps(engine: Engine) -> None:
+    counts = [40, 1, 12, 0, 5]
+    jobs = [Job(prompt=[*PREFIX, 7], max_new_tokens=count, prompt_logprobs=True) for count in counts]
+    sweeps, order = [], []
+    for index, completion in engine.stream(jobs):
+        assert completion.finish_reason == "length"
+        sweeps.append(engine.num_sweeps)
+        order.append(index)
+    assert sorted(order[:2]) == [1, 3]
+    assert order[2:] == [4, 2, 0]
+    assert sweeps[0] < 40 == engine.num_sweeps  # it did not wait for the last one
+
+
+@pytest.mark.parametrize("policy", [{}, {"gpu-batch-size": 1, "num-gpu-batches": 2}])
+def test_closing_a_stream_drops_its_jobs(policy: dict[str, Any], build: Callable[[str], Path]) -> None:
+    with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu", **policy}) as engine:
+        stream = engine.stream([*long_jobs(), Job(prompt=[3], max_new_tokens=1)])
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert_nothing_held(engine)
+        assert engine.num_sweeps < 90
+
+
+def test_a_stream_closed_before_its_first_result_drops_its_jobs(engine: Engine) -> None:
+    engine.stream(long_jobs()).close()  # type: ignore[attr-defined]
+    assert_nothing_held(engine)
+    assert engine.num_sweeps < 90
+
+
+def test_a_forgotten_stream_drops_its_jobs(engine: Engine) -> None:
+    stream = engine.stream([*long_jobs(), Job(prompt=[3], max_new_tokens=1)])
+    next(stream)
+    del stream
+    gc.collect()
+    assert_nothing_held(engine)
+    assert engine.num_sweeps < 90
+
+
+def test_closing_one_stream_leaves_the_others(engine: Engine) -> None:
+    alone = engine.run(long_jobs(2))
+    kept, dropped = engine.stream(long_jobs(2)), engine.stream(long_jobs())
+    dropped.close()  # type: ignore[attr-defined]
+    assert [completion.tokens for _, completion in sorted(kept)] == [completion.tokens for completion in alone]
+    assert_nothing_held(engine)
+
+
+def test_nothing_is_held_after_runs(engine: Engine) -> None:
+    for _ in range(2):
+        engine.run([Job(prompt=[*PREFIX, 50 + i], max_new_tokens=i % 4 + 1) for i in range(12)])
+        assert_nothing_held(engine)
+    rows = {tier: extents.capacity for tier, extents in cache_of(engine)._extents.items()}
+    engine.run([Job(prompt=[*PREFIX, 50 + i], max_new_tokens=i % 4 + 1) for i in range(12)])
+    assert rows == {tier: extents.capacity for tier, extents in cache_of(engine)._extents.items()}
+
+
+def test_a_slow_caller_misses_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = engine._submit
+
+    def submit_and_linger(call: Any) -> None:
+        submit(call)
+        wait_until(lambda: engine.num_sweeps > 0 and engine._scheduler.is_idle)
+
+    monkeypatch.setattr(engine, "_submit", submit_and_linger)
+    assert [len(done.tokens) for done in engine.run([Job(prompt=[3, i + 3], max_new_tokens=2) for i in range(3)])]
+
+
+def test_no_jobs_give_no_completions(engine: Engine) -> None:
+    assert engine.run([]) == []
+
+
+GOOD = [Job(prompt=PREFIX, max_new_tokens=4, prompt_logprobs=True), Job(prompt=[*PREFIX, 3], max_new_tokens=6)]
+BAD = {
+    "empty": (Job(prompt=[]), "empty"),
+    "too long": (Job(prompt=[3] * 200), r"200 tokens.*128"),
+    "too long with its new tokens": (Job(prompt=[3] * 100, max_new_tokens=30), r"100 tokens.*30 new.*128"),
+    "outside the vocabulary": (Job(prompt=[3, models.VOCABULARY]), "vocabulary of 500"),
+    "negative id": (Job(prompt=[-1]), "vocabulary of 500"),
+    "asks for nothing": (Job(prompt=[3], max_new_tokens=0), "asks for nothing"),
+    "negative count": (Job(prompt=[3], max_new_tokens=-1), "max_new_tokens -1"),
+    "empty stop": (Job(prompt=[3], stop=[""]), "stop sequence is empty"),
+    "top_p": (Job(prompt=[3], sampling=Sampling(top_p=0.0)), "top_p 0.0"),
+    "top_k": (Job(prompt=[3], sampling=Sampling(top_k=0)), "top_k 0"),
+    "temperature": (Job(prompt=[3], sampling=Sampling(temperature=-1.0)), "temperature -1.0"),
+    "not a temperature": (Job(prompt=[3], sampling=Sampling(temperature=float("nan"))), "temperature nan"),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_a_bad_job_fails_alone(kind: str, engine: Engine) -> None:
+    job, message = BAD[kind]
+    expected = engine.run(GOOD)
+    first, failed, second = engine.run([GOOD[0], job, GOOD[1]])
+    assert isinstance(failed.error, JobError)
+    assert failed.error.args
+    assert "\n" not in str(failed.error)
+    with pytest.raises(JobError, match=message):
+        raise failed.error
+    assert (failed.tokens, failed.text, failed.logprobs, failed.finish_reason) == ((), "", (), None)
+    assert [first.tokens, second.tokens] == [completion.tokens for completion in expected]
+
+
+def test_the_longest_job_fits_the_window(engine: Engine) -> None:
+    [done] = engine.run([Job(prompt=[3] * 100, max_new_tokens=29)])  # the last token is never fed back
+    assert done.error is None
+    assert len(done.tokens) == 29 or done.finish_reason == "endoftext"
+    [failed] = engine.run([Job(prompt=[3] * 100, max_new_tokens=30)])
+    assert isinstance(failed.error, JobError)
+
+
+def test_a_prompt_longer_than_the_pad_fails_alone(build: Callable[[str], Path]) -> None:
+    with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu", "pad-to-seq-len": 32}) as engine:
+        good, bad = engine.run([Job(prompt=[3] * 32, max_new_tokens=2), Job(prompt=[3] * 33, max_new_tokens=2)])
+    assert len(good.tokens) == 2
+    assert isinstance(bad.error, JobError)
+    assert "33 tokens" in str(bad.error)
+    assert "pad-to-seq-len 32" in str(bad.error)
+
+
+def test_a_job_whose_logits_are_not_finite_fails_alone(build: Callable[[str], Path], tmp_path: Path) -> None:
+    """One token's embedding is damaged: jobs with it fail, greedy or sampled, and their neighbours do not notice."""
+    for file in build("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    sampled = Sampling(temperature=1.0, seed=1)
+    bad = [Job(prompt=[7], prompt_logprobs=True), Job(prompt=[4, 7, 5], sampling=sampled)]
+    good = [Job(prompt=[4, 9, 5], sampling=sampled), Job(prompt=[8, 9, 6], prompt_logprobs=True)]
+    with Engine.from_pretrained(str(tmp_path), policy={"device": "cpu"}) as engine:
+        expected = engine.run(good)
+        found = engine.run([bad[0], good[0], bad[1], good[1]])
+        assert [found[1].tokens, found[3].tokens] == [completion.tokens for completion in expected]
+        for failed in (found[0], found[2]):
+            assert isinstance(failed.error, JobError)
+            assert "not finite" in str(failed.error)
+        assert_nothing_held(engine)
+
+
+def shrink_cache(engine: Engine, rows: int) -> None:
+    """Leave room for this many tokens in the cache."""
+    cache_of(engine)._max_rows = {"device": rows, "host": 0, "disk": 0}
+
+
+def test_a_full_cache_makes_sequences_wait(engine: Engine, build: Callable[[str], Path]) -> None:
+    jobs = [Job(prompt=[*PREFIX, 50 + i], max_new_tokens=6) for i in range(8)]
+    expected = engine.run(jobs)
+    with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as small:
+        shrink_cache(small, len(PREFIX) + 2 * 6)  # the prefix and two sequences
+        found = small.run(jobs)
+        assert [done.tokens for done in found] == [done.tokens for done in expected]
+        assert small.num_sweeps == 4 * 6
+
+
+def test_a_sequence_that_never_fits_fails_alone(engine: Engine) -> None:
+    shrink_cache(engine, 60)
+    good, bad = engine.run([Job(prompt=PREFIX, max_new_tokens=6), Job(prompt=[*range(100, 160)], max_new_tokens=6)])
+    assert good.error is None
+    assert isinstance(bad.error, CapacityError)
+    assert "65 tokens" in str(bad.error)
+    assert_nothing_held(engine)
+
+
+def test_calls_on_a_closed_engine_fail(build: Callable[[str], Path]) -> None:
+    engine = Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"})
+    stream = engine.stream([*long_jobs(), Job(prompt=[3], max_new_tokens=1)])
+    next(stream)
+    found: list[BaseException] = []
+
+    def listen() -> None:
+        try:
+            list(stream)
+        except EngineError as error:
+            found.append(error)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    engine.close()
+    listener.join(timeout=20)
+    assert "closed" in str(found[0])
+    with pytest.raises(EngineError, match="closed"):
+        engine.run([Job(prompt=[3])])
+    engine.close()
+    assert engine.num_sweeps < 90
+
+
+def test_a_fault_of_the_engine_reaches_every_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("the machine\nis on fire")
+
+    monkeypatch.setattr(engine._executor, "sweep", break_down)
+    streams = [engine.stream(long_jobs(1)), engine.stream(long_jobs(1))]
+    for stream in streams:
+        with pytest.raises(EngineError, match="RuntimeError: the machine is on fire"):
+            next(stream)
+    with pytest.raises(EngineError, match="on fire"):
+        engine.run(long_jobs(1))
