@@ -3,8 +3,10 @@
     python benchmarks/helm_mmlu.py --data DIR --model DIR [--subjects …] [--instances 100]
 
 DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021). Every contender is a process of its
-own that runs HELM's `helm-run`. What is timed is the execution of requests, model loading included, and the whole process
-beside it. Prints the ratio against the faster of the reference's `-n 1` and `-n 4`, and whether predictions agree.
+own that runs HELM's `helm-run`. What is timed is the execution of requests, model loading included, and the whole
+process beside it. Prints the ratio against the faster of the reference's `-n 1` and `-n 4`, and whether predictions
+agree.
+"""
 
 from __future__ import annotations
 
