@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine import flash
+from engine.batch import DecodeGroup, MicroBatch, PrefillGroup, Rows
 
 if TYPE_CHECKING:
-    from engine.batch import DecodeGroup, MicroBatch, PrefillGroup
     from engine.kv_cache import KVCache
 
 ATTENTION_NAME = "flexgen"
@@ -45,19 +45,20 @@ class Sweeping:
     """What the attention function needs to know of the sweep in hand; the executor sets it before each layer call."""
 
     layer: int = 0
-    probed: KVShape | None = None
-    batch: MicroBatch = field(init=False)
+    batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
 
 
-class _Probed(Exception):
+class Probed(Exception):
     """Leaves a layer as soon as its attention has shown its shapes."""
 
+    def __init__(self, shape: KVShape) -> None:
+        super().__init__(shape)
+        self.shape = shape
 
-def probe_kv_shape(
-    layer: nn.Module, sweeping: Sweeping, hidden: torch.Tensor, args: Any, kwargs: Any
-) -> KVShape | None:
-    """Call `layer`, whose parameters are on `meta`, until it calls our attention; None when it never does."""
+
+def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
+    """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does."""
 
     def on_meta(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -66,12 +67,16 @@ def probe_kv_shape(
             return type(value)(on_meta(item) for item in value)
         return value
 
-    sweeping.probed = None
+    buffers = [(module, dict(module._buffers)) for module in layer.modules()]
     try:
+        layer.to("meta")
         with torch.no_grad(), torch.device("meta"):
             layer(on_meta(hidden), *on_meta(args), **{key: on_meta(value) for key, value in kwargs.items()})
-    except _Probed:
-        return sweeping.probed
+    except Probed as probed:
+        return probed.shape
+    finally:
+        for module, before in buffers:
+            module._buffers.update(before)
     return None
 
 
@@ -94,9 +99,9 @@ def attention(
     """
     sweeping: Sweeping = module.__dict__["sweeping"]
     if query.device.type == "meta":
-        sweeping.probed = KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
-        raise _Probed
+        raise Probed(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
     batch = sweeping.batch
+    assert isinstance(batch, MicroBatch)
     scores = Scores(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,

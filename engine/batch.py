@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -94,12 +94,39 @@ class DecodeGroup:
         return self._masks[window]
 
 
-class MicroBatch:
-    """Rows of `segments`, one behind the other, each with its padding."""
+class Rows:
+    """Rows of a micro-batch, and where their keys and values are to be kept."""
 
     def __init__(self, segments: list[Segment], device: torch.device) -> None:
         self.segments = segments
         self.num_rows = segments[-1].end
+        self.offloaded: list[tuple[Segment, Block]] = []
+        """Segments whose new keys and values go to the host or to disk."""
+        self.device_rows: torch.Tensor | None = None
+        """Rows whose keys and values stay on the device, and where: `[stored]` each."""
+        self.device_slots: torch.Tensor | None = None
+        rows: list[torch.Tensor] = []
+        slots: list[torch.Tensor] = []
+        for segment in self.segments:
+            block = segment.span.block
+            if block is None:
+                continue
+            if block.tier != "device":
+                self.offloaded.append((segment, block))
+                continue
+            rows.append(torch.arange(segment.first, segment.first + segment.num_rows))
+            first = block.first + segment.past
+            slots.append(torch.arange(first, first + segment.num_rows))
+        if rows:
+            self.device_rows = torch.cat(rows).to(device)
+            self.device_slots = torch.cat(slots).to(device)
+
+
+class MicroBatch(Rows):
+    """Rows of `segments`, one behind the other, each with its padding."""
+
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        super().__init__(segments, device)
         ids: list[int] = []
         positions: list[int] = []
         for segment in segments:
@@ -109,8 +136,7 @@ class MicroBatch:
             positions += [span.start + last - 1] * segment.num_pad  # stays inside the model's window
         self.ids = torch.tensor([ids])
         """`[1, rows]`, on the host."""
-        self.positions = torch.tensor([positions]).to(device)
-        """`[1, rows]`, on the device."""
+        self._positions = torch.tensor([positions]).to(device)
         self.prefill_groups = [PrefillGroup(group, device) for group in _prefill_runs(segments)]
         decode = [segment for segment in segments if segment.is_decode]
         self.decode_groups = [
@@ -131,33 +157,15 @@ class MicroBatch:
             if run[0].span.parent is not None
         ]
         """(first row, end row, prefixes) of neighbours that continue the same chain."""
-        self.offloaded: list[tuple[Segment, Block]] = []
-        """Segments whose new keys and values go to the host or to disk."""
-        self.device_rows: torch.Tensor | None = None
-        """Rows whose keys and values stay on the device, and where: `[stored]` each."""
-        self.device_slots: torch.Tensor | None = None
-        self._find_stores(device)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward is called with."""
+        ids = self.ids.to(self._positions.device)
+        return {"input_ids": ids, "position_ids": self._positions, "use_cache": False}
 
     def decode_group_at(self, row: int) -> DecodeGroup | None:
         """The decode group that a row belongs to, if it is a decode step."""
         return next((group for group in self.decode_groups if group.first <= row < group.end), None)
-
-    def _find_stores(self, device: torch.device) -> None:
-        rows: list[torch.Tensor] = []
-        slots: list[torch.Tensor] = []
-        for segment in self.segments:
-            block = segment.span.block
-            if block is None:
-                continue
-            if block.tier != "device":
-                self.offloaded.append((segment, block))
-                continue
-            rows.append(torch.arange(segment.first, segment.first + segment.num_rows))
-            first = block.first + segment.past
-            slots.append(torch.arange(first, first + segment.num_rows))
-        if rows:
-            self.device_rows = torch.cat(rows).to(device)
-            self.device_slots = torch.cat(slots).to(device)
 
 
 def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:

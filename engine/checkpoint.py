@@ -183,7 +183,7 @@ def weight_files(path: Path) -> list[Path]:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index} cannot be read: {_one_line(error)}") from None
             missing = [name for name in names if not (path / name).is_file()]
             if missing:
@@ -203,14 +203,14 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file} is truncated: {size} bytes cannot hold its header; fetch it again")
         try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise CheckpointError(f"{file} is damaged: its safetensors header is not JSON; fetch it again") from None
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header: dict[str, Any] = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise CheckpointError(f"{file} is damaged: its safetensors header makes no sense; fetch it again") from None
     if size != expected:
         raise CheckpointError(f"{file} is truncated: {size} bytes instead of {expected}; fetch it again")
-    return dict(header)
+    return header
 
 
 def _check_index(path: Path, present: set[str]) -> None:

@@ -12,6 +12,7 @@ from engine.errors import JobError
 from engine.hidden import HiddenStates
 from engine.kv_cache import KVCache
 from engine.model import CausalModel, LayerCall
+from engine.padded import PaddedBatch
 from engine.planner import LOGITS_BYTES
 from engine.sampling import choose
 from engine.schedule import Segment
@@ -54,7 +55,12 @@ class Executor:
         Log-probabilities of prompts are added to their spans; a sequence whose logits are not finite gets an `error`.
         """
         model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
-        micro = [MicroBatch(segments, model.device) for segments in batches]
+        micro: list[MicroBatch | PaddedBatch] = [
+            PaddedBatch(segments, model.device, model.sweeping)
+            if model.is_padded
+            else MicroBatch(segments, model.device)
+            for segments in batches
+        ]
         hidden.begin(micro)
         calls: list[list[LayerCall]] = []
         model.sweeping.cache = cache
@@ -64,13 +70,12 @@ class Executor:
             weights.acquire(layer)
             model.sweeping.layer = layer
             for index, batch in enumerate(micro):
-                if index + 1 < len(micro):
-                    cache.prefetch(layer, micro[index + 1])
-                elif layer + 1 < len(model.layers):
-                    cache.prefetch(layer + 1, micro[0])
+                following = (layer, index + 1) if index + 1 < len(micro) else (layer + 1, 0)
+                if following[0] < len(model.layers):
+                    cache.prefetch(following[0], micro[following[1]])
                 if layer == 0:  # not before: the host looks up embeddings while the device is at the first layer
                     weights.look_up(batch.ids)
-                    states, recorded = model.record(batch.ids.to(model.device), batch.positions)
+                    states, recorded = model.record(batch.inputs())
                     calls.append(recorded)
                 else:
                     states = hidden.take(index)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine.arena import Arena
-from engine.batch import MicroBatch
+from engine.batch import Rows
 from engine.placement import TIERS, Tier
 from engine.policy import Share
 
@@ -37,7 +38,7 @@ class HiddenStates:
         self.num_spans: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         """Spans of the sweep in hand, by tier."""
 
-    def begin(self, batches: list[MicroBatch]) -> None:
+    def begin(self, batches: Sequence[Rows]) -> None:
         """Give every span of a new sweep its tier."""
         count = sum(len(batch.segments) for batch in batches)
         device_end = round(count * self._share.gpu / 100)
@@ -53,8 +54,8 @@ class HiddenStates:
                 if runs and runs[-1].tier == tier:
                     runs[-1] = _Run(tier, runs[-1].first, segment.end, runs[-1].offset)
                 else:
-                    runs.append(_Run(tier, segment.first, segment.end, rows[tier]))
-                rows[tier] += segment.end - segment.first
+                    runs.append(_Run(tier, segment.begin, segment.end, rows[tier]))
+                rows[tier] += segment.end - segment.begin
                 index += 1
             self._runs.append(runs)
         for tier in ("host", "disk"):

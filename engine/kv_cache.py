@@ -10,12 +10,12 @@ import torch
 
 from engine.arena import Arena
 from engine.attention import KVShape
-from engine.batch import DecodeGroup, MicroBatch
+from engine.batch import DecodeGroup, MicroBatch, Rows
 from engine.extents import Extents
 from engine.kv_transfer import KVTransfer
 from engine.placement import TIERS, Tier
 from engine.policy import Share
-from engine.sequence import Prefix
+from engine.sequence import Prefix, Span
 
 _GROWTH = 1.5
 
@@ -123,9 +123,9 @@ class KVCache:
         self._transfer.begin_sweep()
         self._staged.clear()
 
-    def prefetch(self, layer: int, batch: MicroBatch) -> None:
-        """Start bringing a layer's offloaded keys and values of a micro-batch's decode steps to the device."""
-        if not self._transfer.is_asynchronous or self._compute_on_host:
+    def prefetch(self, layer: int, batch: Rows) -> None:
+        """Start bringing a layer's offloaded keys and values of a packed micro-batch's decode steps to the device."""
+        if not isinstance(batch, MicroBatch) or not self._transfer.is_asynchronous or self._compute_on_host:
             return
         groups = [group for group in batch.decode_groups if group.device_index is None]
         if not groups:
@@ -150,16 +150,16 @@ class KVCache:
             assert block is not None
             yield index * group.length, self._tables[block.tier][layer][block.first : block.first + segment.past]
 
-    def write(self, layer: int, batch: MicroBatch, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, layer: int, batch: Rows, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store a micro-batch's new keys and values `[rows, heads, dim]` of a layer in their blocks."""
         if layer != self._fresh_layer:
             self._fresh, self._fresh_layer = {}, layer
         if batch.device_rows is not None and batch.device_slots is not None:
-            rows = _pack(key.index_select(0, batch.device_rows), value.index_select(0, batch.device_rows))
+            rows = pack(key.index_select(0, batch.device_rows), value.index_select(0, batch.device_rows))
             self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
         for segment, block in batch.offloaded:
             taken = slice(segment.first, segment.first + segment.num_rows)
-            rows = _pack(key[taken], value[taken])
+            rows = pack(key[taken], value[taken])
             first = block.first + segment.past
             self._transfer.store(rows, self._tables[block.tier][layer][first : first + segment.num_rows])
             if isinstance(segment.span, Prefix):
@@ -167,19 +167,20 @@ class KVCache:
 
     def prefix(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
-        parts = [self._rows(layer, prefix) for prefix in chain]
+        parts = [self.stored(layer, prefix, len(prefix.tokens)) for prefix in chain]
         return self.unpack(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _rows(self, layer: int, prefix: Prefix) -> torch.Tensor:
-        block = prefix.block
+    def stored(self, layer: int, span: Span, num_rows: int) -> torch.Tensor:
+        """The first rows `[num_rows, width]` of a span, on the device."""
+        block = span.block
         assert block is not None
+        rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
-            return self._tables["device"][layer][block.first : block.first + block.num_rows]
-        fresh = self._fresh.get(id(prefix)) if layer == self._fresh_layer else None
+            return rows
+        fresh = self._fresh.get(id(span)) if layer == self._fresh_layer else None
         if fresh is not None:  # just computed: its way to the other tier may still be under way
             return fresh
-        stored = self._tables[block.tier][layer][block.first : block.first + block.num_rows]
-        return stored.to(self._arena.device, non_blocking=True)
+        return rows.to(self._arena.device, non_blocking=True)
 
     def attention_device(self, group: DecodeGroup) -> torch.device:
         """Where a decode group's attention is computed: by its keys and values, if the policy wants that."""
@@ -208,7 +209,7 @@ class KVCache:
         if group.device_index is not None:
             rows = self._tables["device"][layer].index_select(0, group.device_index)
             return rows.view(len(group.segments), group.length, -1)
-        new = _pack(key, value)
+        new = pack(key, value)
         staged = self._staged.pop((layer, id(group)), None)
         if staged is not None:
             self._transfer.await_arrival(staged[1])
@@ -234,6 +235,6 @@ class KVCache:
         self._fresh = {}
 
 
-def _pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Rows `[rows, width]` of keys and values `[rows, heads, dim]`."""
     return torch.cat((key.flatten(1), value.flatten(1)), dim=1)

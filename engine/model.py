@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from engine.attention import ATTENTION_NAME, KVShape, Sweeping, probe_kv_shape
 from engine.errors import CheckpointError, UnsupportedError
+from engine.padded import CacheView, ProbingView
 
-_OWN_ATTENTION = (
-    "its layers do not use transformers' attention interface (they carry their own attention, or none); "
-    "this version runs families that use it, such as OPT, Llama, Qwen or Mixtral"
+_NO_ATTENTION = (
+    "its layers show no keys and values, neither to transformers' attention interface nor to a cache; state-space "
+    "models and the like cannot be run here"
 )
 _PATCHING = threading.Lock()
 """Held while `nn.Module` is patched, which is one for all threads."""
@@ -31,6 +33,8 @@ Owner = tuple[nn.Module, str]
 class LayerCall:
     """How the model itself calls one of its layers, but for the hidden states."""
 
+    shape: tuple[int, int]
+    """Sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -64,14 +68,17 @@ class _Stand(nn.Module):
     def __getattr__(self, name: str) -> Any:  # models read attributes of their layers (the kind of attention, …)
         return getattr(self.__dict__["layer"], name)
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         tape: _Tape = self.__dict__["tape"]
+        if hidden.ndim != 3:
+            raise TypeError("a layer's output was not taken for what it is")
         if tape.inject is not None:
-            return tape.inject
-        if not tape.calls:
-            tape.first_hidden = hidden
-        tape.calls.append(LayerCall(args, kwargs))
-        return hidden
+            hidden = tape.inject
+        else:
+            if not tape.calls:
+                tape.first_hidden = hidden
+            tape.calls.append(LayerCall((hidden.shape[0], hidden.shape[1]), args, kwargs))
+        return (hidden, None, None) if tape.as_tuple else hidden
 
 
 @dataclass
@@ -81,6 +88,8 @@ class _Tape:
     calls: list[LayerCall]
     first_hidden: torch.Tensor | None = None
     inject: torch.Tensor | None = None
+    as_tuple: bool = False
+    """Whether the model expects a tuple of its layers, hidden states first."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,9 @@ class CausalModel:
             slots[index] = _Stand(layer, self._tape)
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
+        self._forward_names = frozenset(inspect.signature(self.module.base_model.forward).parameters)
+        self.is_padded = False
+        """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.kv_shapes: list[KVShape] = self._probe()
         for root in (self.module, *self.layers):
             for module in root.modules():
@@ -166,28 +178,25 @@ class CausalModel:
         return list(units.values())
 
     @torch.no_grad()
-    def record(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Embed a packed micro-batch: ids, positions `[1, rows]` -> hidden `[rows, width]`, each layer's arguments.
+    def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Embed a micro-batch: its `inputs` -> hidden `[rows, width]`, and how each layer is called.
 
         Needs the embedding and the outer parameters bound.
         """
-        return self._record(input_ids=ids, position_ids=positions)
-
-    def _record(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
         tape = self._tape
         tape.calls, tape.first_hidden = [], None
-        self.module.base_model(**inputs, use_cache=False)
+        self.module.base_model(**{key: value for key, value in inputs.items() if key in self._forward_names})
         calls, hidden = tape.calls, tape.first_hidden
         tape.calls, tape.first_hidden = [], None
         assert hidden is not None
-        return hidden[0], calls
+        return hidden.flatten(0, 1), calls
 
     @torch.no_grad()
     def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Run one layer: hidden `[rows, width]` -> `[rows, width]`; its parameters must be bound."""
-        output = self.layers[index](hidden[None], *call.args, **call.kwargs)
+        output = self.layers[index](hidden.unflatten(0, call.shape), *call.args, **call.kwargs)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return states[0]
+        return states.flatten(0, 1)
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -198,43 +207,59 @@ class CausalModel:
         inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
         self._tape.inject = hidden[None]
         try:
-            output = self.module(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+            given = {"position_ids": positions} if "position_ids" in self._forward_names else {}
+            output = self.module(inputs_embeds=inputs, use_cache=False, **given)
         finally:
             self._tape.inject = None
         logits: torch.Tensor = output.logits[0]
         return logits.float()
 
     def _probe(self) -> list[KVShape]:
-        """Shapes of the keys and values of each layer, learned by calling the layers on `meta`."""
+        """Shapes of the keys and values of each layer, learned by calling the layers on `meta`.
+
+        Tries the family as one that uses the attention interface, then as one that carries its own attention.
+        """
+        width = self.state[self.embedding_name].shape[1]
+        inputs: dict[str, Any] = {
+            "inputs_embeds": torch.zeros(1, 1, width, dtype=self.dtype),
+            "position_ids": torch.zeros(1, 1, dtype=torch.long),
+        }
+        packed = {**inputs, "use_cache": False}
+        mask = torch.ones(1, 1, dtype=torch.long)
+        padded = {**inputs, "use_cache": True, "past_key_values": CacheView(ProbingView()), "attention_mask": mask}
+        failure: Exception | None = None
+        for self.is_padded, given in ((False, packed), (True, padded)):
+            if self.is_padded:
+                self.config._attn_implementation = "eager"  # the setter refuses families without the interface
+            for self._tape.as_tuple in (False, True):
+                try:
+                    shapes = self._probe_layers(given)
+                except Exception as error:
+                    failure = error
+                else:
+                    if shapes is not None:
+                        return shapes
+        reason = f" ({type(failure).__name__}: {' '.join(str(failure).split())[:200]})" if failure else ""
+        raise UnsupportedError(f"{self._family}: {_NO_ATTENTION}{reason}")
+
+    def _probe_layers(self, inputs: dict[str, Any]) -> list[KVShape] | None:
         outer = self.units[1]
         for name, (module, attribute) in outer.owners.items():
             zeros = torch.zeros(self.state[name].shape, dtype=self.state[name].dtype)
             module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
-        inputs = torch.zeros(1, 1, self.state[self.embedding_name].shape[1], dtype=self.dtype)
         try:
-            with torch.no_grad():
-                hidden, calls = self._record(inputs_embeds=inputs, position_ids=torch.zeros(1, 1, dtype=torch.long))
-        except Exception as error:
-            raise self._undrivable(error) from None
+            hidden, calls = self.record(inputs)
         finally:
             for name, (module, attribute) in outer.owners.items():
                 module._parameters[attribute] = nn.Parameter(self.state[name], requires_grad=False)
         if len(calls) != len(self.layers):
-            raise UnsupportedError(f"{self._family}: its forward calls {len(calls)} of its {len(self.layers)} layers")
-        shapes = []
-        for layer, call in zip(self.layers, calls, strict=True):
-            try:
-                shape = probe_kv_shape(layer, self.sweeping, hidden[None], call.args, call.kwargs)
-            except Exception as error:
-                raise self._undrivable(error) from None
-            if shape is None:
-                raise UnsupportedError(f"{self._family}: {_OWN_ATTENTION}")
-            shapes.append(shape)
-        return shapes
-
-    def _undrivable(self, error: Exception) -> UnsupportedError:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return UnsupportedError(f"{self._family}: cannot be driven layer by layer ({reason})")
+            raise TypeError(f"its forward calls {len(calls)} of its {len(self.layers)} layers")
+        shapes = [
+            probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs)
+            for layer, call in zip(self.layers, calls, strict=True)
+        ]
+        known = [shape for shape in shapes if shape is not None]
+        return known if len(known) == len(shapes) else None
 
     @property
     def _family(self) -> str:
@@ -244,19 +269,27 @@ class CausalModel:
 def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path)
-        with parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION_NAME
-            )
+        model = _on_meta(config, dtype, ATTENTION_NAME)
     except (ValueError, OSError, ImportError, KeyError) as error:
-        if error.args == (ATTENTION_NAME,):
-            raise UnsupportedError(f"{config.model_type} in {path}: {_OWN_ATTENTION}") from None
         raise CheckpointError(f"{path}: transformers cannot build this model: {' '.join(str(error).split())}") from None
     if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{path}: quantized checkpoints are not supported yet; take the unquantized one")
     model.eval()
+    return model
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    try:
+        with parameters_on_meta():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        return _on_meta(config, dtype, "eager")  # a family with a table of its own attentions
     return model
 
 

@@ -41,6 +41,9 @@ class ModelShape:
     work_row_bytes: int
     """Temporaries of one row inside a layer, about."""
 
+    is_padded: bool = False
+    """The family carries its own attention and runs in padded micro-batches."""
+
     @property
     def weight_bytes(self) -> int:
         """All weights, once."""
@@ -96,6 +99,7 @@ class _Planner:
             cached_rows_per_batch=max(1, staged // (3 * self.shape.cache_layer_row_bytes)),
             rows_per_sweep=hidden_rows,
             pad=self.policy.pad_to_seq_len,
+            rectangular=self.shape.is_padded,
         )
         return Plan(
             weights=weights,

@@ -32,6 +32,8 @@ class Limits:
     rows_per_sweep: int
     """Rows whose hidden states the activation memory holds."""
     pad: PadMode = None
+    rectangular: bool = False
+    """Micro-batches are rectangles, for families that carry their own attention."""
 
 
 @dataclass(eq=False)
@@ -44,12 +46,19 @@ class Segment:
     num_pad: int = 0
     """Rows of padding behind them."""
     first: int = 0
-    """First row in the micro-batch."""
+    """First real row in the micro-batch."""
+    lead: int = 0
+    """Rows of padding before it."""
     past: int = field(init=False)
     """Own tokens already in the cache."""
 
     def __post_init__(self) -> None:
         self.past = self.span.cached
+
+    @property
+    def begin(self) -> int:
+        """First row in the micro-batch, padding included."""
+        return self.first - self.lead
 
     @property
     def end(self) -> int:
@@ -137,7 +146,7 @@ class Scheduler:
             entered |= {id(segment.span) for segment in new}
             segments, rows = segments + new, rows + size
             self.running.append(sequence)
-        return _micro_batches(segments, self.limits)
+        return (_rectangles if self.limits.rectangular else _micro_batches)(segments, self.limits)
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
         """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
@@ -269,4 +278,35 @@ def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment
         segment.first = rows
         batches[-1].append(segment)
         rows, count, cached = rows + size, count + is_sequence, reach
+    return batches
+
+
+def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Cut segments into rectangular micro-batches of one kind each: decode steps, prefixes (first), sequences."""
+
+    def kind(segment: Segment) -> int:
+        return 0 if segment.is_decode else 1 if isinstance(segment.span, Prefix) else 2
+
+    batches: list[list[Segment]] = []
+    columns = keys = 0
+    for segment in sorted(segments, key=kind):  # stable: prefixes stay before those that continue them
+        size = segment.num_rows + segment.num_pad
+        reach = segment.span.start + segment.past + segment.num_rows
+        count = len(batches[-1]) + 1 if batches else 1
+        if (
+            not batches
+            or kind(batches[-1][0]) != kind(segment)
+            or count > limits.sequences_per_batch
+            or count * max(columns, size) > limits.rows_per_batch
+            or count * max(keys, reach) > limits.cached_rows_per_batch
+        ):
+            batches.append([])
+            columns = keys = 0
+        batches[-1].append(segment)
+        columns, keys = max(columns, size), max(keys, reach)
+    for batch in batches:
+        columns = max(segment.num_rows + segment.num_pad for segment in batch)
+        for index, segment in enumerate(batch):
+            segment.lead, segment.num_pad = columns - segment.num_rows, 0
+            segment.first = index * columns + segment.lead
     return batches

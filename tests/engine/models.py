@@ -19,6 +19,8 @@ _HEAD16 = {**_GQA, "head_dim": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _OPT = {**_BASE, "ffn_dim": 128, "max_position_embeddings": WINDOW}
 
+_GPTJ = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": WINDOW}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {**_OPT, "word_embed_proj_dim": 64}),
     "opt-post-norm": ("opt", {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
@@ -54,6 +56,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY}),
+    "gptj": ("gptj", {**_GPTJ, "rotary_dim": 8}),
+    "codegen": ("codegen", {**_GPTJ, "rotary_dim": 8}),
+    "falcon-rotary": ("falcon", {**_BASE, "alibi": False, "new_decoder_architecture": False, "multi_query": True}),
+    "falcon-alibi": ("falcon", {**_BASE, "alibi": True, "multi_query": False, "parallel_attn": False}),
+    "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": VOCABULARY, "max_seq_len": WINDOW}),
+}
+"""Families that do not use transformers' attention interface."""
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of exactly `VOCABULARY` tokens, trained on the spot."""
@@ -76,7 +88,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_model(directory: Path, family: str, **changes: Any) -> Path:
     """Write a tiny random model of `family` with its tokenizer to `directory`."""
-    model_type, config = FAMILIES[family]
+    model_type, config = (FAMILIES | OWN_ATTENTION)[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2} | config | changes)
