@@ -128,14 +128,15 @@ def test_every_policy_gives_what_running_alone_gives(policy: str, open_engine: O
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("policy", ["thirds", "unshared", "bucket"])
-def test_joining_a_running_sweep_does_not_matter(policy: str, open_engine: Open) -> None:
+def test_joining_a_running_sweep_does_not_matter(policy: str, scored: bool, open_engine: Open) -> None:
     """A call that arrives while another runs continues its prefixes, and both get what they get alone."""
-    early = [Job(prompt=PREFIXES[2] + words(i, 5), max_new_tokens=30, prompt_logprobs=i == 0) for i in range(3)]
+    early = [Job(prompt=PREFIXES[2] + words(i, 5), max_new_tokens=30, prompt_logprobs=scored) for i in range(3)]
     late = [Job(prompt=PREFIXES[2] + words(i, 7), max_new_tokens=6, prompt_logprobs=i == 9) for i in range(7, 10)]
     alone = [open_engine("one at a time").run([job])[0] for job in (*early, *late)]
     engine = open_engine(policy)
-    for _ in range(3):
+    for _ in range(2):
         first = engine.stream([*early, Job(prompt=[5], max_new_tokens=1)])
         assert next(first)[0] == 3  # so the others run now
         found = [None] * 3 + engine.run(late)  # type: ignore[list-item]

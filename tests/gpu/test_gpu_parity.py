@@ -37,7 +37,7 @@ def prompts() -> list[list[int]]:
     return [start + [rng.randrange(3, 500) for _ in range(length)] for start, length in lengths]
 
 
-@pytest.fixture(scope="module", params=list(models.FAMILIES))
+@pytest.fixture(scope="module", params=[*models.FAMILIES, *models.OWN_ATTENTION])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp(request.param)
     return models.save_model(directory, request.param)
