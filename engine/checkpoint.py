@@ -58,7 +58,7 @@ class ModelDescription:
     num_layers: int
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, *, download_weights: bool = True) -> Path:
     """Return the local directory of `model`, a directory or a hub id (downloaded on first use)."""
     path = Path(model).expanduser()
     if path.is_dir():
@@ -67,10 +67,10 @@ def resolve(model: str) -> Path:
         raise CheckpointError(f"model {model!r} is a file; name the directory that holds config.json and the weights")
     if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
         raise CheckpointError(f"model directory {model!r} does not exist")
-    return _download(model)
+    return _download(model, weights=download_weights)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, *, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -80,8 +80,10 @@ def _download(model: str) -> Path:
             files = HfApi().list_repo_files(model)
         except OSError:  # no network: what the cache has must do
             return Path(snapshot_download(model, local_files_only=True))
-        weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
-        return Path(snapshot_download(model, allow_patterns=[*side, weights]))
+        if not weights:
+            return Path(snapshot_download(model, allow_patterns=side))
+        kind = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
+        return Path(snapshot_download(model, allow_patterns=[*side, kind]))
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"model {model!r} is neither a directory nor in the local hub cache, and the hub cannot be reached; "
@@ -105,24 +107,20 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def describe(model: str) -> ModelDescription:
+def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     """Check that `model` can be run, as far as that shows without reading weights, and describe it.
 
+    Without `download_weights`, the weights of a hub id are neither fetched nor looked at (`weight_bytes` is 0).
     Raises `CheckpointError` for a directory that is missing, without tokenizer, without weights or with a truncated
     shard; `UnsupportedError` for a model that is not a causal language model.
     """
-    path = resolve(model)
+    path = resolve(model, download_weights=download_weights)
     config = read_config(path)
     _check_causal(path, config)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
-    files = weight_files(path)
-    if files[0].suffix == ".safetensors":
-        headers = [read_safetensors_header(file) for file in files]
-        _check_index(path, {name for header in headers for name in header})
-        weight_bytes = sum(t["data_offsets"][1] - t["data_offsets"][0] for header in headers for t in header.values())
-    else:
-        weight_bytes = sum(file.stat().st_size for file in files)
+    is_local = Path(model).expanduser().is_dir()
+    weight_bytes = _checked_weight_bytes(path) if download_weights or is_local else 0
     text = text_config(config)
     window = next((text[key] for key in _WINDOW_KEYS if isinstance(text.get(key), int)), None)
     layers = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), 0)
@@ -135,6 +133,16 @@ def describe(model: str) -> ModelDescription:
         weight_bytes=weight_bytes,
         num_layers=int(layers),
     )
+
+
+def _checked_weight_bytes(path: Path) -> int:
+    """Size of the weights; raises `CheckpointError` when files are missing or truncated."""
+    files = weight_files(path)
+    if files[0].suffix != ".safetensors":
+        return sum(file.stat().st_size for file in files)
+    headers = [read_safetensors_header(file) for file in files]
+    _check_index(path, {name for header in headers for name in header})
+    return sum(t["data_offsets"][1] - t["data_offsets"][0] for header in headers for t in header.values())
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

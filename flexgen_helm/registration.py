@@ -68,7 +68,7 @@ def entries_for(
     The HELM model is called `name`, by default the hub id, or local/<directory>. Raises `EngineError` for a model that
     the engine cannot run, and where the longest sequence is neither given nor to be found.
     """
-    description = describe(model)
+    description = describe(model, download_weights=False)
     is_directory = Path(model).expanduser().is_dir()
     source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)

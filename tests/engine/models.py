@@ -27,7 +27,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GQA),
     "qwen3": ("qwen3", _HEAD16),
     "mistral": ("mistral", {**_GQA, "sliding_window": 8}),
-    "gemma2": ("gemma2", {**_HEAD16, "sliding_window": 8}),
+    "gemma2": ("gemma2", {**_HEAD16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
     "gpt-neox": ("gpt_neox", {**_BASE, "intermediate_size": 128, "max_position_embeddings": WINDOW}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": WINDOW}),
     "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),

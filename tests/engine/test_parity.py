@@ -127,3 +127,35 @@ def test_jobs_are_what_the_test_means() -> None:
     assert OUTER + INNER < longest <= 80 < models.WINDOW
     assert sum(1 for job in JOBS if len(job.prompt) == 1) == 3
     assert {job.max_new_tokens for job in JOBS} == {0, 1, 8}
+
+
+def assert_scores(engine: Engine, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+    jobs = [Job(prompt=prompt, max_new_tokens=1, prompt_logprobs=True) for prompt in prompts]
+    for prompt, completion in zip(prompts, engine.run(jobs), strict=True):
+        assert completion.error is None
+        found = [*(completion.prompt_logprobs or ()), *completion.logprobs][1:]
+        expected = models.reference_logprobs(model, [*prompt, *completion.tokens])
+        assert found == pytest.approx(expected, abs=1e-4, rel=0)
+
+
+@pytest.mark.parametrize("padding", [None, "bucket", 200])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
+def test_a_prompt_may_fill_the_window_under_any_pad(
+    family: str, padding: Any, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
+) -> None:
+    prompts = [[5 + i for i in range(size)] for size in (models.WINDOW, models.WINDOW - 1, 65)]
+    with Engine.from_pretrained(str(build(family)), policy={"device": "cpu", "pad-to-seq-len": padding}) as engine:
+        assert_scores(engine, reference(family), prompts)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_number_of_layers_takes_turns_in_the_slots(num_layers: int, tied: bool, tmp_path: Path) -> None:
+    directory = models.save_model(tmp_path / "model", "llama", num_hidden_layers=num_layers, tie_word_embeddings=tied)
+    model = models.load_reference(directory)
+    prompts = [[*range(7, 7 + size)] for size in (30, 31, 3)]
+    for percent in (POLICIES["host"]["percent"], POLICIES["thirds"]["percent"], [95, 5, 100, 0, 100, 0]):
+        policy = {"device": "cpu", "percent": percent, "offload-dir": str(tmp_path / "offload")}
+        with Engine.from_pretrained(str(directory), policy=policy) as engine:
+            for _ in range(2):
+                assert_scores(engine, model, prompts)
