@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Arena:
         self.num_bytes: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         """Bytes handed out and not freed, by tier."""
         self._blocks: dict[int, tuple[Tier, int]] = {}
+        self._lock = threading.Lock()
 
     def empty(self, num_bytes: int, tier: Tier) -> torch.Tensor:
         """A new uint8 tensor `[num_bytes]` on `tier`."""
@@ -45,8 +47,9 @@ class Arena:
             tensor = _page_locked(num_bytes)
         else:
             tensor = torch.empty(num_bytes, dtype=torch.uint8)
-        self.num_bytes[tier] += num_bytes
-        self._blocks[tensor.data_ptr()] = tier, num_bytes
+        with self._lock:
+            self.num_bytes[tier] += num_bytes
+            self._blocks[tensor.data_ptr()] = tier, num_bytes
         return tensor
 
     def free(self, tensor: torch.Tensor) -> None:

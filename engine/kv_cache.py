@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine.policy import Share
 from engine.sequence import Prefix, Span
 
 _GROWTH = 1.5
+_ALLOCATING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,21 @@ class KVCache:
         expected = needed + int(self._expected * self._percents[tier] / 100)
         capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
         tables = self._tables[tier]
-        for layer, shape in enumerate(self.shapes):  # one layer at a time, so that little is held twice
-            new = self._arena.empty(capacity * shape.width * self.dtype.itemsize, tier)
-            if layer < len(tables):
-                old = tables[layer]
+        sizes = [capacity * shape.width * self.dtype.itemsize for shape in self.shapes]
+        if not tables:  # page-locking takes its time: all layers at once
+            with ThreadPoolExecutor(_ALLOCATING_THREADS) as pool:
+                blocks = list(pool.map(lambda size: self._arena.empty(size, tier), sizes))
+            tables += [
+                block.view(self.dtype).view(capacity, shape.width)
+                for block, shape in zip(blocks, self.shapes, strict=True)
+            ]
+        else:
+            for layer, (size, shape) in enumerate(zip(sizes, self.shapes, strict=True)):
+                # One layer after the other, so that little is held twice.
+                new, old = self._arena.empty(size, tier), tables[layer]
                 new[: old.numel() * old.element_size()].copy_(old.flatten().view(torch.uint8))
                 tables[layer] = new.view(self.dtype).view(capacity, shape.width)
                 self._arena.free(old)
-            else:
-                tables.append(new.view(self.dtype).view(capacity, shape.width))
         extents.grow(capacity)
         return True
 

@@ -104,21 +104,20 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue new sequences; neighbours in the queue share prefixes where they can."""
         sequences = list(sequences)
-        seats = self.limits.sequences_per_batch * self.limits.batches
-        self._cache.expect(sum(sequence.capacity for sequence in sequences[:seats] if sequence.needs_cache))
-        if not self._share_prefix:
-            self._waiting.extend(sequences)
-            return
-        ordered = share_prefixes(sequences, self._prefixes)
+        ordered = share_prefixes(sequences, self._prefixes) if self._share_prefix else sequences
         known = set(map(id, self._prefixes))
+        seats = self.limits.sequences_per_batch * self.limits.batches
+        expected = sum(sequence.capacity for sequence in ordered[:seats] if sequence.needs_cache)
         for sequence in ordered:
             for prefix in sequence.chain:
                 prefix.scored |= sequence.job.prompt_logprobs and not prefix.is_computed
                 if id(prefix) not in known:
                     known.add(id(prefix))
                     self._prefixes.append(prefix)
+                    expected += len(prefix.tokens)
             if sequence.job.prompt_logprobs and not all(prefix.scored for prefix in sequence.chain):
                 self._unshare(sequence)  # a prefix computed without log-probabilities cannot supply them
+        self._cache.expect(expected)
         self._waiting.extend(ordered)
 
     def next_sweep(self) -> list[list[Segment]]:
