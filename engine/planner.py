@@ -19,6 +19,8 @@ _CACHE_RESERVE = 0.1
 LOGITS_BYTES = 128 << 20
 """Size of one chunk of float32 logits; sampling holds a few such at once."""
 _LOGITS_COPIES = 3
+_FRAGMENTATION = 0.04
+"""Of the device memory, what the allocator may hold without being able to use it."""
 _SEQUENCES = 256
 _BATCHES = 64
 
@@ -91,7 +93,6 @@ class _Planner:
         activations = self.policy.activations or Share(gpu=100, cpu=0)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
         hidden_rows = self._hidden_rows(activations, left)
-        staged = max(self._work(rows) // 2, 64 << 20)
         limits = Limits(
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,

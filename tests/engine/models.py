@@ -112,7 +112,9 @@ def load_reference(directory: Path) -> PreTrainedModel:
 @torch.no_grad()
 def reference_logprobs(model: PreTrainedModel, tokens: list[int]) -> list[float]:
     """Natural log of p(tokens[i] | tokens[:i]) for i >= 1, by one plain forward."""
-    logprobs = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+    if len(tokens) == 1:
+        return []
+    logprobs = model(torch.tensor([tokens[:-1]])).logits[0].float().log_softmax(-1)  # the last one may fill the window
     return [logprobs[i - 1, tokens[i]].item() for i in range(1, len(tokens))]
 
 
