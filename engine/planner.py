@@ -86,9 +86,12 @@ class _Planner:
             host -= self._device_weights(weights)
             device = min(device, host)
         rows = self._rows_per_batch(device)
+        staged = max(self._work(rows) // 2, 64 << 20)
         device -= self._work(rows)
         if self.memory.shared:
             host -= self._work(rows)
+        if not self.on_cpu:  # staging buffers stay, and the allocator leaves gaps
+            device -= staged + int(_FRAGMENTATION * self.memory.device)
         disk = self.memory.disk - self._part(weights.disk)
         activations = self.policy.activations or Share(gpu=100, cpu=0)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
