@@ -14,7 +14,7 @@ from engine.schedule import Limits
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
 _WORK_FRACTION = 0.3
 """Of the device memory that weights leave, how much a micro-batch's temporaries may take."""
-_CACHE_RESERVE = 0.1
+_CACHE_RESERVE = 0.06
 """Of the device memory, how much a greedy plan leaves to the KV cache when weights would take everything."""
 LOGITS_BYTES = 128 << 20
 """Size of one chunk of float32 logits; sampling holds a few such at once."""
@@ -86,12 +86,9 @@ class _Planner:
             host -= self._device_weights(weights)
             device = min(device, host)
         rows = self._rows_per_batch(device)
-        staged = max(self._work(rows) // 2, 64 << 20)
-        device -= self._work(rows)
+        device -= self._work(rows) + self._overhead(rows)
         if self.memory.shared:
             host -= self._work(rows)
-        if not self.on_cpu:  # staging buffers stay, and the allocator leaves gaps
-            device -= staged + int(_FRAGMENTATION * self.memory.device)
         disk = self.memory.disk - self._part(weights.disk)
         activations = self.policy.activations or Share(gpu=100, cpu=0)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
@@ -100,7 +97,7 @@ class _Planner:
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,
             rows_per_batch=rows,
-            cached_rows_per_batch=max(1, staged // (3 * self.shape.cache_layer_row_bytes)),
+            cached_rows_per_batch=max(1, self._staged(rows) // (3 * self.shape.cache_layer_row_bytes)),
             rows_per_sweep=hidden_rows,
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
@@ -144,6 +141,14 @@ class _Planner:
     def _work(self, rows: int) -> int:
         return rows * self.shape.work_row_bytes + _LOGITS_COPIES * self._logits_bytes()
 
+    def _staged(self, rows: int) -> int:
+        """What the keys and values of a micro-batch's decode steps may take on the device."""
+        return max(self._work(rows) // 2, min(64 << 20, self.memory.device // 16))
+
+    def _overhead(self, rows: int) -> int:
+        """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""
+        return 0 if self.on_cpu else self._staged(rows) + int(_FRAGMENTATION * self.memory.device)
+
     def _logits_bytes(self) -> int:
         return min(LOGITS_BYTES, max(self.memory.device // 16, 1 << 20))
 
@@ -170,12 +175,14 @@ class _Planner:
     def _greedy_weights(self) -> Share:
         shape, memory = self.shape, self.memory
         smallest = self._work(_ROWS["cpu"][-2])
-        resident = shape.weight_bytes + smallest + _CACHE_RESERVE * memory.device
+        kept = self._overhead(_ROWS["cpu"][-2]) + _CACHE_RESERVE * memory.device
+        resident = shape.weight_bytes + smallest + kept
         if resident <= memory.device:
             return Share(gpu=100, cpu=0)
         slots = self._slots(Share(gpu=0, cpu=100)) + shape.outer_bytes
         rest = memory.device - slots
-        room = rest - self._work(self._rows_per_batch(rest)) - _CACHE_RESERVE * memory.device
+        rows = self._rows_per_batch(rest)
+        room = rest - self._work(rows) - self._overhead(rows) - _CACHE_RESERVE * memory.device
         gpu = int(max(0.0, min(99.0, 100 * room / shape.weight_bytes)))
         host = memory.host - (memory.device if memory.shared else 0)
         cpu = int(max(0.0, min(100.0 - gpu, 100 * 0.9 * host / shape.weight_bytes)))

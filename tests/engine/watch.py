@@ -9,6 +9,8 @@ from torch import nn
 
 from engine import Engine
 from engine.kv_cache import KVCache
+from engine.schedule import Segment
+from engine.sequence import Sequence
 
 
 class Watch:
@@ -19,11 +21,19 @@ class Watch:
         """Rows (padding included) of each micro-batch, by the number of the sweep."""
         self.seen: list[Any] = []
         """What `look` returned for each micro-batch."""
+        self.tokens: list[int] = []
+        """Rows of each sweep without padding."""
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.batches.setdefault(engine.num_sweeps, []).append(args[0].shape[1])
+            self.batches.setdefault(engine.num_sweeps, []).append(args[0].shape[:2].numel())
             self.seen.append(look())
 
+        def sweep(batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
+            self.tokens.append(sum(segment.num_rows for batch in batches for segment in batch))
+            run(batches, advance)
+
+        run = engine._executor.sweep
+        engine._executor.sweep = sweep  # type: ignore[method-assign]
         engine._model.layers[0].register_forward_pre_hook(note)
 
     @property
