@@ -111,8 +111,9 @@ def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataOb
             assert_same(completion, alone[index])
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_every_policy_gives_what_running_alone_gives(policy: str, open_engine: Open) -> None:
+def test_every_policy_gives_what_running_alone_gives(policy: str, family: str, open_engine: Open) -> None:
     rng = random.Random(7)
     jobs = [
         Job(
@@ -123,8 +124,8 @@ def test_every_policy_gives_what_running_alone_gives(policy: str, open_engine: O
         )
         for index in range(12)
     ]
-    alone = [open_engine("one at a time").run([job])[0] for job in jobs]
-    for found, expected in zip(open_engine(policy).run(jobs), alone, strict=True):
+    alone = [open_engine("one at a time", family).run([job])[0] for job in jobs]
+    for found, expected in zip(open_engine(policy, family).run(jobs), alone, strict=True):
         assert_same(found, expected)
 
 

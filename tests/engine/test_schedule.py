@@ -77,7 +77,9 @@ class Runner:
         assert {id(sequence) for sequence in running} == {
             id(segment.span) for segment in segments if isinstance(segment.span, Sequence)
         }
-        total = sum(segment.num_rows + segment.num_pad for segment in segments)
+        total = sum(segment.num_rows for segment in segments)
+        if not limits.rectangular:
+            total = sum(segment.num_rows + segment.num_pad for segment in segments)
         assert total <= limits.rows_per_sweep or len(running) == 1
         seen: set[int] = set()
         for batch in batches:
@@ -103,10 +105,18 @@ class Runner:
 def check_batch(batch: list[Segment], limits: Limits) -> None:
     assert sum(isinstance(segment.span, Sequence) for segment in batch) <= limits.sequences_per_batch
     assert batch[-1].end <= limits.rows_per_batch or len(batch) == 1
-    first = 0
+    end = 0
     for segment in batch:
-        assert segment.first == first
-        first = segment.end
+        assert segment.begin == end
+        assert segment.first == segment.begin + segment.lead
+        end = segment.end
+    if limits.rectangular:  # each at the right edge
+        assert {segment.end - segment.begin for segment in batch} == {batch[-1].end // len(batch)}
+        assert {segment.num_pad for segment in batch} == {0}
+        assert len({(segment.is_decode, isinstance(segment.span, Prefix)) for segment in batch}) == 1
+        reach = max(segment.span.start + segment.past + segment.num_rows for segment in batch)
+        assert len(batch) * reach <= limits.cached_rows_per_batch or len(batch) == 1
+        return
     kinds = [segment.is_decode for segment in batch]
     assert kinds == sorted(kinds, reverse=True)
     lengths = [segment.past + 1 for segment in batch if segment.is_decode]
@@ -122,7 +132,8 @@ def check_segment(segment: Segment, limits: Limits) -> None:
         if span.block is not None:
             assert span.block.num_rows >= span.num_prompt + span.job.max_new_tokens - 1
         rows = segment.num_rows if segment.is_decode else padded_length(segment.num_rows, limits.pad)
-        assert segment.num_rows + segment.num_pad == rows
+        taken = segment.end - segment.begin
+        assert taken >= rows if limits.rectangular else taken == rows
     else:
         assert isinstance(span, Prefix)
         assert span.block is not None
@@ -165,6 +176,7 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
             "cached_rows_per_batch": st.sampled_from([1, 40, 10**6]),
             "rows_per_sweep": st.sampled_from([1, 60, 10**6]),
             "pad": st.sampled_from([None, None, "bucket", 100]),
+            "rectangular": st.booleans(),
         }
     ),
     share_prefix=st.booleans(),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import helm.benchmark.metrics.bias_metrics  # noqa: F401 - NLTK keeps the output stream of its first import
 import pytest
 from fake_engine import FakeEngine
 from tiny_models import random_gpt2, random_llama, random_opt, save_tiny_model
