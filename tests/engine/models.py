@@ -121,7 +121,7 @@ def reference_logprobs(model: PreTrainedModel, tokens: list[int]) -> list[float]
 @torch.no_grad()
 def reference_greedy(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> list[int]:
     """Greedy tokens of `model.generate`, end-of-text excluded."""
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=max_new_tokens,

@@ -105,7 +105,7 @@ def test_bin_in_shards(build: Build, tmp_path: Path) -> None:
     expected = models.reference_logprobs(models.load_reference(directory), PROMPT)
     state = list(state_of(directory).items())
     (directory / "model.safetensors").unlink()
-    index = {}
+    index: dict[str, str] = {}
     for number in (1, 2):
         part, name = dict(state[number - 1 :: 2]), f"pytorch_model-0000{number}-of-00002.bin"
         torch.save(part, directory / name)
@@ -171,10 +171,12 @@ def test_identity_knows_weights_tokenizer_and_dtype_but_not_placement(build: Bui
     assert first != identity(dtype="bfloat16")
     assert first != identity(**{"compress-cache": 4})
     state = state_of(directory)
+    replace_weights(directory, state)
+    before = identity()
     state["model.layers.1.mlp.up_proj.weight"] += 1e-3
     replace_weights(directory, state)
     second = identity()
-    assert second["weights"] != first["weights"]
+    assert second["weights"] != before["weights"]
     edit_json(directory / "tokenizer.json", truncation={"direction": "Left"})
     assert identity()["weights"] != second["weights"]
 
@@ -402,13 +404,13 @@ def test_models_load_beside_each_other_and_beside_other_modules(build: Build) ->
 
     other = threading.Thread(target=make_modules)
     other.start()
-    with ThreadPoolExecutor(4) as pool:
-        families = ["llama", "opt", "gpt2", "qwen3"] * 2
-        engines = list(
-            pool.map(lambda family: Engine.from_pretrained(str(build(family)), policy={"device": "cpu"}), families)
-        )
-    done.set()
-    other.join()
+    directories = [str(build(family)) for family in ("llama", "opt", "gpt2", "qwen3")] * 2
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            engines = list(pool.map(lambda path: Engine.from_pretrained(path, policy={"device": "cpu"}), directories))
+    finally:
+        done.set()
+        other.join()
     for engine in engines:
         assert engine.run([Job(prompt=PROMPT, max_new_tokens=2)])[0].error is None
         engine.close()

@@ -87,7 +87,7 @@ samplings = st.one_of(
 def random_jobs(draw: st.DrawFn) -> Job:
     prompt = draw(st.sampled_from(PREFIXES)) + words(draw(st.integers(0, 9)), draw(st.integers(1, 12)))
     count = draw(st.sampled_from([0, 1, 2, 5, 9]))
-    stops = st.sampled_from(["1", "re", " 3", [draw(st.integers(3, 499))], "\n"])
+    stops: st.SearchStrategy[str | list[int]] = st.sampled_from(["1", "re", " 3", [draw(st.integers(3, 499))], "\n"])
     return Job(
         prompt=prompt,
         max_new_tokens=count,
@@ -140,9 +140,8 @@ def test_joining_a_running_sweep_does_not_matter(policy: str, scored: bool, open
     for _ in range(2):
         first = engine.stream([*early, Job(prompt=[5], max_new_tokens=1)])
         assert next(first)[0] == 3  # so the others run now
-        found = [None] * 3 + engine.run(late)  # type: ignore[list-item]
-        for index, completion in first:
-            found[index] = completion
+        joined = engine.run(late)
+        found = [completion for _, completion in sorted(first, key=lambda pair: pair[0])] + joined
         for one, expected in zip(found, alone, strict=True):
             assert_same(one, expected)
 

@@ -185,6 +185,14 @@ def test_a_refusal_names_weights_and_memory() -> None:
         make_plan(OPT_30B, disk, replace(T4, disk=20 * GB), on_cpu=False)
 
 
+def test_on_the_cpu_both_tiers_are_one_memory() -> None:
+    memory = Memory(device=64 * GB, host=64 * GB, disk=0, shared=True)
+    for activations in (Share(gpu=100, cpu=0), Share(gpu=50, cpu=50)):
+        for cache in (Share(gpu=100, cpu=0), Share(gpu=0, cpu=100), Share(gpu=50, cpu=50), None):
+            policy = Policy(weights=Share(gpu=0, cpu=100), kv_cache=cache, activations=activations)
+            assert_fits(make_plan(OPT_30B, policy, memory, on_cpu=True), OPT_30B, memory)
+
+
 def test_sizes_of_the_policy_are_upper_bounds() -> None:
     policy = Policy(gpu_batch_size=7, num_gpu_batches=2)
     limits = make_plan(OPT_30B, policy, T4, on_cpu=False).limits

@@ -261,6 +261,14 @@ def test_a_prefix_known_without_its_logprobs_is_not_shared_with_who_wants_them()
     runner.run(20)
 
 
+def test_decode_steps_bring_no_more_of_the_cache_than_allowed() -> None:
+    runner = make_runner(1000, cached_rows_per_batch=100)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 30), max_new_tokens=9)) for i in range(7)])
+    runner.sweep()
+    batches = runner.scheduler.next_sweep()
+    assert [len(batch) for batch in batches] == [3, 3, 1]  # three of 31 rows each
+
+
 def test_one_token_jobs_need_no_cache_of_their_own() -> None:
     runner = make_runner(0)
     jobs = [Job(prompt=words(i, 50), max_new_tokens=1) for i in range(3)]

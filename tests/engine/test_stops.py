@@ -125,6 +125,7 @@ def test_stop_ids_of_any_length(size: int, engine: Engine, wholes: list[Whole], 
     stops = [list(whole.done.tokens[COUNT - size :]) for whole in wholes]
     whole_stops = assert_all_cut([(whole, [stop]) for whole, stop in zip(wholes, stops, strict=True)], engine, decode)
     assert {done.finish_reason for done in whole_stops} == {"stop"}
+    longer: list[tuple[Whole, Sequence[Stop]]]
     longer = [(whole, [[*stop, 3]]) for whole, stop in zip(wholes, stops, strict=True)]  # it ends before they do
     assert "length" in {done.finish_reason for done in assert_all_cut(longer, engine, decode)}
 
@@ -154,7 +155,9 @@ def test_end_of_text_is_in_neither_text_nor_tokens(
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [2, {tokens[end]}]}}')
     with Engine.from_pretrained(str(tmp_path), policy={"device": "cpu"}) as engine:
         done, last, before = engine.run([replace(whole.job, max_new_tokens=count) for count in (COUNT, end + 1, end)])
-    output = models.load_reference(tmp_path).generate(torch.tensor([list(whole.job.prompt)]), max_new_tokens=COUNT)
+    output = models.load_reference(tmp_path).generate(  # type: ignore[operator]
+        torch.tensor([list(whole.job.prompt)]), max_new_tokens=COUNT
+    )
     assert tuple(output[0, len(whole.job.prompt) :].tolist()) == tokens[: end + 1]
     for one, reason in ((done, "endoftext"), (last, "endoftext"), (before, "length")):
         assert one.finish_reason == reason
