@@ -51,7 +51,7 @@ def long_jobs(count: int = 6) -> list[Job]:
 
 
 def test_early_finishers_come_first_in_the_order_of_their_sweeps(engine: Engine) -> None:
-    counts = [40, 1, 12, 0, 5]
+    counts = [90, 1, 12, 0, 5]
     jobs = [Job(prompt=[*PREFIX, 7], max_new_tokens=count, prompt_logprobs=True) for count in counts]
     sweeps, order = [], []
     for index, completion in engine.stream(jobs):
@@ -60,7 +60,7 @@ def test_early_finishers_come_first_in_the_order_of_their_sweeps(engine: Engine)
         order.append(index)
     assert sorted(order[:2]) == [1, 3]
     assert order[2:] == [4, 2, 0]
-    assert sweeps[0] < 40 == engine.num_sweeps  # it did not wait for the last one
+    assert sweeps[0] < 90 == engine.num_sweeps  # it did not wait for the last one
 
 
 @pytest.mark.parametrize("policy", [{}, {"gpu-batch-size": 1, "num-gpu-batches": 2}])
