@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import models
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,10 +87,23 @@ def save_large(directory: Path, family: str) -> int:
     return max([*sizes, 0 if family == "llama" else 512 * 1536 * 2])
 
 
+def to_bin(source: Path, target: Path) -> None:
+    """The same shards as `.bin` files."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    names: dict[str, str] = {}
+    for number, file in enumerate(sorted(source.glob("*.safetensors"))):
+        state = load_file(file)
+        torch.save(state, target / f"pytorch_model-{number}.bin")
+        names |= dict.fromkeys(state, f"pytorch_model-{number}.bin")
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+
+
 def test_loading_takes_the_placed_weights_and_one_tensor(tmp_path: Path) -> None:
     largest = {family: save_large(tmp_path / family, family) for family in SIZES}
+    to_bin(tmp_path / "llama", tmp_path / "bin")
+    largest["bin"] = largest["llama"]
     small = [str(models.save_model(tmp_path / f"small-{family}", family)) for family in SIZES]
-    cases = [(family, tier) for family in SIZES for tier in POLICIES]
+    cases = [("bin", "host"), *product(SIZES, POLICIES)]
     asked = [small, [(str(tmp_path / family), POLICIES[tier]) for family, tier in cases]]
     found = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "offload"), json.dumps(asked)],

@@ -13,7 +13,7 @@ import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from watch import cache_of
+from watch import Watch, cache_of
 
 from engine import Engine, EngineError, Job, Sampling
 from engine.errors import CapacityError, JobError
@@ -103,6 +103,16 @@ def test_nothing_is_held_after_runs(engine: Engine) -> None:
     rows = {tier: extents.capacity for tier, extents in cache_of(engine)._extents.items()}
     engine.run([Job(prompt=[*PREFIX, 50 + i], max_new_tokens=i % 4 + 1) for i in range(12)])
     assert rows == {tier: extents.capacity for tier, extents in cache_of(engine)._extents.items()}
+
+
+def test_a_prefix_keeps_one_row_of_logprobs_and_not_the_chunk_around_it(engine: Engine) -> None:
+    def rows() -> list[int]:
+        kept = [prefix.next_logprobs for prefix in engine._scheduler._prefixes]
+        return [row.untyped_storage().nbytes() // 4 for row in kept if row is not None]
+
+    watch = Watch(engine, rows)
+    engine.run([Job(prompt=[*PREFIX, 50 + i], max_new_tokens=3, prompt_logprobs=True) for i in range(4)])
+    assert watch.seen == [[], [models.VOCABULARY], [models.VOCABULARY]]
 
 
 def test_a_slow_caller_misses_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
