@@ -12,12 +12,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine import flash
 from engine.batch import DecodeGroup, MicroBatch, PrefillGroup, Rows
+from engine.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from engine.kv_cache import KVCache
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""
+
+
+_IGNORED = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"})
+"""What layers hand to their attention function besides, and no scores depend on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Sweeping:
     """What the attention function needs to know of the sweep in hand; the executor sets it before each layer call."""
 
     layer: int = 0
+    probed: KVShape | None = None
+    """Found out by `probe_kv_shape` since the layer in hand was called."""
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
 
@@ -58,7 +65,12 @@ class Probed(Exception):
 
 
 def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
-    """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does."""
+    """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does.
+
+    Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
+    """
+    sweeping: Sweeping = layer.__dict__["sweeping"]
+    sweeping.probed = None
 
     def on_meta(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -74,10 +86,15 @@ def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
             layer(on_meta(hidden), *on_meta(args), **{key: on_meta(value) for key, value in kwargs.items()})
     except Probed as probed:
         return probed.shape
+    except UnsupportedError:
+        raise
+    except Exception:  # what comes after its attention may need real numbers
+        if sweeping.probed is None:
+            raise
     finally:
         for module, before in buffers:
             module._buffers.update(before)
-    return None
+    return sweeping.probed
 
 
 def attention(
@@ -90,7 +107,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function registered with `transformers.AttentionInterface`.
 
@@ -99,7 +116,13 @@ def attention(
     """
     sweeping: Sweeping = module.__dict__["sweeping"]
     if query.device.type == "meta":
-        raise Probed(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
+        strange = sorted(k for k, v in others.items() if v is not None and k not in _IGNORED)
+        if attention_mask is not None or strange:
+            raise UnsupportedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
+        if sweeping.probed is not None:
+            raise UnsupportedError("its layers attend more than once")
+        sweeping.probed = KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
     batch = sweeping.batch
     assert isinstance(batch, MicroBatch)
     scores = Scores(
@@ -110,10 +133,11 @@ def attention(
     )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
     sweeping.cache.write(sweeping.layer, batch, key, value)
-    output = query.new_empty(*query.shape[:2], value.shape[2])
     use_flash = flash.is_usable(query, value, scores, batch)
     if use_flash:
-        flash.attend(batch, query, key, value, sweeping, scores, output)
+        output = flash.attend(batch, query, key, value, sweeping, scores)
+    else:
+        output = query.new_empty(*query.shape[:2], value.shape[2])
     for prefill in () if use_flash else batch.prefill_groups:
         _prefill(prefill, query, key, value, sweeping, scores, output)
     for decode in batch.decode_groups:
@@ -193,30 +217,36 @@ def _decode(
     scores: Scores,
     output: torch.Tensor,
 ) -> None:
-    """Attend one new row of each sequence of `group`; query, key, value `[rows, heads, dim]` of the micro-batch."""
+    """Attend the new rows of the sequences of `group`; query, key, value `[rows, heads, dim]` of the micro-batch."""
     taken = slice(group.first, group.end)
     device = sweeping.cache.attention_device(group)
     query, key, value = (x[taken].to(device) for x in (query, key, value))
     key, value = sweeping.cache.own(sweeping.layer, group, key, value)  # [sequences, kv heads, length, dim]
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    query = query.unflatten(1, (heads, groups))  # [sequences, kv heads, groups, dim]
+    # As in a prefill, what shares keys and values becomes rows: [sequences, kv heads, groups * steps, dim].
+    query = query.unflatten(0, (-1, group.steps)).unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    copies = query.shape[2]
     dots = query @ key.mT
     start = 0
     if group.chain:
         prefix = sweeping.cache.prefix(sweeping.layer, group.chain)
         prefix_key, prefix_value = (x.to(device) for x in prefix)  # [kv heads, prefix, dim]
         start = prefix_key.shape[1]
-        # All sequences against the one prefix: [kv heads, sequences * groups, dim] @ [kv heads, dim, prefix].
+        # All sequences against the one prefix: [kv heads, sequences * groups * steps, dim] @ [kv heads, dim, prefix].
         flat = query.transpose(0, 1).flatten(1, 2)
-        shared = (flat @ prefix_key.mT).unflatten(1, (-1, groups)).transpose(0, 1)
+        shared = (flat @ prefix_key.mT).unflatten(1, (-1, copies)).transpose(0, 1)
         dots = torch.cat((shared, dots), dim=-1)
-    weights = scores.weights(dots.flatten(1, 2)[:, :, None], group.mask(scores.window).to(device)[:, None, None])
+    by_head = dots.unflatten(2, (groups, group.steps)).flatten(1, 2)  # [sequences, heads, steps, keys]
+    weights = scores.weights(by_head, group.mask(scores.window).to(device)[:, None])
     weights = weights.to(value.dtype).view_as(dots)
     result = weights[..., start:] @ value
     if group.chain:
         flat = weights[..., :start].transpose(0, 1).flatten(1, 2)
-        result = result + (flat @ prefix_value).unflatten(1, (-1, groups)).transpose(0, 1)
-    output[taken] = result.flatten(1, 2).to(output.device)
+        result = result + (flat @ prefix_value).unflatten(1, (-1, copies)).transpose(0, 1)
+    result = result.unflatten(2, (groups, group.steps)).permute(
+        0, 3, 1, 2, 4
+    )  # [sequences, steps, kv heads, groups, dim]
+    output[taken] = result.flatten(2, 3).flatten(0, 1).to(output.device)
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -53,43 +54,57 @@ class PrefillGroup:
 
 
 class DecodeGroup:
-    """Single new rows of running sequences that continue the same chain of prefixes (or none)."""
+    """New rows of running sequences, equally many of each, that continue the same chain of prefixes (or none)."""
 
     def __init__(self, segments: list[Segment], device: torch.device) -> None:
         self.chain: tuple[Prefix, ...] = segments[0].span.chain
         self.segments = segments
         self.first, self.end = segments[0].first, segments[-1].end
+        self.steps = segments[0].num_rows
+        """New rows of each sequence: its last token, and what is drafted to follow."""
         past = torch.tensor([segment.past for segment in segments])
-        self.length = int(past.max()) + 1
+        self.length = int(past.max()) + self.steps
         self.past = past.to(device)
-        self.own_lengths = (past + 1).to(device, torch.int32)
+        self.own_lengths = (past + self.steps).to(device, torch.int32)
         borders = torch.arange(len(segments) + 1, dtype=torch.int32)
-        self.row_borders, self.own_borders = borders.to(device), (borders * self.length).to(device)
-        """Where each sequence's rows begin, of the queries and of the padded own tokens: int32 `[sequences + 1]`."""
+        self.row_borders = (borders * self.steps).to(device)
+        """Where each sequence's queries begin: int32 `[sequences + 1]`."""
+        blocks = [segment.span.block for segment in segments]
+        self.is_on_device = all(block is not None and block.tier == "device" for block in blocks)
+        """Whether all own tokens are in the device's table."""
+        if self.is_on_device:
+            firsts = [block.first for block in blocks if block is not None]
+            self.own_borders = torch.tensor([*firsts, firsts[-1]], dtype=torch.int32).to(device)
+        else:
+            self.own_borders = (borders * self.length).to(device)
+        """Where each sequence's own tokens begin, in the table or among the padded ones: int32 `[sequences + 1]`."""
         self._start = segments[0].span.start
         self._masks: dict[int | None, torch.Tensor] = {}
-        self.device_index: torch.Tensor | None = None
-        """Rows of the device table that hold the own tokens, `[sequences * length]`; None if some are elsewhere."""
-        blocks = [segment.span.block for segment in segments]
-        if all(block is not None and block.tier == "device" for block in blocks):
-            first = torch.tensor([block.first if block else 0 for block in blocks])
-            # Beyond a sequence's length the index stays on its last row: written, hence finite, and masked.
-            index = first[:, None] + torch.minimum(torch.arange(self.length), past[:, None])
-            self.device_index = index.flatten().to(device)
+
+    @cached_property
+    def device_index(self) -> torch.Tensor:
+        """Rows of the device's table that hold the own tokens, `[sequences * length]`.
+
+        Beyond a sequence's length the index stays on its last row: written, and masked.
+        """
+        ends = self.past[:, None] + self.steps - 1
+        own = torch.minimum(torch.arange(self.length, device=ends.device), ends)
+        return (self.own_borders[:-1, None] + own).flatten()
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """What to add to the scores, 0 or -inf: float32 `[sequences, prefix + length]`."""
+        """What to add to the scores, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
         if window not in self._masks:
-            past = self.past[:, None]
-            own = torch.arange(self.length, device=past.device)
+            device = self.past.device
+            past = (self.past[:, None] + torch.arange(self.steps, device=device))[:, :, None]
+            own = torch.arange(self.length, device=device)
             seen = own <= past
-            prefix = torch.arange(self._start, device=past.device)
-            seen_prefix = torch.ones(len(past), self._start, dtype=torch.bool, device=past.device)
+            prefix = torch.arange(self._start, device=device)
+            seen_prefix = torch.ones(*past.shape[:2], self._start, dtype=torch.bool, device=device)
             if window is not None:
                 seen &= past - own < window
                 seen_prefix &= self._start + past - prefix < window
-            seen = torch.cat((seen_prefix, seen), dim=1)
-            mask = torch.zeros(seen.shape, device=past.device)
+            seen = torch.cat((seen_prefix, seen), dim=2)
+            mask = torch.zeros(seen.shape, device=device)
             self._masks[window] = mask.masked_fill_(~seen, float("-inf"))
         return self._masks[window]
 
@@ -102,14 +117,19 @@ class Rows:
         self.num_rows = segments[-1].end
         self.offloaded: list[tuple[Segment, Block]] = []
         """Segments whose new keys and values go to the host or to disk."""
+        self.passing: list[Segment] = []
+        """Prefixes whose keys and values nobody needs beyond the layer in hand."""
         self.device_rows: torch.Tensor | None = None
-        """Rows whose keys and values stay on the device, and where: `[stored]` each."""
+        """Rows whose keys and values stay on the device `[stored]`; None for all, in their order."""
         self.device_slots: torch.Tensor | None = None
+        """Where those are kept `[stored]`; None if no row is."""
         rows: list[torch.Tensor] = []
         slots: list[torch.Tensor] = []
         for segment in self.segments:
             block = segment.span.block
             if block is None:
+                if isinstance(segment.span, Prefix):
+                    self.passing.append(segment)
                 continue
             if block.tier != "device":
                 self.offloaded.append((segment, block))
@@ -118,7 +138,8 @@ class Rows:
             first = block.first + segment.past
             slots.append(torch.arange(first, first + segment.num_rows))
         if rows:
-            self.device_rows = torch.cat(rows).to(device)
+            taken = torch.cat(rows)
+            self.device_rows = None if len(taken) == self.num_rows else taken.to(device)
             self.device_slots = torch.cat(slots).to(device)
 
 
@@ -131,7 +152,7 @@ class MicroBatch(Rows):
         positions: list[int] = []
         for segment in segments:
             span, last = segment.span, segment.past + segment.num_rows
-            ids += span.tokens[segment.past : last] + [0] * segment.num_pad
+            ids += segment.tokens + [0] * segment.num_pad
             positions += range(span.start + segment.past, span.start + last)
             positions += [span.start + last - 1] * segment.num_pad  # stays inside the model's window
         self.ids = torch.tensor([ids])
@@ -139,13 +160,11 @@ class MicroBatch(Rows):
         self._positions = torch.tensor([positions]).to(device)
         self.prefill_groups = [PrefillGroup(group, device) for group in _prefill_runs(segments)]
         decode = [segment for segment in segments if segment.is_decode]
-        self.decode_groups = [
-            DecodeGroup(list(group), device)
-            for _, group in groupby(decode, key=lambda segment: id(segment.span.parent))
-        ]
-        self.prefill_first = len(decode)
+        self.decode_groups = [DecodeGroup(group, device) for group in _runs_of_one_chain(decode)]
+        self.prefill_first = sum(segment.num_rows for segment in decode)
         """First row that is no decode step."""
-        borders = [segment.first - len(decode) for segment in segments[len(decode) :]] + [self.num_rows - len(decode)]
+        borders = [segment.first for segment in segments[len(decode) :]] + [self.num_rows]
+        borders = [border - self.prefill_first for border in borders]
         self.prefill_borders = torch.tensor(borders, dtype=torch.int32).to(device)
         """Where the new spans begin, counted from the first: int32 `[spans + 1]`."""
         self.longest_prefill = max((b - a for a, b in pairwise(borders)), default=0)
@@ -169,8 +188,8 @@ class MicroBatch(Rows):
 
 
 def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
-    """Neighbours of the same chain; decode steps apart from new spans."""
-    runs = groupby(segments, key=lambda segment: (segment.is_decode, id(segment.span.parent)))
+    """Neighbours of the same chain; decode steps apart from new spans, and by their numbers of rows."""
+    runs = groupby(segments, key=lambda segment: (segment.is_decode and segment.num_rows, id(segment.span.parent)))
     return [list(run) for _, run in runs]
 
 

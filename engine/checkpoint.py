@@ -17,7 +17,7 @@ from engine.policy import Policy
 if TYPE_CHECKING:
     import torch
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised by hand whenever a change of the engine can change a result beyond rounding."""
 
 _TOKENIZER_FILES = (
@@ -128,11 +128,24 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     return ModelDescription(
         path=str(path),
         model_type=str(config["model_type"]),
-        window=window if window is not None and window < 10**9 else None,
+        window=_without_switching(window, text) if window is not None and window < 10**9 else None,
         dtype=dtype.removeprefix("torch."),
         weight_bytes=weight_bytes,
         num_layers=int(layers),
     )
+
+
+def _without_switching(window: int, text: Mapping[str, Any]) -> int:
+    """The window up to which rotary tables do not depend on the longest sequence in the call.
+
+    LongRoPE (Phi-3's long variants) takes other tables for all sequences of a call as soon as one is longer than the
+    original window: a result would depend on its company.
+    """
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su"):
+        return window
+    original = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return min(window, int(original)) if original else window
 
 
 def _checked_weight_bytes(path: Path) -> int:

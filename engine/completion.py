@@ -69,15 +69,14 @@ def completion_of(sequence: Sequence, text: Text) -> Completion:
 def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str]:
     """Tokens and text before the stop, if one ended the sequence; the last token may reach past the text's end."""
     tokens = sequence.generated
-    if sequence.finish_reason == "stop":
-        for stop in sequence.job.stop:
-            if _ends_with(tokens, stop):
-                tokens = tokens[: len(tokens) - len(stop)]
-                return tokens, text.decode(tokens)
     written = text.decode(tokens) if tokens else ""
     if sequence.finish_reason != "stop":
         return tokens, written
+    by_ids = max((len(stop) for stop in sequence.job.stop if _ends_with(tokens, stop)), default=0)
+    before = text.decode(tokens[: len(tokens) - by_ids]) if by_ids else written
     found = [written.find(stop) for stop in sequence.job.stop if isinstance(stop, str) and stop in written]
+    if by_ids and len(before) <= min(found, default=len(written)):
+        return tokens[: len(tokens) - by_ids], before
     written = written[: min(found)]
     while tokens and (not written or text.decode(tokens[:-1]).startswith(written)):
         tokens = tokens[:-1]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from engine.arena import Arena
 from engine.checkpoint import ModelDescription, describe
 from engine.completion import Text, advance, completion_of
-from engine.errors import CapacityError, CheckpointError, EngineError, JobError, UnsupportedError
+from engine.errors import CapacityError, CheckpointError, EngineError, JobError, NumericsError, UnsupportedError
 from engine.executor import Executor
 from engine.hardware import available_memory, resolve_device, resolve_dtype
 from engine.hidden import HiddenStates
@@ -60,6 +60,7 @@ class Engine:
         window: int | None,
         end_of_text: frozenset[int],
         arena: Arena,
+        loading: Iterator[None],
     ) -> None:
         self.tokenizer = tokenizer
         self.policy = policy
@@ -79,6 +80,8 @@ class Engine:
         self._closing = False
         self._fault: BaseException | None = None
         self._worker = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
+        self._loader = threading.Thread(target=self._load, args=(loading,), name="flexgen-load", daemon=True)
+        self._loader.start()
         self._worker.start()
 
     @classmethod
@@ -86,7 +89,8 @@ class Engine:
         """Load `model`, a hub id or directory, as `policy` says.
 
         policy: the name of a shipped one, a YAML file, a mapping, or "auto". Raises `ConfigError`, `CheckpointError`,
-        `UnsupportedError`, or `CapacityError` when the policy does not fit the memory at hand.
+        `UnsupportedError`, or `CapacityError` when the policy does not fit the memory at hand. Returns when the
+        checkpoint is known to fit the model; its weights are read while the first jobs run.
         """
         policy = Policy.load(policy)
         description = describe(model)
@@ -94,8 +98,13 @@ class Engine:
         return cls.open(description, policy, lambda store: load_checkpoint(path, store))
 
     @classmethod
-    def open(cls, description: ModelDescription, policy: Policy, fill: Callable[[WeightStore], None]) -> Engine:
-        """Open the described model with weights that `fill` puts in place (benchmarks fill random ones)."""
+    def open(
+        cls, description: ModelDescription, policy: Policy, fill: Callable[[WeightStore], Iterator[None]]
+    ) -> Engine:
+        """Open the described model with weights that `fill` puts in place (benchmarks fill random ones).
+
+        What `fill` returns is iterated in the background while the first sweep runs, and waits where it must.
+        """
         _refuse_unsupported(policy)
         device_name = resolve_device(policy.device)
         device = torch.device(device_name)
@@ -114,7 +123,7 @@ class Engine:
         store = None
         try:
             store = WeightStore(model, plan.weights, arena, overlap=policy.overlap)
-            fill(store)
+            loading = fill(store)
             cache = KVCache(
                 model.kv_shapes,
                 dtype,
@@ -135,11 +144,13 @@ class Engine:
                 window=description.window,
                 end_of_text=_end_of_text(path, model, tokenizer),
                 arena=arena,
+                loading=loading,
             )
         except BaseException as error:
             if store is not None:
                 store.close()
             arena.close()
+            _lift_limit(device)
             raise _explain(error, policy) from error
 
     def run(self, jobs: Iterable[Job]) -> list[Completion]:
@@ -202,13 +213,15 @@ class Engine:
                 return
             self._closing = True
             self._changed.notify_all()
+        self._weights.give_up(EngineError("the engine was closed before all weights were in place"))
+        self._loader.join()
         self._worker.join()
         self._weights.close()
         self._executor.close()
         self._arena.close()
         if self._arena.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0, self._arena.device)
+        _lift_limit(self._arena.device)
 
     def __enter__(self) -> Engine:
         return self
@@ -221,8 +234,12 @@ class Engine:
     def _check(self, job: Job) -> None:
         job.check()
         vocabulary = self._model.vocab_size
-        if not all(0 <= token < vocabulary for token in job.prompt):
-            raise JobError(f"a prompt token is outside the model's vocabulary of {vocabulary}")
+        outside = next((token for token in job.prompt if not 0 <= token < vocabulary), None)
+        if outside is not None:
+            raise JobError(
+                f"prompt token {outside} is outside the model's vocabulary of {vocabulary}; the tokenizer and the "
+                "model do not belong together, use the tokenizer that the model was trained with"
+            )
         positions = len(job.prompt) + max(0, job.max_new_tokens - 1)
         if self.window is not None and positions > self.window:
             raise JobError(
@@ -242,6 +259,18 @@ class Engine:
             if call.sequences:
                 self._inbox.append((call, call.sequences))
                 self._changed.notify_all()
+
+    def wait_until_loaded(self) -> None:
+        """Return when all weights are in place; raises `EngineError` if they cannot be. Jobs need not wait for it."""
+        self._weights.wait()
+
+    def _load(self, loading: Iterator[None]) -> None:
+        try:
+            for _ in loading:
+                if self._closing:
+                    return
+        except BaseException as error:
+            self._weights.give_up(_explain(error, self.policy))
 
     def _serve(self) -> None:
         try:
@@ -265,8 +294,9 @@ class Engine:
                 return False
             inbox, self._inbox = self._inbox, []
             abandoned, self._abandoned = self._abandoned, []
-        for call, sequences in inbox:
+        for call, sequences in inbox:  # all of them before anything can fail: a fault is told to the owners
             self._owner.update({id(sequence): (call, index) for index, sequence in sequences.items()})
+        for _, sequences in inbox:
             self._scheduler.add(sequences.values())
         for call in abandoned:
             left = [sequence for sequence in call.sequences.values() if id(sequence) in self._owner]
@@ -282,20 +312,65 @@ class Engine:
             self._deliver(sequence)
         if not batches:
             return
-        self._executor.sweep(batches, lambda sequence, token, logprob: advance(sequence, token, logprob, self._text))
-        done = []
+        self._executor.sweep(batches, self._advance)
+        done, suspects = [], []
         for sequence in self._scheduler.running:
-            if sequence.job.max_new_tokens == 0 and sequence.error is None:
+            if not sequence.saw_only_numbers:
+                if not sequence.is_alone:
+                    suspects.append(sequence)
+                    continue
+                sequence.error = NumericsError(
+                    f"the model's logits for this prompt are not finite in {self._model.dtype}; "
+                    "take a dtype with a wider range (bfloat16, float32), or check the weights"
+                )
+            elif sequence.job.max_new_tokens == 0:
                 sequence.finish_reason = "length"
             if sequence.is_done:
                 done.append(sequence)
                 self._deliver(sequence)
         self._scheduler.finish(done)
+        self._scheduler.isolate(suspects)
+
+    def _advance(self, sequence: Sequence, token: int, logprob: float) -> None:
+        try:
+            advance(sequence, token, logprob, self._text)
+        except Exception as error:  # tokenizers raise whatever they meet
+            sequence.error = self._unreadable(sequence, error)
 
     def _deliver(self, sequence: Sequence) -> None:
+        try:
+            completion = completion_of(sequence, self._text)
+        except Exception as error:
+            completion = Completion(error=self._unreadable(sequence, error))
         call, index = self._owner.pop(id(sequence))
         call.sequences.pop(index)
-        call.results.put((index, completion_of(sequence, self._text)))
+        call.results.put((index, completion))
+
+    def _unreadable(self, sequence: Sequence, error: Exception) -> JobError:
+        """The error of a sequence whose tokens cannot be decoded; raises `error` again if it came from elsewhere."""
+        generated = sequence.generated
+        bad = [token for token in dict.fromkeys(generated) if not self._is_readable([token])]
+        if not bad and self._is_readable(generated):
+            raise error
+        named = ", ".join(map(str, (bad or generated)[:10])) + (" ..." if len(bad or generated) > 10 else "")
+        return JobError(
+            f"the tokenizer cannot decode generated token ids {named} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); the tokenizer and the model do not belong together, use the "
+            "tokenizer that the model was trained with"
+        )
+
+    def _is_readable(self, tokens: list[int]) -> bool:
+        try:
+            self._text.decode(tokens)
+        except Exception:
+            return False
+        return True
+
+
+def _lift_limit(device: torch.device) -> None:
+    """Let torch reserve all of the device again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def shape_of(model: CausalModel) -> ModelShape:

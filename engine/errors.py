@@ -7,6 +7,7 @@
   x CapacityError      what was asked for does not fit into the memory at hand
   x InstallationError  the installation or the machine is not usable (wrong packages, no such device)
   x JobError           one job is bad; only that job fails
+    x NumericsError    the model's logits for it are not finite
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ class InstallationError(EngineError):
 
 
 class JobError(EngineError):
-    """One job is bad (empty, too long, not finite); only that job fails."""
+    """One job is bad (empty, too long, ...); only that job fails."""
+
+
+class NumericsError(JobError):
+    """The model's logits for one job are not finite; only that job fails."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from engine.batch import MicroBatch
-from engine.errors import JobError
 from engine.hidden import HiddenStates
 from engine.kv_cache import KVCache
 from engine.model import CausalModel, LayerCall
@@ -25,10 +25,19 @@ class _Ask:
     """Logits that somebody wants: those of one row of one span."""
 
     span: Span
-    batch: int
     row: int
     target: int | None
     """Token whose log-probability is asked for; None: the next token is to be chosen (or, for a prefix, kept)."""
+    drafted: tuple[int, ...] = ()
+    """Tokens that are taken to follow those the sequence had: the choice counts only if they did."""
+    num_before: int = 0
+    """How many tokens the sequence had."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether the row was computed on what really came before it."""
+        had = self.span.tokens[self.num_before :]
+        return not self.drafted or (had == list(self.drafted) and not cast(Sequence, self.span).is_done)
 
 
 class Executor:
@@ -52,7 +61,8 @@ class Executor:
     def sweep(self, batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
         """Compute every segment; then call `advance(sequence, token, logprob)` for each sequence's next token.
 
-        Log-probabilities of prompts are added to their spans; a sequence whose logits are not finite gets an `error`.
+        Log-probabilities of prompts are added to their spans; spans whose logits are not all numbers are marked so and
+        not advanced.
         """
         model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
         micro: list[MicroBatch | PaddedBatch] = [
@@ -91,13 +101,13 @@ class Executor:
         asks: list[_Ask] = []
         states: list[torch.Tensor] = []
         for index, segments in enumerate(batches):
-            wanted = [ask for segment in segments for ask in _asks(segment, index)]
+            wanted = [ask for segment in segments for ask in _asks(segment)]
             last = self._hidden.take(index)
             if wanted:
                 states.append(last[torch.tensor([ask.row for ask in wanted], device=last.device)])
                 asks += wanted
             for segment in segments:
-                segment.span.cached += segment.num_rows
+                segment.span.cached += segment.num_rows - len(segment.draft)
         for first in range(0, len(asks), self._chunk):
             part = asks[first : first + self._chunk]
             self._answer_chunk(part, _take_rows(states, len(part)), advance)
@@ -125,15 +135,17 @@ class Executor:
         finite = torch.isfinite(logits).all(dim=-1)
         for ask, token, logprob, is_finite in zip(asks, tokens.tolist(), chosen.tolist(), finite.tolist(), strict=True):
             span = ask.span
-            if isinstance(span, Sequence) and not is_finite:
-                span.error = JobError("the model's logits are not finite (overflow in this dtype, or damaged weights)")
-            elif ask.target is not None:
+            if not ask.counts:
+                continue
+            span.cached += bool(ask.drafted)
+            span.is_finite &= is_finite
+            if ask.target is not None:
                 span.prompt_logprobs.append(logprob)
-            elif isinstance(span, Sequence) and span.error is None:
+            elif isinstance(span, Sequence) and span.is_finite:
                 advance(span, token, logprob)
 
 
-def _asks(segment: Segment, batch: int) -> list[_Ask]:
+def _asks(segment: Segment) -> list[_Ask]:
     """What `segment` wants of the logits, in the order of its rows."""
     span = segment.span
     last = segment.first + segment.num_rows - 1
@@ -145,9 +157,10 @@ def _asks(segment: Segment, batch: int) -> list[_Ask]:
         chooses = span.job.max_new_tokens > 0
     asks = []
     if scored:
-        asks = [_Ask(span, batch, segment.first + i - 1, span.tokens[i]) for i in range(1, segment.num_rows)]
+        asks = [_Ask(span, segment.first + i - 1, span.tokens[i]) for i in range(1, segment.num_rows)]
     if chooses:
-        asks.append(_Ask(span, batch, last, None))
+        num_drafted, before = len(segment.draft), len(span.tokens)
+        asks += [_Ask(span, last - num_drafted + i, None, segment.draft[:i], before) for i in range(num_drafted + 1)]
     return asks
 
 

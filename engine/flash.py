@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,13 @@ def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: M
         and query.shape[-1] % 8 == 0
         and scores.is_stock
         and (scores.window is None or batch.longest <= scores.window)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _has_kernels(query.device)
     )
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(
@@ -33,36 +39,42 @@ def attend(
     value: torch.Tensor,
     sweeping: Sweeping,
     scores: Scores,
-    output: torch.Tensor,
-) -> None:
-    """Attend a micro-batch: query, key, value `[rows, heads, dim]` -> `output` `[rows, heads, dim]`.
+) -> torch.Tensor:
+    """Attend a micro-batch: query, key, value `[rows, heads, dim]` -> `[rows, heads, dim]`.
 
     Own tokens first, all new spans in one call; then, per chain of prefixes, its rows against the prefix; the two are
     merged by their log-sum-exps, which is exact. Decode steps whose attention is the host's are left out.
     """
-    cache, layer = sweeping.cache, sweeping.layer
+    kv_cache, layer = sweeping.cache, sweeping.layer
+    here = [group for group in batch.decode_groups if kv_cache.attention_device(group) == query.device]
+    if not batch.chain_runs:  # often there is nothing to put together
+        if not batch.decode_groups:
+            return _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, scores)[0]
+        if len(here) == len(batch.decode_groups) == 1 and batch.prefill_first == len(query):
+            own_key, own_value = kv_cache.own_flat(layer, here[0], key, value)
+            return _decode(query, own_key, own_value, here[0], scores)[0]
+    output = query.new_empty(query.shape)
     logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
     if batch.prefill_first < len(query):
         rows = slice(batch.prefill_first, len(query))
         output[rows], logsumexp[:, rows] = _varlen(
-            query[rows], key[rows], value[rows], batch.prefill_borders, batch.longest_prefill, scores, causal=True
+            query[rows], key[rows], value[rows], batch.prefill_borders, batch.longest_prefill, scores
         )
-    for group in batch.decode_groups:
-        if cache.attention_device(group) != query.device:
-            continue
+    for group in here:
         rows = slice(group.first, group.end)
-        own_key, own_value = cache.own_flat(layer, group, key[rows], value[rows])
+        own_key, own_value = kv_cache.own_flat(layer, group, key[rows], value[rows])
         output[rows], logsumexp[:, rows] = _decode(query[rows], own_key, own_value, group, scores)
     for first, end, chain in batch.chain_runs:
         group_of_first = batch.decode_group_at(first)
-        if group_of_first is not None and cache.attention_device(group_of_first) != query.device:
+        if group_of_first is not None and group_of_first not in here:
             continue
         rows = slice(first, end)
-        prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in cache.prefix(layer, chain))
+        prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in kv_cache.prefix(layer, chain))
         shared, shared_logsumexp = _dense(query[rows][None], prefix_key, prefix_value, scores)
         # Weight of the prefix: its share of the sum of exponentials.
         weight = torch.sigmoid(shared_logsumexp - logsumexp[:, rows]).T[:, :, None].to(output.dtype)
         output[rows] = torch.lerp(output[rows], shared, weight)
+    return output
 
 
 def _varlen(
@@ -72,11 +84,9 @@ def _varlen(
     borders: torch.Tensor,
     longest: int,
     scores: Scores,
-    *,
-    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     result = torch.ops.aten._flash_attention_forward(
-        query, key, value, borders, borders, longest, longest, 0.0, causal, False, scale=scores.scaling
+        query, key, value, borders, borders, longest, longest, 0.0, True, False, scale=scores.scaling
     )
     return result[0], result[1]
 
@@ -84,17 +94,20 @@ def _varlen(
 def _decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: DecodeGroup, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row a sequence against its own tokens: key, value `[sequences * length, heads, dim]`."""
+    """New rows of each sequence against its own tokens: key, value `[rows, heads, dim]`, from its `own_borders` on.
+
+    The kernel's causal mask is aligned with the last key, that is, with the last new row.
+    """
     result = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
         group.row_borders,
         group.own_borders,
-        1,
+        group.steps,
         group.length,
         0.0,
-        False,
+        group.steps > 1,
         False,
         scale=scores.scaling,
         seqused_k=group.own_lengths,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,6 +37,9 @@ class Sampling:
             raise JobError(f"top_k {self.top_k} is below 1; leave it out to sample among all tokens")
         if not 0.0 < self.top_p <= 1.0:
             raise JobError(f"top_p {self.top_p} is outside (0, 1]; 1 samples among all tokens")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise JobError(f"{name} {getattr(self, name)} is not finite; 0 leaves logits as they are")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ class Job:
 
     def check(self) -> None:
         """Raise `JobError` for a job that no model could run."""
+        if isinstance(self.prompt, str):
+            raise JobError("the prompt is text; give token ids, for example engine.tokenizer(text)['input_ids']")
         if len(self.prompt) == 0:
             raise JobError("the prompt is empty; a model needs at least one token (its BOS, for example)")
         if self.max_new_tokens < 0:

@@ -14,7 +14,7 @@ from engine.attention import KVShape
 from engine.batch import DecodeGroup, MicroBatch, Rows
 from engine.extents import Extents
 from engine.kv_transfer import KVTransfer
-from engine.placement import TIERS, Tier
+from engine.placement import TIERS, Tier, percents
 from engine.policy import Share
 from engine.sequence import Prefix, Span
 
@@ -54,11 +54,7 @@ class KVCache:
         """Bytes of one token over all layers."""
         self._arena = arena
         self._share = share
-        self._percents: dict[Tier, float] = (
-            dict.fromkeys(TIERS, 100.0)
-            if share is None
-            else {"device": share.gpu, "host": share.cpu, "disk": share.disk}
-        )
+        self._percents = dict.fromkeys(TIERS, 100.0) if share is None else percents(share)
         self._compute_on_host = compute_on_host
         self._max_rows = {tier: budgets[tier] // self.row_bytes for tier in TIERS}
         self._extents = {tier: Extents() for tier in TIERS}
@@ -96,8 +92,8 @@ class KVCache:
         if self._share is None:
             return list(TIERS)
         total = sum(self.num_blocks.values()) + 1
-        percents = self._percents
-        lacking = {tier: total * percents[tier] / 100 - self.num_blocks[tier] for tier in TIERS if percents[tier] > 0}
+        wanted = {tier: total * percent / 100 for tier, percent in self._percents.items() if percent > 0}
+        lacking = {tier: count - self.num_blocks[tier] for tier, count in wanted.items()}
         return [max(lacking, key=lambda tier: lacking[tier])]
 
     def _grow(self, tier: Tier, num_rows: int) -> bool:
@@ -135,7 +131,7 @@ class KVCache:
         """Start bringing a layer's offloaded keys and values of a packed micro-batch's decode steps to the device."""
         if not isinstance(batch, MicroBatch) or not self._transfer.is_asynchronous or self._compute_on_host:
             return
-        groups = [group for group in batch.decode_groups if group.device_index is None]
+        groups = [group for group in batch.decode_groups if not group.is_on_device]
         if not groups:
             return
         table_width = self.shapes[layer].width
@@ -162,8 +158,9 @@ class KVCache:
         """Store a micro-batch's new keys and values `[rows, heads, dim]` of a layer in their blocks."""
         if layer != self._fresh_layer:
             self._fresh, self._fresh_layer = {}, layer
-        if batch.device_rows is not None and batch.device_slots is not None:
-            rows = pack(key.index_select(0, batch.device_rows), value.index_select(0, batch.device_rows))
+        if batch.device_slots is not None:
+            kept = batch.device_rows
+            rows = pack(key, value) if kept is None else pack(key.index_select(0, kept), value.index_select(0, kept))
             self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
         for segment, block in batch.offloaded:
             taken = slice(segment.first, segment.first + segment.num_rows)
@@ -172,6 +169,9 @@ class KVCache:
             self._transfer.store(rows, self._tables[block.tier][layer][first : first + segment.num_rows])
             if isinstance(segment.span, Prefix):
                 self._fresh[id(segment.span)] = rows
+        for segment in batch.passing:
+            taken = slice(segment.first, segment.first + segment.num_rows)
+            self._fresh[id(segment.span)] = pack(key[taken], value[taken])
 
     def prefix(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
@@ -180,19 +180,19 @@ class KVCache:
 
     def stored(self, layer: int, span: Span, num_rows: int) -> torch.Tensor:
         """The first rows `[num_rows, width]` of a span, on the device."""
+        fresh = self._fresh.get(id(span)) if layer == self._fresh_layer else None
+        if fresh is not None:  # just computed: it has no other place, or is still under way to it
+            return fresh
         block = span.block
         assert block is not None
         rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
             return rows
-        fresh = self._fresh.get(id(span)) if layer == self._fresh_layer else None
-        if fresh is not None:  # just computed: its way to the other tier may still be under way
-            return fresh
         return rows.to(self._arena.device, non_blocking=True)
 
     def attention_device(self, group: DecodeGroup) -> torch.device:
         """Where a decode group's attention is computed: by its keys and values, if the policy wants that."""
-        if self._compute_on_host and group.device_index is None:
+        if self._compute_on_host and not group.is_on_device:
             return torch.device("cpu")
         return self._arena.device
 
@@ -201,7 +201,7 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a decode group's own tokens, the new one included: `[sequences, heads, length, dim]`.
 
-        `key`, `value` are the group's new rows `[sequences, heads, dim]`; where they are, the result is. Rows beyond a
+        `key`, `value` are the group's new rows `[rows, heads, dim]`; where they are, the result is. Rows beyond a
         sequence's length hold anything finite.
         """
         return self.unpack(layer, self._own_rows(layer, group, key, value))
@@ -209,25 +209,31 @@ class KVCache:
     def own_flat(
         self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as `[sequences * length, heads, dim]`."""
-        own = self.unpack(layer, self._own_rows(layer, group, key, value).flatten(0, 1))
+        """The same as `[rows, heads, dim]`, each sequence from its `own_borders` on.
+
+        Where all lie on the device, that is the whole table: nothing is copied.
+        """
+        on_device = group.is_on_device
+        rows = self._tables["device"][layer] if on_device else self._own_rows(layer, group, key, value).flatten(0, 1)
+        own = self.unpack(layer, rows)
         return own[0].transpose(0, 1), own[1].transpose(0, 1)
 
     def _own_rows(self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        if group.device_index is not None:
+        if group.is_on_device:
             rows = self._tables["device"][layer].index_select(0, group.device_index)
             return rows.view(len(group.segments), group.length, -1)
-        new = pack(key, value)
+        new = pack(key, value).unflatten(0, (-1, group.steps))
         staged = self._staged.pop((layer, id(group)), None)
         if staged is not None:
             self._transfer.await_arrival(staged[1])
             rows = staged[0].view(len(group.segments), group.length, -1)
         else:
-            rows = new.new_zeros(len(group.segments), group.length, new.shape[1])
+            rows = new.new_zeros(len(group.segments), group.length, new.shape[2])
             flat = rows.flatten(0, 1)
             for first, stored in self._stored_rows(layer, group):
                 flat[first : first + len(stored)].copy_(stored)
-        rows[torch.arange(len(group.segments), device=rows.device), group.past.to(rows.device)] = new
+        at = group.past.to(rows.device)[:, None] + torch.arange(group.steps, device=rows.device)
+        rows[torch.arange(len(group.segments), device=rows.device)[:, None], at] = new
         return rows
 
     def unpack(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

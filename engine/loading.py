@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,27 +19,31 @@ from transformers.core_model_loading import (
 
 from engine.checkpoint import tensors
 from engine.errors import CheckpointError
+from engine.read_ahead import Step, run_steps
 from engine.weights import WeightStore
 
 Load = Callable[[], torch.Tensor]
+Source = tuple[str, str, Load]
+"""Pattern of a converter, name in the checkpoint, and how to get the tensor."""
 
 
-def load_checkpoint(path: Path, store: WeightStore) -> None:
-    """Fill `store` from the weight files of `path`.
+def load_checkpoint(path: Path, store: WeightStore) -> Iterator[None]:
+    """Fill `store` from the weight files of `path`: checks now, and reads parameter by parameter as it is iterated.
 
     Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
     a time, and merged experts one expert at a time: beyond the placed weights this costs no more anonymous memory than
-    about one tensor of the checkpoint, whose files are only mapped. Raises `CheckpointError` when parameters are
-    missing or have another shape.
+    about one tensor of the checkpoint, whose files are only mapped. Layers come in their order, since the first sweep
+    may run behind. Raises `CheckpointError` when parameters are missing or have another shape.
     """
     model = store.model
-    places = _Places(path, store)
+    order = {name: number for number, unit in enumerate(model.units) for name in unit.owners}
+    plan = _Plan(path, store)
     transforms = get_model_conversion_mapping(model.module)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.module.base_model_prefix
-    merged: dict[str, tuple[WeightConverter, list[tuple[str, str, Load]]]] = {}
+    merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
         target, pattern = rename_source_key(name, renamings, converters, prefix, model.state)
         if target not in model.state and name in model.state:
@@ -46,82 +51,101 @@ def load_checkpoint(path: Path, store: WeightStore) -> None:
         if target not in model.state:
             continue  # e.g. attention masks that old checkpoints stored
         if pattern is None:
-            places.put(target, load())
+            plan.add(target, load)
         else:
             merged.setdefault(target, (converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
-        _convert(target, converter, sources, places)
-    places.check()
-    store.finish_loading()
+        plan.add_converted(target, converter, sources)
+    return plan.run(order)
 
 
-def _convert(target: str, converter: WeightConverter, sources: list[tuple[str, str, Load]], places: _Places) -> None:
-    model = places.store.model
-    by_pattern: dict[str, list[tuple[str, str, Load]]] = {}
+def _rounds(converter: WeightConverter, sources: list[Source]) -> list[list[Source]]:
+    """Sources that are converted together: all of a parameter, or, where experts are merged, an expert a time."""
+    by_pattern: dict[str, list[Source]] = {}
     for source in sources:
         by_pattern.setdefault(source[0], []).append(source)
     operations = converter.operations
     stacks = isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
     if stacks and all(getattr(operation, "dim", 0) != 0 for operation in operations[1:]):
-        rounds = [list(expert) for expert in zip(*by_pattern.values(), strict=True)]
-    else:
-        rounds = [sources]
-    for index, members in enumerate(rounds):
-        one = deepcopy(converter)
-        for pattern, name, load in members:
-            one.add_tensor(target, name, pattern, load)
-        for name, value in one.convert(target, model=model.module, config=model.config).items():
-            tensor = value[0] if isinstance(value, list) else value
-            if len(rounds) > 1:
-                places.put_part(name, tensor, index, len(rounds))
-            else:
-                places.put(name, tensor)
+        return [list(expert) for expert in zip(*by_pattern.values(), strict=True)]
+    return [sources]
 
 
-class _Places:
-    """Where parameters and persistent buffers go, and which have arrived."""
+class _Plan:
+    """What is to be read for which parameter, known to fit before anything is read."""
 
     def __init__(self, path: Path, store: WeightStore) -> None:
-        self.store = store
+        self._store = store
         self._path = path
-        self._missing = {name for unit in store.model.units for name in unit.owners}
-        self._parameters = frozenset(self._missing)
+        self._steps: dict[str, Step] = {}
+        """By the (first) parameter that a step brings."""
+        self._parameters = {name for unit in store.model.units for name in unit.owners}
+        self._missing = set(self._parameters)
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a whole parameter or buffer."""
-        model = self.store.model
-        expected = model.state[name].shape
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"{self._path}: {name} is {list(tensor.shape)} in the weight files but {list(expected)} by "
-                "config.json; they do not belong together"
-            )
+    def add(self, name: str, load: Load) -> None:
+        """Plan to put a whole parameter; a buffer is put at once."""
+        model = self._store.model
+        tensor = load()  # mapped, not read
+        self._check_shape(name, tensor.shape)
         if name in self._parameters:
-            self.store.put(name, tensor)
+            self._steps[name] = (lambda: self._put(name, tensor)), [tensor]
             self._missing.discard(name)
         elif name == model.head_name:
-            if model.embedding_name in self._missing:  # some checkpoints hold the pair under this name only
-                self.store.put(model.embedding_name, tensor)
-                self._missing.discard(model.embedding_name)
+            pair = model.embedding_name
+            if pair in self._missing:  # some checkpoints hold the pair under this name only
+                self._steps.setdefault(pair, ((lambda: self._put(pair, tensor)), [tensor]))
+                self._missing.discard(pair)
         else:
             model.module.get_buffer(name).copy_(tensor)
 
-    def put_part(self, name: str, tensor: torch.Tensor, index: int, count: int) -> None:
-        """Put slice `index` of `count` along the first dimension, e.g. one expert `[1, …]`."""
-        expected = self.store.model.state[name].shape
-        if tensor.shape[1:] != expected[1:] or expected[0] != count * tensor.shape[0]:
-            raise CheckpointError(
-                f"{self._path}: {name} would be {[count * tensor.shape[0], *tensor.shape[1:]]} from the weight files "
-                f"but is {list(expected)} by config.json; they do not belong together"
-            )
-        self.store.put(name, tensor, first_element=index * tensor.numel())
-        if index == count - 1:
+    def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
+        """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
+        rounds = _rounds(converter, sources)
+        for name, tensor in self._convert(target, converter, rounds[0], meta=True):
+            shape = torch.Size([len(rounds) * tensor.shape[0], *tensor.shape[1:]]) if len(rounds) > 1 else tensor.shape
+            self._check_shape(name, shape)
             self._missing.discard(name)
 
-    def check(self) -> None:
-        """Raise `CheckpointError` when something has not arrived."""
+        def step() -> None:
+            names: set[str] = set()
+            for index, members in enumerate(rounds):
+                for name, tensor in self._convert(target, converter, members):
+                    self._store.put(name, tensor, first_element=index * tensor.numel())
+                    names.add(name)
+            for name in names:
+                self._store.arrive(name)
+
+        self._steps[target] = step, [load() for _, _, load in sources]
+
+    def _convert(
+        self, target: str, converter: WeightConverter, sources: list[Source], *, meta: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        one, model = deepcopy(converter), self._store.model
+        for pattern, name, load in sources:
+            given: Any = (lambda load=load: load().to("meta")) if meta else load
+            one.add_tensor(target, name, pattern, given)
+        for name, value in one.convert(target, model=model.module, config=model.config).items():
+            yield name, value[0] if isinstance(value, list) else value
+
+    def run(self, order: dict[str, int]) -> Iterator[None]:
+        """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step."""
         if self._missing:
             raise CheckpointError(
                 f"{self._path}: the weight files lack {len(self._missing)} of {len(self._parameters)} parameters, e.g. "
                 f"{min(self._missing)}; the download is incomplete or belongs to another model"
+            )
+        steps = sorted(self._steps.items(), key=lambda step: order[step[0]])
+        self._steps.clear()
+        return run_steps(step for _, step in steps)
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        self._store.put(name, tensor)
+        self._store.arrive(name)
+
+    def _check_shape(self, name: str, shape: torch.Size) -> None:
+        expected = self._store.model.state[name].shape
+        if shape != expected:
+            raise CheckpointError(
+                f"{self._path}: {name} is {list(shape)} in the weight files but {list(expected)} by "
+                "config.json; they do not belong together"
             )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from engine.attention import ATTENTION_NAME, KVShape, Sweeping, probe_kv_shape
 from engine.errors import CheckpointError, UnsupportedError
@@ -164,8 +165,15 @@ class CausalModel:
         units["head"] = Unit("head", {})
         for prefix, module in self.module.named_modules():
             for attribute in module._parameters:
-                if module._parameters[attribute] is None or (self.is_tied and module is self.output):
+                if module._parameters[attribute] is None:
                     continue
+                if self.is_tied and module is self.output:
+                    if attribute == "weight":
+                        continue
+                    raise UnsupportedError(
+                        f"{self._family}: its head is the token embedding with a {attribute} besides; such models "
+                        "cannot be run here"
+                    )
                 if id(module) in layer_of:
                     unit = f"layer.{layer_of[id(module)]}"
                 elif module is self.embedding:
@@ -276,8 +284,30 @@ def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{path}: quantized checkpoints are not supported yet; take the unquantized one")
+    if model._is_stateful:
+        raise UnsupportedError(
+            f"{type(model).__name__} ({config.model_type}): its layers keep a state beside keys and values; "
+            "state-space and hybrid models cannot be run here; take a model with attention alone"
+        )
+    _keep_precision(model, dtype)
     model.eval()
     return model
+
+
+def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen what the family keeps in float32 in half precision, as `from_pretrained` does (its `_get_dtype_plan`)."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+    for prefix, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for attribute, tensor in table.items():
+                found = pattern.search(f"{prefix}.{attribute}" if prefix else attribute)
+                if tensor is not None and tensor.is_floating_point() and found and found.lastgroup:
+                    kept = tensor.to(plan[by_group[found.lastgroup]])
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    table[attribute] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -34,7 +34,7 @@ class PaddedBatch(Rows):
         mask = torch.zeros(len(segments), self.num_keys, dtype=torch.long)
         for index, segment in enumerate(segments):
             span, last = segment.span, segment.past + segment.num_rows
-            ids[index, -segment.num_rows :] = torch.tensor(span.tokens[segment.past : last])
+            ids[index, -segment.num_rows :] = torch.tensor(segment.tokens)
             positions[index, -segment.num_rows :] = torch.arange(span.start + segment.past, span.start + last)
             mask[index, -(span.start + last) :] = 1
         self.ids = ids

@@ -31,6 +31,8 @@ class Limits:
     """Rows of the KV cache that the decode steps of a micro-batch may bring to the device."""
     rows_per_sweep: int
     """Rows whose hidden states the activation memory holds."""
+    free_rows: int = 0
+    """Rows of a sweep that cost next to nothing beside the transfer of the weights: so many may be drafts."""
     pad: PadMode = None
     rectangular: bool = False
     """Micro-batches are rectangles, for families that carry their own attention."""
@@ -49,6 +51,8 @@ class Segment:
     """First real row in the micro-batch."""
     lead: int = 0
     """Rows of padding before it."""
+    draft: tuple[int, ...] = ()
+    """Tokens that may follow the last one, the last of the rows; only in a step of a running sequence."""
     past: int = field(init=False)
     """Own tokens already in the cache."""
 
@@ -69,6 +73,11 @@ class Segment:
     def is_decode(self) -> bool:
         """Whether this is one step of a running sequence."""
         return self.past > 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token ids of the real rows."""
+        return [*self.span.tokens[self.past : self.past + self.num_rows - len(self.draft)], *self.draft]
 
 
 class CacheRoom(Protocol):
@@ -145,7 +154,50 @@ class Scheduler:
             entered |= {id(segment.span) for segment in new}
             segments, rows = segments + new, rows + size
             self.running.append(sequence)
+        self._spare_blocks(segments)
+        self._add_drafts(segments, rows)
         return (_rectangles if self.limits.rectangular else _micro_batches)(segments, self.limits)
+
+    def _spare_blocks(self, segments: list[Segment]) -> None:
+        """Take back the blocks of new prefixes that nobody needs after this sweep; others may then have a better tier.
+
+        Their keys and values live as long as the layer in hand, if there are not too many of them.
+        """
+        new = [segment for segment in segments if isinstance(segment.span, Prefix)]
+        users: dict[int, int] = {}
+        for segment in segments:
+            if isinstance(segment.span, Sequence) and not segment.is_decode and not segment.span.needs_cache:
+                users[id(segment.span.parent)] = users.get(id(segment.span.parent), 0) + 1
+        room, kept = self.limits.cached_rows_per_batch, []
+        for segment in reversed(new):  # a prefix comes before those that continue it
+            prefix = segment.span
+            assert isinstance(prefix, Prefix)
+            if users.get(id(prefix)) == prefix.num_users and segment.num_rows <= room:
+                users[id(prefix.parent)] = users.get(id(prefix.parent), 0) + 1
+                room -= segment.num_rows
+                self._free(prefix)
+            else:
+                kept.append(prefix)
+        for prefix in kept if len(kept) < len(new) else ():
+            better = self._cache.allocate(len(prefix.tokens))
+            if better is not None:
+                assert prefix.block is not None
+                is_nearer = better.tier == "device" != prefix.block.tier
+                self._cache.free(prefix.block if is_nearer else better)
+                prefix.block = better if is_nearer else prefix.block
+
+    def _add_drafts(self, segments: list[Segment], rows: int) -> None:
+        """Let decode steps try their drafts, as far as the rows for them cost nothing."""
+        limit = min(self.limits.free_rows, self.limits.rows_per_sweep)
+        for segment in segments:
+            if rows >= limit:
+                break
+            if segment.is_decode and isinstance(segment.span, Sequence):
+                draft = segment.span.draft()
+                if rows + len(draft) <= limit:
+                    segment.draft = draft
+                    segment.num_rows += len(draft)
+                    rows += len(draft)
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
         """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
@@ -207,6 +259,18 @@ class Scheduler:
                 self._leave(sequence)
         self.running = [sequence for sequence in self.running if id(sequence) not in leaving]
 
+    def isolate(self, sequences: Iterable[Sequence]) -> None:
+        """Let running sequences begin anew, each in micro-batches of its own and sharing nothing.
+
+        Where one sequence of a micro-batch yields anything but numbers, its neighbours may too (0 x NaN is NaN in a
+        masked attention): alone, each shows its own result.
+        """
+        suspects = list(sequences)
+        self.finish(suspects)
+        for sequence in suspects:
+            sequence.restart_alone()
+        self._waiting.extendleft(reversed(suspects))
+
     def drop(self, sequences: Iterable[Sequence]) -> None:
         """Forget sequences that nobody waits for any more, whether they run or wait."""
         leaving = set(map(id, sequences))
@@ -256,24 +320,30 @@ def padded_length(rows: int, pad: PadMode) -> int:
     return max(rows, pad)
 
 
+def _is_alone(segment: Segment) -> bool:
+    return isinstance(segment.span, Sequence) and segment.span.is_alone
+
+
 def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
     decode = [segment for segment in segments if segment.is_decode]
-    decode.sort(key=lambda segment: (id(segment.span.parent), segment.past))
+    decode.sort(key=lambda segment: (id(segment.span.parent), segment.num_rows, segment.past))
     batches: list[list[Segment]] = []
     rows = count = cached = 0
     for segment in [*decode, *(segment for segment in segments if not segment.is_decode)]:
         size = segment.num_rows + segment.num_pad
         is_sequence = isinstance(segment.span, Sequence)
-        reach = max(cached, (segment.past + 1) if segment.is_decode else 0)  # decode steps are padded to the longest
+        reach = max(cached, (segment.past + size) if segment.is_decode else 0)  # decode steps are padded to the longest
         if not batches or (
             rows + size > limits.rows_per_batch
             or count + is_sequence > limits.sequences_per_batch
+            or _is_alone(segment)
+            or _is_alone(batches[-1][0])
             or (segment.is_decode and reach * (count + 1) > limits.cached_rows_per_batch)
         ):
             batches.append([])
             rows = count = 0
-            reach = segment.past + 1 if segment.is_decode else 0
+            reach = segment.past + size if segment.is_decode else 0
         segment.first = rows
         batches[-1].append(segment)
         rows, count, cached = rows + size, count + is_sequence, reach
@@ -295,6 +365,8 @@ def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
         if (
             not batches
             or kind(batches[-1][0]) != kind(segment)
+            or _is_alone(segment)
+            or _is_alone(batches[-1][0])
             or count > limits.sequences_per_batch
             or count * max(columns, size) > limits.rows_per_batch
             or count * max(keys, reach) > limits.cached_rows_per_batch

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.job import FinishReason, Job
+from engine.speculation import Drafter
 
 if TYPE_CHECKING:
     from engine.kv_cache import Block
@@ -25,6 +26,8 @@ class Span:
     block: Block | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
     """Log-probabilities of the prompt tokens among `tokens`, but the first, where asked for."""
+    is_finite: bool = True
+    """Whether all logits so far were numbers; else it, or a neighbour of its micro-batch, is at fault."""
 
     @property
     def start(self) -> int:
@@ -58,6 +61,7 @@ class Prefix(Span):
         self.cached = 0
         self.prompt_logprobs = []
         self.next_logprobs = None
+        self.is_finite = True
 
 
 @dataclass(eq=False, kw_only=True)
@@ -71,17 +75,42 @@ class Sequence(Span):
     rng: random.Random = field(default_factory=random.Random)
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
+    drafter: Drafter | None = None
+    """Guesses coming tokens; made when they are first wanted."""
+    is_alone: bool = False
+    """Whether it gets micro-batches of its own and shares nothing, so that no neighbour can be to blame."""
 
     @classmethod
     def of(cls, job: Job) -> Sequence:
         """A new sequence for a checked job."""
-        rng = random.Random() if job.sampling.seed is None else random.Random(job.sampling.seed)
-        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt), rng=rng)
+        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt), rng=_rng(job))
+
+    def restart_alone(self) -> None:
+        """Be as before anything was computed, but alone from now on; its prefixes and block must have been left."""
+        assert self.block is None
+        self.tokens, self.num_prompt, self.rng = list(self.job.prompt), len(self.job.prompt), _rng(self.job)
+        self.parent, self.cached, self.prompt_logprobs, self.generated_logprobs = None, 0, [], []
+        self.is_finite, self.is_alone, self.drafter = True, True, None
+        self.finish_reason, self.error = None, None
 
     @property
     def generated(self) -> list[int]:
         """Generated tokens so far."""
         return self.tokens[self.num_prompt :]
+
+    def draft(self) -> tuple[int, ...]:
+        """Tokens that may come next, for the model to check in the same sweep; only greedy choices can be checked.
+
+        The last new token is never fed back, so the block has room for all but that one.
+        """
+        sampling = self.job.sampling
+        room = self.job.max_new_tokens - len(self.generated_logprobs) - 1
+        if room < 1 or sampling.temperature > 0 or sampling.presence_penalty or sampling.frequency_penalty:
+            return ()
+        if self.drafter is None:
+            self.drafter = Drafter(token for prefix in self.chain for token in prefix.tokens)
+        self.drafter.extend(self.tokens[len(self.drafter) - self.start :])
+        return self.drafter.draft(room)
 
     @property
     def needs_cache(self) -> bool:
@@ -92,6 +121,11 @@ class Sequence(Span):
     def capacity(self) -> int:
         """Own tokens whose keys and values must be kept at most (the last new one is never fed back)."""
         return self.num_prompt + max(0, self.job.max_new_tokens - 1)
+
+    @property
+    def saw_only_numbers(self) -> bool:
+        """Whether neither its own logits nor those of its prefixes were anything but finite."""
+        return self.is_finite and all(prefix.is_finite for prefix in self.chain)
 
     @property
     def is_done(self) -> bool:
@@ -116,3 +150,7 @@ class Sequence(Span):
         self.parent = None
         self.tokens = shared + self.tokens
         self.num_prompt += len(shared)
+
+
+def _rng(job: Job) -> random.Random:
+    return random.Random() if job.sampling.seed is None else random.Random(job.sampling.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,12 +13,16 @@ from torch import nn
 
 from engine.arena import Arena
 from engine.model import CausalModel, Unit
-from engine.placement import TIERS, Extent, Split, Tier, lay_out, split_bytes, streamed_from
+from engine.placement import Extent, Split, Tier, lay_out, split_bytes, streamed_from
 from engine.policy import Share
 
 NUM_SLOTS = 2
 _STAGE_BYTES = 64 << 20
 _CHUNK_ELEMENTS = 16 << 20
+
+
+_Binding = tuple[nn.Module, str, nn.Parameter]
+"""A module, the name of a parameter of its, and the parameter."""
 
 
 @dataclass(eq=False)
@@ -31,6 +36,10 @@ class PlacedUnit:
     """Bytes by tier; together, in the order of the tiers, they are the unit."""
     start: int
     """First byte that must be brought to the device before use."""
+    missing: set[str]
+    """Parameters that have not arrived yet."""
+    complete: threading.Event = field(default_factory=threading.Event)
+    """Set when all have, or never will."""
 
     @property
     def num_streamed(self) -> int:
@@ -51,6 +60,7 @@ class PlacedUnit:
 class _Slot:
     """Device memory that layers take turns in."""
 
+    index: int
     memory: torch.Tensor
     content: PlacedUnit | None = None
     arrival: Future[Any] | None = None
@@ -62,7 +72,8 @@ class _Slot:
 class WeightStore:
     """Places a model's parameters by percents and brings each unit to the device when its turn comes.
 
-    Parameters are views: of the device part where they lie there wholly, else of the slot that their unit passes
+    They may still be arriving while the first sweep runs: it waits at each unit until that is complete. Parameters are
+    views: of the device part where they lie there wholly, else of the slot that their unit passes
     through. Resident bytes of a parameter that is cut by the border are copied within the device.
     """
 
@@ -84,19 +95,24 @@ class WeightStore:
         self._streamed = [placed for placed in order if placed.num_streamed]
         size = max((placed.num_streamed for placed in self._streamed), default=0)
         count = min(NUM_SLOTS, len(self._streamed))
-        self._slots = [_Slot(arena.empty(size, "device")) for _ in range(count)]
-        self._slot_of = {id(placed): self._slots[i % count] for i, placed in enumerate(self._streamed)}
+        self._slots = [_Slot(index, arena.empty(size, "device")) for index in range(count)]
         self._next = {id(a): b for a, b in pairwise([*self._streamed, *self._streamed[:1]])}
         self._outer = arena.empty(self._placed["outer"].num_streamed if "outer" in self._placed else 0, "device")
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._stage: list[tuple[torch.Tensor, Any]] = []
         self._lookup: torch.Tensor | None = None
-        self._bind(last)
+        self._fault: BaseException | None = None
+        self._views: dict[int, list[list[_Binding]]] = {}
+        """Of a streamed unit, by slot: an odd number of units visits both slots in turn."""
+        self._bind()
 
     def placed_bytes(self) -> dict[str, dict[Tier, int]]:
         """Bytes of each unit on each tier."""
-        return {name: {tier: placed.parts[tier].numel() for tier in TIERS} for name, placed in self._placed.items()}
+        return {
+            name: {tier: end - first for tier, first, end in placed.split.parts()}
+            for name, placed in self._placed.items()
+        }
 
     def _place(self, unit: Unit, share: Share) -> PlacedUnit:
         state = self.model.state
@@ -110,36 +126,40 @@ class WeightStore:
             split = split_bytes(num_bytes, share)
         parts: dict[Tier, torch.Tensor] = {
             "device": self._arena.empty(split.device, "device"),
-            "host": self._arena.empty(split.host, "host"),
             "disk": self._arena.empty(split.disk, "disk"),
         }
-        return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split))
+        return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split), set(unit.owners))
 
-    def _bind(self, last: PlacedUnit) -> None:
+    def _bind(self) -> None:
         for placed in self._placed.values():
-            if placed.unit.name == "outer":
-                self._bind_unit(placed, self._outer)
+            if placed.unit.name == "outer" or (placed.unit.name != "embedding" and not placed.num_streamed):
+                _set(self._bindings(placed, self._outer))
             elif placed.unit.name != "embedding":
-                slot = self._slot_of.get(id(placed))
-                self._bind_unit(placed, slot.memory if slot else self._outer)
+                self._views[id(placed)] = [self._bindings(placed, slot.memory) for slot in self._slots]
+                _set(self._views[id(placed)][0])
         table = self._placed["embedding"]
         if table.num_streamed == 0:
-            self._bind_unit(table, self._outer)
+            _set(self._bindings(table, self._outer))
         else:
             embedding: Any = self.model.embedding
             embedding.padding_idx = None  # only gradients know it, and it may lie beyond the rows looked up
             embedding.register_forward_pre_hook(lambda module, args: (self._lookup, *args[1:]))
         if self.model.is_tied:
-            slot = self._slot_of.get(id(table))
-            weight = self._view(table, table.extents[0], slot.memory if slot else self._outer)
-            assert self.model.output is not None
-            self.model.output._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            output = self.model.output
+            assert output is not None
+            memories = [slot.memory for slot in self._slots] if table.num_streamed else [self._outer]
+            heads: list[list[_Binding]] = [
+                [(output, "weight", _parameter(self._view(table, table.extents[0], memory)))] for memory in memories
+            ]
+            _set(heads[0])
+            if table.num_streamed:
+                self._views[id(table)] = heads
 
-    def _bind_unit(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
-        for extent in placed.extents:
-            module, attribute = placed.unit.owners[extent.name]
-            view = self._view(placed, extent, slot)
-            module._parameters[attribute] = nn.Parameter(view, requires_grad=False)
+    def _bindings(self, placed: PlacedUnit, slot: torch.Tensor) -> list[_Binding]:
+        return [
+            (*placed.unit.owners[extent.name], _parameter(self._view(placed, extent, slot)))
+            for extent in placed.extents
+        ]
 
     def _view(self, placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
         like = self.model.state[extent.name]
@@ -154,6 +174,8 @@ class WeightStore:
         placed, extent = self._extent_of[name]
         dtype = self.model.state[name].dtype
         source = tensor.reshape(-1)
+        if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
+            placed.parts["host"] = self._arena.empty(placed.split.host, "host")
         begin = extent.first + first_element * dtype.itemsize
         for tier, first, end in placed.split.parts():
             low, high = max(first, begin), min(end, begin + source.numel() * dtype.itemsize)
@@ -164,14 +186,38 @@ class WeightStore:
             for at in range(0, piece.numel(), _CHUNK_ELEMENTS):
                 target[at : at + _CHUNK_ELEMENTS].copy_(piece[at : at + _CHUNK_ELEMENTS])
 
-    def finish_loading(self) -> None:
-        """To be called once every parameter is in place: brings what is always needed to the device."""
-        if "outer" in self._placed:
-            self._copy(self._placed["outer"], self._outer)
+    def arrive(self, name: str) -> None:
+        """Tell that all of a parameter is in place; its unit may be used as soon as that is so of all."""
+        placed, _ = self._extent_of[name]
+        placed.missing.discard(name)
+        if placed.missing:
+            return
+        if placed.unit.name == "outer":  # it is always needed on the device
+            self._copy(placed, self._outer)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # other streams read it
+        placed.complete.set()
+
+    def give_up(self, fault: BaseException) -> None:
+        """Tell that nothing will arrive any more: whoever waits for a unit that is not complete gets `fault`."""
+        self._fault = fault
+        for placed in self._placed.values():
+            placed.complete.set()
+
+    def wait(self) -> None:
+        """Return when every parameter is in place; raises the fault that kept one from arriving."""
+        for placed in list(self._placed.values()):
+            self._wait_for(placed)
+
+    def _wait_for(self, placed: PlacedUnit) -> None:
+        placed.complete.wait()
+        if placed.missing and self._fault is not None:
+            raise self._fault
 
     def look_up(self, ids: torch.Tensor) -> None:
         """Prepare the token embedding for `ids` `[1, rows]` (on the host): brings just their rows to the device."""
         table = self._placed["embedding"]
+        self._wait_for(table)
         if table.num_streamed == 0:
             return
         unique, inverse = torch.unique(ids, return_inverse=True)
@@ -187,7 +233,7 @@ class WeightStore:
                     rows.copy_(found, non_blocking=True)
                 else:
                     rows.index_copy_(0, here.to(self._device), found.to(self._device, non_blocking=True))
-        self.model.embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        self.model.embedding._parameters["weight"] = _parameter(rows)
         self._lookup = inverse.to(self._device)
 
     def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -200,11 +246,16 @@ class WeightStore:
     def acquire(self, step: int) -> None:
         """Wait until layer `step` (or, behind the last layer, the head) can compute, and start fetching the next."""
         placed = self._by_step[step]
-        slot = self._slot_of.get(id(placed))
-        if slot is None:
+        if step == 0 and "outer" in self._placed:
+            self._wait_for(self._placed["outer"])
+        self._wait_for(placed)
+        if not placed.num_streamed:
             return
-        if slot.content is not placed:
+        slot = self._slot_with(placed)
+        if slot is None:
+            slot = next(slot for slot in self._slots if not slot.in_use)
             self._fetch(placed, slot)
+        _set(self._views[id(placed)][slot.index])
         assert slot.arrival is not None
         arrived = slot.arrival.result()
         if arrived is not None:
@@ -215,7 +266,7 @@ class WeightStore:
     def release(self, step: int) -> None:
         """Tell that layer `step` has computed; its slot may be filled anew."""
         placed = self._by_step[step]
-        slot = self._slot_of.get(id(placed))
+        slot = self._slot_with(placed)
         if slot is None:
             return
         slot.in_use = False
@@ -225,15 +276,21 @@ class WeightStore:
 
     def _prefetch(self, placed: PlacedUnit) -> None:
         following = self._next[id(placed)]
-        slot = self._slot_of[id(following)]
-        if self._overlap and not slot.in_use and slot.content is not following:
+        if not self._overlap or self._slot_with(following) is not None:
+            return
+        slot = next((slot for slot in self._slots if not slot.in_use and slot.content is not placed), None)
+        if slot is not None:
             self._fetch(following, slot)
+
+    def _slot_with(self, placed: PlacedUnit) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.content is placed), None)
 
     def _fetch(self, placed: PlacedUnit, slot: _Slot) -> None:
         slot.content = placed
         slot.arrival = self._fetcher.submit(self._fill, placed, slot)
 
     def _fill(self, placed: PlacedUnit, slot: _Slot) -> Any:
+        self._wait_for(placed)
         if self._copy_stream is None:
             self._copy(placed, slot.memory)
             return None
@@ -274,7 +331,16 @@ class WeightStore:
         if self.model.output is not None:
             self.model.output._parameters["weight"] = None
         self._outer = torch.empty(0, dtype=torch.uint8)
-        for held in (self._placed, self._extent_of, self._slot_of, self._next):
+        for held in (self._placed, self._extent_of, self._views, self._next):
             held.clear()
         for listed in (self._by_step, self._streamed, self._slots, self._stage):
             listed.clear()
+
+
+def _parameter(view: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(view, requires_grad=False)
+
+
+def _set(bindings: list[_Binding]) -> None:
+    for module, attribute, parameter in bindings:
+        module._parameters[attribute] = parameter

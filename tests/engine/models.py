@@ -8,33 +8,94 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 500
 WINDOW = 128
 
 _BASE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-_GQA = {**_BASE, "intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": WINDOW}
+_FFN = {**_BASE, "intermediate_size": 128, "max_position_embeddings": WINDOW}
+_GQA = {**_FFN, "num_key_value_heads": 2}
 _HEAD16 = {**_GQA, "head_dim": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_OPT = {**_BASE, "ffn_dim": 128, "max_position_embeddings": WINDOW}
-
-_GPTJ = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": WINDOW}
+_EXTENDED = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_OPT = {**_BASE, "ffn_dim": 128, "max_position_embeddings": WINDOW, "word_embed_proj_dim": 64}
+_GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": WINDOW}
+_GPTJ = {**_GPT2, "rotary_dim": 8}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "opt": ("opt", {**_OPT, "word_embed_proj_dim": 64}),
-    "opt-post-norm": ("opt", {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "opt": ("opt", _OPT),
+    "opt-post-norm": (
+        "opt",
+        {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "init_std": 0.05},
+    ),
+    "opt-iml": ("opt", {**_OPT, "bos_token_id": 2, "prefix": "</s>", "_remove_final_layer_norm": False}),
+    "galactica": ("opt", {**_OPT, "activation_function": "gelu"}),
+    "galactica-bare": (  # no biases, norms without parameters
+        "opt",
+        {**_OPT, "activation_function": "gelu", "enable_bias": False, "layer_norm_elementwise_affine": False},
+    ),
     "llama": ("llama", _GQA),
+    "llama-3.1": (
+        "llama",
+        {
+            **_GQA,
+            "rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_EXTENDED},
+        },
+    ),
+    "llama-yarn": ("llama", {**_GQA, "rope_parameters": {"rope_type": "yarn", **_EXTENDED}}),
+    "qwen2": ("qwen2", _GQA),
+    "qwen2-moe": ("qwen2_moe", {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 32}),
     "qwen3": ("qwen3", _HEAD16),
+    "qwen3-moe": ("qwen3_moe", {**_HEAD16, **_EXPERTS}),
     "mistral": ("mistral", {**_GQA, "sliding_window": 8}),
-    "gemma2": ("gemma2", {**_HEAD16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
-    "gpt-neox": ("gpt_neox", {**_BASE, "intermediate_size": 128, "max_position_embeddings": WINDOW}),
-    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": WINDOW}),
-    "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),
     "mixtral": ("mixtral", {**_GQA, "num_local_experts": 4}),
+    "gemma": ("gemma", _HEAD16),
+    "gemma2": ("gemma2", {**_HEAD16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", {**_HEAD16, **_WINDOWS}),  # rotary tables of two kinds
+    "phi": ("phi", _FFN),
+    "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),
+    "gpt-neox": ("gpt_neox", _FFN),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt-bigcode": ("gpt_bigcode", _GPT2),
+    "glm": ("glm", _HEAD16),
+    "glm4": ("glm4", _HEAD16),
+    "olmo": ("olmo", _GQA),
+    "olmo2": ("olmo2", _GQA),
+    "olmo3": ("olmo3", {**_GQA, **_WINDOWS}),
+    "olmoe": ("olmoe", {**_GQA, "num_experts": 4, "num_experts_per_tok": 2}),
+    "starcoder2": ("starcoder2", {**_GQA, "sliding_window": 8}),
+    "stablelm": ("stablelm", _GQA),
+    "granite": (
+        "granite",
+        {
+            **_GQA,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "granite-moe": ("granitemoe", {**_GQA, **_LOCAL_EXPERTS}),
+    "cohere": ("cohere", {**_GQA, "logit_scale": 0.5}),
+    "cohere2": ("cohere2", {**_GQA, **_WINDOWS, "logit_scale": 0.5}),
+    "persimmon": ("persimmon", _FFN),
+    "smollm3": ("smollm3", {**_GQA, "no_rope_layer_interval": 2}),
+    "nemotron": ("nemotron", _GQA),
+    "ernie4.5": ("ernie4_5", _HEAD16),
+    "biogpt": ("biogpt", _FFN),
     "gpt-oss": (  # attention sinks
         "gpt_oss",
-        {**_HEAD16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "rope_parameters": _ROPE},
+        {**_HEAD16, **_LOCAL_EXPERTS, "sliding_window": 8, "rope_parameters": _ROPE},
     ),
     "deepseek-v3": (  # keys wider than values; a first layer of another kind
         "deepseek_v3",
@@ -55,16 +116,44 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+"""Families that use transformers' attention interface: name -> model type and what its config changes."""
 
 OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY}),
-    "gptj": ("gptj", {**_GPTJ, "rotary_dim": 8}),
-    "codegen": ("codegen", {**_GPTJ, "rotary_dim": 8}),
+    "gptj": ("gptj", _GPTJ),
+    "codegen": ("codegen", _GPTJ),
     "falcon-rotary": ("falcon", {**_BASE, "alibi": False, "new_decoder_architecture": False, "multi_query": True}),
     "falcon-alibi": ("falcon", {**_BASE, "alibi": True, "multi_query": False, "parallel_attn": False}),
+    "falcon-new": ("falcon", {**_BASE, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": VOCABULARY, "max_seq_len": WINDOW}),
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            "hidden_size": 64,
+            "num_layers": 3,
+            "num_heads": 4,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": WINDOW,
+            "attention_types": [[["global", "local", "global"], 1]],
+            "window_size": 8,
+        },
+    ),
+    "xglm": (
+        "xglm",
+        {
+            "d_model": 64,
+            "num_layers": 3,
+            "attention_heads": 4,
+            "ffn_dim": 128,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": WINDOW,
+        },
+    ),
 }
-"""Families that do not use transformers' attention interface."""
+"""Families that carry their own attention: they run in padded micro-batches."""
+
+CORE = frozenset({"opt", "opt-post-norm", "llama", "gemma2", "gpt2", "gpt-oss", "deepseek-v3", "bloom"})
+"""Those that are run under every policy: the kinds of attention, weights and positions that the others are made of."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -86,13 +175,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def config_of(family: str, **changes: Any) -> PreTrainedConfig:
+    """The config of the tiny model of `family`."""
+    model_type, config = (FAMILIES | OWN_ATTENTION)[family]
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    return AutoConfig.for_model(model_type, **(special | config | changes))
+
+
 def save_model(directory: Path, family: str, **changes: Any) -> Path:
     """Write a tiny random model of `family` with its tokenizer to `directory`."""
-    model_type, config = (FAMILIES | OWN_ATTENTION)[family]
+    return save_random(directory, config_of(family, **changes))
+
+
+def save_random(directory: Path, config: PreTrainedConfig) -> Path:
+    """Write a random model of `config`, whose vocabulary is `VOCABULARY`, with its tokenizer to `directory`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2} | config | changes)
-    )
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform, so that an error shows
             parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))

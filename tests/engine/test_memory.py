@@ -41,6 +41,7 @@ def load(directory, policy):
     sampler = threading.Thread(target=sample)
     sampler.start()
     engine = Engine.from_pretrained(directory, policy={"device": "cpu", "offload-dir": sys.argv[1], **policy})
+    engine.wait_until_loaded()
     done.set()
     sampler.join()
     placed, loaded = engine.placed_bytes(), anonymous()

@@ -197,3 +197,16 @@ def test_sizes_of_the_policy_are_upper_bounds() -> None:
     policy = Policy(gpu_batch_size=7, num_gpu_batches=2)
     limits = make_plan(OPT_30B, policy, T4, on_cpu=False).limits
     assert (limits.sequences_per_batch, limits.batches) == (7, 2)
+
+
+def test_drafts_ride_where_the_link_sets_the_pace() -> None:
+    """Rows are free while their arithmetic hides behind the transfer; on a T4, 5,400 do when all weights are sent."""
+
+    def free_rows(gpu: float, *, on_cpu: bool = False) -> int:
+        policy = Policy(weights=Share(gpu=gpu, cpu=100 - gpu))
+        return make_plan(OPT_30B, policy, replace(T4, device=80 * GB), on_cpu=on_cpu).limits.free_rows
+
+    assert 3000 <= free_rows(0) <= 5400
+    assert free_rows(50) == free_rows(0) // 2
+    assert 0 < free_rows(100) <= 200
+    assert free_rows(0, on_cpu=True) == 0

@@ -65,6 +65,8 @@ class Runner:
                 leaving.append(sequence)
         self.done += leaving
         self.scheduler.finish(leaving)
+        # What outlives the sweep has a place; what has none was of use to nobody else.
+        assert all(prefix.block is not None for prefix in self.scheduler._prefixes if prefix.is_computed)
         self.rows.append(sum(segment.num_rows for batch in batches for segment in batch))
 
     def check(self, before: list[Sequence], batches: list[list[Segment]]) -> None:
@@ -87,9 +89,11 @@ class Runner:
             for segment in batch:
                 for prefix in segment.span.chain:  # computed in an earlier sweep, or before it in this one
                     assert prefix.is_computed or id(prefix) in seen
-                    assert prefix.block is not None
+                    assert prefix.block is not None or id(prefix) in seen
                 seen.add(id(segment.span))
                 check_segment(segment, limits)
+        passing = [segment for segment in segments if isinstance(segment.span, Prefix) and segment.span.block is None]
+        assert sum(segment.num_rows for segment in passing) <= limits.cached_rows_per_batch
         assert total == 0 or batches
 
     def run(self, most_sweeps: int) -> None:
@@ -136,8 +140,7 @@ def check_segment(segment: Segment, limits: Limits) -> None:
         assert taken >= rows if limits.rectangular else taken == rows
     else:
         assert isinstance(span, Prefix)
-        assert span.block is not None
-        assert span.block.num_rows == len(span.tokens)
+        assert span.block is None or span.block.num_rows == len(span.tokens)
         assert segment.num_pad == 0
 
 
@@ -289,3 +292,21 @@ def test_a_fixed_pad_shares_no_prefix() -> None:
     runner.scheduler.add([Sequence.of(Job(prompt=[*words(0, 100), i], max_new_tokens=1)) for i in range(3)])
     runner.run(1)
     assert runner.rows == [303]
+
+
+def test_prefixes_of_jobs_without_cache_take_room_only_if_they_outlive_the_sweep() -> None:
+    """Three runs of scoring jobs, of which a sweep takes two and a half: only the third prefix is kept."""
+    runs = [[Job(prompt=[run] * 40 + [number, 7], max_new_tokens=1) for number in range(8)] for run in range(3)]
+    runner = make_runner(10**6, sequences_per_batch=20, batches=1)
+    runner.scheduler.add(Sequence.of(job) for run in runs for job in run)
+    batches = runner.scheduler.next_sweep()
+    prefixes = [segment.span for segment in batches[0] if isinstance(segment.span, Prefix)]
+    assert [prefix.block is not None for prefix in prefixes] == [False, False, True]
+
+
+def test_prefixes_of_generating_jobs_take_room() -> None:
+    runner = make_runner(10**6)
+    runner.scheduler.add(Sequence.of(Job(prompt=[1] * 40 + [number, 7], max_new_tokens=2)) for number in range(8))
+    (batch,) = runner.scheduler.next_sweep()
+    (prefix,) = (segment.span for segment in batch if isinstance(segment.span, Prefix))
+    assert prefix.block is not None

@@ -66,15 +66,18 @@ def cut_by_hand(tokens: Sequence[int], stops: Sequence[Stop], decode: Decode) ->
     """Text, number of tokens and finish reason that the contract demands, from the unstopped tokens."""
     for count in range(1, len(tokens) + 1):
         written = decode(tokens[:count])
+        ends: list[tuple[str, int]] = []
         for stop in stops:
-            if not isinstance(stop, str) and list(tokens[:count][-len(stop) :]) == stop:
-                return decode(tokens[: count - len(stop)]), count - len(stop), "stop"
-        starts = [written.index(stop) for stop in stops if isinstance(stop, str) and stop in written]
-        if starts:
-            text = written[: min(starts)]
-            # Those it took to produce the text: the fewest that spell all of it.
-            needed = next(size for size in range(count + 1) if decode(tokens[:size]).startswith(text))
-            return text, needed if text else 0, "stop"
+            if not isinstance(stop, str):
+                if list(tokens[:count][-len(stop) :]) == stop:
+                    ends.append((decode(tokens[: count - len(stop)]), count - len(stop)))
+            elif stop in written:
+                text = written[: written.index(stop)]
+                # Those it took to produce the text: the fewest that spell all of it.
+                needed = next(size for size in range(count + 1) if decode(tokens[:size]).startswith(text))
+                ends.append((text, needed if text else 0))
+        if ends:
+            return *min(ends, key=lambda end: len(end[0])), "stop"
     return decode(tokens), len(tokens), "length"
 
 
@@ -118,6 +121,21 @@ def test_several_stops_of_both_kinds(engine: Engine, wholes: list[Whole], decode
             rng.shuffle(stops)
             cases.append((whole, stops))
     assert {done.finish_reason for done in assert_all_cut(cases, engine, decode)} == {"stop"}
+
+
+def test_of_two_stops_that_match_at_once_the_earlier_one_cuts(
+    engine: Engine, wholes: list[Whole], decode: Decode
+) -> None:
+    cases: list[tuple[Whole, Sequence[Stop]]] = []
+    for whole in wholes:
+        tokens = whole.done.tokens
+        for end in range(2, COUNT):
+            before, after = decode(tokens[:end]), decode(tokens[: end + 1])
+            across = after[len(before) - 1 :]  # its first character is of the token before the stop id
+            if len(across) > 1 and "\ufffd" not in across and across not in before and tokens[end] not in tokens[:end]:
+                cases += [(whole, [[tokens[end]], across]), (whole, [across, [tokens[end]]])]
+    assert len(cases) > 10
+    assert_all_cut(cases, engine, decode)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, COUNT])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from watch import Watch, cache_of
 
 from engine import Engine, EngineError, Job, Sampling
-from engine.errors import CapacityError, JobError
+from engine.errors import CapacityError, JobError, NumericsError
 
 PREFIX = list(range(10, 40))
 
@@ -33,6 +34,23 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def within_seconds(call: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """What `call` returns or raises; fails if it does neither in time."""
+    told: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            told.put((call(), None))
+        except BaseException as error:
+            told.put((None, error))
+
+    threading.Thread(target=listen, daemon=True).start()
+    result, error = told.get(timeout=seconds)
+    if error is not None:
+        raise error
+    return result
 
 
 def assert_nothing_held(engine: Engine) -> None:
@@ -133,16 +151,19 @@ def test_no_jobs_give_no_completions(engine: Engine) -> None:
 GOOD = [Job(prompt=PREFIX, max_new_tokens=4, prompt_logprobs=True), Job(prompt=[*PREFIX, 3], max_new_tokens=6)]
 BAD = {
     "empty": (Job(prompt=[]), "empty"),
+    "text": (Job(prompt="text"), "prompt is text"),  # type: ignore[arg-type]
     "too long": (Job(prompt=[3] * 200), r"200 tokens.*128"),
     "too long with its new tokens": (Job(prompt=[3] * 100, max_new_tokens=30), r"100 tokens.*30 new.*128"),
-    "outside the vocabulary": (Job(prompt=[3, models.VOCABULARY]), "vocabulary of 500"),
-    "negative id": (Job(prompt=[-1]), "vocabulary of 500"),
+    "outside the vocabulary": (Job(prompt=[3, models.VOCABULARY]), r"token 500 .*vocabulary of 500"),
+    "negative id": (Job(prompt=[-1]), r"token -1 .*vocabulary of 500"),
     "asks for nothing": (Job(prompt=[3], max_new_tokens=0), "asks for nothing"),
     "negative count": (Job(prompt=[3], max_new_tokens=-1), "max_new_tokens -1"),
     "empty stop": (Job(prompt=[3], stop=[""]), "stop sequence is empty"),
     "top_p": (Job(prompt=[3], sampling=Sampling(top_p=0.0)), "top_p 0.0"),
     "top_k": (Job(prompt=[3], sampling=Sampling(top_k=0)), "top_k 0"),
     "temperature": (Job(prompt=[3], sampling=Sampling(temperature=-1.0)), "temperature -1.0"),
+    "presence": (Job(prompt=[3], sampling=Sampling(presence_penalty=float("nan"))), "presence_penalty nan"),
+    "frequency": (Job(prompt=[3], sampling=Sampling(frequency_penalty=float("-inf"))), "frequency_penalty -inf"),
     "not a temperature": (Job(prompt=[3], sampling=Sampling(temperature=float("nan"))), "temperature nan"),
 }
 
@@ -159,6 +180,61 @@ def test_a_bad_job_fails_alone(kind: str, engine: Engine) -> None:
         raise failed.error
     assert (failed.tokens, failed.text, failed.logprobs, failed.finish_reason) == ((), "", (), None)
     assert [first.tokens, second.tokens] == [completion.tokens for completion in expected]
+
+
+def lose_a_token(engine: Engine, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    """Leave the tokenizer without a text for one of the model's tokens."""
+    decode = engine.tokenizer.decode
+
+    def decode_others(tokens: list[int]) -> Any:
+        if lost in tokens:
+            raise KeyError(lost)
+        return decode(tokens)
+
+    monkeypatch.setattr(engine.tokenizer, "decode", decode_others)
+
+
+@pytest.mark.parametrize("stop", [[], ["no such text"]], ids=["at the end", "looking for a stop"])
+def test_a_job_whose_tokens_cannot_be_decoded_fails_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, stop: list[str]
+) -> None:
+    chance = [Sampling(temperature=4.0, seed=i) for i in range(6)]
+    jobs = [Job(prompt=[*PREFIX, 50 + i], max_new_tokens=6, stop=stop, sampling=chance[i]) for i in range(6)]
+    expected = engine.run(jobs)
+    lost = expected[2].tokens[3]
+    fails = [lost in completion.tokens for completion in expected]
+    assert not all(fails)
+    lose_a_token(engine, monkeypatch, lost)
+    for _ in range(2):  # and the engine stays usable
+        found = within_seconds(lambda: engine.run(jobs))
+        for completion, told, fails_now in zip(expected, found, fails, strict=True):
+            if fails_now:
+                assert isinstance(told.error, JobError)
+                assert str(told.error).startswith(f"the tokenizer cannot decode generated token ids {lost} (KeyError: ")
+                assert "\n" not in str(told.error)
+                assert (told.tokens, told.text, told.logprobs, told.finish_reason) == ((), "", (), None)
+            else:
+                assert (told.tokens, told.text, told.error) == (completion.tokens, completion.text, None)
+                assert told.logprobs == pytest.approx(completion.logprobs, abs=1e-5)
+        assert_nothing_held(engine)
+
+
+def test_a_tokenizer_that_cannot_put_readable_tokens_together_is_told_with_all_of_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(prompt=PREFIX, max_new_tokens=14, sampling=Sampling(temperature=4.0, seed=1))
+    [expected] = engine.run([job])
+    assert len(expected.tokens) > 10
+
+    def decode(tokens: list[int]) -> str:
+        if len(tokens) > 1:
+            raise ValueError("no\nway")
+        return "x"
+
+    monkeypatch.setattr(engine.tokenizer, "decode", decode)
+    [told] = within_seconds(lambda: engine.run([job]))
+    named = ", ".join(map(str, expected.tokens[:10]))
+    assert f"token ids {named} ... (ValueError: no way); the tokenizer and the model" in str(told.error)
 
 
 def test_the_longest_job_fits_the_window(engine: Engine) -> None:
@@ -196,6 +272,38 @@ def test_a_job_whose_logits_are_not_finite_fails_alone(build: Callable[[str], Pa
             assert isinstance(failed.error, JobError)
             assert "not finite" in str(failed.error)
         assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt-oss", "gptj"])
+@pytest.mark.parametrize("percent", [[100, 0, 100, 0, 100, 0], [0, 100, 0, 100, 0, 100]])
+def test_what_is_not_finite_stays_with_its_job_among_sharers_of_a_prefix(
+    family: str, percent: list[int], build: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for file in build(family).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+    tensors[name][7] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    spoiled = [*PREFIX, 7, *range(300, 320)]
+    jobs = [Job(prompt=[*PREFIX, 200 + i, 9], max_new_tokens=4, prompt_logprobs=i % 2 == 0) for i in range(6)]
+    jobs += [Job(prompt=[*PREFIX, 220 + i], max_new_tokens=0, prompt_logprobs=True) for i in range(3)]
+    bad = [Job(prompt=[*PREFIX, 210, 7], max_new_tokens=4), Job(prompt=[7, *PREFIX, 9], max_new_tokens=4)]
+    bad += [Job(prompt=[*spoiled, 5 + i], max_new_tokens=i, prompt_logprobs=True) for i in range(3)]
+    with Engine.from_pretrained(str(tmp_path), policy={"device": "cpu", "percent": percent}) as engine:
+        expected = engine.run(jobs)
+        assert all(completion.error is None for completion in expected)
+        mixed = [*bad[:2], *jobs[:4], *bad[2:], *jobs[4:]]
+        found = dict(zip(map(id, mixed), engine.run(mixed), strict=True))
+        assert_nothing_held(engine)
+    for job, completion in zip(jobs, expected, strict=True):
+        assert found[id(job)].tokens == completion.tokens
+        assert found[id(job)].logprobs == pytest.approx(completion.logprobs, abs=1e-5)
+        assert (found[id(job)].prompt_logprobs or ())[1:] == pytest.approx(
+            (completion.prompt_logprobs or ())[1:], abs=1e-5
+        )
+    for job in bad:
+        assert isinstance(found[id(job)].error, NumericsError)
 
 
 def shrink_cache(engine: Engine, rows: int) -> None:
@@ -246,13 +354,52 @@ def test_calls_on_a_closed_engine_fail(build: Callable[[str], Path]) -> None:
 
 
 def test_a_fault_of_the_engine_reaches_every_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_called = threading.Event()
+
     def break_down(*_: Any) -> None:
+        assert both_called.wait(20)
         raise RuntimeError("the machine\nis on fire")
 
     monkeypatch.setattr(engine._executor, "sweep", break_down)
     streams = [engine.stream(long_jobs(1)), engine.stream(long_jobs(1))]
+    both_called.set()
     for stream in streams:
         with pytest.raises(EngineError, match="RuntimeError: the machine is on fire"):
             next(stream)
     with pytest.raises(EngineError, match="on fire"):
         engine.run(long_jobs(1))
+
+
+@pytest.mark.parametrize("where", ["advance", "completion_of"])
+def test_a_fault_beside_the_tokenizer_is_not_laid_at_its_door(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def break_down(*_: Any) -> None:
+        raise ZeroDivisionError("of all")
+
+    monkeypatch.setattr(f"engine.engine.{where}", break_down)
+    with pytest.raises(EngineError, match="the engine failed: ZeroDivisionError: of all") as caught:
+        within_seconds(lambda: engine.run(long_jobs(2)))
+    assert not isinstance(caught.value, JobError)
+
+
+def test_a_fault_while_jobs_are_taken_in_reaches_every_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_called = threading.Event()
+    next_sweep = engine._scheduler.next_sweep
+
+    def wait_and_go_on() -> Any:
+        assert both_called.wait(20)
+        monkeypatch.setattr(engine._scheduler, "add", break_down)
+        return next_sweep()
+
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr(engine._scheduler, "next_sweep", wait_and_go_on)
+    first = engine.stream(long_jobs(1))
+    wait_until(lambda: engine._owner != {})
+    streams = [first, engine.stream(long_jobs(1)), engine.stream(long_jobs(1))]  # the last two arrive together
+    both_called.set()
+    for stream in streams:
+        with pytest.raises(EngineError, match="on fire"):
+            within_seconds(lambda stream=stream: next(stream))
