@@ -97,11 +97,16 @@ def assign_models(
 
 
 def build_run_specs(entries: Sequence[RunEntry], args: argparse.Namespace) -> list[RunSpec]:
-    """Build HELM's run specs of entries that have their models; `ConfigError` in one line for one that HELM refuses."""
+    """Build HELM's run specs of entries that have their models; `ConfigError` in one line for one that HELM refuses.
+
+    HELM names a run's directory by the run spec, and leaves some arguments (`temperature`) out of the name: two
+    different run specs of one name are refused too.
+    """
     from helm.benchmark.run import run_entries_to_run_specs
     from helm.benchmark.scenarios.scenario import create_scenario
 
     run_specs: list[RunSpec] = []
+    named: dict[str, tuple[RunSpec, RunEntry]] = {}
     for entry in entries:
         try:
             built = run_entries_to_run_specs(
@@ -115,6 +120,13 @@ def build_run_specs(entries: Sequence[RunEntry], args: argparse.Namespace) -> li
                 create_scenario(run_spec.scenario_spec)  # where many an argument is looked at first
         except Exception as error:  # run spec functions and scenarios raise whatever they meet
             raise ConfigError(f"run entry {entry.description!r}: {_first_line(error)}") from None
+        for run_spec in built:
+            other, first = named.setdefault(run_spec.name, (run_spec, entry))
+            if run_spec != other:
+                raise ConfigError(
+                    f"run entries {first.description!r} and {entry.description!r} are different runs of one name, "
+                    f"{run_spec.name!r}, and would overwrite each other; run one of them with a --suite of its own"
+                )
         run_specs += built
     if not run_specs:
         raise ConfigError("no runs: --groups-to-run, --priority and --models-to-run left nothing of the run entries")
@@ -145,12 +157,16 @@ def _parse(description: str) -> dict[str, object]:
 
 
 def _with_arguments(description: str, **changes: str | None) -> str:
-    """Set arguments of an entry, or drop those that are None, leaving the others as they were written."""
+    """Set arguments of an entry, or drop those that are None, leaving the others as they were written.
+
+    Those set come first: HELM applies arguments in their order, and some (follow_format_instructions, tokenizer) look
+    at the model.
+    """
     _parse(description)
     name, _, text = description.partition(":")
-    kept = [argument for argument in text.split(",") if argument and argument.split("=", 1)[0] not in changes]
-    kept += [f"{key}={value}" for key, value in changes.items() if value is not None]
-    return f"{name}:{','.join(kept)}" if kept else name
+    arguments = [f"{key}={value}" for key, value in changes.items() if value is not None]
+    arguments += [argument for argument in text.split(",") if argument and argument.split("=", 1)[0] not in changes]
+    return f"{name}:{','.join(arguments)}" if arguments else name
 
 
 def _first_line(error: Exception) -> str:

@@ -15,14 +15,17 @@ PolicySpec = str | dict[str, Any]
 """A policy as a deployment's `args` have it: a name, a file, or the mapping itself."""
 
 
-def run_parser() -> Parser:
+def run_parser(
+    prog: str = "flexgen-helm run",
+    description: str = "Run HELM entries through the offloading engine; with no entries, the demo.",
+) -> Parser:
     """HELM's own parser with FlexGen's flags added; imports HELM."""
     from helm.benchmark.run import build_parser
 
     helm = build_parser()  # type: ignore[no-untyped-call]
     parser = Parser(
-        prog="flexgen-helm run",
-        description="Run HELM entries through the offloading engine; with no entries, the demo.",
+        prog=prog,
+        description=description,
         parents=[helm],
         conflict_handler="resolve",
         epilog="Flags that are not under FlexGen are HELM's own, with HELM's defaults.",
@@ -114,9 +117,9 @@ def checked_policy(name: str) -> str:
     return str(file.absolute()) if file.is_file() else name
 
 
-def parse_run_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line of `run`; `ConfigError` for what cannot be meant."""
-    args = run_parser().parse_args(arguments)
+def parse_run_flags(arguments: Sequence[str], parser: Parser | None = None) -> argparse.Namespace:
+    """Parse the command line of `run` (or of another `run_parser`); `ConfigError` for what cannot be meant."""
+    args = (parser or run_parser()).parse_args(arguments)
     if args.cache_instances_only and not args.cache_instances:
         raise ConfigError("--cache-instances-only needs --cache-instances")
     if args.max_eval_instances is not None and args.max_eval_instances < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from helm.benchmark.config_registry import register_builtin_configs_from_helm_package, register_configs_from_directory
@@ -31,17 +31,35 @@ from flexgen_helm.installation import model_problem
 from flexgen_helm.models import Models
 from flexgen_helm.progress import Progress
 from flexgen_helm.runner import RunsFailed
-from flexgen_helm.scores import read_scores, table
+from flexgen_helm.scores import Score, read_scores, table
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the entries of a command line, or the demo; `EngineError` for bad input, `RunFailed` for a failed run."""
     args = parse_run_flags(arguments)
-    policy = policy_from_flags(args)
-    is_demo = not (args.conf_paths or args.run_entries or args.run_specs or args.description)
-    args.output_path = args.output_path or (demo.OUTPUT_PATH if is_demo else "benchmark_output")
+    is_demo = not names_entries(args)
     if is_demo:
-        args.conf_paths = ["demo"]
+        args.output_path, args.conf_paths = args.output_path or demo.OUTPUT_PATH, ["demo"]
+    carry_out(args, is_demo=is_demo)
+    if is_demo:
+        print(demo.NEXT)
+    return 0
+
+
+def names_entries(args: argparse.Namespace) -> bool:
+    """Whether the command line names anything to run."""
+    return bool(args.conf_paths or args.run_entries or args.run_specs or args.description)
+
+
+def carry_out(
+    args: argparse.Namespace, *, is_demo: bool = False, show: Callable[[Sequence[Score]], str] = table
+) -> None:
+    """Run what parsed flags ask for and print what `show` makes of the scores.
+
+    Raises `EngineError` for bad input, which leaves nothing behind, and `RunFailed` for a failed run.
+    """
+    policy = policy_from_flags(args)
+    args.output_path = args.output_path or "benchmark_output"
     if problem := model_problem():
         raise InstallationError(problem)
     _set_up_logging(args)
@@ -51,14 +69,11 @@ def run(arguments: Sequence[str]) -> int:
         footprint.watch([args.output_path, args.local_path])
         run_specs = _prepare(args, policy, is_demo=is_demo)
         footprint.watch(_run_path(args, run_spec) for run_spec in run_specs)
-        _execute(args, run_specs)
+        _execute(args, run_specs, show)
     except EngineError:
         finished = [path for path in (_run_path(args, spec) for spec in run_specs) if (path / "stats.json").exists()]
         footprint.undo(keep=Path(args.output_path) / "scenarios", finished=finished)
         raise
-    if is_demo:
-        print(demo.NEXT)
-    return 0
 
 
 def _set_up_logging(args: argparse.Namespace) -> None:
@@ -103,7 +118,7 @@ def _register_with_helm(args: argparse.Namespace) -> None:
         raise ConfigError(f"HELM cannot read {args.local_path} or the plugins: {_named(error)}") from error
 
 
-def _execute(args: argparse.Namespace, run_specs: list[RunSpec]) -> None:
+def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[[Sequence[Score]], str]) -> None:
     """Run, then show the scores; `EngineError` for bad input that only shows now, `RunFailed` for a failed run."""
     display = CommandLineRunner.display = Progress(num_runs=len(run_specs))
     own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
@@ -133,7 +148,7 @@ def _execute(args: argparse.Namespace, run_specs: list[RunSpec]) -> None:
     throughput = display.close()
     scores = read_scores(run_specs, Path(args.output_path) / "runs" / args.suite)
     if scores and not args.dry_run:
-        print(table(scores), throughput, f"results: {Path(args.output_path) / 'runs' / args.suite}", sep="\n")
+        print(show(scores), throughput, f"results: {Path(args.output_path) / 'runs' / args.suite}", sep="\n")
     if failure is not None:
         raise _verdict(failure, len(run_specs)) from failure
 

@@ -1,4 +1,4 @@
-"""What HELM loads through the `helm` entry point: registers the models of configs/helm that HELM does not know.
+"""What HELM loads through the `helm` entry point: registers our run entries and the models that HELM does not know.
 
 Light (no torch, no transformers) and harmless: importing it never raises, replaces nothing that is registered, and
 adds no deployment to a model that HELM or the user has, since HELM makes the last one a model's default.
@@ -6,6 +6,7 @@ adds no deployment to a model that HELM or the user has, since HELM makes the la
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ def config_directory() -> Path | None:
     package = Path(__file__).resolve().parent
     candidates = [package / "configs" / "helm", package.parent / "configs" / "helm"]
     return next((path for path in candidates if path.is_dir()), None)
+
+
+def register_run_entries() -> None:
+    """Register the run spec functions of ours; if HELM or the user has one of that name, warn and leave it theirs."""
+    try:
+        importlib.import_module("flexgen_helm.run_spec_functions")
+    except Exception as error:
+        hwarn(f"flexgen_helm registers no run entries: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def register_shipped_models() -> None:
@@ -61,4 +70,5 @@ def _read(path: Path, key: str) -> dict[str, Any]:
         return dict(yaml.safe_load(stream))
 
 
+register_run_entries()
 register_shipped_models()

@@ -1,4 +1,4 @@
-"""The command line: `flexgen-helm run | register | doctor`; `python -m flexgen_helm.run` is the first of them.
+"""The command line `flexgen-helm COMMAND`; `python -m flexgen_helm.run` is its command `run`.
 
 Exit codes: 0 done, 1 a run failed (or `doctor` found something broken), 2 bad input, which leaves nothing behind.
 """
@@ -17,6 +17,8 @@ from flexgen_helm.parser import Parser
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
     "register": "write a model's HELM entries once, for plain helm-run",
+    "bench": "time the engine on random weights of a real shape, beside the machine's limits",
+    "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
     "doctor": "show what this machine has and what is missing",
 }
 
@@ -63,6 +65,14 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.register import register
 
             return register(rest)
+        if command == "bench":
+            from flexgen_helm.bench import bench
+
+            return bench(rest)
+        if command == "verify":
+            from flexgen_helm.verify import verify
+
+            return verify(rest)
         from flexgen_helm.launch import run
 
         return run(rest)

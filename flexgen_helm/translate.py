@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
 
-from engine.errors import EngineError, JobError, UnsupportedError
+from engine.errors import EngineError, JobError, NumericsError, UnsupportedError
 from engine.job import Completion, Job, Sampling
 
 if TYPE_CHECKING:
@@ -162,20 +162,20 @@ class Translator:
         """The jobs whose completions make the request's; one is enough where all completions are equal."""
         if request.num_completions < 1:
             raise JobError(f"num_completions {request.num_completions} is below 1")
-        presence, frequency = float(request.presence_penalty), float(request.frequency_penalty)
+        as_asked = Sampling(
+            temperature=float(request.temperature),
+            top_k=self._top_k,
+            top_p=float(request.top_p),
+            presence_penalty=float(request.presence_penalty),
+            frequency_penalty=float(request.frequency_penalty),
+        )
+        as_asked.check()
         if request.temperature == 0:  # what would restrict sampling changes nothing, so equal jobs look equal
-            sampling = [Sampling(seed=0, presence_penalty=presence, frequency_penalty=frequency)]
+            sampling = [replace(as_asked, top_k=None, top_p=1.0, seed=0)]
         else:
             asked = {**self._what_is_asked(request, text), "random": request.random}
             sampling = [
-                Sampling(
-                    temperature=float(request.temperature),
-                    top_k=self._top_k,
-                    top_p=float(request.top_p),
-                    seed=_seed(asked, index),
-                    presence_penalty=presence,
-                    frequency_penalty=frequency,
-                )
+                replace(as_asked, seed=_seed(asked, index))
                 for index in range(request.num_completions if request.max_tokens > 0 else 1)
             ]
         return [
@@ -208,7 +208,7 @@ class Translator:
             response: Response = {
                 "completions": [
                     {
-                        "text": completion.text,
+                        "text": _continuation(tokenizer, ids, completion) if request.echo_prompt else completion.text,
                         "tokens": [tokenizer.decode(token) for token in completion.tokens],
                         "logprobs": list(completion.logprobs),
                         "finish_reason": completion.finish_reason,
@@ -228,6 +228,20 @@ class Translator:
             response["batch_size"] = timing.num_requests
             response["batch_request_time"] = timing.seconds
         return response
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Completion) -> str:
+    """Text of a completion as it stands behind its prompt, where a tokenizer like Llama's keeps its first space.
+
+    Where the completion changes what the prompt is (half a character makes its neighbours unreadable), its text alone.
+    """
+    if not completion.tokens:
+        return completion.text
+    prompt, whole = str(tokenizer.decode(list(ids))), str(tokenizer.decode([*ids, *completion.tokens]))
+    if not whole.startswith(prompt):
+        return completion.text
+    num_cut = len(tokenizer.decode(list(completion.tokens))) - len(completion.text)  # from the stop on
+    return whole[len(prompt) : len(whole) - num_cut]
 
 
 def result(response: Response, *, cached: bool) -> RequestResult:
@@ -261,10 +275,10 @@ def failure(request: Request, error: EngineError) -> RequestResult:
     """HELM's result of a request that failed; never to be retried, since HELM would sleep 150 s over it.
 
     HELM scores a failure that is not fatal as an empty completion. That is the lot of a prompt that the model cannot
-    take; but where log-probabilities of the prompt are scored, an empty completion would have the best of all (0), so
-    there, and for every fault that is not the prompt's, HELM is told to give up the run.
+    take, or has no finite answer to; but where log-probabilities of the prompt are scored, an empty completion would
+    have the best of all (0), so there, and for every fault that is not the prompt's, HELM is told to give up the run.
     """
-    fatal = request.echo_prompt or not isinstance(error, PromptError)
+    fatal = request.echo_prompt or not isinstance(error, PromptError | NumericsError)
     return RequestResult(
         success=False,
         embedding=[],

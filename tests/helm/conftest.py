@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import helm.benchmark.metrics.bias_metrics  # noqa: F401 - NLTK keeps the output stream of its first import
 import pytest
+import scenario_data
 from fake_engine import FakeEngine
 from tiny_models import random_gpt2, random_llama, random_opt, save_tiny_model
 
@@ -106,44 +104,12 @@ def make_client(tiny_llama: Path, tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def helm_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output directory with the data of three scenarios where HELM puts its downloads."""
+    """An output directory with small data of many scenarios where HELM puts its downloads."""
     output = tmp_path_factory.mktemp("benchmark_output")
     words = output / "nltk" / "tokenizers" / "punkt_tab"
     words.mkdir(parents=True)  # keeps HELM from trying to download it
     os.environ["NLTK_DATA"] = str(output / "nltk")
-    dice = random.Random(0)
-    for split, count in (("dev", 5), ("val", 4), ("test", 12)):
-        folder = output / "scenarios" / "mmlu" / "data" / split
-        folder.mkdir(parents=True)
-        with (folder / f"anatomy_{split}.csv").open("w", newline="") as stream:
-            for _ in range(count):
-                a, b = dice.randint(2, 99), dice.randint(2, 99)
-                options = [a + b, a + b + 1, a + b - 2, a + b + 10]
-                dice.shuffle(options)
-                row = [f"What is {a} plus {b}?", *options, "ABCD"[options.index(a + b)]]
-                csv.writer(stream).writerow(row)
-    folder = output / "scenarios" / "hellaswag" / "data"
-    folder.mkdir(parents=True)
-    for split, count in (("train", 6), ("val", 8)):
-        rows = [
-            {
-                "activity_label": "Cooking",
-                "ctx_a": f"A man cuts {number + 2} onions.",
-                "ctx_b": "he",
-                "endings": ["fries them.", "flies away.", "sings a car.", "is a lamp."],
-                "label": number % 4,
-            }
-            for number in range(count)
-        ]
-        (folder / f"hellaswag_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = output / "scenarios" / "wikitext_103" / "data"
-    folder.mkdir(parents=True)
-    documents = (
-        f" \n = Title {number} = \n \n"
-        + "".join(f" The river number {number} flows past the town {i} . \n" for i in range(5 + 30 * (number % 2)))
-        for number in range(60)
-    )
-    (folder / "wiki.test.raw").write_text("".join(documents))
+    scenario_data.place(output)
     return output
 
 

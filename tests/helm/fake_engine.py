@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engine import Completion, EngineError, Job
+from engine.errors import NumericsError
 
 
 class FakeEngine:
@@ -48,7 +49,7 @@ class FakeEngine:
         except EngineError as error:
             return Completion(error=error)
         if self.bad_tokens & set(job.prompt):
-            return Completion(error=EngineError("a number is not finite"))
+            return Completion(error=NumericsError("its logits are not finite"))
         sampling = job.sampling
         asked = [list(job.prompt), sampling.temperature and [sampling.seed, sampling.top_k, sampling.top_p]]
         numbers = _numbers(repr(asked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_entries_may_be_given_any_number_of_times(tmp_path: Path) -> None:
 )
 def test_a_model_group_means_the_model_of_the_command_line(group: str) -> None:
     assert assigned(f"mmlu:model={group},subject=anatomy") == assigned("mmlu:subject=anatomy")
-    assert assigned("mmlu:subject=anatomy") == ["mmlu:subject=anatomy,model=org/m,model_deployment=flexgen/m"]
+    assert assigned("mmlu:subject=anatomy") == ["mmlu:model=org/m,model_deployment=flexgen/m,subject=anatomy"]
 
 
 def test_an_entry_that_names_its_model_keeps_it() -> None:
@@ -227,6 +228,38 @@ def test_every_shipped_entry_builds_its_run_spec(name: str) -> None:
     assert len({spec.name for spec in run_specs}) == len(run_specs)
 
 
+@pytest.fixture
+def built(register_helms_configs: Callable[[], None]) -> Callable[..., list[str]]:
+    """Names of the run specs of entries as a command line would build them."""
+    from flexgen_helm.entries import build_run_specs
+
+    register_helms_configs()
+    known = Target(model="openai/gpt2", model_deployment="huggingface/gpt2")
+
+    def built(*descriptions: str) -> list[str]:
+        entries = read_entries(parse(f"-r {' '.join(descriptions)}"))
+        assigned = assign_models(entries, ["x/x"], lambda _: known, skip_others=False)
+        return [run_spec.name for run_spec in build_run_specs(assigned, parse("-m 3"))]
+
+    return built
+
+
+def test_different_runs_of_one_name_are_refused(built: Callable[..., list[str]]) -> None:
+    name = "mmlu:subject=anatomy,method=multiple_choice_joint,model=openai_gpt2,model_deployment=huggingface_gpt2"
+    first, second = "mmlu:subject=anatomy", "mmlu:subject=anatomy,temperature=0.7"
+    assert built(first) == built(second) == [name]  # HELM's own naming; else there is nothing to refuse
+    with pytest.raises(ConfigError) as caught:
+        built(first, "boolq", second)
+    for part in (",subject=anatomy'", ",subject=anatomy,temperature=0.7'", repr(name), "--suite"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_entry_given_twice_is_no_other_run(built: Callable[..., list[str]]) -> None:
+    assert len(set(built("mmlu:subject=anatomy", "boolq", "mmlu:subject=anatomy"))) == 2
+    assert len(set(built("mmlu:subject=anatomy", "mmlu:subject=anatomy,num_outputs=2"))) == 2  # HELM names it
+
+
 @pytest.mark.parametrize("name", ["opt-30b-t4", "opt-175b-t4", "all-on-gpu", "all-on-cpu"])
 def test_every_shipped_policy_loads(name: str) -> None:
     assert Policy.load(name).weights is not None
@@ -236,4 +269,5 @@ def test_no_policy_is_shipped_untested() -> None:
     from engine.policy import policy_directories
 
     shipped = {file.stem for folder in policy_directories() for file in folder.glob("*.yaml")}
-    assert shipped == {"opt-30b-t4", "opt-175b-t4", "all-on-gpu", "all-on-cpu"}
+    helm_30b = {f"helm-30b-{kind}" for kind in ("mmlu", "synthetic", "wikifact", "xsum")}  # test_run_specs loads them
+    assert shipped == {"opt-30b-t4", "opt-175b-t4", "all-on-gpu", "all-on-cpu"} | helm_30b

@@ -182,6 +182,8 @@ def test_check_finds_bad_requests_without_loading_an_engine(
         client.check([request("a"), request("zq " * 700), request("")])
     with pytest.raises(JobError, match="top_p 7"):
         client.check([request("a", top_p=7.0, temperature=1.0)])
+    with pytest.raises(JobError, match="top_p 7"):
+        client.check([request("a", top_p=7.0, temperature=0.0)])
     assert fake_engines == []
 
 
@@ -227,7 +229,7 @@ def test_a_job_that_the_engine_fails_is_neither_kept_nor_retried(
     good, bad = client.make_requests([request("good"), request("§")])
     assert good.success
     assert "not finite" in bad.error
-    assert (bad.error_flags.is_retriable, bad.error_flags.is_fatal) == (False, True)
+    assert (bad.error_flags.is_retriable, bad.error_flags.is_fatal) == (False, False)
     fake_engines[0].bad_tokens = set()
     assert not client.make_request(request("§")).cached
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stats import NEVER_COMPARED, ZERO_IN_THE_REFERENCE, read, stats_of, texts_of
 from tiny_models import ours, write_entries
 
 Run = Callable[..., Path]
@@ -22,35 +21,12 @@ ENTRIES = {
     "multiple_choice_separate": "commonsense:dataset=hellaswag,method=multiple_choice_separate_original",
     "language_modeling": "wikitext_103",
 }
-NEVER_COMPARED = ["*runtime*", "batch_size", "finish_reason_*"]
-ZERO_IN_THE_REFERENCE = [  # follow from log-probabilities of tokens generated at temperature 0, which it reports as 0.0
-    "logprob",
-    "perplexity",
-    "bits_per_byte",
-    "logprob_per_byte",
-    "max_prob",
-    "*ece_*_bin",
-    "platt_*",
-    "selective_*",
-]
 WAYS = {
     "stock": ["-n", "1"],
     "stock with threads": ["-n", "8"],
     "whole runs": ["--runner-class-name", "flexgen_helm.runner.FlexGenRunner"],
     "our command line": ["flexgen-helm"],
 }
-
-
-def read(run: Path, file: str) -> Any:
-    return json.loads((run / file).read_text())
-
-
-def stats_of(run: Path, *, left_out: list[str]) -> dict[str, Any]:
-    return {
-        json.dumps(stat["name"], sort_keys=True): {key: value for key, value in stat.items() if key != "name"}
-        for stat in read(run, "stats.json")
-        if not any(fnmatch.fnmatch(stat["name"]["name"], pattern) for pattern in left_out)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +92,8 @@ def test_stats_equal_the_references(
     assert len(told) > 10
     for name, stat in expected.items():
         assert told[name] == pytest.approx(stat, rel=1e-4, abs=1e-5), name
-    texts = [
-        [completion["text"] for state in read(each, "scenario_state.json")["request_states"]
-         for completion in state["result"]["completions"]]
-        for each in (mine, reference)
-    ]  # fmt: skip
-    assert texts[0] == texts[1]
-    assert len(set(texts[0])) > 1
+    assert texts_of(mine) == texts_of(reference)
+    assert len(set(texts_of(mine))) > 1
 
 
 @pytest.mark.parametrize("model_fixture", ["tiny_llama", "tiny_opt"])

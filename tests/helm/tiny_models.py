@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,58 @@ def train_tokenizer(path: Path, *, adds_bos: bool, chat_template: str | None = N
     return wrapped
 
 
-def save_tiny_model(path: Path, make: Callable[[Any], Any], **tokenizer: Any) -> Path:
-    """A random float32 model whose greedy text has line ends and an end in it; `make` gets the tokenizer."""
+def train_sentencepiece(path: Path, *, adds_bos: bool, chat_template: str | None = None) -> Any:
+    """A tokenizer like Llama's: "▁" for spaces, one in front of every text, bytes for what it has no piece for.
+
+    A token decoded by itself loses its space, and a line end is the piece <0x0A>. With `adds_bos`, "<s>" comes first.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()  # pieces begin with a space, or with none
+    text = (Path(random.__file__).parent / "textwrap.py").read_text().split() + ["capital", "France", "Paris"] * 50
+    learner.train_from_iterator([" ".join(text)], trainers.BpeTrainer(vocab_size=300))
+    learned = json.loads(learner.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += sorted(learned["vocab"], key=learned["vocab"].get)
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=WINDOW
+    )
+    wrapped.chat_template = chat_template
+    wrapped.save_pretrained(path)
+    return wrapped
+
+
+def save_tiny_model(
+    path: Path,
+    make: Callable[[Any], Any],
+    *,
+    train: Callable[..., Any] = train_tokenizer,
+    loud: Sequence[str] = ("Ċ", "</s>"),  # a line end, as byte-level BPE writes it
+    **tokenizer: Any,
+) -> Path:
+    """A random float32 model whose greedy text has the `loud` tokens in it; `make` gets the tokenizer.
+
+    `train` makes the tokenizer, by default with line ends and an end among the loud tokens.
+    """
     import torch
 
-    trained = train_tokenizer(path, **{"adds_bos": False, **tokenizer})
+    trained = train(path, **{"adds_bos": False, **tokenizer})
     torch.manual_seed(0)
     model = make(trained)
     with torch.no_grad():
-        for token in ("Ċ", "</s>"):  # a line end, as byte-level BPE writes it
+        for token in loud:
             model.get_output_embeddings().weight[trained.convert_tokens_to_ids(token)] *= 1.6
     model.to(torch.float32).save_pretrained(path)
     return path
@@ -106,6 +150,24 @@ def random_gpt2(tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
     )
     return GPT2LMHeadModel(config)
+
+
+def random_gptj(tokenizer: Any) -> Any:
+    """Two layers that carry their own attention."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(
+        vocab_size=len(tokenizer),
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=4,
+        n_positions=WINDOW,
+        initializer_range=0.4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return GPTJForCausalLM(config)
 
 
 def write_entries(local_path: Path, name: str, model: Path, **clients: dict[str, Any]) -> None:

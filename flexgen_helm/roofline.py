@@ -1,0 +1,260 @@
+"""The least time that work can take on a machine: what it must move and compute, over rates measured there."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.errors import ConfigError
+from engine.job import Job, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.engine import Engine
+    from engine.planner import Plan
+
+_WORKLOAD = re.compile(r"(\d+)x(\d+)x(\d+)\+(\d+):(\d+)")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`num_runs` HELM-like runs of `num_jobs` requests each, written "RUNSxJOBSxSHARED+OWN:NEW"."""
+
+    num_runs: int
+    num_jobs: int
+    shared: int
+    """Prompt tokens that the requests of one run have in common."""
+    own: int
+    """Prompt tokens of a request's own."""
+    new: int
+    """Tokens to generate."""
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """The workload that `text` writes; `ConfigError` otherwise."""
+        match = _WORKLOAD.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"workload {text!r} is not RUNSxJOBSxSHARED+OWN:NEW, such as 1x100x400+100:1")
+        workload = cls(*map(int, match.groups()))
+        if min(workload.num_runs, workload.num_jobs, workload.own, workload.new) < 1:
+            raise ConfigError(f"workload {text!r}: every number but SHARED must be at least 1")
+        return workload
+
+    def __str__(self) -> str:
+        return f"{self.num_runs}x{self.num_jobs}x{self.shared}+{self.own}:{self.new}"
+
+    @property
+    def num_requests(self) -> int:
+        """All requests."""
+        return self.num_runs * self.num_jobs
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens that must be computed, a shared prefix once."""
+        return self.num_runs * (self.shared + self.num_jobs * self.own)
+
+    def prompts(self, vocabulary: int, seed: int = 0) -> list[list[int]]:
+        """Random prompts, equal within a run for the first `shared` tokens."""
+        rng = random.Random(seed)
+        prompts = []
+        for _ in range(self.num_runs):
+            prefix = [rng.randrange(5, vocabulary) for _ in range(self.shared)]
+            for _ in range(self.num_jobs):
+                prompts.append(prefix + [rng.randrange(5, vocabulary) for _ in range(self.own)])
+        return prompts
+
+    def jobs(self, vocabulary: int, seed: int = 0) -> list[Job]:
+        """The prompts as jobs, sampled: greedy answers of random weights repeat themselves, and drafts would profit."""
+        return [
+            Job(prompt=prompt, max_new_tokens=self.new, sampling=Sampling(temperature=1.0, seed=index))
+            for index, prompt in enumerate(self.prompts(vocabulary, seed))
+        ]
+
+    def rehearsal(self) -> Workload:
+        """The same requests with all but the last tokens in the prompt: claims the same memory in fewer sweeps."""
+        if self.new <= 2:
+            return self
+        return Workload(self.num_runs, self.num_jobs, self.shared, self.own + self.new - 2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A placed model, as far as it decides what a sweep moves and computes."""
+
+    layer_parameters: int
+    """Matrix elements of all layers that a token is multiplied with (of experts: those it is routed to)."""
+    head_parameters: int
+    attention_width: int
+    """Query heads x (key + value elements of a head), summed over the layers; 0 where layers see a window only."""
+    sweep_bytes: int
+    """Weights of layers and head, on any tier."""
+    streamed_bytes: int
+    """Those of them that are not on the device."""
+    cache_row_bytes: int
+    """Keys and values of one token, all layers."""
+    hidden_row_bytes: int
+    num_layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a workload takes at least, under a plan."""
+
+    sweeps: int
+    flop: float
+    to_device_bytes: float
+    from_device_bytes: float
+    device_bytes: float
+    """Weights, keys and values that computation reads from device memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a machine was measured to do."""
+
+    flop_s: float
+    """Operations per second of a large square matrix product on random numbers, in the dtype at hand."""
+    to_device_bytes_s: float
+    from_device_bytes_s: float
+    device_bytes_s: float
+    """Bytes read and written per second by a large copy within device memory."""
+
+
+def sizes_of(engine: Engine) -> Sizes:
+    """Sizes of an open engine's model as it is placed."""
+    model, placed, cache = engine._model, engine._weights.placed_bytes(), engine._executor._cache
+    config = model.config.get_text_config()
+    num_experts = next((n for key in ("num_experts", "num_local_experts") if (n := getattr(config, key, None))), None)
+    routed = (getattr(config, "num_experts_per_tok", None) or 1) / (num_experts or 1)
+    active = 0.0
+    for unit in model.units:
+        for name in unit.owners if unit.name.startswith("layer.") else ():
+            shape = model.state[name].shape
+            if len(shape) > 1:  # a bias is added
+                is_expert = num_experts is not None and len(shape) == 3 and shape[0] == num_experts
+                active += shape.numel() * (routed if is_expert else 1)
+    head = "embedding" if model.is_tied else "head"
+    swept = [tiers for name, tiers in placed.items() if name.startswith("layer.") or name == head]
+    widths = sum(shape.key_dim + shape.value_dim for shape in model.kv_shapes)
+    is_windowed = getattr(config, "sliding_window", None) is not None
+    return Sizes(
+        layer_parameters=round(active),
+        head_parameters=model.vocab_size * model.hidden_size,
+        attention_width=0 if is_windowed else config.num_attention_heads * widths,
+        sweep_bytes=sum(sum(tiers.values()) for tiers in swept),
+        streamed_bytes=sum(tiers["host"] + tiers["disk"] for tiers in swept),
+        cache_row_bytes=cache.row_bytes,
+        hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
+        num_layers=len(model.layers),
+    )
+
+
+def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = True, most_sweeps: int = 0) -> Work:
+    """What `load` takes at least under `plan`; without `cache_crosses`, offloaded KV is attended to where it is.
+
+    `most_sweeps`: a number of sweeps that was seen to be enough; 0 for none.
+
+    A lower bound on purpose: a shared prefix is computed and kept once and always on the device, causal attention is
+    counted half, every sweep is as full as the plan lets it be, copies in both directions run side by side.
+    """
+    steps = load.new - 1
+    kept = load.own + steps if steps else 0  # rows that a sequence keeps in the cache
+    at_once, off_device = _concurrency(load.num_requests, kept, sizes, plan)
+    sweeps = max(
+        math.ceil(load.num_requests / at_once) * load.new,
+        math.ceil(load.prefill_tokens / plan.limits.rows_per_sweep) + steps,
+    )
+    sweeps = min(sweeps, most_sweeps or sweeps)
+    moved = load.num_requests * off_device * sizes.cache_row_bytes
+    past_rows = sum(load.own + step for step in range(steps))  # of a sequence, over its decode steps
+    tokens = load.prefill_tokens + load.num_requests * steps
+    hidden = tokens * sizes.hidden_row_bytes * sizes.num_layers * (1 - plan.activations.gpu / 100)
+    shared_rows = load.num_runs * load.shared * steps
+    return Work(
+        sweeps=sweeps,
+        flop=2.0 * sizes.layer_parameters * tokens
+        + 2.0 * sizes.head_parameters * load.num_requests * load.new
+        + 2.0 * sizes.attention_width * _attended_pairs(load),
+        to_device_bytes=sweeps * sizes.streamed_bytes + hidden + (moved * past_rows if cache_crosses else 0),
+        from_device_bytes=hidden + moved * kept,
+        device_bytes=sweeps * sizes.sweep_bytes
+        + (load.num_requests * (1 - off_device) * past_rows + shared_rows) * sizes.cache_row_bytes,
+    )
+
+
+def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tuple[int, float]:
+    """(sequences that can run at once, share of them whose keys and values are off the device)."""
+    at_once = min(num_requests, plan.limits.sequences_per_batch * plan.limits.batches)
+    if not kept:
+        return at_once, 0.0
+    room = {tier: budget // sizes.cache_row_bytes // kept for tier, budget in plan.cache_budgets.items()}
+    at_once = max(1, min(at_once, sum(room.values())))
+    if plan.kv_cache is not None:
+        return at_once, 1 - plan.kv_cache.gpu / 100
+    return at_once, max(0, at_once - room["device"]) / at_once
+
+
+def _attended_pairs(load: Workload) -> float:
+    """Pairs of a query and a key before it, over all computed tokens."""
+
+    def causal(first: int, count: int) -> float:
+        return count * first + count * (count + 1) / 2
+
+    per_request = causal(load.shared, load.own + load.new - 1)
+    return load.num_runs * causal(0, load.shared) + load.num_requests * per_request
+
+
+def least_seconds(work: Work, rates: Rates) -> dict[str, float]:
+    """Seconds that each resource needs for `work`; the largest is the limit."""
+    return {
+        "arithmetic": work.flop / rates.flop_s,
+        "to device": work.to_device_bytes / rates.to_device_bytes_s,
+        "from device": work.from_device_bytes / rates.from_device_bytes_s,
+        "device memory": work.device_bytes / rates.device_bytes_s,
+    }
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure `device`; on the CPU, link and device memory are both a copy in host memory."""
+    import torch
+
+    on_cuda = device.type == "cuda"
+    size = 1 << (30 if on_cuda else 26)
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
+    here, there = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return Rates(
+        flop_s=gemm_rate(device, dtype, *([8192] * 3 if on_cuda else [1024] * 3)),
+        to_device_bytes_s=size / _median_seconds(lambda: here.copy_(host, non_blocking=True), device),
+        from_device_bytes_s=size / _median_seconds(lambda: host.copy_(here, non_blocking=True), device),
+        device_bytes_s=2 * size / _median_seconds(lambda: there.copy_(here), device),
+    )
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
+    """Operations per second of a product `[rows, inner] @ [inner, columns]` of random numbers."""
+    import torch
+
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(inner, columns, device=device).to(dtype)
+    return 2 * rows * inner * columns / _median_seconds(lambda: left @ right, device)
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device, times: int = 9) -> float:
+    import torch
+
+    seconds = []
+    for _ in range(times + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[2:])[times // 2]

@@ -1,0 +1,225 @@
+"""What HELM's HuggingFaceClient does wrong, seen on it, and what we do instead: the rows of docs/fidelity.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from helm.common.request import Request
+from reference import Bench, benches_of, helms_client, log_softmax, our_client
+from tiny_models import WINDOW
+
+PROMPT = "Question: What is the capital of France?\nAnswer: Paris\n\nQuestion: Why?\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def benches(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Bench]]:
+    """The bench of a model's fixture."""
+    yield from benches_of(request)
+
+
+@pytest.fixture
+def llama(benches: Callable[[str], Bench]) -> Bench:
+    """The bench of tiny-llama, whose tokenizer has no BOS."""
+    return benches("tiny_llama")
+
+
+def logprobs_of(output: Any) -> list[float]:
+    return [token.logprob for token in output.tokens]
+
+
+def tokens_of(output: Any) -> list[str]:
+    return [token.text for token in output.tokens]
+
+
+def ours_and_helms(bench: Bench, request: Request) -> tuple[Any, Any]:
+    """First completions."""
+    ours, helms = bench.client.make_request(request), bench.helm(request)
+    assert ours.success, ours.error
+    assert helms.success, helms.error
+    return ours.completions[0], helms.completions[0]
+
+
+# Log-probabilities
+
+
+def test_log_probabilities_at_temperature_zero_are_the_models_not_zero(llama: Bench) -> None:
+    ours, helms = ours_and_helms(llama, request := llama.request(PROMPT, max_tokens=6))
+    assert tokens_of(ours) == tokens_of(helms)
+    assert logprobs_of(helms) == [0.0] * 6
+    assert logprobs_of(ours) == pytest.approx(llama.reference.answer(request).generations[0].logprobs, abs=1e-4)
+    assert max(logprobs_of(ours)) < -0.05
+
+
+def test_log_probabilities_do_not_follow_the_temperature(llama: Bench) -> None:
+    request = llama.request("naïve", temperature=0.5, max_tokens=1, num_completions=60)
+    raw = log_softmax(llama.reference.next_logits(llama.reference.encode("naïve")))
+    ranked = np.argsort(-raw)
+    spelled = [llama.reference.decode([token]) for token in ranked.tolist()]
+    rank = {text: place for place, text in enumerate(spelled) if spelled.count(text) == 1}
+    scaled = log_softmax(raw[ranked][:50] / 0.5)  # HELM's are those of 50 tokens at this temperature
+    for told, expected in ((llama.helm(request), scaled), (llama.client.make_request(request), raw[ranked])):
+        outputs = [output for output in told.completions if output.text in rank]
+        assert len(outputs) > 10
+        for output in outputs:
+            assert output.logprob == pytest.approx(expected[rank[output.text]], abs=1e-4)
+
+
+def test_an_echoed_prompt_has_its_log_probabilities_also_before_a_generation(llama: Bench) -> None:
+    request = llama.request("the capital of", max_tokens=2, echo_prompt=True)
+    ours, helms = ours_and_helms(llama, request)
+    answer = llama.reference.answer(request)
+    num_prompt = len(answer.prompt)
+    assert tokens_of(ours) == tokens_of(helms)
+    assert logprobs_of(helms)[:num_prompt] == [0.0] * num_prompt
+    expected = [*answer.prompt_logprobs, *answer.generations[0].logprobs]
+    assert logprobs_of(ours) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_can_be_scored_for_several_completions(llama: Bench) -> None:
+    request = llama.request("the capital of", max_tokens=0, echo_prompt=True, num_completions=2)
+    helms = llama.helm(request)
+    assert not helms.success
+    assert helms.error_flags is None  # which makes HELM try it five times, 150 s in all
+    ours = llama.client.make_request(request)
+    assert ours.completions == llama.client.make_request(replace(request, num_completions=1)).completions * 2
+
+
+# Sampling
+
+
+def test_sampling_is_not_cut_to_fifty_tokens(llama: Bench) -> None:
+    request = llama.request("a", temperature=5.0, max_tokens=1, num_completions=100)
+    raw = llama.reference.next_logits(llama.reference.encode("a"))
+    likely = {llama.reference.decode([token]) for token in np.argsort(-raw)[:50].tolist()}
+    assert {output.text for output in llama.helm(request).completions} <= likely | {""}  # "": end-of-text
+    assert len({output.text for output in llama.client.make_request(request).completions} - likely) > 20
+
+
+def test_the_same_request_gives_the_same_sample(llama: Bench) -> None:
+    request = llama.request(PROMPT, temperature=2.0, max_tokens=12, random="1")
+    helms = {llama.helm(request).completions[0].text for _ in range(4)}
+    assert len(helms) > 1  # `random` is in its cache key only
+    assert len({llama.client.make_request(request).completions[0].text for _ in range(4)}) == 1
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+def test_penalties_are_applied(llama: Bench, penalty: str) -> None:
+    plain = llama.request("Question: Question: Question:", max_tokens=40)
+    request = replace(plain, **{penalty: -100.0})  # then it says its first token again and again
+    answer = llama.reference.answer(request)
+    ours, helms = ours_and_helms(llama, request)
+    assert helms == llama.helm(plain).completions[0]
+    assert ours.text == answer.generations[0].text != helms.text
+
+
+# Where a completion ends
+
+
+def test_finish_reasons_are_told(llama: Bench) -> None:
+    free = llama.request(PROMPT, max_tokens=3)
+    text = llama.client.make_request(free).completions[0].text
+    for request, reason in ((free, "length"), (replace(free, stop_sequences=[text[-1]]), "stop")):
+        ours, helms = ours_and_helms(llama, request)
+        assert helms.finish_reason is None
+        assert ours.finish_reason == {"reason": reason}
+
+
+def prompt_that_ends(bench: Bench) -> Request:
+    """A greedy request after which the model soon says that its text ends, though it could go on."""
+    for number in range(400):
+        request = bench.request(f"{number} x", max_tokens=12)
+        (generation,) = bench.reference.answer(request).generations
+        if generation.finish_reason == "endoftext" and 0 < len(generation.tokens) < 10 and generation.sure is None:
+            return request
+    raise AssertionError("the model never ends a text")
+
+
+def test_end_of_text_ends_a_completion_also_beside_a_single_token_stop(llama: Bench) -> None:
+    """HELM's client puts such a stop in the place of end-of-text; HELM's end_of_text_token, where given, hides it."""
+    request = replace(prompt_that_ends(llama), stop_sequences=["\x00"])
+    expected = llama.reference.answer(request).generations[0]
+    helms = helms_client(llama.path, end_of_text_token=None)(request).completions[0]
+    ours = our_client(llama.path, end_of_text_token=None).make_request(request).completions[0]
+    assert helms.text.startswith(expected.text + "</s>")
+    assert len(helms.tokens) == 12
+    assert (ours.text, len(ours.tokens)) == (expected.text, len(expected.tokens))
+    assert ours.finish_reason == {"reason": "endoftext"}
+
+
+def test_a_stop_inside_a_token_ends_the_completion(llama: Bench) -> None:
+    request, count = stopped_inside_a_token(llama)
+    ours, helms = ours_and_helms(llama, request)
+    assert ours.text == helms.text
+    assert len(helms.tokens) == 12  # all that it generated, though the text ends before
+    assert (len(ours.tokens), ours.finish_reason) == (count, {"reason": "stop"})
+    assert tokens_of(ours) == tokens_of(helms)[:count]
+
+
+def stopped_inside_a_token(bench: Bench) -> tuple[Request, int]:
+    """A greedy request whose stop is the inner part of a generated token, and how many tokens its text takes."""
+    for number in range(400):
+        request = bench.request(f"{number} x", max_tokens=12)
+        (generation,) = bench.reference.answer(request).generations
+        spelled = [bench.reference.decode([token]) for token in generation.tokens]
+        for count in range(2, len(spelled) if len(spelled) == 12 and generation.sure is None else 0):
+            before, stop = "".join(spelled[: count - 1]), spelled[count - 1][1:]
+            begun = any(text.startswith(stop) for text in spelled)
+            if "\ufffd" not in before + stop and not begun and generation.text.find(stop) == len(before) + 1:
+                return replace(request, stop_sequences=[stop]), count
+    raise AssertionError("no stop inside a token")
+
+
+def test_an_echoed_completion_ends_at_its_stop(llama: Bench) -> None:
+    request, count = stopped_inside_a_token(llama)
+    (stop,) = request.stop_sequences
+    text = llama.client.make_request(request).completions[0].text
+    ours, helms = ours_and_helms(llama, replace(request, echo_prompt=True))
+    assert ours.text == request.prompt + text
+    assert helms.text.startswith(ours.text + stop)
+    assert len(helms.tokens) - len(ours.tokens) == 12 - count
+
+
+def test_a_stop_longer_than_the_prompt_is_no_error(llama: Bench) -> None:
+    request = llama.request("a", max_tokens=3, stop_sequences=["a stop of many, many tokens"])
+    helms = llama.helm(request)
+    assert "size of tensor" in str(helms.error)
+    assert llama.client.make_request(request).completions[0].finish_reason == {"reason": "length"}
+
+
+# Positions
+
+
+def test_a_prefix_token_is_not_doubled(benches: Callable[[str], Bench]) -> None:
+    """HELM begins language-modelling prompts with it, and its client adds the tokenizer's."""
+    bench = benches("tiny_opt")
+    ours, helms = ours_and_helms(bench, bench.request("</s>the capital of", max_tokens=0, echo_prompt=True))
+    assert tokens_of(helms)[:2] == ["</s>", "</s>"]
+    assert tokens_of(ours) == tokens_of(helms)[1:]
+    assert logprobs_of(ours)[0] == 0.0
+    assert abs(logprobs_of(ours)[1] - logprobs_of(helms)[2]) > 1e-3
+
+
+def test_a_full_window_is_generated_to_its_end(benches: Callable[[str], Bench]) -> None:
+    """Where positions are learned there are none beyond the window; HELM's client raises, ours stops."""
+    bench = benches("tiny_opt")
+    request = bench.request(bench.filling(WINDOW - 3), max_tokens=8)
+    assert not bench.helm(request).success
+    ours = bench.client.make_request(request).completions[0]
+    answer = bench.reference.answer(request).generations[0]
+    assert (ours.text, len(ours.tokens)) == (answer.text, len(answer.tokens))
+    assert len(ours.tokens) <= 3
+
+
+# Failures
+
+
+def test_a_failure_is_not_retried(llama: Bench) -> None:
+    """HELM takes five attempts and 150 s over everything that does not say otherwise."""
+    request = llama.request("", max_tokens=3)
+    helms, ours = llama.helm(request), llama.client.make_request(request)
+    assert (helms.success, helms.error_flags) == (False, None)
+    assert (ours.success, ours.error_flags.is_retriable) == (False, False)
