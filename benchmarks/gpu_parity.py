@@ -1,4 +1,4 @@
-"""Runs the GPU parity tests and writes what they measured: `python benchmarks/gpu_parity.py [--out DIR]`."""
+"""Runs the GPU parity tests and writes what they measured: `python -m benchmarks.gpu_parity [--out DIR]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import report
+
+from flexgen_helm.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     """Run tests/gpu; the largest log-probability difference of each test goes into the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="directory of the results (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "junit.xml"
@@ -33,7 +34,7 @@ def main() -> int:
             entry["message"] = (bad.get("message") or "")[:300]
         tests.append(entry)
     counts = {kind: sum(test["outcome"] == kind for test in tests) for kind in ("passed", "failed", "skipped")}
-    path = report.write("gpu-parity", {"counts": counts, "tests": tests}, options.out)
+    path = write_record("gpu-parity", {"counts": counts, "tests": tests}, options.out)
     print(counts, path)
     return int(code)
 

@@ -1,0 +1,133 @@
+"""From files on the disk to the first results: `python -m benchmarks.cold_start --shape opt-13b --folder DIR`.
+
+Writes a checkpoint of random numbers (safetensors shards) into DIR, drops it from the page cache, opens the engine from
+it and runs one workload. The limit is the checkpoint's bytes over the disk's rate, measured in the same call by direct
+reads (O_DIRECT, one and several threads) of the same files, after the engine has read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from engine import Engine
+from flexgen_helm.bench import bench_policy, timed
+from flexgen_helm.dummy import random_model, write_model_directory
+from flexgen_helm.record import write_record
+from flexgen_helm.roofline import Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+_CHUNK = 8 << 20
+_THREADS = (1, 8)
+
+
+def write_checkpoint(shape: str, folder: Path) -> int:
+    """Write random weights of `shape` and what the engine needs beside them; returns the bytes of the shards."""
+    model = random_model(shape)
+    model.generation_config.pad_token_id = None
+    model.save_pretrained(folder, max_shard_size="5GB")
+    del model
+    write_model_directory(shape, folder)
+    return sum(file.stat().st_size for file in shards(folder))
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def drop_from_page_cache(files: list[Path]) -> None:
+    """Write the files out and let the kernel forget their pages."""
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def disk_rate(files: list[Path], num_threads: int, most_bytes: int) -> float:
+    """Bytes per second of direct reads of `files`, up to about `most_bytes` of them, by `num_threads` at once."""
+    places = [(file, first) for file in files for first in range(0, file.stat().st_size - _CHUNK + 1, _CHUNK)]
+    if not places:
+        raise SystemExit(f"the checkpoint has no file of {_CHUNK >> 20} MiB; take a larger shape")
+    places = places[:: max(1, len(places) * _CHUNK // most_bytes)]
+
+    def read(part: list[tuple[Path, int]]) -> int:
+        total = 0
+        with mmap.mmap(-1, _CHUNK) as buffer:  # aligned, as direct reads must be
+            for file, first in part:
+                handle = os.open(file, os.O_RDONLY | os.O_DIRECT)
+                try:
+                    total += os.preadv(handle, [buffer], first)
+                finally:
+                    os.close(handle)
+        return total
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        start = time.perf_counter()
+        total = sum(pool.map(read, (places[thread::num_threads] for thread in range(num_threads))))
+        return total / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Write, drop, open, run; print and record the times beside the limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="opt-13b")
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured; emptied at the end")
+    parser.add_argument("--row", type=Workload.parse, default="1x100x400+100:1")
+    parser.add_argument("--policy", default="auto")
+    parser.add_argument("--gpu-memory")
+    parser.add_argument("--percent", nargs=6, type=int)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
+    options = parser.parse_args()
+    policy = bench_policy(options.policy, options.gpu_memory, options.percent)
+    options.folder.mkdir(parents=True)  # must be new: it is removed at the end
+    try:
+        start = time.perf_counter()
+        num_bytes = write_checkpoint(options.shape, options.folder)
+        write_s = time.perf_counter() - start
+        files = shards(options.folder)
+        print(f"{num_bytes / 1e9:.2f} GB in {len(files)} shards written in {write_s:.1f} s", flush=True)
+        drop_from_page_cache(files)
+        start = time.perf_counter()
+        with Engine.from_pretrained(str(options.folder), policy) as engine:
+            open_s = time.perf_counter() - start
+            print(f"opened in {open_s:.2f} s", flush=True)
+            sweep_s, sweeps = timed(engine, options.row)
+            cold_s = time.perf_counter() - start
+            warm_s, _ = timed(engine, options.row)
+        drop_from_page_cache(files)
+        rates = {threads: disk_rate(files, threads, 8 << 30) for threads in _THREADS}
+    finally:
+        shutil.rmtree(options.folder)
+    limit_s = num_bytes / max(rates.values())
+    content = {
+        "shape": options.shape,
+        "row": str(options.row),
+        "policy": policy.as_mapping(),
+        "checkpoint_bytes": num_bytes,
+        "disk_bytes_s": {str(threads): rate for threads, rate in rates.items()},
+        "open_s": open_s,  # weights may still be arriving: the first row runs behind them
+        "first_row_s": sweep_s,
+        "first_row_sweeps": sweeps,
+        "cold_s": cold_s,
+        "warm_row_s": warm_s,
+        "limit_s": limit_s,
+        "cold_over_limit": cold_s / limit_s,
+    }
+    disk = ", ".join(f"{rate / 1e9:.2f} GB/s with {threads} threads" for threads, rate in rates.items())
+    print(f"disk: {disk}; limit {limit_s:.2f} s")
+    print(f"first row done after {cold_s:.2f} s ({cold_s / limit_s:.2f} x), opened after {open_s:.2f} s; ", end="")
+    print(f"the same row warm {warm_s:.3f} s")
+    print(write_record(f"cold-start-{Path(options.shape).stem}", content, options.out))
+
+
+if __name__ == "__main__":
+    main()

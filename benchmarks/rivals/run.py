@@ -1,0 +1,149 @@
+"""Rivals side by side: `python -m benchmarks.rivals.run --shape opt-30b --row 1x64x0+512:32 --gpu-memory 16GB`.
+
+Every contender is a process of its own, on the same random weights' shape, workload and memory limit; one that fails or
+takes too long is a row that says so. Published figures are quoted below the table, with their source; nothing of them
+was run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rivals.contender import MARK
+from flexgen_helm.record import write_record
+from flexgen_helm.roofline import Workload
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SCRIPTS = ("flexllmgen", "accelerate", "deepspeed", "transformers", "transformers-1")
+MODULES = {
+    "flexllmgen": "flexllmgen",
+    "accelerate": "accelerate_offload",
+    "deepspeed": "deepspeed_zero",
+    "transformers": "transformers_generate",
+    "transformers-1": "transformers_generate",
+}
+
+
+def command_of(contender: str, options: argparse.Namespace, out: Path) -> list[str]:
+    """The command line of a contender: "flexgen-helm", or one of `SCRIPTS`, with further flags behind its name."""
+    name, *flags = shlex.split(contender)
+    limit = ["--gpu-memory", options.gpu_memory] if options.gpu_memory else []
+    if name == "flexgen-helm":
+        rest = ["bench", "--shape", options.shape, "--rows", str(options.row), "--out", str(out), *limit, *flags]
+        return [sys.executable, "-m", "flexgen_helm", *rest]
+    common = ["--shape", options.shape, "--row", str(options.row), *limit]
+    single = ["--batch-size", "1"] if name == "transformers-1" else []
+    return [sys.executable, "-m", f"benchmarks.rivals.{MODULES[name]}", *common, *single, *flags]
+
+
+def run_contender(command: list[str], out: Path, limit_s: float) -> dict[str, Any]:
+    """Run one contender to its end, or for `limit_s` seconds; its result, or {"failed": one line}."""
+    start = time.perf_counter()
+    lines: list[str] = []
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ
+        )
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        lines = log.read().splitlines()
+    process_s = time.perf_counter() - start
+    found = result_of(lines, out)
+    if found is not None:
+        return {**found, "process_s": process_s}
+    reason = f"ended by the limit of {limit_s:.0f} s" if code is None else last_words(lines, code)
+    return {"failed": reason, "process_s": process_s, "log_end": lines[-15:]}
+
+
+def result_of(lines: list[str], out: Path) -> dict[str, Any] | None:
+    """What a contender measured: its result line, or the record that `flexgen-helm bench` left in `out`."""
+    marked = [line for line in lines if line.startswith(MARK)]
+    if marked:
+        return dict(json.loads(marked[-1][len(MARK) :]))
+    for file in out.glob("bench-*.json"):
+        record = json.loads(file.read_text())
+        row = record["rows"][-1] if record["rows"] else {"error": ""}
+        if "error" not in row:
+            return {**row, "projected": False, "setup_s": record["load_s"], "plan": record["plan"]}
+    return None
+
+
+def last_words(lines: list[str], code: int) -> str:
+    """One line on why a process ended with `code`."""
+    said = [line.strip() for line in lines if line.strip()]
+    told = [line for line in said if "Error" in line or "error:" in line]
+    return f"exit {code}: {(told or said or ['no output'])[-1][:300]}"
+
+
+def table_line(contender: str, result: dict[str, Any]) -> str:
+    """One row of the printed table."""
+    if "failed" in result:
+        return f"{contender:40.40}  {result['failed']}"
+    note = "projected from " if result["projected"] else ""
+    if result["projected"]:
+        note += f"{result['measured_batches']} batches of {result['batch_size']}, {result['measured_tokens']} tokens"
+    return (
+        f"{contender:40.40}  {result['seconds']:10.2f} s  {result['new_tokens_s']:9.2f} tokens/s  "
+        f"{result['device_reserved_bytes'] / 1e9:6.1f} GB  {note}"
+    )
+
+
+def main() -> None:
+    """Run the contenders one after the other; the record is written anew after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="opt-30b")
+    parser.add_argument("--row", type=Workload.parse, default="1x64x0+512:32")
+    parser.add_argument("--gpu-memory")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=["flexgen-helm", "accelerate --cut 2 --batches 1"],
+        help=f"flexgen-helm, {', '.join(SCRIPTS)}; each may have flags of its own behind it, in one argument",
+    )
+    parser.add_argument("--limit", type=float, default=240, help="most seconds of one contender")
+    parser.add_argument("--name", help="name of the record (default: from shape and memory)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
+    options = parser.parse_args()
+    for contender in options.contenders:
+        if shlex.split(contender)[0] not in ("flexgen-helm", *SCRIPTS):
+            parser.error(f"no contender {contender!r}")
+    name = options.name or "-".join(filter(None, ("rivals", options.shape, options.gpu_memory)))
+    content: dict[str, Any] = {
+        "shape": options.shape,
+        "row": str(options.row),
+        "gpu_memory": options.gpu_memory,
+        "contenders": {},
+        "published": json.loads((HERE / "published.json").read_text()),
+    }
+    for contender in options.contenders:
+        with tempfile.TemporaryDirectory() as out:
+            result = run_contender(command_of(contender, options, Path(out)), Path(out), options.limit)
+        content["contenders"][contender] = result
+        print(table_line(contender, result), flush=True)
+        for line in result.get("log_end", ()):
+            print(f"    | {line[:200]}", flush=True)
+        path = write_record(name, content, options.out)
+    print("published, not run here:")
+    for figure in content["published"]:
+        print(f"  {figure['system']}: {figure['new_tokens_s']} tokens/s per {figure['per']} - {figure['work']}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,498 @@
+"""Protects: what benchmarks count and compute is right by hand, and `flexgen-helm bench` runs whole, without HELM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from benchmarks import draw, memory, timeline
+from benchmarks.rivals import contender, run
+from engine import Job, Policy
+from engine.errors import ConfigError
+from engine.planner import Plan
+from engine.policy import Share
+from engine.schedule import Limits
+from flexgen_helm.bench import CURVE, ROWS, bench_policy, table_line, workloads
+from flexgen_helm.dummy import SHAPES, open_dummy, random_model, shape_config
+from flexgen_helm.record import write_record
+from flexgen_helm.roofline import Rates, Sizes, Work, Workload, least_seconds, measure_rates, sizes_of, work_of
+
+ROOT = Path(__file__).resolve().parent.parent
+OPT = {
+    "model_type": "opt",
+    "dtype": "float32",
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+MOE = {
+    "model_type": "qwen3_moe",
+    "dtype": "float32",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def opt(tmp_path: Path) -> str:
+    file = tmp_path / "tiny-opt.json"
+    file.write_text(json.dumps(OPT))
+    return str(file)
+
+
+@pytest.fixture
+def moe(tmp_path: Path) -> str:
+    file = tmp_path / "tiny-moe.json"
+    file.write_text(json.dumps(MOE))
+    return str(file)
+
+
+def plan(*, device: int = 0, host: int = 10**9, **changes: Any) -> Plan:
+    made = Plan(
+        weights=Share(gpu=50, cpu=50),
+        kv_cache=None,
+        activations=Share(gpu=100, cpu=0),
+        cache_budgets={"device": device, "host": host, "disk": 0},
+        limits=Limits(
+            sequences_per_batch=8, batches=2, rows_per_batch=64, cached_rows_per_batch=999, rows_per_sweep=1000
+        ),
+    )
+    return replace(made, **changes)
+
+
+SIZES = Sizes(
+    layer_parameters=1000,
+    head_parameters=50,
+    attention_width=10,
+    sweep_bytes=2100,
+    streamed_bytes=1100,
+    cache_row_bytes=8,
+    hidden_row_bytes=4,
+    num_layers=3,
+)
+
+
+class TestWorkload:
+    def test_is_written_as_it_is_read(self) -> None:
+        load = Workload.parse("10x100x400+70:5")
+        assert load == Workload(10, 100, 400, 70, 5)
+        assert str(load) == "10x100x400+70:5"
+        assert load.num_requests == 1000
+        assert load.prefill_tokens == 10 * (400 + 100 * 70)
+
+    @pytest.mark.parametrize("text", ["", "1x2x3", "1x2x3+4", "1x2x3+4:", "1x2x3+0:1", "0x2x3+4:1", "1x2x3+4:0"])
+    def test_anything_else_is_refused(self, text: str) -> None:
+        with pytest.raises(ConfigError, match="workload"):
+            Workload.parse(text)
+
+    def test_prompts_share_within_a_run_only(self) -> None:
+        prompts = Workload.parse("2x3x20+4:1").prompts(1000)
+        assert [len(prompt) for prompt in prompts] == [24] * 6
+        heads = [tuple(prompt[:20]) for prompt in prompts]
+        assert heads[:3] == [heads[0]] * 3
+        assert heads[3:] == [heads[3]] * 3
+        assert heads[0] != heads[3]
+        assert len({tuple(prompt) for prompt in prompts}) == 6
+
+    def test_a_rehearsal_claims_the_same_cache(self) -> None:
+        load = Workload.parse("1x4x10+512:32")
+        rehearsal = load.rehearsal()
+        assert rehearsal.own + rehearsal.new == load.own + load.new
+        assert rehearsal.new == 2
+        assert Workload.parse("1x4x10+512:1").rehearsal() == Workload.parse("1x4x10+512:1")
+
+
+class TestLimit:
+    def test_one_token_each_needs_no_cache(self) -> None:
+        work = work_of(Workload.parse("2x3x20+5:1"), SIZES, plan())
+        # 2 x (20 + 3 x 5) tokens; pairs of a run: 20 x 21 / 2 of the prefix, and 5 x 20 + 5 x 6 / 2 of each request
+        assert work == Work(
+            sweeps=1,
+            flop=2 * 1000 * 70 + 2 * 50 * 6 + 2 * 10 * (2 * 210 + 6 * 115),
+            to_device_bytes=1100,
+            from_device_bytes=0,
+            device_bytes=2100,
+        )
+
+    def test_keys_and_values_cross_the_link_each_step(self) -> None:
+        # 4 sequences of 10 + 2 kept rows; the device has room for one of them.
+        work = work_of(Workload.parse("1x4x0+10:3"), SIZES, plan(device=12 * 8 + 7))
+        assert work.sweeps == 3
+        assert work.to_device_bytes == 3 * 1100 + 3 * (10 + 11) * 8  # three sequences, two decode steps
+        assert work.from_device_bytes == 3 * 12 * 8
+        assert work.device_bytes == 3 * 2100 + 1 * (10 + 11) * 8
+        assert work.flop == 2 * 1000 * (40 + 8) + 2 * 50 * 12 + 2 * 10 * 4 * (12 * 13 / 2)
+
+    def test_attention_on_the_host_moves_no_keys(self) -> None:
+        load = Workload.parse("1x4x0+10:3")
+        assert work_of(load, SIZES, plan(), cache_crosses=False).to_device_bytes == 3 * 1100
+        assert work_of(load, SIZES, plan()).to_device_bytes == 3 * 1100 + 4 * 21 * 8
+
+    def test_shares_decide_where_a_policy_names_them(self) -> None:
+        quarter = plan(device=10**9, kv_cache=Share(gpu=25, cpu=75), activations=Share(gpu=50, cpu=50))
+        work = work_of(Workload.parse("1x4x0+10:3"), SIZES, quarter)
+        hidden = 48 * 4 * 3 / 2
+        assert work.to_device_bytes == 3 * 1100 + 3 * 21 * 8 + hidden
+        assert work.from_device_bytes == 3 * 12 * 8 + hidden
+
+    def test_what_does_not_fit_at_once_takes_further_sweeps(self) -> None:
+        load = Workload.parse("1x40x0+10:3")
+        assert work_of(load, SIZES, plan()).sweeps == 3 * 3  # 16 seats
+        assert work_of(load, SIZES, plan(host=12 * 8 * 5)).sweeps == 8 * 3  # room for 5 sequences
+        few = replace(plan().limits, rows_per_sweep=100)
+        assert work_of(Workload.parse("1x16x0+10:1"), SIZES, plan(limits=few)).sweeps == 2
+        assert work_of(Workload.parse("1x16x0+10:3"), SIZES, plan(limits=few)).sweeps == 4
+
+    def test_the_largest_share_of_time_is_the_limit(self) -> None:
+        work = Work(sweeps=1, flop=100.0, to_device_bytes=60.0, from_device_bytes=8.0, device_bytes=10.0)
+        rates = Rates(flop_s=50.0, to_device_bytes_s=20.0, from_device_bytes_s=4.0, device_bytes_s=10.0)
+        assert least_seconds(work, rates) == {
+            "arithmetic": 2.0,
+            "to device": 3.0,
+            "from device": 2.0,
+            "device memory": 1.0,
+        }
+
+    def test_sizes_are_those_of_the_stock_model(self, opt: str) -> None:
+        model = random_model(opt)
+        matrices = sum(p.numel() for name, p in model.named_parameters() if "layers." in name and p.ndim > 1)
+        layers = sum(p.numel() for name, p in model.named_parameters() if "layers." in name)
+        with open_dummy(opt, Policy.from_mapping({"device": "cpu", "percent": [0, 100, 0, 100, 100, 0]})) as engine:
+            sizes = sizes_of(engine)
+        assert sizes.layer_parameters == matrices == 2 * (4 * 32 * 32 + 2 * 32 * 64)
+        assert sizes.head_parameters == 128 * 32
+        assert sizes.attention_width == 2 * 4 * (8 + 8)
+        assert sizes.cache_row_bytes == 2 * 2 * 32 * 4
+        assert sizes.hidden_row_bytes == 32 * 4
+        assert 4 * (layers + 128 * 32) <= sizes.streamed_bytes <= 4 * (layers + 128 * 32) + 64 * 40
+        assert sizes.sweep_bytes == sizes.streamed_bytes
+
+    def test_only_the_experts_a_token_is_routed_to_compute(self, moe: str) -> None:
+        with open_dummy(moe, Policy.from_mapping({"device": "cpu", "percent": [100, 0, 100, 0, 100, 0]})) as engine:
+            sizes = sizes_of(engine)
+        attention = 32 * 32 * 2 + 2 * 32 * 16
+        assert sizes.layer_parameters == 2 * (attention + 4 * 32 + 2 * 3 * 32 * 16)
+        assert sizes.streamed_bytes == 0
+        assert sizes.sweep_bytes >= 4 * 2 * (attention + 4 * 3 * 32 * 16)
+
+    def test_rates_are_measured(self) -> None:
+        rates = measure_rates(torch.device("cpu"), torch.float32)
+        assert all(1e7 < rate < 1e15 for rate in vars(rates).values())
+
+
+class TestDummy:
+    def test_every_contender_has_the_same_weights(self, opt: str) -> None:
+        prompts = Workload.parse("1x3x0+9:6").prompts(128)
+        with open_dummy(opt, Policy.from_mapping({"device": "cpu", "percent": [30, 70, 0, 100, 100, 0]})) as engine:
+            ours = [done.tokens for done in engine.run(Job(prompt=prompt, max_new_tokens=6) for prompt in prompts)]
+        model = random_model(opt)
+        theirs = model.generate(
+            torch.tensor(prompts), attention_mask=torch.ones(3, 9), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )
+        assert ours == [tuple(row[9:]) for row in theirs.tolist()]
+
+    @pytest.mark.parametrize(
+        ("shape", "billions"),
+        [
+            ("opt-1.3b", 1.3),
+            ("opt-6.7b", 6.7),
+            ("opt-13b", 13),
+            ("opt-30b", 30),
+            ("llama-3-8b", 8.0),
+            ("qwen3-30b-a3b", 30.5),
+        ],
+    )
+    def test_shapes_have_the_size_in_their_name(self, shape: str, billions: float) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = shape_config(shape)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.025)
+
+    def test_unknown_shapes_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"opt-31b.*opt-30b"):
+            shape_config("opt-31b")
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(ConfigError, match="model_type"):
+            shape_config(str(tmp_path))
+        assert shape_config("opt-30b") is not SHAPES["opt-30b"]
+
+
+class TestCommand:
+    def test_runs_whole_without_helm(self, opt: str, tmp_path: Path) -> None:
+        rows = ["1x3x0+8:4", "2x2x20+4:1"]
+        flags = ["bench", "--shape", opt, "--rows", *rows, "--percent", "0", "100", "0", "100", "100", "0"]
+        program = (
+            "import sys; from flexgen_helm.run import main; code = main(sys.argv[1:]); "
+            "sys.exit(code or 'helm' in sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, *flags, "--out", str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "bench-tiny-opt.json").read_text())
+        assert [row["row"] for row in record["rows"]] == rows
+        assert {"commit", "hardware", "policy", "plan", "rates"} <= set(record)
+        for row, sweeps in zip(record["rows"], (4, 1), strict=True):
+            assert row["sweeps"] == row["work"]["sweeps"] == sweeps
+            assert row["limit_s"] == max(row["least_s"].values()) == row["least_s"][row["bound"]] > 0
+            assert row["fraction"] == pytest.approx(row["limit_s"] / row["seconds"])
+            assert row["requests_s"] == pytest.approx((3 if sweeps == 4 else 4) / row["seconds"])
+            assert table_line(row) in done.stdout
+
+    @pytest.mark.parametrize(
+        ("flags", "says"),
+        [
+            (["--shape", "opt-31b"], "opt-30b"),
+            (["--rows", "100"], "RUNSxJOBS"),
+            (["--curve", "0"], "at least 1"),
+            (["--policy", "none-such"], "none-such"),
+            (["--gpu-memory", "much"], "much"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+        from flexgen_helm.run import main
+
+        assert main(["bench", *flags, "--out", "/dev/null/never"]) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+
+    def test_a_workload_that_fails_is_recorded_and_told(
+        self, opt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from flexgen_helm.run import main
+
+        assert main(["bench", "--shape", opt, "--rows", "1x1x0+100:1", "1x1x0+8:1", "--out", str(tmp_path)]) == 1
+        assert "window of 64" in capsys.readouterr().err
+        rows = json.loads((tmp_path / "bench-tiny-opt.json").read_text())["rows"]
+        assert "window of 64" in rows[0]["error"]
+        assert rows[1]["seconds"] > 0
+
+    def test_which_workloads_are_meant(self) -> None:
+        assert list(map(str, workloads(None, None))) == list(ROWS)
+        assert list(map(str, workloads(None, []))) == [f"1x{count}x0+512:32" for count in CURVE]
+        assert list(map(str, workloads(["1x2x3+4:5"], [7]))) == ["1x2x3+4:5", "1x7x0+512:32"]
+
+    def test_flags_lie_over_the_policy(self) -> None:
+        policy = bench_policy("opt-30b-t4", "9GB", [1, 99, 0, 100, 100, 0])
+        assert policy.weights == Share(gpu=1, cpu=99)
+        assert policy.gpu_memory == 9_000_000_000
+        assert policy.gpu_batch_size == Policy.load("opt-30b-t4").gpu_batch_size
+
+
+def test_a_record_names_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
+    path = write_record("x", {"rows": [1.5]}, tmp_path / "new")
+    record = json.loads(path.read_text())
+    assert record["commit"] == "abc"
+    assert record["rows"] == [1.5]
+    assert record["hardware"]["torch"] == torch.__version__
+
+
+def event(category: str, name: str, stream: int, start: float, duration: float, num_bytes: int = 0) -> dict[str, Any]:
+    arguments = {"stream": stream} | ({"bytes": num_bytes} if num_bytes else {})
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "args": arguments}
+
+
+TRACE = {
+    "traceEvents": [
+        event("kernel", "gemm", 7, 1200.0, 100.0),
+        event("kernel", "norm", 7, 1310.0, 10.0),  # 10 us later: the same span
+        event("kernel", "gemm", 7, 1400.0, 50.0),  # 80 us later: a gap
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 13, 1000.0, 150.0, 4 << 20),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 13, 1150.0, 150.0, 4 << 20),  # large: apart
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 14, 1290.0, 5.0, 100),
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 14, 1300.0, 5.0, 200),  # small: one span
+        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 7, 1460.0, 5.0, 100),
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 5000.0},
+        {"ph": "i", "cat": "kernel", "name": "mark", "ts": 0.0},
+    ]
+}
+
+
+class TestTimeline:
+    def test_neighbours_are_one_span(self) -> None:
+        spans = timeline.spans_of(TRACE)
+        assert [(s.kind, s.stream, s.start_us, s.duration_us, s.num_bytes, s.count) for s in spans] == [
+            ("compute", 7, 200.0, 120.0, 0, 2),
+            ("compute", 7, 400.0, 65.0, 0, 2),
+            ("to device", 13, 0.0, 150.0, 4 << 20, 1),
+            ("to device", 13, 150.0, 150.0, 4 << 20, 1),
+            ("from device", 14, 290.0, 15.0, 300, 2),
+        ]
+
+    def test_gaps_are_told(self) -> None:
+        told = timeline.summary(timeline.spans_of(TRACE))
+        assert told["wall_ms"] == pytest.approx(0.465)
+        assert told["to_device_ms"] == pytest.approx(0.3)
+        assert told["compute_ms"] == pytest.approx(0.185)
+        assert told["idle_ms"] == pytest.approx(0.08)  # 320 to 400
+        assert told["copy_alone_ms"] == pytest.approx(0.2)  # 0 to 200
+        assert told["compute_alone_ms"] == pytest.approx(0.08)  # 305 to 320, 400 to 465
+        assert told["to_device_bytes"] == 8 << 20
+
+    def test_an_empty_trace_has_no_spans(self) -> None:
+        assert timeline.summary(timeline.spans_of({"traceEvents": []}))["wall_ms"] == 0
+
+    def test_is_drawn(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        spans = timeline.spans_of(TRACE)
+        record = {
+            "shape": "opt-30b",
+            "row": "1x1x0+1:1",
+            "policy": {"gpu-memory": "16000000kB"},
+            "seconds": 1.0,
+            "summary": timeline.summary(spans),
+            "columns": list(timeline.Span.__dataclass_fields__),
+            "spans": [list(vars(span).values()) for span in spans],
+        }
+        draw.draw_timeline(record, tmp_path / "t.png", 0.0, None)
+        assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+CURVE_RECORD = {
+    "shape": "opt-30b",
+    "policy": {"gpu-memory": "16000000kB"},
+    "rows": [
+        {"row": "1x64x0+512:32", "seconds": 20.0, "new_tokens_s": 102.4},
+        {"row": "1x4x0+512:32", "seconds": 10.0, "new_tokens_s": 12.8},
+        {"row": "1x256x0+512:32", "error": "no room"},
+        {"row": "1x100x400+100:1", "seconds": 1.0, "new_tokens_s": 100.0},
+    ],
+}
+
+
+def test_a_curve_has_the_rows_of_its_kind() -> None:
+    assert draw.curve_points(CURVE_RECORD) == [(4, 10.0, 12.8), (64, 20.0, 102.4)]
+
+
+def test_a_curve_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw.draw_curve([CURVE_RECORD], tmp_path / "new" / "c.png")
+    assert (tmp_path / "new" / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def look(resident: int, placed: int, device: int) -> dict[str, int]:
+    names = ("resident_bytes", "placed_host_bytes", "torch_pinned_bytes", "device_reserved_bytes")
+    return dict(zip(names, (resident, placed, 0, device), strict=True))
+
+
+class TestMemory:
+    BEFORE: ClassVar = look(10**9, 0, 0)
+    EARLY: ClassVar = look(6 * 10**9, 5 * 10**9, 100)
+
+    def test_nothing_grew(self) -> None:
+        assert memory.verdicts(self.BEFORE, self.EARLY, self.EARLY, 100, 100) == []
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"device_reserved_bytes": 101}, "device_reserved_bytes grew from 100 to 101"),
+            ({"torch_pinned_bytes": 1}, "torch_pinned_bytes grew"),
+            ({"placed_host_bytes": 5 * 10**9 + 1}, "placed_host_bytes grew"),
+            ({"resident_bytes": 6 * 10**9 + (65 << 20)}, "resident_bytes grew"),
+        ],
+    )
+    def test_growth_is_told(self, change: dict[str, int], says: str) -> None:
+        (found,) = memory.verdicts(self.BEFORE, self.EARLY, self.EARLY | change, 100, 101)
+        assert says in found
+
+    def test_limits_are_watched(self) -> None:
+        assert "limit of 99" in memory.verdicts(self.BEFORE, self.EARLY, self.EARLY, 100, 99)[0]
+        held = self.EARLY | {"resident_bytes": 6 * 10**9 + 25 * 10**7 + (65 << 20)}
+        assert "5%" in memory.verdicts(self.BEFORE, held, held, 100, None)[0]
+
+
+class TestRivals:
+    def test_a_result_line_is_found_among_others(self, tmp_path: Path) -> None:
+        lines = ["warm", contender.MARK + '{"seconds": 2.0}', "bye"]
+        assert run.result_of(lines, tmp_path) == {"seconds": 2.0}
+        assert run.result_of(["warm"], tmp_path) is None
+
+    @pytest.mark.parametrize(
+        ("program", "says"),
+        [
+            ("raise RuntimeError('no room')", "exit 1: RuntimeError: no room"),
+            ("import os; os.abort()", "exit -6"),
+            ("import time; print('on my way', flush=True); time.sleep(60)", "ended by the limit of 1 s"),
+        ],
+    )
+    def test_a_failure_is_a_row(self, program: str, says: str, tmp_path: Path) -> None:
+        result = run.run_contender([sys.executable, "-c", program], tmp_path, 1)
+        assert says in result["failed"]
+        assert says in run.table_line("x", result)
+
+    def test_what_was_not_measured_is_said(self) -> None:
+        result = {
+            "seconds": 10.0,
+            "new_tokens_s": 3.2,
+            "device_reserved_bytes": 2 * 10**9,
+            "projected": True,
+            "batch_size": 8,
+            "measured_batches": 1,
+            "measured_tokens": 3,
+        }
+        assert "projected from 1 batches of 8, 3 tokens" in run.table_line("x", result)
+
+    def test_projection_counts_every_batch_and_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from benchmarks.rivals import generating
+
+        class Clock:
+            """A model whose prefill takes 5 s and whose decode steps take 2 s, by the stopwatch's reckoning."""
+
+            def generate(self, ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+                self.seconds = 5.0 + 2.0 * (max_new_tokens - 1)
+                return torch.cat((ids, torch.zeros(len(ids), max_new_tokens, dtype=torch.long)), dim=1)
+
+        model = Clock()
+
+        def stopwatch(call: Any) -> float:
+            call()
+            return model.seconds
+
+        monkeypatch.setattr(generating, "stopwatch", stopwatch)
+        task = contender.Task(
+            shape="opt-125m",
+            load=Workload.parse("1x10x0+4:11"),
+            gpu_memory=None,
+            batch_size=None,
+            cut=None,
+            batches=None,
+        )
+        whole, detail = generating.time_generate(model, task, 5)
+        assert (whole, detail["projected"]) == (2 * (5.0 + 20.0), False)
+        part, detail = generating.time_generate(model, replace(task, cut=3, batches=1), 5)
+        assert (part, detail["projected"], detail["measured_tokens"]) == (pytest.approx(whole), True, 4)
+
+    def test_published_figures_have_a_source(self) -> None:
+        figures = json.loads((ROOT / "benchmarks" / "rivals" / "published.json").read_text())
+        assert {"Petals", "FlexGen"} <= {figure["system"] for figure in figures}
+        assert all(figure["source"] and figure["new_tokens_s"] > 0 for figure in figures)
