@@ -309,7 +309,7 @@ class Engine:
     def _step(self) -> None:
         batches = self._scheduler.next_sweep()
         for sequence in self._scheduler.take_failed():
-            self._deliver(sequence)
+            self._deliver(sequence, self._completion_of(sequence))
         if not batches:
             return
         self._executor.sweep(batches, self._advance)
@@ -326,10 +326,11 @@ class Engine:
             elif sequence.job.max_new_tokens == 0:
                 sequence.finish_reason = "length"
             if sequence.is_done:
-                done.append(sequence)
-                self._deliver(sequence)
-        self._scheduler.finish(done)
+                done.append((sequence, self._completion_of(sequence)))
+        self._scheduler.finish(sequence for sequence, _ in done)
         self._scheduler.isolate(suspects)
+        for sequence, completion in done:  # last: whoever sees the result finds the room free
+            self._deliver(sequence, completion)
 
     def _advance(self, sequence: Sequence, token: int, logprob: float) -> None:
         try:
@@ -337,11 +338,13 @@ class Engine:
         except Exception as error:  # tokenizers raise whatever they meet
             sequence.error = self._unreadable(sequence, error)
 
-    def _deliver(self, sequence: Sequence) -> None:
+    def _completion_of(self, sequence: Sequence) -> Completion:
         try:
-            completion = completion_of(sequence, self._text)
+            return completion_of(sequence, self._text)
         except Exception as error:
-            completion = Completion(error=self._unreadable(sequence, error))
+            return Completion(error=self._unreadable(sequence, error))
+
+    def _deliver(self, sequence: Sequence, completion: Completion) -> None:
         call, index = self._owner.pop(id(sequence))
         call.sequences.pop(index)
         call.results.put((index, completion))

@@ -135,6 +135,7 @@ class CausalModel:
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
         self._forward_names = frozenset(inspect.signature(self.module.base_model.forward).parameters)
+        self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.kv_shapes: list[KVShape] = self._probe()
@@ -193,7 +194,8 @@ class CausalModel:
         """
         tape = self._tape
         tape.calls, tape.first_hidden = [], None
-        self.module.base_model(**{key: value for key, value in inputs.items() if key in self._forward_names})
+        named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
+        self.module.base_model(**{key: value for key, value in named.items() if key in self._forward_names})
         calls, hidden = tape.calls, tape.first_hidden
         tape.calls, tape.first_hidden = [], None
         assert hidden is not None
@@ -234,7 +236,7 @@ class CausalModel:
         }
         packed = {**inputs, "use_cache": False}
         mask = torch.ones(1, 1, dtype=torch.long)
-        padded = {**inputs, "use_cache": True, "past_key_values": CacheView(ProbingView()), "attention_mask": mask}
+        padded = {**inputs, "use_cache": True, "cache": CacheView(ProbingView()), "attention_mask": mask}
         failure: Exception | None = None
         for self.is_padded, given in ((False, packed), (True, padded)):
             if self.is_padded:

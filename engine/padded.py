@@ -49,7 +49,7 @@ class PaddedBatch(Rows):
             "input_ids": self.ids.to(self._mask.device),
             "position_ids": self._positions,
             "attention_mask": self._mask,
-            "past_key_values": CacheView(_LayerView(self._sweeping, self)),
+            "cache": CacheView(_LayerView(self._sweeping, self)),
             "use_cache": True,
         }
 

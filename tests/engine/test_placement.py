@@ -69,6 +69,7 @@ def open_engine(directory: Path, offload: Path, **settings: Any) -> Engine:
 def test_every_unit_follows_the_percents(name: str, tied: bool, wide: Callable[[bool], Path], tmp_path: Path) -> None:
     expected = tiers(PERCENTS[name], 0)
     with open_engine(wide(tied), tmp_path, percent=PERCENTS[name]) as engine:
+        engine.wait_until_loaded()
         units = engine._weights.placed_bytes()
         layer = sum(units["layer.0"].values())
         parameters = sum(p.numel() * 4 for p in models.load_reference(wide(tied)).parameters())
@@ -93,6 +94,7 @@ def test_cache_and_activations_follow_the_percents_to_one_sequence(
     with open_engine(build("llama"), tmp_path, percent=PERCENTS[name], **{"share-prefix": False}) as engine:
         cache, hidden = cache_of(engine), engine._executor._hidden
         watch = Watch(engine, lambda: (dict(cache.num_blocks), dict(hidden.num_spans)))
+        engine.wait_until_loaded()
         before = engine.placed_bytes()
         engine.run(JOBS)
         blocks, spans = watch.seen[0]

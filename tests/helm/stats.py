@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NEVER_COMPARED = ["*runtime*", "batch_size", "finish_reason_*"]
 ZERO_IN_THE_REFERENCE = [  # follow from log-probabilities of tokens generated at temperature 0, which it reports as 0.0
     "logprob",
@@ -32,6 +34,18 @@ def stats_of(run: Path, *, left_out: list[str]) -> dict[str, Any]:
         for stat in read(run, "stats.json")
         if not any(fnmatch.fnmatch(stat["name"]["name"], pattern) for pattern in left_out)
     }
+
+
+def assert_alike(told: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same statistics, with the same values but for rounding."""
+    assert told.keys() == expected.keys()
+    for name, stat in expected.items():
+        found, deviation = dict(told[name]), stat.get("stddev")
+        if deviation is not None:  # HELM takes it from the difference of two squares, which is as good as its root
+            rounding = 1e-5 + 1e-7 * abs(stat["mean"])
+            assert found.pop("stddev") == pytest.approx(deviation, rel=1e-4, abs=rounding), name
+        rest = {key: value for key, value in stat.items() if key != "stddev"} if deviation is not None else stat
+        assert found == pytest.approx(rest, rel=1e-4, abs=1e-5), name
 
 
 def texts_of(run: Path) -> list[str]:
