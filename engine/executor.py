@@ -85,6 +85,8 @@ class Executor:
                     cache.prefetch(following[0], micro[following[1]])
                 if layer == 0:  # not before: the host looks up embeddings while the device is at the first layer
                     weights.look_up(batch.ids)
+                    if index + 1 < len(micro):
+                        weights.look_up_ahead(micro[index + 1].ids)
                     states, recorded = model.record(batch.inputs())
                     calls.append(recorded)
                 else:

@@ -53,13 +53,16 @@ def attend(
         if len(here) == len(batch.decode_groups) == 1 and batch.prefill_first == len(query):
             own_key, own_value = kv_cache.own_flat(layer, here[0], key, value)
             return _decode(query, own_key, own_value, here[0], scores)[0]
-    output = query.new_empty(query.shape)
-    logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
-    if batch.prefill_first < len(query):
-        rows = slice(batch.prefill_first, len(query))
-        output[rows], logsumexp[:, rows] = _varlen(
-            query[rows], key[rows], value[rows], batch.prefill_borders, batch.longest_prefill, scores
-        )
+    if not batch.decode_groups:
+        output, logsumexp = _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, scores)
+    else:
+        output = query.new_empty(query.shape)
+        logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
+        if batch.prefill_first < len(query):
+            rows = slice(batch.prefill_first, len(query))
+            output[rows], logsumexp[:, rows] = _varlen(
+                query[rows], key[rows], value[rows], batch.prefill_borders, batch.longest_prefill, scores
+            )
     for group in here:
         rows = slice(group.first, group.end)
         own_key, own_value = kv_cache.own_flat(layer, group, key[rows], value[rows])
@@ -73,7 +76,7 @@ def attend(
         shared, shared_logsumexp = _dense(query[rows][None], prefix_key, prefix_value, scores)
         # Weight of the prefix: its share of the sum of exponentials.
         weight = torch.sigmoid(shared_logsumexp - logsumexp[:, rows]).T[:, :, None].to(output.dtype)
-        output[rows] = torch.lerp(output[rows], shared, weight)
+        output[rows].lerp_(shared, weight)
     return output
 
 

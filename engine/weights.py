@@ -101,6 +101,8 @@ class WeightStore:
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._stage: list[tuple[torch.Tensor, Any]] = []
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="flexgen-look-up")
+        self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._lookup: torch.Tensor | None = None
         self._fault: BaseException | None = None
         self._views: dict[int, list[list[_Binding]]] = {}
@@ -214,12 +216,24 @@ class WeightStore:
         if placed.missing and self._fault is not None:
             raise self._fault
 
+    def look_up_ahead(self, ids: torch.Tensor) -> None:
+        """Start looking up the ids that `look_up` will be called with next, while the device computes."""
+        if self._overlap and self._placed["embedding"].num_streamed:
+            self._ahead = ids, self._looker.submit(self._find, ids)
+
     def look_up(self, ids: torch.Tensor) -> None:
-        """Prepare the token embedding for `ids` `[1, rows]` (on the host): brings just their rows to the device."""
+        """Prepare the token embedding for `ids` `[sequences, rows]` (on the host): brings just their rows here."""
+        if self._placed["embedding"].num_streamed == 0:
+            self._wait_for(self._placed["embedding"])
+            return
+        ahead, self._ahead = self._ahead, None
+        rows, self._lookup = ahead[1].result() if ahead is not None and ahead[0] is ids else self._find(ids)
+        self.model.embedding._parameters["weight"] = _parameter(rows)
+
+    def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the token embedding that `ids` need, on the device, and where among them each id finds its own."""
         table = self._placed["embedding"]
         self._wait_for(table)
-        if table.num_streamed == 0:
-            return
         unique, inverse = torch.unique(ids, return_inverse=True)
         like = self.model.state[table.extents[0].name]
         rows = torch.empty(len(unique), like.shape[1], dtype=like.dtype, device=self._device)
@@ -233,8 +247,7 @@ class WeightStore:
                     rows.copy_(found, non_blocking=True)
                 else:
                     rows.index_copy_(0, here.to(self._device), found.to(self._device, non_blocking=True))
-        self.model.embedding._parameters["weight"] = _parameter(rows)
-        self._lookup = inverse.to(self._device)
+        return rows, inverse.to(self._device)
 
     def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows of the table, page-locked if they are to cross the link."""
@@ -324,7 +337,9 @@ class WeightStore:
 
     def close(self) -> None:
         """Stop fetching and let go of the weights; the arena frees the memory."""
-        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._fetcher, self._looker):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead = None
         for placed in self._placed.values():
             for module, attribute in placed.unit.owners.values():
                 module._parameters[attribute] = None

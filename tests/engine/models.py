@@ -150,8 +150,9 @@ OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Families that carry their own attention: they run in padded micro-batches. GPT-J and CodeGen, whose code is one, do so
-until transformers 5.23."""
+"""Families that carry their own attention: they run in padded micro-batches.
+
+GPT-J and CodeGen, whose code is one, do so until transformers 5.23."""
 
 CORE = frozenset({"opt", "opt-post-norm", "llama", "gemma2", "gpt2", "gpt-oss", "deepseek-v3", "bloom"})
 """Those that are run under every policy: the kinds of attention, weights and positions that the others are made of."""
