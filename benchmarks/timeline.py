@@ -1,6 +1,6 @@
-"""One call's timeline on the card: what was copied and what was computed when, on which stream.
+"""Timelines of calls on the card: what was copied and what was computed when, on which stream.
 
-    python -m benchmarks.timeline --shape opt-30b --row 1x100x400+100:1 --gpu-memory 16GB
+    python -m benchmarks.timeline --shape opt-30b --rows 1x100x400+100:1 10x100x400+100:1 --gpu-memory 16GB
 
 Recorded by torch.profiler from outside, so the engine knows nothing of it, and written as compact JSON; draw it with
 `python -m benchmarks.draw`. Neighbouring kernels of one stream become one span; large copies stay apart.
@@ -14,12 +14,15 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flexgen_helm.bench import bench_policy, timed
 from flexgen_helm.dummy import open_dummy
 from flexgen_helm.record import write_record
 from flexgen_helm.roofline import Workload
+
+if TYPE_CHECKING:
+    from engine import Engine
 
 Kind = Literal["to device", "from device", "compute"]
 KINDS: tuple[Kind, ...] = ("to device", "from device", "compute")
@@ -124,33 +127,45 @@ def summary(spans: list[Span]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Record one call after a rehearsal and write it."""
+    """Record a call of each workload, after a rehearsal and a plain one, and write them, a file each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-30b")
-    parser.add_argument("--row", type=Workload.parse, default="1x100x400+100:1")
+    parser.add_argument("--rows", nargs="+", type=Workload.parse, default=[Workload.parse("1x100x400+100:1")])
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--gpu-memory")
     parser.add_argument("--percent", nargs=6, type=int)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options = parser.parse_args()
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     if not torch.cuda.is_available():
         raise SystemExit("a timeline needs a CUDA device: on the CPU there are no streams to show")
     policy = bench_policy(options.policy, options.gpu_memory, options.percent)
-    with open_dummy(options.shape, policy) as engine, tempfile.TemporaryDirectory() as folder:
-        timed(engine, options.row.rehearsal(), seed=1)
-        plain_s, _ = timed(engine, options.row)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            seconds, sweeps = timed(engine, options.row, seed=2)
+    with open_dummy(options.shape, policy) as engine:
+        for row in options.rows:
+            recording = record(engine, row)
+            print(
+                f"{row}: {recording['seconds']:.3f} s, {recording['recorded_seconds']:.3f} s while recorded, ", end=""
+            )
+            print(f"{len(recording['spans'])} spans; {recording['summary']}", flush=True)
+            content = {"shape": options.shape, "row": str(row), "policy": policy.as_mapping(), **recording}
+            parts = ("timeline", options.shape, options.gpu_memory, re.sub(r"\W", "-", str(row)))
+            print(write_record("-".join(filter(None, parts)), content, options.out), flush=True)
+
+
+def record(engine: Engine, row: Workload) -> dict[str, Any]:
+    """Seconds of a plain call, and the spans of a recorded one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    timed(engine, row.rehearsal(), seed=1)
+    plain_s, _ = timed(engine, row)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds, sweeps = timed(engine, row, seed=2)
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         spans = spans_of(json.loads(file.read_text()))
-    content = {
-        "shape": options.shape,
-        "row": str(options.row),
-        "policy": policy.as_mapping(),
+    return {
         "seconds": plain_s,
         "recorded_seconds": seconds,
         "sweeps": sweeps,
@@ -158,9 +173,6 @@ def main() -> None:
         "columns": list(Span.__dataclass_fields__),
         "spans": [[round(v, 1) if isinstance(v, float) else v for v in vars(span).values()] for span in spans],
     }
-    print(f"{plain_s:.3f} s, {seconds:.3f} s while recorded, {len(spans)} spans; {content['summary']}", flush=True)
-    name = "-".join(filter(None, ("timeline", options.shape, options.gpu_memory, re.sub(r"\W", "-", str(options.row)))))
-    print(write_record(name, content, options.out))
 
 
 if __name__ == "__main__":
