@@ -52,6 +52,8 @@ class Sweeping:
     layer: int = 0
     probed: KVShape | None = None
     """Found out by `probe_kv_shape` since the layer in hand was called."""
+    is_plain: bool = True
+    """Whether no layer that was probed has caps, sinks or a window."""
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
 
@@ -121,6 +123,7 @@ def attention(
             raise UnsupportedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
         if sweeping.probed is not None:
             raise UnsupportedError("its layers attend more than once")
+        sweeping.is_plain &= sliding_window is None and softcap is None and s_aux is None
         sweeping.probed = KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
     batch = sweeping.batch

@@ -69,11 +69,10 @@ class DecodeGroup:
         borders = torch.arange(len(segments) + 1, dtype=torch.int32)
         self.row_borders = (borders * self.steps).to(device)
         """Where each sequence's queries begin: int32 `[sequences + 1]`."""
-        blocks = [segment.span.block for segment in segments]
-        self.is_on_device = all(block is not None and block.tier == "device" for block in blocks)
-        """Whether all own tokens are in the device's table."""
+        self.is_on_device = segments[0].is_on_device
+        """Whether all own tokens are in the device's table; else none are."""
         if self.is_on_device:
-            firsts = [block.first for block in blocks if block is not None]
+            firsts = [segment.span.block.first for segment in segments if segment.span.block is not None]
             self.own_borders = torch.tensor([*firsts, firsts[-1]], dtype=torch.int32).to(device)
         else:
             self.own_borders = (borders * self.length).to(device)
@@ -188,9 +187,13 @@ class MicroBatch(Rows):
 
 
 def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
-    """Neighbours of the same chain; decode steps apart from new spans, and by their numbers of rows."""
-    runs = groupby(segments, key=lambda segment: (segment.is_decode and segment.num_rows, id(segment.span.parent)))
-    return [list(run) for _, run in runs]
+    """Neighbours of the same chain; decode steps apart from new spans, by their numbers of rows, and by their place."""
+
+    def kind(segment: Segment) -> tuple[int, ...]:
+        decode = (segment.num_rows, segment.is_on_device) if segment.is_decode else ()
+        return id(segment.span.parent), *decode
+
+    return [list(run) for _, run in groupby(segments, key=kind)]
 
 
 def _prefill_runs(segments: list[Segment]) -> list[list[Segment]]:

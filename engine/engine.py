@@ -401,6 +401,7 @@ def shape_of(model: CausalModel) -> ModelShape:
         cache_layer_row_bytes=widest.width * item,
         hidden_row_bytes=model.hidden_size * item,
         is_padded=model.is_padded,
+        reads_in_place=model.reads_in_place,
         work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
     )
 

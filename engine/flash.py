@@ -17,19 +17,22 @@ _MAX_HEAD_DIM = 256
 def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: MicroBatch) -> bool:
     """Whether the kernels can do it: CUDA from sm80 on, 16 bits, plain softmax, no window that cuts anything off."""
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1] <= _MAX_HEAD_DIM
-        and query.shape[-1] % 8 == 0
+        has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
         and scores.is_stock
         and (scores.window is None or batch.longest <= scores.window)
-        and _has_kernels(query.device)
     )
 
 
 @cache
-def _has_kernels(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def has_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether there are kernels for heads of these sizes on `device`."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and key_dim == value_dim <= _MAX_HEAD_DIM
+        and key_dim % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def attend(

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from engine import flash
 from engine.attention import ATTENTION_NAME, KVShape, Sweeping, probe_kv_shape
 from engine.errors import CheckpointError, UnsupportedError
 from engine.padded import CacheView, ProbingView
@@ -158,6 +159,13 @@ class CausalModel:
     def embedding_name(self) -> str:
         """Full name of the token embedding's weight."""
         return next(iter(self.units[0].owners))
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether attention always reads keys and values on the device where they lie (`flash.is_usable`)."""
+        sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes}
+        has_kernels = all(flash.has_kernels(self.device, self.dtype, *size) for size in sizes)
+        return has_kernels and self.sweeping.is_plain and not self.is_padded
 
     def _find_units(self) -> list[Unit]:
         layer_of = {id(module): index for index, layer in enumerate(self.layers) for module in layer.modules()}

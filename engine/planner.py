@@ -50,6 +50,8 @@ class ModelShape:
 
     is_padded: bool = False
     """The family carries its own attention and runs in padded micro-batches."""
+    reads_in_place: bool = False
+    """Attention reads keys and values on the device where they lie."""
 
     @property
     def weight_bytes(self) -> int:
@@ -103,6 +105,7 @@ class _Planner:
             batches=self.policy.num_gpu_batches or _BATCHES,
             rows_per_batch=rows,
             cached_rows_per_batch=max(1, self._staged(rows) // (3 * self.shape.cache_layer_row_bytes)),
+            reads_in_place=self.shape.reads_in_place,
             rows_per_sweep=hidden_rows,
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, int(_FREE_ROWS * (100 - weights.gpu) / 100)),
             pad=self.policy.pad_to_seq_len,

@@ -28,7 +28,9 @@ class Limits:
     rows_per_batch: int
     """Rows (tokens, padding included) in a micro-batch; a single longer prompt still gets one of its own."""
     cached_rows_per_batch: int
-    """Rows of the KV cache that the decode steps of a micro-batch may bring to the device."""
+    """Rows of the KV cache that attention may gather for the decode steps of a micro-batch."""
+    reads_in_place: bool = False
+    """Attention reads keys and values of decode steps where they lie on the device, instead of gathering them."""
     rows_per_sweep: int
     """Rows whose hidden states the activation memory holds."""
     free_rows: int = 0
@@ -73,6 +75,11 @@ class Segment:
     def is_decode(self) -> bool:
         """Whether this is one step of a running sequence."""
         return self.past > 0
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether its keys and values are kept on the device."""
+        return self.span.block is not None and self.span.block.tier == "device"
 
     @property
     def tokens(self) -> list[int]:
@@ -326,27 +333,32 @@ def _is_alone(segment: Segment) -> bool:
 
 def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
+
+    def gathers(segment: Segment) -> bool:
+        return segment.is_decode and not (limits.reads_in_place and segment.is_on_device)
+
     decode = [segment for segment in segments if segment.is_decode]
-    decode.sort(key=lambda segment: (id(segment.span.parent), segment.num_rows, segment.past))
+    decode.sort(key=lambda segment: (id(segment.span.parent), segment.is_on_device, segment.num_rows, segment.past))
     batches: list[list[Segment]] = []
-    rows = count = cached = 0
+    rows = count = num_gathered = longest = 0
     for segment in [*decode, *(segment for segment in segments if not segment.is_decode)]:
         size = segment.num_rows + segment.num_pad
         is_sequence = isinstance(segment.span, Sequence)
-        reach = max(cached, (segment.past + size) if segment.is_decode else 0)  # decode steps are padded to the longest
+        reach = segment.past + size if gathers(segment) else 0
+        gathered = max(longest, reach) * (num_gathered + 1)  # all are padded to the longest
         if not batches or (
             rows + size > limits.rows_per_batch
             or count + is_sequence > limits.sequences_per_batch
             or _is_alone(segment)
             or _is_alone(batches[-1][0])
-            or (segment.is_decode and reach * (count + 1) > limits.cached_rows_per_batch)
+            or (reach and gathered > limits.cached_rows_per_batch)
         ):
             batches.append([])
-            rows = count = 0
-            reach = segment.past + size if segment.is_decode else 0
+            rows = count = num_gathered = longest = 0
         segment.first = rows
         batches[-1].append(segment)
-        rows, count, cached = rows + size, count + is_sequence, reach
+        rows, count = rows + size, count + is_sequence
+        num_gathered, longest = num_gathered + bool(reach), max(longest, reach)
     return batches
 
 

@@ -17,14 +17,15 @@ from engine.sequence import Prefix, Sequence
 
 
 class Room:
-    """Rows of one table of fixed size."""
+    """Rows of one table of fixed size, of which the first `on_device` are said to be on the device."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, on_device: int = 10**9) -> None:
         self.extents = Extents(capacity)
+        self.on_device = on_device
 
     def allocate(self, num_rows: int) -> Block | None:
         first = self.extents.take(num_rows)
-        return None if first is None else Block("device", first, num_rows)
+        return None if first is None else Block("device" if first < self.on_device else "host", first, num_rows)
 
     def expect(self, num_rows: int) -> None:
         assert num_rows >= 0
@@ -124,6 +125,8 @@ def check_batch(batch: list[Segment], limits: Limits) -> None:
     kinds = [segment.is_decode for segment in batch]
     assert kinds == sorted(kinds, reverse=True)
     lengths = [segment.past + 1 for segment in batch if segment.is_decode]
+    if limits.reads_in_place:
+        lengths = [segment.past + 1 for segment in batch if segment.is_decode and not segment.is_on_device]
     assert len(lengths) * max(lengths, default=0) <= limits.cached_rows_per_batch or len(lengths) == 1
 
 
@@ -144,12 +147,12 @@ def check_segment(segment: Segment, limits: Limits) -> None:
         assert segment.num_pad == 0
 
 
-def make_runner(capacity: int, *, share_prefix: bool = True, **limits: object) -> Runner:
+def make_runner(capacity: int, *, on_device: int = 10**9, share_prefix: bool = True, **limits: object) -> Runner:
     values: dict[str, object] = {
         "sequences_per_batch": 64, "batches": 4, "rows_per_batch": 256, "cached_rows_per_batch": 10**6,
         "rows_per_sweep": 10**6,
     } | limits  # fmt: skip
-    room = Room(capacity)
+    room = Room(capacity, on_device)
     return Runner(Scheduler(Limits(**values), room, share_prefix=share_prefix), room)  # type: ignore[arg-type]
 
 
@@ -180,8 +183,10 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
             "rows_per_sweep": st.sampled_from([1, 60, 10**6]),
             "pad": st.sampled_from([None, None, "bucket", 100]),
             "rectangular": st.booleans(),
+            "reads_in_place": st.booleans(),
         }
     ),
+    on_device=st.integers(0, 300),
     share_prefix=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -189,11 +194,12 @@ def test_everybody_is_served_within_the_limits(
     arrivals: list[tuple[int, list[Job]]],
     capacity: int,
     limits: dict[str, object],
+    on_device: int,
     share_prefix: bool,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
-    runner = make_runner(capacity, share_prefix=share_prefix, **limits)
+    runner = make_runner(capacity, on_device=on_device, share_prefix=share_prefix, **limits)
     everybody: list[Sequence] = []
     dropped: list[Sequence] = []
     for wait, jobs in arrivals:
@@ -270,6 +276,15 @@ def test_decode_steps_bring_no_more_of_the_cache_than_allowed() -> None:
     runner.sweep()
     batches = runner.scheduler.next_sweep()
     assert [len(batch) for batch in batches] == [3, 3, 1]  # three of 31 rows each
+
+
+def test_decode_steps_that_are_read_in_place_gather_nothing() -> None:
+    """Of seven sequences of 38 rows, four are on the device."""
+    runner = make_runner(1000, on_device=4 * 38, cached_rows_per_batch=62, reads_in_place=True)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 30), max_new_tokens=9)) for i in range(7)])
+    runner.sweep()
+    batches = runner.scheduler.next_sweep()
+    assert [[segment.is_on_device for segment in batch] for batch in batches] == [[False] * 2, [False, *[True] * 4]]
 
 
 def test_one_token_jobs_need_no_cache_of_their_own() -> None:
