@@ -64,12 +64,22 @@ def test_helm_accepts_its_commands(arguments: list[str]) -> None:
 
 
 def test_other_commands_are_accepted() -> None:
+    from flexgen_helm.bench import bench_parser, workloads
+    from flexgen_helm.dummy import shape_config
+    from flexgen_helm.entries import read_entries
     from flexgen_helm.flags import checked_policy
     from flexgen_helm.register import register_parser
     from flexgen_helm.run import COMMANDS
+    from flexgen_helm.verify import parse_verify_flags
 
     for arguments in commands_of("flexgen-helm"):
         assert arguments[0] in COMMANDS
+    for arguments in commands_of("flexgen-helm", "bench"):
+        args = bench_parser().parse_args(arguments)
+        assert workloads(args.rows, args.curve)
+        shape_config(args.shape)
+    for arguments in commands_of("flexgen-helm", "verify"):
+        assert read_entries(parse_verify_flags(arguments))
     for arguments in commands_of("flexgen-helm", "register"):
         checked_policy(register_parser().parse_args(arguments).policy)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
