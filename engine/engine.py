@@ -376,6 +376,10 @@ def _lift_limit(device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+_SCORE_COPIES = 3
+"""Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
+
+
 def shape_of(model: CausalModel) -> ModelShape:
     """Sizes that the planner needs."""
     state, config = model.state, model.config.get_text_config()
@@ -401,6 +405,7 @@ def shape_of(model: CausalModel) -> ModelShape:
         cache_layer_row_bytes=widest.width * item,
         hidden_row_bytes=model.hidden_size * item,
         is_padded=model.is_padded,
+        score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
         reads_in_place=model.reads_in_place,
         work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
     )

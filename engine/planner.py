@@ -52,6 +52,8 @@ class ModelShape:
     """The family carries its own attention and runs in padded micro-batches."""
     reads_in_place: bool = False
     """Attention reads keys and values on the device where they lie."""
+    score_bytes: int = 0
+    """Of one row's attention to one key, all heads and their copies, where a family keeps them; else 0."""
 
     @property
     def weight_bytes(self) -> int:
@@ -110,6 +112,7 @@ class _Planner:
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, int(_FREE_ROWS * (100 - weights.gpu) / 100)),
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
+            scores_per_batch=self._scores_per_batch(rows, device),
         )
         return Plan(
             weights=weights,
@@ -118,6 +121,15 @@ class _Planner:
             cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
         )
+
+    def _scores_per_batch(self, rows: int, left: int) -> int | None:
+        """What a micro-batch's attention scores may be: beyond that they would not fit in any case.
+
+        Never less than a micro-batch of one sequence of `rows` rows has.
+        """
+        if not self.shape.score_bytes:
+            return None
+        return max(rows * rows, max(0, left) // self.shape.score_bytes)
 
     def _cache_budgets(self, left: dict[Tier, int], activations: Share, hidden_bytes: int) -> dict[Tier, int]:
         """What hidden states leave of the tiers that the cache may use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ class Limits:
     pad: PadMode = None
     rectangular: bool = False
     """Micro-batches are rectangles, for families that carry their own attention."""
+    scores_per_batch: int | None = None
+    """Attention scores, in new rows times keys, that a rectangle may have; a sequence with more of its own fails."""
 
 
 @dataclass(eq=False)
@@ -146,12 +149,16 @@ class Scheduler:
         capacity = self.limits.sequences_per_batch * self.limits.batches
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]
+            if self._is_too_long(sequence):
+                self._waiting.popleft()
+                self._fail(sequence, "attention", "its device memory (gpu-memory)")
+                continue
             new = self._enter(sequence, entered)
             if new is None:
                 if self.running or entered:
                     break
                 self._waiting.popleft()
-                self._fail(sequence)
+                self._fail(sequence, "the KV cache", "the cache more memory (gpu-memory, cpu-memory, or a disk share)")
                 continue
             size = sum(segment.num_rows + segment.num_pad for segment in new)
             if segments and rows + size > self.limits.rows_per_sweep:
@@ -249,11 +256,15 @@ class Scheduler:
                 self._cache.free(segment.span.block)
                 segment.span.block = None
 
-    def _fail(self, sequence: Sequence) -> None:
-        rows = sequence.capacity + sum(len(prefix.tokens) for prefix in sequence.chain)
+    def _is_too_long(self, sequence: Sequence) -> bool:
+        """Whether its attention scores alone are more than memory holds."""
+        limit = self.limits.scores_per_batch
+        return limit is not None and (sequence.start + sequence.num_prompt) ** 2 > limit
+
+    def _fail(self, sequence: Sequence, what: str, cure: str) -> None:
+        rows = sequence.start + sequence.capacity
         sequence.error = CapacityError(
-            f"the KV cache has no room for a sequence of {rows} tokens; "
-            "shorten it, or give the cache more memory (gpu-memory, cpu-memory, or a disk share)"
+            f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"
         )
         self._leave(sequence)
         self.failed.append(sequence)
@@ -382,6 +393,7 @@ def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
             or count > limits.sequences_per_batch
             or count * max(columns, size) > limits.rows_per_batch
             or count * max(keys, reach) > limits.cached_rows_per_batch
+            or count * max(columns, size) * max(keys, reach) > (limits.scores_per_batch or math.inf)
         ):
             batches.append([])
             columns = keys = 0

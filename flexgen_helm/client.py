@@ -55,7 +55,8 @@ class FlexGenClient(CachingClient):
 
     `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `apply_chat_template` is, if
     left out, whether the tokenizer has one. `top_k` restricts sampling (HELM's `top_k_per_token` asks for candidates
-    and never does). Everything that HELM injects is told by the parameters' names.
+    and never does). `window` is the most positions the model takes, where its files do not tell. Everything that HELM
+    injects is told by the parameters' names.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class FlexGenClient(CachingClient):
         policy: str | Mapping[str, Any] | None = "auto",
         apply_chat_template: bool | None = None,
         top_k: int | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__(cache_config=cache_config)
         self._model = pretrained_model_name_or_path or model_name or ""
@@ -81,11 +83,14 @@ class FlexGenClient(CachingClient):
             )
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k {top_k} of {self._model} is below 1; leave it out to sample among all tokens")
+        if window is not None and window < 1:
+            raise ConfigError(f"window {window} of {self._model} is below 1; leave it out to take the model's own")
         self._tokenizer = tokenizer
         self._policy = Policy.load(policy)
         self._end_of_text_token = end_of_text_token
         self._apply_chat_template = apply_chat_template
         self._top_k = top_k
+        self._window = window
 
     @cached_property
     def _served(self) -> Served:
@@ -102,12 +107,19 @@ class FlexGenClient(CachingClient):
         return Translator(
             tokenizer,
             model=self._model,
-            window=self._served.description.window,
+            window=self._window_of_model(),
+            is_window_given=self._window is not None,
             pad_to=pad if isinstance(pad, int) else None,
             end_of_text_token=self._end_of_text_token,
             apply_chat_template=self._apply_chat_template,
             top_k=self._top_k,
         )
+
+    def _window_of_model(self) -> int | None:
+        own = self._served.description.window
+        if self._window is not None and own is not None and self._window > own:
+            raise ConfigError(f"window {self._window} of {self._model} exceeds the {own} of its config; leave it out")
+        return own if self._window is None else self._window
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise the error of the first request that cannot be run, saying how many there are; loads no weights."""

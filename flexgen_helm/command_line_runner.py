@@ -25,9 +25,15 @@ class CommandLineRunner(FlexGenRunner):
         super().run_all(run_specs)
 
     def run_one(self, run_spec: RunSpec) -> None:
-        """Run one run spec under its own heading."""
-        self.display.begin(short_name(run_spec.name))
+        """Run one run spec under its own heading; requests that failed are noted there."""
+        name = short_name(run_spec.name)
+        self.display.begin(name)
         super().run_one(run_spec)
+        if isinstance(self.executor, WholeRunExecutor) and (failed := self.executor.failed):
+            self.executor.failed = []  # a run that is skipped as completed executes nothing
+            self.display.notes.append(
+                f"{name}: {len(failed)} requests failed and count as empty answers; the first: {failed[0]}"
+            )
 
     @staticmethod
     def progress(done: int, total: int, tokens: int) -> None:

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import EngineError
+from engine.job import Completion, Job
 from flexgen_helm.reference import Forced, Reference
 from flexgen_helm.scores import Score, short_name
 from flexgen_helm.translate import Timing, Translator, result
 
 if TYPE_CHECKING:
     from helm.benchmark.adaptation.request_state import RequestState
-
-    from engine.job import Completion, Job
 
 FILE_NAME = "fidelity.json"
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
@@ -75,10 +75,13 @@ class Comparison:
 
     compared: list[Compared]
     states: list[RequestState]
-    """Those of sampled and of failed requests are as they were."""
+    """Those of sampled requests, and of requests that fail there too, are as they were."""
     num_requests: int
     """Compared ones; failed ones have nothing to compare."""
     num_failed: int
+    """Requests that our engine did not answer."""
+    num_failed_here: int
+    """Those of them that the reference does answer."""
 
 
 def compare(
@@ -96,40 +99,71 @@ def compare(
     """
     compared: list[Compared] = []
     theirs: list[RequestState] = []
-    num_failed = num_tokens = 0
+    num_failed = num_failed_here = num_tokens = 0
     for number, state in enumerate(states, start=1):
         request = state.request
-        if state.result is None or not state.result.success:
-            num_failed += 1
-            theirs.append(state)
-        else:
-            text, started = translator.render(request), time.time()
+        answers: list[Completion] = []
+        started, is_sampled = time.time(), False
+        if state.result is not None and state.result.success:
+            text = translator.render(request)
             ids = translator.encode(text)
-            answers = []
             for job in translator.jobs(request, text, ids):
                 one, answer = _compare_job(state, job, completion_of(job), reference)
                 compared.append(one)
                 answers.append(answer)
-                num_tokens += len(ids) + len(answer.tokens)
+                is_sampled |= one.is_sampled
+        else:
+            num_failed += 1
+            try:
+                text = translator.render(request)
+                ids = translator.encode(text)
+                jobs = translator.jobs(request, text, ids)
+                is_sampled = not all(map(_is_greedy, jobs))
+                answers = [] if is_sampled else [_answer(job, reference) for job in jobs]
+                num_failed_here += not is_sampled
+            except EngineError:
+                answers = []  # it fails there too
+        if answers and not is_sampled:
             timing = Timing(seconds=time.time() - started, started=started, num_requests=1)
             response = translator.response(request, ids, answers, timing)
-            is_defined = not any(one.is_sampled for one in compared[-len(answers) :])
-            theirs.append(replace(state, result=result(response, cached=False)) if is_defined else state)
+            state = replace(state, result=result(response, cached=False))
+        theirs.append(state)
+        num_tokens += sum(len(ids) + len(answer.tokens) for answer in answers)
         progress(number, len(states), num_tokens)
-    return Comparison(compared=compared, states=theirs, num_requests=len(states) - num_failed, num_failed=num_failed)
+    return Comparison(
+        compared=compared,
+        states=theirs,
+        num_requests=len(states) - num_failed,
+        num_failed=num_failed,
+        num_failed_here=num_failed_here,
+    )
+
+
+def _is_greedy(job: Job) -> bool:
+    """Whether the reference can tell the job's tokens (those of a job that generates none, too)."""
+    sampling = job.sampling
+    return job.max_new_tokens == 0 or not (
+        sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty
+    )
+
+
+def _answer(job: Job, reference: Reference) -> Completion:
+    """What the reference answers to a greedy job; `EngineError` where it is not finite."""
+    decoded = reference.greedy(job) if job.max_new_tokens else Completion(finish_reason="length")
+    forced = reference.force(job, decoded.tokens)
+    return replace(decoded, logprobs=forced.logprobs, prompt_logprobs=forced.prompt_logprobs)
 
 
 def _compare_job(state: RequestState, job: Job, ours: Completion, reference: Reference) -> tuple[Compared, Completion]:
     """Compare one completion; returns with it what the reference answers (of a sampled job: our tokens, forced)."""
     forced = reference.force(job, ours.tokens)
     differences = list(_differences(state, ours, forced))
-    sampling = job.sampling
-    is_greedy = not (sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty)
+    is_greedy = _is_greedy(job)
     compared = Compared(
         worst=max(differences, key=lambda each: each.size, default=None),
         num_logprobs=len(differences),
         sum_of_differences=math.fsum(each.size for each in differences),
-        is_sampled=job.max_new_tokens > 0 and not is_greedy,
+        is_sampled=not is_greedy,
     )
     answer = replace(ours, logprobs=forced.logprobs, prompt_logprobs=forced.prompt_logprobs)
     if job.max_new_tokens == 0 or not is_greedy:
@@ -245,14 +279,22 @@ class Fidelity:
     @property
     def has_drifted(self) -> bool:
         """Whether there is more between the two than rounding explains."""
-        return (self.largest_difference or 0.0) > self.tolerance or self.num_unexplained > 0
+        differs = (self.largest_difference or 0.0) > self.tolerance or self.num_unexplained > 0
+        return differs or self.comparison.num_failed_here > 0
+
+    @property
+    def verdict(self) -> str:
+        """The finding in a few words."""
+        if self.has_drifted:
+            return "drift"
+        return "within rounding" if self.num_logprobs else "nothing compared"
 
     def figures(self) -> dict[str, Any]:
         """What `fidelity.json` says of the comparison; JSON types only."""
         agreeing, num_tokens = self.tokens
         same, num_texts = self.texts
         return {
-            "verdict": "drift" if self.has_drifted else "within rounding",
+            "verdict": self.verdict,
             "score": {
                 "metric": self.score.metric,
                 "split": self.score.split,
@@ -261,7 +303,11 @@ class Fidelity:
                 "difference": self.score_difference,
             },
             "sampled": self.is_sampled,
-            "requests": {"compared": self.comparison.num_requests, "failed": self.comparison.num_failed},
+            "requests": {
+                "compared": self.comparison.num_requests,
+                "failed": self.comparison.num_failed,
+                "failed_only_here": self.comparison.num_failed_here,
+            },
             "logprobs": {
                 "compared": self.num_logprobs,
                 "largest_difference": self.largest_difference,
@@ -281,6 +327,8 @@ class Fidelity:
             parts.append(
                 f"{num_texts - same} of {num_texts} texts, {self.num_unexplained} of them where no tie is near"
             )
+        if self.comparison.num_failed_here:
+            parts.append(f"{self.comparison.num_failed_here} requests, which fail here only")
         if self.score_difference:
             parts.append(f"{self.score.metric} by {self.score_difference:+.3f}")
         return f"drift in {short_name(self.score.run)}: differing are {'; '.join(parts)}"
@@ -292,9 +340,11 @@ def verdict(fidelities: Sequence[Fidelity]) -> str:
     limits_told = f"the limits for rounding (log-probabilities: {', '.join(limits)})"
     if drifted := [each for each in fidelities if each.has_drifted]:
         return "\n".join([*(each.drift() for each in drifted), f"more than {limits_told}"])
+    num_failed = sum(each.comparison.num_failed for each in fidelities)
+    failed = f"; {num_failed} requests failed, here and there, and count as empty answers" if num_failed else ""
     if not any(each.num_logprobs for each in fidelities):
-        return "nothing to compare: no request has log-probabilities"
-    return f"no drift: the differences are within {limits_told}"
+        return f"nothing to compare: no request has log-probabilities{failed}"
+    return f"no drift: the differences are within {limits_told}{failed}"
 
 
 def table(fidelities: Sequence[Fidelity]) -> str:
@@ -302,7 +352,19 @@ def table(fidelities: Sequence[Fidelity]) -> str:
     models = {each.score.model for each in fidelities}
     head = models.copy().pop() if len(models) == 1 else "run"
     rows = [
-        (head, "metric", "score", "reference", "difference", "logprob max", "mean", "tokens", "texts", "requests"),
+        (
+            head,
+            "metric",
+            "score",
+            "reference",
+            "difference",
+            "logprob max",
+            "mean",
+            "tokens",
+            "texts",
+            "requests",
+            "failed",
+        ),
         *(_row(each, short_name(each.score.run) if len(models) == 1 else each.score.run) for each in fidelities),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -326,8 +388,8 @@ def _row(fidelity: Fidelity, name: str) -> tuple[str, ...]:
     ]
     counts = ["sampled" if fidelity.is_sampled and not of else f"{count}/{of}" if of else "none"
               for count, of in (fidelity.tokens, fidelity.texts)]  # fmt: skip
-    requests = str(fidelity.comparison.num_requests)
-    return (name, fidelity.score.metric, score, reference, difference, *logprobs, *counts, requests)
+    requests = str(fidelity.comparison.num_requests), str(fidelity.comparison.num_failed)
+    return (name, fidelity.score.metric, score, reference, difference, *logprobs, *counts, *requests)
 
 
 def write_record(run_path: Path, record: Mapping[str, Any]) -> None:

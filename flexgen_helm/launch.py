@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -91,7 +92,12 @@ def _prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: bo
     entries = read_entries(args)
     check_run_spec_names(entries)
     named = [args.model] if args.model else list(args.models_to_run or [])
-    models = Models(policy=policy, path=args.path, apply_chat_template=False if is_demo and not named else None)
+    models = Models(
+        policy=policy,
+        path=args.path,
+        apply_chat_template=False if is_demo and not named else None,
+        max_sequence_length=args.max_sequence_length,
+    )
     if is_demo and not named:
         named = [str(assets.demo_model())]
     assigned = assign_models(entries, named, models.target, skip_others=bool(args.models_to_run))
@@ -124,6 +130,7 @@ def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[
     own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
     auth = create_authentication(args) if args.server_url and not args.skip_instances else Authentication("")
     failure: Exception | None = None
+    started_ns = time.time_ns()
     try:
         run_benchmarking(
             run_specs=run_specs,
@@ -146,9 +153,11 @@ def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[
     except Exception as error:
         failure = error
     throughput = display.close()
-    scores = read_scores(run_specs, Path(args.output_path) / "runs" / args.suite)
+    path = Path(args.output_path) / "runs" / args.suite
+    # What an earlier command left of a run is no result of this one, unless it was asked to skip what is completed.
+    scores = read_scores(run_specs, path, since_ns=0 if args.skip_completed_runs else started_ns)
     if scores and not args.dry_run:
-        print(show(scores), throughput, f"results: {Path(args.output_path) / 'runs' / args.suite}", sep="\n")
+        print(show(scores), *display.notes, throughput, f"results: {path}", sep="\n")
     if failure is not None:
         raise _verdict(failure, len(run_specs)) from failure
 

@@ -20,11 +20,19 @@ from flexgen_helm.registration import CLIENT, Entries, entries_for, merge_into_l
 class Models:
     """The models of one command line, each looked up once."""
 
-    def __init__(self, *, policy: PolicySpec | None, path: str | None = None, apply_chat_template: bool | None = None):
+    def __init__(
+        self,
+        *,
+        policy: PolicySpec | None,
+        path: str | None = None,
+        apply_chat_template: bool | None = None,
+        max_sequence_length: int | None = None,
+    ) -> None:
         """`policy` None leaves a deployment that HELM knows its own; `path` is where the weights of --model are."""
         self._policy = policy
         self._path = path
         self._apply_chat_template = apply_chat_template
+        self._max_sequence_length = max_sequence_length
         self._entries: dict[str, Entries] = {}
 
     def target(self, model: str) -> Target:
@@ -56,6 +64,8 @@ class Models:
             args = {**deployment.client_spec.args, "policy": self._policy}
             client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
             deployment = dataclasses.replace(deployment, client_spec=client_spec)
+        if self._max_sequence_length is not None:
+            deployment = dataclasses.replace(deployment, max_sequence_length=self._max_sequence_length)
         tokenizer = get_tokenizer_config(deployment.tokenizer_name or model)
         if tokenizer is None:
             raise ConfigError(
@@ -69,6 +79,7 @@ class Models:
             name=model if self._path else None,
             policy=self._policy or "auto",
             apply_chat_template=self._apply_chat_template,
+            max_sequence_length=self._max_sequence_length,
         )
         other = None if self._path else our_deployment(entries.model.name)
         if other is not None and os.path.realpath(source_of(other)) != os.path.realpath(source_of(entries.deployment)):

@@ -22,6 +22,8 @@ class Progress:
         self, num_runs: int = 1, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Write to `stream`, stderr by default; `clock` gives seconds."""
+        self.notes: list[str] = []
+        """Lines that are to be read at the end."""
         self._num_runs = num_runs
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock

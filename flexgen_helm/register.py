@@ -19,6 +19,12 @@ def register_parser() -> Parser:
     parser.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
     parser.add_argument("--local-path", default="prod_env", help="HELM's --local-path (default: prod_env)")
     parser.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
+    parser.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="N",
+        help="longest prompt and answer together that HELM is to make (default: what the model's files tell)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -32,7 +38,7 @@ def register(arguments: Sequence[str]) -> int:
         raise InstallationError(problem)
     from flexgen_helm.registration import entries_for, merge_into_local_path
 
-    entries = entries_for(args.model, name=args.name, policy=policy)
+    entries = entries_for(args.model, name=args.name, policy=policy, max_sequence_length=args.max_sequence_length)
     for notice in merge_into_local_path(entries, args.local_path):
         print(f"flexgen-helm: {notice}", file=sys.stderr)
     names = f"model={entries.model.name},model_deployment={entries.deployment.name}"

@@ -33,6 +33,7 @@ from helm.benchmark.tokenizer_config_registry import (
 from engine.checkpoint import ModelDescription, describe
 from engine.errors import CheckpointError, ConfigError
 from engine.policy import Policy
+from flexgen_helm.translate import Translator
 from flexgen_helm.yaml_lists import add_to_yaml_lists
 
 CLIENT = "flexgen_helm.client.FlexGenClient"
@@ -72,12 +73,15 @@ def entries_for(
     is_directory = Path(model).expanduser().is_dir()
     source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
-    end_of_text_token, prefix_token, tokenizer_limit = _read_tokenizer(description.path)
+    end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
+    longest, window = _longest_sequence(model, max_sequence_length, translator)
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
     if apply_chat_template is not None:
         args["apply_chat_template"] = apply_chat_template
     if top_k is not None:
         args["top_k"] = top_k
+    if window is not None:
+        args["window"] = window
     return Entries(
         model=ModelMetadata(
             name=helm_name,
@@ -98,7 +102,7 @@ def entries_for(
             name=f"flexgen/{helm_name.split('/')[1]}",
             model_name=helm_name,
             tokenizer_name=helm_name,
-            max_sequence_length=_longest_sequence(model, max_sequence_length, description, tokenizer_limit),
+            max_sequence_length=longest,
             client_spec=ClientSpec(class_name=CLIENT, args=args),
         ),
     )
@@ -115,27 +119,48 @@ def _default_name(source: str, is_directory: bool) -> str:
     return f"local/{last}" if is_directory or "/" not in source else source
 
 
-def _read_tokenizer(path: str) -> tuple[str, str, int]:
+def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | None) -> tuple[str, str, Translator]:
+    """End-of-text token, prefix token, and what would translate for the model."""
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
+    path = description.path
     try:
-        with HuggingFaceTokenizer.create_tokenizer(path) as tokenizer:
-            return tokenizer.eos_token or "", tokenizer.bos_token or "", int(tokenizer.model_max_length)
+        wrapped = HuggingFaceTokenizer.create_tokenizer(path)
+        with wrapped as tokenizer:
+            end_of_text_token, prefix_token = tokenizer.eos_token or "", tokenizer.bos_token or ""
+        translator = Translator(
+            wrapped,
+            model=path,
+            window=description.window,
+            pad_to=None,
+            end_of_text_token=end_of_text_token,
+            apply_chat_template=apply_chat_template,
+            top_k=None,
+        )
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from None
+    return end_of_text_token, prefix_token, translator
 
 
-def _longest_sequence(model: str, given: int | None, description: ModelDescription, tokenizer_limit: int) -> int:
-    limit = description.window
-    if given is not None:
-        if given < 1 or (limit is not None and given > limit):
-            raise ConfigError(f"max_sequence_length {given} of {model} is not between 1 and its window, {limit}")
-        return given
-    if limit is not None:
-        return limit
-    if tokenizer_limit < 1_000_000:  # transformers writes 10**30 where a tokenizer sets no limit
-        return tokenizer_limit
-    raise ConfigError(f"neither config nor tokenizer of {model} tell its longest sequence; give max_sequence_length")
+def _longest_sequence(model: str, given: int | None, translator: Translator) -> tuple[int, int | None]:
+    """HELM's max_sequence_length, and the window where it must be told because the model's files do not.
+
+    HELM counts a prompt's own tokens only, so that those of a chat template must find room beside them.
+    """
+    limit, added = translator.window, translator.num_added
+    if limit is None:
+        if given is None:
+            raise ConfigError(
+                f"neither config nor tokenizer of {model} tell its longest sequence; give --max-sequence-length N"
+            )
+        limit, told = given + added, given + added
+    else:
+        told = None
+    if limit <= added:
+        raise ConfigError(f"the chat template of {model} takes {added} tokens, and its window is {limit}")
+    if given is not None and not 1 <= given <= limit:
+        raise ConfigError(f"max_sequence_length {given} of {model} is not between 1 and its window, {limit}")
+    return given or limit - added, told
 
 
 def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | dict[str, Any]:

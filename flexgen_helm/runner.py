@@ -118,6 +118,8 @@ class WholeRunExecutor(Executor):
         self.execution_spec = stock.execution_spec
         self.context = stock.context  # with its clients and caches, shared with HELM's services
         self._progress = progress
+        self.failed: list[str] = []
+        """Why requests of the run that was executed last failed which now count as empty answers."""
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
         """Fill in all results; raises `ExecutorError` for a fatal request, `EngineError` for bad input or a fault.
@@ -125,6 +127,7 @@ class WholeRunExecutor(Executor):
         Prompts are checked before the engine loads its weights.
         """
         states: list[RequestState] = scenario_state.request_states
+        self.failed = []
         client = None if self.execution_spec.dry_run else self._client(states)
         if client is None:
             as_helm_does: ScenarioState = super().execute(scenario_state)
@@ -134,9 +137,11 @@ class WholeRunExecutor(Executor):
             client.check(requests)
             results = client.make_requests(requests, self._progress)
             hlog(f"Processed {len(results)} requests")
+        settled = _settled(states, results)
+        self.failed = [str(result.error) for result in results if not result.success]
         return ScenarioState(
             adapter_spec=scenario_state.adapter_spec,
-            request_states=_settled(states, results),
+            request_states=settled,
             annotator_specs=scenario_state.annotator_specs,
         )
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,12 @@ from engine.job import Completion, Job, Sampling
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
     from transformers import PreTrainedTokenizerBase
+
+_PROBES = ("a", " a", "1", ".", "a\n")
+"""Short prompts that meet a template's text in different ways."""
+
+_NO_LIMIT = 1_000_000
+"""transformers writes 10**30 where a tokenizer sets no limit."""
 
 Key = dict[str, Any]
 Response = dict[str, Any]
@@ -42,7 +49,9 @@ class Timing:
 class Translator:
     """Translates for one deployment; raises `EngineError` for requests that cannot be run.
 
-    `window` is the most positions the model takes, `pad_to` the length that the policy pads prompts to, if any.
+    `window` is the most positions the model takes (if None, what the tokenizer says), `pad_to` the length that the
+    policy pads prompts to, if any.
+    `end_of_text_token` ends a completion also where the model spells it out in other tokens.
     """
 
     def __init__(
@@ -55,10 +64,11 @@ class Translator:
         end_of_text_token: str | None,
         apply_chat_template: bool | None,
         top_k: int | None,
+        is_window_given: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._given_window = window if is_window_given else None
         self._model = model
-        self._window = window
         self._pad_to = pad_to
         self._end_of_text_token = end_of_text_token or None
         self._top_k = top_k
@@ -66,11 +76,32 @@ class Translator:
             chat_template = hf_tokenizer.chat_template
             self._bos_token = str(hf_tokenizer.bos_token or "")
             self._adds_bos = _adds_bos(hf_tokenizer)
+            tokenizer_limit = limit if (limit := int(hf_tokenizer.model_max_length)) < _NO_LIMIT else None
             end_of_text_id = hf_tokenizer.get_vocab().get(end_of_text_token or "")
-        self._end_of_text = [] if end_of_text_id is None else [[int(end_of_text_id)]]
+        self.window = window if window is not None else tokenizer_limit
+        """Most positions; None where nothing tells."""
+        self._end_of_text: list[str | list[int]] = [] if end_of_text_id is None else [[int(end_of_text_id)]]
+        if self._end_of_text_token:
+            self._end_of_text.append(self._end_of_text_token)
         self._applies_chat_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
         self._chat_template = _sha256(chat_template) if self._applies_chat_template else None
         self._fingerprint = tokenizer_fingerprint(tokenizer)
+
+    @cached_property
+    def num_added(self) -> int:
+        """Tokens by which a prompt grows at most: its chat template and special tokens, but for a BOS that may go.
+
+        HELM counts none of them when it fills a window.
+        """
+        try:
+            texts = [self.render(Request(prompt=text)) for text in _PROBES]
+        except UnsupportedError:  # a template that refuses these refuses all prompts, and says so then
+            return 0
+        with self._tokenizer as tokenizer:
+            plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBES]
+            whole = [tokenizer(text)["input_ids"] for text in texts]
+        grown = max(len(after) - len(before) for after, before in zip(whole, plain, strict=True))
+        return max(0, grown - self._adds_bos)
 
     # Requests
 
@@ -106,6 +137,8 @@ class Translator:
             "num_completions": request.num_completions,
             **self._what_is_asked(request, text),
         }
+        if self._given_window is not None:  # else it follows from the model's files
+            key["window"] = self._given_window
         return key if request.random is None else {**key, "random": request.random}
 
     def _what_is_asked(self, request: Request, text: str) -> Key:
@@ -142,15 +175,15 @@ class Translator:
             return False
         if text.startswith(self._bos_token):
             return len(ids) > 1 and ids[1] == ids[0]
-        return self._window is not None and len(ids) == self._window + 1
+        return self.window is not None and len(ids) == self.window + 1
 
     def _check_length(self, ids: Sequence[int]) -> None:
         if not ids:
             raise PromptError(f"the prompt is empty; {self._model} needs at least one token")
-        if self._window is not None and len(ids) > self._window:
+        if self.window is not None and len(ids) > self.window:
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, more than the {self._window} that {self._model} takes; "
-                f"set max_sequence_length: {self._window} (or less) in its model deployment"
+                f"the prompt has {len(ids)} tokens, more than the {self.window} that {self._model} takes; "
+                f"set max_sequence_length: {max(1, self.window - self.num_added)} (or less) in its model deployment"
             )
         if self._pad_to is not None and len(ids) > self._pad_to:
             raise PromptError(
@@ -191,7 +224,7 @@ class Translator:
 
     def _room(self, max_tokens: int, ids: Sequence[int]) -> int:
         """Tokens to generate: no more than there are positions for; the last one needs none."""
-        return max_tokens if self._window is None else min(max_tokens, self._window - len(ids) + 1)
+        return max_tokens if self.window is None else min(max_tokens, self.window - len(ids) + 1)
 
     # Results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from helm.common.request import GeneratedOutput, Request, RequestResult
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from reference import Answer, Bench, Generation, benches_of, our_client
 from tiny_models import WINDOW, random_llama, save_tiny_model, train_sentencepiece
@@ -49,6 +50,8 @@ class Tally:
     num_requests: int = 0
     num_near_ties: int = 0
     kinds: set[str] = field(default_factory=set)
+    helms: set[str] = field(default_factory=set)
+    """Greedy requests that HELM's own client answered too, all different."""
 
 
 # What is compared
@@ -188,13 +191,13 @@ def cuts(draw: st.DrawFn, bench: Bench, request: Request) -> list[str]:
 
 
 def compare_stream(bench: Bench, temperatures: list[float], num_batches: int) -> Tally:
-    """Compare batches of 4 to 12 requests, one of each also made alone."""
+    """Compare batches of 4 to 12 requests, one of each also made alone; then one with every kind of request."""
     batches = st.lists(requests(bench, temperatures), min_size=4, max_size=12)
     tally = Tally()
 
+    @seed(zlib.crc32(f"{bench.path.name} {temperatures}".encode()))  # each model has a stream of its own
     @settings(
         max_examples=num_batches,
-        derandomize=True,
         deadline=None,
         database=None,
         phases=[Phase.generate],
@@ -202,6 +205,9 @@ def compare_stream(bench: Bench, temperatures: list[float], num_batches: int) ->
         suppress_health_check=list(HealthCheck),
     )
     @given(batch=batches, single=st.integers(0, 3))
+    def compare_drawn(batch: list[Request], single: int) -> None:
+        compare(batch, single)
+
     def compare(batch: list[Request], single: int) -> None:
         results = bench.client.make_requests([*batch, batch[-1]])
         assert results[-1].completions == results[-2].completions
@@ -210,14 +216,34 @@ def compare_stream(bench: Bench, temperatures: list[float], num_batches: int) ->
             assert_told(bench, request, result, answer)
             if helm_is_right(bench, request, answer):
                 assert_helm_says_so(bench, request, result)
-                tally.kinds.add("HELM's")
+                tally.helms.add(repr(request))
             tally.num_requests += 1
             tally.num_near_ties += any(generation.sure is not None for generation in answer.generations)
             tally.kinds |= kinds(request, answer)
         assert_told(bench, batch[single], bench.client.make_request(batch[single]), answers[single])
 
-    compare()
+    compare_drawn()
+    compare(every_kind(bench, temperatures[-1]), 0)
     return tally
+
+
+def every_kind(bench: Bench, temperature: float) -> list[Request]:
+    """Requests of each of `KINDS`, whatever was drawn."""
+
+    def asking(prompt: str, **fields: Any) -> Request:
+        return bench.request(prompt, **{"temperature": temperature, **fields})
+
+    text = bench.reference.answer(asking("a", max_tokens=8, temperature=0.0)).generations[0].text
+    has_template = bool(bench.reference.tokenizer.chat_template)
+    template = len(bench.reference.encode(bench.reference.render(asking("")))) if has_template else 0
+    return [
+        asking(QUESTIONS[0], max_tokens=5, num_completions=2),
+        asking(QUESTIONS[1], max_tokens=5, presence_penalty=0.7, frequency_penalty=1.3),
+        asking(QUESTIONS[1] + " A", max_tokens=0, echo_prompt=True),
+        asking("the capital of", max_tokens=4, echo_prompt=True),
+        asking(bench.filling(WINDOW - template - 8), max_tokens=8),
+        asking("a", max_tokens=8, temperature=0.0, stop_sequences=[text[len(text) // 2]]),
+    ]
 
 
 def kinds(request: Request, answer: Answer) -> set[str]:
@@ -238,10 +264,10 @@ KINDS = {"several completions", "penalty", "scoring", "echo and generation", "fu
 
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_requests_are_what_the_references_give(benches: Callable[[str], Bench], model: str) -> None:
-    tally = compare_stream(benches(model), [0.0], 4)
-    assert tally.num_requests >= 16
+    tally = compare_stream(benches(model), [0.0], 5)
+    assert len(tally.helms) >= 12  # of each of five models
     assert tally.num_near_ties <= tally.num_requests / 20
-    assert tally.kinds >= KINDS | {"HELM's"}
+    assert tally.kinds >= KINDS
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt", "tiny_pieces_with_bos"])
@@ -265,9 +291,11 @@ def test_requests_are_what_the_references_give_under_another_policy(tiny_llama: 
 def test_a_long_stream_is_what_the_references_give(
     benches: Callable[[str], Bench], model: str, temperatures: list[float]
 ) -> None:
-    tally = compare_stream(benches(model), temperatures, 25)
-    assert tally.num_requests >= 100
-    assert tally.num_near_ties <= tally.num_requests / (20 if temperatures == [0.0] else 10)
+    is_greedy = temperatures == [0.0]
+    tally = compare_stream(benches(model), temperatures, 80 if is_greedy else 40)
+    assert tally.num_requests >= 160
+    assert len(tally.helms) >= (60 if is_greedy else 0)  # of each of five models
+    assert tally.num_near_ties <= tally.num_requests / (20 if is_greedy else 10)
     assert tally.kinds >= KINDS | {"endoftext"}
 
 

@@ -148,7 +148,10 @@ def test_jobs_say_what_the_request_says(tiny_llama: Path, request: Request) -> N
         assert job.max_new_tokens == request.max_tokens
         assert job.prompt_logprobs == request.echo_prompt
         assert list(job.stop)[: len(request.stop_sequences)] == request.stop_sequences
-        assert list(job.stop)[len(request.stop_sequences) :] == [[0]]  # HELM's end-of-text token
+        assert list(job.stop)[len(request.stop_sequences) :] == [
+            [0],
+            "</s>",
+        ]  # HELM's end-of-text token, also spelled out
         assert job.sampling.temperature == request.temperature
         assert job.sampling.presence_penalty == request.presence_penalty
         if request.temperature > 0:
@@ -194,9 +197,23 @@ def test_generation_ends_where_positions_end(tiny_llama: Path) -> None:
         assert job.max_new_tokens == min(max_tokens, 10 - len(ids) + 1)
 
 
-def test_an_end_of_text_token_that_is_no_token_is_no_stop(tiny_llama: Path) -> None:
-    (job,) = jobs_of(translator(tiny_llama, end_of_text_token="<none>"), Request(prompt="a", temperature=0.0))
-    assert list(job.stop) == []
+def test_an_end_of_text_token_that_is_no_token_is_text_to_stop_at(tiny_llama: Path) -> None:
+    for named, stop in (("<none>", ["<none>"]), ("", []), (None, [])):
+        (job,) = jobs_of(translator(tiny_llama, end_of_text_token=named), Request(prompt="a", temperature=0.0))
+        assert list(job.stop) == stop
+
+
+def test_tokens_that_are_added_to_a_prompt_are_counted(
+    tiny_llama: Path, tiny_llama_with_bos: Path, tiny_chat: Path
+) -> None:
+    """A BOS is not: it goes where it alone would overflow the window."""
+    assert translator(tiny_llama).num_added == translator(tiny_llama_with_bos).num_added == 0
+    chat = translator(tiny_chat, apply_chat_template=None)
+    texts = ["Hello", "x = 1\n\n", "\u00e9"]
+    grown = [
+        len(chat.encode(chat.render(Request(prompt=text)))) - len(translator(tiny_llama).encode(text)) for text in texts
+    ]
+    assert 5 < max(grown) <= chat.num_added <= max(grown) + 2
 
 
 # Results

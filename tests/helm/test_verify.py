@@ -122,7 +122,7 @@ def test_an_exact_run_has_no_difference(
         assert record["verdict"] == "within rounding"
         assert record["logprobs"]["compared"] == sum(map(len, compared)) > 0
         assert 0 <= record["logprobs"]["mean_difference"] <= record["logprobs"]["largest_difference"] < 5e-5
-        assert record["requests"] == {"compared": len(compared), "failed": 0}
+        assert record["requests"] == {"compared": len(compared), "failed": 0, "failed_only_here": 0}
         assert record["sampled"] == is_sampled
         greedy = 0 if is_sampled else sum(generates)
         assert record["texts"] == {"identical": greedy, "compared": greedy, "differing_unexplained": 0}
@@ -144,6 +144,7 @@ def test_an_exact_run_has_no_difference(
             "sampled" if is_sampled else f"{num_tokens}/{num_tokens}" if greedy else "none",
             "sampled" if is_sampled else f"{greedy}/{greedy}" if greedy else "none",
             str(len(compared)),
+            "0",
         ]
         assert 0 < len(record["worst"]) <= 5
         assert [each["difference"] for each in record["worst"]] == sorted(
@@ -264,7 +265,7 @@ def test_answers_in_helms_cache_are_not_taken_and_a_failed_run_does_not_keep_oth
     assert "3 requests, " in captured.out
     assert "from the cache" not in captured.out
     record = read(runs()[GENERATION])
-    assert record["requests"] == {"compared": 3, "failed": 0}
+    assert record["requests"] == {"compared": 3, "failed": 0, "failed_only_here": 0}
     assert record["run"] == runs()[GENERATION].name
     assert (record["model"], record["weights"], record["dtype"]) == ("local/tiny-llama", str(tiny_llama), "float32")
     assert record["policy"] == "auto"
@@ -428,7 +429,7 @@ def fidelity(dtype: str, *, ours: float = -1.0, reference: float = -1.0, margin:
         worst=difference, num_logprobs=1, sum_of_differences=difference.size, is_sampled=False,
         num_tokens=2, num_agreeing=1, same_text=margin == 0, margin=margin,
     )  # fmt: skip
-    comparison = Comparison(compared=[compared], states=[], num_requests=1, num_failed=0)
+    comparison = Comparison(compared=[compared], states=[], num_requests=1, num_failed=0, num_failed_here=0)
     score = Score("run", "m/m", "exact_match", "test", 1, 1.0)
     return Fidelity(comparison=comparison, score=score, reference_score=1.0, dtype=dtype)
 
@@ -452,19 +453,45 @@ def test_what_counts_as_drift(dtype: str, arguments: dict[str, float], has_drift
     assert verdict([fidelity("float32"), found]).startswith("drift in run" if has_drifted else "no drift")
 
 
-def test_a_failed_request_is_counted_and_not_compared() -> None:
+@pytest.mark.parametrize("fails_there", [False, True])
+@pytest.mark.parametrize("asked", [{"max_tokens": 4}, {"max_tokens": 0, "echo_prompt": True}])
+def test_a_failed_request_is_asked_of_the_reference(
+    asked: dict[str, Any], fails_there: bool, tiny_llama: Path, make_client: Callable[..., Any]
+) -> None:
+    import torch
     from helm.benchmark.adaptation.request_state import RequestState
     from helm.benchmark.scenarios.scenario import Input, Instance
     from helm.common.request import Request, RequestResult
 
     from flexgen_helm.fidelity import compare, verdict
 
-    failed = RequestResult(success=False, embedding=[], completions=[], cached=False, error="too long")
+    client, reference = make_client(policy={"device": "cpu"}), load_reference(tiny_llama)
+    if fails_there:
+        with torch.no_grad():
+            reference._model.lm_head.weight[5] = float("nan")
+    failed = RequestResult(success=False, embedding=[], completions=[], cached=False, error="not finite")
+    request = Request(prompt="the capital of", temperature=0.0, **asked)
     state = RequestState(
         instance=Instance(Input(text="x"), [], id="id1"), reference_index=None, request_mode=None, train_trial_index=0,
-        output_mapping=None, request=Request(prompt="x"), result=failed, num_train_instances=0, prompt_truncated=False,
+        output_mapping=None, request=request, result=failed, num_train_instances=0, prompt_truncated=False,
     )  # fmt: skip
-    nobody: Any = None
-    comparison = compare([state], lambda job: Completion(), nobody, nobody)
-    assert (comparison.num_requests, comparison.num_failed, comparison.states) == (0, 1, [state])
-    assert verdict([replace(fidelity("float32"), comparison=comparison)]).startswith("nothing to compare")
+    comparison = compare([state], lambda job: Completion(), client._translator, reference)
+    assert (comparison.num_requests, comparison.num_failed) == (0, 1)
+    found = replace(fidelity("float32"), comparison=comparison)
+    figures = found.figures()
+    if fails_there:
+        assert comparison.states == [state]
+        assert figures["verdict"] == "nothing compared"
+        assert verdict([found]).startswith("nothing to compare")
+        assert "1 requests failed" in verdict([found])
+    else:
+        assert figures["requests"] == {"compared": 0, "failed": 1, "failed_only_here": 1}
+        assert figures["verdict"] == "drift"
+        assert "1 requests, which fail here only" in verdict([found])
+        (told,) = comparison.states
+        answer, expected = told.result.completions[0], client.make_request(request).completions[0]
+        assert (answer.text, [token.text for token in answer.tokens]) == (
+            expected.text,
+            [token.text for token in expected.tokens],
+        )
+        assert answer.logprob == pytest.approx(expected.logprob, abs=1e-4)
