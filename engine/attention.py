@@ -57,13 +57,11 @@ class Sweeping:
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
 
-
-class Probed(Exception):
-    """Leaves a layer as soon as its attention has shown its shapes."""
-
-    def __init__(self, shape: KVShape) -> None:
-        super().__init__(shape)
-        self.shape = shape
+    def note(self, shape: KVShape) -> None:
+        """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""
+        if self.probed is not None:
+            raise UnsupportedError("its layers attend more than once")
+        self.probed = shape
 
 
 def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
@@ -86,8 +84,6 @@ def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
         layer.to("meta")
         with torch.no_grad(), torch.device("meta"):
             layer(on_meta(hidden), *on_meta(args), **{key: on_meta(value) for key, value in kwargs.items()})
-    except Probed as probed:
-        return probed.shape
     except UnsupportedError:
         raise
     except Exception:  # what comes after its attention may need real numbers
@@ -121,10 +117,8 @@ def attention(
         strange = sorted(k for k, v in others.items() if v is not None and k not in _IGNORED)
         if attention_mask is not None or strange:
             raise UnsupportedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
-        if sweeping.probed is not None:
-            raise UnsupportedError("its layers attend more than once")
         sweeping.is_plain &= sliding_window is None and softcap is None and s_aux is None
-        sweeping.probed = KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
+        sweeping.note(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
     batch = sweeping.batch
     assert isinstance(batch, MicroBatch)

@@ -244,7 +244,7 @@ class CausalModel:
         }
         packed = {**inputs, "use_cache": False}
         mask = torch.ones(1, 1, dtype=torch.long)
-        padded = {**inputs, "use_cache": True, "cache": CacheView(ProbingView()), "attention_mask": mask}
+        padded = {**inputs, "use_cache": True, "cache": CacheView(ProbingView(self.sweeping)), "attention_mask": mask}
         failure: Exception | None = None
         for self.is_padded, given in ((False, packed), (True, padded)):
             if self.is_padded:
@@ -253,10 +253,12 @@ class CausalModel:
                 try:
                     shapes = self._probe_layers(given)
                 except Exception as error:
-                    failure = error
+                    failure = failure if isinstance(failure, UnsupportedError) else error
                 else:
                     if shapes is not None:
                         return shapes
+        if isinstance(failure, UnsupportedError):
+            raise UnsupportedError(f"{self._family} cannot be run here: {failure}")
         reason = f" ({type(failure).__name__}: {' '.join(str(failure).split())[:200]})" if failure else ""
         raise UnsupportedError(f"{self._family}: {_NO_ATTENTION}{reason}")
 

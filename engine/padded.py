@@ -8,9 +8,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from engine.attention import KVShape, Probed
+from engine.attention import KVShape
 from engine.batch import Rows
-from engine.kv_cache import pack
+from engine.errors import UnsupportedError
 from engine.schedule import Segment
 
 if TYPE_CHECKING:
@@ -53,22 +53,30 @@ class PaddedBatch(Rows):
             "use_cache": True,
         }
 
-    def assemble(self, layer: int, sweeping: Sweeping, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """All keys and values of each sequence `[segments, keys, width]` from the cache and the new rows."""
-        cache = sweeping.cache
-        rows = key.new_zeros(len(self.segments), self.num_keys, cache.shapes[layer].width)
+    def assemble(
+        self, layer: int, sweeping: Sweeping, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of each sequence `[segments, heads, keys, dim]` from the cache and the new rows.
+
+        They are contiguous, as those of transformers' own cache: some families view them as other shapes.
+        """
+        cache, count = sweeping.cache, len(self.segments)
+        keys = key.new_zeros(count, key.shape[1], self.num_keys, key.shape[2])
+        values = value.new_zeros(count, value.shape[1], self.num_keys, value.shape[2])
+
+        def put(index: int, end: int, piece: tuple[torch.Tensor, torch.Tensor]) -> int:
+            first = end - piece[0].shape[1]
+            keys[index, :, first:end], values[index, :, first:end] = piece
+            return first
+
         for index, segment in enumerate(self.segments):
-            end = self.num_keys
             new = slice(segment.first, segment.first + segment.num_rows)
-            rows[index, end - segment.num_rows :] = pack(key[new], value[new])
-            end -= segment.num_rows
+            end = put(index, self.num_keys, (key[new].transpose(0, 1), value[new].transpose(0, 1)))
             if segment.past:
-                rows[index, end - segment.past : end] = cache.stored(layer, segment.span, segment.past)
-                end -= segment.past
+                end = put(index, end, cache.unpack(layer, cache.stored(layer, segment.span, segment.past)))
             for prefix in reversed(segment.span.chain):
-                rows[index, end - len(prefix.tokens) : end] = cache.stored(layer, prefix, len(prefix.tokens))
-                end -= len(prefix.tokens)
-        return rows
+                end = put(index, end, cache.unpack(layer, cache.stored(layer, prefix, len(prefix.tokens))))
+        return keys, values
 
 
 class _LayerView(CacheLayerMixin):
@@ -89,8 +97,7 @@ class _LayerView(CacheLayerMixin):
         sweeping = self._sweeping
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
         sweeping.cache.write(sweeping.layer, self._batch, key, value)
-        rows = self._batch.assemble(sweeping.layer, sweeping, key, value)
-        return sweeping.cache.unpack(sweeping.layer, rows)
+        return self._batch.assemble(sweeping.layer, sweeping, key, value)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
@@ -118,6 +125,10 @@ class CacheView(Cache):
         """Every layer is the same view: the executor knows which one is in hand."""
         return self._view.update(key_states, value_states, *args, **kwargs)
 
+    def update_indexer(self, *_: Any, **__: Any) -> Any:
+        """Refuse what DeepSeek-V3.2 and the like keep besides."""
+        raise UnsupportedError("it keeps an index of its keys beside keys and values")
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Keys before the new rows."""
         return self._view.get_seq_length()
@@ -128,10 +139,11 @@ class CacheView(Cache):
 
 
 class ProbingView(CacheLayerMixin):
-    """Stands in for a layer's cache until it is updated: then it tells the shapes by raising `Probed`."""
+    """Stands in for a layer's cache while shapes are found out; it holds nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, sweeping: Sweeping) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._sweeping = sweeping
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing."""
@@ -139,8 +151,11 @@ class ProbingView(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raise `Probed`; keys, values `[1, heads, 1, dim]`."""
-        raise Probed(KVShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3]))
+        """Note the shapes of keys, values `[1, heads, 1, dim]`, and give them back."""
+        self._sweeping.note(
+            KVShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
+        )
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """One key."""

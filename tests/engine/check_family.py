@@ -2,7 +2,8 @@
 
 CONFIG is a model directory or its config.json, whose settings are kept but for their sizes, or a model type of
 `transformers`, whose defaults are shrunk. KEY=VALUE sets what shrinking does not know, e.g. `head_dim=16`. Exits with 0
-when every token and log-probability agrees, 1 when not or when the engine refuses the family, 2 for bad input.
+when every token and log-probability agrees; 1 when not, when agreement of so tiny a model would say nothing, or when the
+engine refuses the family; 2 for bad input.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int) and not isinstance(value, bool) and key in SMALLER:
             value = min(value, SMALLER[key])
         small[key] = value
+    if "qk_rope_head_dim" in small and "head_dim" in small:  # DeepSeek's: the part of a head that is rotated
+        small["head_dim"] = small["qk_rope_head_dim"]
     if "word_embed_proj_dim" in small:  # OPT's: narrower than the hidden states only where it was
         small["word_embed_proj_dim"] = 64 if config["word_embed_proj_dim"] == config.get("hidden_size") else 32
     return small
@@ -133,8 +136,8 @@ def build(directory: Path, config: PreTrainedConfig) -> Path:
         ) from None
 
 
-def check(config: PreTrainedConfig, folder: Path) -> bool:
-    """Compare a model of `config` with plain transformers under several policies; print what came out."""
+def check(config: PreTrainedConfig, folder: Path) -> str:
+    """Compare a model of `config` with plain transformers under several policies; print and tell what came out."""
     directory = build(folder / "model", config)
     reference = models.load_reference(directory)
     try:
@@ -151,8 +154,8 @@ def check(config: PreTrainedConfig, folder: Path) -> bool:
         )
     size = f"{reference.num_parameters():,} random parameters"
     print(f"{config.model_type}: {size}; a prompt's first token moves later log-probabilities by up to {reach:.1g}")
-    is_exact = reach > parity.REACH
-    if not is_exact:
+    says_something, is_exact = reach > parity.REACH, True
+    if not says_something:
         print("  too little: agreement would say nothing")
     for policy, padding in parity.SELECTION:
         settings = {"device": "cpu", "pad-to-seq-len": parity.PADDINGS[padding], "offload-dir": str(folder / "offload")}
@@ -165,7 +168,7 @@ def check(config: PreTrainedConfig, folder: Path) -> bool:
         for line in found[:3]:
             print(f"    {line}")
         is_exact &= not found
-    return is_exact
+    return "DIFFERENT" if not is_exact else "EXACT" if says_something else "UNDECIDED"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,15 +183,15 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             changes = dict(_setting(change) for change in options.changes)
-            is_exact = check(tiny_config(options.config, changes), Path(folder))
+            verdict = check(tiny_config(options.config, changes), Path(folder))
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except EngineError as error:
             print(f"REFUSED: {error}")
             return 1
-    print("EXACT" if is_exact else "DIFFERENT")
-    return 0 if is_exact else 1
+    print(verdict)
+    return 0 if verdict == "EXACT" else 1
 
 
 def _setting(change: str) -> tuple[str, Any]:

@@ -138,6 +138,10 @@ OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
             "window_size": 8,
         },
     ),
+    "gpt-neox-japanese": (
+        "gpt_neox_japanese",
+        {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY},
+    ),
     "xglm": (
         "xglm",
         {

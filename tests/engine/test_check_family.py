@@ -107,7 +107,7 @@ def test_a_family_whose_context_hardly_matters(capsys: pytest.CaptureFixture[str
     assert check_family.main(["granite", "logits_scaling=1000.0"]) == 1
     shown = capsys.readouterr().out
     assert "agreement would say nothing" in shown
-    assert shown.endswith("DIFFERENT\n")
+    assert shown.endswith("UNDECIDED\n")
 
 
 def test_a_family_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

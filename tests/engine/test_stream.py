@@ -321,6 +321,18 @@ def test_a_full_cache_makes_sequences_wait(engine: Engine, build: Callable[[str]
         assert small.num_sweeps == 4 * 6
 
 
+def test_a_prompt_whose_attention_fits_nowhere_fails_alone(build: Callable[[str], Path]) -> None:
+    """A family that carries its own attention holds the scores of each token with each other; this one has no window."""
+    endless, good = Job(prompt=[7] * 200_000, max_new_tokens=1), Job(prompt=PREFIX, max_new_tokens=3)
+    with Engine.from_pretrained(str(build("bloom")), policy={"device": "cpu"}) as engine:
+        assert engine.window is None
+        first, bad, last = within_seconds(lambda: engine.run([good, endless, good]))
+        assert first.tokens == last.tokens == engine.run([good])[0].tokens
+        assert len(first.tokens) == 3
+        assert isinstance(bad.error, CapacityError)
+        assert "attention has no room for a sequence of 200000 tokens" in str(bad.error)
+
+
 def test_a_sequence_that_never_fits_fails_alone(engine: Engine) -> None:
     shrink_cache(engine, 60)
     good, bad = engine.run([Job(prompt=PREFIX, max_new_tokens=6), Job(prompt=[*range(100, 160)], max_new_tokens=6)])

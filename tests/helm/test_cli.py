@@ -104,6 +104,63 @@ def test_a_registered_model_is_found_by_its_helm_name_with_its_own_settings(
     assert Path("env/model_deployments.yaml").read_text() == before
 
 
+def test_scores_of_an_earlier_command_are_not_shown(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("run", "-r", ENTRY, "--model", tiny_llama, "-m", 2)
+    assert cli(*run) == 0
+    capsys.readouterr()
+    assert cli(*run, "--compress-weight") == 2
+    assert ENTRY not in capsys.readouterr().out
+    assert cli(*run, "--skip-completed-runs") == 0
+    assert ENTRY in capsys.readouterr().out
+
+
+def test_requests_that_fail_are_told_beside_the_scores(
+    cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = float("nan")
+    model.save_pretrained(broken)
+    assert cli("run", "-r", ENTRY, "--model", broken, "-m", 3) == 0
+    out = capsys.readouterr().out
+    assert f"{ENTRY}: 3 requests failed and count as empty answers; the first: NumericsError" in out
+
+
+def test_a_chat_template_has_room_beside_what_helm_makes(
+    cli: Cli, tiny_chat: Path, helm_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Language modelling fills the window, whatever it is."""
+    shutil.copytree(helm_data / "scenarios", Path("benchmark_output/scenarios"))
+    assert cli("run", "-r", "twitter_aae:demographic=aa", "--model", tiny_chat, "-m", 1) == 0
+    deployments = yaml.safe_load(Path("prod_env/model_deployments.yaml").read_text())["model_deployments"]
+    assert 450 < deployments[0]["max_sequence_length"] < 500
+
+
+def test_a_model_without_a_window_is_told_one(
+    cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endless = shutil.copytree(tiny_llama, tmp_path / "endless")
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        content = json.loads((endless / name).read_text())
+        content.pop(key)
+        (endless / name).write_text(json.dumps(content))
+    run = ("run", "-r", ENTRY, "--model", endless, "-m", 1)
+    assert "give --max-sequence-length N" in refused(capsys, cli(*run))
+    assert cli(*run, "--max-sequence-length", 300) == 0
+    (deployment,) = yaml.safe_load(Path("prod_env/model_deployments.yaml").read_text())["model_deployments"]
+    assert deployment["max_sequence_length"] == deployment["client_spec"]["args"]["window"] == 300
+    capsys.readouterr()
+    assert cli("register", endless, "--local-path", "env", "--max-sequence-length", 200) == 0
+    (deployment,) = yaml.safe_load(Path("env/model_deployments.yaml").read_text())["model_deployments"]
+    assert deployment["client_spec"]["args"]["window"] == 200
+
+
 def test_a_failed_run_is_exit_code_1_and_keeps_what_went_well(
     cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
