@@ -2,8 +2,8 @@
 
 CONFIG is a model directory or its config.json, whose settings are kept but for their sizes, or a model type of
 `transformers`, whose defaults are shrunk. KEY=VALUE sets what shrinking does not know, e.g. `head_dim=16`. Exits with 0
-when every token and log-probability agrees; 1 when not, when agreement of so tiny a model would say nothing, or when the
-engine refuses the family; 2 for bad input.
+when every token and log-probability agrees; 1 when not, when agreement of so tiny a model would say nothing, or when
+the engine refuses the family; 2 for bad input.
 """
 
 from __future__ import annotations

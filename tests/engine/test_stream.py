@@ -322,7 +322,7 @@ def test_a_full_cache_makes_sequences_wait(engine: Engine, build: Callable[[str]
 
 
 def test_a_prompt_whose_attention_fits_nowhere_fails_alone(build: Callable[[str], Path]) -> None:
-    """A family that carries its own attention holds the scores of each token with each other; this one has no window."""
+    """A family that carries its own attention holds the scores of all pairs of tokens; this one has no window."""
     endless, good = Job(prompt=[7] * 200_000, max_new_tokens=1), Job(prompt=PREFIX, max_new_tokens=3)
     with Engine.from_pretrained(str(build("bloom")), policy={"device": "cpu"}) as engine:
         assert engine.window is None

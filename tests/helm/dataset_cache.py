@@ -41,6 +41,11 @@ def place_datasets(output: Path, default_cache: Path) -> None:
     ):
         splits = {"train": kind, "validation": kind[:2], "test": kind[2:]}
         _write(root / scenario / "data", dataset, subset, splits)
+    acts = [{"text": _long(i, 210), "summary": story(i)} for i in range(12)]
+    _write(root / "summarization/data", "billsum", "default", {"train": acts, "test": acts[:4]})
+    cases = [{"summary/long": _long(i, 110), "summary/short": story(i)} for i in range(12)]
+    splits = {"train": cases, "validation": cases[:2], "test": cases[2:6]}
+    _write(root / "summarization/data", "allenai/multi_lexsum", "v20220616", splits)
     pairs = [{"translation": {"cs": f"Kniha {i}: {CITIES[i % 8]}", "en": f"Book {i}: {story(i)}"}} for i in range(6)]
     _write(default_cache, "wmt14", "cs-en", {"train": pairs, "validation": pairs[:2], "test": pairs[2:]})
 
@@ -64,6 +69,15 @@ def _write(cache: Path, dataset: str, config: str, splits: dict[str, Rows]) -> N
         info.features = data.features
         info.splits.add(datasets.SplitInfo(split, num_examples=len(rows), dataset_name=name))
     info.write_to_directory(str(folder))
+
+
+def _long(number: int, num_words: int) -> str:
+    """A document of at least so many words, as many more as one sentence has at most."""
+    words: list[str] = []
+    while len(words) < num_words:
+        number += 7
+        words += story(number).split()
+    return " ".join(words)
 
 
 def _labelled(count: int, text: str, label: str) -> Rows:

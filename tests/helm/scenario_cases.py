@@ -33,6 +33,7 @@ CASES = (
     Case(f"boolq:{_CONTRAST}"),
     Case(f"narrative_qa:{_CANONICAL}"),
     Case("narrative_qa:follow_format_instructions=instruct", quick=True),
+    Case(f"news_qa:{_CANONICAL}"),
     Case(f"quac:{_CANONICAL}"),
     Case(f"natural_qa:mode=openbook_longans,{_CANONICAL}"),
     Case("natural_qa:mode=closedbook,follow_format_instructions=instruct"),
@@ -74,6 +75,8 @@ CASES = (
     Case(
         "summarization_cnndm:temperature=0.3,device=cpu", is_sampled=True, extra_metrics=_needs("SummarizationMetric")
     ),
+    Case("billsum_legal_summarization", is_sampled=True, extra_metrics=_needs("SummarizationMetric")),
+    Case("multilexsum_legal_summarization", is_sampled=True, extra_metrics=_needs("SummarizationMetric")),
     Case("code:dataset=humaneval", is_sampled=True),
     Case("code:dataset=apps,timeout=3", is_sampled=True),
     Case(

@@ -50,6 +50,21 @@ def msmarco(root: Path) -> None:
         table(data / f"{name}_topk.tsv", ((i, (i + k) % 40, k + 1) for i in queries for k in range(depth)), "\t")
 
 
+def place_by_hand(folder: Path) -> None:
+    """Write what HELM expects its users to put below the directory that it is run from."""
+
+    def sample(i: int) -> dict[str, object]:
+        passage, city = story(i), CITIES[i % 8]
+        span = {"s": 0, "e": passage.index(" ")}
+        other = [{"sourcerAnswers": [span]}, {"sourcerAnswers": [{"noAnswer": True}]}]
+        consensus = {"noAnswer": True} if i % 4 == 3 else span
+        asked = {"q": f"Who is it, in {city}?", "consensus": consensus, "answers": other, "isQuestionBad": 0.0}
+        return {"text": passage, "type": "train" if i < 8 else "dev", "questions": [asked]}
+
+    content = json.dumps({"data": [sample(i) for i in range(12)]})
+    text(folder / "restricted/newsqa/combined-newsqa-data-v1.json", content)
+
+
 def summarization(root: Path) -> None:
     def document(i: int) -> str:
         return " ".join(story(5 * i + j) for j in range(4))  # HELM takes examples of 50 to 150 words

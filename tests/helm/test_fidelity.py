@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -352,6 +353,41 @@ def test_a_stop_is_found_wherever_it_lies_across_tokens(
         stop = text.index(request.stop_sequences[0])
         assert result.completions[0].text[before:] == text[:stop]
         assert result.completions[0].finish_reason == {"reason": "stop"}
+
+
+def test_a_tokenizer_in_python_alone_is_served_like_a_fast_one(tmp_path: Path) -> None:
+    """CTRL's has no fast form: words are split at "@@ ", and nothing is added to them."""
+    from transformers import CTRLTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["</s>", "<unk>", *letters, *(f"{letter}@@" for letter in letters), "th@@", "the", "of", "is"]
+
+    def train(path: Path, *, adds_bos: bool) -> Any:
+        path.mkdir()
+        (path / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
+        (path / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\no f</w>\ni s</w>\n")
+        tokenizer = CTRLTokenizer(
+            str(path / "vocab.json"), str(path / "merges.txt"), unk_token="<unk>", eos_token="</s>",
+            bos_token="</s>", pad_token="</s>", model_max_length=WINDOW,
+        )  # fmt: skip
+        tokenizer.save_pretrained(path)
+        return tokenizer
+
+    model = save_tiny_model(tmp_path / "tiny-ctrl", random_llama, train=train, loud=("</s>",))
+    bench = Bench.of(model)
+    assert not bench.reference.tokenizer.is_fast
+    prompts = ("the capital of france", "a cat is", "zzz")
+    asked = [bench.request(prompt, max_tokens=count, stop_sequences=stops)
+             for prompt in prompts for count in (1, 6) for stops in ([], ["e"])]  # fmt: skip
+    asked += [bench.request(prompt, max_tokens=0, echo_prompt=True) for prompt in prompts]
+    num_helms = 0
+    for request, result in zip(asked, bench.client.make_requests(asked), strict=True):
+        answer = bench.reference.answer(request)
+        assert_told(bench, request, result, answer)
+        if helm_is_right(bench, request, answer):
+            assert_helm_says_so(bench, request, result)
+            num_helms += 1
+    assert num_helms >= 6
 
 
 # Samples

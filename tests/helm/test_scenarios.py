@@ -63,8 +63,10 @@ def data(helm_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("libraries")
     dataset_cache.place_datasets(helm_data, folder / "datasets")
     scenario_data.place_punkt(folder / "nltk")
+    scenario_data.place_by_hand(folder)
     split_into_sentences = nltk.tokenize._get_punkt_tokenizer
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
         patch.setattr(nltk.data, "path", [str(folder / "nltk"), *nltk.data.path])
         for perturbation in (DialectPerturbation, PersonNamePerturbation):  # which look where HELM wrote when imported
