@@ -166,15 +166,39 @@ def run_helm(command: list[str]) -> tuple[float, float]:
     return float(done.stdout.rsplit("execute_s", 1)[1]), time.perf_counter() - start
 
 
-def tokens_to_compute(prompts: list[list[int]]) -> int:
-    """Prompt tokens that are left when every shared beginning is computed once; a last token is always computed."""
+def spans_to_compute(prompts: list[list[int]]) -> list[tuple[int, int]]:
+    """(first, end) positions that are left of each prompt when every shared beginning is computed once.
+
+    A last token is always computed.
+    """
     ordered = sorted(prompts)
-    total = len(ordered[0]) if ordered else 0
+    spans = [(0, len(ordered[0]))] if ordered else []
     for before, prompt in pairwise(ordered):
         shared = next((i for i, pair in enumerate(zip(before, prompt, strict=False)) if pair[0] != pair[1]), None)
         shared = min(len(before), len(prompt)) if shared is None else shared
-        total += len(prompt) - min(shared, len(prompt) - 1)
-    return total
+        spans.append((min(shared, len(prompt) - 1), len(prompt)))
+    return spans
+
+
+def tokens_in(spans: list[tuple[int, int]]) -> int:
+    """Positions in spans."""
+    return sum(end - first for first, end in spans)
+
+
+def flop_of(model: Path, spans: list[tuple[int, int]]) -> float:
+    """Operations of the layers for these positions: matrix products, and attention to all that came before."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head = stock.get_output_embeddings()
+    layers = [module for module in stock.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    config = stock.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_hidden_layers * config.num_attention_heads * head_dim
+    pairs = sum(end * (end + 1) // 2 - first * (first + 1) // 2 for first, end in spans)
+    return 2.0 * sum(module.weight.numel() for module in layers) * tokens_in(spans) + 4.0 * width * pairs
 
 
 def gemm_seconds(model: Path, tokens: int, answers: int) -> float:
@@ -198,19 +222,21 @@ def gemm_seconds(model: Path, tokens: int, answers: int) -> float:
     return seconds
 
 
-def count_tokens(model: Path, found: list[tuple[str, str, list[str]]]) -> dict[str, int]:
+def count_tokens(model: Path, found: list[tuple[str, str, list[str]]]) -> dict[str, float]:
     """Tokens of the prompts, of those that must be computed, and of the answers, by the model's own tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = [tokenizer(prompt)["input_ids"] for _, prompt, _ in found]
     answers = [max(1, len(tokenizer(text)["input_ids"])) for _, _, texts in found for text in texts]
-    computed = tokens_to_compute(prompts) + sum(count - 1 for count in answers)
+    spans = spans_to_compute(prompts)
     return {
         "prompt_tokens": sum(map(len, prompts)),
         "answer_tokens": sum(answers),
-        "computed_tokens": computed,
+        "computed_tokens": tokens_in(spans) + sum(count - 1 for count in answers),
         "tokens_of_one_by_one": sum(map(len, prompts)) + sum(count - 1 for count in answers),
+        "prefill_flop": flop_of(model, spans),
+        "prefill_flop_of_one_by_one": flop_of(model, [(0, len(prompt)) for prompt in prompts]),
     }
 
 
@@ -265,7 +291,7 @@ def main() -> None:
     differing = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
     execute_s = results["flexgen"]["execute_s"]
     tokens = count_tokens(options.model, found["flexgen"])
-    limit_s = gemm_seconds(options.model, tokens["computed_tokens"], tokens["answer_tokens"])
+    limit_s = gemm_seconds(options.model, int(tokens["computed_tokens"]), int(tokens["answer_tokens"]))
     summary = {
         "model": options.model.name,
         "entries": entries,
@@ -278,13 +304,15 @@ def main() -> None:
         "differing_predictions": len(differing),
         "tokens": tokens,
         "sharing_saves": tokens["tokens_of_one_by_one"] / tokens["computed_tokens"],
+        "sharing_saves_flop": tokens["prefill_flop_of_one_by_one"] / tokens["prefill_flop"],
         "gemm_s": limit_s,
         "fraction_of_gemm": limit_s / execute_s,
     }
     print(f"{summary['ratio']:.2f} times faster than {reference}; {len(differing)} of {len(pairs)} predictions differ")
     print(
         f"sharing leaves {tokens['computed_tokens']} of {tokens['tokens_of_one_by_one']} tokens "
-        f"({summary['sharing_saves']:.2f} x fewer); their matrix products alone take {limit_s:.1f} s, "
+        f"({summary['sharing_saves']:.2f} x fewer; {summary['sharing_saves_flop']:.2f} x fewer operations); "
+        f"their matrix products alone take {limit_s:.1f} s, "
         f"{summary['fraction_of_gemm']:.0%} of ours"
     )
     print(write_record(options.name, summary, options.out))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from engine import flash
+from engine import flash, host_flash
 from engine.batch import DecodeGroup, MicroBatch, PrefillGroup, Rows
 from engine.errors import UnsupportedError
 
@@ -135,8 +135,11 @@ def attention(
         output = flash.attend(batch, query, key, value, sweeping, scores)
     else:
         output = query.new_empty(*query.shape[:2], value.shape[2])
-    for prefill in () if use_flash else batch.prefill_groups:
-        _prefill(prefill, query, key, value, sweeping, scores, output)
+    if not use_flash and host_flash.is_usable(query, value, scores, batch):
+        host_flash.prefill(batch, query, key, value, sweeping, scores, output)
+    else:
+        for prefill in () if use_flash else batch.prefill_groups:
+            _prefill(prefill, query, key, value, sweeping, scores, output)
     for decode in batch.decode_groups:
         if not use_flash or sweeping.cache.attention_device(decode) != query.device:
             _decode(decode, query, key, value, sweeping, scores, output)

@@ -22,13 +22,17 @@ vain, so their number is kept near the prefix's length."""
 class PrefillGroup:
     """Neighbouring segments of new spans that continue the same chain of prefixes (or none)."""
 
-    def __init__(self, segments: list[Segment], device: torch.device) -> None:
-        self.chain: tuple[Prefix, ...] = segments[0].span.chain
+    def __init__(self, segments: list[Segment], device: torch.device, chain: tuple[Prefix, ...]) -> None:
+        self.chain = chain
+        """The prefixes that its mask covers, too."""
         self.first, self.end = segments[0].first, segments[-1].end
-        self.num_parts = 1 if self.chain else len(segments)
-        """Parts of equal length that attend to nothing of each other; with a chain, the mask sees to that."""
+        sizes = {segment.end - segment.first for segment in segments}
+        self.num_parts = 1 if self.chain or len(sizes) > 1 else len(segments)
+        """Parts of equal length that attend to nothing of each other; in a single part, the mask sees to that."""
         self._device = device
-        self._segments = segments if self.chain else segments[:1]
+        self._segments = segments if self.num_parts == 1 else segments[:1]
+        self.is_causal = not self.chain and len(self._segments) == 1
+        """Whether all that its mask hides are later rows."""
         self._masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype, copies: int) -> torch.Tensor:
@@ -157,7 +161,7 @@ class MicroBatch(Rows):
         self.ids = torch.tensor([ids])
         """`[1, rows]`, on the host."""
         self._positions = torch.tensor([positions]).to(device)
-        self.prefill_groups = [PrefillGroup(group, device) for group in _prefill_runs(segments)]
+        self._device = device
         decode = [segment for segment in segments if segment.is_decode]
         self.decode_groups = [DecodeGroup(group, device) for group in _runs_of_one_chain(decode)]
         self.prefill_first = sum(segment.num_rows for segment in decode)
@@ -175,6 +179,17 @@ class MicroBatch(Rows):
             if run[0].span.parent is not None
         ]
         """(first row, end row, prefixes) of neighbours that continue the same chain."""
+
+    @cached_property
+    def prefill_groups(self) -> list[PrefillGroup]:
+        """New spans, for an attention that sees prefixes and own tokens at once."""
+        runs = _prefill_runs(self.segments, with_prefixes=True)
+        return [PrefillGroup(run, self._device, run[0].span.chain) for run in runs]
+
+    @cached_property
+    def own_groups(self) -> list[PrefillGroup]:
+        """New spans, for an attention to their own tokens only."""
+        return [PrefillGroup(run, self._device, ()) for run in _prefill_runs(self.segments, with_prefixes=False)]
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is called with."""
@@ -196,18 +211,24 @@ def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
     return [list(run) for _, run in groupby(segments, key=kind)]
 
 
-def _prefill_runs(segments: list[Segment]) -> list[list[Segment]]:
-    """Neighbouring new segments that one attention call takes: equal lengths, or a shared chain of limited size."""
+def _prefill_runs(segments: list[Segment], *, with_prefixes: bool) -> list[list[Segment]]:
+    """Neighbouring new segments that one attention call takes: equal lengths, or one mask of limited size."""
     runs: list[list[Segment]] = []
     for segment in (segment for segment in segments if not segment.is_decode):
         last = runs[-1] if runs else []
-        if last and last[-1].span.parent is segment.span.parent:
-            if segment.span.parent is None:
-                joins = segment.end - segment.first == last[-1].end - last[-1].first
+        parent = segment.span.parent if with_prefixes else None
+        if last and (not with_prefixes or last[-1].span.parent is parent):
+            num_rows = segment.end - last[0].first
+            if with_prefixes:
+                joins = num_rows <= max(_MASKED_ROWS, segment.span.start) if parent else _are_equal(last[-1], segment)
             else:
-                joins = segment.end - last[0].first <= max(_MASKED_ROWS, segment.span.start)
+                joins = num_rows <= _MASKED_ROWS
             if joins:
                 last.append(segment)
                 continue
         runs.append([segment])
     return runs
+
+
+def _are_equal(one: Segment, other: Segment) -> bool:
+    return one.end - one.first == other.end - other.first

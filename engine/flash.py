@@ -77,10 +77,17 @@ def attend(
         rows = slice(first, end)
         prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in kv_cache.prefix(layer, chain))
         shared, shared_logsumexp = _dense(query[rows][None], prefix_key, prefix_value, scores)
-        # Weight of the prefix: its share of the sum of exponentials.
-        weight = torch.sigmoid(shared_logsumexp - logsumexp[:, rows]).T[:, :, None].to(output.dtype)
-        output[rows].lerp_(shared, weight)
+        merge(output[rows], logsumexp[:, rows], shared, shared_logsumexp)
     return output
+
+
+def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> None:
+    """Let `output` `[rows, heads, dim]`, of the own tokens, be that of the prefix (`shared`) and the own ones.
+
+    Log-sum-exps `[heads, rows]`; the weight of the prefix is its share of the sum of exponentials.
+    """
+    weight = torch.sigmoid(shared_logsumexp - logsumexp).T[:, :, None]
+    output.lerp_(shared, weight.to(output.dtype))
 
 
 def _varlen(
