@@ -1,7 +1,8 @@
 """Draws records: `python -m benchmarks.draw RECORD.json … --out PICTURE.png` (needs matplotlib).
 
-Records of `flexgen-helm bench --curve` give FlexGen's latency-throughput curve, one line each; a record of
-`benchmarks.timeline` gives the timeline.
+Records of `flexgen-helm bench --curve` give FlexGen's latency-throughput curve, a line each, and those of
+`benchmarks.rivals.run`, one for each number of sequences, a line for each contender; a record of `benchmarks.timeline`
+gives the timeline.
 """
 
 from __future__ import annotations
@@ -26,6 +27,20 @@ def curve_points(record: dict[str, Any]) -> list[tuple[int, float, float]]:
     return sorted(points)
 
 
+def curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
+    """The points of each line, by its label."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for record in records:
+        memory = record.get("gpu_memory") or record.get("policy", {}).get("gpu-memory")
+        where = record["shape"] + (f", {_gb(memory)}" if memory else "")
+        if "contenders" not in record:
+            found.setdefault(where, []).extend(curve_points(record))
+        for contender, row in record.get("contenders", {}).items():
+            label = f"{contender.split()[0]}, {where}"
+            found.setdefault(label, []).extend([] if "failed" in row else curve_points({"rows": [row]}))
+    return {label: sorted(points) for label, points in found.items() if points}
+
+
 def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     """FlexGen's figure: latency of a block of sequences against throughput, both logarithmic."""
     import matplotlib
@@ -34,11 +49,8 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    for record in records:
-        points = curve_points(record)
+    for label, points in curves(records).items():
         _, seconds, rates = zip(*points, strict=True)
-        memory = record["policy"].get("gpu-memory")
-        label = record["shape"] + (f", {_gb(memory)}" if memory else "")
         axes.plot(seconds, rates, marker="o", label=label)
         for count, x, y in points:
             axes.annotate(str(count), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)

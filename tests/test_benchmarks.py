@@ -394,6 +394,18 @@ def test_a_curve_has_the_rows_of_its_kind() -> None:
     assert draw.curve_points(CURVE_RECORD) == [(4, 10.0, 12.8), (64, 20.0, 102.4)]
 
 
+def test_a_curve_of_rivals_has_a_line_for_each_contender() -> None:
+    def record(count: int, seconds: float) -> dict[str, Any]:
+        row = {"row": f"1x{count}x0+512:32", "seconds": seconds, "new_tokens_s": 32 * count / seconds}
+        contenders = {"flexgen-helm": row, "accelerate --cut 2": {**row, "seconds": 9.0}, "deepspeed": {"failed": "no"}}
+        return {"shape": "opt-30b", "gpu_memory": "16GB", "contenders": contenders}
+
+    found = draw.curves([record(64, 20.0), record(4, 10.0), CURVE_RECORD])
+    assert found["flexgen-helm, opt-30b, 16 GB"] == [(4, 10.0, 12.8), (64, 20.0, 102.4)]
+    assert found["accelerate, opt-30b, 16 GB"] == [(4, 9.0, 12.8), (64, 9.0, 102.4)]
+    assert len(found) == 3
+
+
 def test_a_curve_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw.draw_curve([CURVE_RECORD], tmp_path / "new" / "c.png")
