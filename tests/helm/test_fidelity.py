@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from reference import Answer, Bench, Generation, benches_of, our_client
 from tiny_models import WINDOW, random_llama, save_tiny_model, train_sentencepiece
+from watch import Watch
 
 from engine import Completion
 from flexgen_helm.translate import Timing
@@ -432,6 +433,18 @@ def test_completions_of_one_request_differ_and_more_of_them_begin_with_the_same(
     assert all(len(set(each)) == 5 for each in told)
     fewer = [replace(request, num_completions=2) for request in asked]
     assert texts(bench.client.make_requests(fewer)) == [each[:2] for each in told]
+
+
+def test_completions_of_one_prompt_share_its_prefill(tiny_llama: Path) -> None:
+    bench = Bench.of(tiny_llama)
+    request = bench.request(QUESTIONS[0], temperature=1.0, max_tokens=1, num_completions=5)
+    bench.client.make_request(bench.request("a", max_tokens=1))  # loads the engine
+    engine = bench.client._served._engine
+    watch = Watch(engine)
+    (result,) = bench.client.make_requests([request])
+    assert len(result.completions) == 5
+    num_prompt = len(bench.reference.encode(QUESTIONS[0]))
+    assert watch.tokens == [num_prompt - 1 + 5]  # all but the last token once
 
 
 def test_completions_come_as_they_were_drawn(benches: Callable[[str], Bench]) -> None:
