@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +10,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine import flash, host_flash
-from engine.batch import DecodeGroup, MicroBatch, PrefillGroup, Rows
+from engine.batch import DecodeGroup, MicroBatch, PrefillGroup
 from engine.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from engine.kv_cache import KVCache
+from engine.kv_shape import KVShape
+from engine.scores import Scores
+from engine.sweeping import Sweeping
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""
@@ -23,45 +22,6 @@ ATTENTION_NAME = "flexgen"
 
 _IGNORED = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"})
 """What layers hand to their attention function besides, and no scores depend on."""
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """Keys and values of one token in one layer."""
-
-    key_heads: int
-    key_dim: int
-    value_heads: int
-    value_dim: int
-
-    @property
-    def key_width(self) -> int:
-        """Elements of a token's keys."""
-        return self.key_heads * self.key_dim
-
-    @property
-    def width(self) -> int:
-        """Elements of a token's keys and values: a row of the KV cache."""
-        return self.key_width + self.value_heads * self.value_dim
-
-
-@dataclass
-class Sweeping:
-    """What the attention function needs to know of the sweep in hand; the executor sets it before each layer call."""
-
-    layer: int = 0
-    probed: KVShape | None = None
-    """Found out by `probe_kv_shape` since the layer in hand was called."""
-    is_plain: bool = True
-    """Whether no layer that was probed has caps, sinks or a window."""
-    batch: Rows = field(init=False)
-    cache: KVCache = field(init=False)
-
-    def note(self, shape: KVShape) -> None:
-        """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""
-        if self.probed is not None:
-            raise UnsupportedError("its layers attend more than once")
-        self.probed = shape
 
 
 def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
@@ -144,32 +104,6 @@ def attention(
         if not use_flash or sweeping.cache.attention_device(decode) != query.device:
             _decode(decode, query, key, value, sweeping, scores, output)
     return output[None], None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How a layer turns queries and keys into attention weights."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether `scaled_dot_product_attention` can compute it."""
-        return self.softcap is None and self.sinks is None
-
-    def weights(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Scores `[…, heads, rows, keys]` (unscaled) and what to add to them -> float32 weights of the same shape."""
-        scores = scores.float() * self.scaling
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        scores = scores + mask
-        if self.sinks is None:
-            return torch.softmax(scores, dim=-1)
-        sinks = self.sinks.to(scores.device, torch.float32).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
 
 
 def _prefill(

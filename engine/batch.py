@@ -12,7 +12,7 @@ from engine.schedule import Segment
 from engine.sequence import Prefix
 
 if TYPE_CHECKING:
-    from engine.kv_cache import Block
+    from engine.block import Block
 
 _MASKED_ROWS = 256
 """Rows of own tokens that one masked attention call over a shared prefix takes at least: they attend to each other in

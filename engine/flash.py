@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from engine.attention import Scores, Sweeping
     from engine.batch import DecodeGroup, MicroBatch
+    from engine.scores import Scores
+    from engine.sweeping import Sweeping
 
 _MAX_HEAD_DIM = 256
 

@@ -9,8 +9,9 @@ import torch
 from engine.flash import merge
 
 if TYPE_CHECKING:
-    from engine.attention import Scores, Sweeping
     from engine.batch import MicroBatch, PrefillGroup
+    from engine.scores import Scores
+    from engine.sweeping import Sweeping
 
 
 def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: MicroBatch) -> bool:

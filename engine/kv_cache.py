@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from engine.arena import Arena
-from engine.attention import KVShape
 from engine.batch import DecodeGroup, MicroBatch, Rows
+from engine.block import Block
 from engine.extents import Extents
+from engine.kv_shape import KVShape
 from engine.kv_transfer import KVTransfer
 from engine.placement import TIERS, Tier, percents
 from engine.policy import Share
@@ -20,15 +20,6 @@ from engine.sequence import Prefix, Span
 
 _GROWTH = 1.5
 _ALLOCATING_THREADS = 8
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive rows on one tier, in every layer."""
-
-    tier: Tier
-    first: int
-    num_rows: int
 
 
 class KVCache:

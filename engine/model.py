@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.core_model_loading import build_glob_alternation
 
 from engine import flash
-from engine.attention import ATTENTION_NAME, KVShape, Sweeping, probe_kv_shape
+from engine.attention import ATTENTION_NAME, probe_kv_shape
 from engine.errors import CheckpointError, UnsupportedError
+from engine.kv_shape import KVShape
 from engine.padded import CacheView, ProbingView
+from engine.sweeping import Sweeping
 
 _NO_ATTENTION = (
     "its layers show no keys and values, neither to transformers' attention interface nor to a cache; state-space "

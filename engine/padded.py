@@ -8,13 +8,13 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from engine.attention import KVShape
 from engine.batch import Rows
 from engine.errors import UnsupportedError
+from engine.kv_shape import KVShape
 from engine.schedule import Segment
 
 if TYPE_CHECKING:
-    from engine.attention import Sweeping
+    from engine.sweeping import Sweeping
 
 
 class PaddedBatch(Rows):

@@ -14,7 +14,7 @@ from engine.prefix import share_prefixes
 from engine.sequence import Prefix, Sequence, Span
 
 if TYPE_CHECKING:
-    from engine.kv_cache import Block
+    from engine.block import Block
 
 BUCKET_TOKENS = 64
 """Padding "bucket" rounds a prompt up to a power of two times this."""

@@ -11,7 +11,7 @@ from engine.job import FinishReason, Job
 from engine.speculation import Drafter
 
 if TYPE_CHECKING:
-    from engine.kv_cache import Block
+    from engine.block import Block
 
 
 @dataclass(eq=False, kw_only=True)

@@ -17,9 +17,9 @@ from watch import Watch, cache_of
 
 from engine import Engine, Job
 from engine.arena import Arena
-from engine.attention import KVShape
 from engine.errors import CapacityError, CheckpointError, ConfigError
 from engine.kv_cache import KVCache
+from engine.kv_shape import KVShape
 from engine.placement import TIERS, Tier
 from engine.policy import Share
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Job
+from engine.block import Block
 from engine.errors import CapacityError
 from engine.extents import Extents
-from engine.kv_cache import Block
 from engine.schedule import Limits, Scheduler, Segment, padded_length
 from engine.sequence import Prefix, Sequence
 
