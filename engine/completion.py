@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from engine.job import Completion
 from engine.sequence import Sequence
 
+_MARGIN = 8
+"""Characters at the beginning of a piece of text that may be other than in the whole: a space, half a character."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -42,10 +45,25 @@ def _stopped(sequence: Sequence, text: Text) -> bool:
     strings = [stop for stop in sequence.job.stop if isinstance(stop, str)]
     if any(_ends_with(generated, stop) for stop in sequence.job.stop):
         return True
-    if not strings:
+    if not strings or not any(stop in _tail(generated, strings, text) for stop in strings):
         return False
     written = text.decode(generated)
     return any(stop in written for stop in strings)
+
+
+def _tail(tokens: list[int], stops: list[str], text: Text) -> str:
+    """Text of the last tokens: enough of them to show any of `stops` that the newest token may have completed.
+
+    Decoding all of them at every step would take time that grows with the square of their number.
+    """
+    longest = max(map(len, stops))
+    enough = longest + len(text.decode(tokens[-1:])) + _MARGIN
+    count = longest + _MARGIN
+    while True:
+        tail = text.decode(tokens[-count:])
+        if count >= len(tokens) or len(tail) >= enough:
+            return tail
+        count *= 2
 
 
 def _ends_with(tokens: list[int], stop: object) -> bool:

@@ -259,7 +259,12 @@ class Scheduler:
     def _is_too_long(self, sequence: Sequence) -> bool:
         """Whether its attention scores alone are more than memory holds."""
         limit = self.limits.scores_per_batch
-        return limit is not None and (sequence.start + sequence.num_prompt) ** 2 > limit
+        if limit is None:
+            return False
+        rows = padded_length(len(sequence.tokens), self.limits.pad)
+        rectangles = [(rows, max(rows, sequence.start + len(sequence.tokens)))]
+        rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
+        return any(rows * keys > limit for rows, keys in rectangles)
 
     def _fail(self, sequence: Sequence, what: str, cure: str) -> None:
         rows = sequence.start + sequence.capacity
@@ -393,7 +398,7 @@ def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
             or count > limits.sequences_per_batch
             or count * max(columns, size) > limits.rows_per_batch
             or count * max(keys, reach) > limits.cached_rows_per_batch
-            or count * max(columns, size) * max(keys, reach) > (limits.scores_per_batch or math.inf)
+            or count * max(columns, size) * max(keys, reach, columns, size) > (limits.scores_per_batch or math.inf)
         ):
             batches.append([])
             columns = keys = 0

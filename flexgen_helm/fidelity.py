@@ -81,7 +81,7 @@ class Comparison:
     num_failed: int
     """Requests that our engine did not answer."""
     num_failed_here: int
-    """Those of them that the reference does answer."""
+    """Those of them that the reference does answer; it is not asked for sampled ones."""
 
 
 def compare(
@@ -341,7 +341,7 @@ def verdict(fidelities: Sequence[Fidelity]) -> str:
     if drifted := [each for each in fidelities if each.has_drifted]:
         return "\n".join([*(each.drift() for each in drifted), f"more than {limits_told}"])
     num_failed = sum(each.comparison.num_failed for each in fidelities)
-    failed = f"; {num_failed} requests failed, here and there, and count as empty answers" if num_failed else ""
+    failed = f"; {num_failed} requests failed here and count as empty answers" if num_failed else ""
     if not any(each.num_logprobs for each in fidelities):
         return f"nothing to compare: no request has log-probabilities{failed}"
     return f"no drift: the differences are within {limits_told}{failed}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -130,7 +129,7 @@ def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[
     own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
     auth = create_authentication(args) if args.server_url and not args.skip_instances else Authentication("")
     failure: Exception | None = None
-    started_ns = time.time_ns()
+    before = {run_spec.name: _stamp(args, run_spec) for run_spec in run_specs}
     try:
         run_benchmarking(
             run_specs=run_specs,
@@ -155,7 +154,8 @@ def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[
     throughput = display.close()
     path = Path(args.output_path) / "runs" / args.suite
     # What an earlier command left of a run is no result of this one, unless it was asked to skip what is completed.
-    scores = read_scores(run_specs, path, since_ns=0 if args.skip_completed_runs else started_ns)
+    done = [spec for spec in run_specs if args.skip_completed_runs or _stamp(args, spec) != before[spec.name]]
+    scores = read_scores(done, path)
     if scores and not args.dry_run:
         print(show(scores), *display.notes, throughput, f"results: {path}", sep="\n")
     if failure is not None:
@@ -173,6 +173,16 @@ def _verdict(failure: Exception, num_runs: int) -> Exception:
 
 def _run_path(args: argparse.Namespace, run_spec: RunSpec) -> Path:
     return Path(args.output_path) / "runs" / str(args.suite) / run_spec.name
+
+
+def _stamp(args: argparse.Namespace, run_spec: RunSpec) -> tuple[int, int] | None:
+    """Tells a run's `stats.json` from one that was written before or after; None if there is none."""
+    file = _run_path(args, run_spec) / "stats.json"
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def _named(error: Exception) -> str:

@@ -14,7 +14,14 @@ from engine.checkpoint import describe
 from engine.errors import ConfigError
 from flexgen_helm.entries import Target
 from flexgen_helm.flags import PolicySpec
-from flexgen_helm.registration import CLIENT, Entries, entries_for, merge_into_local_path, register_in_process
+from flexgen_helm.registration import (
+    CLIENT,
+    Entries,
+    entries_for,
+    merge_into_local_path,
+    register_in_process,
+    with_longest_sequence,
+)
 
 
 class Models:
@@ -65,7 +72,7 @@ class Models:
             client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
             deployment = dataclasses.replace(deployment, client_spec=client_spec)
         if self._max_sequence_length is not None:
-            deployment = dataclasses.replace(deployment, max_sequence_length=self._max_sequence_length)
+            deployment = with_longest_sequence(deployment, source_of(deployment), self._max_sequence_length)
         tokenizer = get_tokenizer_config(deployment.tokenizer_name or model)
         if tokenizer is None:
             raise ConfigError(

@@ -74,7 +74,7 @@ def entries_for(
     source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
     end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
-    longest, window = _longest_sequence(model, max_sequence_length, translator)
+    longest, window = _longest_sequence(model, max_sequence_length, description, translator)
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
     if apply_chat_template is not None:
         args["apply_chat_template"] = apply_chat_template
@@ -142,25 +142,45 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
     return end_of_text_token, prefix_token, translator
 
 
-def _longest_sequence(model: str, given: int | None, translator: Translator) -> tuple[int, int | None]:
-    """HELM's max_sequence_length, and the window where it must be told because the model's files do not.
+def _longest_sequence(
+    model: str, given: int | None, description: ModelDescription, translator: Translator
+) -> tuple[int, int | None]:
+    """HELM's max_sequence_length, and the window where it must be told because the model's config does not.
 
     HELM counts a prompt's own tokens only, so that those of a chat template must find room beside them.
     """
-    limit, added = translator.window, translator.num_added
+    added = translator.num_added
+    if given is not None and given < 1:
+        raise ConfigError(
+            f"max_sequence_length {given} of {model} is below 1; leave it out to take what its files tell"
+        )
+    if given is not None and description.window is None:
+        return given, given + added
+    limit = translator.window
     if limit is None:
-        if given is None:
-            raise ConfigError(
-                f"neither config nor tokenizer of {model} tell its longest sequence; give --max-sequence-length N"
-            )
-        limit, told = given + added, given + added
-    else:
-        told = None
+        raise ConfigError(
+            f"neither config nor tokenizer of {model} tell its longest sequence; give --max-sequence-length N"
+        )
+    beside = f" beside the {added} tokens of its chat template" if added else ""
     if limit <= added:
         raise ConfigError(f"the chat template of {model} takes {added} tokens, and its window is {limit}")
-    if given is not None and not 1 <= given <= limit:
-        raise ConfigError(f"max_sequence_length {given} of {model} is not between 1 and its window, {limit}")
-    return given or limit - added, told
+    if given is not None and given > limit - added:
+        raise ConfigError(
+            f"max_sequence_length {given} of {model} is more than its window, {limit}, has room for{beside}; "
+            f"give {limit - added} or less"
+        )
+    return given or limit - added, None
+
+
+def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int) -> ModelDeployment:
+    """A deployment of ours of the model `source` with another `max_sequence_length`; `ConfigError` if it cannot be."""
+    description, args = describe(source, download_weights=False), deployment.client_spec.args
+    _, _, translator = _read_tokenizer(description, args.get("apply_chat_template"))
+    longest, window = _longest_sequence(source, longest, description, translator)
+    if window is not None:
+        args = {**args, "window": window}
+    client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
+    return dataclasses.replace(deployment, max_sequence_length=longest, client_spec=client_spec)
 
 
 def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | dict[str, Any]:

@@ -42,12 +42,12 @@ def short_name(run: str) -> str:
     return ",".join(kept).split(":model=", 1)[0]
 
 
-def read_scores(run_specs: Iterable[RunSpec], runs_path: Path, *, since_ns: int = 0) -> list[Score]:
-    """Read the main metric of each run whose `stats.json` was written at or after `since_ns` (nanoseconds, Epoch)."""
+def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
+    """Read the main metric of each run whose `stats.json` is there."""
     scores = []
     for run_spec in run_specs:
         file = runs_path / run_spec.name / "stats.json"
-        if file.is_file() and file.stat().st_mtime_ns >= since_ns:
+        if file.is_file():
             metric, split = _main_metric(run_spec)
             stats = json.loads(file.read_text(encoding="utf-8"))
             scores.append(choose(stats, run_spec.name, run_spec.adapter_spec.model, metric, split))

@@ -11,9 +11,13 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from engine import Completion, Engine, Job, Sampling
+from engine.completion import Text, advance
+from engine.sequence import Sequence as AdvancingSequence
 
 COUNT = 14
 Stop = str | list[int]
@@ -182,3 +186,22 @@ def test_end_of_text_is_in_neither_text_nor_tokens(
         assert one.tokens == tokens[:end]
         assert one.text == decode(tokens[:end])
         assert one.logprobs == pytest.approx(whole.done.logprobs[:end], abs=1e-5)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.lists(st.integers(0, models.VOCABULARY - 1), min_size=1, max_size=60),
+    cut=st.tuples(st.integers(0, 400), st.integers(1, 12)),
+)
+def test_a_stop_is_seen_at_the_very_token_that_completes_it(
+    tokens: list[int], cut: tuple[int, int], tokenizer: PreTrainedTokenizerFast, decode: Decode
+) -> None:
+    """Though only the last tokens are decoded at each step."""
+    stop = decode(tokens)[cut[0] % len(decode(tokens)) :][: cut[1]]
+    sequence = AdvancingSequence.of(Job(prompt=[3], max_new_tokens=len(tokens) + 1, stop=[stop]))
+    completed = next(count for count in range(1, len(tokens) + 1) if stop in decode(tokens[:count]))
+    for count, token in enumerate(tokens, start=1):
+        advance(sequence, token, 0.0, Text(tokenizer, frozenset()))
+        assert (sequence.finish_reason == "stop") == (count == completed)
+        if count == completed:
+            break

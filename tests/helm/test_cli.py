@@ -156,9 +156,26 @@ def test_a_model_without_a_window_is_told_one(
     (deployment,) = yaml.safe_load(Path("prod_env/model_deployments.yaml").read_text())["model_deployments"]
     assert deployment["max_sequence_length"] == deployment["client_spec"]["args"]["window"] == 300
     capsys.readouterr()
-    assert cli("register", endless, "--local-path", "env", "--max-sequence-length", 200) == 0
+    assert cli("register", endless, "--local-path", "env", "--max-sequence-length", 50) == 0
     (deployment,) = yaml.safe_load(Path("env/model_deployments.yaml").read_text())["model_deployments"]
-    assert deployment["client_spec"]["args"]["window"] == 200
+    assert deployment["client_spec"]["args"]["window"] == 50
+    # Registered, and told another for one run: HELM's prompts are longer then.
+    known = ("run", "-r", f"{ENTRY},model=local/endless", "-m", 1, "--local-path", "env")
+    assert cli(*known, "--model", "local/endless", "--max-sequence-length", 400, "--suite", "long") == 0
+    capsys.readouterr()
+    assert "below 1" in refused(capsys, cli(*known, "--model", "local/endless", "--max-sequence-length", 0))
+
+
+def test_a_longest_sequence_leaves_room_for_the_chat_template(
+    cli: Cli, tiny_chat: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("register", tiny_chat, "--local-path", "env") == 0
+    (deployment,) = yaml.safe_load(Path("env/model_deployments.yaml").read_text())["model_deployments"]
+    room = deployment["max_sequence_length"]
+    capsys.readouterr()
+    register = ("register", tiny_chat, "--local-path", "other", "--max-sequence-length")
+    assert f"give {room} or less" in refused(capsys, cli(*register, room + 1))
+    assert cli(*register, room) == 0
 
 
 def test_a_failed_run_is_exit_code_1_and_keeps_what_went_well(

@@ -483,7 +483,7 @@ def test_a_failed_request_is_asked_of_the_reference(
         assert comparison.states == [state]
         assert figures["verdict"] == "nothing compared"
         assert verdict([found]).startswith("nothing to compare")
-        assert "1 requests failed" in verdict([found])
+        assert "1 requests failed here and count as empty answers" in verdict([found])
     else:
         assert figures["requests"] == {"compared": 0, "failed": 1, "failed_only_here": 1}
         assert figures["verdict"] == "drift"
