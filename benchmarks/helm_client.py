@@ -185,8 +185,8 @@ def tokens_in(spans: list[tuple[int, int]]) -> int:
     return sum(end - first for first, end in spans)
 
 
-def flop_of(model: Path, spans: list[tuple[int, int]]) -> float:
-    """Operations of the layers for these positions: matrix products, and attention to all that came before."""
+def linear_layers(model: Path) -> tuple[Any, list[Any], Any]:
+    """Config, linear modules without the head, and the head of a model, built without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -194,7 +194,12 @@ def flop_of(model: Path, spans: list[tuple[int, int]]) -> float:
         stock = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     head = stock.get_output_embeddings()
     layers = [module for module in stock.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    config = stock.config
+    return stock.config, layers, head
+
+
+def flop_of(model: Path, spans: list[tuple[int, int]]) -> float:
+    """Operations of the layers for these positions: matrix products, and attention to all that came before."""
+    config, layers, _ = linear_layers(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_hidden_layers * config.num_attention_heads * head_dim
     pairs = sum(end * (end + 1) // 2 - first * (first + 1) // 2 for first, end in spans)
@@ -204,21 +209,18 @@ def flop_of(model: Path, spans: list[tuple[int, int]]) -> float:
 def gemm_seconds(model: Path, tokens: int, answers: int) -> float:
     """Seconds that this machine's float32 matrix products take for `tokens` through the layers, `answers` the head."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from flexgen_helm.roofline import gemm_rate
 
-    with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    _, layers, head = linear_layers(model)
     rates: dict[tuple[int, int], float] = {}
     seconds = 0.0
-    for module in stock.modules():
-        if isinstance(module, torch.nn.Linear):
-            shape = (module.in_features, module.out_features)
-            if shape not in rates:
-                rates[shape] = gemm_rate(torch.device("cpu"), torch.float32, _GEMM_ROWS, *shape)
-            rows = answers if module is stock.get_output_embeddings() else tokens
-            seconds += 2 * rows * shape[0] * shape[1] / rates[shape]
+    for module in [*layers, head]:
+        shape = (module.in_features, module.out_features)
+        if shape not in rates:
+            rates[shape] = gemm_rate(torch.device("cpu"), torch.float32, _GEMM_ROWS, *shape)
+        rows = answers if module is head else tokens
+        seconds += 2 * rows * shape[0] * shape[1] / rates[shape]
     return seconds
 
 

@@ -95,11 +95,11 @@ def attention(
         output = flash.attend(batch, query, key, value, sweeping, scores)
     else:
         output = query.new_empty(*query.shape[:2], value.shape[2])
-    if not use_flash and host_flash.is_usable(query, value, scores, batch):
-        host_flash.prefill(batch, query, key, value, sweeping, scores, output)
-    else:
-        for prefill in () if use_flash else batch.prefill_groups:
-            _prefill(prefill, query, key, value, sweeping, scores, output)
+        if host_flash.is_usable(query, value, scores, batch):
+            host_flash.prefill(batch, query, key, value, sweeping, scores, output)
+        else:
+            for prefill in batch.prefill_groups:
+                _prefill(prefill, query, key, value, sweeping, scores, output)
     for decode in batch.decode_groups:
         if not use_flash or sweeping.cache.attention_device(decode) != query.device:
             _decode(decode, query, key, value, sweeping, scores, output)
@@ -121,7 +121,7 @@ def _prefill(
     # [parts, heads, rows of a part, dim]
     query, key, value = (x[rows].unflatten(0, (-1, size)).transpose(1, 2) for x in (query, key, value))
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    if not group.chain and scores.is_stock and (scores.window is None or scores.window >= size):
+    if not group.chain and scores.is_stock_within(size):
         result = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scores.scaling, enable_gqa=groups > 1
         )

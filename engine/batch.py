@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -183,13 +184,14 @@ class MicroBatch(Rows):
     @cached_property
     def prefill_groups(self) -> list[PrefillGroup]:
         """New spans, for an attention that sees prefixes and own tokens at once."""
-        runs = _prefill_runs(self.segments, with_prefixes=True)
+        runs = _runs_of_new_spans(self.segments, _shares_mask_with_prefixes)
         return [PrefillGroup(run, self._device, run[0].span.chain) for run in runs]
 
     @cached_property
     def own_groups(self) -> list[PrefillGroup]:
         """New spans, for an attention to their own tokens only."""
-        return [PrefillGroup(run, self._device, ()) for run in _prefill_runs(self.segments, with_prefixes=False)]
+        runs = _runs_of_new_spans(self.segments, _shares_own_mask)
+        return [PrefillGroup(run, self._device, ()) for run in runs]
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is called with."""
@@ -211,24 +213,27 @@ def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
     return [list(run) for _, run in groupby(segments, key=kind)]
 
 
-def _prefill_runs(segments: list[Segment], *, with_prefixes: bool) -> list[list[Segment]]:
-    """Neighbouring new segments that one attention call takes: equal lengths, or one mask of limited size."""
+def _runs_of_new_spans(segments: list[Segment], joins: Callable[[list[Segment], Segment], bool]) -> list[list[Segment]]:
+    """Neighbouring new segments that one attention call takes, as far as each `joins` those before it."""
     runs: list[list[Segment]] = []
     for segment in (segment for segment in segments if not segment.is_decode):
-        last = runs[-1] if runs else []
-        parent = segment.span.parent if with_prefixes else None
-        if last and (not with_prefixes or last[-1].span.parent is parent):
-            num_rows = segment.end - last[0].first
-            if with_prefixes:
-                joins = num_rows <= max(_MASKED_ROWS, segment.span.start) if parent else _are_equal(last[-1], segment)
-            else:
-                joins = num_rows <= _MASKED_ROWS
-            if joins:
-                last.append(segment)
-                continue
-        runs.append([segment])
+        if runs and joins(runs[-1], segment):
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
     return runs
 
 
-def _are_equal(one: Segment, other: Segment) -> bool:
-    return one.end - one.first == other.end - other.first
+def _shares_mask_with_prefixes(run: list[Segment], segment: Segment) -> bool:
+    """Whether `segment` continues the same chain, under a mask of limited size; without a chain: is as long."""
+    last = run[-1]
+    if last.span.parent is not segment.span.parent:
+        return False
+    if segment.span.parent is None:
+        return segment.end - segment.first == last.end - last.first
+    return segment.end - run[0].first <= max(_MASKED_ROWS, segment.span.start)
+
+
+def _shares_own_mask(run: list[Segment], segment: Segment) -> bool:
+    """Whether a mask over own tokens alone stays of limited size."""
+    return segment.end - run[0].first <= _MASKED_ROWS

@@ -17,11 +17,8 @@ _MAX_HEAD_DIM = 256
 
 def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: MicroBatch) -> bool:
     """Whether the kernels can do it: CUDA from sm80 on, 16 bits, plain softmax, no window that cuts anything off."""
-    return (
-        has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
-        and scores.is_stock
-        and (scores.window is None or batch.longest <= scores.window)
-    )
+    has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
+    return has_them and scores.is_stock_within(batch.longest)
 
 
 @cache

@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
 def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: MicroBatch) -> bool:
     """Whether the kernel can do it: heads of one size, plain softmax, no window that cuts anything off."""
-    return (
-        query.device.type == "cpu"
-        and query.shape[-1] == value.shape[-1]
-        and scores.is_stock
-        and (scores.window is None or batch.longest <= scores.window)
-    )
+    is_on_cpu, same_size = query.device.type == "cpu", query.shape[-1] == value.shape[-1]
+    return is_on_cpu and same_size and scores.is_stock_within(batch.longest)
 
 
 def prefill(

@@ -21,6 +21,10 @@ class Scores:
         """Whether `scaled_dot_product_attention` can compute it."""
         return self.softcap is None and self.sinks is None
 
+    def is_stock_within(self, length: int) -> bool:
+        """The same for contexts of at most `length` tokens, of which no window may cut anything off."""
+        return self.is_stock and (self.window is None or length <= self.window)
+
     def weights(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Scores `[…, heads, rows, keys]` (unscaled) and what to add to them -> float32 weights of the same shape."""
         scores = scores.float() * self.scaling

@@ -56,12 +56,7 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument("--model", help="hub id or directory of the model")
     group.add_argument("--path", help="where the weights are, if not under --model")
     group.add_argument("--run-path", dest="output_path", metavar="DIR", default=argparse.SUPPRESS, help="same as -o")
-    group.add_argument(
-        "--max-sequence-length",
-        type=int,
-        metavar="N",
-        help="longest prompt and answer together that HELM is to make (default: what the model's files tell)",
-    )
+    add_length_flag(group)
     group.add_argument("--policy", help="a shipped policy's name, a YAML file, or auto (default)")
     group.add_argument("--pad-to-seq-len", type=_pad, metavar="N", help="pad every prompt to N tokens, or: bucket")
     group.add_argument("--gpu-batch-size", type=int, metavar="N", help="most sequences in a micro-batch")
@@ -81,6 +76,16 @@ def _add_model_flags(parser: Parser) -> None:
         group.add_argument(flag, type=_boolean, nargs="?", const=True, metavar="BOOL", help=what)
     for flag, what in (("--compress-weight", "weights"), ("--compress-cache", "KV cache")):
         group.add_argument(flag, type=_bits, nargs="?", const=True, metavar="BITS", help=f"{what} in 4 or 8 bits")
+
+
+def add_length_flag(parser: argparse._ActionsContainer) -> None:
+    """Add the flag of what `registration` makes HELM's max_sequence_length of."""
+    parser.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="N",
+        help="longest prompt and answer together that HELM is to make (default: what the model's files tell)",
+    )
 
 
 def policy_from_flags(args: argparse.Namespace) -> PolicySpec | None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.errors import InstallationError
-from flexgen_helm.flags import checked_policy
+from flexgen_helm.flags import add_length_flag, checked_policy
 from flexgen_helm.footprint import Footprint
 from flexgen_helm.installation import model_problem
 from flexgen_helm.parser import Parser
@@ -19,12 +19,7 @@ def register_parser() -> Parser:
     parser.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
     parser.add_argument("--local-path", default="prod_env", help="HELM's --local-path (default: prod_env)")
     parser.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
-    parser.add_argument(
-        "--max-sequence-length",
-        type=int,
-        metavar="N",
-        help="longest prompt and answer together that HELM is to make (default: what the model's files tell)",
-    )
+    add_length_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
