@@ -18,7 +18,7 @@ import torch
 
 from engine import Engine, Policy
 from flexgen_helm.bench import bench_policy, timed
-from flexgen_helm.dummy import open_dummy
+from flexgen_helm.dummy import open_dummy, shape_name
 from flexgen_helm.record import write_record
 from flexgen_helm.roofline import Workload
 
@@ -125,7 +125,7 @@ def main() -> int:
     for name, held in (("before", before), (f"after {WARM_RUNS}", looks[WARM_RUNS - 1]), ("at the end", looks[-1])):
         print(f"{name:12}", "  ".join(f"{key} {value / 1e6:.1f} MB" for key, value in held.items()), flush=True)
     print("; ".join(found) or "nothing grew", flush=True)
-    name = f"memory-{Path(options.shape).stem}{'-reopen' if options.reopen else ''}"
+    name = f"memory-{shape_name(options.shape)}{'-reopen' if options.reopen else ''}"
     print(write_record(name, content, options.out))
     return int(bool(found))
 

@@ -69,7 +69,7 @@ def bench(arguments: Sequence[str]) -> int:
     args = bench_parser().parse_args(arguments)
     loads = workloads(args.rows, args.curve)
     policy = bench_policy(args.policy, args.gpu_memory, args.percent)
-    from flexgen_helm.dummy import open_dummy, shape_config
+    from flexgen_helm.dummy import open_dummy, shape_config, shape_name
 
     shape_config(args.shape)
     try:
@@ -92,7 +92,7 @@ def bench(arguments: Sequence[str]) -> int:
             "load_s": load_s,
             "rows": [],
         }
-        name = f"bench-{Path(args.shape).stem if '/' in args.shape else args.shape}"
+        name = f"bench-{shape_name(args.shape)}"
         name += f"-{args.gpu_memory}" if args.gpu_memory else ""
         path = _time_rows(engine, loads, rates, record, name, args.out)
     print(path)

@@ -97,6 +97,12 @@ def shape_config(shape: str) -> dict[str, Any]:
     return config
 
 
+def shape_name(shape: str) -> str:
+    """What a record of `shape` is called after: its name, or that of its directory or file."""
+    path = Path(shape)
+    return shape if shape in SHAPES else path.stem if path.is_file() else path.name
+
+
 def write_model_directory(shape: str, folder: Path) -> None:
     """Write configuration and a one-word tokenizer of `shape` into `folder`; weights are not among it.
 

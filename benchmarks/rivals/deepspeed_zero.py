@@ -48,6 +48,7 @@ def main() -> None:
     }
     keep = HfDeepSpeedConfig(config)  # as long as it lives, `generate` knows that parameters are partitioned
     deepspeed.init_distributed("nccl", rank=0, world_size=1)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)  # else the whole model goes to the card first
     engine = deepspeed.initialize(model=model, config=config)[0]
     engine.module.eval()
     setup_s = time.perf_counter() - start
