@@ -13,11 +13,12 @@ from engine.policy import Policy
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.generation import Generation
 
 __distribution__ = "flexgen-helm"
 """Tells this package from any other distribution's top-level `engine`; the plugin checks it."""
 
-__all__ = ["Completion", "Engine", "EngineError", "Job", "Policy", "Sampling"]
+__all__ = ["Completion", "Engine", "EngineError", "Generation", "Job", "Policy", "Sampling"]
 
 
 def __getattr__(name: str) -> object:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> object:
         from engine.engine import Engine
 
         return Engine
+    if name == "Generation":
+        from engine.generation import Generation
+
+        return Generation
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

@@ -30,7 +30,7 @@ class Text:
 def advance(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
     """Add a generated token to `sequence`, or end it."""
     if token in text.end_of_text:
-        sequence.finish_reason = "endoftext"
+        sequence.finish_reason, sequence.end_token = "endoftext", token
         return
     sequence.tokens.append(token)
     sequence.generated_logprobs.append(logprob)
@@ -81,6 +81,7 @@ def completion_of(sequence: Sequence, text: Text) -> Completion:
         logprobs=tuple(sequence.generated_logprobs[: len(tokens)]),
         prompt_logprobs=_prompt_logprobs(sequence) if sequence.job.prompt_logprobs else None,
         finish_reason=sequence.finish_reason,
+        end_token=sequence.end_token,
     )
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from engine.arena import Arena
+from engine.call import Call, LoopResults, Result, Results
 from engine.checkpoint import ModelDescription, describe
 from engine.completion import Text, advance, completion_of
 from engine.errors import CapacityError, CheckpointError, EngineError, JobError, NumericsError, UnsupportedError
 from engine.executor import Executor
+from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
 from engine.hardware import available_memory, resolve_device, resolve_dtype
 from engine.hidden import HiddenStates
 from engine.job import Completion, Job
@@ -30,14 +31,6 @@ from engine.policy import Policy
 from engine.schedule import Scheduler
 from engine.sequence import Sequence
 from engine.weights import WeightStore
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of `stream`: where its completions go."""
-
-    results: queue.SimpleQueue[tuple[int, Completion] | BaseException] = field(default_factory=queue.SimpleQueue)
-    sequences: dict[int, Sequence] = field(default_factory=dict)
 
 
 class Engine:
@@ -59,6 +52,7 @@ class Engine:
         plan: Plan,
         window: int | None,
         end_of_text: frozenset[int],
+        pad_token: int,
         arena: Arena,
         loading: Iterator[None],
     ) -> None:
@@ -73,9 +67,10 @@ class Engine:
         self._executor = executor
         self._arena = arena
         self._text = Text(tokenizer, end_of_text)
-        self._owner: dict[int, tuple[_Call, int]] = {}
-        self._inbox: list[tuple[_Call, dict[int, Sequence]]] = []
-        self._abandoned: list[_Call] = []
+        self._pad_token = pad_token
+        self._owner: dict[int, tuple[Call, int]] = {}
+        self._inbox: list[tuple[Call, dict[int, Sequence]]] = []
+        self._abandoned: list[Call] = []
         self._changed = threading.Condition()
         self._closing = False
         self._fault: BaseException | None = None
@@ -114,6 +109,7 @@ class Engine:
         path = Path(description.path)
         tokenizer = _load_tokenizer(path)
         model = CausalModel(path, dtype, device)
+        end_of_text = _special_token("eos_token_id", path, model, tokenizer)
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
         plan = make_plan(shape_of(model), policy, memory, on_cpu=device.type == "cpu")
         if device.type == "cuda" and policy.gpu_memory is not None:
@@ -142,7 +138,8 @@ class Engine:
                 policy=policy,
                 plan=plan,
                 window=description.window,
-                end_of_text=_end_of_text(path, model, tokenizer),
+                end_of_text=frozenset(end_of_text),
+                pad_token=[*_special_token("pad_token_id", path, model, tokenizer), *end_of_text, 0][0],
                 arena=arena,
                 loading=loading,
             )
@@ -168,34 +165,141 @@ class Engine:
         A bad job fails in its own `Completion.error`; raises `EngineError` only for faults of the engine. Jobs of a
         generator that is closed early are dropped.
         """
-        jobs = list(jobs)
-        call, bad = _Call(), []
+        results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        call, bad = self._call(jobs, results)
+        stream = self._results(call, results, bad, len(call.sequences))
+        next(stream)  # into its `try`, so that closing it drops the jobs even before the first result is taken
+        self._submit(call)
+        return stream
+
+    async def astream(self, jobs: Iterable[Job]) -> AsyncIterator[tuple[int, Completion]]:
+        """`stream` for a coroutine: `async for index, completion in engine.astream(jobs)`, in a running asyncio loop.
+
+        Jobs are submitted when the first result is awaited, and dropped when the generator is closed or its task is
+        cancelled. Calls of several tasks are served together.
+        """
+        results = LoopResults()
+        call, bad = self._call(jobs, results)
+        num_running = len(call.sequences)
+        try:
+            self._submit(call)
+            for index, completion in bad:
+                yield index, completion
+            for _ in range(num_running):
+                result = await results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            self._abandon(call)
+
+    @overload
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = ...,
+        *,
+        return_dict: Literal[False] = ...,
+        **settings: Unpack[Settings],
+    ) -> torch.Tensor: ...
+
+    @overload
+    def generate(
+        self, input_ids: Any, attention_mask: Any = ..., *, return_dict: Literal[True], **settings: Unpack[Settings]
+    ) -> Generation: ...
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float = 1.0,
+        stop: str | Iterable[str | Iterable[int]] = (),
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        pad_token_id: int | None = None,
+        return_dict: bool = False,
+    ) -> torch.Tensor | Generation:
+        """Continue prompts, as `transformers.GenerationMixin.generate` does; names and defaults are its.
+
+        input_ids: token ids, a tensor or array `[prompts, length]` or `[length]`, or lists of any lengths.
+        attention_mask: of the same form; tokens with a 0 are padding, on whichever side.
+        temperature, top_k, top_p: only with `do_sample`; None or 0 as top_k samples among all tokens.
+        stop: a string, or strings or lists of token ids; a row ends before it
+            (transformers' `stop_strings` keeps it).
+        num_return_sequences: completions of each prompt, neighbours in the result; needs `do_sample` to differ.
+        seed: the same gives the same samples; completion i of all gets seed + i. None draws them.
+        pad_token_id: fills rows up to the longest; None: the model's, else its end-of-text.
+
+        Returns int64 `[prompts * num_return_sequences, longest]` on the CPU: the row as given, the new tokens with
+        end-of-text if it came, padding; with `return_dict`, a `Generation`. Raises `JobError`, before anything is
+        computed, for a prompt that cannot be served, and when one fails.
+        """
+        rows = rows_of(input_ids)
+        jobs = jobs_of(
+            prompts_of(rows, attention_mask),
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            num_return_sequences=num_return_sequences,
+            seed=seed,
+        )
+        for number, job in enumerate(jobs):
+            try:
+                self._check(job)
+            except JobError as error:
+                raise JobError(f"row {number // num_return_sequences} of input_ids: {error}") from None
+        completions = self.run(jobs)
+        for number, done in enumerate(completions):
+            if done.error is not None:
+                raise type(done.error)(
+                    f"row {number // num_return_sequences} of input_ids: {done.error}"
+                ) from done.error
+        whole = [row for row in rows for _ in range(num_return_sequences)]
+        sequences = sequences_of(whole, completions, self._pad_token if pad_token_id is None else pad_token_id)
+        return Generation(sequences=sequences, completions=tuple(completions)) if return_dict else sequences
+
+    def _call(self, jobs: Iterable[Job], results: Results) -> tuple[Call, list[tuple[int, Completion]]]:
+        """The call of what can run of `jobs`, and the completions of what cannot."""
+        call, bad = Call(results), []
         for index, job in enumerate(jobs):
             try:
                 self._check(job)
                 call.sequences[index] = Sequence.of(job)
             except EngineError as error:
                 bad.append((index, Completion(error=error)))
-        results = self._results(call, bad, len(call.sequences))
-        next(results)  # into its `try`, so that closing it drops the jobs even before the first result is taken
-        self._submit(call)
-        return results
+        return call, bad
 
     def _results(
-        self, call: _Call, bad: list[tuple[int, Completion]], num_running: int
+        self,
+        call: Call,
+        results: queue.SimpleQueue[Result],
+        bad: list[tuple[int, Completion]],
+        num_running: int,
     ) -> Iterator[tuple[int, Completion]]:
         try:
             yield -1, Completion()
             yield from bad
             for _ in range(num_running):
-                result = call.results.get()
+                result = results.get()
                 if isinstance(result, BaseException):
                     raise result
                 yield result
         finally:
-            with self._changed:
-                self._abandoned.append(call)
-                self._changed.notify_all()
+            self._abandon(call)
+
+    def _abandon(self, call: Call) -> None:
+        """Drop what of `call` has not ended."""
+        with self._changed:
+            self._abandoned.append(call)
+            self._changed.notify_all()
 
     @property
     def num_sweeps(self) -> int:
@@ -250,7 +354,7 @@ class Engine:
         if isinstance(pad, int) and len(job.prompt) > pad:
             raise JobError(f"prompt of {len(job.prompt)} tokens is longer than pad-to-seq-len {pad}; raise it")
 
-    def _submit(self, call: _Call) -> None:
+    def _submit(self, call: Call) -> None:
         with self._changed:
             if self._fault is not None:
                 raise self._fault
@@ -428,16 +532,16 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _end_of_text(path: Path, model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a completion, as `transformers`' generate finds them."""
+def _special_token(name: str, path: Path, model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a special token such as "eos_token_id", as `transformers`' generate finds them; empty if there is none."""
     ids: Any = None
     if (path / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        ids = getattr(GenerationConfig.from_pretrained(path), name)
     if ids is None:
-        ids = model.config.get_text_config().eos_token_id
+        ids = getattr(model.config.get_text_config(), name, None)
     if ids is None:
-        ids = tokenizer.eos_token_id
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+        ids = getattr(tokenizer, name)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _explain(error: BaseException, policy: Policy) -> BaseException:

@@ -85,5 +85,7 @@ class Completion:
     """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not asked for."""
     finish_reason: FinishReason | None = None
     """Why it ended; "length" for a job that only scores; None when `error` is set."""
+    end_token: int | None = None
+    """The end-of-text token that ended it, if one did; not among `tokens`."""
     error: EngineError | None = None
     """Set when this job failed; then the other fields are empty."""

@@ -74,6 +74,7 @@ class Sequence(Span):
     generated_logprobs: list[float] = field(default_factory=list)
     rng: random.Random = field(default_factory=random.Random)
     finish_reason: FinishReason | None = None
+    end_token: int | None = None
     error: EngineError | None = None
     drafter: Drafter | None = None
     """Guesses coming tokens; made when they are first wanted."""
@@ -91,7 +92,7 @@ class Sequence(Span):
         self.tokens, self.num_prompt, self.rng = list(self.job.prompt), len(self.job.prompt), _rng(self.job)
         self.parent, self.cached, self.prompt_logprobs, self.generated_logprobs = None, 0, [], []
         self.is_finite, self.is_alone, self.drafter = True, True, None
-        self.finish_reason, self.error = None, None
+        self.finish_reason, self.end_token, self.error = None, None, None
 
     @property
     def generated(self) -> list[int]:
