@@ -107,7 +107,7 @@ class Engine:
             device = torch.device("cuda", torch.cuda.current_device())
         dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
         path = Path(description.path)
-        tokenizer = _load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
         model = CausalModel(path, dtype, device)
         end_of_text = _special_token("eos_token_id", path, model, tokenizer)
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
@@ -524,7 +524,8 @@ def _refuse_unsupported(policy: Policy) -> None:
             raise UnsupportedError(f"{key}: {value} is not supported yet; leave it out")
 
 
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; `CheckpointError` if it cannot be loaded."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -57,6 +57,11 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument("--path", help="where the weights are, if not under --model")
     group.add_argument("--run-path", dest="output_path", metavar="DIR", default=argparse.SUPPRESS, help="same as -o")
     add_length_flag(group)
+    add_policy_flags(group)
+
+
+def add_policy_flags(group: argparse._ActionsContainer) -> None:
+    """Add what `policy_from_flags` reads."""
     group.add_argument("--policy", help="a shipped policy's name, a YAML file, or auto (default)")
     group.add_argument("--pad-to-seq-len", type=_pad, metavar="N", help="pad every prompt to N tokens, or: bucket")
     group.add_argument("--gpu-batch-size", type=int, metavar="N", help="most sequences in a micro-batch")

@@ -17,6 +17,7 @@ from flexgen_helm.parser import Parser
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
     "register": "write a model's HELM entries once, for plain helm-run",
+    "complete": "prompts in, completions out, as JSON lines; goes on where it was",
     "bench": "time the engine on random weights of a real shape, beside the machine's limits",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
     "doctor": "show what this machine has and what is missing",
@@ -65,6 +66,10 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.register import register
 
             return register(rest)
+        if command == "complete":
+            from flexgen_helm.complete import complete
+
+            return complete(rest)
         if command == "bench":
             from flexgen_helm.bench import bench
 

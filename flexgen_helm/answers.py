@@ -1,0 +1,129 @@
+"""Answers of `flexgen-helm complete`: JSON lines, each written as soon as it is known, so that a run can go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from engine.errors import ConfigError
+from flexgen_helm.errors import RunFailed
+
+Place = tuple[int, int]
+"""Index of a prompt, and which of its completions."""
+
+
+class Answers:
+    """Where answers go: a file, which is gone on with if it is there, or standard output.
+
+    Another process that writes the same file is refused. A context manager; raises `RunFailed` when writing fails, what
+    was written before then being whole lines but for the last.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: FileIO | None = None
+        """Unbuffered: what is written is there whatever becomes of the process."""
+
+    def __enter__(self) -> Answers:
+        if self._path is None:
+            return self
+        if self._path.exists() and not self._path.is_file():
+            raise ConfigError(f"{self._path} is no file; leave --output out to write to standard output")
+        try:
+            self._file = self._path.open("ab+", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be written: {error.strerror}; name another --output") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ConfigError(f"another process writes {self._path}; wait for it or name another --output") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._path is not None and self._file is not None:
+            self._file.close()
+            if self._path.exists() and self._path.stat().st_size == 0:
+                self._path.unlink()
+
+    def resume(self, keys: dict[Place, str]) -> set[Place]:
+        """Places that an earlier run answered; `keys` says what is asked at each.
+
+        Failures and a line that was cut off are dropped, to be asked again. `ConfigError`, and nothing changed, for a
+        file that holds anything else.
+        """
+        if self._path is None:
+            return set()
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        kept: dict[Place, str] = {}
+        for number, line in enumerate(whole, 1):
+            where = f"{self._path}, line {number}"
+            try:
+                entry = json.loads(line)
+                place, key = (int(entry["index"]), int(entry.get("sample", 0))), entry.get("key")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConfigError(f"{where} is no answer of `complete`; name another --output") from None
+            if "error" in entry:
+                continue
+            if keys.get(place) != key:
+                raise ConfigError(
+                    f"{where} answers something else (prompt, settings or model differ); "
+                    "name another --output or remove it"
+                )
+            kept[place] = line
+        self._replace(kept.values(), only_if=len(kept) < len(whole) or not text.endswith("\n"))
+        return set(kept)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Write one answer."""
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        try:
+            if self._file is None:
+                print(line, end="", flush=True)
+            else:
+                left = line.encode("utf-8", errors="replace")
+                while left:
+                    left = left[self._file.write(left) :]
+        except OSError as error:
+            name = self._path or "standard output"
+            raise RunFailed(f"{name} cannot be written: {error.strerror}; answers so far are kept there") from None
+
+    def sort(self) -> None:
+        """Put a file's answers in the order of the prompts."""
+        if self._path is None:
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines]
+        order = sorted(range(len(lines)), key=lambda at: (entries[at]["index"], entries[at].get("sample", 0)))
+        self._replace([lines[at] for at in order], only_if=order != list(range(len(lines))))
+
+    def _replace(self, lines: Iterable[str], *, only_if: bool) -> None:
+        """Let the file hold `lines`, which takes effect at once or not at all."""
+        if not only_if:
+            return
+        assert self._path is not None
+        assert self._file is not None
+        beside = self._path.with_name(self._path.name + ".new")
+        file = beside.open("wb", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left = "".join(line + "\n" for line in lines).encode()
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+            beside.replace(self._path)
+        except OSError as error:
+            file.close()
+            beside.unlink(missing_ok=True)
+            raise RunFailed(f"{beside} cannot be written: {error.strerror}; free some space") from None
+        self._file.close()
+        self._file = file
