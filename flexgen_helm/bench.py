@@ -76,7 +76,7 @@ def bench(arguments: Sequence[str]) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {args.out} cannot be written: {error.strerror}") from None
-    rates = _rates(policy, args.shape)
+    rates = rates_of(policy, args.shape)
     print("  ".join(f"{name} {value:.4g}" for name, value in asdict(rates).items()), flush=True)
     start = time.perf_counter()
     with open_dummy(args.shape, policy) as engine:
@@ -120,7 +120,8 @@ def bench_policy(name: str, gpu_memory: str | None, percent: Sequence[int] | Non
     return Policy.from_mapping(mapping, where=f"policy {name} with flags")
 
 
-def _rates(policy: Policy, shape: str) -> Rates:
+def rates_of(policy: Policy, shape: str) -> Rates:
+    """Measure the device that `policy` names, in the dtype that `shape` has under it."""
     import torch
 
     from engine.hardware import resolve_device, resolve_dtype

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks import draw, memory, timeline
+from benchmarks import data_wrangling, draw, memory, timeline
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
 from engine.errors import ConfigError
@@ -508,3 +508,54 @@ class TestRivals:
         figures = json.loads((ROOT / "benchmarks" / "rivals" / "published.json").read_text())
         assert {"Petals", "FlexGen"} <= {figure["system"] for figure in figures}
         assert all(figure["source"] and figure["new_tokens_s"] > 0 for figure in figures)
+
+
+class TestDataWrangling:
+    def test_requests_are_as_long_as_published_and_share_what_is_said(self) -> None:
+        row = next(row for row in data_wrangling.ROWS if row.dataset == "Fodors-Zagats")
+        assert row.workload(0.0, None) == Workload(1, 189, 0, 744, 3)
+        assert row.workload(0.5, 4) == Workload(1, 4, 372, 372, 3)
+        assert row.workload(0.46, 1000) == Workload(1, 189, 342, 402, 3)
+
+    def test_published_rates_are_of_whole_batches_but_one(self) -> None:
+        told = {
+            (row.dataset, shape): published["requests"]
+            for row in data_wrangling.ROWS
+            for shape in row.published
+            if (published := row.published_for(shape)) is not None
+        }
+        assert told["Beer", "opt-30b"] == 90.0  # of 91, in batches of 90
+        assert told["Restaurant", "opt-30b"] == 80.0  # of 86, in batches of 80
+        assert {key: count for key, count in told.items() if count != int(count)} == {
+            ("DBLP-GoogleScholar", "opt-6.7b"): 210.7
+        }
+        assert len(told) == 20
+        assert data_wrangling.ROWS[0].published_for("opt-125m") is None
+
+    def test_runs_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shape = tmp_path / "wide-opt.json"
+        shape.write_text(json.dumps(OPT | {"max_position_embeddings": 1024}))
+        flags = [
+            "--shape",
+            str(shape),
+            "--samples",
+            "3",
+            "--datasets",
+            "Restaurant",
+            "DBLP-ACM",
+            "--out",
+            str(tmp_path),
+        ]
+        monkeypatch.setattr(sys, "argv", ["data_wrangling", *flags, "--percent", "0", "100", "0", "100", "100", "0"])
+        data_wrangling.main()
+        record = json.loads((tmp_path / "data-wrangling-wide-opt.json").read_text())
+        assert {"commit", "hardware", "policy", "plan", "rates", "shares"} <= set(record)
+        dblp, restaurant = record["rows"][:2], record["rows"][2:]
+        assert ["window of 1024" in row["error"] for row in dblp] == [True, True]
+        assert [row["row"] for row in restaurant] == ["1x3x0+123:5", "1x3x56+67:5"]
+        printed = capsys.readouterr().out
+        for row in restaurant:
+            assert row["tokens_s"] == pytest.approx(3 * (123 + 5) / row["seconds"])
+            assert data_wrangling.table_line(row) in printed

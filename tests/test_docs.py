@@ -16,6 +16,7 @@ from engine.policy import Policy, policy_directories
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HELM = pytest.importorskip("helm.benchmark.run", reason="crfm-helm is not installed")
+pytest.importorskip("flexgen_helm.plugin")  # registers our run entries
 
 
 def blocks(language: str) -> list[str]:

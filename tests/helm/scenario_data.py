@@ -9,6 +9,7 @@ from pathlib import Path
 
 from question_data import QUESTIONS
 from scenario_files import CITIES, NAMES, jsonl, question, story, table, text
+from wrangling_data import data_wrangling
 
 LM_ENTRY = {  # task of the entries: subtasks, each a file
     "bigger_number": ["bigger_number"],
@@ -305,6 +306,6 @@ def instructions(root: Path) -> None:
 
 OTHERS: tuple[Callable[[Path], None], ...] = (
     *(msmarco, summarization, imdb, civil_comments, entity_matching, entity_data_imputation),
-    *(wikitext_103, the_pile, twitter_aae, blimp, wikifact, babi_qa, gsm, lm_entry, big_bench),
+    *(data_wrangling, wikitext_103, the_pile, twitter_aae, blimp, wikifact, babi_qa, gsm, lm_entry, big_bench),
     *(code, copyright_prompts, disinformation, open_ended, synthetic_efficiency, instructions),
 )
