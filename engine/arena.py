@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from engine import accelerator
 from engine.errors import CapacityError, ConfigError
 from engine.placement import TIERS, Tier
 
@@ -29,7 +30,7 @@ class Arena:
     def __init__(self, device: torch.device, *, pin: bool = True, offload_dir: str | None = None) -> None:
         self.device = device
         self.offload_dir = offload_dir
-        self.pinned = pin and device.type == "cuda"
+        self.pinned = pin and accelerator.can_lock_pages(device)
         self.num_bytes: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         """Bytes handed out and not freed, by tier."""
         self._blocks: dict[int, tuple[Tier, int]] = {}
@@ -67,7 +68,7 @@ class Arena:
         self.num_bytes[tier] -= num_bytes
         if tier == "host" and self.pinned:
             # Before the mapping goes: the driver would otherwise keep the pages of a later mapping at this address.
-            torch.cuda.cudart().cudaHostUnregister(pointer)
+            accelerator.unlock_pages(pointer)
 
     def _map_file(self, num_bytes: int) -> torch.Tensor:
         if self.offload_dir is None:
@@ -102,7 +103,7 @@ def _page_locked(num_bytes: int) -> torch.Tensor:
     # Registering takes the time of the page faults, unless several threads have had them before.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         list(pool.map(touch, range(0, num_bytes, _TOUCH_BYTES)))
-    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0))
+    code = accelerator.lock_pages(tensor.data_ptr(), num_bytes)
     if code:
         raise CapacityError(
             f"cannot page-lock {num_bytes / 1e9:.1f} GB of host memory (CUDA error {code}); "

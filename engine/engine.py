@@ -12,6 +12,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from engine import accelerator
 from engine.arena import Arena
 from engine.call import Call, LoopResults, Result, Results
 from engine.checkpoint import ModelDescription, describe
@@ -102,9 +103,7 @@ class Engine:
         """
         _refuse_unsupported(policy)
         device_name = resolve_device(policy.device)
-        device = torch.device(device_name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = accelerator.indexed(torch.device(device_name))
         dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
         path = Path(description.path)
         tokenizer = load_tokenizer(path)
@@ -112,9 +111,8 @@ class Engine:
         end_of_text = _special_token("eos_token_id", path, model, tokenizer)
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
         plan = make_plan(shape_of(model), policy, memory, on_cpu=device.type == "cpu")
-        if device.type == "cuda" and policy.gpu_memory is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, policy.gpu_memory / total), device)
+        if policy.gpu_memory is not None:
+            accelerator.limit_memory(device, policy.gpu_memory)
         arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
         store = None
         try:
@@ -147,7 +145,7 @@ class Engine:
             if store is not None:
                 store.close()
             arena.close()
-            _lift_limit(device)
+            accelerator.limit_memory(device, None)
             raise _explain(error, policy) from error
 
     def run(self, jobs: Iterable[Job]) -> list[Completion]:
@@ -323,9 +321,8 @@ class Engine:
         self._weights.close()
         self._executor.close()
         self._arena.close()
-        if self._arena.device.type == "cuda":
-            torch.cuda.empty_cache()
-        _lift_limit(self._arena.device)
+        accelerator.release_memory(self._arena.device)
+        accelerator.limit_memory(self._arena.device, None)
 
     def __enter__(self) -> Engine:
         return self
@@ -472,12 +469,6 @@ class Engine:
         except Exception:
             return False
         return True
-
-
-def _lift_limit(device: torch.device) -> None:
-    """Let torch reserve all of the device again."""
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 _SCORE_COPIES = 3

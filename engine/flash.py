@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.accelerator import has_flash_attention
+
 if TYPE_CHECKING:
     from engine.batch import DecodeGroup, MicroBatch
     from engine.scores import Scores
@@ -25,11 +27,10 @@ def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: M
 def has_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     """Whether there are kernels for heads of these sizes on `device`."""
     return (
-        device.type == "cuda"
+        has_flash_attention(device)
         and dtype in (torch.float16, torch.bfloat16)
         and key_dim == value_dim <= _MAX_HEAD_DIM
         and key_dim % 8 == 0
-        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 

@@ -26,14 +26,16 @@ def resolve_device(name: str) -> str:
         return "cpu"
     import torch
 
+    from engine import accelerator
+
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if accelerator.is_available("cuda") else "cpu"
     kind, _, index = name.partition(":")
-    module = getattr(torch, kind)
-    if not module.is_available():
+    if not accelerator.is_available(kind):
         raise InstallationError(f"device {name}: torch {torch.__version__} sees no {kind} device; use device: cpu")
-    if index and int(index) >= module.device_count():
-        raise InstallationError(f"device {name}: there are only {module.device_count()} {kind} devices")
+    if index and torch.device(name) not in accelerator.devices():
+        count = sum(device.type == kind for device in accelerator.devices())
+        raise InstallationError(f"device {name}: there are only {count} {kind} devices")
     return name
 
 
@@ -46,12 +48,13 @@ def resolve_dtype(name: str, checkpoint: str, device: str) -> str:
         name = "float32" if device == "cpu" else checkpoint
     if name not in ("float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype {name} (the checkpoint's) cannot be computed with; set dtype: float16 or bfloat16")
-    if name == "bfloat16" and device.startswith("cuda"):
+    if name == "bfloat16" and device != "cpu":
         import torch
 
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            warnings.warn(f"compute capability {capability} has no bfloat16: using float16", stacklevel=2)
+        from engine import accelerator
+
+        if not accelerator.computes_bfloat16(torch.device(device)):
+            warnings.warn(f"device {device} has no bfloat16: using float16", stacklevel=2)
             return "float16"
     return name
 
@@ -59,20 +62,25 @@ def resolve_dtype(name: str, checkpoint: str, device: str) -> str:
 def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None, offload_dir: str | None) -> Memory:
     """What may be used: the policy's limits, or 90 % of what is free now on each tier.
 
-    On the CPU the device tier is a budget of host memory like any other; unless limited, it may be all of it.
+    Where device and host memory are the same (CPU, MPS), the device tier is a budget like any other; unless limited, it
+    may be all of it.
     """
     host = int(free_host_memory() * 0.9)
     limited_host = host if cpu_memory is None else min(cpu_memory, host)
     disk = free_disk(offload_dir) if offload_dir else 0
-    if not device.startswith("cuda"):
+    found = None
+    if device != "cpu":
+        import torch
+
+        from engine import accelerator
+
+        found = accelerator.memory(torch.device(device))
+    if found is None:
         # A limit on one tier says nothing about the other; both together cannot exceed what there is.
         shared = gpu_memory is None or gpu_memory + limited_host > host
         tier = host if gpu_memory is None else min(gpu_memory, host)
         return Memory(device=tier, host=limited_host, disk=disk, shared=shared and cpu_memory is None)
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    tier = int(free * 0.95)
+    tier = int(found[0] * 0.95)
     return Memory(device=tier if gpu_memory is None else min(gpu_memory, tier), host=limited_host, disk=disk)
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from engine import accelerator
+
 _NUM_BUFFERS = 2
 
 
 class KVTransfer:
-    """Ordered copies off and onto a CUDA device; on other devices plain copies.
+    """Ordered copies off and onto a device with streams; on other devices plain copies.
 
     What is brought for one micro-batch lies in one of two staging buffers in turn, so it is good until the micro-batch
     after the next one is brought.
@@ -20,9 +22,8 @@ class KVTransfer:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._dtype = dtype
-        is_cuda = device.type == "cuda"
-        self._fetch: Any = torch.cuda.Stream(device) if is_cuda else None
-        self._store: Any = torch.cuda.Stream(device) if is_cuda else None
+        self._fetch = accelerator.new_stream(device)
+        self._store = accelerator.new_stream(device)
         self._buffers: list[torch.Tensor | None] = [None] * _NUM_BUFFERS
         self._turn = 0
 
@@ -41,10 +42,10 @@ class KVTransfer:
         if self._store is None:
             target.copy_(rows)
             return
-        self._store.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._store):
+        self._store.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._store, self._device):
             target.copy_(rows, non_blocking=True)
-        rows.record_stream(self._store)
+        accelerator.keep_for(rows, self._store)
 
     def fetch(self, num_rows: int, width: int, pieces: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, Any]:
         """Start copying (first row, rows) pieces into a staging buffer `[num_rows, width]`.
@@ -61,12 +62,12 @@ class KVTransfer:
             self._buffers[self._turn] = buffer
         staged = buffer[:size].view(num_rows, width)
         # The computation that used the buffer last has been queued by now.
-        self._fetch.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._fetch):
+        self._fetch.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._fetch, self._device):
             for first, rows in pieces:
                 staged[first : first + len(rows)].copy_(rows, non_blocking=True)
             return staged, self._fetch.record_event()
 
     def await_arrival(self, arrival: Any) -> None:
         """Let the computation wait for a fetch."""
-        torch.cuda.current_stream(self._device).wait_event(arrival)
+        accelerator.current_stream(self._device).wait_event(arrival)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine import accelerator
 from engine.arena import Arena
 from engine.model import CausalModel, Unit
 from engine.placement import Extent, Split, Tier, lay_out, split_bytes, streamed_from
@@ -99,7 +100,7 @@ class WeightStore:
         self._next = {id(a): b for a, b in pairwise([*self._streamed, *self._streamed[:1]])}
         self._outer = arena.empty(self._placed["outer"].num_streamed if "outer" in self._placed else 0, "device")
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
-        self._copy_stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._copy_stream = accelerator.new_stream(self._device)
         self._stage: list[tuple[torch.Tensor, Any]] = []
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="flexgen-look-up")
         self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
@@ -196,8 +197,8 @@ class WeightStore:
             return
         if placed.unit.name == "outer":  # it is always needed on the device
             self._copy(placed, self._outer)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # other streams read it
+        if self._copy_stream is not None:
+            accelerator.current_stream(self._device).synchronize()  # other streams read it
         placed.complete.set()
 
     def give_up(self, fault: BaseException) -> None:
@@ -253,7 +254,7 @@ class WeightStore:
         """Rows of the table, page-locked if they are to cross the link."""
         if part.device.type != "cpu" or self._copy_stream is None:
             return part.index_select(0, index.to(part.device))
-        rows = torch.empty(len(index), part.shape[1], dtype=part.dtype, pin_memory=True)
+        rows = accelerator.page_locked(len(index), part.shape[1], dtype=part.dtype)
         return torch.index_select(part, 0, index, out=rows)
 
     def acquire(self, step: int) -> None:
@@ -272,7 +273,7 @@ class WeightStore:
         assert slot.arrival is not None
         arrived = slot.arrival.result()
         if arrived is not None:
-            torch.cuda.current_stream(self._device).wait_event(arrived)
+            accelerator.current_stream(self._device).wait_event(arrived)
         slot.in_use = True
         self._prefetch(placed)
 
@@ -284,7 +285,7 @@ class WeightStore:
             return
         slot.in_use = False
         if self._copy_stream is not None:
-            slot.released = torch.cuda.current_stream(self._device).record_event()
+            slot.released = accelerator.current_stream(self._device).record_event()
         self._prefetch(placed)
 
     def _prefetch(self, placed: PlacedUnit) -> None:
@@ -307,7 +308,7 @@ class WeightStore:
         if self._copy_stream is None:
             self._copy(placed, slot.memory)
             return None
-        with torch.cuda.device(self._device), torch.cuda.stream(self._copy_stream):
+        with accelerator.on_device(self._device), accelerator.on_stream(self._copy_stream, self._device):
             if slot.released is not None:
                 self._copy_stream.wait_event(slot.released)
             self._copy(placed, slot.memory)
@@ -324,7 +325,7 @@ class WeightStore:
     def _copy_staged(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy pageable or mapped bytes to the device through two page-locked buffers in turn."""
         if not self._stage:
-            self._stage = [(torch.empty(_STAGE_BYTES, dtype=torch.uint8, pin_memory=True), None) for _ in range(2)]
+            self._stage = [(accelerator.page_locked(_STAGE_BYTES, dtype=torch.uint8), None) for _ in range(2)]
         for turn, first in enumerate(range(0, source.numel(), _STAGE_BYTES)):
             buffer, copied = self._stage[turn % 2]
             if copied is not None:
@@ -332,7 +333,7 @@ class WeightStore:
             size = min(_STAGE_BYTES, source.numel() - first)
             buffer[:size].copy_(source[first : first + size])
             target[first : first + size].copy_(buffer[:size], non_blocking=True)
-            event = torch.cuda.current_stream(self._device).record_event()
+            event = accelerator.current_stream(self._device).record_event()
             self._stage[turn % 2] = buffer, event
 
     def close(self) -> None:

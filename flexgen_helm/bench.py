@@ -124,6 +124,7 @@ def rates_of(policy: Policy, shape: str) -> Rates:
     """Measure the device that `policy` names, in the dtype that `shape` has under it."""
     import torch
 
+    from engine import accelerator
     from engine.hardware import resolve_device, resolve_dtype
     from flexgen_helm.dummy import shape_config
 
@@ -131,9 +132,8 @@ def rates_of(policy: Policy, shape: str) -> Rates:
     wanted = config.get("dtype") or config.get("torch_dtype") or "float16"
     rates = measure_rates(torch.device(device), getattr(torch, resolve_dtype(policy.dtype, wanted, device)))
     gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    accelerator.release_memory(torch.device(device))
+    accelerator.reset_peak(torch.device(device))
     return rates
 
 
@@ -182,7 +182,7 @@ def time_row(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
         "fraction": least[bound] / seconds,
         "requests_s": load.num_requests / seconds,
         "new_tokens_s": load.num_requests * load.new / seconds,
-        "device_reserved_bytes": _device_reserved(),
+        "device_reserved_bytes": _device_reserved(engine),
         "placed_bytes": engine.placed_bytes(),
     }
 
@@ -204,8 +204,8 @@ def timed(engine: Engine, load: Workload, seed: int = 0) -> tuple[float, int]:
     return seconds, engine.num_sweeps - before
 
 
-def _device_reserved() -> int:
+def _device_reserved(engine: Engine) -> int:
     """The most that torch has held on the device since the rates were measured."""
-    import torch
+    from engine import accelerator
 
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    return accelerator.peak_memory(engine._arena.device)

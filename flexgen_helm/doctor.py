@@ -82,18 +82,21 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
+    from engine import accelerator
+
+    if not accelerator.devices():
         reason = "this torch is built for the CPU" if torch.version.cuda is None else "no usable CUDA device"
         yield Finding("missing", "GPU", f"{reason}; models run on the CPU, in float32")
         return
-    for index in range(torch.cuda.device_count()):
+    for device in accelerator.devices():
         try:
-            free, total = torch.cuda.mem_get_info(index)
+            found = accelerator.memory(device)
         except RuntimeError as error:
-            yield Finding("broken", f"GPU {index}", " ".join(str(error).split())[:160])
+            yield Finding("broken", f"GPU {device}", " ".join(str(error).split())[:160])
             continue
-        name = torch.cuda.get_device_name(index)
-        yield Finding("ok", f"GPU {index}", f"{name}, {_gb(free)} of {_gb(total)} free")
+        assert found is not None
+        shown = f"{_gb(found[0])} of {_gb(found[1])} free"
+        yield Finding("ok", f"GPU {device}", f"{accelerator.name_of(device)}, {shown}")
 
 
 def _entry_point() -> Finding:

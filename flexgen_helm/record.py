@@ -39,6 +39,8 @@ def hardware() -> dict[str, Any]:
     import torch
     import transformers
 
+    from engine import accelerator
+
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -49,7 +51,7 @@ def hardware() -> dict[str, Any]:
         "processor": processor,
         "cores": os.cpu_count(),
         "host_memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "accelerators": [accelerator.name_of(device) for device in accelerator.devices()],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -224,12 +224,14 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure `device`; on the CPU, link and device memory are both a copy in host memory."""
     import torch
 
-    on_cuda = device.type == "cuda"
-    size = 1 << (30 if on_cuda else 26)
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
+    from engine import accelerator
+
+    is_fast = accelerator.has_streams(device)
+    size = 1 << (30 if is_fast else 26)
+    host = accelerator.page_locked(size, dtype=torch.uint8) if is_fast else torch.empty(size, dtype=torch.uint8)
     here, there = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     return Rates(
-        flop_s=gemm_rate(device, dtype, *([8192] * 3 if on_cuda else [1024] * 3)),
+        flop_s=gemm_rate(device, dtype, *([8192] * 3 if is_fast else [1024] * 3)),
         to_device_bytes_s=size / _median_seconds(lambda: here.copy_(host, non_blocking=True), device),
         from_device_bytes_s=size / _median_seconds(lambda: host.copy_(here, non_blocking=True), device),
         device_bytes_s=2 * size / _median_seconds(lambda: there.copy_(here), device),
@@ -246,15 +248,13 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, rows: int, inner: int, c
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device, times: int = 9) -> float:
-    import torch
+    from engine import accelerator
 
     seconds = []
     for _ in range(times + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        accelerator.synchronize(device)
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[2:])[times // 2]

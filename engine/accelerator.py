@@ -1,0 +1,147 @@
+"""What one kind of accelerator has and another has not: streams, memory, page-locking. Nothing else here names CUDA.
+
+ROCm's torch calls its devices and functions `cuda`. XPU has the same functions under its own name; of both, and of MPS,
+which has no streams to copy beside, nothing could be run where this was written.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+_WITH_STREAMS = ("cuda", "xpu")
+
+
+def _module(device: torch.device) -> Any:
+    """`torch.cuda`, `torch.xpu` or `torch.mps`."""
+    return torch.get_device_module(device)
+
+
+def is_available(kind: str) -> bool:
+    """Whether this torch sees a device of a kind: cuda, xpu or mps."""
+    return bool(torch.get_device_module(kind).is_available())
+
+
+def devices() -> list[torch.device]:
+    """The devices with streams that this torch sees."""
+    return [
+        torch.device(kind, index)
+        for kind in _WITH_STREAMS
+        if is_available(kind)
+        for index in range(torch.get_device_module(kind).device_count())
+    ]
+
+
+def name_of(device: torch.device) -> str:
+    """What the maker calls a device with streams."""
+    return str(_module(device).get_device_name(device))
+
+
+def indexed(device: torch.device) -> torch.device:
+    """`device` with its number, so that it equals those of tensors on it."""
+    if device.type not in _WITH_STREAMS or device.index is not None:
+        return device
+    return torch.device(device.type, _module(device).current_device())
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether copies can run beside the computation."""
+    return device.type in _WITH_STREAMS
+
+
+def new_stream(device: torch.device) -> Any:
+    """A stream on `device`; None where there are none."""
+    return _module(device).Stream(device) if has_streams(device) else None
+
+
+def current_stream(device: torch.device) -> Any:
+    """The stream that computes; only where there are streams."""
+    return _module(device).current_stream(device)
+
+
+def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """What is asked of `device` inside goes to `stream`."""
+    context: AbstractContextManager[Any] = _module(device).stream(stream)
+    return context
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` the current one of this thread."""
+    context: AbstractContextManager[Any] = _module(device).device(device)
+    return context
+
+
+def keep_for(tensor: torch.Tensor, stream: Any) -> None:
+    """Let the memory of `tensor` not be used anew before `stream` has done what was asked of it until now."""
+    tensor.record_stream(stream)
+
+
+def page_locked(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A small page-locked tensor of PyTorch's own allocator."""
+    return torch.empty(*shape, dtype=dtype, pin_memory=True)
+
+
+def can_lock_pages(device: torch.device) -> bool:
+    """Whether host memory of ours can be page-locked for copies to and from `device`."""
+    return device.type == "cuda"
+
+
+def lock_pages(pointer: int, num_bytes: int) -> int:
+    """Page-lock mapped memory; returns CUDA's error code, 0 for none."""
+    return int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, 0))
+
+
+def unlock_pages(pointer: int) -> None:
+    """Undo `lock_pages`."""
+    torch.cuda.cudart().cudaHostUnregister(pointer)
+
+
+def memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of `device` that are free, and all; None where its memory is the host's."""
+    if device.type not in _WITH_STREAMS:
+        return None
+    free, total = _module(device).mem_get_info(device)
+    return int(free), int(total)
+
+
+def limit_memory(device: torch.device, num_bytes: int | None) -> None:
+    """Let torch reserve at most `num_bytes` of `device`, or all of it again, where torch can be told so."""
+    if device.type not in _WITH_STREAMS or not hasattr(_module(device), "set_per_process_memory_fraction"):
+        return
+    total = _module(device).get_device_properties(device).total_memory
+    _module(device).set_per_process_memory_fraction(1.0 if num_bytes is None else min(1.0, num_bytes / total), device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give what torch reserves on `device` and does not use back to the system."""
+    if device.type != "cpu":
+        _module(device).empty_cache()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure `peak_memory` anew."""
+    if device.type in _WITH_STREAMS:
+        _module(device).reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes of `device` that torch has reserved; 0 where that is not counted."""
+    return int(_module(device).max_memory_reserved(device)) if device.type in _WITH_STREAMS else 0
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done everything that was asked of it."""
+    if device.type != "cpu":
+        _module(device).synchronize(*([device] if has_streams(device) else []))
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is more than an emulation (CUDA: from sm80 on)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether PyTorch's FlashAttention kernels run on `device` with all that `flash` asks of them."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

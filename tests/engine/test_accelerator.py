@@ -1,0 +1,137 @@
+"""Protects: the paths of devices with streams and page-locked memory, taken here by a device module on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import models
+import parity
+import pytest
+import torch
+from parity import JOBS, POLICIES
+from transformers import PreTrainedModel
+
+from engine import Engine, accelerator
+
+
+class Streams:
+    """A device module on the CPU: what is asked of a stream is done at once; what was called is counted."""
+
+    def __init__(self) -> None:
+        self.called: Counter[str] = Counter()
+        self.locked: dict[int, int] = {}
+        self.limits: list[float] = []
+        outer = self
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                outer.called["Stream"] += 1
+
+            def __getattr__(self, name: str) -> Callable[..., object]:
+                assert name in ("wait_stream", "wait_event", "record_event", "synchronize")
+                outer.called[name] += 1
+                return lambda *arguments: self  # an event, too, can be waited for
+
+        self.Stream = Stream
+        self.current = Stream(torch.device("cpu"))
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self.current
+
+    def stream(self, stream: Any) -> Any:
+        assert isinstance(stream, self.Stream)
+        return nullcontext()
+
+    def device(self, device: torch.device) -> Any:
+        return nullcontext()
+
+    def current_device(self) -> int:
+        return 0
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 10**9, 2 * 10**9
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return type("Properties", (), {"total_memory": 2 * 10**9})
+
+    def set_per_process_memory_fraction(self, fraction: float, device: torch.device) -> None:
+        self.limits.append(fraction)
+
+    def lock(self, pointer: int, num_bytes: int) -> int:
+        self.locked[pointer] = num_bytes
+        return 0
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    streams = Streams()
+    monkeypatch.setattr(accelerator, "_WITH_STREAMS", ("cpu",))
+    monkeypatch.setattr(accelerator, "_module", lambda device: streams)
+    monkeypatch.setattr(accelerator, "indexed", lambda device: device)
+    monkeypatch.setattr(accelerator, "can_lock_pages", lambda device: True)
+    monkeypatch.setattr(accelerator, "lock_pages", streams.lock)
+    monkeypatch.setattr(accelerator, "unlock_pages", lambda pointer: streams.locked.pop(pointer))
+    monkeypatch.setattr(accelerator, "page_locked", lambda *shape, dtype: torch.empty(*shape, dtype=dtype))
+    monkeypatch.setattr(accelerator, "keep_for", lambda tensor, stream: None)
+    return streams
+
+
+@pytest.mark.parametrize("policy", ["device", "20-80", "host", "disk", "thirds"])
+@pytest.mark.parametrize("pin", [True, False])
+def test_streams_and_locked_pages_change_no_result(
+    policy: str,
+    pin: bool,
+    streams: Streams,
+    build: Callable[[str], Path],
+    reference: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
+) -> None:
+    """Weights, keys and values cross on streams of their own; page-locked memory is given back."""
+    settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path), "pin-weight": pin}
+    settings["gpu-memory"] = "1GB"
+    with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
+        done = engine.run(JOBS)
+        offloads = policy != "device"
+        assert streams.called["Stream"] == 4  # the one that computes, weights, keys and values each way
+        assert (streams.called["wait_stream"] > 0) == offloads
+        assert (streams.called["wait_event"] > 0) == offloads
+        assert bool(streams.locked) == (pin and policy not in ("device", "disk"))
+    assert streams.locked == {}
+    assert streams.limits == [0.5, 1.0]
+    assert parity.differences(parity.expect(reference("opt")), done)[0] == []
+
+
+def test_padded_families_take_the_same_paths(
+    streams: Streams, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
+) -> None:
+    (family,) = [name for name in models.OWN_ATTENTION if name in models.CORE][:1]
+    with Engine.from_pretrained(str(build(family)), policy={**POLICIES["host"], "device": "cpu"}) as engine:
+        done = engine.run(JOBS)
+    assert parity.differences(parity.expect(reference(family)), done)[0] == []
+
+
+def test_nothing_but_one_file_names_cuda() -> None:
+    """No call of `torch.cuda` elsewhere, so that XPU, MPS and ROCm go the same way."""
+    root = Path(__file__).parents[2]
+    for file in [*root.glob("engine/*.py"), *root.glob("flexgen_helm/**/*.py")]:
+        if file.name != "accelerator.py":
+            assert "torch.cuda" not in file.read_text(), file
+
+
+def test_the_cpu_is_no_accelerator() -> None:
+    cpu = torch.device("cpu")
+    assert accelerator.indexed(cpu) == cpu
+    assert accelerator.new_stream(cpu) is None
+    assert accelerator.memory(cpu) is None
+    assert accelerator.peak_memory(cpu) == 0
+    assert not accelerator.has_streams(cpu)
+    assert not accelerator.can_lock_pages(cpu)
+    assert not accelerator.has_flash_attention(cpu)
+    accelerator.limit_memory(cpu, 1)
+    accelerator.release_memory(cpu)
+    accelerator.reset_peak(cpu)
+    accelerator.synchronize(cpu)
