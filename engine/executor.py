@@ -159,7 +159,8 @@ def _asks(segment: Segment) -> list[_Ask]:
         chooses = span.job.max_new_tokens > 0
     asks = []
     if scored:
-        asks = [_Ask(span, segment.first + i - 1, span.tokens[i]) for i in range(1, segment.num_rows)]
+        known = min(segment.num_rows + 1, len(span.tokens))
+        asks = [_Ask(span, segment.first + i - 1, span.tokens[i]) for i in range(1, known)]
     if chooses:
         num_drafted, before = len(segment.draft), len(span.tokens)
         asks += [_Ask(span, last - num_drafted + i, None, segment.draft[:i], before) for i in range(num_drafted + 1)]

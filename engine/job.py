@@ -49,7 +49,8 @@ class Job:
     prompt: Sequence[int]
     """Token ids, special tokens included; at least one."""
     max_new_tokens: int = 16
-    """Tokens to generate at most; 0 (with `prompt_logprobs`) only scores the prompt."""
+    """Tokens to generate at most; 0 (with `prompt_logprobs`) only scores the prompt, which then may have one token more
+    than the model's window: nothing follows the last one."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str | Sequence[int]] = ()
     """Strings, or lists of token ids, that end the completion; matched in generated text only."""

@@ -113,6 +113,16 @@ class Sequence(Span):
         return self.drafter.draft(room)
 
     @property
+    def num_rows(self) -> int:
+        """Own tokens that go through the layers at first: all but the last one of a job that only scores."""
+        return max(1, len(self.tokens) - (self.job.max_new_tokens == 0))
+
+    @property
+    def num_shareable(self) -> int:
+        """Own tokens that may be left to a prefix: at least one row stays the sequence's own."""
+        return max(0, len(self.tokens) - (2 if self.job.max_new_tokens == 0 else 1))
+
+    @property
     def needs_cache(self) -> bool:
         """Whether its keys and values outlive the layer in hand: jobs of at most one new token need none."""
         return self.job.max_new_tokens > 1

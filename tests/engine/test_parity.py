@@ -55,7 +55,7 @@ def test_equals_transformers(
         done = engine.run(JOBS)
     assert parity.differences(expected(family), done)[0] == []
     if policy != "small":  # that one takes several sweeps to take in all jobs
-        saved = 0 if padding == "fixed" else parity.SAVED
+        saved = parity.UNFED + (0 if padding == "fixed" else parity.SAVED)
         assert watch.tokens[0] == sum(len(job.prompt) for job in JOBS) - saved
         if family in models.FAMILIES:
             assert watch.rows[0] == first_sweep_rows(padding)
@@ -67,7 +67,7 @@ def first_sweep_rows(padding: str) -> int:
         return len(JOBS) * 80
     if padding == "bucket":  # every sequence's own tokens fill one bucket of 64
         return len(JOBS) * 64 + parity.OUTER + parity.INNER + parity.WIDE
-    return sum(len(job.prompt) for job in JOBS) - parity.SAVED
+    return sum(len(job.prompt) for job in JOBS) - parity.SAVED - parity.UNFED
 
 
 def test_jobs_are_what_the_test_means() -> None:
@@ -109,6 +109,27 @@ def test_a_prompt_may_fill_the_window_under_any_pad(
     prompts = [[5 + i for i in range(size)] for size in (models.WINDOW, models.WINDOW - 1, 65)]
     with Engine.from_pretrained(str(build(family)), policy={"device": "cpu", "pad-to-seq-len": padding}) as engine:
         assert_scores(engine, reference(family), prompts)
+
+
+@pytest.mark.parametrize("padding", [None, "bucket", models.WINDOW])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama", "xglm"])
+def test_a_prompt_that_is_only_scored_may_be_one_longer_than_the_window(
+    family: str, padding: Any, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
+) -> None:
+    """As rolling perplexity windows are: nothing is asked behind the last token, so it takes no position."""
+    start = [5 + i for i in range(models.WINDOW - 1)]
+    jobs = [Job(prompt=[*start, 7, last], max_new_tokens=0, prompt_logprobs=True) for last in (9, 11)]
+    jobs += [Job(prompt=[*start, 7], max_new_tokens=1, prompt_logprobs=True)]
+    over = [Job(prompt=[*start, 7, 9, 3], max_new_tokens=0, prompt_logprobs=True)]
+    over += [Job(prompt=[*start, 7, 9], max_new_tokens=1, prompt_logprobs=True)]
+    with Engine.from_pretrained(str(build(family)), policy={"device": "cpu", "pad-to-seq-len": padding}) as engine:
+        done = engine.run([*jobs, *over])
+    for job, completion in zip(jobs, done[:3], strict=True):
+        assert completion.error is None
+        assert completion.prompt_logprobs is not None
+        expected = models.reference_logprobs(reference(family), list(job.prompt))
+        assert completion.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4, rel=0)
+    assert all("window of 128" in str(completion.error) for completion in done[3:])
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
