@@ -55,7 +55,7 @@ class Job:
     stop: Sequence[str | Sequence[int]] = ()
     """Strings, or lists of token ids, that end the completion; matched in generated text only."""
     prompt_logprobs: bool = False
-    """Also return the log-probability of each prompt token."""
+    """Also return the log-probability of each prompt token, and whether greedy choice would have taken it."""
 
     def check(self) -> None:
         """Raise `JobError` for a job that no model could run."""
@@ -84,6 +84,8 @@ class Completion:
     """Natural logs, one per token, under the model's unmodified distribution."""
     prompt_logprobs: tuple[float | None, ...] | None = None
     """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not asked for."""
+    prompt_greedy: tuple[bool | None, ...] | None = None
+    """Whether `prompt[i]` is the token that greedy choice takes after `prompt[:i]`; there with `prompt_logprobs`."""
     finish_reason: FinishReason | None = None
     """Why it ended; "length" for a job that only scores; None when `error` is set."""
     error: EngineError | None = None

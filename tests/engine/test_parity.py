@@ -11,6 +11,7 @@ from typing import Any
 import models
 import parity
 import pytest
+import torch
 from parity import JOBS, PADDINGS, POLICIES
 from transformers import PreTrainedModel
 from watch import Watch
@@ -99,6 +100,32 @@ def assert_scores(engine: Engine, model: PreTrainedModel, prompts: list[list[int
         found = [*(completion.prompt_logprobs or ()), *completion.logprobs][1:]
         expected = models.reference_logprobs(model, [*prompt, *completion.tokens])
         assert found == pytest.approx(expected, abs=1e-4, rel=0)
+
+
+@pytest.mark.parametrize("policy", ["device", "small"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma2", "bloom"])
+def test_it_is_told_which_tokens_of_a_prompt_are_greedy(
+    family: str, policy: str, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Also whether the token behind a shared prefix is."""
+    model, start = reference(family), [7 + 11 * i for i in range(20)]
+    for _ in range(8):
+        with torch.no_grad():
+            start.append(int(model(torch.tensor([start])).logits[0, -1].argmax()))
+    prompts = [start, [*start[:24], 9, *start[25:]], [*start[:24], 10, 11], start[:1], start[:25]]
+    jobs = [Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=True) for prompt in prompts for count in (0, 3)]
+    jobs.append(Job(prompt=start, max_new_tokens=3))
+    settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path)}
+    with Engine.from_pretrained(str(build(family)), policy=settings) as engine:
+        done = engine.run(jobs)
+    for job, completion in zip(jobs[:-1], done, strict=False):
+        assert completion.error is None
+        with torch.no_grad():
+            best = model(torch.tensor([list(job.prompt)])).logits[0].argmax(-1).tolist()
+        expected = [token == guess for token, guess in zip(job.prompt[1:], best, strict=False)]
+        assert completion.prompt_greedy == (None, *expected)
+        assert sum(expected) >= min(4, len(expected))
+    assert done[-1].prompt_greedy is None
 
 
 @pytest.mark.parametrize("padding", [None, "bucket", 200])

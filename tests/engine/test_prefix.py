@@ -158,6 +158,13 @@ def test_newcomers_continue_a_prefix_in_use() -> None:
     assert late[1].chain == late[2].chain == ()
 
 
+def test_a_forgotten_prefix_is_as_before_it_was_computed() -> None:
+    prefix = Prefix(tokens=[1, 2], scored=True, cached=2, prompt_logprobs=[-1.0], prompt_greedy=[True], is_finite=False)
+    prefix.next_logprobs, prefix.next_greedy = [-2.0, -3.0], 0
+    prefix.forget()
+    assert vars(prefix) == vars(Prefix(tokens=[1, 2], scored=True))
+
+
 def test_many_prompts_are_quick() -> None:
     """A whole MMLU-like suite of 5000 prompts of 500 tokens takes seconds, not minutes."""
     subjects = [words(subject, 450) for subject in range(57)]
