@@ -75,11 +75,13 @@ def completion_of(sequence: Sequence, text: Text) -> Completion:
     if sequence.error is not None:
         return Completion(error=sequence.error)
     tokens, written = _cut(sequence, text)
+    logprobs, greedy = _prompt_scores(sequence) if sequence.job.prompt_logprobs else (None, None)
     return Completion(
         text=written,
         tokens=tuple(tokens),
         logprobs=tuple(sequence.generated_logprobs[: len(tokens)]),
-        prompt_logprobs=_prompt_logprobs(sequence) if sequence.job.prompt_logprobs else None,
+        prompt_logprobs=logprobs,
+        prompt_greedy=greedy,
         finish_reason=sequence.finish_reason,
         end_token=sequence.end_token,
     )
@@ -102,12 +104,15 @@ def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str]:
     return tokens, written
 
 
-def _prompt_logprobs(sequence: Sequence) -> tuple[float | None, ...]:
-    """Of the whole prompt: the chain's, then the sequence's own; the first token of all has none."""
-    chain = sequence.chain
-    logprobs: list[float | None] = []
-    first = None
-    for prefix, following in zip(chain, (*chain, sequence)[1:], strict=True):
-        logprobs += [first, *prefix.prompt_logprobs]
-        first = float(prefix.next_logprobs[following.tokens[0]])
-    return (*logprobs, first, *sequence.prompt_logprobs)
+def _prompt_scores(sequence: Sequence) -> tuple[tuple[float | None, ...], tuple[bool | None, ...]]:
+    """Log-probabilities of the whole prompt, and which tokens are greedy: the chain's, then the sequence's own.
+
+    The first token of all has neither.
+    """
+    logprobs: list[float | None] = [None]
+    greedy: list[bool | None] = [None]
+    for prefix, following in zip(sequence.chain, (*sequence.chain, sequence)[1:], strict=True):
+        token = following.tokens[0]
+        logprobs += [*prefix.prompt_logprobs, float(prefix.next_logprobs[token])]
+        greedy += [*prefix.prompt_greedy, prefix.next_greedy == token]
+    return (*logprobs, *sequence.prompt_logprobs), (*greedy, *sequence.prompt_greedy)

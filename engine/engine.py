@@ -341,14 +341,15 @@ class Engine:
                 f"prompt token {outside} is outside the model's vocabulary of {vocabulary}; the tokenizer and the "
                 "model do not belong together, use the tokenizer that the model was trained with"
             )
-        positions = len(job.prompt) + max(0, job.max_new_tokens - 1)
+        rows = max(1, len(job.prompt) - (job.max_new_tokens == 0))  # the last token of all is never fed
+        positions = rows + max(0, job.max_new_tokens - 1)
         if self.window is not None and positions > self.window:
             raise JobError(
                 f"prompt of {len(job.prompt)} tokens + {job.max_new_tokens} new ones exceed the model's window of "
                 f"{self.window}; shorten it"
             )
         pad = self.policy.pad_to_seq_len
-        if isinstance(pad, int) and len(job.prompt) > pad:
+        if isinstance(pad, int) and rows > pad:
             raise JobError(f"prompt of {len(job.prompt)} tokens is longer than pad-to-seq-len {pad}; raise it")
 
     def _submit(self, call: Call) -> None:

@@ -61,8 +61,8 @@ class Executor:
     def sweep(self, batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
         """Compute every segment; then call `advance(sequence, token, logprob)` for each sequence's next token.
 
-        Log-probabilities of prompts are added to their spans; spans whose logits are not all numbers are marked so and
-        not advanced.
+        Log-probabilities of prompts, and which of their tokens are greedy, are added to their spans; spans whose logits
+        are not all numbers are marked so and not advanced.
         """
         model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
         micro: list[MicroBatch | PaddedBatch] = [
@@ -131,11 +131,15 @@ class Executor:
                 [sequence.generated for sequence in sequences],
             )
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
+        greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
         for i, ask in enumerate(asks):
             if ask.target is None and isinstance(ask.span, Prefix):
                 ask.span.next_logprobs = logprobs[i].to("cpu", copy=True)  # a view would keep the whole chunk
+                ask.span.next_greedy = greedy[i]
         finite = torch.isfinite(logits).all(dim=-1)
-        for ask, token, logprob, is_finite in zip(asks, tokens.tolist(), chosen.tolist(), finite.tolist(), strict=True):
+        answers = zip(asks, tokens.tolist(), chosen.tolist(), greedy, finite.tolist(), strict=True)
+        for ask, token, logprob, best, is_finite in answers:
             span = ask.span
             if not ask.counts:
                 continue
@@ -143,6 +147,7 @@ class Executor:
             span.is_finite &= is_finite
             if ask.target is not None:
                 span.prompt_logprobs.append(logprob)
+                span.prompt_greedy.append(token == best)
             elif isinstance(span, Sequence) and span.is_finite:
                 advance(span, token, logprob)
 
@@ -159,7 +164,8 @@ def _asks(segment: Segment) -> list[_Ask]:
         chooses = span.job.max_new_tokens > 0
     asks = []
     if scored:
-        asks = [_Ask(span, segment.first + i - 1, span.tokens[i]) for i in range(1, segment.num_rows)]
+        known = min(segment.num_rows + 1, len(span.tokens))
+        asks = [_Ask(span, segment.first + i - 1, span.tokens[i]) for i in range(1, known)]
     if chooses:
         num_drafted, before = len(segment.draft), len(span.tokens)
         asks += [_Ask(span, last - num_drafted + i, None, segment.draft[:i], before) for i in range(num_drafted + 1)]

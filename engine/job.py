@@ -49,12 +49,13 @@ class Job:
     prompt: Sequence[int]
     """Token ids, special tokens included; at least one."""
     max_new_tokens: int = 16
-    """Tokens to generate at most; 0 (with `prompt_logprobs`) only scores the prompt."""
+    """Tokens to generate at most; 0 (with `prompt_logprobs`) only scores the prompt, which then may have one token more
+    than the model's window: nothing follows the last one."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str | Sequence[int]] = ()
     """Strings, or lists of token ids, that end the completion; matched in generated text only."""
     prompt_logprobs: bool = False
-    """Also return the log-probability of each prompt token."""
+    """Also return the log-probability of each prompt token, and whether greedy choice would have taken it."""
 
     def check(self) -> None:
         """Raise `JobError` for a job that no model could run."""
@@ -83,6 +84,8 @@ class Completion:
     """Natural logs, one per token, under the model's unmodified distribution."""
     prompt_logprobs: tuple[float | None, ...] | None = None
     """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not asked for."""
+    prompt_greedy: tuple[bool | None, ...] | None = None
+    """Whether `prompt[i]` is the token that greedy choice takes after `prompt[:i]`; there with `prompt_logprobs`."""
     finish_reason: FinishReason | None = None
     """Why it ended; "length" for a job that only scores; None when `error` is set."""
     end_token: int | None = None

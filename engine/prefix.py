@@ -29,7 +29,7 @@ def share_prefixes(sequences: Iterable[Sequence], live: Iterable[Prefix] = ()) -
 
     `live` are prefixes in use: a sequence that begins with one continues it. Prefixes nest (instructions and examples,
     then the stem of a question for its choices). The last token of a prompt is always its own, since its
-    logits are the sequence's own.
+    logits are the sequence's own; a job that only scores keeps two, since its last one is never computed.
     """
     by_parent: dict[Prefix | None, list[Sequence]] = {}
     live = list(live)
@@ -49,7 +49,7 @@ def _continued(sequence: Sequence, live: list[Prefix]) -> Prefix | None:
     own = sequence.tokens
     for prefix in live:
         size = len(prefix.tokens)
-        if prefix.parent is sequence.parent and size < len(own) and own[:size] == prefix.tokens:
+        if prefix.parent is sequence.parent and size <= sequence.num_shareable and own[:size] == prefix.tokens:
             return prefix
     return None
 
@@ -75,4 +75,4 @@ def _cluster(group: list[Sequence], parent: Prefix | None) -> None:
 
 
 def _shareable(left: Sequence, right: Sequence) -> int:
-    return min(common_length(left.tokens, right.tokens), len(left.tokens) - 1, len(right.tokens) - 1)
+    return min(common_length(left.tokens, right.tokens), left.num_shareable, right.num_shareable)

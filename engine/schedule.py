@@ -237,7 +237,7 @@ class Scheduler:
             if sequence.block is None:
                 self._withdraw(new)
                 return None
-        rows = len(sequence.tokens)
+        rows = sequence.num_rows
         new.append(Segment(sequence, rows, padded_length(rows, self.limits.pad) - rows))
         return new
 
@@ -261,8 +261,8 @@ class Scheduler:
         limit = self.limits.scores_per_batch
         if limit is None:
             return False
-        rows = padded_length(len(sequence.tokens), self.limits.pad)
-        rectangles = [(rows, max(rows, sequence.start + len(sequence.tokens)))]
+        rows = padded_length(sequence.num_rows, self.limits.pad)
+        rectangles = [(rows, max(rows, sequence.start + sequence.num_rows))]
         rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
         return any(rows * keys > limit for rows, keys in rectangles)
 

@@ -26,6 +26,8 @@ class Span:
     block: Block | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
     """Log-probabilities of the prompt tokens among `tokens`, but the first, where asked for."""
+    prompt_greedy: list[bool] = field(default_factory=list)
+    """Whether each of those is the token that greedy choice would have taken."""
     is_finite: bool = True
     """Whether all logits so far were numbers; else it, or a neighbour of its micro-batch, is at fault."""
 
@@ -50,6 +52,8 @@ class Prefix(Span):
     """Whether somebody asked for the log-probabilities of these tokens."""
     next_logprobs: Any = None
     """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
+    next_greedy: int | None = None
+    """What greedy choice takes to follow the last token; only if `scored`."""
 
     @property
     def is_computed(self) -> bool:
@@ -59,8 +63,8 @@ class Prefix(Span):
     def forget(self) -> None:
         """Be as before it was computed."""
         self.cached = 0
-        self.prompt_logprobs = []
-        self.next_logprobs = None
+        self.prompt_logprobs, self.prompt_greedy = [], []
+        self.next_logprobs = self.next_greedy = None
         self.is_finite = True
 
 
@@ -90,7 +94,8 @@ class Sequence(Span):
         """Be as before anything was computed, but alone from now on; its prefixes and block must have been left."""
         assert self.block is None
         self.tokens, self.num_prompt, self.rng = list(self.job.prompt), len(self.job.prompt), _rng(self.job)
-        self.parent, self.cached, self.prompt_logprobs, self.generated_logprobs = None, 0, [], []
+        self.parent, self.cached = None, 0
+        self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.is_alone, self.drafter = True, True, None
         self.finish_reason, self.end_token, self.error = None, None, None
 
@@ -112,6 +117,16 @@ class Sequence(Span):
             self.drafter = Drafter(token for prefix in self.chain for token in prefix.tokens)
         self.drafter.extend(self.tokens[len(self.drafter) - self.start :])
         return self.drafter.draft(room)
+
+    @property
+    def num_rows(self) -> int:
+        """Own tokens that go through the layers at first: all but the last one of a job that only scores."""
+        return max(1, len(self.tokens) - (self.job.max_new_tokens == 0))
+
+    @property
+    def num_shareable(self) -> int:
+        """Own tokens that may be left to a prefix: at least one row stays the sequence's own."""
+        return max(0, len(self.tokens) - (2 if self.job.max_new_tokens == 0 else 1))
 
     @property
     def needs_cache(self) -> bool:

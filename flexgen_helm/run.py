@@ -20,6 +20,7 @@ COMMANDS = {
     "complete": "prompts in, completions out, as JSON lines; goes on where it was",
     "bench": "time the engine on random weights of a real shape, beside the machine's limits",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
+    "lm-eval": "lm-evaluation-harness's own command line, with the engine as its model `flexgen`",
     "doctor": "show what this machine has and what is missing",
 }
 
@@ -78,6 +79,10 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.verify import verify
 
             return verify(rest)
+        if command == "lm-eval":
+            from flexgen_helm.lm_eval_adapter import lm_eval
+
+            return lm_eval(rest)
         from flexgen_helm.launch import run
 
         return run(rest)

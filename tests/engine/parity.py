@@ -57,6 +57,8 @@ WIDE = 29
 """Tokens that two of the lone prompts share."""
 SAVED = 7 * OUTER + 3 * INNER + WIDE
 """Prompt tokens that need no computing: all users but the first of each prefix."""
+UNFED = sum(1 for job in JOBS if job.max_new_tokens == 0 and len(job.prompt) > 1)
+"""Last tokens that nothing is asked behind."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def assert_same(found: Completion, expected: Completion) -> None:
     if found.prompt_logprobs and expected.prompt_logprobs:
         assert found.prompt_logprobs[0] is expected.prompt_logprobs[0] is None
         assert found.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-5, rel=0)
+    assert found.prompt_greedy == expected.prompt_greedy
 
 
 def words(seed: int, count: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import models
 import parity
 import pytest
+import torch
 from parity import JOBS, PADDINGS, POLICIES
 from transformers import PreTrainedModel
 from watch import Watch
@@ -55,7 +56,7 @@ def test_equals_transformers(
         done = engine.run(JOBS)
     assert parity.differences(expected(family), done)[0] == []
     if policy != "small":  # that one takes several sweeps to take in all jobs
-        saved = 0 if padding == "fixed" else parity.SAVED
+        saved = parity.UNFED + (0 if padding == "fixed" else parity.SAVED)
         assert watch.tokens[0] == sum(len(job.prompt) for job in JOBS) - saved
         if family in models.FAMILIES:
             assert watch.rows[0] == first_sweep_rows(padding)
@@ -67,7 +68,7 @@ def first_sweep_rows(padding: str) -> int:
         return len(JOBS) * 80
     if padding == "bucket":  # every sequence's own tokens fill one bucket of 64
         return len(JOBS) * 64 + parity.OUTER + parity.INNER + parity.WIDE
-    return sum(len(job.prompt) for job in JOBS) - parity.SAVED
+    return sum(len(job.prompt) for job in JOBS) - parity.SAVED - parity.UNFED
 
 
 def test_jobs_are_what_the_test_means() -> None:
@@ -101,6 +102,32 @@ def assert_scores(engine: Engine, model: PreTrainedModel, prompts: list[list[int
         assert found == pytest.approx(expected, abs=1e-4, rel=0)
 
 
+@pytest.mark.parametrize("policy", ["device", "small"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma2", "bloom"])
+def test_it_is_told_which_tokens_of_a_prompt_are_greedy(
+    family: str, policy: str, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Also whether the token behind a shared prefix is."""
+    model, start = reference(family), [7 + 11 * i for i in range(20)]
+    for _ in range(8):
+        with torch.no_grad():
+            start.append(int(model(torch.tensor([start])).logits[0, -1].argmax()))
+    prompts = [start, [*start[:24], 9, *start[25:]], [*start[:24], 10, 11], start[:1], start[:25]]
+    jobs = [Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=True) for prompt in prompts for count in (0, 3)]
+    jobs.append(Job(prompt=start, max_new_tokens=3))
+    settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path)}
+    with Engine.from_pretrained(str(build(family)), policy=settings) as engine:
+        done = engine.run(jobs)
+    for job, completion in zip(jobs[:-1], done, strict=False):
+        assert completion.error is None
+        with torch.no_grad():
+            best = model(torch.tensor([list(job.prompt)])).logits[0].argmax(-1).tolist()
+        expected = [token == guess for token, guess in zip(job.prompt[1:], best, strict=False)]
+        assert completion.prompt_greedy == (None, *expected)
+        assert sum(expected) >= min(4, len(expected))
+    assert done[-1].prompt_greedy is None
+
+
 @pytest.mark.parametrize("padding", [None, "bucket", 200])
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
 def test_a_prompt_may_fill_the_window_under_any_pad(
@@ -109,6 +136,27 @@ def test_a_prompt_may_fill_the_window_under_any_pad(
     prompts = [[5 + i for i in range(size)] for size in (models.WINDOW, models.WINDOW - 1, 65)]
     with Engine.from_pretrained(str(build(family)), policy={"device": "cpu", "pad-to-seq-len": padding}) as engine:
         assert_scores(engine, reference(family), prompts)
+
+
+@pytest.mark.parametrize("padding", [None, "bucket", models.WINDOW])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama", "xglm"])
+def test_a_prompt_that_is_only_scored_may_be_one_longer_than_the_window(
+    family: str, padding: Any, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
+) -> None:
+    """As rolling perplexity windows are: nothing is asked behind the last token, so it takes no position."""
+    start = [5 + i for i in range(models.WINDOW - 1)]
+    jobs = [Job(prompt=[*start, 7, last], max_new_tokens=0, prompt_logprobs=True) for last in (9, 11)]
+    jobs += [Job(prompt=[*start, 7], max_new_tokens=1, prompt_logprobs=True)]
+    over = [Job(prompt=[*start, 7, 9, 3], max_new_tokens=0, prompt_logprobs=True)]
+    over += [Job(prompt=[*start, 7, 9], max_new_tokens=1, prompt_logprobs=True)]
+    with Engine.from_pretrained(str(build(family)), policy={"device": "cpu", "pad-to-seq-len": padding}) as engine:
+        done = engine.run([*jobs, *over])
+    for job, completion in zip(jobs, done[:3], strict=True):
+        assert completion.error is None
+        assert completion.prompt_logprobs is not None
+        expected = models.reference_logprobs(reference(family), list(job.prompt))
+        assert completion.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4, rel=0)
+    assert all("window of 128" in str(completion.error) for completion in done[3:])
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])

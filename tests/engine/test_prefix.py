@@ -120,6 +120,19 @@ def test_the_last_token_is_always_own() -> None:
     assert num_computed(sequences) == 29 + 20 + 3
 
 
+def test_a_job_that_only_scores_keeps_a_row_of_its_own() -> None:
+    """Its last token is never computed, so the one before it is its own, too."""
+    prompt = words(0, 50)
+    jobs = [Job(prompt=[*prompt, last], max_new_tokens=0, prompt_logprobs=True) for last in (1, 2, 3)]
+    sequences = [Sequence.of(job) for job in [*jobs, Job(prompt=prompt[:1], max_new_tokens=0, prompt_logprobs=True)]]
+    share_prefixes(sequences)
+    assert [(len(sequence.tokens), sequence.num_rows) for sequence in sequences] == [(2, 1)] * 3 + [(1, 1)]
+    [prefix] = {id(prefix): prefix for sequence in sequences for prefix in sequence.chain}.values()
+    late = [Sequence.of(Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=True)) for count in (0, 1)]
+    share_prefixes(late, [prefix])
+    assert [len(sequence.chain) for sequence in late] == [0, 1]
+
+
 def test_short_or_lone_prefixes_are_not_shared() -> None:
     start = words(0, MIN_SHARED_TOKENS - 1)
     pair = sequences_of([[*start, 501], [*start, 502]])
@@ -143,6 +156,13 @@ def test_newcomers_continue_a_prefix_in_use() -> None:
     assert late[0].chain == (prefix,)
     assert prefix.num_users == 3
     assert late[1].chain == late[2].chain == ()
+
+
+def test_a_forgotten_prefix_is_as_before_it_was_computed() -> None:
+    prefix = Prefix(tokens=[1, 2], scored=True, cached=2, prompt_logprobs=[-1.0], prompt_greedy=[True], is_finite=False)
+    prefix.next_logprobs, prefix.next_greedy = [-2.0, -3.0], 0
+    prefix.forget()
+    assert vars(prefix) == vars(Prefix(tokens=[1, 2], scored=True))
 
 
 def test_many_prompts_are_quick() -> None:

@@ -302,6 +302,7 @@ def test_what_is_not_finite_stays_with_its_job_among_sharers_of_a_prefix(
         assert (found[id(job)].prompt_logprobs or ())[1:] == pytest.approx(
             (completion.prompt_logprobs or ())[1:], abs=1e-5
         )
+        assert found[id(job)].prompt_greedy == completion.prompt_greedy
     for job in bad:
         assert isinstance(found[id(job)].error, NumericsError)
 
