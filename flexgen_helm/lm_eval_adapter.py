@@ -1,8 +1,4 @@
-"""lm-evaluation-harness's model `flexgen`: its requests become jobs of the engine, and completions its answers.
-
-The harness (0.4) finds models of other packages only after an import: `flexgen-helm lm-eval …` is its own command line
-behind one; in Python, import this module and call `lm_eval.simple_evaluate(model="flexgen", …)`.
-"""
+"""lm-evaluation-harness's model `flexgen`, known to it once this is imported: requests become jobs of the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import atexit
 import dataclasses
 import inspect
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +13,6 @@ import engine
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Sampling
 from engine.policy import Policy
-from flexgen_helm.errors import RunFailed
 
 try:
     from jinja2 import TemplateError
@@ -30,6 +24,8 @@ try:
 except ImportError as error:
     raise InstallationError(f"lm-eval is missing ({error}); run `pip install 'flexgen-helm[lm-eval]'`") from error
 
+_Names = Sequence[tuple[str, ...]]
+_Pair = tuple[list[int], list[int]]
 _SUPPORTED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
 
 
@@ -56,13 +52,13 @@ class FlexGenLM(TemplateLM):
         **others: Any,
     ) -> None:
         super().__init__()
+        known = inspect.signature(FlexGenLM).parameters.keys() - {"others"}
         for name in others.keys() - {"batch_size", "max_batch_size"}:
-            known = inspect.signature(FlexGenLM).parameters.keys() - {"others"}
             raise ConfigError(f"model_args: unknown argument {name!r}{did_you_mean(name, known)}")
         if not pretrained:
             raise ConfigError("model_args name no model; write pretrained=, a hub id or a directory")
-        loaded = Policy.load(policy)
-        loaded = dataclasses.replace(loaded, dtype=dtype or loaded.dtype, device=device or loaded.device)
+        named = Policy.load(policy)
+        loaded = dataclasses.replace(named, dtype=dtype or named.dtype, device=device or named.device)
         loaded.check("model_args")
         self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
         atexit.register(self.engine.close)
@@ -74,10 +70,8 @@ class FlexGenLM(TemplateLM):
         if max_length is not None and not 1 <= max_length <= (window or max_length):
             raise ConfigError(f"model_args: max_length {max_length} is not within the model's window of {window}")
         self.max_length: int = max_length or window or utils.resolve_max_length(None, self.tokenizer)
-        self._pretrained = pretrained
-        self._add_bos_token = add_bos_token
-        self._prefix_token_id = prefix_token_id
-        self._think_end_token = think_end_token
+        self._pretrained, self._add_bos_token = pretrained, add_bos_token
+        self._prefix_token_id, self._think_end_token = prefix_token_id, think_end_token
         self._chat_template_args = dict(chat_template_args or {})
 
     @property
@@ -122,14 +116,13 @@ class FlexGenLM(TemplateLM):
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is greedy) of each (strings, context, continuation)."""
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._scores(pairs, [strings for strings, _, _ in requests], disable_tqdm, self.cache_hook.add_partial)
+        names, pairs = [request[0] for request in requests], [request[1:] for request in requests]
+        return self._scores(pairs, names, disable_tqdm, self.cache_hook.add_partial)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows that overlap by one token of context."""
-        windows, owners = list[tuple[list[int], list[int]]](), list[int]()
-        for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+        windows, owners = list[_Pair](), list[int]()
+        for owner, tokens in enumerate(self.tok_encode(request.args[0]) for request in requests):
             cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows += map(make_disjoint_window, cut)
             owners += [owner] * (len(windows) - len(owners))
@@ -142,24 +135,20 @@ class FlexGenLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Text generated for each (context, generation arguments), ending before its stops."""
         jobs = [self._generation(*request.args) for request in requests]
-        texts = {}
-        for place, done in self._run(jobs, [request.args[:1] for request in requests], disable_tqdm):
+        texts, names = {}, [request.args[:1] for request in requests]
+        for place, done in self._run(jobs, names, disable_tqdm):
             texts[place] = self._text(done, jobs[place].stop)
             self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
         return [texts[place] for place in range(len(requests))]
 
     def _scores(
-        self,
-        pairs: Sequence[tuple[list[int], list[int]]],
-        names: Sequence[tuple[str, ...]],
-        quiet: bool,
-        keep: Callable[..., None] = lambda *_: None,
+        self, pairs: Sequence[_Pair], names: _Names, quiet: bool, keep: Callable[..., None] = lambda *_: None
     ) -> list[tuple[float, bool]]:
         jobs, answers = [], {}
         for (context, continuation), name in zip(pairs, names, strict=True):
             if not context or not 1 <= len(continuation) <= self.max_length:
-                sizes = f"{len(context)} tokens of context and {len(continuation)} of continuation"
-                raise JobError(f"{_name(name)} has {sizes}; both need one, the latter may have {self.max_length}")
+                sizes = f"{len(context)} + {len(continuation)} tokens"
+                raise JobError(f"{_name(name)}: {sizes}; each part needs one, the last may have {self.max_length}")
             tokens = (context + continuation)[-(self.max_length + 1) :]  # the last one takes no place in the window
             jobs.append(Job(prompt=tuple(tokens), max_new_tokens=0, prompt_logprobs=True))
         for place, done in self._run(jobs, names, quiet):
@@ -172,20 +161,17 @@ class FlexGenLM(TemplateLM):
     def _generation(self, context: str, gen_kwargs: dict[str, Any]) -> Job:
         kwargs: dict[str, Any] = dict(utils.normalize_gen_kwargs(gen_kwargs))
         del kwargs["do_sample"]  # says nothing more: the temperature is 0 where it is false
-        end = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
-        until = utils.handle_stop_sequences(kwargs.pop("until"), eos=end)
+        until = utils.handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.eos_token)
         count, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
         top_p, top_k = kwargs.pop("top_p", 1.0), kwargs.pop("top_k", None) or None  # 0 of transformers is no cut, too
         for name, value in kwargs.items():
             if (name, value) != ("num_beams", 1):
                 raise ConfigError(f"generation argument {name}={value}: not supported{did_you_mean(name, _SUPPORTED)}")
-        room = self.max_length - count
-        if room < 1:
+        if (room := self.max_length - count) < 1:
             raise ConfigError(f"{_name((context,))}: max_gen_toks {count} leave no room in {self.max_length}; lower it")
         prompt = self._encode(context, self.tokenizer.bos_token)[-room:]
         # The harness seeds `random`: the same run draws the same samples, and repeats of a request draw others.
-        seed = random.getrandbits(32) if temperature > 0 else 0
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=random.getrandbits(32))
         return Job(prompt=tuple(prompt), max_new_tokens=count, sampling=sampling, stop=tuple(filter(None, until)))
 
     def _text(self, done: Completion, until: Sequence[Any]) -> str:
@@ -197,20 +183,12 @@ class FlexGenLM(TemplateLM):
             text = text[:-beyond]
         return str(utils.postprocess_generated_text(text, list(until), self._think_end_token))
 
-    def _run(
-        self, jobs: Sequence[Job], names: Sequence[tuple[str, ...]], quiet: bool
-    ) -> Iterator[tuple[int, Completion]]:
-        """Yield (place, completion) as they come; all jobs go to the engine in one call, equal ones once."""
-        places: dict[Job, list[int]] = {}
-        for place, job in enumerate(jobs):
-            places.setdefault(job, []).append(place)
-        stream = self.engine.stream(list(places))
-        shared = list(places.values())
-        for index, completion in tqdm(stream, total=len(places), disable=quiet, desc="flexgen"):
-            for place in shared[index]:
-                if completion.error is not None:
-                    raise type(completion.error)(f"{_name(names[place])}: {completion.error}")
-                yield place, completion
+    def _run(self, jobs: Sequence[Job], names: _Names, quiet: bool) -> Iterator[tuple[int, Completion]]:
+        """Yield (place, completion) as they come; all jobs go to the engine in one call."""
+        for place, completion in tqdm(self.engine.stream(jobs), "flexgen", len(jobs), disable=quiet):
+            if completion.error is not None:
+                raise type(completion.error)(f"{_name(names[place])}: {completion.error}")
+            yield place, completion
 
 
 model_registry.register("flexgen", target=FlexGenLM)
@@ -218,15 +196,3 @@ model_registry.register("flexgen", target=FlexGenLM)
 
 def _name(texts: tuple[str, ...]) -> str:
     return f"the request {' + '.join(repr(text if len(text) < 80 else '…' + text[-80:]) for text in texts)}"
-
-
-def lm_eval(arguments: Sequence[str]) -> int:
-    """The harness's command line; returns 0. Raises `EngineError`, and ends by itself for what the harness refuses."""
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv = ["lm-eval", *arguments]  # it reads nothing else
-    try:
-        cli_evaluate()
-    except KeyboardInterrupt:
-        raise RunFailed("interrupted; answers so far are kept if there is a --use_cache") from None
-    return 0

@@ -80,7 +80,7 @@ def _run_command(command: str, rest: list[str]) -> int:
 
             return verify(rest)
         if command == "lm-eval":
-            from flexgen_helm.lm_eval_adapter import lm_eval
+            from flexgen_helm.lm_eval_command import lm_eval
 
             return lm_eval(rest)
         from flexgen_helm.launch import run

@@ -198,7 +198,7 @@ def test_answers_are_kept_as_they_come(make: Callable[..., Pair], monkeypatch: p
     assert kept == {("loglikelihood", "What"): score, ("generate_until", "What"): written}
 
 
-def test_what_is_asked_twice_runs_once_and_all_in_one_call(
+def test_repeats_draw_samples_of_their_own_and_all_run_in_one_call(
     make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, _ = make("llama")
@@ -212,9 +212,9 @@ def test_what_is_asked_twice_runs_once_and_all_in_one_call(
     assert first[0] == first[2]
     [jobs] = calls
     assert [(job.sampling.temperature, job.sampling.top_p, job.sampling.top_k) for job in jobs] == [
-        (0.0, 1.0, None), (1.0, 0.9, None), (1.0, 0.9, None)
+        (0.0, 1.0, None), (1.0, 0.9, None), (0.0, 1.0, None), (1.0, 0.9, None)
     ]  # fmt: skip
-    assert len({job.sampling.seed for job in jobs}) == 3
+    assert jobs[1].sampling.seed != jobs[3].sampling.seed
     assert {job.max_new_tokens for job in jobs} == {256}  # the harness's default
     random.seed(1)
     assert ours.generate_until(requests, disable_tqdm=True) == first
@@ -362,7 +362,7 @@ def test_bad_arguments_are_refused_by_name(directories: dict[str, Path], make: C
 
 def test_a_request_that_cannot_be_served_is_named(make: Callable[..., Pair]) -> None:
     ours, _ = make("llama", max_length=40)
-    with pytest.raises(JobError, match=r"'What' \+ '…yyy.*.*; both need one, the latter may have 40"):
+    with pytest.raises(JobError, match=r"'What' \+ '…yyy.*.*; each part needs one, the last may have 40"):
         ours.loglikelihood([request("is", " it"), request("What", "yyy zzz " * 50)], disable_tqdm=True)
     with pytest.raises(JobError, match="request '': the prompt is empty"):
         ours.generate_until([request("", {"until": [], "max_gen_toks": 4})], disable_tqdm=True)
