@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import models
 import pytest
 import yaml
 
+from engine import Engine
 from engine.policy import Policy, policy_directories
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,9 +68,10 @@ def test_helm_accepts_its_commands(arguments: list[str]) -> None:
 
 def test_other_commands_are_accepted() -> None:
     from flexgen_helm.bench import bench_parser, workloads
+    from flexgen_helm.complete import complete_parser
     from flexgen_helm.dummy import shape_config
     from flexgen_helm.entries import read_entries
-    from flexgen_helm.flags import checked_policy
+    from flexgen_helm.flags import checked_policy, policy_from_flags
     from flexgen_helm.register import register_parser
     from flexgen_helm.run import COMMANDS
     from flexgen_helm.verify import parse_verify_flags
@@ -79,6 +82,8 @@ def test_other_commands_are_accepted() -> None:
         args = bench_parser().parse_args(arguments)
         assert workloads(args.rows, args.curve)
         shape_config(args.shape)
+    for arguments in commands_of("flexgen-helm", "complete"):
+        policy_from_flags(complete_parser().parse_args(arguments))
     for arguments in commands_of("flexgen-helm", "verify"):
         assert read_entries(parse_verify_flags(arguments))
     for arguments in commands_of("flexgen-helm", "register"):
@@ -88,9 +93,14 @@ def test_other_commands_are_accepted() -> None:
 
 
 def test_every_flag_in_the_text_exists() -> None:
+    from flexgen_helm.complete import complete_parser
     from flexgen_helm.flags import run_parser
 
-    known = run_parser().format_help() + Path(ROOT / "flexgen_helm" / "register.py").read_text()
+    known = (
+        run_parser().format_help()
+        + complete_parser().format_help()
+        + Path(ROOT / "flexgen_helm" / "register.py").read_text()
+    )
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}
     assert flags
@@ -123,14 +133,27 @@ def test_the_deployment_shown_is_one() -> None:
     Policy.load(deployment.client_spec.args["policy"])
 
 
-@pytest.mark.parametrize("block", blocks("python"))
-def test_the_python_shown_uses_what_there_is(block: str) -> None:
-    import engine
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory: Path = models.save_model(tmp_path_factory.mktemp("llama"), "llama")
+    return directory
 
-    tree = ast.parse(block)
-    imported = [name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
-    assert imported
-    assert set(imported) <= set(engine.__all__)
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_the_python_shown_runs(
+    block: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word by word, but for the model, which is a tiny one."""
+    load = Engine.from_pretrained
+
+    def load_tiny(model: str, policy: Any = "auto") -> Engine:
+        assert model == "facebook/opt-30b"
+        Policy.load(policy)
+        return load(str(tiny_model), policy={"device": "cpu"})
+
+    monkeypatch.setattr(Engine, "from_pretrained", load_tiny)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)]+)\)", README))
