@@ -89,7 +89,7 @@ def attention(
         sinks=s_aux,
     )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
-    sweeping.cache.write(sweeping.layer, batch, key, value)
+    key, value = sweeping.cache.write(sweeping.layer, batch, key, value)
     use_flash = flash.is_usable(query, value, scores, batch)
     if use_flash:
         output = flash.attend(batch, query, key, value, sweeping, scores)

@@ -16,6 +16,7 @@ from engine import accelerator
 from engine.arena import Arena
 from engine.call import Call, LoopResults, Result, Results
 from engine.checkpoint import ModelDescription, describe
+from engine.codec import GROUP, Codec
 from engine.completion import Text, advance, completion_of
 from engine.errors import CapacityError, CheckpointError, EngineError, JobError, NumericsError, UnsupportedError
 from engine.executor import Executor
@@ -31,7 +32,7 @@ from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy
 from engine.schedule import Scheduler
 from engine.sequence import Sequence
-from engine.weights import WeightStore
+from engine.weights import WeightStore, coded_names, stored_sizes
 
 
 class Engine:
@@ -101,7 +102,6 @@ class Engine:
 
         What `fill` returns is iterated in the background while the first sweep runs, and waits where it must.
         """
-        _refuse_unsupported(policy)
         device_name = resolve_device(policy.device)
         device = accelerator.indexed(torch.device(device_name))
         dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
@@ -110,13 +110,17 @@ class Engine:
         model = CausalModel(path, dtype, device)
         end_of_text = _special_token("eos_token_id", path, model, tokenizer)
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
-        plan = make_plan(shape_of(model), policy, memory, on_cpu=device.type == "cpu")
+        codec = Codec(policy.compress_weight) if policy.compress_weight else None
+        cache_codec = Codec(policy.compress_cache) if policy.compress_cache else None
+        if cache_codec is not None:
+            _check_cache_codec(model)
+        plan = make_plan(shape_of(model, codec), policy, memory, on_cpu=device.type == "cpu")
         if policy.gpu_memory is not None:
             accelerator.limit_memory(device, policy.gpu_memory)
         arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
         store = None
         try:
-            store = WeightStore(model, plan.weights, arena, overlap=policy.overlap)
+            store = WeightStore(model, plan.weights, arena, codec=codec, overlap=policy.overlap)
             loading = fill(store)
             cache = KVCache(
                 model.kv_shapes,
@@ -124,6 +128,7 @@ class Engine:
                 arena,
                 plan.cache_budgets,
                 plan.kv_cache,
+                codec=cache_codec,
                 compute_on_host=policy.cpu_cache_compute,
             )
             hidden = HiddenStates(arena, plan.activations, model.hidden_size, dtype)
@@ -476,12 +481,11 @@ _SCORE_COPIES = 3
 """Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
 
 
-def shape_of(model: CausalModel) -> ModelShape:
-    """Sizes that the planner needs."""
-    state, config = model.state, model.config.get_text_config()
-    sizes = {
-        unit.name: sum(state[name].numel() * state[name].element_size() for name in unit.owners) for unit in model.units
-    }
+def shape_of(model: CausalModel, codec: Codec | None = None) -> ModelShape:
+    """Sizes that the planner needs, with weights kept as `codec` has them."""
+    config = model.config.get_text_config()
+    sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
+    whole = [sum(stored_sizes(model, unit, None).values()) for unit in model.units if coded_names(model, unit)]
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
     inner = next(
@@ -495,6 +499,8 @@ def shape_of(model: CausalModel) -> ModelShape:
     item = model.dtype.itemsize
     return ModelShape(
         unit_bytes=(*layers, head),
+        # Half bytes of a matrix are spread over whole ones before they become numbers.
+        expanded_bytes=0 if codec is None or not whole else max(whole) * 3 // 2,
         embedding_bytes=0 if model.is_tied else sizes["embedding"],
         outer_bytes=sizes["outer"],
         cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
@@ -507,13 +513,13 @@ def shape_of(model: CausalModel) -> ModelShape:
     )
 
 
-def _refuse_unsupported(policy: Policy) -> None:
-    for key, value in (
-        ("compress-weight", policy.compress_weight),
-        ("compress-cache", policy.compress_cache),
-    ):
-        if value:
-            raise UnsupportedError(f"{key}: {value} is not supported yet; leave it out")
+def _check_cache_codec(model: CausalModel) -> None:
+    for layer, shape in enumerate(model.kv_shapes):
+        if shape.width % GROUP:
+            raise UnsupportedError(
+                f"compress-cache: keys and values of layer {layer} are {shape.width} numbers a token, no multiple of "
+                f"{GROUP}; leave it out"
+            )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

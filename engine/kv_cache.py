@@ -11,6 +11,7 @@ import torch
 from engine.arena import Arena
 from engine.batch import DecodeGroup, MicroBatch, Rows
 from engine.block import Block
+from engine.codec import Codec
 from engine.extents import Extents
 from engine.kv_shape import KVShape
 from engine.kv_transfer import KVTransfer
@@ -25,6 +26,9 @@ _ALLOCATING_THREADS = 8
 class KVCache:
     """Keys and values of spans, as rows `[keys | values]` of one table per layer and tier.
 
+    With a codec, every row is rounded to what its code stands for as soon as it is computed, and host and disk hold the
+    codes: a result depends on the codec, but not on where a row lies or when it is read.
+
     Tables grow on demand up to their budget. Sequences go to the tiers by `share` (counted in sequences), or, without
     one, to the device while it has room, then to the host, then to disk.
     """
@@ -37,17 +41,19 @@ class KVCache:
         budgets: dict[Tier, int],
         share: Share | None,
         *,
+        codec: Codec | None = None,
         compute_on_host: bool = False,
     ) -> None:
         self.shapes = shapes
         self.dtype = dtype
-        self.row_bytes = sum(shape.width for shape in shapes) * dtype.itemsize
-        """Bytes of one token over all layers."""
+        self._codec = codec
+        self.row_bytes = {tier: sum(self._row_bytes(shape, tier) for shape in shapes) for tier in TIERS}
+        """Bytes of one token over all layers, by tier."""
         self._arena = arena
         self._share = share
         self._percents = dict.fromkeys(TIERS, 100.0) if share is None else percents(share)
         self._compute_on_host = compute_on_host
-        self._max_rows = {tier: budgets[tier] // self.row_bytes for tier in TIERS}
+        self._max_rows = {tier: budgets[tier] // self.row_bytes[tier] for tier in TIERS}
         self._extents = {tier: Extents() for tier in TIERS}
         self._tables: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
         self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)
@@ -55,8 +61,18 @@ class KVCache:
         self._expected = 0
         self._fresh: dict[int, torch.Tensor] = {}
         self._fresh_layer = -1
-        self._transfer = KVTransfer(arena.device, dtype)
+        self._transfer = KVTransfer(arena.device)
         self._staged: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
+
+    def _row_bytes(self, shape: KVShape, tier: Tier) -> int:
+        if self._codec is None or tier == "device":
+            return shape.width * self.dtype.itemsize
+        return self._codec.row_bytes(shape.width, self.dtype)
+
+    def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
+        """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
+        rows = memory.view(-1, self._row_bytes(shape, tier))
+        return rows if self._codec is not None and tier != "device" else rows.view(self.dtype)
 
     def expect(self, num_rows: int) -> None:
         """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
@@ -95,20 +111,17 @@ class KVCache:
         expected = needed + int(self._expected * self._percents[tier] / 100)
         capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
         tables = self._tables[tier]
-        sizes = [capacity * shape.width * self.dtype.itemsize for shape in self.shapes]
+        sizes = [capacity * self._row_bytes(shape, tier) for shape in self.shapes]
         if not tables:  # page-locking takes its time: all layers at once
             with ThreadPoolExecutor(_ALLOCATING_THREADS) as pool:
                 blocks = list(pool.map(lambda size: self._arena.empty(size, tier), sizes))
-            tables += [
-                block.view(self.dtype).view(capacity, shape.width)
-                for block, shape in zip(blocks, self.shapes, strict=True)
-            ]
+            tables += [self._table(block, shape, tier) for block, shape in zip(blocks, self.shapes, strict=True)]
         else:
             for layer, (size, shape) in enumerate(zip(sizes, self.shapes, strict=True)):
                 # One layer after the other, so that little is held twice.
                 new, old = self._arena.empty(size, tier), tables[layer]
                 new[: old.numel() * old.element_size()].copy_(old.flatten().view(torch.uint8))
-                tables[layer] = new.view(self.dtype).view(capacity, shape.width)
+                tables[layer] = self._table(new, shape, tier)
                 self._arena.free(old)
         extents.grow(capacity)
         return True
@@ -125,13 +138,12 @@ class KVCache:
         groups = [group for group in batch.decode_groups if not group.is_on_device]
         if not groups:
             return
-        table_width = self.shapes[layer].width
         pieces: list[tuple[int, torch.Tensor]] = []
         first = 0
         for group in groups:
             pieces += [(first + row, rows) for row, rows in self._stored_rows(layer, group)]
             first += len(group.segments) * group.length
-        staged, arrival = self._transfer.fetch(first, table_width, pieces)
+        staged, arrival = self._transfer.fetch(first, pieces, clear=self._codec is not None)
         first = 0
         for group in groups:
             end = first + len(group.segments) * group.length
@@ -145,8 +157,17 @@ class KVCache:
             assert block is not None
             yield index * group.length, self._tables[block.tier][layer][block.first : block.first + segment.past]
 
-    def write(self, layer: int, batch: Rows, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store a micro-batch's new keys and values `[rows, heads, dim]` of a layer in their blocks."""
+    def write(
+        self, layer: int, batch: Rows, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a micro-batch's new keys and values `[rows, heads, dim]` of a layer in their blocks.
+
+        Returns them as they will be read later: to attend to anything else would make results depend on who does when.
+        """
+        coded = None
+        if self._codec is not None:
+            coded = self._codec.encode_rows(pack(key, value))
+            key, value = self._unpack_flat(layer, self._codec.decode_rows(coded, self.shapes[layer].width, self.dtype))
         if layer != self._fresh_layer:
             self._fresh, self._fresh_layer = {}, layer
         if batch.device_slots is not None:
@@ -157,12 +178,14 @@ class KVCache:
             taken = slice(segment.first, segment.first + segment.num_rows)
             rows = pack(key[taken], value[taken])
             first = block.first + segment.past
-            self._transfer.store(rows, self._tables[block.tier][layer][first : first + segment.num_rows])
+            stored = rows if coded is None else coded[taken].clone()  # a part would keep all of them
+            self._transfer.store(stored, self._tables[block.tier][layer][first : first + segment.num_rows])
             if isinstance(segment.span, Prefix):
                 self._fresh[id(segment.span)] = rows
         for segment in batch.passing:
             taken = slice(segment.first, segment.first + segment.num_rows)
             self._fresh[id(segment.span)] = pack(key[taken], value[taken])
+        return key, value
 
     def prefix(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
@@ -179,7 +202,13 @@ class KVCache:
         rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
             return rows
-        return rows.to(self._arena.device, non_blocking=True)
+        return self._decoded(layer, rows.to(self._arena.device, non_blocking=True))
+
+    def _decoded(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows off the device's table as numbers."""
+        if self._codec is None:
+            return rows
+        return self._codec.decode_rows(rows, self.shapes[layer].width, self.dtype)
 
     def attention_device(self, group: DecodeGroup) -> torch.device:
         """Where a decode group's attention is computed: by its keys and values, if the policy wants that."""
@@ -206,8 +235,7 @@ class KVCache:
         """
         on_device = group.is_on_device
         rows = self._tables["device"][layer] if on_device else self._own_rows(layer, group, key, value).flatten(0, 1)
-        own = self.unpack(layer, rows)
-        return own[0].transpose(0, 1), own[1].transpose(0, 1)
+        return self._unpack_flat(layer, rows)
 
     def _own_rows(self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if group.is_on_device:
@@ -217,12 +245,13 @@ class KVCache:
         staged = self._staged.pop((layer, id(group)), None)
         if staged is not None:
             self._transfer.await_arrival(staged[1])
-            rows = staged[0].view(len(group.segments), group.length, -1)
+            flat = staged[0]
         else:
-            rows = new.new_zeros(len(group.segments), group.length, new.shape[2])
-            flat = rows.flatten(0, 1)
+            like = next(stored for _, stored in self._stored_rows(layer, group))
+            flat = like.new_zeros(len(group.segments) * group.length, like.shape[1], device=new.device)
             for first, stored in self._stored_rows(layer, group):
                 flat[first : first + len(stored)].copy_(stored)
+        rows = self._decoded(layer, flat).view(len(group.segments), group.length, -1)
         at = group.past.to(rows.device)[:, None] + torch.arange(group.steps, device=rows.device)
         rows[torch.arange(len(group.segments), device=rows.device)[:, None], at] = new
         return rows
@@ -233,6 +262,11 @@ class KVCache:
         keys, values = rows.split((shape.key_width, shape.width - shape.key_width), dim=-1)
         keys = keys.unflatten(-1, (shape.key_heads, shape.key_dim)).transpose(-3, -2)
         return keys, values.unflatten(-1, (shape.value_heads, shape.value_dim)).transpose(-3, -2)
+
+    def _unpack_flat(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, of rows `[rows, width]`, as `[rows, heads, dim]`."""
+        key, value = self.unpack(layer, rows)
+        return key.transpose(0, 1), value.transpose(0, 1)
 
     def close(self) -> None:
         """Let go of the tables; the arena frees them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ class KVTransfer:
     after the next one is brought.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._dtype = dtype
         self._fetch = accelerator.new_stream(device)
         self._store = accelerator.new_stream(device)
         self._buffers: list[torch.Tensor | None] = [None] * _NUM_BUFFERS
@@ -47,23 +45,29 @@ class KVTransfer:
             target.copy_(rows, non_blocking=True)
         accelerator.keep_for(rows, self._store)
 
-    def fetch(self, num_rows: int, width: int, pieces: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, Any]:
-        """Start copying (first row, rows) pieces into a staging buffer `[num_rows, width]`.
+    def fetch(
+        self, num_rows: int, pieces: list[tuple[int, torch.Tensor]], *, clear: bool = False
+    ) -> tuple[torch.Tensor, Any]:
+        """Start copying (first row, rows) pieces, at least one, into a staging buffer `[num_rows, …]`.
 
-        Returns it with the event of its arrival. Rows that no piece covers hold anything finite.
+        Returns it with the event of its arrival. Rows that no piece covers hold anything finite, or zeros with `clear`:
+        bytes of codes may mean anything.
         """
         assert self._fetch is not None
         self._turn = (self._turn + 1) % _NUM_BUFFERS
-        size = num_rows * width
+        like = pieces[0][1]
+        size = num_rows * like.shape[1] * like.element_size()
         buffer = self._buffers[self._turn]
         if buffer is None or buffer.numel() < size:
             self._buffers[self._turn] = None
-            buffer = torch.zeros(size, dtype=self._dtype, device=self._device)
+            buffer = torch.zeros(size, dtype=torch.uint8, device=self._device)
             self._buffers[self._turn] = buffer
-        staged = buffer[:size].view(num_rows, width)
+        staged = buffer[:size].view(like.dtype).view(num_rows, -1)
         # The computation that used the buffer last has been queued by now.
         self._fetch.wait_stream(accelerator.current_stream(self._device))
         with accelerator.on_stream(self._fetch, self._device):
+            if clear:
+                staged.zero_()
             for first, rows in pieces:
                 staged[first : first + len(rows)].copy_(rows, non_blocking=True)
             return staged, self._fetch.record_event()

@@ -96,7 +96,7 @@ class _LayerView(CacheLayerMixin):
         """Store new keys, values `[segments, heads, rows, dim]`; return all of each sequence, `[…, keys, dim]`."""
         sweeping = self._sweeping
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
-        sweeping.cache.write(sweeping.layer, self._batch, key, value)
+        key, value = sweeping.cache.write(sweeping.layer, self._batch, key, value)
         return self._batch.assemble(sweeping.layer, sweeping, key, value)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

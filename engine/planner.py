@@ -52,6 +52,8 @@ class ModelShape:
     """The family carries its own attention and runs in padded micro-batches."""
     reads_in_place: bool = False
     """Attention reads keys and values on the device where they lie."""
+    expanded_bytes: int = 0
+    """Device memory that encoded layers are expanded into, in turn, and what that takes besides; 0 without a codec."""
     score_bytes: int = 0
     """Of one row's attention to one key, all heads and their copies, where a family keeps them; else 0."""
 
@@ -157,7 +159,7 @@ class _Planner:
 
     def _device_weights(self, weights: Share) -> int:
         outer = self.shape.outer_bytes if weights.gpu < 100 else 0
-        return self._part(weights.gpu) + self._slots(weights) + outer
+        return self._part(weights.gpu) + self._slots(weights) + outer + self.shape.expanded_bytes
 
     def _work(self, rows: int) -> int:
         return rows * self.shape.work_row_bytes + _LOGITS_COPIES * self._logits_bytes()
@@ -197,10 +199,10 @@ class _Planner:
         shape, memory = self.shape, self.memory
         smallest = self._work(_ROWS["cpu"][-2])
         kept = self._overhead(_ROWS["cpu"][-2]) + _CACHE_RESERVE * memory.device
-        resident = shape.weight_bytes + smallest + kept
+        resident = shape.weight_bytes + shape.expanded_bytes + smallest + kept
         if resident <= memory.device:
             return Share(gpu=100, cpu=0)
-        slots = self._slots(Share(gpu=0, cpu=100)) + shape.outer_bytes
+        slots = self._slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + shape.expanded_bytes
         rest = memory.device - slots
         rows = self._rows_per_batch(rest)
         room = rest - self._work(rows) - self._overhead(rows) - _CACHE_RESERVE * memory.device
@@ -249,10 +251,11 @@ class _Planner:
         """Raise `CapacityError` when the device cannot even hold layers in transit and the work on them."""
         if self._rooms(0)["device"] >= 0 or self._part(weights.gpu) <= self._rooms(weights.gpu)["device"]:
             return
+        layers = "two layers" + (" and one expanded" if self.shape.expanded_bytes else "")
         slots, work = self._device_weights(Share(gpu=0, cpu=100)), self._work(_ROWS["cpu"][-1])
         enough = self._with_logits(self._device_weights(weights) + _ROWS["cpu"][-1] * self.shape.work_row_bytes)
         raise CapacityError(
-            f"even with no weights on the device, two layers ({_gb(slots)}) and the work on them ({_gb(work)}) "
+            f"even with no weights on the device, {layers} ({_gb(slots)}) and the work on them ({_gb(work)}) "
             f"exceed the {_gb(self.memory.device)} of device memory; raise gpu-memory to {_gb_up(enough)}"
         )
 

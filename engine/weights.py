@@ -13,6 +13,7 @@ from torch import nn
 
 from engine import accelerator
 from engine.arena import Arena
+from engine.codec import GROUP, Codec
 from engine.model import CausalModel, Unit
 from engine.placement import Extent, Split, Tier, lay_out, split_bytes, streamed_from
 from engine.policy import Share
@@ -20,6 +21,10 @@ from engine.policy import Share
 NUM_SLOTS = 2
 _STAGE_BYTES = 64 << 20
 _CHUNK_ELEMENTS = 16 << 20
+_CODED_CHUNK_ELEMENTS = 2 << 20
+"""Encoded at once: it takes about 30 bytes for each, on the device."""
+_CODED_PART = 0.01
+"""Of a unit's numbers, what a parameter must have to be encoded: routers and norms are small, and matter."""
 
 
 _Binding = tuple[nn.Module, str, nn.Parameter]
@@ -32,6 +37,7 @@ class PlacedUnit:
 
     unit: Unit
     extents: list[Extent]
+    """Of the stored bytes."""
     split: Split
     parts: dict[Tier, torch.Tensor]
     """Bytes by tier; together, in the order of the tiers, they are the unit."""
@@ -39,6 +45,10 @@ class PlacedUnit:
     """First byte that must be brought to the device before use."""
     missing: set[str]
     """Parameters that have not arrived yet."""
+    coded: frozenset[str]
+    """Parameters that are stored encoded. If there are any, the whole unit is expanded before use."""
+    expanded: list[Extent]
+    """Where its parameters lie then; empty if none is encoded."""
     complete: threading.Event = field(default_factory=threading.Event)
     """Set when all have, or never will."""
 
@@ -67,7 +77,7 @@ class _Slot:
     arrival: Future[Any] | None = None
     in_use: bool = False
     released: Any = field(default=None)
-    """CUDA event: the last computation that reads the slot."""
+    """Event of the last computation that reads the slot."""
 
 
 class WeightStore:
@@ -76,10 +86,16 @@ class WeightStore:
     They may still be arriving while the first sweep runs: it waits at each unit until that is complete. Parameters are
     views: of the device part where they lie there wholly, else of the slot that their unit passes
     through. Resident bytes of a parameter that is cut by the border are copied within the device.
+
+    With a codec, the large parameters of the layers are kept and moved encoded, and a layer is expanded once in a
+    sweep, into device memory that all layers use in turn; its slot is free for the next but one from then on.
     """
 
-    def __init__(self, model: CausalModel, share: Share, arena: Arena, *, overlap: bool = True) -> None:
+    def __init__(
+        self, model: CausalModel, share: Share, arena: Arena, *, codec: Codec | None = None, overlap: bool = True
+    ) -> None:
         self.model = model
+        self._codec = codec
         self._arena = arena
         self._device = arena.device
         self._overlap = overlap
@@ -98,6 +114,7 @@ class WeightStore:
         count = min(NUM_SLOTS, len(self._streamed))
         self._slots = [_Slot(index, arena.empty(size, "device")) for index in range(count)]
         self._next = {id(a): b for a, b in pairwise([*self._streamed, *self._streamed[:1]])}
+        self._expanded = arena.empty(max((p.expanded[-1].end for p in order if p.coded), default=0), "device")
         self._outer = arena.empty(self._placed["outer"].num_streamed if "outer" in self._placed else 0, "device")
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream = accelerator.new_stream(self._device)
@@ -119,8 +136,8 @@ class WeightStore:
 
     def _place(self, unit: Unit, share: Share) -> PlacedUnit:
         state = self.model.state
-        sizes = {name: state[name].numel() * state[name].element_size() for name in unit.owners}
-        extents, num_bytes = lay_out(sizes)
+        coded = coded_names(self.model, unit) if self._codec is not None else frozenset()
+        extents, num_bytes = lay_out(stored_sizes(self.model, unit, self._codec))
         if unit.name == "embedding":  # cut between rows, which are looked up one by one
             table = state[extents[0].name]
             num_bytes = extents[0].end
@@ -131,11 +148,15 @@ class WeightStore:
             "device": self._arena.empty(split.device, "device"),
             "disk": self._arena.empty(split.disk, "disk"),
         }
-        return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split), set(unit.owners))
+        expanded = lay_out(stored_sizes(self.model, unit, None))[0] if coded else []
+        return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split), set(unit.owners), coded, expanded)
 
     def _bind(self) -> None:
         for placed in self._placed.values():
-            if placed.unit.name == "outer" or (placed.unit.name != "embedding" and not placed.num_streamed):
+            if placed.coded:
+                memory = [self._expanded[extent.first : extent.end] for extent in placed.expanded]
+                _set([self._binding(placed, e, m) for e, m in zip(placed.expanded, memory, strict=True)])
+            elif placed.unit.name == "outer" or (placed.unit.name != "embedding" and not placed.num_streamed):
                 _set(self._bindings(placed, self._outer))
             elif placed.unit.name != "embedding":
                 self._views[id(placed)] = [self._bindings(placed, slot.memory) for slot in self._slots]
@@ -159,27 +180,63 @@ class WeightStore:
                 self._views[id(table)] = heads
 
     def _bindings(self, placed: PlacedUnit, slot: torch.Tensor) -> list[_Binding]:
-        return [
-            (*placed.unit.owners[extent.name], _parameter(self._view(placed, extent, slot)))
-            for extent in placed.extents
-        ]
+        return [self._binding(placed, extent, self._bytes(placed, extent, slot)) for extent in placed.extents]
+
+    def _binding(self, placed: PlacedUnit, extent: Extent, memory: torch.Tensor) -> _Binding:
+        like = self.model.state[extent.name]
+        return (*placed.unit.owners[extent.name], _parameter(memory.view(like.dtype).view(like.shape)))
 
     def _view(self, placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
         like = self.model.state[extent.name]
+        return self._bytes(placed, extent, slot).view(like.dtype).view(like.shape)
+
+    @staticmethod
+    def _bytes(placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
+        """A parameter's stored bytes on the device."""
         if extent.end <= placed.split.device:
-            flat = placed.parts["device"][extent.first : extent.end]
-        else:
-            flat = slot[extent.first - placed.start : extent.end - placed.start]
-        return flat.view(like.dtype).view(like.shape)
+            return placed.parts["device"][extent.first : extent.end]
+        return slot[extent.first - placed.start : extent.end - placed.start]
+
+    def _expand(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
+        """Fill the memory that the unit's parameters are views of."""
+        assert self._codec is not None
+        for extent, place in zip(placed.extents, placed.expanded, strict=True):
+            stored, memory = self._bytes(placed, extent, slot), self._expanded[place.first : place.end]
+            if extent.name in placed.coded:
+                self._codec.decode(stored, memory.view(self.model.state[extent.name].dtype))
+            else:
+                memory.copy_(stored)
 
     def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
-        """Copy a parameter, or consecutive elements of it, to its place, converting to the model's dtype."""
+        """Copy a parameter, or consecutive elements of it, to its place, in the model's dtype or encoded."""
         placed, extent = self._extent_of[name]
         dtype = self.model.state[name].dtype
         source = tensor.reshape(-1)
         if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
             placed.parts["host"] = self._arena.empty(placed.split.host, "host")
-        begin = extent.first + first_element * dtype.itemsize
+        if name in placed.coded:
+            self._put_coded(placed, extent, source, first_element, dtype)
+        else:
+            self._write(placed, extent.first + first_element * dtype.itemsize, source, dtype)
+
+    def _put_coded(
+        self, placed: PlacedUnit, extent: Extent, source: torch.Tensor, first_element: int, dtype: torch.dtype
+    ) -> None:
+        assert self._codec is not None
+        whole = self.model.state[extent.name].numel()
+        code_bytes, step_bytes = self._codec.part_bytes(whole, dtype)
+        for at in range(0, source.numel(), _CODED_CHUNK_ELEMENTS):
+            values = source[at : at + _CODED_CHUNK_ELEMENTS].to(self._device)
+            codes, steps, leasts = (part.cpu() for part in self._codec.encode(values, dtype))
+            first = first_element + at
+            self._write(placed, extent.first + self._codec.code_bytes(first), codes, torch.uint8)
+            place = extent.first + code_bytes + first // GROUP * dtype.itemsize
+            self._write(placed, place, steps, dtype)
+            self._write(placed, place + step_bytes, leasts, dtype)
+
+    @staticmethod
+    def _write(placed: PlacedUnit, begin: int, source: torch.Tensor, dtype: torch.dtype) -> None:
+        """Write numbers, as `dtype`, to the unit's stored bytes from `begin` on."""
         for tier, first, end in placed.split.parts():
             low, high = max(first, begin), min(end, begin + source.numel() * dtype.itemsize)
             if low >= high:
@@ -264,16 +321,25 @@ class WeightStore:
             self._wait_for(self._placed["outer"])
         self._wait_for(placed)
         if not placed.num_streamed:
+            if placed.coded:
+                self._expand(placed, self._outer)
             return
         slot = self._slot_with(placed)
         if slot is None:
             slot = next(slot for slot in self._slots if not slot.in_use)
             self._fetch(placed, slot)
-        _set(self._views[id(placed)][slot.index])
+        if not placed.coded:
+            _set(self._views[id(placed)][slot.index])
         assert slot.arrival is not None
         arrived = slot.arrival.result()
         if arrived is not None:
             accelerator.current_stream(self._device).wait_event(arrived)
+        if placed.coded:
+            self._expand(placed, slot.memory)
+            self._free(slot)
+            self._prefetch(placed)
+            self._prefetch(self._next[id(placed)])
+            return
         slot.in_use = True
         self._prefetch(placed)
 
@@ -281,12 +347,16 @@ class WeightStore:
         """Tell that layer `step` has computed; its slot may be filled anew."""
         placed = self._by_step[step]
         slot = self._slot_with(placed)
-        if slot is None:
+        if slot is None or placed.coded:
             return
+        self._free(slot)
+        self._prefetch(placed)
+
+    def _free(self, slot: _Slot) -> None:
+        """Let a slot be filled anew, once the computation asked for until now has read it."""
         slot.in_use = False
         if self._copy_stream is not None:
             slot.released = accelerator.current_stream(self._device).record_event()
-        self._prefetch(placed)
 
     def _prefetch(self, placed: PlacedUnit) -> None:
         following = self._next[id(placed)]
@@ -346,11 +416,37 @@ class WeightStore:
                 module._parameters[attribute] = None
         if self.model.output is not None:
             self.model.output._parameters["weight"] = None
-        self._outer = torch.empty(0, dtype=torch.uint8)
+        self._outer = self._expanded = torch.empty(0, dtype=torch.uint8)
         for held in (self._placed, self._extent_of, self._views, self._next):
             held.clear()
         for listed in (self._by_step, self._streamed, self._slots, self._stage):
             listed.clear()
+
+
+def coded_names(model: CausalModel, unit: Unit) -> frozenset[str]:
+    """Parameters of a unit that a codec takes: a layer's large matrices."""
+    if not unit.name.startswith("layer."):
+        return frozenset()
+    shapes = {name: model.state[name].shape for name in unit.owners}
+    least = _CODED_PART * sum(shape.numel() for shape in shapes.values())
+    return frozenset(
+        name
+        for name, shape in shapes.items()
+        # Experts arrive one at a time, each with groups of its own.
+        if len(shape) > 1 and shape.numel() >= least and shape[-2:].numel() % GROUP == 0
+    )
+
+
+def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[str, int]:
+    """Bytes of each parameter of a unit, as it is stored."""
+    coded = frozenset() if codec is None else coded_names(model, unit)
+    sizes = {}
+    for name in unit.owners:
+        like = model.state[name]
+        sizes[name] = like.numel() * like.element_size()
+        if codec is not None and name in coded:
+            sizes[name] = codec.num_bytes(like.numel(), like.dtype)
+    return sizes
 
 
 def _parameter(view: torch.Tensor) -> nn.Parameter:

@@ -149,7 +149,7 @@ def sizes_of(engine: Engine) -> Sizes:
         attention_width=0 if is_windowed else config.num_attention_heads * widths,
         sweep_bytes=sum(sum(tiers.values()) for tiers in swept),
         streamed_bytes=sum(tiers["host"] + tiers["disk"] for tiers in swept),
-        cache_row_bytes=cache.row_bytes,
+        cache_row_bytes=cache.row_bytes["host"],
         hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
         num_layers=len(model.layers),
     )

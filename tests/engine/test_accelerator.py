@@ -114,6 +114,20 @@ def test_padded_families_take_the_same_paths(
     assert parity.differences(parity.expect(reference(family)), done)[0] == []
 
 
+def test_encoded_weights_and_cache_take_the_same_paths(streams: Streams, build: Callable[[str], Path]) -> None:
+    """A layer is expanded behind its arrival, and its slot is filled anew behind that; the result is the CPU's."""
+    settings = {**POLICIES["thirds"], "device": "cpu", "compress-weight": 4, "compress-cache": 8}
+    settings["percent"] = [20, 80, 34, 66, 100, 0]
+    with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
+        done = engine.run(JOBS)
+    assert streams.called["wait_event"] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "_WITH_STREAMS", ())
+        patch.setattr(accelerator, "can_lock_pages", lambda device: False)
+        with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
+            assert [each.tokens for each in engine.run(JOBS)] == [each.tokens for each in done]
+
+
 def test_nothing_but_one_file_names_cuda() -> None:
     """No call of `torch.cuda` elsewhere, so that XPU, MPS and ROCm go the same way."""
     root = Path(__file__).parents[2]

@@ -392,10 +392,10 @@ def test_quantized_checkpoints_are_refused(build: Build, tmp_path: Path) -> None
     assert "quantized" in refused(directory, UnsupportedError, tmp_path / "offload")
 
 
-@pytest.mark.parametrize("key", ["compress-weight", "compress-cache"])
-def test_compression_is_refused_until_it_exists(key: str, build: Build) -> None:
-    with pytest.raises(UnsupportedError, match=key):
-        Engine.from_pretrained(str(build("llama")), policy={"device": "cpu", key: 4})
+def test_a_cache_that_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
+    directory = models.save_model(tmp_path, "llama", num_key_value_heads=1)
+    with pytest.raises(UnsupportedError, match="keys and values of layer 0 are 32 numbers a token, no multiple of 64"):
+        Engine.from_pretrained(str(directory), policy={"device": "cpu", "compress-cache": 8})
 
 
 def test_models_load_and_run_beside_each_other_and_beside_other_modules(build: Build) -> None:

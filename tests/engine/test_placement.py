@@ -106,7 +106,7 @@ def test_cache_and_activations_follow_the_percents_to_one_sequence(
         for tier in TIERS:  # the bytes are there too: rows of the blocks, and hidden rows off the device
             rows = cache._extents[tier].capacity
             assert (rows > 0) == (blocks[tier] > 0)
-            taken = after[tier] - before[tier] - rows * cache.row_bytes
+            taken = after[tier] - before[tier] - rows * cache.row_bytes[tier]
             assert (taken > 0) == (tier != "device" and spans[tier] > 0)
 
 
@@ -132,7 +132,7 @@ def test_blocks_follow_the_percents_at_every_moment_of_filling(percent: tuple[in
 def test_without_a_cache_share_the_device_fills_first(tmp_path: Path) -> None:
     arena = Arena(torch.device("cpu"), offload_dir=str(tmp_path))
     cache = KVCache([KVShape(1, 2, 1, 2)] * 2, torch.float32, arena, {"device": 320, "host": 160, "disk": 64}, None)
-    assert cache.row_bytes == 32
+    assert set(cache.row_bytes.values()) == {32}
     found = [block.tier if (block := cache.allocate(3)) else None for _ in range(6)]
     assert found == ["device"] * 3 + ["host"] + [None] * 2
     small = [block.tier if (block := cache.allocate(1)) else None for _ in range(6)]

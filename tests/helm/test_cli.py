@@ -110,7 +110,7 @@ def test_scores_of_an_earlier_command_are_not_shown(
     run = ("run", "-r", ENTRY, "--model", tiny_llama, "-m", 2)
     assert cli(*run) == 0
     capsys.readouterr()
-    assert cli(*run, "--compress-weight") == 2
+    assert cli(*run, "--pad-to-seq-len", 9) == 2
     assert ENTRY not in capsys.readouterr().out
     assert cli(*run, "--skip-completed-runs") == 0
     assert ENTRY in capsys.readouterr().out
@@ -205,7 +205,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown group": (["-r", ENTRY, "--groups-to-run", "nothing"], "--groups-to-run"),
     "unknown plugin": (["-r", ENTRY, "--plugins", "no_such_plugin"], "no_such_plugin"),
     "prompt longer than the pad": (["-r", ENTRY, "-m", "2", "--pad-to-seq-len", "9"], "9"),
-    "compression": (["-r", ENTRY, "-m", "1", "--compress-weight"], "compress-weight"),
+    "compression": (["-r", ENTRY, "-m", "1", "--compress-weight", "3"], "--compress-weight"),
 }
 
 

@@ -1,0 +1,108 @@
+"""Group-wise codes of 4 or 8 bits: 64 consecutive numbers share a step and a least value (docs/adr/0007)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.placement import align
+
+GROUP = 64
+"""Numbers that share a step and a least value, as in FlexGen."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encodes flat tensors as bytes, and back.
+
+    A number becomes the nearest of `2**bits` values, `step` apart, of which the lowest is not above the group's least
+    and the highest not below its greatest. So it comes back within `step / 2` (and the rounding of its dtype), where a
+    step is `(greatest - least) / (2**bits - 1)`, larger by the rounding of step and least to the dtype. Groups that
+    hold a NaN or an infinity come back as NaN.
+
+    Layout of n numbers, each part aligned as parameters are: codes, steps, leasts. Of 4 bits, a byte holds a number of
+    the group's first half in its low bits and one of the second half in its high bits.
+    """
+
+    bits: int
+
+    @property
+    def levels(self) -> int:
+        """The highest code."""
+        return int(2**self.bits - 1)
+
+    def code_bytes(self, num_elements: int) -> int:
+        """Bytes of the codes of so many numbers, a multiple of `GROUP`."""
+        assert num_elements % GROUP == 0
+        return num_elements * self.bits // 8
+
+    def part_bytes(self, num_elements: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Aligned bytes of the codes, and of the steps (or the leasts)."""
+        return align(self.code_bytes(num_elements)), align(num_elements // GROUP * dtype.itemsize)
+
+    def num_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
+        """Bytes of so many numbers of `dtype`, encoded."""
+        codes, steps = self.part_bytes(num_elements, dtype)
+        return codes + 2 * steps
+
+    def encode(self, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes uint8, steps and leasts of `dtype`, of flat `values`, whose number is a multiple of `GROUP`."""
+        groups = values.to(dtype).float().view(-1, GROUP)
+        least, greatest = groups.aminmax(dim=1)
+        leasts = _rounded(least, dtype, -1)
+        steps = _rounded((greatest - leasts.float()) / self.levels, dtype, 1)
+        # A step of 0 means a group of equal numbers, all of code 0.
+        scaled = (groups - leasts.float()[:, None]) / steps.float().where(steps > 0, torch.inf)[:, None]
+        codes = scaled.round_().clamp_(0, self.levels).nan_to_num_(0).to(torch.uint8)
+        if self.bits == 4:
+            low, high = codes.split(GROUP // 2, dim=1)
+            codes = low | (high << 4)
+        return codes.flatten(), steps, leasts
+
+    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the numbers of `coded` bytes into flat `values`."""
+        count = values.numel()
+        code_bytes, step_bytes = self.part_bytes(count, values.dtype)
+        used = count // GROUP * values.dtype.itemsize
+        steps, leasts = (
+            coded[first : first + used].view(values.dtype) for first in (code_bytes, code_bytes + step_bytes)
+        )
+        self._fill(values.view(-1, GROUP), coded[: self.code_bytes(count)], steps, leasts)
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        """Bytes of a row of `width` numbers of `dtype`, a multiple of `GROUP`, encoded by `encode_rows`."""
+        return self.code_bytes(width) + 2 * (width // GROUP) * dtype.itemsize
+
+    def encode_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Bytes `[count, row_bytes]` of rows `[count, width]`: each row's codes, steps and leasts are together."""
+        count = len(rows)
+        parts = self.encode(rows.reshape(-1), rows.dtype)
+        return torch.cat([part.view(torch.uint8).view(count, -1) for part in parts], dim=1)
+
+    def decode_rows(self, coded: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """The rows `[count, width]` of `dtype` of `coded` bytes `[count, row_bytes]`."""
+        rows = torch.empty(len(coded), width, dtype=dtype, device=coded.device)
+        of_steps = width // GROUP * dtype.itemsize
+        codes, *others = coded.split((self.code_bytes(width), of_steps, of_steps), dim=1)
+        steps, leasts = (part.contiguous().view(dtype).flatten() for part in others)
+        self._fill(rows.view(-1, GROUP), codes.contiguous(), steps, leasts)
+        return rows
+
+    def _fill(self, groups: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, leasts: torch.Tensor) -> None:
+        codes = codes.view(len(groups), -1)
+        if self.bits == 4:
+            groups[:, : GROUP // 2].copy_(codes & 15)
+            groups[:, GROUP // 2 :].copy_(codes >> 4)
+        else:
+            groups.copy_(codes)
+        torch.addcmul(leasts[:, None], groups, steps[:, None], out=groups)
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype, direction: int) -> torch.Tensor:
+    """Numbers of `dtype` that are not below (direction 1) or not above (-1) float32 `values`, about the nearest."""
+    limits = torch.finfo(dtype)
+    nearest = values.to(dtype)
+    beyond = values + direction * (values.abs() * limits.eps + limits.smallest_normal * limits.eps)
+    wrong = (nearest.float() - values) * direction < 0
+    return torch.where(wrong, beyond.to(dtype), nearest)
