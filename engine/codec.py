@@ -1,4 +1,4 @@
-"""Group-wise codes of 4 or 8 bits: 64 consecutive numbers share a step and a least value (docs/adr/0007)."""
+"""Group-wise codes of 4 or 8 bits: 64 consecutive numbers share a step and a least value (docs/adr/0004)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from engine.executor import Executor
 from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
 from engine.hardware import available_memory, resolve_device, resolve_dtype
 from engine.hidden import HiddenStates
-from engine.job import Completion, Job
+from engine.job import Completion, Job, is_whole
 from engine.kv_cache import KVCache
 from engine.loading import load_checkpoint
 from engine.model import CausalModel
@@ -221,7 +221,7 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = 50,
         top_p: float = 1.0,
-        stop: str | Iterable[str | Iterable[int]] = (),
+        stop: str | Iterable[str | Iterable[int]] | None = None,
         num_return_sequences: int = 1,
         seed: int | None = None,
         pad_token_id: int | None = None,
@@ -242,6 +242,9 @@ class Engine:
         end-of-text if it came, padding; with `return_dict`, a `Generation`. Raises `JobError`, before anything is
         computed, for a prompt that cannot be served, and when one fails.
         """
+        pad = self._pad_token if pad_token_id is None else pad_token_id
+        if not is_whole(pad) or not -(2**63) <= pad < 2**63:
+            raise JobError(f"pad_token_id {pad} is no token id")
         rows = rows_of(input_ids)
         jobs = jobs_of(
             prompts_of(rows, attention_mask),
@@ -266,7 +269,7 @@ class Engine:
                     f"row {number // num_return_sequences} of input_ids: {done.error}"
                 ) from done.error
         whole = [row for row in rows for _ in range(num_return_sequences)]
-        sequences = sequences_of(whole, completions, self._pad_token if pad_token_id is None else pad_token_id)
+        sequences = sequences_of(whole, completions, int(pad))
         return Generation(sequences=sequences, completions=tuple(completions)) if return_dict else sequences
 
     def _call(self, jobs: Iterable[Job], results: Results) -> tuple[Call, list[tuple[int, Completion]]]:
@@ -300,6 +303,8 @@ class Engine:
 
     def _abandon(self, call: Call) -> None:
         """Drop what of `call` has not ended."""
+        if not call.sequences:
+            return
         with self._changed:
             self._abandoned.append(call)
             self._changed.notify_all()
@@ -340,6 +345,9 @@ class Engine:
     def _check(self, job: Job) -> None:
         job.check()
         vocabulary = self._model.vocab_size
+        strange = next((token for token in job.prompt if not is_whole(token)), None)
+        if strange is not None:
+            raise JobError(f"the prompt holds {strange!r}, which is no token id")
         outside = next((token for token in job.prompt if not 0 <= token < vocabulary), None)
         if outside is not None:
             raise JobError(
@@ -360,7 +368,7 @@ class Engine:
     def _submit(self, call: Call) -> None:
         with self._changed:
             if self._fault is not None:
-                raise self._fault
+                raise self._fault.with_traceback(None)  # else it would grow, and keep frames, with every call
             if self._closing:
                 raise EngineError("the engine is closed")
             if call.sequences:

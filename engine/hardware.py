@@ -33,8 +33,8 @@ def resolve_device(name: str) -> str:
     kind, _, index = name.partition(":")
     if not accelerator.is_available(kind):
         raise InstallationError(f"device {name}: torch {torch.__version__} sees no {kind} device; use device: cpu")
-    if index and torch.device(name) not in accelerator.devices():
-        count = sum(device.type == kind for device in accelerator.devices())
+    count = sum(device.type == kind for device in accelerator.devices())
+    if index and int(index) >= count:  # torch takes 256 for 0
         raise InstallationError(f"device {name}: there are only {count} {kind} devices")
     return name
 

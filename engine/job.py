@@ -31,15 +31,17 @@ class Sampling:
 
     def check(self) -> None:
         """Raise `JobError` for a value outside its range."""
-        if not self.temperature >= 0.0 or self.temperature == float("inf"):
-            raise JobError(f"temperature {self.temperature} is not a number >= 0; 0 is greedy")
-        if self.top_k is not None and self.top_k < 1:
-            raise JobError(f"top_k {self.top_k} is below 1; leave it out to sample among all tokens")
-        if not 0.0 < self.top_p <= 1.0:
-            raise JobError(f"top_p {self.top_p} is outside (0, 1]; 1 samples among all tokens")
+        if not _is_finite(self.temperature) or self.temperature < 0.0:
+            raise JobError(f"temperature {_shown(self.temperature)} is not a number >= 0; 0 is greedy")
+        if self.top_k is not None and (not is_whole(self.top_k) or self.top_k < 1):
+            raise JobError(f"top_k {_shown(self.top_k)} is below 1; leave it out to sample among all tokens")
+        if not _is_finite(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise JobError(f"top_p {_shown(self.top_p)} is outside (0, 1]; 1 samples among all tokens")
+        if self.seed is not None and not is_whole(self.seed):
+            raise JobError(f"seed {_shown(self.seed)} is no whole number; leave it out to draw one")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise JobError(f"{name} {getattr(self, name)} is not finite; 0 leaves logits as they are")
+            if not _is_finite(getattr(self, name)):
+                raise JobError(f"{name} {_shown(getattr(self, name))} is not finite; 0 leaves logits as they are")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,15 @@ class Job:
             raise JobError("the prompt is text; give token ids, for example engine.tokenizer(text)['input_ids']")
         if len(self.prompt) == 0:
             raise JobError("the prompt is empty; a model needs at least one token (its BOS, for example)")
+        if not is_whole(self.max_new_tokens):
+            raise JobError(f"max_new_tokens {_shown(self.max_new_tokens)} is no whole number")
         if self.max_new_tokens < 0:
             raise JobError(f"max_new_tokens {self.max_new_tokens} is negative")
         if self.max_new_tokens == 0 and not self.prompt_logprobs:
             raise JobError("max_new_tokens 0 without prompt_logprobs asks for nothing")
+        for stop in self.stop:
+            if not isinstance(stop, str) and not (isinstance(stop, Sequence) and all(map(is_whole, stop))):
+                raise JobError(f"stop {_shown(stop)} is neither a text nor a list of token ids")
         if any(len(stop) == 0 for stop in self.stop):
             raise JobError("a stop sequence is empty; it would end every completion at once")
         self.sampling.check()
@@ -92,3 +99,20 @@ class Completion:
     """The end-of-text token that ended it, if one did; not among `tokens`."""
     error: EngineError | None = None
     """Set when this job failed; then the other fields are empty."""
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number, of Python or of an array library."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _shown(value: object) -> str:
+    shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "of more than 20 digits"
+    return shown if len(shown) < 60 else shown[:60] + "..."

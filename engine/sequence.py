@@ -169,4 +169,4 @@ class Sequence(Span):
 
 
 def _rng(job: Job) -> random.Random:
-    return random.Random() if job.sampling.seed is None else random.Random(job.sampling.seed)
+    return random.Random() if job.sampling.seed is None else random.Random(int(job.sampling.seed))

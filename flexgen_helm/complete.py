@@ -81,8 +81,10 @@ def complete(arguments: Sequence[str]) -> int:
             f"{len(bad)} of {len(found)} prompts cannot be asked, the first: {bad[0].where}: {bad[0].reason}; "
             "mend them, or give --skip-bad to ask the others"
         )
+    if not jobs:
+        raise ConfigError(f"none of the {len(found)} prompts can be asked")
     identity = result_identity(args.model, policy)
-    keys = {place: _key(job, identity) for place, (_, job) in jobs.items()}
+    keys = {place: _key(prompt, job, identity) for place, (prompt, job) in jobs.items()}
     with Answers(args.output) as answers:
         done = answers.resume(keys)
         left = {place: job for place, job in jobs.items() if place not in done}
@@ -115,6 +117,8 @@ def _read(args: Any) -> list[Prompt | BadPrompt]:
         return from_arguments(args.prompts, settings)
     name = "standard input" if args.input == "-" else args.input
     try:
+        if args.input == "-" and sys.stdin is None:
+            raise ConfigError("standard input is closed; name a file with --input")
         data = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
     except OSError as error:
@@ -193,10 +197,10 @@ def _jobs_of(prompt: Prompt, tokens: list[int], window: int | None) -> list[Job]
     return jobs
 
 
-def _key(job: Job, identity: dict[str, Any]) -> str:
-    """Tells what was asked of which weights."""
+def _key(prompt: Prompt, job: Job, identity: dict[str, Any]) -> str:
+    """Tells what was asked of which weights, and what goes into the answer with it."""
     sampling = vars(job.sampling)
-    asked = [job.prompt, job.max_new_tokens, sorted(sampling.items()), job.stop, sorted(identity.items())]
+    asked = [job.prompt, job.max_new_tokens, sorted(sampling.items()), job.stop, sorted(identity.items()), prompt.given]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 

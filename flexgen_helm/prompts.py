@@ -64,7 +64,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def from_arguments(texts: Iterable[str], settings: Settings) -> list[Prompt | BadPrompt]:
     """A prompt each."""
-    return [_of_text(text, index, f"argument {index + 1}", settings) for index, text in enumerate(texts)]
+    found: list[Prompt | BadPrompt] = []
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            found.append(BadPrompt(index=index, where=f"argument {index + 1}", reason="it is not UTF-8"))
+        else:
+            found.append(_of_text(text, index, f"argument {index + 1}", settings))
+    return found
 
 
 def from_lines(lines: Iterable[str], name: str, settings: Settings) -> list[Prompt | BadPrompt]:
@@ -96,9 +104,12 @@ def _of_text(text: str, index: int, where: str, settings: Settings) -> Prompt:
 
 def _of_json(line: str, index: int, where: str, settings: Settings) -> Prompt:
     try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"no JSON ({error})") from None
+        entry = json.loads(line, parse_constant=_refuse_constant)
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError("its text holds half a surrogate pair, which is no character") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"no JSON ({str(error)[:100]})") from None
     if not isinstance(entry, dict):
         raise ConfigError(f'a {type(entry).__name__} instead of an object such as {{"prompt": "..."}}')
     if unknown := sorted(entry.keys() - _KEYS):
@@ -112,10 +123,14 @@ def _of_json(line: str, index: int, where: str, settings: Settings) -> Prompt:
         index=index,
         where=where,
         text=text,
-        messages=None if messages is None else _messages(messages),
+        messages=_messages(messages) if "messages" in entry else None,
         settings=_with(settings, {key: value for key, value in entry.items() if key in _SETTINGS}),
         given={key: entry[key] for key in ("id", "prompt", "messages", "metadata") if key in entry},
     )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _messages(messages: Any) -> tuple[dict[str, str], ...]:

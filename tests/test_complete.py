@@ -20,6 +20,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine import Engine, Job, Sampling
+from flexgen_helm.answers import Answers
 from flexgen_helm.complete import _unescaped
 from flexgen_helm.run import main
 
@@ -45,13 +46,13 @@ def complete(model: Path, capsys: pytest.CaptureFixture[str]) -> Complete:
     def run(*arguments: str) -> tuple[int, list[dict[str, Any]], str]:
         code = main(["complete", "--model", str(model), *arguments])
         out, err = capsys.readouterr()
-        return code, [json.loads(line) for line in out.splitlines()], err
+        return code, [json.loads(line) for line in out.split("\n")[:-1]], err
 
     return run
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def expected(model: Path, prompts: list[str], **settings: Any) -> list[str]:
@@ -125,6 +126,19 @@ def test_stops_are_meant_as_typed_in_a_shell() -> None:
     assert _unescaped(r"a\n\t\\n") == "a\n\t\\n"
 
 
+def test_text_of_any_characters_comes_back(complete: Complete, tmp_path: Path) -> None:
+    """Line ends of Unicode are no line ends of JSON, in prompts and where a run goes on."""
+    prompts = ["a\u2028b", "c\x85d", "e\u2029\x0c\x1cf", "\x00", "h\u00e9llo \U0001f600"]
+    lines = [{"prompt": text, "id": text, "metadata": text} for text in prompts]
+    for ascii_only in (True, False):
+        text = "".join(json.dumps(line, ensure_ascii=ascii_only) + "\n" for line in lines)
+        (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
+        out = tmp_path / "out.jsonl"
+        for _ in range(2):
+            assert complete("-i", str(tmp_path / "in.jsonl"), "-o", str(out), "--max-new-tokens", "2")[0] == 0
+            assert [(line["prompt"], line["id"], line["metadata"]) for line in read(out)] == [(p,) * 3 for p in prompts]
+
+
 @pytest.fixture
 def spoiled(tmp_path: Path) -> Path:
     file = tmp_path / "in.jsonl"
@@ -132,7 +146,13 @@ def spoiled(tmp_path: Path) -> Path:
         '{"prompt": "good"}\n{"prompt": 3}\n\n{oops}\n"text"\n{"prompt": "x", "max_new_token": 1}\n{"id": 1}\n'
         '{"prompt": "x", "seed": "1"}\n{"prompt": "x", "stop": [1]}\n{"prompt": "x", "top_p": 7}\n'
         + json.dumps({"prompt": "long " * 300})
-        + '\n{"messages": []}\n{"prompt": "", "max_new_tokens": 0}\n{"prompt": "fine"}\n'
+        + '\n{"messages": []}\n{"prompt": "", "max_new_tokens": 0}\n{"prompt": "fine"}\n{"messages": null}\n'
+        + '{"prompt": "a\\ud800b"}\n{"prompt": "x", "id": NaN}\n{"prompt": "x", "metadata": '
+        + "[" * 100_000
+        + "]" * 100_000
+        + '}\n{"prompt": "x", "temperature": 1'
+        + "0" * 400
+        + "}\n"
     )
     return file
 
@@ -149,6 +169,11 @@ MESSAGES = {
     11: "exceed the model's window of 128",
     12: "'messages' is no list",
     13: "max_new_tokens 0 is below 1",
+    15: "'messages' is no list",
+    16: "half a surrogate pair",
+    17: "NaN is no number of JSON",
+    18: "no JSON",
+    19: "temperature of more than 20 digits is not a number >= 0",
 }
 
 
@@ -160,7 +185,7 @@ def test_bad_lines_are_named_before_anything_runs(complete: Complete, spoiled: P
     assert not out.exists()
     for number, message in MESSAGES.items():
         assert any(line.startswith(f"{spoiled}, line {number}: ") and message in line for line in err.splitlines())
-    assert f"11 of 13 prompts cannot be asked, the first: {spoiled}, line 2" in err.splitlines()[-1]
+    assert f"16 of 18 prompts cannot be asked, the first: {spoiled}, line 2" in err.splitlines()[-1]
 
 
 def test_skip_bad_asks_the_others_and_counts_every_line(complete: Complete, spoiled: Path, tmp_path: Path) -> None:
@@ -168,7 +193,7 @@ def test_skip_bad_asks_the_others_and_counts_every_line(complete: Complete, spoi
     arguments = ("-i", str(spoiled), "-o", str(out), "--skip-bad", "--max-new-tokens", "3")
     assert complete(*arguments)[0] == 0
     lines = read(out)
-    assert [line["index"] for line in lines] == list(range(13))
+    assert [line["index"] for line in lines] == list(range(18))
     assert [line["prompt"] for line in lines if "completion" in line] == ["good", "fine"]
     for line in lines:
         if "error" in line:
@@ -245,6 +270,12 @@ def test_does_not_mix_answers_of_other_questions(complete: Complete, tmp_path: P
         code, _, err = complete(*other, "-o", str(out))
         assert code == 2
         assert f"{out}, line 1 answers something else" in err
+    for other in ('{"index": Infinity}\n', "notes without a line end", '{"index": 0, "key": "' + "[" * 100_000 + "\n"):
+        out.write_text(before + other)
+        code, _, err = complete("one", "-o", str(out), "--max-new-tokens", "2")
+        assert code == 2
+        assert "of `complete`; name another --output" in err
+        assert out.read_text() == before + other
     out.write_text(before + "something else\n")
     assert f"{out}, line 2 is no answer of `complete`" in complete("one", "-o", str(out), "--max-new-tokens", "2")[2]
     assert out.read_text() == before + "something else\n"
@@ -257,6 +288,49 @@ def test_two_processes_do_not_share_an_output(complete: Complete, tmp_path: Path
         code, _, err = complete("one", "-o", str(out))
     assert code == 2
     assert f"another process writes {out}" in err
+
+
+def test_links_and_permissions_of_an_output_stay(complete: Complete, tmp_path: Path) -> None:
+    """What a link points to is written, also anew, and a private file stays private."""
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "out.jsonl", tmp_path / "out.jsonl"
+    target.touch(mode=0o600)
+    link.symlink_to(target)
+    assert complete("one", "two", "-o", str(link), "--max-new-tokens", "2")[0] == 0
+    target.write_text("".join(reversed(target.read_text().splitlines(keepends=True))) + '{"index": 5, "cut')
+    assert complete("one", "two", "-o", str(link), "--max-new-tokens", "2")[0] == 0
+    assert [line["prompt"] for line in read(target)] == ["one", "two"]
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in target.parent.iterdir()) == ["out.jsonl"]
+
+
+def test_answers_with_another_id_are_others(complete: Complete, tmp_path: Path) -> None:
+    """Else they would be joined wrongly."""
+    out, source = tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "one", "id": 1}\n')
+    assert complete("-i", str(source), "-o", str(out), "--max-new-tokens", "2")[0] == 0
+    source.write_text('{"prompt": "one", "id": 2}\n')
+    assert "line 1 answers something else" in complete("-i", str(source), "-o", str(out), "--max-new-tokens", "2")[2]
+
+
+def test_a_lock_on_what_was_replaced_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another process puts in place between opening and locking is opened again."""
+    out = tmp_path / "out.jsonl"
+    out.write_text("")
+    flock, replaced = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        if not replaced:
+            replaced.append(out.with_suffix(".new"))
+            replaced[0].write_text("")
+            replaced[0].replace(out)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Answers(out) as answers:
+        answers.add({"index": 0})
+    assert read(out) == [{"index": 0}]
 
 
 def test_failures_are_written_and_change_the_exit_code(
@@ -297,7 +371,7 @@ def test_a_full_disk_ends_the_run_in_one_line(model: Path, tmp_path: Path) -> No
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 1
-    assert f"{out} cannot be written: File too large; answers so far are kept" in done.stderr.splitlines()[-1]
+    assert f"{out}, which keeps the answers so far, cannot be written: File too large" in done.stderr.splitlines()[-1]
     kept = out.read_text().splitlines()[:2]
     assert all("completion" in json.loads(line) for line in kept)
     subprocess.run(command, check=True, capture_output=True)

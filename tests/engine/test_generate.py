@@ -76,7 +76,9 @@ def test_every_form_of_the_same_prompts_gives_the_same(engine: Engine, rows: lis
     right = torch.tensor([row + [PAD] * (ids.shape[1] - len(row)) for row in rows])
     for given_ids, given_mask in (
         (ids, mask),
-        (ids.numpy(), mask.numpy().astype(bool).astype(int)),
+        (ids.numpy().astype(np.int32), mask.numpy().astype(bool)),
+        (ids, mask.bool()),
+        (ids, mask.float()),
         (ids.tolist(), mask.tolist()),
         (right, mask.flip(1)),
         (tuple(np.array(row) for row in rows), None),
@@ -156,6 +158,13 @@ def test_stops_fire(engine: Engine) -> None:
         ({"input_ids": [[5]], "num_return_sequences": 0}, "num_return_sequences 0 is below 1"),
         ({"input_ids": [[5]], "do_sample": True, "temperature": 0.0}, "temperature 0.0 with do_sample"),
         ({"input_ids": [[5]], "do_sample": True, "top_p": 2.0}, "top_p 2.0 is outside"),
+        ({"input_ids": [[5]], "num_return_sequences": 2.5}, "num_return_sequences 2.5"),
+        ({"input_ids": [[5]], "max_new_tokens": 2.5}, "max_new_tokens 2.5 is no whole number"),
+        ({"input_ids": [[5]], "max_new_tokens": None}, "max_new_tokens None is no whole number"),
+        ({"input_ids": [[5]], "do_sample": True, "temperature": 10**400}, "temperature of more than 20 digits"),
+        ({"input_ids": [[5]], "do_sample": True, "seed": "a"}, "seed a is no whole number"),
+        ({"input_ids": [[5]], "stop": [5, 6]}, "stop 5 is neither a text nor a list of token ids"),
+        ({"input_ids": [[5]], "pad_token_id": 10**30}, "is no token id"),
     ],
 )
 def test_bad_input_is_one_line(engine: Engine, arguments: dict[str, Any], message: str) -> None:
@@ -165,6 +174,32 @@ def test_bad_input_is_one_line(engine: Engine, arguments: dict[str, Any], messag
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert engine.num_sweeps == before
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Job(prompt=[5.5, 6]),  # type: ignore[list-item]
+        Job(prompt=[5], max_new_tokens=2.5),  # type: ignore[arg-type]
+        Job(prompt=[5], sampling=Sampling(temperature=10**400)),
+        Job(prompt=[5], sampling=Sampling(seed=1.5)),  # type: ignore[arg-type]
+        Job(prompt=[5], stop=[5]),  # type: ignore[list-item]
+    ],
+)
+def test_a_strange_job_fails_alone(engine: Engine, job: Job) -> None:
+    done = engine.run([job, Job(prompt=[5, 6], max_new_tokens=2)])
+    assert isinstance(done[0].error, JobError)
+    assert done[1].error is None
+    assert (
+        engine.run([Job(prompt=[np.int64(5)], max_new_tokens=1, sampling=Sampling(seed=np.int64(3)))])[0].error is None
+    )
+
+
+def test_calls_of_bad_jobs_leave_nothing(engine: Engine) -> None:
+    for _ in range(20):
+        assert list(engine.stream([])) == []
+        list(engine.stream([Job(prompt=[])]))
+    assert engine._abandoned == []
 
 
 JOBS = [Job(prompt=list(range(5, 9 + i)), max_new_tokens=1 + i, sampling=Sampling(seed=i)) for i in range(6)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import accelerator
 from engine.errors import ConfigError, InstallationError
 from engine.hardware import available_memory, free_disk, free_host_memory, resolve_device, resolve_dtype
 
@@ -24,6 +25,16 @@ def test_a_device_that_is_not_here_is_named(name: str) -> None:
     if getattr(torch, kind).is_available():
         pytest.skip(f"there is a {kind} device")
     with pytest.raises(InstallationError, match=f"device {name}: .*no {kind} device.*device: cpu"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:256", "cuda:99999999999"])
+def test_a_number_that_is_not_here_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch itself takes 256 for 0."""
+    monkeypatch.setattr(accelerator, "is_available", lambda kind: True)
+    monkeypatch.setattr(accelerator, "devices", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)])
+    assert resolve_device("cuda:1") == "cuda:1"
+    with pytest.raises(InstallationError, match=f"device {name}: there are only 2 cuda devices"):
         resolve_device(name)
 
 
