@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import models
 import pytest
 import torch
 
-from benchmarks import data_wrangling, draw, memory, timeline
+from benchmarks import compression, data_wrangling, draw, memory, timeline
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
 from engine.errors import ConfigError
@@ -559,3 +560,26 @@ class TestDataWrangling:
         for row in restaurant:
             assert row["tokens_s"] == pytest.approx(3 * (123 + 5) / row["seconds"])
             assert data_wrangling.table_line(row) in printed
+
+
+def test_what_compression_costs_is_compared_token_by_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The uncompressed row is the measure of the others; coarser codes move more, and take less."""
+    model = models.save_model(tmp_path / "model", "llama")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{i} and {i * i}" for i in range(200)))
+    arguments = ["--model", str(model), "--texts", str(text), "--count", "4", "--characters", "200", "--window", "60"]
+    monkeypatch.setattr(sys, "argv", ["compression", *arguments, "--device", "cpu", "--out", str(tmp_path)])
+    compression.main()
+    record = json.loads((tmp_path / "compression.json").read_text())
+    rows = record["settings"]
+    assert record["tokens"] == 4 * 59
+    assert rows["as it is"]["mean_size_of_change"] == 0.0
+    assert rows["as it is"]["hits_unchanged"] == 1.0
+    for kind in ("weights", "cache", "both"):
+        coarse, fine = rows[f"{kind} 4"], rows[f"{kind} 8"]
+        assert coarse["mean_size_of_change"] > 4 * fine["mean_size_of_change"] > 0
+        assert coarse["mean_logprob_change"] == pytest.approx(coarse["mean_logprob"] - rows["as it is"]["mean_logprob"])
+    assert rows["both 4"]["weight_bytes"] < rows["both 8"]["weight_bytes"] < rows["cache 4"]["weight_bytes"]
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
