@@ -99,6 +99,11 @@ class Codec:
         torch.addcmul(leasts[:, None], groups, steps[:, None], out=groups)
 
 
+def codec_of(bits: int | None) -> Codec | None:
+    """The codec that a policy's compress-weight or compress-cache means."""
+    return Codec(bits) if bits else None
+
+
 def _rounded(values: torch.Tensor, dtype: torch.dtype, direction: int) -> torch.Tensor:
     """Numbers of `dtype` that are not below (direction 1) or not above (-1) float32 `values`, about the nearest."""
     limits = torch.finfo(dtype)

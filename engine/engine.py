@@ -16,7 +16,7 @@ from engine import accelerator
 from engine.arena import Arena
 from engine.call import Call, LoopResults, Result, Results
 from engine.checkpoint import ModelDescription, describe
-from engine.codec import GROUP, Codec
+from engine.codec import GROUP, Codec, codec_of
 from engine.completion import Text, advance, completion_of
 from engine.errors import CapacityError, CheckpointError, EngineError, JobError, NumericsError, UnsupportedError
 from engine.executor import Executor
@@ -110,8 +110,7 @@ class Engine:
         model = CausalModel(path, dtype, device)
         end_of_text = _special_token("eos_token_id", path, model, tokenizer)
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
-        codec = Codec(policy.compress_weight) if policy.compress_weight else None
-        cache_codec = Codec(policy.compress_cache) if policy.compress_cache else None
+        codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
         if cache_codec is not None:
             _check_cache_codec(model)
         plan = make_plan(shape_of(model, codec), policy, memory, on_cpu=device.type == "cpu")

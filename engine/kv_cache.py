@@ -47,7 +47,7 @@ class KVCache:
         self.shapes = shapes
         self.dtype = dtype
         self._codec = codec
-        self.row_bytes = {tier: sum(self._row_bytes(shape, tier) for shape in shapes) for tier in TIERS}
+        self.row_bytes = cache_row_bytes(shapes, dtype, codec)
         """Bytes of one token over all layers, by tier."""
         self._arena = arena
         self._share = share
@@ -64,15 +64,13 @@ class KVCache:
         self._transfer = KVTransfer(arena.device)
         self._staged: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
 
-    def _row_bytes(self, shape: KVShape, tier: Tier) -> int:
-        if self._codec is None or tier == "device":
-            return shape.width * self.dtype.itemsize
-        return self._codec.row_bytes(shape.width, self.dtype)
-
     def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
         """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
         rows = memory.view(-1, self._row_bytes(shape, tier))
         return rows if self._codec is not None and tier != "device" else rows.view(self.dtype)
+
+    def _row_bytes(self, shape: KVShape, tier: Tier) -> int:
+        return cache_row_bytes([shape], self.dtype, self._codec)[tier]
 
     def expect(self, num_rows: int) -> None:
         """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
@@ -272,6 +270,13 @@ class KVCache:
         """Let go of the tables; the arena frees them."""
         self._tables = {tier: [] for tier in TIERS}
         self._fresh = {}
+
+
+def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | None) -> dict[Tier, int]:
+    """Bytes of a token's keys and values in all layers, by tier: off the device, as `codec` encodes them."""
+    numbers = sum(shape.width for shape in shapes) * dtype.itemsize
+    coded = numbers if codec is None else sum(codec.row_bytes(shape.width, dtype) for shape in shapes)
+    return {"device": numbers, "host": coded, "disk": coded}
 
 
 def pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

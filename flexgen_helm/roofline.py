@@ -6,7 +6,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     import torch
 
     from engine.engine import Engine
+    from engine.model import CausalModel
+    from engine.placement import Tier
     from engine.planner import Plan
+    from engine.policy import Policy
 
+_EXPANDING_PASSES = 3
+"""Times that the numbers of an encoded layer are written or read until they can be multiplied with (codec.py)."""
 _WORKLOAD = re.compile(r"(\d+)x(\d+)x(\d+)\+(\d+):(\d+)")
 
 
@@ -97,7 +102,11 @@ class Sizes:
     streamed_bytes: int
     """Those of them that are not on the device."""
     cache_row_bytes: int
-    """Keys and values of one token, all layers."""
+    """Keys and values of one token, all layers, off the device."""
+    device_cache_row_bytes: int
+    """The same on the device."""
+    expanded_bytes: int
+    """Of encoded layers, what a sweep expands; 0 without a codec."""
     hidden_row_bytes: int
     num_layers: int
 
@@ -128,7 +137,15 @@ class Rates:
 
 def sizes_of(engine: Engine) -> Sizes:
     """Sizes of an open engine's model as it is placed."""
-    model, placed, cache = engine._model, engine._weights.placed_bytes(), engine._executor._cache
+    return sizes_of_model(engine._model, engine._weights.placed_bytes(), engine.policy)
+
+
+def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
+    """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
+    from engine.codec import codec_of
+    from engine.kv_cache import cache_row_bytes
+    from engine.weights import coded_names, stored_sizes
+
     config = model.config.get_text_config()
     num_experts = next((n for key in ("num_experts", "num_local_experts") if (n := getattr(config, key, None))), None)
     routed = (getattr(config, "num_experts_per_tok", None) or 1) / (num_experts or 1)
@@ -142,6 +159,7 @@ def sizes_of(engine: Engine) -> Sizes:
     head = "embedding" if model.is_tied else "head"
     swept = [tiers for name, tiers in placed.items() if name.startswith("layer.") or name == head]
     widths = sum(shape.key_dim + shape.value_dim for shape in model.kv_shapes)
+    row_bytes = cache_row_bytes(model.kv_shapes, model.dtype, codec_of(policy.compress_cache))
     is_windowed = getattr(config, "sliding_window", None) is not None
     return Sizes(
         layer_parameters=round(active),
@@ -149,7 +167,13 @@ def sizes_of(engine: Engine) -> Sizes:
         attention_width=0 if is_windowed else config.num_attention_heads * widths,
         sweep_bytes=sum(sum(tiers.values()) for tiers in swept),
         streamed_bytes=sum(tiers["host"] + tiers["disk"] for tiers in swept),
-        cache_row_bytes=cache.row_bytes["host"],
+        cache_row_bytes=row_bytes["host"],
+        device_cache_row_bytes=row_bytes["device"],
+        expanded_bytes=sum(
+            sum(stored_sizes(model, unit, None).values())
+            for unit in model.units
+            if policy.compress_weight and coded_names(model, unit)
+        ),
         hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
         num_layers=len(model.layers),
     )
@@ -183,8 +207,8 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
         + 2.0 * sizes.attention_width * _attended_pairs(load),
         to_device_bytes=sweeps * sizes.streamed_bytes + hidden + (moved * past_rows if cache_crosses else 0),
         from_device_bytes=hidden + moved * kept,
-        device_bytes=sweeps * sizes.sweep_bytes
-        + (load.num_requests * (1 - off_device) * past_rows + shared_rows) * sizes.cache_row_bytes,
+        device_bytes=sweeps * (sizes.sweep_bytes + _EXPANDING_PASSES * sizes.expanded_bytes)
+        + (load.num_requests * (1 - off_device) * past_rows + shared_rows) * sizes.device_cache_row_bytes,
     )
 
 
@@ -193,7 +217,8 @@ def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tupl
     at_once = min(num_requests, plan.limits.sequences_per_batch * plan.limits.batches)
     if not kept:
         return at_once, 0.0
-    room = {tier: budget // sizes.cache_row_bytes // kept for tier, budget in plan.cache_budgets.items()}
+    row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
+    room = {tier: budget // row_bytes[tier] // kept for tier, budget in plan.cache_budgets.items()}
     at_once = max(1, min(at_once, sum(room.values())))
     if plan.kv_cache is not None:
         return at_once, 1 - plan.kv_cache.gpu / 100

@@ -90,6 +90,8 @@ SIZES = Sizes(
     sweep_bytes=2100,
     streamed_bytes=1100,
     cache_row_bytes=8,
+    device_cache_row_bytes=8,
+    expanded_bytes=0,
     hidden_row_bytes=4,
     num_layers=3,
 )
