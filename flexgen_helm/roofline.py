@@ -212,6 +212,12 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
     )
 
 
+def num_at_once(load: Workload, sizes: Sizes, plan: Plan) -> int:
+    """Sequences of `load` that run at once under `plan`."""
+    kept = load.own + load.new - 1 if load.new > 1 else 0
+    return _concurrency(load.num_requests, kept, sizes, plan)[0]
+
+
 def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tuple[int, float]:
     """(sequences that can run at once, share of them whose keys and values are off the device)."""
     at_once = min(num_requests, plan.limits.sequences_per_batch * plan.limits.batches)

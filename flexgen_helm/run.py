@@ -19,6 +19,7 @@ COMMANDS = {
     "register": "write a model's HELM entries once, for plain helm-run",
     "complete": "prompts in, completions out, as JSON lines; goes on where it was",
     "bench": "time the engine on random weights of a real shape, beside the machine's limits",
+    "plan": "the policy with the least estimated time for a workload, before anything is run",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
     "lm-eval": "lm-evaluation-harness's own command line, with the engine as its model `flexgen`",
     "doctor": "show what this machine has and what is missing",
@@ -71,6 +72,10 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.complete import complete
 
             return complete(rest)
+        if command == "plan":
+            from flexgen_helm.plan import plan
+
+            return plan(rest)
         if command == "bench":
             from flexgen_helm.bench import bench
 

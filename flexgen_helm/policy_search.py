@@ -1,0 +1,201 @@
+"""Finds the policy under which a workload takes the least time on a profiled machine, by estimating all of them.
+
+What can be chosen is little: whole percents of the weights on the device, and the bits of codes. The engine's own planner
+says what each choice leaves for the KV cache and for micro-batches, so nothing is relaxed or rounded afterwards.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from engine.errors import CapacityError
+from engine.hardware import Memory
+from engine.placement import TIERS, Tier, split_bytes
+from engine.planner import Plan, make_plan
+from engine.policy import Policy, Share
+from flexgen_helm.roofline import Work, Workload, num_at_once, sizes_of_model, work_of
+
+if TYPE_CHECKING:
+    from engine.hardware_profile import HardwareProfile
+
+    from engine.model import CausalModel
+
+_BITS = (None, 8, 4)
+_DEVICE_PART, _HOST_PART = 0.95, 0.9
+"""Of a machine's memory, what a run may use (hardware.available_memory)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a workload takes under a policy."""
+
+    policy: Policy
+    plan: Plan
+    weights: Mapping[Tier, int]
+    """Bytes of weights, as stored."""
+    at_once: int
+    """Sequences that run at once."""
+    sweeps: int
+    prefill_s: Mapping[str, float]
+    """Seconds that each resource needs until every prompt is computed; they work side by side."""
+    decode_s: Mapping[str, float]
+    """The same for all tokens but the first of each request."""
+
+    @property
+    def seconds(self) -> float:
+        """The least time: in each phase, that of the resource that is busy longest."""
+        return max(self.prefill_s.values()) + max(self.decode_s.values())
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that is busy longest in the longer phase."""
+        phase = max(self.prefill_s, self.decode_s, key=lambda times: max(times.values()))
+        return max(phase, key=lambda resource: phase[resource])
+
+
+def memory_of(profile: HardwareProfile, base: Policy, disk_bytes: int) -> Memory:
+    """What a run may use of a profiled machine, within the limits of `base`."""
+    device, host = int(_DEVICE_PART * profile.device_memory_bytes), int(_HOST_PART * profile.host_memory_bytes)
+    return Memory(
+        device=device if base.gpu_memory is None else min(device, base.gpu_memory),
+        host=host if base.cpu_memory is None else min(host, base.cpu_memory),
+        disk=disk_bytes if base.offload_dir is not None else 0,
+    )
+
+
+def search(
+    model: CausalModel, profile: HardwareProfile, memory: Memory, load: Workload, base: Policy, *, compress: bool
+) -> list[Estimate]:
+    """All policies that fit, the fastest first; of equals, the one that changes least of the numbers comes first.
+
+    `base` says what is not searched for: memory limits, directories, and with `compress` false, the bits of codes.
+    Raises `CapacityError`, with what is missing, when none fits.
+    """
+    found: list[Estimate] = []
+    reason: CapacityError | None = None
+    for policy in _candidates(base, compress=compress):
+        try:
+            found += _estimates(model, profile, memory, load, policy)
+        except CapacityError as error:
+            reason = reason or error
+    if not found:
+        assert reason is not None
+        raise reason
+    return sorted(found, key=lambda each: (round(each.seconds, 3), _changes(each.policy), -_gpu(each)))
+
+
+def _candidates(base: Policy, *, compress: bool) -> Iterator[Policy]:
+    """Policies that differ in codes; where the weights go is open."""
+    if not compress:
+        yield base
+        return
+    for weight in _BITS:
+        for cache in _BITS:
+            yield replace(base, compress_weight=weight, compress_cache=cache)
+
+
+def _estimates(
+    model: CausalModel, profile: HardwareProfile, memory: Memory, load: Workload, policy: Policy
+) -> Iterator[Estimate]:
+    """One for each whole percent of the weights on the device that fits; raises the planner's word if none does."""
+    from engine.codec import codec_of
+    from engine.engine import shape_of
+
+    shape = shape_of(model, codec_of(policy.compress_weight))
+    host = min(100, math.floor(100 * memory.host / shape.weight_bytes))
+    shares = [policy.weights] if policy.weights else []
+    if not shares:
+        for gpu in range(101):
+            cpu = min(100 - gpu, host)
+            if cpu < 100 - gpu and policy.offload_dir is None:
+                continue
+            shares.append(Share(gpu=gpu, cpu=cpu, disk=100 - gpu - cpu))
+    reason: CapacityError | None = None
+    num_found = 0
+    for share in shares or [None]:
+        chosen = replace(policy, weights=share)
+        try:
+            plan = make_plan(shape, chosen, memory, on_cpu=False)
+        except CapacityError as error:
+            reason = reason or error
+            continue
+        num_found += 1
+        yield estimate(model, profile, load, chosen, plan)
+    if not num_found and reason is not None:
+        raise reason
+
+
+def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, policy: Policy, plan: Plan) -> Estimate:
+    """What `load` takes under a plan."""
+    placed = _placed(model, policy, plan.weights)
+    sizes = sizes_of_model(model, placed, policy)
+    disk = sum(tiers["disk"] for name, tiers in placed.items() if name != "embedding" or model.is_tied)
+    whole, prefill = work_of(load, sizes, plan), work_of(replace(load, new=1), sizes, plan)
+    at_once = num_at_once(load, sizes, plan)
+    decode = Work(
+        sweeps=whole.sweeps - prefill.sweeps,
+        flop=whole.flop - prefill.flop,
+        to_device_bytes=whole.to_device_bytes - prefill.to_device_bytes,
+        from_device_bytes=0.0,  # keys and values of prompts leave while those are computed
+        device_bytes=whole.device_bytes - prefill.device_bytes,
+    )
+    prefill = replace(prefill, from_device_bytes=whole.from_device_bytes)
+    return Estimate(
+        policy=policy,
+        plan=plan,
+        weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
+        at_once=at_once,
+        sweeps=whole.sweeps,
+        prefill_s=_seconds(prefill, profile, plan.limits.rows_per_batch, disk),
+        decode_s=_seconds(decode, profile, at_once, disk),
+    )
+
+
+def _placed(model: CausalModel, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
+    from engine.codec import codec_of
+    from engine.weights import stored_sizes
+
+    codec = codec_of(policy.compress_weight)
+    placed: dict[str, dict[Tier, int]] = {}
+    for unit in model.units:
+        if unit.owners:
+            split = split_bytes(sum(stored_sizes(model, unit, codec).values()), share)
+            placed[unit.name] = {"device": split.device, "host": split.host, "disk": split.disk}
+    return placed
+
+
+def _seconds(work: Work, profile: HardwareProfile, rows: int, disk_bytes: int) -> dict[str, float]:
+    """Seconds that each resource needs for `work`, whose products have so many rows."""
+    return {
+        "arithmetic": work.flop / gemm_rate_at(profile.gemm_flop_s, rows),
+        "to device": work.to_device_bytes / profile.to_device_bytes_s,
+        "from device": work.from_device_bytes / profile.from_device_bytes_s,
+        "device memory": work.device_bytes / profile.device_bytes_s,
+        "disk": work.sweeps * disk_bytes / profile.disk_read_bytes_s,
+    }
+
+
+def gemm_rate_at(rates: Mapping[int, float], rows: int) -> float:
+    """Operations per second of products of `rows` rows: between measured ones, in proportion on both logarithms."""
+    known = sorted(rates)
+    at = bisect.bisect_left(known, rows)
+    if at == 0:
+        return rates[known[0]] * rows / known[0]  # the weights are read as often, for less
+    if at == len(known):
+        return rates[known[-1]]
+    low, high = known[at - 1], known[at]
+    part = math.log(rows / low) / math.log(high / low)
+    return rates[low] * (rates[high] / rates[low]) ** part
+
+
+def _changes(policy: Policy) -> int:
+    """How much of the numbers codes take away, for the order of equals."""
+    return sum(16 - bits for bits in (policy.compress_weight, policy.compress_cache) if bits)
+
+
+def _gpu(found: Estimate) -> float:
+    return found.plan.weights.gpu
