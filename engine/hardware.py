@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from dataclasses import dataclass
 
@@ -105,10 +106,38 @@ def free_host_memory() -> int:
     return available
 
 
+def host_memory() -> int:
+    """Bytes of host memory there are (the machine's, or the container's limit)."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            total = min(total, int(limit.read()))
+    except (OSError, ValueError):
+        pass
+    return total
+
+
+def processor_name() -> str:
+    """What the maker calls the processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            for line in stream:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
 def free_disk(directory: str) -> int:
     """Bytes free where `directory` is, or will be made."""
+    stats = os.statvfs(existing_parent(directory))
+    return stats.f_bavail * stats.f_frsize
+
+
+def existing_parent(directory: str) -> str:
+    """`directory`, or the nearest above it that exists."""
     path = os.path.abspath(os.path.expanduser(directory))
     while not os.path.exists(path):
         path = os.path.dirname(path)
-    stats = os.statvfs(path)
-    return stats.f_bavail * stats.f_frsize
+    return path
