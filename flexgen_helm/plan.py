@@ -1,7 +1,7 @@
-"""`flexgen-helm plan`: the policy with the least estimated time for a workload, before anything is run. Imports no HELM.
+"""`flexgen-helm plan`: the policy with the least estimated time for a workload, before it is run. Imports no HELM.
 
-A workload is written RUNSxJOBSxSHARED+OWN:NEW, as for `bench`. The machine is this one, as `doctor --profile` measured it,
-or another by its profile.
+A workload is written RUNSxJOBSxSHARED+OWN:NEW, as for `bench`. The machine is this one, as `doctor --profile` measured
+it, or another by its profile.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def plan(arguments: Sequence[str]) -> int:
         offload_dir=args.offload_dir,
     )
     from engine.hardware_profile import HardwareProfile
-
     from flexgen_helm.policy_search import memory_of, search
 
     profile = HardwareProfile.load(args.hardware)

@@ -1,7 +1,7 @@
 """Finds the policy under which a workload takes the least time on a profiled machine, by estimating all of them.
 
-What can be chosen is little: whole percents of the weights on the device, and the bits of codes. The engine's own planner
-says what each choice leaves for the KV cache and for micro-batches, so nothing is relaxed or rounded afterwards.
+What can be chosen is little: whole percents of the weights on the device, and the bits of codes. The engine's own
+planner says what each choice leaves for the KV cache and for micro-batches, so nothing is relaxed or rounded afterwards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import bisect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from engine.errors import CapacityError
 from engine.hardware import Memory
@@ -21,10 +21,9 @@ from flexgen_helm.roofline import Work, Workload, num_at_once, sizes_of_model, w
 
 if TYPE_CHECKING:
     from engine.hardware_profile import HardwareProfile
-
     from engine.model import CausalModel
 
-_BITS = (None, 8, 4)
+_BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
 _DEVICE_PART, _HOST_PART = 0.95, 0.9
 """Of a machine's memory, what a run may use (hardware.available_memory)."""
 
@@ -107,7 +106,7 @@ def _estimates(
 
     shape = shape_of(model, codec_of(policy.compress_weight))
     host = min(100, math.floor(100 * memory.host / shape.weight_bytes))
-    shares = [policy.weights] if policy.weights else []
+    shares: list[Share | None] = [policy.weights] if policy.weights else []
     if not shares:
         for gpu in range(101):
             cpu = min(100 - gpu, host)
@@ -189,7 +188,7 @@ def gemm_rate_at(rates: Mapping[int, float], rows: int) -> float:
         return rates[known[-1]]
     low, high = known[at - 1], known[at]
     part = math.log(rows / low) / math.log(high / low)
-    return rates[low] * (rates[high] / rates[low]) ** part
+    return float(rates[low] * (rates[high] / rates[low]) ** part)
 
 
 def _changes(policy: Policy) -> int:
