@@ -492,7 +492,8 @@ def shape_of(model: CausalModel, codec: Codec | None = None) -> ModelShape:
     """Sizes that the planner needs, with weights kept as `codec` has them."""
     config = model.config.get_text_config()
     sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
-    whole = [sum(stored_sizes(model, unit, None).values()) for unit in model.units if coded_names(model, unit)]
+    coded = [unit for unit in model.units if coded_names(model, unit)]
+    whole = {unit.name: sum(stored_sizes(model, unit, None).values()) for unit in coded}
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
     inner = next(
@@ -507,7 +508,8 @@ def shape_of(model: CausalModel, codec: Codec | None = None) -> ModelShape:
     return ModelShape(
         unit_bytes=(*layers, head),
         # Half bytes of a matrix are spread over whole ones before they become numbers.
-        expanded_bytes=0 if codec is None or not whole else max(whole) * 3 // 2,
+        expanded_bytes=0 if codec is None or not whole else max(whole.values()) * 3 // 2,
+        stored_part=1.0 if not whole else sum(sizes[name] for name in whole) / sum(whole.values()),
         embedding_bytes=0 if model.is_tied else sizes["embedding"],
         outer_bytes=sizes["outer"],
         cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,

@@ -52,6 +52,8 @@ class ModelShape:
     """The family carries its own attention and runs in padded micro-batches."""
     reads_in_place: bool = False
     """Attention reads keys and values on the device where they lie."""
+    stored_part: float = 1.0
+    """Of the bytes that layers have as numbers, what they have as they are stored and moved."""
     expanded_bytes: int = 0
     """Device memory that encoded layers are expanded into, in turn, and what that takes besides; 0 without a codec."""
     score_bytes: int = 0
@@ -111,7 +113,7 @@ class _Planner:
             cached_rows_per_batch=max(1, self._staged(rows) // (3 * self.shape.cache_layer_row_bytes)),
             reads_in_place=self.shape.reads_in_place,
             rows_per_sweep=hidden_rows,
-            free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, int(_FREE_ROWS * (100 - weights.gpu) / 100)),
+            free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)),
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),

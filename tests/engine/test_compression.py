@@ -19,9 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from engine import Engine
-from engine.codec import GROUP, Codec
+from engine import Engine, Policy
+from engine.codec import GROUP, Codec, codec_of
+from engine.engine import shape_of
 from engine.errors import CapacityError
+from engine.hardware import Memory
+from engine.planner import make_plan
+from engine.policy import Share
 from engine.weights import coded_names
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -242,6 +246,22 @@ def test_the_whole_is_a_third_in_16_bits(tmp_path: Path) -> None:
             sizes[bits] = sum(sum(tiers.values()) for name, tiers in placed.items() if name.startswith("layer."))
     assert sizes[4] == pytest.approx(4.5 / 16 * sizes[None], rel=0.02)
     assert sizes[8] == pytest.approx(8.5 / 16 * sizes[None], rel=0.02)
+
+
+def test_encoded_layers_hide_less_arithmetic(build: Callable[[str], Path]) -> None:
+    """Fewer rows are free of cost behind their transfer, in proportion to what is moved."""
+    shapes = {}
+    for bits in (None, 4):
+        with Engine.from_pretrained(str(build("opt")), policy={"device": "cpu"}) as engine:
+            shapes[bits] = shape_of(engine._model, codec_of(bits))
+    assert shapes[None].stored_part == 1.0
+    assert 5 / 32 < shapes[4].stored_part < 0.2  # 5 bits of 32, and biases
+    memory = Memory(device=10**9, host=10**9, disk=0)
+    free = {
+        bits: make_plan(shape, Policy(weights=Share(gpu=0, cpu=100)), memory, on_cpu=False).limits.free_rows
+        for bits, shape in shapes.items()
+    }
+    assert free[4] == int(free[None] * shapes[4].stored_part)
 
 
 def test_memory_to_expand_layers_is_planned_for(tmp_path: Path) -> None:
