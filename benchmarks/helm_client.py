@@ -210,7 +210,7 @@ def gemm_seconds(model: Path, tokens: int, answers: int) -> float:
     """Seconds that this machine's float32 matrix products take for `tokens` through the layers, `answers` the head."""
     import torch
 
-    from flexgen_helm.roofline import gemm_rate
+    from engine.rates import gemm_rate
 
     _, layers, head = linear_layers(model)
     rates: dict[tuple[int, int], float] = {}

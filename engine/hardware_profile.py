@@ -50,7 +50,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
-    """Rates of one device, its link, its host and a disk; on a CPU, the device is the host and the link a copy there."""
+    """Rates of a device, its link, its host and a disk; on a CPU the device is the host, and the link a copy there."""
 
     machine: Machine
     device_name: str

@@ -47,7 +47,10 @@ class Effort:
         found, host = accelerator.memory(device), free_host_memory()
         is_fast, free = found is not None, host if found is None else found[0]
         width = 8192 if is_fast else 2048
-        while max(_RING_BYTES, 2 * width**2 * dtype.itemsize) + 2 * _ROWS[-1] * width * dtype.itemsize > free // 4:
+        ring = min(_RING_BYTES, free // 8)
+        while (
+            width > 64 and max(ring, 2 * width**2 * dtype.itemsize) + 2 * _ROWS[-1] * width * dtype.itemsize > free // 4
+        ):
             width //= 2
         # What many cores need to show what they can do takes a few of them too long.
         host_cache = min(1 << 30, (64 << 20) * len(os.sched_getaffinity(0)), host // 8)
@@ -55,7 +58,7 @@ class Effort:
             seconds=0.3,
             copy_bytes=min(1 << (30 if is_fast else 28), free // 16, host // 16) // 4096 * 4096,
             width=width,
-            ring_bytes=min(_RING_BYTES, free // 8),
+            ring_bytes=ring,
             rows=_ROWS,
             context=512,
             prefill_sequences=8 if is_fast else 1,
@@ -98,7 +101,7 @@ def _measure(
         device_name=processor_name() if found is None else accelerator.name_of(device),
         device_memory_bytes=host_memory() if found is None else found[1],
         dtype=str(dtype).removeprefix("torch."),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         date=datetime.date.today().isoformat(),
         to_device_bytes_s=to_device,
         from_device_bytes_s=from_device,

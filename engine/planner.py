@@ -113,7 +113,9 @@ class _Planner:
             cached_rows_per_batch=max(1, self._staged(rows) // (3 * self.shape.cache_layer_row_bytes)),
             reads_in_place=self.shape.reads_in_place,
             rows_per_sweep=hidden_rows,
-            free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)),
+            free_rows=0
+            if self.on_cpu
+            else max(_FREE_RESIDENT_ROWS, int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)),
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
@@ -125,6 +127,9 @@ class _Planner:
             cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
         )
+
+    def _rows_behind_transfer(self, weights: Share) -> int:
+        return int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)
 
     def _scores_per_batch(self, rows: int, left: int) -> int | None:
         """What a micro-batch's attention scores may be: beyond that they would not fit in any case.

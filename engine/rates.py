@@ -181,7 +181,7 @@ def host_attention_beside_copy_rate(
     copy_bytes: int,
     copy_seconds: float,
 ) -> float:
-    """The same while copies of `copy_bytes` to `device` run, for `copy_seconds` or more; only where there are streams."""
+    """The same while copies of `copy_bytes` each to `device` run, for `copy_seconds`; only where there are streams."""
     arena, stream = Arena(device), accelerator.new_stream(device)
     try:
         host, here = _fill(arena.empty(copy_bytes, "host")), _fill(arena.empty(copy_bytes, "device"))

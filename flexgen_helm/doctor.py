@@ -14,6 +14,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from flexgen_helm import engine_problem
+from flexgen_helm.errors import UsageError
 from flexgen_helm.installation import torch_problem, torchvision_problem, version
 from flexgen_helm.parser import Parser
 
@@ -47,6 +48,8 @@ def examine(offload_dir: str) -> Iterator[Finding]:
         detail = f"{have} works with torch" if have else "not installed, and not needed"
         yield _verdict("torchvision", torchvision_problem(), detail)
         yield from _devices()
+        if engine_fault is None:
+            yield _profile()
     yield _entry_point()
     yield _disk(offload_dir)
     yield _nltk()
@@ -99,6 +102,17 @@ def _devices() -> Iterator[Finding]:
         yield Finding("ok", f"GPU {device}", f"{accelerator.name_of(device)}, {shown}")
 
 
+def _profile() -> Finding:
+    from engine.errors import ConfigError
+    from engine.hardware_profile import HardwareProfile
+
+    try:
+        profile = HardwareProfile.load()
+    except ConfigError as error:
+        return Finding("missing", "hardware profile", str(error))
+    return Finding("ok", "hardware profile", f"measured on {profile.date} with torch {profile.torch}")
+
+
 def _entry_point() -> Finding:
     names = {point.value for point in importlib.metadata.entry_points(group="helm")}
     if "flexgen_helm.plugin" in names:
@@ -142,10 +156,19 @@ def _gb(size: int) -> str:
 
 
 def doctor(arguments: list[str]) -> int:
-    """Print the findings; 1 if something essential is broken."""
+    """Print the findings, or measure; 1 if something essential is broken."""
     parser = Parser(prog="flexgen-helm doctor", description=__doc__)
     parser.add_argument("--offload-dir", default=".", help="directory of the disk tier to look at (default: here)")
+    parser.add_argument(
+        "--profile", action="store_true", help="measure device, link, host and disk instead, and keep what was measured"
+    )
     args = parser.parse_args(arguments)
+    if args.profile:
+        if problem := engine_problem() or torch_problem():
+            raise UsageError(problem)
+        from flexgen_helm.profiling import profile
+
+        return profile(args.offload_dir)
     worst = 0
     for finding in examine(args.offload_dir):
         print(f"{finding.status:<8} {finding.what:<17} {finding.detail}", flush=True)

@@ -1,7 +1,7 @@
 """Finds the policy under which a workload takes the least time on a profiled machine, by estimating all of them.
 
 What can be chosen is little: whole percents of the weights on the device, and the bits of codes. The engine's own
-planner says what each choice leaves for the KV cache and for micro-batches, so nothing is relaxed or rounded afterwards.
+planner says what each choice leaves for the KV cache and for micro-batches: nothing is relaxed or rounded afterwards.
 """
 
 from __future__ import annotations
@@ -58,12 +58,19 @@ class Estimate:
 
 def memory_of(profile: HardwareProfile, base: Policy, disk_bytes: int) -> Memory:
     """What a run may use of a profiled machine, within the limits of `base`."""
-    device, host = int(_DEVICE_PART * profile.device_memory_bytes), int(_HOST_PART * profile.host_memory_bytes)
+    host = int(_HOST_PART * profile.host_memory_bytes)
+    device = host if is_host(profile) else int(_DEVICE_PART * profile.device_memory_bytes)
     return Memory(
         device=device if base.gpu_memory is None else min(device, base.gpu_memory),
         host=host if base.cpu_memory is None else min(host, base.cpu_memory),
         disk=disk_bytes if base.offload_dir is not None else 0,
+        shared=is_host(profile),
     )
+
+
+def is_host(profile: HardwareProfile) -> bool:
+    """Whether the machine has no accelerator, so that the device tier is host memory."""
+    return not profile.machine.accelerators
 
 
 def search(
@@ -118,7 +125,7 @@ def _estimates(
     for share in shares or [None]:
         chosen = replace(policy, weights=share)
         try:
-            plan = make_plan(shape, chosen, memory, on_cpu=False)
+            plan = make_plan(shape, chosen, memory, on_cpu=is_host(profile))
         except CapacityError as error:
             reason = reason or error
             continue

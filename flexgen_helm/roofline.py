@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -253,39 +252,14 @@ def least_seconds(work: Work, rates: Rates) -> dict[str, float]:
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure `device`; on the CPU, link and device memory are both a copy in host memory."""
-    import torch
-
-    from engine import accelerator
+    from engine import accelerator, rates
 
     is_fast = accelerator.has_streams(device)
     size = 1 << (30 if is_fast else 26)
-    host = accelerator.page_locked(size, dtype=torch.uint8) if is_fast else torch.empty(size, dtype=torch.uint8)
-    here, there = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    to_device, from_device, _ = rates.link_rates(device, size)
     return Rates(
-        flop_s=gemm_rate(device, dtype, *([8192] * 3 if is_fast else [1024] * 3)),
-        to_device_bytes_s=size / _median_seconds(lambda: here.copy_(host, non_blocking=True), device),
-        from_device_bytes_s=size / _median_seconds(lambda: host.copy_(here, non_blocking=True), device),
-        device_bytes_s=2 * size / _median_seconds(lambda: there.copy_(here), device),
+        flop_s=rates.gemm_rate(device, dtype, *([8192] * 3 if is_fast else [1024] * 3)),
+        to_device_bytes_s=to_device,
+        from_device_bytes_s=from_device,
+        device_bytes_s=rates.device_copy_rate(device, size),
     )
-
-
-def gemm_rate(device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
-    """Operations per second of a product `[rows, inner] @ [inner, columns]` of random numbers."""
-    import torch
-
-    left = torch.randn(rows, inner, device=device).to(dtype)
-    right = torch.randn(inner, columns, device=device).to(dtype)
-    return 2 * rows * inner * columns / _median_seconds(lambda: left @ right, device)
-
-
-def _median_seconds(call: Callable[[], object], device: torch.device, times: int = 9) -> float:
-    from engine import accelerator
-
-    seconds = []
-    for _ in range(times + 2):
-        accelerator.synchronize(device)
-        start = time.perf_counter()
-        call()
-        accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[2:])[times // 2]

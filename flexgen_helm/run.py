@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a run failed (or `doctor` found something broken), 2 bad i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_command(command, rest)
     except UsageError as error:
         return _complain(error, 2)
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return _complain("interrupted; answers so far are kept, the same command goes on from there", 130)
 

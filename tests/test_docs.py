@@ -67,12 +67,15 @@ def test_helm_accepts_its_commands(arguments: list[str]) -> None:
 
 
 def test_other_commands_are_accepted() -> None:
+    from engine.hardware_profile import HardwareProfile
     from flexgen_helm.bench import bench_parser, workloads
     from flexgen_helm.complete import complete_parser
     from flexgen_helm.dummy import shape_config
     from flexgen_helm.entries import read_entries
     from flexgen_helm.flags import checked_policy, policy_from_flags
+    from flexgen_helm.plan import plan_parser
     from flexgen_helm.register import register_parser
+    from flexgen_helm.roofline import Workload
     from flexgen_helm.run import COMMANDS
     from flexgen_helm.verify import parse_verify_flags
 
@@ -84,6 +87,12 @@ def test_other_commands_are_accepted() -> None:
         shape_config(args.shape)
     for arguments in commands_of("flexgen-helm", "complete"):
         policy_from_flags(complete_parser().parse_args(arguments))
+    for arguments in commands_of("flexgen-helm", "plan"):
+        plan_args = plan_parser().parse_args(arguments)
+        shape_config(plan_args.shape)
+        Workload.parse(plan_args.work)
+        if plan_args.hardware is not None:
+            HardwareProfile.load(plan_args.hardware)
     for arguments in commands_of("flexgen-helm", "verify"):
         assert read_entries(parse_verify_flags(arguments))
     for arguments in commands_of("flexgen-helm", "register"):

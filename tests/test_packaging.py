@@ -80,7 +80,8 @@ def test_what_is_shipped_is_found_beside_the_installed_package(wheel: zipfile.Zi
     wheel.extractall(tmp_path)
     program = (
         "from engine.policy import Policy; from flexgen_helm.entries import conf_path; import engine;"
-        "print(engine.__file__); print(Policy.load('opt-30b-t4').gpu_batch_size); print(conf_path('quick'))"
+        "print(engine.__file__); print(Policy.load('opt-30b-t4').gpu_batch_size); print(conf_path('quick'));"
+        "from engine.hardware_profile import HardwareProfile; print(HardwareProfile.load('t4').device_name)"
     )
     found = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}; {program}"],
@@ -94,10 +95,11 @@ def test_what_is_shipped_is_found_beside_the_installed_package(wheel: zipfile.Zi
         str(tmp_path / "engine" / "__init__.py"),
         "48",
         str(tmp_path / "flexgen_helm" / "run_specs" / "quick.conf"),
+        "Tesla T4",
     ]
 
 
-@pytest.mark.parametrize("module", ["flexgen_helm", "flexgen_helm.plugin", "flexgen_helm.run", "flexgen_helm.doctor"])
+@pytest.mark.parametrize("module", [f"flexgen_helm{name}" for name in ("", ".plugin", ".run", ".doctor", ".profiling")])
 def test_importing_it_loads_neither_torch_nor_helm_run(module: str) -> None:
     program = f"import sys, {module}; print([name for name in ('torch', 'helm.benchmark.run') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,15 @@ def test_what_host_memory_does_not_hold_goes_to_disk_if_it_may(models: dict[str,
     assert best.decode_s["disk"] == pytest.approx((best.sweeps - 2) * best.weights["disk"] / 1.8e9, rel=0.1)
 
 
+def test_a_machine_without_an_accelerator_keeps_everything_in_one_memory(models: dict[str, CausalModel]) -> None:
+    here = {"machine": replace(H100.machine, accelerators=(), host_memory_bytes=16 * GB)}
+    best = find(models["opt-6.7b"], Workload.parse("1x4x0+64:4"), **here)[0]
+    assert best.plan.weights.gpu == 100
+    assert best.plan.limits.free_rows == 0
+    with pytest.raises(CapacityError):
+        find(models["opt-30b"], Workload.parse("1x4x0+64:4"), **here)
+
+
 def test_rates_between_measured_ones() -> None:
     rates = {64: 1e14, 256: 4e14, 1024: 4e14}
     assert gemm_rate_at(rates, 64) == 1e14
@@ -231,3 +242,13 @@ def test_bad_input(arguments: list[str], message: str, profile_file: str, capsys
     assert main(["plan", *arguments, *given_profile]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_output_that_nobody_reads_is_no_traceback(profile_file: str) -> None:
+    command = [sys.executable, "-m", "flexgen_helm", "plan", "--shape", "opt-125m", "--hardware", profile_file]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

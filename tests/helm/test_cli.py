@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -358,6 +359,58 @@ def test_doctor_says_when_the_offload_directory_cannot_be_written(cli: Cli, caps
     Path("file").write_text("")
     assert cli("doctor", "--offload-dir", "file/below") == 1
     assert any(line.startswith("broken   offload-dir") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.fixture
+def quick_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Measuring takes moments; returns where profiles are kept."""
+    from engine.measuring import Effort
+
+    few = {"seconds": 0.001, "copy_bytes": 1 << 16, "width": 32, "ring_bytes": 1 << 14, "rows": (1, 4), "context": 4}
+    cache = {"prefill_sequences": 1, "device_cache_bytes": 1 << 18, "host_cache_bytes": 1 << 18}
+    effort = Effort(**few, **cache, disk_bytes=16 << 20, disk_seconds=0.1)  # type: ignore[arg-type]
+    monkeypatch.setattr(Effort, "fitting", lambda device, dtype: effort)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "flexgen-helm"
+
+
+def test_doctor_measures_a_profile_and_finds_it_again(
+    cli: Cli, quick_profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found() -> str:
+        cli("doctor")
+        return next(line for line in capsys.readouterr().out.splitlines() if "hardware profile" in line)
+
+    assert found().startswith("missing  hardware profile")
+    assert cli("doctor", "--profile") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r"host to device +[\d.]+ [kMGT]B/s", line) for line in lines)
+    assert any(re.fullmatch(r"matrix product, 1 row +[\d.]+ [kMGT]FLOP/s", line) for line in lines)
+    (file,) = quick_profile.iterdir()
+    assert lines[-1] == f"kept in {file}"
+    assert not list(Path().iterdir())
+    assert found().startswith("ok       hardware profile")
+
+
+def test_doctor_cannot_measure_or_keep_a_profile(
+    cli: Cli, quick_profile: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("file").write_text("")
+    said = refused(capsys, cli("doctor", "--profile", "--offload-dir", "file/below"))
+    assert "offload-dir file/below cannot be measured: Not a directory" in said
+    assert not quick_profile.exists()
+    monkeypatch.setenv("XDG_CACHE_HOME", "file")
+    assert "cannot keep the hardware profile" in refused(capsys, cli("doctor", "--profile"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(1.0, "1.00 B/s"), (999.4, "999 B/s"), (12.34e9, "12.3 GB/s"), (9.999e9, "10.0 GB/s"), (7.3e14, "730 TB/s")],
+)
+def test_rates_are_shown_with_three_digits(rate: float, text: str) -> None:
+    from flexgen_helm.profiling import shown
+
+    assert shown(rate, "B/s") == text
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"]])
