@@ -209,7 +209,7 @@ def test_a_profile_of_another_machine_is_noticed(
 ) -> None:
     mine = on_this_machine(profile)
     path = mine.save()
-    (cache / "hardware-broken.yaml").write_text("- 1")
+    (cache / "hardware-0-broken.yaml").write_text("- 1")
     other = replace(this_machine(), **change)
     monkeypatch.setattr(hardware_profile, "this_machine", lambda: other)
     said = line_of(HardwareProfile.load)
