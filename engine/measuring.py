@@ -48,9 +48,7 @@ class Effort:
         is_fast, free = found is not None, host if found is None else found[0]
         width = 8192 if is_fast else 2048
         ring = min(_RING_BYTES, free // 8)
-        while (
-            width > 64 and max(ring, 2 * width**2 * dtype.itemsize) + 2 * _ROWS[-1] * width * dtype.itemsize > free // 4
-        ):
+        while width > 64 and cls._product_bytes(width, ring, dtype) > free // 4:
             width //= 2
         # What many cores need to show what they can do takes a few of them too long.
         host_cache = min(1 << 30, (64 << 20) * len(os.sched_getaffinity(0)), host // 8)
@@ -67,6 +65,11 @@ class Effort:
             disk_bytes=2 << 30,
             disk_seconds=1.5,
         )
+
+    @staticmethod
+    def _product_bytes(width: int, ring_bytes: int, dtype: torch.dtype) -> int:
+        """Weights, and the largest left side and result."""
+        return max(ring_bytes, 2 * width**2 * dtype.itemsize) + 2 * _ROWS[-1] * width * dtype.itemsize
 
 
 def measure(

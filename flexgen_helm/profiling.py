@@ -39,9 +39,10 @@ def table(measured: HardwareProfile) -> Iterator[str]:
 
 def shown(rate: float, unit: str) -> str:
     """A rate with three digits, such as "52.3 GB/s"."""
+    rate = float(f"{rate:.3g}")
     scale, prefix = next(((scale, prefix) for scale, prefix in _PREFIXES if rate >= scale), (1.0, ""))
     value = rate / scale
-    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {prefix}{unit}"
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {prefix}{unit}"
 
 
 def _rows(measured: HardwareProfile) -> Iterator[tuple[str, float, str]]:

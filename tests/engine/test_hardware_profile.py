@@ -115,17 +115,13 @@ def test_shipped_profiles_load(name: str) -> None:
 def test_one_card_has_one_speed() -> None:
     large, small = HardwareProfile.load("h100-16gb"), HardwareProfile.load("h100-6gb")
     assert (large.device_memory_bytes, small.device_memory_bytes) == (16 * 10**9, 6 * 10**9)
-    assert replace(large, device_name="", device_memory_bytes=1) == replace(
-        small, device_name="", device_memory_bytes=1
-    )
+    assert replace(large, device_name=small.device_name, device_memory_bytes=small.device_memory_bytes) == small
 
 
 def test_a_number_and_a_date_may_be_written_as_people_do(mapping: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    text = yaml.safe_dump({**mapping, "to-device-bytes-s": 0, "date": 0})
-    file.write_text(
-        text.replace("to-device-bytes-s: 0", "to-device-bytes-s: 12e9").replace("date: 0", "date: 2026-01-02")
-    )
+    text = yaml.safe_dump({**mapping, "to-device-bytes-s": 0, "date": 0}).replace("date: 0", "date: 2026-01-02")
+    file.write_text(text.replace("to-device-bytes-s: 0", "to-device-bytes-s: 12e9"))
     profile = HardwareProfile.load(str(file))
     assert profile.to_device_bytes_s == 12e9
     assert profile.date == "2026-01-02"
@@ -213,7 +209,7 @@ def test_a_profile_of_another_machine_is_noticed(
 ) -> None:
     mine = on_this_machine(profile)
     path = mine.save()
-    (cache / "hardware-broken.yaml").write_text("- 1")
+    (cache / "hardware-0-broken.yaml").write_text("- 1")
     other = replace(this_machine(), **change)
     monkeypatch.setattr(hardware_profile, "this_machine", lambda: other)
     said = line_of(HardwareProfile.load)
@@ -470,7 +466,7 @@ def test_a_failing_disk_is_one_line_and_keeps_no_file(
     assert failed
     assert not list(tmp_path.iterdir())
     assert len(os.listdir("/proc/self/fd")) == handles
-    assert threading.active_count() == 1 or not any("Pool" in each.name for each in threading.enumerate())
+    assert not any("Pool" in each.name for each in threading.enumerate())
 
 
 def test_a_file_system_without_direct_io_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
