@@ -122,17 +122,23 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     is_local = Path(model).expanduser().is_dir()
     weight_bytes = _checked_weight_bytes(path) if download_weights or is_local else 0
     text = text_config(config)
-    window = next((text[key] for key in _WINDOW_KEYS if isinstance(text.get(key), int)), None)
     layers = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), 0)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
     return ModelDescription(
         path=str(path),
         model_type=str(config["model_type"]),
-        window=_without_switching(window, text) if window is not None and window < 10**9 else None,
+        window=window_of(config),
         dtype=dtype.removeprefix("torch."),
         weight_bytes=weight_bytes,
         num_layers=int(layers),
     )
+
+
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """Most positions of a sequence by a config.json; None when it sets no limit."""
+    text = text_config(config)
+    window = next((text[key] for key in _WINDOW_KEYS if isinstance(text.get(key), int)), None)
+    return _without_switching(window, text) if window is not None and window < 10**9 else None
 
 
 def _without_switching(window: int, text: Mapping[str, Any]) -> int:

@@ -21,6 +21,8 @@ class Codec:
     step is `(greatest - least) / (2**bits - 1)`, larger by the rounding of step and least to the dtype. Groups that
     hold a NaN or an infinity come back as NaN.
 
+    For numbers of less than 99 % of the dtype's range only: beyond, steps overflow, and infinities come back.
+
     Layout of n numbers, each part aligned as parameters are: codes, steps, leasts. Of 4 bits, a byte holds a number of
     the group's first half in its low bits and one of the second half in its high bits.
     """

@@ -66,9 +66,6 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
     Where device and host memory are the same (CPU, MPS), the device tier is a budget like any other; unless limited, it
     may be all of it.
     """
-    host = int(free_host_memory() * 0.9)
-    limited_host = host if cpu_memory is None else min(cpu_memory, host)
-    disk = free_disk(offload_dir) if offload_dir else 0
     found = None
     if device != "cpu":
         import torch
@@ -76,13 +73,25 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
         from engine import accelerator
 
         found = accelerator.memory(torch.device(device))
-    if found is None:
+    free = None if found is None else found[0]
+    disk = free_disk(offload_dir) if offload_dir else 0
+    return memory_within(free_host_memory(), free, disk, gpu_memory, cpu_memory)
+
+
+def memory_within(
+    host_bytes: int, device_bytes: int | None, disk_bytes: int, gpu_memory: int | None, cpu_memory: int | None
+) -> Memory:
+    """What a run may use of so much memory, within a policy's limits; `device_bytes` is None where it is the host's."""
+    host = int(host_bytes * 0.9)
+    limited_host = host if cpu_memory is None else min(cpu_memory, host)
+    if device_bytes is None:
         # A limit on one tier says nothing about the other; both together cannot exceed what there is.
         shared = gpu_memory is None or gpu_memory + limited_host > host
         tier = host if gpu_memory is None else min(gpu_memory, host)
-        return Memory(device=tier, host=limited_host, disk=disk, shared=shared and cpu_memory is None)
-    tier = int(found[0] * 0.95)
-    return Memory(device=tier if gpu_memory is None else min(gpu_memory, tier), host=limited_host, disk=disk)
+        return Memory(device=tier, host=limited_host, disk=disk_bytes, shared=shared and cpu_memory is None)
+    tier = int(device_bytes * 0.95)
+    device = tier if gpu_memory is None else min(gpu_memory, tier)
+    return Memory(device=device, host=limited_host, disk=disk_bytes)
 
 
 def free_host_memory() -> int:

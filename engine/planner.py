@@ -113,9 +113,7 @@ class _Planner:
             cached_rows_per_batch=max(1, self._staged(rows) // (3 * self.shape.cache_layer_row_bytes)),
             reads_in_place=self.shape.reads_in_place,
             rows_per_sweep=hidden_rows,
-            free_rows=0
-            if self.on_cpu
-            else max(_FREE_RESIDENT_ROWS, int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)),
+            free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),

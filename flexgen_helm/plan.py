@@ -61,10 +61,15 @@ def plan(arguments: Sequence[str]) -> int:
         cpu_memory=None if args.cpu_memory is None else parse_bytes(args.cpu_memory, "--cpu-memory"),
         offload_dir=args.offload_dir,
     )
+    from engine.checkpoint import window_of
     from engine.hardware_profile import HardwareProfile
+    from flexgen_helm.dummy import shape_config
     from flexgen_helm.policy_search import memory_of, search
 
     profile = HardwareProfile.load(args.hardware)
+    window, longest = window_of(shape_config(args.shape)), load.shared + load.own + load.new - 1
+    if window is not None and longest > window:
+        raise ConfigError(f"--work {load}: sequences of {longest} tokens exceed the model's window of {window}")
     memory = memory_of(profile, base, parse_bytes(args.disk, "--disk"))
     with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
         model = _model(args.shape, profile.dtype, Path(folder))
@@ -101,13 +106,15 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
     """What the best policy costs, and where everything lies."""
     rate = load.num_requests / found.seconds
     yield (
-        f"least time {found.seconds:.2f} s in {found.sweeps} sweeps, {rate:.2f} requests/s, "
-        f"{rate * load.new:.1f} tokens/s; about {found.seconds / _REACHED:.2f} s are to be expected"
+        f"least time {_s(found.seconds)} in {found.sweeps} sweeps, {rate:.2f} requests/s, "
+        f"{rate * load.new:.1f} tokens/s; about {_s(found.seconds / _REACHED)} are to be expected"
     )
     for name, times in (("prefill", found.prefill_s), ("decode", found.decode_s)):
         if max(times.values()) > 0:
             by_time = sorted(times, key=lambda resource: -times[resource])
-            shown = ", ".join(f"{each} {times[each]:.2f} s" for each in by_time if times[each] >= 0.005)
+            shown = ", ".join(
+                f"{each} {_s(times[each])}" for each in by_time if times[each] >= 0.001 * times[by_time[0]]
+            )
             yield f"{name}: bound by {by_time[0]} ({shown})"
     cache, limits = found.plan.cache_budgets, found.plan.limits
     for tier, place in (("device", "GPU"), ("host", "host"), ("disk", "disk")):
@@ -125,7 +132,7 @@ def _others(found: list[Estimate]) -> Iterator[str]:
         if all(_is_other(each, seen) for seen in shown):
             shown.append(each)
             longer = each.seconds / found[0].seconds - 1
-            yield f"runner-up: {_name(each)}: {each.seconds:.2f} s ({longer:+.0%}), bound by {each.bottleneck}"
+            yield f"runner-up: {_name(each)}: {_s(each.seconds)} ({longer:+.0%}), bound by {each.bottleneck}"
         if len(shown) > _RUNNERS_UP:
             return
 
@@ -142,3 +149,7 @@ def _name(found: Estimate) -> str:
     for name, bits in (("weights", found.policy.compress_weight), ("cache", found.policy.compress_cache)):
         parts += [f"{name} in {bits} bits"] if bits else []
     return ", ".join(parts)
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds:.3g} s"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from engine.errors import CapacityError
-from engine.hardware import Memory
+from engine.hardware import Memory, memory_within
 from engine.placement import TIERS, Tier, split_bytes
 from engine.planner import Plan, make_plan
 from engine.policy import Policy, Share
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from engine.model import CausalModel
 
 _BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
-_DEVICE_PART, _HOST_PART = 0.95, 0.9
-"""Of a machine's memory, what a run may use (hardware.available_memory)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +56,12 @@ class Estimate:
 
 def memory_of(profile: HardwareProfile, base: Policy, disk_bytes: int) -> Memory:
     """What a run may use of a profiled machine, within the limits of `base`."""
-    host = int(_HOST_PART * profile.host_memory_bytes)
-    device = host if is_host(profile) else int(_DEVICE_PART * profile.device_memory_bytes)
-    return Memory(
-        device=device if base.gpu_memory is None else min(device, base.gpu_memory),
-        host=host if base.cpu_memory is None else min(host, base.cpu_memory),
-        disk=disk_bytes if base.offload_dir is not None else 0,
-        shared=is_host(profile),
+    return memory_within(
+        profile.host_memory_bytes,
+        None if is_host(profile) else profile.device_memory_bytes,
+        disk_bytes if base.offload_dir is not None else 0,
+        base.gpu_memory,
+        base.cpu_memory,
     )
 
 
@@ -83,7 +80,7 @@ def search(
     """
     found: list[Estimate] = []
     reason: CapacityError | None = None
-    for policy in _candidates(base, compress=compress):
+    for policy in _candidates(model, base, compress=compress):
         try:
             found += _estimates(model, profile, memory, load, policy)
         except CapacityError as error:
@@ -94,13 +91,15 @@ def search(
     return sorted(found, key=lambda each: (round(each.seconds, 3), _changes(each.policy), -_gpu(each)))
 
 
-def _candidates(base: Policy, *, compress: bool) -> Iterator[Policy]:
+def _candidates(model: CausalModel, base: Policy, *, compress: bool) -> Iterator[Policy]:
     """Policies that differ in codes; where the weights go is open."""
+    from engine.codec import GROUP
+
     if not compress:
         yield base
         return
     for weight in _BITS:
-        for cache in _BITS:
+        for cache in _BITS if all(shape.width % GROUP == 0 for shape in model.kv_shapes) else (None,):
             yield replace(base, compress_weight=weight, compress_cache=cache)
 
 
@@ -126,6 +125,7 @@ def _estimates(
         chosen = replace(policy, weights=share)
         try:
             plan = make_plan(shape, chosen, memory, on_cpu=is_host(profile))
+            _check_room(model, load, chosen, plan)
         except CapacityError as error:
             reason = reason or error
             continue
@@ -133,6 +133,23 @@ def _estimates(
         yield estimate(model, profile, load, chosen, plan)
     if not num_found and reason is not None:
         raise reason
+
+
+def _check_room(model: CausalModel, load: Workload, policy: Policy, plan: Plan) -> None:
+    """Raise `CapacityError` when no tier holds the keys and values of one sequence."""
+    from engine.codec import codec_of
+    from engine.kv_cache import cache_row_bytes
+
+    if load.new == 1:  # keeps none
+        return
+    row_bytes = cache_row_bytes(model.kv_shapes, model.dtype, codec_of(policy.compress_cache))
+    room = max(budget // row_bytes[tier] for tier, budget in plan.cache_budgets.items())
+    needed = load.shared + load.own + load.new - 1
+    if room < needed:
+        raise CapacityError(
+            f"the KV cache has room for {room} tokens on its largest tier, and a sequence has {needed}; "
+            "give it more memory (gpu-memory, cpu-memory, or an offload-dir)"
+        )
 
 
 def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, policy: Policy, plan: Plan) -> Estimate:

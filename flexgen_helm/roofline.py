@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _EXPANDING_PASSES = 3
 """Times that the numbers of an encoded layer are written or read until they can be multiplied with (codec.py)."""
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 _WORKLOAD = re.compile(r"(\d+)x(\d+)x(\d+)\+(\d+):(\d+)")
 
 
@@ -146,7 +147,7 @@ def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]],
     from engine.weights import coded_names, stored_sizes
 
     config = model.config.get_text_config()
-    num_experts = next((n for key in ("num_experts", "num_local_experts") if (n := getattr(config, key, None))), None)
+    num_experts = next((n for key in _EXPERT_KEYS if (n := getattr(config, key, None))), None)
     routed = (getattr(config, "num_experts_per_tok", None) or 1) / (num_experts or 1)
     active = 0.0
     for unit in model.units:

@@ -189,6 +189,31 @@ def test_a_machine_without_an_accelerator_keeps_everything_in_one_memory(models:
         find(models["opt-30b"], Workload.parse("1x4x0+64:4"), **here)
 
 
+def test_what_cannot_be_encoded_is_not_proposed(tmp_path: Path) -> None:
+    """Keys and values of 32 numbers a token: weights may be codes, the cache may not."""
+    from models import config_of
+
+    config_of("llama", num_key_value_heads=1).save_pretrained(tmp_path)
+    model = plan._model(str(tmp_path), "float16", tmp_path / "again")
+    found = find(model, Workload.parse("1x4x0+10:4"), compress=True)
+    assert {each.policy.compress_cache for each in found} == {None}
+    assert {each.policy.compress_weight for each in found} == {None, 8, 4}
+
+
+def test_policies_without_room_for_a_sequence_do_not_fit(models: dict[str, CausalModel]) -> None:
+    """As the engine would say of every request."""
+    base = Policy(gpu_memory=3 * GB, cpu_memory=3 * GB)
+    load = Workload.parse("1x10x0+2000:48")
+    fits = find(models["opt-1.3b"], load, base)
+    row = 24 * 2 * 2048 * 2
+    assert all(max(each.plan.cache_budgets.values()) >= 2047 * row for each in fits)
+    with pytest.raises(
+        CapacityError, match="the KV cache has room for .* tokens on its largest tier, and a sequence has"
+    ):
+        find(models["opt-1.3b"], load, replace(base, gpu_memory=int(0.9 * GB), cpu_memory=int(2.65 * GB)))
+    assert find(models["opt-1.3b"], replace(load, new=1), replace(base, gpu_memory=int(0.9 * GB)))
+
+
 def test_rates_between_measured_ones() -> None:
     rates = {64: 1e14, 256: 4e14, 1024: 4e14}
     assert gemm_rate_at(rates, 64) == 1e14
@@ -234,6 +259,10 @@ def test_the_command_prints_and_writes_a_policy(
         (["--shape", "opt-30b", "--gpu-memory", "1GB"], "raise gpu-memory to"),
         (["--shape", "opt-30b", "--cpu-memory", "20GB"], "offload-dir"),
         (["--shape", "opt-30b", "--hardware", "h101"], "no file or shipped hardware profile 'h101'"),
+        (
+            ["--shape", "opt-30b", "--work", "1x1x2000+40:10"],
+            "sequences of 2049 tokens exceed the model's window of 2048",
+        ),
         (["--shape", "opt-1.3b", "--write", "/nowhere/p.yaml"], "--write /nowhere/p.yaml: No such file or directory"),
     ],
 )
