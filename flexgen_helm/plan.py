@@ -112,9 +112,8 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
     for name, times in (("prefill", found.prefill_s), ("decode", found.decode_s)):
         if max(times.values()) > 0:
             by_time = sorted(times, key=lambda resource: -times[resource])
-            shown = ", ".join(
-                f"{each} {_s(times[each])}" for each in by_time if times[each] >= 0.001 * times[by_time[0]]
-            )
+            least = times[by_time[0]] / 1000
+            shown = ", ".join(f"{each} {_s(times[each])}" for each in by_time if times[each] >= least)
             yield f"{name}: bound by {by_time[0]} ({shown})"
     cache, limits = found.plan.cache_budgets, found.plan.limits
     for tier, place in (("device", "GPU"), ("host", "host"), ("disk", "disk")):
