@@ -105,11 +105,8 @@ def test_every_flag_in_the_text_exists() -> None:
     from flexgen_helm.complete import complete_parser
     from flexgen_helm.flags import run_parser
 
-    known = (
-        run_parser().format_help()
-        + complete_parser().format_help()
-        + Path(ROOT / "flexgen_helm" / "register.py").read_text()
-    )
+    known = run_parser().format_help() + complete_parser().format_help()
+    known += "".join((ROOT / "flexgen_helm" / name).read_text() for name in ("register.py", "doctor.py"))
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}
     assert flags
