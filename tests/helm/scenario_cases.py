@@ -17,7 +17,7 @@ class Case:
     only_scores: bool = False
     """Whether it generates nothing: log-probabilities of prompts are compared too."""
     extra_metrics: frozenset[str] = frozenset()
-    """Metrics that need packages beyond `crfm-helm`; where they are missing, the run is compared without them."""
+    """Metrics that need further packages or a network; where those lack, the run is compared without them."""
 
 
 def _needs(*metrics: str) -> frozenset[str]:
