@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from tiny_models import random_llama, save_tiny_model
 
 from flexgen_helm.run import main
 
@@ -57,6 +59,15 @@ def stats_of(runs: Path) -> dict[str, dict[str, float]]:
 
 
 # Runs
+
+
+def llama_of_64_numbers(tokenizer: Any) -> Any:
+    """`random_llama` with keys and values of 64 numbers a token and layer, a whole group of codes."""
+    from transformers import LlamaForCausalLM
+
+    config = random_llama(tokenizer).config
+    config.hidden_size, config.head_dim = 64, 16
+    return LlamaForCausalLM(config)
 
 
 def test_a_run_ends_with_its_scores_and_helm_knows_the_model(
@@ -103,6 +114,20 @@ def test_a_registered_model_is_found_by_its_helm_name_with_its_own_settings(
     entry = f"{ENTRY},model=acme/rocket,model_deployment=flexgen/rocket"
     assert cli("run", "-r", entry, "-m", 1, "--local-path", "env") == 0
     assert Path("env/model_deployments.yaml").read_text() == before
+
+
+def test_answers_of_compressed_weights_and_caches_are_others(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are computed, and kept apart in HELM's cache."""
+    model = save_tiny_model(tmp_path / "tiny-square", llama_of_64_numbers)
+    run = ("run", "-r", ENTRY, "--model", model, "-m", 3)
+    for codes in ((), ("--compress-weight", 8), ("--compress-cache", 8), ("--compress-weight", "--compress-cache", 4)):
+        for told in ("3 requests, ", "3 requests, all answered from the cache"):
+            assert cli(*run, *codes) == 0
+            out = capsys.readouterr().out
+            assert told in out
+            assert ("from the cache" in out) == ("from the cache" in told)
 
 
 def test_scores_of_an_earlier_command_are_not_shown(
