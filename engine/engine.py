@@ -24,7 +24,7 @@ from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of
 from engine.hardware import available_memory, resolve_device, resolve_dtype
 from engine.hidden import HiddenStates
 from engine.job import Completion, Job, is_whole
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, unencodable_layer
 from engine.loading import load_checkpoint
 from engine.model import CausalModel
 from engine.placement import Tier
@@ -344,9 +344,10 @@ class Engine:
     def _check(self, job: Job) -> None:
         job.check()
         vocabulary = self._model.vocab_size
-        strange = next((token for token in job.prompt if not is_whole(token)), None)
-        if strange is not None:
-            raise JobError(f"the prompt holds {strange!r}, which is no token id")
+        if {*map(type, job.prompt)} != {int}:  # else there is nothing to look for, token by token
+            strange = next((token for token in job.prompt if not is_whole(token)), None)
+            if strange is not None:
+                raise JobError(f"the prompt holds {strange!r}, which is no token id")
         outside = next((token for token in job.prompt if not 0 <= token < vocabulary), None)
         if outside is not None:
             raise JobError(
@@ -523,12 +524,12 @@ def shape_of(model: CausalModel, codec: Codec | None = None) -> ModelShape:
 
 
 def _check_cache_codec(model: CausalModel) -> None:
-    for layer, shape in enumerate(model.kv_shapes):
-        if shape.width % GROUP:
-            raise UnsupportedError(
-                f"compress-cache: keys and values of layer {layer} are {shape.width} numbers a token, no multiple of "
-                f"{GROUP}; leave it out"
-            )
+    layer = unencodable_layer(model.kv_shapes)
+    if layer is not None:
+        raise UnsupportedError(
+            f"compress-cache: keys and values of layer {layer} are {model.kv_shapes[layer].width} numbers a token, no "
+            f"multiple of {GROUP}; leave it out"
+        )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ import torch
 from engine.arena import Arena
 from engine.batch import DecodeGroup, MicroBatch, Rows
 from engine.block import Block
-from engine.codec import Codec
+from engine.codec import GROUP, Codec
 from engine.extents import Extents
 from engine.kv_shape import KVShape
 from engine.kv_transfer import KVTransfer
@@ -277,6 +277,11 @@ def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | No
     numbers = sum(shape.width for shape in shapes) * dtype.itemsize
     coded = numbers if codec is None else sum(codec.row_bytes(shape.width, dtype) for shape in shapes)
     return {"device": numbers, "host": coded, "disk": coded}
+
+
+def unencodable_layer(shapes: list[KVShape]) -> int | None:
+    """The first layer whose keys and values no codec takes; None if there is none."""
+    return next((layer for layer, shape in enumerate(shapes) if shape.width % GROUP), None)
 
 
 def pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

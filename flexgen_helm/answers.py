@@ -114,9 +114,7 @@ class Answers:
             if self._file is None:
                 print(line, end="", flush=True)
             else:
-                left = line.encode("utf-8", errors="replace")
-                while left:
-                    left = left[self._file.write(left) :]
+                _write(self._file, line)
         except OSError as error:
             name = "standard output" if self._path is None else f"{self._path}, which keeps the answers so far,"
             raise RunFailed(f"{name} cannot be written: {error.strerror}") from None
@@ -144,9 +142,7 @@ class Answers:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(handle, stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
-            left = "".join(line + "\n" for line in lines).encode()
-            while left:
-                left = left[file.write(left) :]
+            _write(file, "".join(line + "\n" for line in lines))
             os.fsync(handle)
             os.replace(name, self._path)
         except OSError as error:
@@ -155,3 +151,10 @@ class Answers:
             raise RunFailed(f"{self._path} cannot be written anew: {error.strerror}; free some space") from None
         self._file.close()
         self._file = file
+
+
+def _write(file: FileIO, text: str) -> None:
+    """Write all of `text`: an unbuffered file may take a part at a time."""
+    left = text.encode("utf-8", errors="replace")
+    while left:
+        left = left[file.write(left) :]

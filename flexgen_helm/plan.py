@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from engine.errors import ConfigError
+from engine.placement import TIERS
 from engine.policy import Policy, parse_bytes
 from flexgen_helm.parser import Parser
 from flexgen_helm.roofline import Workload
@@ -116,10 +117,10 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
             shown = ", ".join(f"{each} {_s(times[each])}" for each in by_time if times[each] >= least)
             yield f"{name}: bound by {by_time[0]} ({shown})"
     cache, limits = found.plan.cache_budgets, found.plan.limits
-    for tier, place in (("device", "GPU"), ("host", "host"), ("disk", "disk")):
-        held = f"{found.weights[tier] / 1e9:.1f} GB of weights"  # type: ignore[index]
-        room = f"room for {cache[tier] / 1e9:.1f} GB of keys and values"  # type: ignore[index]
-        if found.weights[tier] or cache[tier]:  # type: ignore[index]
+    for tier, place in zip(TIERS, ("GPU", "host", "disk"), strict=True):
+        held = f"{found.weights[tier] / 1e9:.1f} GB of weights"
+        room = f"room for {cache[tier] / 1e9:.1f} GB of keys and values"
+        if found.weights[tier] or cache[tier]:
             yield f"{place}: {held}, {room}"
     yield f"{found.at_once} sequences at once, micro-batches of up to {limits.rows_per_batch} tokens"
 

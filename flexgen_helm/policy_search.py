@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from engine.errors import CapacityError
 from engine.hardware import Memory, memory_within
 from engine.placement import TIERS, Tier, split_bytes
-from engine.planner import Plan, make_plan
+from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy, Share
-from flexgen_helm.roofline import Work, Workload, num_at_once, sizes_of_model, work_of
+from flexgen_helm.roofline import Sizes, Work, Workload, cache_rows, num_at_once, sizes_of_model, work_of
 
 if TYPE_CHECKING:
     from engine.hardware_profile import HardwareProfile
@@ -78,74 +79,48 @@ def search(
     `base` says what is not searched for: memory limits, directories, and with `compress` false, the bits of codes.
     Raises `CapacityError`, with what is missing, when none fits.
     """
+    from engine.codec import codec_of
+    from engine.engine import shape_of
+    from engine.kv_cache import unencodable_layer
+
     found: list[Estimate] = []
     reason: CapacityError | None = None
-    for policy in _candidates(model, base, compress=compress):
-        try:
-            found += _estimates(model, profile, memory, load, policy)
-        except CapacityError as error:
-            reason = reason or error
+    cache_bits = _BITS if compress and unencodable_layer(model.kv_shapes) is None else (base.compress_cache,)
+    for weight in _BITS if compress else (base.compress_weight,):
+        shape = shape_of(model, codec_of(weight))
+        for cache, share in product(cache_bits, _shares(shape, memory, base)):
+            policy = replace(base, compress_weight=weight, compress_cache=cache, weights=share)
+            try:
+                plan = make_plan(shape, policy, memory, on_cpu=is_host(profile))
+                found.append(estimate(model, profile, load, policy, plan))
+            except CapacityError as error:
+                reason = reason or error
     if not found:
         assert reason is not None
         raise reason
-    return sorted(found, key=lambda each: (round(each.seconds, 3), _changes(each.policy), -_gpu(each)))
+    return sorted(found, key=lambda each: (round(each.seconds, 3), _changes(each.policy), -each.plan.weights.gpu))
 
 
-def _candidates(model: CausalModel, base: Policy, *, compress: bool) -> Iterator[Policy]:
-    """Policies that differ in codes; where the weights go is open."""
-    from engine.codec import GROUP
+def _shares(shape: ModelShape, memory: Memory, base: Policy) -> list[Share | None]:
+    """Every whole percent of the weights on the device, and what host memory holds of the rest; the rest is disk.
 
-    if not compress:
-        yield base
-        return
-    for weight in _BITS:
-        for cache in _BITS if all(shape.width % GROUP == 0 for shape in model.kv_shapes) else (None,):
-            yield replace(base, compress_weight=weight, compress_cache=cache)
-
-
-def _estimates(
-    model: CausalModel, profile: HardwareProfile, memory: Memory, load: Workload, policy: Policy
-) -> Iterator[Estimate]:
-    """One for each whole percent of the weights on the device that fits; raises the planner's word if none does."""
-    from engine.codec import codec_of
-    from engine.engine import shape_of
-
-    shape = shape_of(model, codec_of(policy.compress_weight))
+    None stands for what the planner makes of it where host memory is too small and there is no disk: it says so.
+    """
+    if base.weights is not None:
+        return [base.weights]
     host = min(100, math.floor(100 * memory.host / shape.weight_bytes))
-    shares: list[Share | None] = [policy.weights] if policy.weights else []
-    if not shares:
-        for gpu in range(101):
-            cpu = min(100 - gpu, host)
-            if cpu < 100 - gpu and policy.offload_dir is None:
-                continue
+    shares: list[Share | None] = []
+    for gpu in range(101):
+        cpu = min(100 - gpu, host)
+        if cpu == 100 - gpu or base.offload_dir is not None:
             shares.append(Share(gpu=gpu, cpu=cpu, disk=100 - gpu - cpu))
-    reason: CapacityError | None = None
-    num_found = 0
-    for share in shares or [None]:
-        chosen = replace(policy, weights=share)
-        try:
-            plan = make_plan(shape, chosen, memory, on_cpu=is_host(profile))
-            _check_room(model, load, chosen, plan)
-        except CapacityError as error:
-            reason = reason or error
-            continue
-        num_found += 1
-        yield estimate(model, profile, load, chosen, plan)
-    if not num_found and reason is not None:
-        raise reason
+    return shares or [None]
 
 
-def _check_room(model: CausalModel, load: Workload, policy: Policy, plan: Plan) -> None:
+def _check_room(load: Workload, sizes: Sizes, plan: Plan) -> None:
     """Raise `CapacityError` when no tier holds the keys and values of one sequence."""
-    from engine.codec import codec_of
-    from engine.kv_cache import cache_row_bytes
-
-    if load.new == 1:  # keeps none
-        return
-    row_bytes = cache_row_bytes(model.kv_shapes, model.dtype, codec_of(policy.compress_cache))
-    room = max(budget // row_bytes[tier] for tier, budget in plan.cache_budgets.items())
-    needed = load.shared + load.own + load.new - 1
-    if room < needed:
+    room, needed = max(cache_rows(sizes, plan).values()), load.shared + load.own + load.new - 1
+    if load.new > 1 and room < needed:  # one token needs none
         raise CapacityError(
             f"the KV cache has room for {room} tokens on its largest tier, and a sequence has {needed}; "
             "give it more memory (gpu-memory, cpu-memory, or an offload-dir)"
@@ -153,10 +128,10 @@ def _check_room(model: CausalModel, load: Workload, policy: Policy, plan: Plan) 
 
 
 def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, policy: Policy, plan: Plan) -> Estimate:
-    """What `load` takes under a plan."""
+    """What `load` takes under a plan; `CapacityError` when that has no room for a sequence of it."""
     placed = _placed(model, policy, plan.weights)
     sizes = sizes_of_model(model, placed, policy)
-    disk = sum(tiers["disk"] for name, tiers in placed.items() if name != "embedding" or model.is_tied)
+    _check_room(load, sizes, plan)
     whole, prefill = work_of(load, sizes, plan), work_of(replace(load, new=1), sizes, plan)
     at_once = num_at_once(load, sizes, plan)
     decode = Work(
@@ -173,8 +148,8 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
         at_once=at_once,
         sweeps=whole.sweeps,
-        prefill_s=_seconds(prefill, profile, plan.limits.rows_per_batch, disk),
-        decode_s=_seconds(decode, profile, at_once, disk),
+        prefill_s=_seconds(prefill, profile, plan.limits.rows_per_batch, sizes.disk_bytes),
+        decode_s=_seconds(decode, profile, at_once, sizes.disk_bytes),
     )
 
 
@@ -218,7 +193,3 @@ def gemm_rate_at(rates: Mapping[int, float], rows: int) -> float:
 def _changes(policy: Policy) -> int:
     """How much of the numbers codes take away, for the order of equals."""
     return sum(16 - bits for bits in (policy.compress_weight, policy.compress_cache) if bits)
-
-
-def _gpu(found: Estimate) -> float:
-    return found.plan.weights.gpu

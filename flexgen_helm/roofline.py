@@ -101,6 +101,8 @@ class Sizes:
     """Weights of layers and head, on any tier."""
     streamed_bytes: int
     """Those of them that are not on the device."""
+    disk_bytes: int
+    """Those of them that are on disk."""
     cache_row_bytes: int
     """Keys and values of one token, all layers, off the device."""
     device_cache_row_bytes: int
@@ -167,6 +169,7 @@ def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]],
         attention_width=0 if is_windowed else config.num_attention_heads * widths,
         sweep_bytes=sum(sum(tiers.values()) for tiers in swept),
         streamed_bytes=sum(tiers["host"] + tiers["disk"] for tiers in swept),
+        disk_bytes=sum(tiers["disk"] for tiers in swept),
         cache_row_bytes=row_bytes["host"],
         device_cache_row_bytes=row_bytes["device"],
         expanded_bytes=sum(
@@ -218,13 +221,18 @@ def num_at_once(load: Workload, sizes: Sizes, plan: Plan) -> int:
     return _concurrency(load.num_requests, kept, sizes, plan)[0]
 
 
+def cache_rows(sizes: Sizes, plan: Plan) -> dict[Tier, int]:
+    """Tokens whose keys and values each tier has room for."""
+    row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
+    return {tier: budget // row_bytes[tier] for tier, budget in plan.cache_budgets.items()}
+
+
 def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tuple[int, float]:
     """(sequences that can run at once, share of them whose keys and values are off the device)."""
     at_once = min(num_requests, plan.limits.sequences_per_batch * plan.limits.batches)
     if not kept:
         return at_once, 0.0
-    row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
-    room = {tier: budget // row_bytes[tier] // kept for tier, budget in plan.cache_budgets.items()}
+    room = {tier: rows // kept for tier, rows in cache_rows(sizes, plan).items()}
     at_once = max(1, min(at_once, sum(room.values())))
     if plan.kv_cache is not None:
         return at_once, 1 - plan.kv_cache.gpu / 100

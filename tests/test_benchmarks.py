@@ -89,6 +89,7 @@ SIZES = Sizes(
     attention_width=10,
     sweep_bytes=2100,
     streamed_bytes=1100,
+    disk_bytes=0,
     cache_row_bytes=8,
     device_cache_row_bytes=8,
     expanded_bytes=0,
