@@ -13,7 +13,7 @@ import models
 import pytest
 import torch
 
-from benchmarks import compression, data_wrangling, draw, memory, timeline
+from benchmarks import codecs, compression, data_wrangling, draw, memory, timeline
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
 from engine.errors import ConfigError
@@ -586,3 +586,13 @@ def test_what_compression_costs_is_compared_token_by_token(
         assert coarse["mean_logprob_change"] == pytest.approx(coarse["mean_logprob"] - rows["as it is"]["mean_logprob"])
     assert rows["both 4"]["weight_bytes"] < rows["both 8"]["weight_bytes"] < rows["cache 4"]["weight_bytes"]
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_codes_are_compared_at_their_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4.5 and 8.5 bits a number; sixteen times finer steps leave a sixteenth of the error, about."""
+    monkeypatch.setattr(sys, "argv", ["codecs", "--count", "64000", "--out", str(tmp_path)])
+    codecs.main()
+    rows = json.loads((tmp_path / "codecs.json").read_text())["codecs"]
+    coarse, fine = rows["engine, 4 bits"], rows["engine, 8 bits"]
+    assert (coarse["bits"], fine["bits"]) == (4.5, 8.5)
+    assert fine["relative_error"] == pytest.approx(coarse["relative_error"] / 17, rel=0.1)
