@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from engine import flash, host_flash
+from engine import flash, host_attention, host_flash
 from engine.batch import DecodeGroup, MicroBatch, PrefillGroup
 from engine.errors import UnsupportedError
 from engine.kv_shape import KVShape
@@ -101,7 +101,15 @@ def attention(
             for prefill in batch.prefill_groups:
                 _prefill(prefill, query, key, value, sweeping, scores, output)
     for decode in batch.decode_groups:
-        if not use_flash or sweeping.cache.attention_device(decode) != query.device:
+        if use_flash:
+            break
+        taken = slice(decode.first, decode.end)
+        on_host = sweeping.cache.is_attended_on_host(decode)
+        if on_host and not decode.chain and scores.is_stock_within(batch.longest):
+            output[taken] = host_attention.attend(decode, query[taken].cpu(), sweeping.cache, sweeping.layer, scores)[
+                0
+            ].to(query.device)
+        else:
             _decode(decode, query, key, value, sweeping, scores, output)
     return output[None], None
 
@@ -153,9 +161,11 @@ def _decode(
 ) -> None:
     """Attend the new rows of the sequences of `group`; query, key, value `[rows, heads, dim]` of the micro-batch."""
     taken = slice(group.first, group.end)
-    device = sweeping.cache.attention_device(group)
-    query, key, value = (x[taken].to(device) for x in (query, key, value))
-    key, value = sweeping.cache.own(sweeping.layer, group, key, value)  # [sequences, kv heads, length, dim]
+    device = torch.device("cpu") if sweeping.cache.is_attended_on_host(group) else query.device
+    key, value = sweeping.cache.own(
+        sweeping.layer, group, key[taken], value[taken]
+    )  # [sequences, kv heads, length, dim]
+    query = query[taken].to(device)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     # As in a prefill, what shares keys and values becomes rows: [sequences, kv heads, groups * steps, dim].
     query = query.unflatten(0, (-1, group.steps)).unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.schedule import Segment
+from engine.placement import Tier
+from engine.schedule import Limits, Segment
 from engine.sequence import Prefix
 
 if TYPE_CHECKING:
@@ -58,10 +60,30 @@ class PrefillGroup:
         return mask.to(self._device)
 
 
+@dataclass(frozen=True)
+class StoredRun:
+    """Neighbouring rows of a tier's table that are brought to the device at once, with what lies between blocks."""
+
+    tier: Tier
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter:
+    """Rows of a micro-batch that go to single rows of a tier's table."""
+
+    tier: Tier
+    rows: torch.Tensor | None
+    """`[stored]`, on the device; None for all, in their order."""
+    slots: torch.Tensor
+    """`[stored]`, on the host."""
+
+
 class DecodeGroup:
     """New rows of running sequences, equally many of each, that continue the same chain of prefixes (or none)."""
 
-    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+    def __init__(self, segments: list[Segment], device: torch.device, gap_rows: int = 0) -> None:
         self.chain: tuple[Prefix, ...] = segments[0].span.chain
         self.segments = segments
         self.first, self.end = segments[0].first, segments[-1].end
@@ -76,24 +98,36 @@ class DecodeGroup:
         """Where each sequence's queries begin: int32 `[sequences + 1]`."""
         self.is_on_device = segments[0].is_on_device
         """Whether all own tokens are in the device's table; else none are."""
-        if self.is_on_device:
-            firsts = [segment.span.block.first for segment in segments if segment.span.block is not None]
-            self.own_borders = torch.tensor([*firsts, firsts[-1]], dtype=torch.int32).to(device)
-        else:
-            self.own_borders = (borders * self.length).to(device)
-        """Where each sequence's own tokens begin, in the table or among the padded ones: int32 `[sequences + 1]`."""
+        self.stored_runs: list[StoredRun] = []
+        """Where own tokens are, if not on the device, room for the new ones included: staged rows are these, one behind
+        the other."""
+        blocks = [segment.span.block for segment in segments if segment.span.block is not None]
+        firsts = [block.first for block in blocks]
+        if not self.is_on_device:
+            self.stored_runs, firsts = _stored_runs(
+                blocks, [segment.past + self.steps for segment in segments], gap_rows
+            )
+        self.own_borders = torch.tensor([*firsts, firsts[-1]], dtype=torch.int32).to(device)
+        """Where each sequence's own tokens begin, in the device's table or among the staged rows: int32
+        `[sequences + 1]`."""
         self._start = segments[0].span.start
         self._masks: dict[int | None, torch.Tensor] = {}
 
     @cached_property
-    def device_index(self) -> torch.Tensor:
-        """Rows of the device's table that hold the own tokens, `[sequences * length]`.
+    def own_index(self) -> torch.Tensor:
+        """Rows, in the device's table or among the staged ones, that hold the own tokens, `[sequences * length]`.
 
         Beyond a sequence's length the index stays on its last row: written, and masked.
         """
         ends = self.past[:, None] + self.steps - 1
         own = torch.minimum(torch.arange(self.length, device=ends.device), ends)
         return (self.own_borders[:-1, None] + own).flatten()
+
+    @cached_property
+    def new_index(self) -> torch.Tensor:
+        """The same of the new rows only, `[sequences * steps]`."""
+        new = self.past[:, None] + torch.arange(self.steps, device=self.past.device)
+        return (self.own_borders[:-1, None] + new).flatten()
 
     def mask(self, window: int | None) -> torch.Tensor:
         """What to add to the scores, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
@@ -120,7 +154,9 @@ class Rows:
         self.segments = segments
         self.num_rows = segments[-1].end
         self.offloaded: list[tuple[Segment, Block]] = []
-        """Segments whose new keys and values go to the host or to disk."""
+        """New spans whose keys and values go to the host or to disk."""
+        self.scattered: list[Scatter] = []
+        """Rows of decode steps that go there."""
         self.passing: list[Segment] = []
         """Prefixes whose keys and values nobody needs beyond the layer in hand."""
         self.device_rows: torch.Tensor | None = None
@@ -129,6 +165,7 @@ class Rows:
         """Where those are kept `[stored]`; None if no row is."""
         rows: list[torch.Tensor] = []
         slots: list[torch.Tensor] = []
+        steps: dict[Tier, list[tuple[Segment, Block]]] = {}
         for segment in self.segments:
             block = segment.span.block
             if block is None:
@@ -136,7 +173,10 @@ class Rows:
                     self.passing.append(segment)
                 continue
             if block.tier != "device":
-                self.offloaded.append((segment, block))
+                if segment.is_decode:
+                    steps.setdefault(block.tier, []).append((segment, block))
+                else:
+                    self.offloaded.append((segment, block))
                 continue
             rows.append(torch.arange(segment.first, segment.first + segment.num_rows))
             first = block.first + segment.past
@@ -145,12 +185,16 @@ class Rows:
             taken = torch.cat(rows)
             self.device_rows = None if len(taken) == self.num_rows else taken.to(device)
             self.device_slots = torch.cat(slots).to(device)
+        for tier, found in steps.items():
+            taken = torch.cat([torch.arange(s.first, s.first + s.num_rows) for s, _ in found])
+            places = torch.cat([torch.arange(s.num_rows) + block.first + s.past for s, block in found])
+            self.scattered.append(Scatter(tier, None if len(taken) == self.num_rows else taken.to(device), places))
 
 
 class MicroBatch(Rows):
     """Rows of `segments`, one behind the other, each with its padding."""
 
-    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+    def __init__(self, segments: list[Segment], device: torch.device, limits: Limits) -> None:
         super().__init__(segments, device)
         ids: list[int] = []
         positions: list[int] = []
@@ -164,7 +208,11 @@ class MicroBatch(Rows):
         self._positions = torch.tensor([positions]).to(device)
         self._device = device
         decode = [segment for segment in segments if segment.is_decode]
-        self.decode_groups = [DecodeGroup(group, device) for group in _runs_of_one_chain(decode)]
+        self.decode_groups = [
+            DecodeGroup(group, device, limits.gap_rows)
+            for run in _runs_of_one_chain(decode)
+            for group in _gathered_at_once(run, limits)
+        ]
         self.prefill_first = sum(segment.num_rows for segment in decode)
         """First row that is no decode step."""
         borders = [segment.first for segment in segments[len(decode) :]] + [self.num_rows]
@@ -211,6 +259,39 @@ def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
         return id(segment.span.parent), *decode
 
     return [list(run) for _, run in groupby(segments, key=kind)]
+
+
+def _stored_runs(blocks: list[Block], lengths: list[int], gap_rows: int) -> tuple[list[StoredRun], list[int]]:
+    """The runs that hold the first rows of each block, and where among their rows each block begins.
+
+    A copy of its own costs more than that of `gap_rows` rows: neighbours that lie so near are one run.
+    """
+    runs: list[StoredRun] = []
+    firsts, before = [], 0
+    for block, length in zip(blocks, lengths, strict=True):
+        last = runs[-1] if runs else None
+        if last is not None and last.tier == block.tier and 0 <= block.first - last.end <= gap_rows:
+            runs[-1] = StoredRun(block.tier, last.first, block.first + length)
+        else:
+            before += last.end - last.first if last is not None else 0
+            runs.append(StoredRun(block.tier, block.first, block.first + length))
+        firsts.append(before + block.first - runs[-1].first)
+    return runs, firsts
+
+
+def _gathered_at_once(run: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Cut decode steps of one kind so that what attention gathers of each part stays within limits."""
+    if limits.reads_in_place and run[0].is_on_device:
+        return [run]
+    parts: list[list[Segment]] = []
+    longest = 0
+    for segment in run:
+        longest = max(longest, segment.past + segment.num_rows)  # all may be padded to the longest
+        if not parts or longest * (len(parts[-1]) + 1) > limits.cached_rows_per_batch:
+            parts.append([])
+            longest = segment.past + segment.num_rows
+        parts[-1].append(segment)
+    return parts
 
 
 def _runs_of_new_spans(segments: list[Segment], joins: Callable[[list[Segment], Segment], bool]) -> list[list[Segment]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.fused import Fused
 from engine.placement import align
 
 GROUP = 64
@@ -70,7 +71,8 @@ class Codec:
         steps, leasts = (
             coded[first : first + used].view(values.dtype) for first in (code_bytes, code_bytes + step_bytes)
         )
-        self._fill(values.view(-1, GROUP), coded[: self.code_bytes(count)], steps, leasts)
+        codes = coded[: self.code_bytes(count)].view(len(steps), -1)
+        _fill(values.view(-1, GROUP), codes, steps, leasts, self.bits)
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         """Bytes of a row of `width` numbers of `dtype`, a multiple of `GROUP`, encoded by `encode_rows`."""
@@ -84,21 +86,25 @@ class Codec:
 
     def decode_rows(self, coded: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """The rows `[count, width]` of `dtype` of `coded` bytes `[count, row_bytes]`."""
-        rows = torch.empty(len(coded), width, dtype=dtype, device=coded.device)
-        of_steps = width // GROUP * dtype.itemsize
-        codes, *others = coded.split((self.code_bytes(width), of_steps, of_steps), dim=1)
-        steps, leasts = (part.contiguous().view(dtype).flatten() for part in others)
-        self._fill(rows.view(-1, GROUP), codes.contiguous(), steps, leasts)
-        return rows
+        rows = torch.empty(len(coded), width // GROUP, GROUP, dtype=dtype, device=coded.device)
+        code_bytes, groups = self.code_bytes(width), width // GROUP
+        first = code_bytes // dtype.itemsize
+        numbers = coded.view(dtype)  # [count, …]: the codes, too, which are not looked at so
+        steps, leasts = numbers[:, first : first + groups], numbers[:, first + groups : first + 2 * groups]
+        _fill(rows, coded[:, :code_bytes].unflatten(1, (groups, -1)), steps, leasts, self.bits)
+        return rows.flatten(1)
 
-    def _fill(self, groups: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, leasts: torch.Tensor) -> None:
-        codes = codes.view(len(groups), -1)
-        if self.bits == 4:
-            groups[:, : GROUP // 2].copy_(codes & 15)
-            groups[:, GROUP // 2 :].copy_(codes >> 4)
-        else:
-            groups.copy_(codes)
-        torch.addcmul(leasts[:, None], groups, steps[:, None], out=groups)
+
+def _decode_into(
+    groups: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, leasts: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Fill `groups` `[…, GROUP]` with the numbers of codes uint8 `[…, bytes]`, steps and leasts `[…]`."""
+    if bits == 4:
+        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
+    return torch.addcmul(leasts[..., None], groups.copy_(codes), steps[..., None], out=groups)
+
+
+_fill = Fused(_decode_into, ("cuda", "xpu"))
 
 
 def codec_of(bits: int | None) -> Codec | None:

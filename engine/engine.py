@@ -113,7 +113,7 @@ class Engine:
         codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
         if cache_codec is not None:
             _check_cache_codec(model)
-        plan = make_plan(shape_of(model, codec), policy, memory, on_cpu=device.type == "cpu")
+        plan = make_plan(shape_of(model, codec, cache_codec), policy, memory, on_cpu=device.type == "cpu")
         if policy.gpu_memory is not None:
             accelerator.limit_memory(device, policy.gpu_memory)
         arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
@@ -135,7 +135,7 @@ class Engine:
                 model,
                 store,
                 Scheduler(plan.limits, cache, share_prefix=policy.share_prefix),
-                Executor(model, store, cache, hidden),
+                Executor(model, store, cache, hidden, plan.limits),
                 tokenizer,
                 policy=policy,
                 plan=plan,
@@ -489,8 +489,8 @@ _SCORE_COPIES = 3
 """Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
 
 
-def shape_of(model: CausalModel, codec: Codec | None = None) -> ModelShape:
-    """Sizes that the planner needs, with weights kept as `codec` has them."""
+def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
+    """Sizes that the planner needs, with weights kept as `codec` has them, keys and values as `cache_codec` has."""
     config = model.config.get_text_config()
     sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
     coded = [unit for unit in model.units if coded_names(model, unit)]
@@ -515,6 +515,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None) -> ModelShape:
         outer_bytes=sizes["outer"],
         cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
         cache_layer_row_bytes=widest.width * item,
+        coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width, model.dtype),
         hidden_row_bytes=model.hidden_size * item,
         is_padded=model.is_padded,
         score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,

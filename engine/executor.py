@@ -15,7 +15,7 @@ from engine.model import CausalModel, LayerCall
 from engine.padded import PaddedBatch
 from engine.planner import LOGITS_BYTES
 from engine.sampling import choose
-from engine.schedule import Segment
+from engine.schedule import Limits, Segment
 from engine.sequence import Prefix, Sequence, Span
 from engine.weights import WeightStore
 
@@ -43,8 +43,11 @@ class _Ask:
 class Executor:
     """Takes micro-batches of segments through the model once."""
 
-    def __init__(self, model: CausalModel, weights: WeightStore, cache: KVCache, hidden: HiddenStates) -> None:
+    def __init__(
+        self, model: CausalModel, weights: WeightStore, cache: KVCache, hidden: HiddenStates, limits: Limits
+    ) -> None:
         self._model = model
+        self._limits = limits
         self._weights = weights
         self._cache = cache
         self._hidden = hidden
@@ -68,21 +71,17 @@ class Executor:
         micro: list[MicroBatch | PaddedBatch] = [
             PaddedBatch(segments, model.device, model.sweeping)
             if model.is_padded
-            else MicroBatch(segments, model.device)
+            else MicroBatch(segments, model.device, self._limits)
             for segments in batches
         ]
         hidden.begin(micro)
         calls: list[list[LayerCall]] = []
         model.sweeping.cache = cache
-        cache.begin_sweep()
-        cache.prefetch(0, micro[0])
+        cache.begin_sweep(micro)
         for layer in range(len(model.layers)):
             weights.acquire(layer)
             model.sweeping.layer = layer
             for index, batch in enumerate(micro):
-                following = (layer, index + 1) if index + 1 < len(micro) else (layer + 1, 0)
-                if following[0] < len(model.layers):
-                    cache.prefetch(following[0], micro[following[1]])
                 if layer == 0:  # not before: the host looks up embeddings while the device is at the first layer
                     weights.look_up(batch.ids)
                     if index + 1 < len(micro):

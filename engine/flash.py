@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine import host_attention
 from engine.accelerator import has_flash_attention
 
 if TYPE_CHECKING:
@@ -45,16 +46,14 @@ def attend(
     """Attend a micro-batch: query, key, value `[rows, heads, dim]` -> `[rows, heads, dim]`.
 
     Own tokens first, all new spans in one call; then, per chain of prefixes, its rows against the prefix; the two are
-    merged by their log-sum-exps, which is exact. Decode steps whose attention is the host's are left out.
+    merged by their log-sum-exps, which is exact.
     """
     kv_cache, layer = sweeping.cache, sweeping.layer
-    here = [group for group in batch.decode_groups if kv_cache.attention_device(group) == query.device]
     if not batch.chain_runs:  # often there is nothing to put together
         if not batch.decode_groups:
             return _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, scores)[0]
-        if len(here) == len(batch.decode_groups) == 1 and batch.prefill_first == len(query):
-            own_key, own_value = kv_cache.own_flat(layer, here[0], key, value)
-            return _decode(query, own_key, own_value, here[0], scores)[0]
+        if len(batch.decode_groups) == 1 and batch.prefill_first == len(query):
+            return _own(batch.decode_groups[0], query, key, value, sweeping, scores)[0]
     if not batch.decode_groups:
         output, logsumexp = _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, scores)
     else:
@@ -65,14 +64,10 @@ def attend(
             output[rows], logsumexp[:, rows] = _varlen(
                 query[rows], key[rows], value[rows], batch.prefill_borders, batch.longest_prefill, scores
             )
-    for group in here:
+    for group in batch.decode_groups:
         rows = slice(group.first, group.end)
-        own_key, own_value = kv_cache.own_flat(layer, group, key[rows], value[rows])
-        output[rows], logsumexp[:, rows] = _decode(query[rows], own_key, own_value, group, scores)
+        output[rows], logsumexp[:, rows] = _own(group, query[rows], key[rows], value[rows], sweeping, scores)
     for first, end, chain in batch.chain_runs:
-        group_of_first = batch.decode_group_at(first)
-        if group_of_first is not None and group_of_first not in here:
-            continue
         rows = slice(first, end)
         prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in kv_cache.prefix(layer, chain))
         shared, shared_logsumexp = _dense(query[rows][None], prefix_key, prefix_value, scores)
@@ -87,6 +82,22 @@ def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, s
     """
     weight = torch.sigmoid(shared_logsumexp - logsumexp).T[:, :, None]
     output.lerp_(shared, weight.to(output.dtype))
+
+
+def _own(
+    group: DecodeGroup,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sweeping: Sweeping,
+    scores: Scores,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A decode group's rows against their own tokens, wherever they are: `[rows, heads, dim]`, `[heads, rows]`."""
+    if sweeping.cache.is_attended_on_host(group):
+        output, logsumexp = host_attention.attend(group, query.cpu(), sweeping.cache, sweeping.layer, scores)
+        return output.to(query.device), logsumexp.to(query.device)
+    key, value = sweeping.cache.own_flat(sweeping.layer, group, key, value)
+    return _decode(query, key, value, group, scores)
 
 
 def _varlen(

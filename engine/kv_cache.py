@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from engine.arena import Arena
-from engine.batch import DecodeGroup, MicroBatch, Rows
+from engine.batch import DecodeGroup, MicroBatch, Rows, Scatter
 from engine.block import Block
 from engine.codec import GROUP, Codec
 from engine.extents import Extents
@@ -62,7 +63,11 @@ class KVCache:
         self._fresh: dict[int, torch.Tensor] = {}
         self._fresh_layer = -1
         self._transfer = KVTransfer(arena.device)
-        self._staged: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
+        self._stages = self._transfer.is_asynchronous and not compute_on_host
+        """Whether own tokens off the device are brought there ahead of their turn."""
+        self._coming: Iterator[tuple[int, DecodeGroup]] = iter(())
+        self._staged: tuple[int, DecodeGroup, torch.Tensor, Any] | None = None
+        """Layer and group whose own tokens were brought last, or are under way, and the event of their arrival."""
 
     def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
         """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
@@ -108,6 +113,7 @@ class KVCache:
             return False
         expected = needed + int(self._expected * self._percents[tier] / 100)
         capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
+        self._transfer.settle()  # what is still under way to a table must not miss its copy
         tables = self._tables[tier]
         sizes = [capacity * self._row_bytes(shape, tier) for shape in self.shapes]
         if not tables:  # page-locking takes its time: all layers at once
@@ -124,36 +130,26 @@ class KVCache:
         extents.grow(capacity)
         return True
 
-    def begin_sweep(self) -> None:
-        """To be called before a sweep: from now on it may read what the sweep before wrote."""
-        self._transfer.begin_sweep()
-        self._staged.clear()
+    def begin_sweep(self, batches: Sequence[Rows]) -> None:
+        """To be called before a sweep over micro-batches: from now on it may read what the sweep before wrote."""
+        self._transfer.settle()
+        groups = [group for batch in batches if isinstance(batch, MicroBatch) for group in batch.decode_groups]
+        offloaded = [group for group in groups if not group.is_on_device]
+        if self._stages:
+            self._coming = ((layer, group) for layer in range(len(self.shapes)) for group in offloaded)
+            self._fetch_next()
 
-    def prefetch(self, layer: int, batch: Rows) -> None:
-        """Start bringing a layer's offloaded keys and values of a packed micro-batch's decode steps to the device."""
-        if not isinstance(batch, MicroBatch) or not self._transfer.is_asynchronous or self._compute_on_host:
+    def _fetch_next(self) -> None:
+        """Start bringing the own tokens that will be attended to after those that were brought last."""
+        self._staged = None
+        for layer, group in self._coming:
+            staged, arrival = self._transfer.fetch(self._stored_rows(layer, group))
+            self._staged = layer, group, staged, arrival
             return
-        groups = [group for group in batch.decode_groups if not group.is_on_device]
-        if not groups:
-            return
-        pieces: list[tuple[int, torch.Tensor]] = []
-        first = 0
-        for group in groups:
-            pieces += [(first + row, rows) for row, rows in self._stored_rows(layer, group)]
-            first += len(group.segments) * group.length
-        staged, arrival = self._transfer.fetch(first, pieces, clear=self._codec is not None)
-        first = 0
-        for group in groups:
-            end = first + len(group.segments) * group.length
-            self._staged[layer, id(group)] = staged[first:end], arrival
-            first = end
 
-    def _stored_rows(self, layer: int, group: DecodeGroup) -> Iterator[tuple[int, torch.Tensor]]:
-        """(row among the group's padded own rows, what is stored of a sequence)."""
-        for index, segment in enumerate(group.segments):
-            block = segment.span.block
-            assert block is not None
-            yield index * group.length, self._tables[block.tier][layer][block.first : block.first + segment.past]
+    def _stored_rows(self, layer: int, group: DecodeGroup) -> list[torch.Tensor]:
+        """What is stored of a group off the device, run by run."""
+        return [self._tables[run.tier][layer][run.first : run.end] for run in group.stored_runs]
 
     def write(
         self, layer: int, batch: Rows, key: torch.Tensor, value: torch.Tensor
@@ -172,6 +168,8 @@ class KVCache:
             kept = batch.device_rows
             rows = pack(key, value) if kept is None else pack(key.index_select(0, kept), value.index_select(0, kept))
             self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
+        for scatter in batch.scattered:
+            self._scatter(layer, scatter, key, value, coded)
         for segment, block in batch.offloaded:
             taken = slice(segment.first, segment.first + segment.num_rows)
             rows = pack(key[taken], value[taken])
@@ -184,6 +182,19 @@ class KVCache:
             taken = slice(segment.first, segment.first + segment.num_rows)
             self._fresh[id(segment.span)] = pack(key[taken], value[taken])
         return key, value
+
+    def _scatter(
+        self, layer: int, scatter: Scatter, key: torch.Tensor, value: torch.Tensor, coded: torch.Tensor | None
+    ) -> None:
+        taken, table = scatter.rows, self._tables[scatter.tier][layer]
+        if coded is not None:
+            rows = coded if taken is None else coded.index_select(0, taken)
+        else:
+            rows = pack(*(x if taken is None else x.index_select(0, taken) for x in (key, value)))
+        if self._compute_on_host:  # it is attended to there, at once
+            table.index_copy_(0, scatter.slots, rows.cpu())
+        else:
+            self._transfer.scatter(rows, table, scatter.slots)
 
     def prefix(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
@@ -208,21 +219,41 @@ class KVCache:
             return rows
         return self._codec.decode_rows(rows, self.shapes[layer].width, self.dtype)
 
-    def attention_device(self, group: DecodeGroup) -> torch.device:
-        """Where a decode group's attention is computed: by its keys and values, if the policy wants that."""
-        if self._compute_on_host and not group.is_on_device:
-            return torch.device("cpu")
-        return self._arena.device
+    def is_attended_on_host(self, group: DecodeGroup) -> bool:
+        """Whether a decode group's attention is computed where its keys and values are, as the policy may want it."""
+        return self._compute_on_host and not group.is_on_device
+
+    def in_place(self, layer: int, group: DecodeGroup) -> Iterator[tuple[int, torch.Tensor]]:
+        """Rows of a group off the device, the new ones included, where they are: (sequence, `[sequences, length, …]`).
+
+        Together, neighbours of one length that are equally far apart; codes are decoded, sequence by sequence.
+        """
+        spots = [(segment.span.block, segment.past + segment.num_rows) for segment in group.segments]
+        first = 0
+        while first < len(spots):
+            block, length = spots[first]
+            assert block is not None
+            end, distance = first + 1, length
+            table = self._tables[block.tier][layer]
+            if self._codec is None:
+                end, distance = _equally_far(spots, first)
+            rows = table[block.first :].as_strided(
+                (end - first, length, table.shape[1]), (distance * table.shape[1], table.shape[1], 1)
+            )
+            yield first, rows if self._codec is None else self._decoded(layer, rows[0])[None]
+            first = end
 
     def own(
         self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a decode group's own tokens, the new one included: `[sequences, heads, length, dim]`.
+        """Keys and values of a decode group's own tokens, the new ones included: `[sequences, heads, length, dim]`.
 
-        `key`, `value` are the group's new rows `[rows, heads, dim]`; where they are, the result is. Rows beyond a
-        sequence's length hold anything finite.
+        `key`, `value` are the group's new rows `[rows, heads, dim]`, as `write` returned them. The result is on the
+        host for a group that is attended to there. Rows beyond a sequence's length are copies of its last one.
         """
-        return self.unpack(layer, self._own_rows(layer, group, key, value))
+        rows = self._own_table(layer, group, key, value)
+        rows = rows.index_select(0, group.own_index.to(rows.device))
+        return self.unpack(layer, rows.view(len(group.segments), group.length, -1))
 
     def own_flat(
         self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
@@ -231,27 +262,23 @@ class KVCache:
 
         Where all lie on the device, that is the whole table: nothing is copied.
         """
-        on_device = group.is_on_device
-        rows = self._tables["device"][layer] if on_device else self._own_rows(layer, group, key, value).flatten(0, 1)
-        return self._unpack_flat(layer, rows)
+        return self._unpack_flat(layer, self._own_table(layer, group, key, value))
 
-    def _own_rows(self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _own_table(self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Rows `[…, width]` in which the group's own tokens begin at its `own_borders`."""
         if group.is_on_device:
-            rows = self._tables["device"][layer].index_select(0, group.device_index)
-            return rows.view(len(group.segments), group.length, -1)
-        new = pack(key, value).unflatten(0, (-1, group.steps))
-        staged = self._staged.pop((layer, id(group)), None)
-        if staged is not None:
-            self._transfer.await_arrival(staged[1])
-            flat = staged[0]
-        else:
-            like = next(stored for _, stored in self._stored_rows(layer, group))
-            flat = like.new_zeros(len(group.segments) * group.length, like.shape[1], device=new.device)
-            for first, stored in self._stored_rows(layer, group):
-                flat[first : first + len(stored)].copy_(stored)
-        rows = self._decoded(layer, flat).view(len(group.segments), group.length, -1)
-        at = group.past.to(rows.device)[:, None] + torch.arange(group.steps, device=rows.device)
-        rows[torch.arange(len(group.segments), device=rows.device)[:, None], at] = new
+            return self._tables["device"][layer]
+        if not self._stages:  # the new rows are there already
+            runs = self._stored_rows(layer, group)
+            return self._decoded(layer, runs[0] if len(runs) == 1 else torch.cat(runs))
+        assert self._staged is not None
+        of_layer, of_group, staged, arrival = self._staged
+        assert of_layer == layer
+        assert of_group is group
+        self._transfer.await_arrival(arrival)
+        self._fetch_next()
+        rows = self._decoded(layer, staged)
+        rows.index_copy_(0, group.new_index, pack(key, value))
         return rows
 
     def unpack(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,8 +295,22 @@ class KVCache:
 
     def close(self) -> None:
         """Let go of the tables; the arena frees them."""
+        self._transfer.close()
         self._tables = {tier: [] for tier in TIERS}
         self._fresh = {}
+
+
+def _equally_far(spots: list[tuple[Block | None, int]], first: int) -> tuple[int, int]:
+    """The end of those from `first` on that have one length and one distance in the same table, and that distance."""
+    end, distance = first + 1, spots[first][1]
+    for (before, length), (block, other) in pairwise(spots[first:]):
+        assert before is not None
+        assert block is not None
+        gap = block.first - before.first
+        if block.tier != before.tier or other != length or gap < length or (end > first + 1 and gap != distance):
+            break
+        end, distance = end + 1, gap
+    return end, distance
 
 
 def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | None) -> dict[Tier, int]:

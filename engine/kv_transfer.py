@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ _NUM_BUFFERS = 2
 class KVTransfer:
     """Ordered copies off and onto a device with streams; on other devices plain copies.
 
-    What is brought for one micro-batch lies in one of two staging buffers in turn, so it is good until the micro-batch
-    after the next one is brought.
+    What is fetched lies in one of two staging buffers in turn, so it is good until the next but one is fetched.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,16 +24,21 @@ class KVTransfer:
         self._store = accelerator.new_stream(device)
         self._buffers: list[torch.Tensor | None] = [None] * _NUM_BUFFERS
         self._turn = 0
+        self._scatterer = ThreadPoolExecutor(1, thread_name_prefix="flexgen-scatter")
+        self._scattering: list[Future[None]] = []
 
     @property
     def is_asynchronous(self) -> bool:
         """Whether fetching ahead is of any use."""
         return self._fetch is not None
 
-    def begin_sweep(self) -> None:
-        """Wait until what the sweep before stored has arrived: this one may read it."""
+    def settle(self) -> None:
+        """Wait until all that was stored has arrived: from then on it may be read, or moved."""
         if self._store is not None:
             self._store.synchronize()
+        scattering, self._scattering = self._scattering, []
+        for each in scattering:
+            each.result()
 
     def store(self, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Copy new rows from the device to their place."""
@@ -45,17 +50,35 @@ class KVTransfer:
             target.copy_(rows, non_blocking=True)
         accelerator.keep_for(rows, self._store)
 
-    def fetch(
-        self, num_rows: int, pieces: list[tuple[int, torch.Tensor]], *, clear: bool = False
-    ) -> tuple[torch.Tensor, Any]:
-        """Start copying (first row, rows) pieces, at least one, into a staging buffer `[num_rows, …]`.
+    def scatter(self, rows: torch.Tensor, table: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy new rows from the device to single rows of a table of another tier: `[stored]` row numbers.
 
-        Returns it with the event of its arrival. Rows that no piece covers hold anything finite, or zeros with `clear`:
-        bytes of codes may mean anything.
+        In one copy, whatever their number: a thread of the host puts them in their places.
+        """
+        if self._store is None:
+            table.index_copy_(0, slots, rows)
+            return
+        here = accelerator.page_locked(*rows.shape, dtype=rows.dtype)
+        self._store.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._store, self._device):
+            here.copy_(rows, non_blocking=True)
+            arrival = self._store.record_event()
+        accelerator.keep_for(rows, self._store)
+
+        def put() -> None:
+            arrival.synchronize()
+            table.index_copy_(0, slots, here)
+
+        self._scattering.append(self._scatterer.submit(put))
+
+    def fetch(self, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """Start copying pieces `[rows, …]`, at least one, one behind the other into a staging buffer.
+
+        Returns its rows with the event of their arrival.
         """
         assert self._fetch is not None
         self._turn = (self._turn + 1) % _NUM_BUFFERS
-        like = pieces[0][1]
+        like, num_rows = pieces[0], sum(map(len, pieces))
         size = num_rows * like.shape[1] * like.element_size()
         buffer = self._buffers[self._turn]
         if buffer is None or buffer.numel() < size:
@@ -66,12 +89,16 @@ class KVTransfer:
         # The computation that used the buffer last has been queued by now.
         self._fetch.wait_stream(accelerator.current_stream(self._device))
         with accelerator.on_stream(self._fetch, self._device):
-            if clear:
-                staged.zero_()
-            for first, rows in pieces:
+            first = 0
+            for rows in pieces:
                 staged[first : first + len(rows)].copy_(rows, non_blocking=True)
+                first += len(rows)
             return staged, self._fetch.record_event()
 
     def await_arrival(self, arrival: Any) -> None:
         """Let the computation wait for a fetch."""
         accelerator.current_stream(self._device).wait_event(arrival)
+
+    def close(self) -> None:
+        """Stop the thread; what is still under way does not matter any more."""
+        self._scatterer.shutdown(wait=True, cancel_futures=True)

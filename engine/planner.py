@@ -26,6 +26,8 @@ _FREE_ROWS = 4096
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
+_GAP_BYTES = 128 << 10
+"""What a link carries (50 GB/s) while a further copy is asked for."""
 _SEQUENCES = 256
 _BATCHES = 64
 
@@ -44,6 +46,8 @@ class ModelShape:
     """Of a token's keys and values, all layers."""
     cache_layer_row_bytes: int
     """The same in the widest layer."""
+    coded_layer_row_bytes: int = 0
+    """The same off the device, encoded; 0 without a codec."""
     hidden_row_bytes: int
     work_row_bytes: int
     """Temporaries of one row inside a layer, about."""
@@ -110,7 +114,8 @@ class _Planner:
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,
             rows_per_batch=rows,
-            cached_rows_per_batch=max(1, self._staged(rows) // (3 * self.shape.cache_layer_row_bytes)),
+            cached_rows_per_batch=max(1, self._staged(rows) // self._gathered_row_bytes()),
+            gap_rows=_GAP_BYTES // self._stored_row_bytes(),
             reads_in_place=self.shape.reads_in_place,
             rows_per_sweep=hidden_rows,
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
@@ -172,6 +177,16 @@ class _Planner:
     def _staged(self, rows: int) -> int:
         """What the keys and values of a micro-batch's decode steps may take on the device."""
         return max(self._work(rows) // 2, min(64 << 20, self.memory.device // 16))
+
+    def _stored_row_bytes(self) -> int:
+        """Of a layer's row of the KV cache off the device."""
+        return self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes
+
+    def _gathered_row_bytes(self) -> int:
+        """What a row that attention gathers takes: in two staging buffers, decoded, and collected."""
+        shape = self.shape
+        num_copies = (shape.coded_layer_row_bytes > 0) + (not shape.reads_in_place)
+        return max(1, 2 * self._stored_row_bytes() + max(1, num_copies) * shape.cache_layer_row_bytes)
 
     def _overhead(self, rows: int) -> int:
         """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""

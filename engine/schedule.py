@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import CapacityError
 from engine.policy import PadMode
@@ -29,9 +29,11 @@ class Limits:
     rows_per_batch: int
     """Rows (tokens, padding included) in a micro-batch; a single longer prompt still gets one of its own."""
     cached_rows_per_batch: int
-    """Rows of the KV cache that attention may gather for the decode steps of a micro-batch."""
+    """Rows of the KV cache that attention may gather for decode steps at once, and that a rectangle may have."""
     reads_in_place: bool = False
     """Attention reads keys and values of decode steps where they lie on the device, instead of gathering them."""
+    gap_rows: int = 0
+    """Rows of a layer's KV cache that are sooner brought to the device than left out of a copy."""
     rows_per_sweep: int
     """Rows whose hidden states the activation memory holds."""
     free_rows: int = 0
@@ -349,33 +351,36 @@ def _is_alone(segment: Segment) -> bool:
 
 def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
-
-    def gathers(segment: Segment) -> bool:
-        return segment.is_decode and not (limits.reads_in_place and segment.is_on_device)
-
     decode = [segment for segment in segments if segment.is_decode]
-    decode.sort(key=lambda segment: (id(segment.span.parent), segment.is_on_device, segment.num_rows, segment.past))
+    decode.sort(key=lambda segment: _decode_order(segment, limits.reads_in_place))
     batches: list[list[Segment]] = []
-    rows = count = num_gathered = longest = 0
+    rows = count = 0
     for segment in [*decode, *(segment for segment in segments if not segment.is_decode)]:
         size = segment.num_rows + segment.num_pad
         is_sequence = isinstance(segment.span, Sequence)
-        reach = segment.past + size if gathers(segment) else 0
-        gathered = max(longest, reach) * (num_gathered + 1)  # all are padded to the longest
         if not batches or (
             rows + size > limits.rows_per_batch
             or count + is_sequence > limits.sequences_per_batch
             or _is_alone(segment)
             or _is_alone(batches[-1][0])
-            or (reach and gathered > limits.cached_rows_per_batch)
         ):
             batches.append([])
-            rows = count = num_gathered = longest = 0
+            rows = count = 0
         segment.first = rows
         batches[-1].append(segment)
         rows, count = rows + size, count + is_sequence
-        num_gathered, longest = num_gathered + bool(reach), max(longest, reach)
     return batches
+
+
+def _decode_order(segment: Segment, in_place: bool) -> tuple[Any, ...]:
+    """Of one prefix, one place and one number of rows together, then as they are stored: neighbours are one copy.
+
+    Before that, of about one length, where all are padded to the longest.
+    """
+    block = segment.span.block
+    assert block is not None
+    length = 0 if in_place else segment.past
+    return id(segment.span.parent), segment.is_on_device, segment.num_rows, length, block.tier, block.first
 
 
 def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Job
+from engine.batch import DecodeGroup, MicroBatch
 from engine.block import Block
 from engine.errors import CapacityError
 from engine.extents import Extents
@@ -107,6 +110,12 @@ class Runner:
         assert self.scheduler._prefixes == []
 
 
+def groups_of(runner: Runner) -> list[DecodeGroup]:
+    """The decode groups of the next sweep, which is one micro-batch."""
+    (batch,) = runner.scheduler.next_sweep()
+    return MicroBatch(batch, torch.device("cpu"), runner.scheduler.limits).decode_groups
+
+
 def check_batch(batch: list[Segment], limits: Limits) -> None:
     assert sum(isinstance(segment.span, Sequence) for segment in batch) <= limits.sequences_per_batch
     assert batch[-1].end <= limits.rows_per_batch or len(batch) == 1
@@ -124,10 +133,32 @@ def check_batch(batch: list[Segment], limits: Limits) -> None:
         return
     kinds = [segment.is_decode for segment in batch]
     assert kinds == sorted(kinds, reverse=True)
-    lengths = [segment.past + 1 for segment in batch if segment.is_decode]
-    if limits.reads_in_place:
-        lengths = [segment.past + 1 for segment in batch if segment.is_decode and not segment.is_on_device]
-    assert len(lengths) * max(lengths, default=0) <= limits.cached_rows_per_batch or len(lengths) == 1
+    groups = MicroBatch(batch, torch.device("cpu"), limits).decode_groups
+    assert [segment for group in groups for segment in group.segments] == batch[: sum(kinds)]
+    for group in groups:
+        gathers = not (limits.reads_in_place and group.is_on_device)
+        assert (
+            not gathers
+            or len(group.segments) * group.length <= limits.cached_rows_per_batch
+            or len(group.segments) == 1
+        )
+        check_stored_runs(group, limits)
+
+
+def check_stored_runs(group: DecodeGroup, limits: Limits) -> None:
+    """Staged rows are the own tokens of each sequence, where the borders say; runs lie apart."""
+    staged = [(run.tier, row) for run in group.stored_runs for row in range(run.first, run.end)]
+    for segment, first in zip(group.segments, group.own_borders.tolist(), strict=False):
+        block = segment.span.block
+        assert block is not None
+        rows = [(block.tier, block.first + i) for i in range(segment.past + segment.num_rows)]
+        assert group.is_on_device == (block.tier == "device")
+        if group.is_on_device:
+            assert first == block.first
+        else:
+            assert staged[first : first + len(rows)] == rows
+    for one, two in itertools.pairwise(group.stored_runs):
+        assert one.tier != two.tier or not 0 <= two.first - one.end <= limits.gap_rows
 
 
 def check_segment(segment: Segment, limits: Limits) -> None:
@@ -181,6 +212,7 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
             "batches": st.integers(1, 4),
             "rows_per_batch": st.sampled_from([16, 64, 256]),
             "cached_rows_per_batch": st.sampled_from([1, 40, 10**6]),
+            "gap_rows": st.sampled_from([0, 5]),
             "rows_per_sweep": st.sampled_from([1, 60, 10**6]),
             "pad": st.sampled_from([None, None, "bucket", 100]),
             "rectangular": st.booleans(),
@@ -275,8 +307,7 @@ def test_decode_steps_bring_no_more_of_the_cache_than_allowed() -> None:
     runner = make_runner(1000, cached_rows_per_batch=100)
     runner.scheduler.add([Sequence.of(Job(prompt=words(i, 30), max_new_tokens=9)) for i in range(7)])
     runner.sweep()
-    batches = runner.scheduler.next_sweep()
-    assert [len(batch) for batch in batches] == [3, 3, 1]  # three of 31 rows each
+    assert [len(group.segments) for group in groups_of(runner)] == [3, 3, 1]  # three of 31 rows each
 
 
 def test_decode_steps_that_are_read_in_place_gather_nothing() -> None:
@@ -284,8 +315,18 @@ def test_decode_steps_that_are_read_in_place_gather_nothing() -> None:
     runner = make_runner(1000, on_device=4 * 38, cached_rows_per_batch=62, reads_in_place=True)
     runner.scheduler.add([Sequence.of(Job(prompt=words(i, 30), max_new_tokens=9)) for i in range(7)])
     runner.sweep()
-    batches = runner.scheduler.next_sweep()
-    assert [[segment.is_on_device for segment in batch] for batch in batches] == [[False] * 2, [False, *[True] * 4]]
+    groups = groups_of(runner)
+    assert [(group.is_on_device, len(group.segments)) for group in groups] == [(False, 2), (False, 1), (True, 4)]
+
+
+def test_neighbours_in_the_cache_are_brought_in_one_copy() -> None:
+    """Blocks of 38 rows, of which 31 are wanted: a copy takes 7 rows besides, if it may."""
+    for gap_rows, runs in ((6, [(38 * i, 38 * i + 31) for i in range(4)]), (7, [(0, 3 * 38 + 31)])):
+        runner = make_runner(1000, on_device=0, gap_rows=gap_rows)
+        runner.scheduler.add([Sequence.of(Job(prompt=words(i, 30), max_new_tokens=9)) for i in range(4)])
+        runner.sweep()
+        (group,) = groups_of(runner)
+        assert [(run.first, run.end) for run in group.stored_runs] == runs
 
 
 def test_one_token_jobs_need_no_cache_of_their_own() -> None:
