@@ -212,8 +212,7 @@ class WeightStore:
         placed, extent = self._extent_of[name]
         dtype = self.model.state[name].dtype
         source = tensor.reshape(-1)
-        if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
-            placed.parts["host"] = self._arena.empty(placed.split.host, "host")
+        self._make_room(placed)
         if name in placed.coded:
             self._put_coded(placed, extent, source, first_element, dtype)
         else:
@@ -223,16 +222,35 @@ class WeightStore:
         self, placed: PlacedUnit, extent: Extent, source: torch.Tensor, first_element: int, dtype: torch.dtype
     ) -> None:
         assert self._codec is not None
-        whole = self.model.state[extent.name].numel()
-        code_bytes, step_bytes = self._codec.part_bytes(whole, dtype)
         for at in range(0, source.numel(), _CODED_CHUNK_ELEMENTS):
             values = source[at : at + _CODED_CHUNK_ELEMENTS].to(self._device)
-            codes, steps, leasts = (part.cpu() for part in self._codec.encode(values, dtype))
-            first = first_element + at
-            self._write(placed, extent.first + self._codec.code_bytes(first), codes, torch.uint8)
-            place = extent.first + code_bytes + first // GROUP * dtype.itemsize
-            self._write(placed, place, steps, dtype)
-            self._write(placed, place + step_bytes, leasts, dtype)
+            parts = self._codec.encode(values, dtype)
+            self._put_codes(placed, extent, [part.cpu() for part in parts], first_element + at, dtype)
+
+    def put_codes(self, name: str, codes: list[torch.Tensor], first_element: int = 0) -> None:
+        """Copy codes, steps and leasts of consecutive elements of a parameter, on the host, to their places."""
+        placed, extent = self._extent_of[name]
+        self._make_room(placed)
+        self._put_codes(placed, extent, codes, first_element, self.model.state[name].dtype)
+
+    def _put_codes(
+        self, placed: PlacedUnit, extent: Extent, parts: list[torch.Tensor], first_element: int, dtype: torch.dtype
+    ) -> None:
+        assert self._codec is not None
+        codes, steps, leasts = parts
+        code_bytes, step_bytes = self._codec.part_bytes(self.model.state[extent.name].numel(), dtype)
+        self._write(placed, extent.first + self._codec.code_bytes(first_element), codes, torch.uint8)
+        place = extent.first + code_bytes + first_element // GROUP * dtype.itemsize
+        self._write(placed, place, steps, dtype)
+        self._write(placed, place + step_bytes, leasts, dtype)
+
+    def _make_room(self, placed: PlacedUnit) -> None:
+        if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
+            placed.parts["host"] = self._arena.empty(placed.split.host, "host")
+
+    def codec_of(self, name: str) -> Codec | None:
+        """What a parameter is encoded by; None if it is stored as numbers."""
+        return self._codec if name in self._extent_of[name][0].coded else None
 
     @staticmethod
     def _write(placed: PlacedUnit, begin: int, source: torch.Tensor, dtype: torch.dtype) -> None:

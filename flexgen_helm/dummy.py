@@ -39,6 +39,8 @@ _OPT = {
         ("opt-6.7b", 4096, 32, 32),
         ("opt-13b", 5120, 40, 40),
         ("opt-30b", 7168, 48, 56),
+        ("opt-66b", 9216, 64, 72),
+        ("opt-175b", 12288, 96, 96),
     )
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -50,6 +52,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+    },
+    "llama-3-70b": {
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
@@ -145,13 +160,21 @@ def open_dummy(shape: str, policy: Policy) -> Engine:
 
 
 def fill_randomly(store: WeightStore) -> Iterator[None]:
-    """Put small random numbers everywhere: one random block, repeated."""
+    """Put small random numbers everywhere: one random block, repeated. It is encoded once."""
     block = _random_block()
+    codes: dict[torch.dtype, list[torch.Tensor]] = {}
     for unit in store.model.units:
         for name in unit.owners:
-            size = store.model.state[name].numel()
-            for first in range(0, size, len(block)):
-                store.put(name, block[: size - first], first_element=first)
+            like, codec = store.model.state[name], store.codec_of(name)
+            if codec is not None and like.dtype not in codes:
+                codes[like.dtype] = list(codec.encode(block, like.dtype))
+            for first in range(0, like.numel(), len(block)):
+                size = min(len(block), like.numel() - first)
+                if codec is None:
+                    store.put(name, block[:size], first_element=first)
+                else:
+                    parts = [part[: len(part) * size // len(block)] for part in codes[like.dtype]]
+                    store.put_codes(name, parts, first_element=first)
             store.arrive(name)
             yield
 
