@@ -1,0 +1,112 @@
+"""What attention on the host reads a second, alone and beside copies to the device: `python -m benchmarks.host_attention`.
+
+Keys and values lie as the KV cache has them: rows of all heads, sequence by sequence. Beside it runs torch's own
+`scaled_dot_product_attention`, over the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import accelerator, host_attention
+from engine.arena import Arena
+from engine.hardware import resolve_device
+from engine.rates import host_read_rate
+from flexgen_helm.record import write_record
+
+ROOT = Path(__file__).resolve().parent.parent
+_COPY_BYTES = 1 << 28
+
+
+def main() -> int:
+    """Measure, print and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=96)
+    parser.add_argument("--length", type=int, default=528)
+    parser.add_argument("--heads", type=int, default=56)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
+    options = parser.parse_args()
+    device = torch.device(resolve_device("auto"))
+    record: dict[str, Any] = {
+        "sequences": options.sequences,
+        "length": options.length,
+        "heads": options.heads,
+        "threads": torch.get_num_threads(),
+        "host_read_bytes_s": host_read_rate(1 << 31, options.seconds),
+        "rows": [],
+    }
+    print(f"host memory, read: {record['host_read_bytes_s'] / 1e9:.1f} GB/s by {record['threads']} threads")
+    copies = Copies(device) if accelerator.has_streams(device) else None
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        shape = options.sequences, options.length + 16, 2, options.heads, 128
+        rows = torch.empty(shape, dtype=dtype)
+        rows.copy_(torch.randn(shape[1:]).to(dtype))
+        keys, values = rows[:, : options.length].permute(2, 0, 3, 1, 4)
+        query = torch.randn(options.sequences, 1, options.heads, 128).to(dtype)
+        num_bytes = keys.nbytes + values.nbytes
+        for name, form in (("engine", host_attention.attention), ("kernel", host_attention.by_kernel)):
+
+            def call(form: Callable[..., Any] = form) -> None:
+                form(query, keys, values, 0.1)  # noqa: B023 - called before the next turn
+
+            row = {"dtype": str(dtype).removeprefix("torch."), "form": name, "bytes": num_bytes}
+            call()
+            row["alone_bytes_s"] = num_bytes * _calls_a_second(call, options.seconds)
+            if copies is not None:
+                with copies:
+                    row["beside_copies_bytes_s"] = num_bytes * _calls_a_second(call, options.seconds)
+                row["copied_bytes_s"] = copies.bytes_s
+            record["rows"].append(row)
+            print("  ".join(f"{k} {v / 1e9:.1f} GB/s" if k.endswith("_s") else f"{v}" for k, v in row.items()))
+        del rows, keys, values
+    print(write_record("host-attention", record, options.out))
+    return 0
+
+
+def _calls_a_second(call: Callable[[], None], seconds: float) -> float:
+    start, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+        call()
+        count += 1
+    return count / spent
+
+
+class Copies:
+    """Copies from page-locked host memory to the device, one behind the other, while its context lasts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._arena, self._device = Arena(device), device
+        self._host, self._there = self._arena.empty(_COPY_BYTES, "host"), self._arena.empty(_COPY_BYTES, "device")
+        self.bytes_s = 0.0
+        """Of the last time."""
+
+    def _run(self) -> None:
+        stream, start, count = accelerator.new_stream(self._device), time.perf_counter(), 0
+        while not self._stop.is_set():
+            with accelerator.on_stream(stream, self._device):
+                self._there.copy_(self._host, non_blocking=True)
+            stream.synchronize()
+            count += 1
+        self.bytes_s = count * _COPY_BYTES / (time.perf_counter() - start)
+
+    def __enter__(self) -> Copies:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
