@@ -129,6 +129,17 @@ class DecodeGroup:
         new = self.past[:, None] + torch.arange(self.steps, device=self.past.device)
         return (self.own_borders[:-1, None] + new).flatten()
 
+    @cached_property
+    def places(self) -> list[tuple[Tier, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(tier, numbers of the sequences there, first row of each, rows of each with the new ones), off the device."""
+        spots: dict[Tier, list[tuple[int, int, int]]] = {}
+        for index, segment in enumerate(self.segments):
+            block = segment.span.block
+            assert block is not None
+            spots.setdefault(block.tier, []).append((index, block.first, segment.past + self.steps))
+        columns = {tier: torch.tensor(found).T.contiguous() for tier, found in spots.items()}
+        return [(tier, each[0], each[1], each[2]) for tier, each in columns.items()]
+
     def mask(self, window: int | None) -> torch.Tensor:
         """What to add to the scores, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
         if window not in self._masks:

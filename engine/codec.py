@@ -51,16 +51,7 @@ class Codec:
 
     def encode(self, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes uint8, steps and leasts of `dtype`, of flat `values`, whose number is a multiple of `GROUP`."""
-        groups = values.to(dtype).float().view(-1, GROUP)
-        least, greatest = groups.aminmax(dim=1)
-        leasts = _rounded(least, dtype, -1)
-        steps = _rounded((greatest - leasts.float()) / self.levels, dtype, 1)
-        # A step of 0 means a group of equal numbers, all of code 0.
-        scaled = (groups - leasts.float()[:, None]) / steps.float().where(steps > 0, torch.inf)[:, None]
-        codes = scaled.round_().clamp_(0, self.levels).nan_to_num_(0).to(torch.uint8)
-        if self.bits == 4:
-            low, high = codes.split(GROUP // 2, dim=1)
-            codes = low | (high << 4)
+        codes, steps, leasts = _encode(values.to(dtype).view(-1, GROUP), self.bits)
         return codes.flatten(), steps, leasts
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
@@ -80,9 +71,8 @@ class Codec:
 
     def encode_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Bytes `[count, row_bytes]` of rows `[count, width]`: each row's codes, steps and leasts are together."""
-        count = len(rows)
-        parts = self.encode(rows.reshape(-1), rows.dtype)
-        return torch.cat([part.view(torch.uint8).view(count, -1) for part in parts], dim=1)
+        parts = _encode_fast(rows.unflatten(1, (-1, GROUP)), self.bits)
+        return torch.cat([part.flatten(1).view(torch.uint8) for part in parts], dim=1)
 
     def decode_rows(self, coded: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """The rows `[count, width]` of `dtype` of `coded` bytes `[count, row_bytes]`."""
@@ -95,6 +85,23 @@ class Codec:
         return rows.flatten(1)
 
 
+def _encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 `[…, bytes]`, steps and leasts `[…]` of `groups` `[…, GROUP]`, in its dtype."""
+    levels, dtype, groups = 2**bits - 1, groups.dtype, groups.float()
+    least, greatest = groups.aminmax(dim=-1)
+    leasts = _rounded(least, dtype, -1)
+    steps = _rounded((greatest - leasts.float()) / levels, dtype, 1)
+    # A step of 0 means a group of equal numbers, all of code 0.
+    scaled = (groups - leasts.float()[..., None]) / steps.float().where(steps > 0, torch.inf)[..., None]
+    codes = scaled.round().clamp(0, levels).nan_to_num(0).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4)
+    return codes, steps, leasts
+
+
+_encode_fast = Fused(_encode)
+
+
 def _decode_into(
     groups: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, leasts: torch.Tensor, bits: int
 ) -> torch.Tensor:
@@ -104,7 +111,7 @@ def _decode_into(
     return torch.addcmul(leasts[..., None], groups.copy_(codes), steps[..., None], out=groups)
 
 
-_fill = Fused(_decode_into, ("cuda", "xpu"))
+_fill = Fused(_decode_into)
 
 
 def codec_of(bits: int | None) -> Codec | None:

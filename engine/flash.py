@@ -59,14 +59,18 @@ def attend(
     else:
         output = query.new_empty(query.shape)
         logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
+
+        def put(rows: slice, result: tuple[torch.Tensor, torch.Tensor]) -> None:
+            output[rows] = result[0]
+            if batch.chain_runs:
+                logsumexp[:, rows] = result[1]
+
+        for group in batch.decode_groups:
+            rows = slice(group.first, group.end)
+            put(rows, _own(group, query[rows], key[rows], value[rows], sweeping, scores))
         if batch.prefill_first < len(query):
-            rows = slice(batch.prefill_first, len(query))
-            output[rows], logsumexp[:, rows] = _varlen(
-                query[rows], key[rows], value[rows], batch.prefill_borders, batch.longest_prefill, scores
-            )
-    for group in batch.decode_groups:
-        rows = slice(group.first, group.end)
-        output[rows], logsumexp[:, rows] = _own(group, query[rows], key[rows], value[rows], sweeping, scores)
+            rows, borders = slice(batch.prefill_first, len(query)), batch.prefill_borders
+            put(rows, _varlen(query[rows], key[rows], value[rows], borders, batch.longest_prefill, scores))
     for first, end, chain in batch.chain_runs:
         rows = slice(first, end)
         prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in kv_cache.prefix(layer, chain))

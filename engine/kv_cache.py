@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from engine.extents import Extents
 from engine.kv_shape import KVShape
 from engine.kv_transfer import KVTransfer
 from engine.placement import TIERS, Tier, percents
+from engine.planner import STAGING_BUFFERS
 from engine.policy import Share
 from engine.sequence import Prefix, Span
 
@@ -47,6 +48,8 @@ class KVCache:
     ) -> None:
         self.shapes = shapes
         self.dtype = dtype
+        self.bits = 0 if codec is None else codec.bits
+        """Of the codes off the device; 0 for none."""
         self._codec = codec
         self.row_bytes = cache_row_bytes(shapes, dtype, codec)
         """Bytes of one token over all layers, by tier."""
@@ -66,8 +69,8 @@ class KVCache:
         self._stages = self._transfer.is_asynchronous and not compute_on_host
         """Whether own tokens off the device are brought there ahead of their turn."""
         self._coming: Iterator[tuple[int, DecodeGroup]] = iter(())
-        self._staged: tuple[int, DecodeGroup, torch.Tensor, Any] | None = None
-        """Layer and group whose own tokens were brought last, or are under way, and the event of their arrival."""
+        self._staged: deque[tuple[int, DecodeGroup, torch.Tensor, Any]] = deque()
+        """Layer and group whose own tokens were brought, or are under way, and the event of their arrival."""
 
     def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
         """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
@@ -137,15 +140,16 @@ class KVCache:
         offloaded = [group for group in groups if not group.is_on_device]
         if self._stages:
             self._coming = ((layer, group) for layer in range(len(self.shapes)) for group in offloaded)
-            self._fetch_next()
+            self._staged.clear()
+            for _ in range(STAGING_BUFFERS - 1):
+                self._fetch_next()
 
     def _fetch_next(self) -> None:
-        """Start bringing the own tokens that will be attended to after those that were brought last."""
-        self._staged = None
-        for layer, group in self._coming:
-            staged, arrival = self._transfer.fetch(self._stored_rows(layer, group))
-            self._staged = layer, group, staged, arrival
-            return
+        """Start bringing the own tokens that will be attended to after those that were fetched last."""
+        following = next(self._coming, None)
+        if following is not None:
+            layer, group = following
+            self._staged.append((layer, group, *self._transfer.fetch(self._stored_rows(layer, group))))
 
     def _stored_rows(self, layer: int, group: DecodeGroup) -> list[torch.Tensor]:
         """What is stored of a group off the device, run by run."""
@@ -170,14 +174,20 @@ class KVCache:
             self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
         for scatter in batch.scattered:
             self._scatter(layer, scatter, key, value, coded)
+        stores: list[tuple[torch.Tensor, torch.Tensor]] = []
         for segment, block in batch.offloaded:
             taken = slice(segment.first, segment.first + segment.num_rows)
-            rows = pack(key[taken], value[taken])
+            is_prefix = isinstance(segment.span, Prefix)
+            if is_prefix or coded is None:
+                stored = pack(key[taken], value[taken])
+            if is_prefix:
+                self._fresh[id(segment.span)] = stored
+            if coded is not None:
+                stored = coded[taken]
             first = block.first + segment.past
-            stored = rows if coded is None else coded[taken].clone()  # a part would keep all of them
-            self._transfer.store(stored, self._tables[block.tier][layer][first : first + segment.num_rows])
-            if isinstance(segment.span, Prefix):
-                self._fresh[id(segment.span)] = rows
+            stores.append((stored, self._tables[block.tier][layer][first : first + segment.num_rows]))
+        if stores:
+            self._transfer.store(stores)
         for segment in batch.passing:
             taken = slice(segment.first, segment.first + segment.num_rows)
             self._fresh[id(segment.span)] = pack(key[taken], value[taken])
@@ -211,10 +221,10 @@ class KVCache:
         rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
             return rows
-        return self._decoded(layer, rows.to(self._arena.device, non_blocking=True))
+        return self.decoded(layer, rows.to(self._arena.device, non_blocking=True))
 
-    def _decoded(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Rows off the device's table as numbers."""
+    def decoded(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a table off the device as numbers `[rows, width]`."""
         if self._codec is None:
             return rows
         return self._codec.decode_rows(rows, self.shapes[layer].width, self.dtype)
@@ -223,25 +233,16 @@ class KVCache:
         """Whether a decode group's attention is computed where its keys and values are, as the policy may want it."""
         return self._compute_on_host and not group.is_on_device
 
-    def in_place(self, layer: int, group: DecodeGroup) -> Iterator[tuple[int, torch.Tensor]]:
-        """Rows of a group off the device, the new ones included, where they are: (sequence, `[sequences, length, …]`).
+    def places(
+        self, layer: int, group: DecodeGroup
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Where the rows of a group off the device are, the new ones included, tier by tier.
 
-        Together, neighbours of one length that are equally far apart; codes are decoded, sequence by sequence.
+        Sequences, by their number in the group; the layer's table, of numbers or codes; the first row of each in it,
+        and how many each has.
         """
-        spots = [(segment.span.block, segment.past + segment.num_rows) for segment in group.segments]
-        first = 0
-        while first < len(spots):
-            block, length = spots[first]
-            assert block is not None
-            end, distance = first + 1, length
-            table = self._tables[block.tier][layer]
-            if self._codec is None:
-                end, distance = _equally_far(spots, first)
-            rows = table[block.first :].as_strided(
-                (end - first, length, table.shape[1]), (distance * table.shape[1], table.shape[1], 1)
-            )
-            yield first, rows if self._codec is None else self._decoded(layer, rows[0])[None]
-            first = end
+        for tier, sequences, firsts, lengths in group.places:
+            yield sequences, self._tables[tier][layer], firsts, lengths
 
     def own(
         self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
@@ -270,14 +271,13 @@ class KVCache:
             return self._tables["device"][layer]
         if not self._stages:  # the new rows are there already
             runs = self._stored_rows(layer, group)
-            return self._decoded(layer, runs[0] if len(runs) == 1 else torch.cat(runs))
-        assert self._staged is not None
-        of_layer, of_group, staged, arrival = self._staged
+            return self.decoded(layer, runs[0] if len(runs) == 1 else torch.cat(runs))
+        of_layer, of_group, staged, arrival = self._staged.popleft()
         assert of_layer == layer
         assert of_group is group
         self._transfer.await_arrival(arrival)
         self._fetch_next()
-        rows = self._decoded(layer, staged)
+        rows = self.decoded(layer, staged)
         rows.index_copy_(0, group.new_index, pack(key, value))
         return rows
 
@@ -298,19 +298,6 @@ class KVCache:
         self._transfer.close()
         self._tables = {tier: [] for tier in TIERS}
         self._fresh = {}
-
-
-def _equally_far(spots: list[tuple[Block | None, int]], first: int) -> tuple[int, int]:
-    """The end of those from `first` on that have one length and one distance in the same table, and that distance."""
-    end, distance = first + 1, spots[first][1]
-    for (before, length), (block, other) in pairwise(spots[first:]):
-        assert before is not None
-        assert block is not None
-        gap = block.first - before.first
-        if block.tier != before.tier or other != length or gap < length or (end > first + 1 and gap != distance):
-            break
-        end, distance = end + 1, gap
-    return end, distance
 
 
 def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | None) -> dict[Tier, int]:

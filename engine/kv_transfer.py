@@ -8,21 +8,20 @@ from typing import Any
 import torch
 
 from engine import accelerator
-
-_NUM_BUFFERS = 2
+from engine.planner import STAGING_BUFFERS
 
 
 class KVTransfer:
     """Ordered copies off and onto a device with streams; on other devices plain copies.
 
-    What is fetched lies in one of two staging buffers in turn, so it is good until the next but one is fetched.
+    What is fetched lies in one of `STAGING_BUFFERS` buffers in turn, so it is good until as many more are fetched.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._fetch = accelerator.new_stream(device)
         self._store = accelerator.new_stream(device)
-        self._buffers: list[torch.Tensor | None] = [None] * _NUM_BUFFERS
+        self._buffers: list[torch.Tensor | None] = [None] * STAGING_BUFFERS
         self._turn = 0
         self._scatterer = ThreadPoolExecutor(1, thread_name_prefix="flexgen-scatter")
         self._scattering: list[Future[None]] = []
@@ -40,15 +39,17 @@ class KVTransfer:
         for each in scattering:
             each.result()
 
-    def store(self, rows: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy new rows from the device to their place."""
+    def store(self, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy new rows from the device to their places: (rows, place) pairs, at least one."""
         if self._store is None:
-            target.copy_(rows)
+            for rows, place in pieces:
+                place.copy_(rows)
             return
         self._store.wait_stream(accelerator.current_stream(self._device))
         with accelerator.on_stream(self._store, self._device):
-            target.copy_(rows, non_blocking=True)
-        accelerator.keep_for(rows, self._store)
+            for rows, place in pieces:
+                place.copy_(rows, non_blocking=True)
+                accelerator.keep_for(rows, self._store)
 
     def scatter(self, rows: torch.Tensor, table: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy new rows from the device to single rows of a table of another tier: `[stored]` row numbers.
@@ -77,7 +78,7 @@ class KVTransfer:
         Returns its rows with the event of their arrival.
         """
         assert self._fetch is not None
-        self._turn = (self._turn + 1) % _NUM_BUFFERS
+        self._turn = (self._turn + 1) % STAGING_BUFFERS
         like, num_rows = pieces[0], sum(map(len, pieces))
         size = num_rows * like.shape[1] * like.element_size()
         buffer = self._buffers[self._turn]

@@ -26,6 +26,9 @@ _FREE_ROWS = 4096
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
+STAGING_BUFFERS = 3
+"""For offloaded keys and values: one is computed with, one is full, and one is filled. The link is not idle while other
+work is computed."""
 _GAP_BYTES = 128 << 10
 """What a link carries (50 GB/s) while a further copy is asked for."""
 _SEQUENCES = 256
@@ -183,10 +186,10 @@ class _Planner:
         return self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes
 
     def _gathered_row_bytes(self) -> int:
-        """What a row that attention gathers takes: in two staging buffers, decoded, and collected."""
+        """What a row that attention gathers takes: in staging buffers, decoded, and collected."""
         shape = self.shape
         num_copies = (shape.coded_layer_row_bytes > 0) + (not shape.reads_in_place)
-        return max(1, 2 * self._stored_row_bytes() + max(1, num_copies) * shape.cache_layer_row_bytes)
+        return max(1, STAGING_BUFFERS * self._stored_row_bytes() + num_copies * shape.cache_layer_row_bytes)
 
     def _overhead(self, rows: int) -> int:
         """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""

@@ -10,7 +10,6 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # it takes seconds; tests of what is compiled are slow ones
 
 import models
 import torch

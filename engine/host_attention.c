@@ -1,0 +1,348 @@
+/* Attention of decode steps over rows [keys | values] of all heads, in one streaming pass over each half.
+
+   A task is a sequence and a block of kv heads: of each row it reads one piece of keys and, later, one of values, both
+   consecutive in memory. Pieces become float32 in a buffer that stays in the first cache. Compiled by
+   engine/host_kernel.py, which calls `attend` from several threads, each with tasks of its own. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+enum { GROUP = 64, AHEAD = 2 };
+
+static inline float of_bfloat16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline uint16_t to_bfloat16(float x) { /* to nearest even; not for NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float number(const char *at, int type, int64_t i) {
+    if (type == FLOAT16) return (float)((const _Float16 *)at)[i];
+    if (type == BFLOAT16) return of_bfloat16(((const uint16_t *)at)[i]);
+    return ((const float *)at)[i];
+}
+
+/* Compilers do not always make one instruction of what the processor has one for. */
+static inline void of_float16(const _Float16 *restrict from, int64_t count, float *restrict to) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+#endif
+    for (; i < count; i++) to[i] = (float)from[i];
+}
+
+static inline void round_to_float16(float *numbers, int64_t count) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(numbers + i, _mm512_cvtph_ps(_mm512_cvtps_ph(_mm512_loadu_ps(numbers + i), 8)));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm256_cvtps_ph(_mm256_loadu_ps(numbers + i), 8)));
+#endif
+    for (; i < count; i++) numbers[i] = (float)(_Float16)numbers[i];
+}
+
+/* Numbers [first, first + count) of a row of `width` numbers, as float32. Codes: both multiples of GROUP. */
+static inline void piece(const char *restrict row, int type, int bits, int64_t width, int64_t first, int64_t count,
+                         float *restrict to) {
+    if (bits == 0) {
+        if (type == FLOAT16) {
+            of_float16((const _Float16 *)row + first, count, to);
+        } else if (type == BFLOAT16) {
+            const uint16_t *from = (const uint16_t *)row + first;
+            for (int64_t i = 0; i < count; i++) to[i] = of_bfloat16(from[i]);
+        } else {
+            memcpy(to, (const float *)row + first, 4 * count);
+        }
+        return;
+    }
+    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
+    const char *steps = row + width * bits / 8, *leasts = steps + groups * size;
+    for (int64_t g = first / GROUP; g < (first + count) / GROUP; g++, to += GROUP) {
+        const float step = number(steps, type, g), least = number(leasts, type, g);
+        const uint8_t *codes = (const uint8_t *)row + g * GROUP * bits / 8;
+        if (bits == 4) {
+            for (int i = 0; i < GROUP / 2; i++) to[i] = (float)(codes[i] & 15);
+            for (int i = 0; i < GROUP / 2; i++) to[i + GROUP / 2] = (float)(codes[i] >> 4);
+        } else {
+            for (int i = 0; i < GROUP; i++) to[i] = (float)codes[i];
+        }
+        for (int i = 0; i < GROUP; i++) to[i] = least + to[i] * step;
+        if (type == FLOAT16) round_to_float16(to, GROUP);
+        if (type == BFLOAT16)
+            for (int i = 0; i < GROUP; i++) to[i] = of_bfloat16(to_bfloat16(to[i]));
+    }
+}
+
+/* Rows are farther apart than the processor looks ahead: ask for the piece of a later row while this one is at work. */
+static inline void ask_for(const char *at, int64_t num_bytes) {
+    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+static inline float dot(const float *restrict a, const float *restrict b, int64_t n) {
+    float sums[16] = {0};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += a[i + j] * b[i + j];
+    float sum = 0;
+    for (; i < n; i++) sum += a[i] * b[i];
+    for (int j = 0; j < 16; j++) sum += sums[j];
+    return sum;
+}
+
+/* Sixteen numbers at a time, in the registers that there are. */
+typedef float floats __attribute__((vector_size(64)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(64)));
+enum { LANES = 16, ROWS = 4 };
+
+static inline floats load(const float *at) {
+    floats x;
+    memcpy(&x, at, sizeof x);
+    return x;
+}
+
+static inline void store(float *at, floats x) { memcpy(at, &x, sizeof x); }
+
+static inline floats numbers_at(const char *at, int type) {
+    floats x;
+    if (type == FLOAT32) return load((const float *)at);
+    if (type == FLOAT16) {
+        of_float16((const _Float16 *)at, LANES, (float *)&x);
+        return x;
+    }
+    halves h;
+    memcpy(&h, at, sizeof h);
+    words bits = __builtin_convertvector(h, words) << 16;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Lanes [16 * part, 16 * part + 16) of the codes of a group. */
+static inline floats codes_at(const uint8_t *codes, int bits, int part) {
+    bytes b;
+    if (bits == 8) {
+        memcpy(&b, codes + LANES * part, sizeof b);
+    } else {
+        memcpy(&b, codes + LANES * (part & 1), sizeof b);
+        b = part < 2 ? b & 15 : b >> 4;
+    }
+    int32_t wide[LANES]; /* in two steps, each of them one instruction */
+    for (int i = 0; i < LANES; i++) wide[i] = b[i];
+    floats x;
+    for (int i = 0; i < LANES; i++) x[i] = (float)wide[i];
+    return x;
+}
+
+static inline float sum(floats x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+/* The product of a query and a head's numbers [first, first + count) of a row. `sums`: those of each group's query. */
+static inline float product(const char *row, int type, int bits, int64_t width, int64_t first, int64_t count,
+                            const float *query, const float *sums) {
+    floats total = {0};
+    if (!bits) {
+        const int64_t size = type == FLOAT32 ? 4 : 2;
+        for (int64_t i = 0; i < count; i += LANES)
+            total += numbers_at(row + (first + i) * size, type) * load(query + i);
+        return sum(total);
+    }
+    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
+    const char *steps = row + width * bits / 8, *leasts = steps + groups * size;
+    float rest = 0;
+    for (int64_t g = 0; g < count / GROUP; g++) {
+        const uint8_t *codes = (const uint8_t *)row + (first + g * GROUP) * bits / 8;
+        floats part = {0};
+        for (int i = 0; i < GROUP / LANES; i++) part += codes_at(codes, bits, i) * load(query + g * GROUP + i * LANES);
+        total += part * number(steps, type, first / GROUP + g);
+        rest += sums[g] * number(leasts, type, first / GROUP + g);
+    }
+    return sum(total) + rest;
+}
+
+/* Add numbers [first, first + count) of `rows` (at most ROWS) consecutive rows, each by its weight. */
+static inline void add(const char *row, int64_t row_bytes, int rows, int type, int bits, int64_t width, int64_t first,
+                       int64_t count, const float *weights, float *to) {
+    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
+    if (!bits) {
+        for (int64_t i = 0; i < count; i += LANES) {
+            floats x = load(to + i);
+            for (int r = 0; r < rows; r++)
+                x += numbers_at(row + r * row_bytes + (first + i) * size, type) * weights[r];
+            store(to + i, x);
+        }
+        return;
+    }
+    for (int64_t g = 0; g < count / GROUP; g++) {
+        float scales[ROWS], rest = 0;
+        for (int r = 0; r < rows; r++) {
+            const char *steps = row + r * row_bytes + width * bits / 8, *leasts = steps + groups * size;
+            scales[r] = weights[r] * number(steps, type, first / GROUP + g);
+            rest += weights[r] * number(leasts, type, first / GROUP + g);
+        }
+        for (int i = 0; i < GROUP / LANES; i++) {
+            floats x = load(to + g * GROUP + i * LANES) + rest;
+            for (int r = 0; r < rows; r++) {
+                const uint8_t *codes = (const uint8_t *)row + r * row_bytes + (first + g * GROUP) * bits / 8;
+                x += codes_at(codes, bits, i) * scales[r];
+            }
+            store(to + g * GROUP + i * LANES, x);
+        }
+    }
+}
+
+/* e to the x <= 0, within 2e-7 of it: the polynomial of Cephes, which compilers vectorize. */
+static inline float power(float x) {
+    x = x < -87 ? -87 : x;
+    const float n = __builtin_floorf(x * 1.44269504f + 0.5f);
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1;
+    const int32_t bits = ((int32_t)n + 127) << 23;
+    float two;
+    memcpy(&two, &bits, 4);
+    return y * two;
+}
+
+struct work {
+    const char *table;        /* first row */
+    int64_t row_bytes;
+    const int64_t *firsts;    /* [sequences], in rows */
+    const int64_t *lengths;   /* [sequences], the new rows included */
+    int64_t kv_heads, key_dim, value_dim;
+    int64_t steps, copies;    /* new rows of each sequence; query heads that share keys and values */
+    int64_t block;            /* kv heads of a task */
+    int64_t type, bits;       /* of the numbers; of their codes, or 0 */
+    const float *query;       /* [sequences, steps, kv heads, copies, key dim], scaled */
+    float *output;            /* [sequences, steps, kv heads, copies, value dim] */
+    float *logsumexp;         /* [sequences, steps, kv heads, copies] */
+};
+
+/* The same for one query of each head, without the buffer: scores [heads, longest], sums [heads, value dim]. */
+static void keys_of_one(const struct work *w, const char *table, int64_t at, int64_t heads, int64_t length,
+                        const float *query, float *scores, int64_t longest) {
+    const int64_t width = w->kv_heads * (w->key_dim + w->value_dim), dim = w->key_dim, groups = dim / GROUP;
+    const int64_t bits = w->bits ? w->bits : w->type == FLOAT32 ? 32 : 16;
+    float group_sums[heads * groups + 1];
+    for (int64_t g = 0; g < heads * groups; g++) {
+        group_sums[g] = 0;
+        for (int64_t i = 0; i < GROUP; i++) group_sums[g] += query[g * GROUP + i];
+    }
+    for (int64_t l = 0; l < length; l++) {
+        const char *row = table + l * w->row_bytes;
+        if (l + AHEAD < length) ask_for(row + AHEAD * w->row_bytes + at * bits / 8, heads * dim * bits / 8);
+        for (int64_t h = 0; h < heads; h++)
+            scores[h * longest + l] = product(row, w->type, w->bits, width, at + h * dim, dim, query + h * dim,
+                                              group_sums + h * groups);
+    }
+}
+
+static void values_of_one(const struct work *w, const char *table, int64_t at, int64_t heads, int64_t length,
+                          const float *scores, int64_t longest, float *sums) {
+    const int64_t width = w->kv_heads * (w->key_dim + w->value_dim), dim = w->value_dim;
+    const int64_t bits = w->bits ? w->bits : w->type == FLOAT32 ? 32 : 16;
+    for (int64_t l = 0; l < length; l += ROWS) {
+        const char *row = table + l * w->row_bytes;
+        const int rows = length - l < ROWS ? (int)(length - l) : ROWS;
+        for (int64_t r = l + ROWS; r < l + 2 * ROWS && r < length; r++)
+            ask_for(table + r * w->row_bytes + at * bits / 8, heads * dim * bits / 8);
+        for (int64_t h = 0; h < heads; h++) {
+            const float *weights = scores + h * longest + l;
+            if (rows == ROWS) /* a constant, for the compiler */
+                add(row, w->row_bytes, ROWS, w->type, w->bits, width, at + h * dim, dim, weights, sums + h * dim);
+            else
+                add(row, w->row_bytes, rows, w->type, w->bits, width, at + h * dim, dim, weights, sums + h * dim);
+        }
+    }
+}
+
+/* Tasks [first, end) of sequences * blocks; 0, or 1 if there is no memory. */
+int attend(const struct work *w, int64_t first, int64_t end) {
+    const int64_t blocks = (w->kv_heads + w->block - 1) / w->block, rows = w->steps * w->copies;
+    const int64_t width = w->kv_heads * (w->key_dim + w->value_dim);
+    const int64_t dim = w->key_dim > w->value_dim ? w->key_dim : w->value_dim;
+    const int64_t unit = w->bits ? GROUP : LANES; /* codes are taken by whole groups */
+    const int is_single = rows == 1 && w->key_dim % unit == 0 && w->value_dim % unit == 0;
+    int64_t longest = 0;
+    for (int64_t task = first; task < end; task++)
+        if (w->lengths[task / blocks] > longest) longest = w->lengths[task / blocks];
+    float *memory = malloc(4 * (w->block * (dim + rows * (longest + w->value_dim))));
+    if (!memory) return 1;
+    float *numbers = memory, *sums = numbers + w->block * dim, *scores = sums + w->block * rows * w->value_dim;
+    for (int64_t task = first; task < end; task++) {
+        const int64_t sequence = task / blocks, head = task % blocks * w->block, length = w->lengths[sequence];
+        const int64_t heads = w->kv_heads - head < w->block ? w->kv_heads - head : w->block;
+        const char *table = w->table + w->firsts[sequence] * w->row_bytes;
+        const int64_t key_at = head * w->key_dim, value_at = w->kv_heads * w->key_dim + head * w->value_dim;
+/* Where a row of scores [longest] and one of queries or results is: of head h, step s, copy c. */
+#define SCORES(h, s, c) (scores + (((h) * w->steps + (s)) * w->copies + (c)) * longest)
+#define SUMS(h, s, c) (sums + (((h) * w->steps + (s)) * w->copies + (c)) * w->value_dim)
+#define ROW(h, s, c) (((sequence * w->steps + (s)) * w->kv_heads + head + (h)) * w->copies + (c))
+        if (is_single) keys_of_one(w, table, key_at, heads, length, w->query + ROW(0, 0, 0) * w->key_dim, scores, longest);
+        for (int64_t l = 0; l < length && !is_single; l++) {
+            piece(table + l * w->row_bytes, w->type, w->bits, width, key_at, heads * w->key_dim, numbers);
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t s = 0; s < w->steps; s++)
+                    for (int64_t c = 0; c < w->copies; c++)
+                        SCORES(h, s, c)[l] = dot(w->query + ROW(h, s, c) * w->key_dim, numbers + h * w->key_dim,
+                                                 w->key_dim);
+        }
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t s = 0; s < w->steps; s++)
+                for (int64_t c = 0; c < w->copies; c++) {
+                    float *row = SCORES(h, s, c), highest = -INFINITY, total = 0;
+                    const int64_t seen = length - w->steps + s + 1; /* a new token sees those up to itself */
+                    for (int64_t l = 0; l < seen; l++) highest = row[l] > highest ? row[l] : highest;
+                    for (int64_t l = 0; l < seen; l++) row[l] = power(row[l] - highest);
+                    for (int64_t l = 0; l < seen; l++) total += row[l];
+                    for (int64_t l = 0; l < seen; l++) row[l] *= 1 / total;
+                    for (int64_t l = seen; l < length; l++) row[l] = 0;
+                    w->logsumexp[ROW(h, s, c)] = highest + logf(total);
+                }
+        memset(sums, 0, 4 * w->block * rows * w->value_dim);
+        if (is_single) values_of_one(w, table, value_at, heads, length, scores, longest, sums);
+        for (int64_t l = 0; l < length && !is_single; l++) {
+            piece(table + l * w->row_bytes, w->type, w->bits, width, value_at, heads * w->value_dim, numbers);
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t s = 0; s < w->steps; s++)
+                    for (int64_t c = 0; c < w->copies; c++) {
+                        const float weight = SCORES(h, s, c)[l];
+                        const float *restrict from = numbers + h * w->value_dim;
+                        float *restrict to = SUMS(h, s, c);
+                        for (int64_t i = 0; i < w->value_dim; i++) to[i] += weight * from[i];
+                    }
+        }
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t s = 0; s < w->steps; s++)
+                for (int64_t c = 0; c < w->copies; c++)
+                    memcpy(w->output + ROW(h, s, c) * w->value_dim, SUMS(h, s, c), 4 * w->value_dim);
+    }
+    free(memory);
+    return 0;
+}

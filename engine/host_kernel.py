@@ -1,0 +1,161 @@
+"""Compiles our C kernel of attention on the host for the machine at hand, once, and calls it from all cores."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from engine.codec import GROUP
+from engine.hardware_profile import cache_directory
+
+_LOG = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("host_attention.c")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SECONDS = 60
+_PIECE_BYTES = 4096
+"""Of a row, what a task reads in one piece, about."""
+_SLICE_BYTES = 1 << 20
+"""Of keys and values, what it pays to wake a thread for."""
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class _Work(ctypes.Structure):
+    """`struct work` of the C source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("table",)),
+        ("row_bytes", ctypes.c_int64),
+        ("firsts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("kv_heads", "key_dim", "value_dim", "steps", "copies", "block", "type", "bits")
+        ),
+        ("query", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("logsumexp", ctypes.c_void_p),
+    )
+
+
+def attend(
+    table: torch.Tensor,
+    firsts: torch.Tensor,
+    lengths: torch.Tensor,
+    query: torch.Tensor,
+    dims: tuple[int, int, int],
+    dtype: torch.dtype,
+    bits: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attend each sequence's new rows to all its rows of a table; None where the kernel cannot.
+
+    That is where there is no compiler, and for codes of which a group has both keys and values.
+
+    table: `[rows, …]`, rows of keys and values of `dtype`, or of their codes of `bits` bits (0: none).
+    firsts, lengths: int64 `[sequences]`, a sequence's first row and how many it has, the new ones included.
+    query: `[sequences, steps, heads, dim]`; dims: kv heads, a key's size, a value's.
+
+    Returns float32 `[sequences, steps, heads, value dim]` and log-sum-exps `[sequences, steps, heads]`.
+    """
+    (sequences, steps, heads), (kv_heads, key_dim, value_dim) = query.shape[:3], dims
+    kernel = _kernel()
+    if kernel is None or (bits and (kv_heads * key_dim % GROUP or kv_heads * value_dim % GROUP)):
+        return None
+    scaled = (query.float() * scaling).contiguous()
+    output = torch.empty(sequences, steps, heads, value_dim)
+    logsumexp = torch.empty(sequences, steps, heads)
+    row_bytes = table.stride(0) * table.itemsize
+    block = _block(kv_heads, key_dim, value_dim, row_bytes, bits)
+    work = _Work(
+        table.data_ptr(), row_bytes, firsts.data_ptr(), lengths.data_ptr(), kv_heads, key_dim, value_dim, steps,
+        heads // kv_heads, block, _TYPES[dtype], bits, scaled.data_ptr(), output.data_ptr(), logsumexp.data_ptr(),
+    )  # fmt: skip
+    tasks = sequences * -(-kv_heads // block)
+    count = max(1, min(tasks, 4 * _threads(), int(lengths.sum()) * row_bytes // _SLICE_BYTES))
+    borders = [tasks * i // count for i in range(count + 1)]
+
+    def part(index: int) -> int:
+        return int(kernel.attend(ctypes.byref(work), borders[index], borders[index + 1]))
+
+    if any([part(0)] if count == 1 else _pool().map(part, range(count))):
+        raise MemoryError("no memory for the scores of attention on the host")
+    return output, logsumexp
+
+
+def _block(kv_heads: int, key_dim: int, value_dim: int, row_bytes: int, bits: int) -> int:
+    """Heads of a task: pieces of about `_PIECE_BYTES`; of codes, whole groups."""
+    per_head = max(1, row_bytes // (2 * kv_heads))
+    least = 1
+    while bits and (least * key_dim % GROUP or least * value_dim % GROUP):
+        least += 1
+    return min(kv_heads, max(1, round(_PIECE_BYTES / per_head / least)) * least)
+
+
+@cache
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="flexgen-attend")
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    """The compiled kernel; None, once told, where it cannot be had."""
+    try:
+        kernel = ctypes.CDLL(str(_compiled()))
+        kernel.attend.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        kernel.attend.restype = ctypes.c_int
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:300]
+        _LOG.warning("attention on the host runs on torch's kernel, slower in 16 bits: %s", reason)
+        return None
+    return kernel
+
+
+def _compiled() -> Path:
+    """The shared library, kept in the cache directory under what it depends on."""
+    compiler = shlex.split(os.environ.get("CC", "")) or [_compiler()]
+    text = _SOURCE.read_bytes()
+    parts = [text, " ".join([*compiler, *_FLAGS, platform.machine(), _cpu_flags()]).encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    path = cache_directory() / f"host-attention-{key}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
+        made = Path(folder) / path.name
+        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        made.replace(path)
+    return path
+
+
+def _compiler() -> str:
+    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if found is None:
+        raise OSError("there is no C compiler (cc, gcc or clang)")
+    return found
+
+
+def _cpu_flags() -> str:
+    """What the processor can, where the system tells: a home directory may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
