@@ -13,8 +13,8 @@ _WIDTH, _HEIGHT = 1000, 100
 """Of the drawing's own coordinates, which are stretched to the place that a chart has."""
 
 
-_LEAST_SPREAD = 0.2
-"""Of a sparkline, as a share of its values: what changes little looks as if it did."""
+_LEAST_SPREAD, _LEAST_RANGE = 0.2, 0.04
+"""Of a sparkline and of a trend, as shares of the values: what changes little should look so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ def trend(points: Sequence[Point], form: str, ends: tuple[str, str], *, from_zer
     values = [point.value for point in points if point.value is not None]
     if not values:
         return None
-    low, high, steps = scale(0.0 if from_zero else min(values), max(values))
+    low, high = min(values), max(values)
+    missing = max(0.0, _LEAST_RANGE * max(abs(low), abs(high)) - (high - low)) / 2
+    low, high, steps = scale(0.0 if from_zero else low - missing, high + missing)
     places = _places(points, low, high)
     shapes: list[Markup | None] = [_grid(steps, low, high), _line(places, "line")]
     marks = []

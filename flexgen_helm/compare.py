@@ -63,6 +63,8 @@ def parse_compare_flags(arguments: Sequence[str]) -> argparse.Namespace:
     for flag, least in (("slowdown", 0.0), ("confidence", 0.5)):
         if not least <= getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)} is not a share from {least:g} to below 1")
+    if args.json is not None and args.json.is_dir():
+        raise UsageError(f"--json {args.json} is a directory; name a file")
     if args.json is not None and not args.json.parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no directory {args.json.parent}")
     return args
@@ -76,7 +78,7 @@ def table(comparison: Comparison) -> str:
     shown += [change for change in changes if change.verdict == "same" and change.difference]
     num_told = sum(change.verdict != "same" for change in changes)
     shown = shown[: max(num_told, MOST_ROWS)]
-    models = {change.model.replace("/", "_") for change in shown}
+    models = {change.model for change in shown}
     if shown:
         head = ("", "run", "metric", "before", "after", "difference", f"{comparison.confidence:.0%} interval", "p")
         rows = [_row(change, shorten=len(models) == 1) for change in shown]

@@ -73,6 +73,8 @@ def _tile(name: str, value: object, below: object) -> Markup:
 def notices(report: Report) -> Markup | None:
     """Failed runs with their reasons, regressions, and what else somebody should look at; None if there is nothing."""
     names, _ = distinct_names([run.name for run in report.runs])
+    if len({run.model for run in report.runs}) > 1:
+        names = {run.name: f"{names[run.name]} of {run.model}" for run in report.runs}
     found: list[Markup] = []
     if report.status == "unfinished":
         hint = "it is still running, or was stopped; the same command goes on where it was"

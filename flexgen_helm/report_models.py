@@ -41,8 +41,8 @@ def _card(row: ModelRow) -> Markup:
         _limit(row),
         _time_split(row),
         _timeline(row),
-        _mapping("Policy", record.policy),
-        _mapping("Plan", record.plan),
+        _mapping("Policy", record.policy, is_open=True),
+        _mapping("Plan", record.plan, is_open=False),
         class_="card",
     )
 
@@ -94,9 +94,9 @@ def _timeline(row: ModelRow) -> Markup | None:
     return join([tag("h4", title), tag("ul", *keys, class_="keys"), chart])
 
 
-def _mapping(name: str, content: object) -> Markup | None:
+def _mapping(name: str, content: object, *, is_open: bool) -> Markup | None:
     if not content:
         return None
     lines = content.items() if isinstance(content, dict) else [(name, content)]
-    told = "\n".join(f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in lines)
-    return tag("details", tag("summary", name), tag("pre", told))
+    told = "   ".join(f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in lines)
+    return tag("details", tag("summary", name), tag("pre", told), open="" if is_open else None)

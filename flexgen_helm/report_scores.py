@@ -31,9 +31,9 @@ def scores_section(report: Report) -> Markup:
     if has_reference:
         head += [
             tag("th", "Reference", scope="col", class_="roomy"),
-            tag("th", "To it", scope="col", title="Ours less the reference's"),
+            tag("th", "To ref.", scope="col", title="Ours less the reference's"),
         ]
-    head += [tag("th", "Trend", scope="col")] if has_trend else []
+    head += [tag("th", "Trend", scope="col", class_="roomy" if has_reference else None)] if has_trend else []
     rows: list[Markup] = []
     for model in sorted({run.model for run in scored}):
         members = [run for run in scored if run.model == model]
@@ -41,7 +41,7 @@ def scores_section(report: Report) -> Markup:
             rows.append(tag("tr", tag("th", model, colspan=len(head), class_="left"), class_="group"))
         for mean in report.comparison.means if report.comparison else ():
             if mean.model == model:
-                rows.append(_mean_row(mean, len(metrics) > 1, has_reference, has_trend))
+                rows.append(_mean_row(mean, members, len(metrics) > 1, has_reference, has_trend))
         rows += [_row(run, names[run.name], report, len(metrics) > 1, has_reference) for run in members]
     table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows))
     told = [metrics.copy().pop() if len(metrics) == 1 else "each run's main metric"]
@@ -65,17 +65,25 @@ def _row(run: RunRow, name: str, report: Report, has_metric: bool, has_reference
             Point(value=value, title=f"{suite.name}: {number(value)}", is_mark=run.name in suite.regressions)
             for value, suite in zip(run.trend, report.trend, strict=True)
         ]
-        cells.append(tag("td", charts.sparkline(points), class_="trend"))
+        cells.append(tag("td", charts.sparkline(points), class_="trend roomy" if has_reference else "trend"))
     return tag("tr", *cells, class_=run.change.verdict if run.change else None)
 
 
-def _mean_row(mean: ScoreChange, has_metric: bool, has_reference: bool, has_trend: bool) -> Markup:
-    cells = [tag("th", mean.name.split(" of ", 2)[1].join(["Mean of ", ""]), scope="row", title=mean.name)]
+def _mean_row(
+    mean: ScoreChange, members: Sequence[RunRow], has_metric: bool, has_reference: bool, has_trend: bool
+) -> Markup:
+    cells = [tag("th", f"Mean of {mean.name.split(' of ')[1]}", scope="row", title=mean.name)]
     cells += [tag("td", mean.metric, class_="left roomy")] if has_metric else []
     cells += [tag("td", f"{mean.instances:,}", class_="roomy"), tag("td", number(mean.after))]
     cells += [tag("td", number(mean.before), class_="roomy"), _change_cell(mean)]
-    cells += [tag("td", class_="roomy"), tag("td")] if has_reference else []
-    cells += [tag("td")] if has_trend else []
+    if has_reference:
+        pairs = [(run.reference, run.reference_difference) for run in members if run.metric == mean.metric]
+        told = [(one, other) for one, other in pairs if one is not None and other is not None]
+        means = (
+            [sum(column) / len(told) for column in zip(*told, strict=True)] if len(told) == len(pairs) else [None] * 2
+        )
+        cells += [tag("td", number(means[0]), class_="roomy"), tag("td", signed(means[1]))]
+    cells += [tag("td", class_="roomy" if has_reference else None)] if has_trend else []
     return tag("tr", *cells, class_=f"mean {mean.verdict}")
 
 

@@ -46,17 +46,26 @@ def short_name(run: str) -> str:
 
 
 def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Of each run a name that tells it from the others, without what they all share; and what that is."""
+    """Of each run a name that tells it from the others, without what they all share; and what that is.
+
+    Where they differ in one argument, its value is enough.
+    """
     split = {run: short_name(run).partition(":") for run in runs}
     arguments = {run: rest.split(",") if rest else [] for run, (_, _, rest) in split.items()}
     if len({short_name(run) for run in runs}) < 2:
         return {run: short_name(run) for run in runs}, []
     first, *others = arguments.values()
     shared = [argument for argument in first if all(argument in other for other in others)]
+    own_keys = {
+        argument.partition("=")[0] for each in arguments.values() for argument in each if argument not in shared
+    }
     names = {}
     for run, (scenario, _, _) in split.items():
         own = [argument for argument in arguments[run] if argument not in shared]
-        names[run] = f"{scenario}:{','.join(own)}" if own else scenario
+        if len(own_keys) == 1 and len(own) == 1 and "=" in own[0]:
+            names[run] = f"{scenario} {own[0].partition('=')[2]}"
+        else:
+            names[run] = f"{scenario}:{','.join(own)}" if own else scenario
     return names, shared
 
 

@@ -132,6 +132,9 @@ def read_suite(path: Path) -> Suite:
     if not names and record is None:
         raise ConfigError(f"{path} holds no runs of HELM and no {sweep_record.FILE_NAME}; name a suite's directory")
     runs = {name: _read_run(path / name, recorded.get(name), is_there=name in folders) for name in names}
+    models = {run.model.replace("/", "_"): run.model for run in runs.values()}  # the name of a run holds the former
+    models |= {run.model.replace("/", "_"): run.model for run in runs.values() if "/" in run.model}
+    runs = {name: replace(run, model=models[run.model.replace("/", "_")]) for name, run in runs.items()}
     return Suite(path=path, record=record, runs=runs)
 
 
