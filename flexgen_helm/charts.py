@@ -53,7 +53,7 @@ def trend(points: Sequence[Point], form: str, ends: tuple[str, str], *, from_zer
         return None
     low, high = min(values), max(values)
     missing = max(0.0, _LEAST_RANGE * max(abs(low), abs(high)) - (high - low)) / 2
-    low, high, steps = scale(0.0 if from_zero else low - missing, high + missing)
+    low, high, steps = scale(0.0, high) if from_zero else scale(low - missing, high + missing)
     places = _places(points, low, high)
     shapes: list[Markup | None] = [_grid(steps, low, high), _line(places, "line")]
     marks = []

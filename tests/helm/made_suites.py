@@ -87,11 +87,11 @@ def write_run(
 
 
 def make_suite(
-    runs: Path, name: str, answers: Mapping[str, Sequence[float]], *, started: str = "2026-11-21T01:00:00+00:00",
+    folder: Path, name: str, answers: Mapping[str, Sequence[float]], *, started: str = "2026-11-21T01:00:00+00:00",
     failed: Mapping[str, str] | None = None, recorded: bool = True, **record: Any,
 ) -> Path:  # fmt: skip
     """A suite whose runs scored `answers`, those of `failed` with their errors; `record` changes the sweep's record."""
-    suite = runs / name
+    suite = folder / name
     suite.mkdir(parents=True)
     names = {write_run(suite, subject, values): len(values) for subject, values in answers.items()}
     done = [_run_record(run, count) for run, count in names.items()]
