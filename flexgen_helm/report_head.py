@@ -30,10 +30,14 @@ def header(report: Report) -> Markup:
     if report.finished:
         took = (datetime.fromisoformat(report.finished) - datetime.fromisoformat(report.started)).total_seconds()
         parts.append(clock(took))
+    models = sorted({run.model for run in report.runs if run.model})
+    parts.append(", ".join(models) if len(models) < 4 else plural(len(models), "model"))
     if report.hardware is not None:
         parts.append(report.hardware.device)
     title = tag("div", tag("h1", breakable(report.suite)), *pills, class_="head")
-    return join([title, tag("p", " · ".join(parts), class_="soft"), tag("dl", *_tiles(report), class_="tiles")])
+    return join(
+        [title, tag("p", " · ".join(filter(None, parts)), class_="soft"), tag("dl", *_tiles(report), class_="tiles")]
+    )
 
 
 def _tiles(report: Report) -> list[Markup]:

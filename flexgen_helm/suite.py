@@ -125,6 +125,7 @@ def read_suite(path: Path) -> Suite:
 
     A run whose own files cannot be read is a failed one.
     """
+    path = path.resolve()
     record = sweep_record.read(path)
     recorded = {run.name: run for run in record.runs} if record else {}
     folders = {folder.name: folder for folder in sorted(path.iterdir()) if _is_run(folder)}
@@ -268,8 +269,10 @@ def earlier_suites(suite: Suite) -> list[tuple[Path, SweepRecord]]:
     """Swept suites beside this one that began before it, in that order; those that cannot be read are left out."""
     found = []
     for folder in suite.path.parent.iterdir():
+        if folder == suite.path or folder.is_symlink() or not folder.is_dir():  # HELM links the latest suite
+            continue
         try:
-            record = sweep_record.read(folder) if folder.is_dir() and folder != suite.path else None
+            record = sweep_record.read(folder)
         except ConfigError:
             continue
         if record is not None and datetime.fromisoformat(record.started) < suite.started:

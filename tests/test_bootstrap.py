@@ -95,6 +95,7 @@ def test_a_ratio_of_sums_is_resampled_as_one() -> None:
         {"a": (2.0, 1.0)}, {"a": (3.0, 1.0)}, name="run", confidence=0.95, samples=10, is_exponential=True
     )
     assert exponential.difference == pytest.approx(math.e**3 - math.e**2)
+    assert (exponential.low, exponential.high) == pytest.approx((exponential.difference,) * 2)
 
 
 def test_equal_scores_have_not_changed() -> None:

@@ -73,7 +73,7 @@ def test_a_report_says_what_the_files_say(make: Callable[..., Path]) -> None:
     for words in (
         "nightly-21", "4 regressions against nightly-20", "ExecutorError: no luck", "0.200", f"{MINUS}0.300", "320",
         "80% of the hardware's limit", "load 20 s, 20%", "prefill 1 min, 60%", "percent: [20, 80, 0, 100, 0, 100]",
-        HARDWARE.device, "crfm-helm", "2.14.1", "abc123", "30,000 (76%)", "21 November 2026, 01:00 UTC",
+        HARDWARE.device, "local/tiny", "crfm-helm", "2.14.1", "abc123", "30,000 (76%)", "21 November 2026, 01:00 UTC",
     ):  # fmt: skip
         assert words in page.text, words
 
@@ -84,6 +84,8 @@ def test_the_previous_suite_is_the_latest_earlier_sweep_with_runs_in_common(make
     make(19, marketing=50)
     make(20, anatomy=50, more={"recorded": False})
     corrupt = make(16, anatomy=50)
+    linked = make_suite(corrupt.parent / "elsewhere", "latest", {"anatomy": answers(50)}, started=night(20))
+    (corrupt.parent / "latest").symlink_to(linked)
     make(22, anatomy=50)
     (corrupt / FILE_NAME).write_text("{")
     suite = make(21, anatomy=50)
