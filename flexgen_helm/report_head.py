@@ -24,8 +24,8 @@ def header(report: Report) -> Markup:
     pills = [tag("span", status, class_=kind)]
     if report.comparison is not None:
         failures = len(report.comparison.failures)
-        words = f"{plural(failures, 'regression') if failures else 'nothing worse'} against {report.previous}"
-        pills.append(tag("span", words, class_=f"pill {'bad' if failures else 'good'}"))
+        words = f"{plural(failures, 'regression')} against" if failures else "nothing worse than in"
+        pills.append(tag("span", f"{words} {report.previous}", class_=f"pill {'bad' if failures else 'good'}"))
     parts = [datetime.fromisoformat(report.started).astimezone(UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")]
     if report.finished:
         took = (datetime.fromisoformat(report.finished) - datetime.fromisoformat(report.started)).total_seconds()

@@ -41,7 +41,7 @@ def _card(row: ModelRow) -> Markup:
         _limit(row),
         _time_split(row),
         _timeline(row),
-        _mapping("Policy", record.policy, is_open=True),
+        _mapping("Policy", record.policy or {"policy": "auto"}, is_open=True),
         _mapping("Plan", record.plan, is_open=False),
         class_="card",
     )

@@ -32,7 +32,7 @@ def signed_percent(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """A share."""
-    return NONE if value is None else f"{value:.0%}"
+    return NONE if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
 def clock(seconds: float | None) -> str:

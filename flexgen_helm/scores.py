@@ -56,16 +56,14 @@ def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         return {run: short_name(run) for run in runs}, []
     first, *others = arguments.values()
     shared = [argument for argument in first if all(argument in other for other in others)]
-    own_keys = {
-        argument.partition("=")[0] for each in arguments.values() for argument in each if argument not in shared
-    }
+    own = {run: [argument for argument in arguments[run] if argument not in shared] for run in runs}
+    is_one = (
+        all(len(each) == 1 for each in own.values()) and len({each[0].partition("=")[0] for each in own.values()}) == 1
+    )
     names = {}
     for run, (scenario, _, _) in split.items():
-        own = [argument for argument in arguments[run] if argument not in shared]
-        if len(own_keys) == 1 and len(own) == 1 and "=" in own[0]:
-            names[run] = f"{scenario} {own[0].partition('=')[2]}"
-        else:
-            names[run] = f"{scenario}:{','.join(own)}" if own else scenario
+        told = ",".join(own[run])
+        names[run] = f"{scenario} {told.partition('=')[2]}" if is_one else f"{scenario}:{told}" if told else scenario
     return names, shared
 
 

@@ -19,6 +19,7 @@ from engine.errors import ConfigError
 from flexgen_helm.report import write_report
 from flexgen_helm.report_words import MINUS
 from flexgen_helm.run import main
+from flexgen_helm.scores import distinct_names
 from flexgen_helm.sweep_record import FILE_NAME, RunRecord, SweepRecord, write
 
 
@@ -258,20 +259,29 @@ def test_the_command(make: Callable[..., Path], tmp_path: Path, capsys: Any) -> 
     assert {each.name for each in suite.iterdir() if each.is_file()} == {FILE_NAME, "report.html", "report.json"}
 
 
-def test_a_full_disk_leaves_the_report_that_was_there(
-    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_full_disk_leaves_whole_files(
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
+    """The data are written first, then the page."""
     suite = make(21, anatomy=50)
     written(suite)
-    before = {each: each.read_bytes() for each in suite.glob("report.*")}
+    page, data = ((suite / name).read_bytes() for name in ("report.html", "report.json"))
+    make(20, anatomy=50)  # so that the report is another one
+    calls = []
 
     def no_space(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        calls.append(handle)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(ConfigError, match=r"cannot be written .*: No space left"):
         write_report(suite)
-    assert {each: each.read_bytes() for each in suite.glob("*report.*")} == before
+    assert (suite / "report.html").read_bytes() == page
+    assert ((suite / "report.json").read_bytes() == data) == (failing == 1)
+    assert json.loads((suite / "report.json").read_bytes())["suite"] == "nightly-21"
+    assert {each.name for each in suite.glob("*report*")} == {"report.html", "report.json"}
 
 
 # Names from users
@@ -316,3 +326,23 @@ def test_the_page_is_one_that_any_browser_lays_out(make: Callable[..., Path]) ->
     used = set(re.findall(r"var\((--[a-z-]+)\)", page.style))
     assert used <= set(re.findall(r"(--[a-z-]+):", page.style))
     assert page.style.count("{") == page.style.count("}")
+
+
+@pytest.mark.parametrize(
+    ("runs", "names", "shared"),
+    [
+        (["mmlu:subject=a,k=5,model=m", "mmlu:subject=b,k=5,model=m"], ["mmlu a", "mmlu b"], ["k=5"]),
+        (["mmlu:subject=a,model=m", "mmlu:subject=a,k=5,model=m"], ["mmlu", "mmlu:k=5"], ["subject=a"]),
+        (["mmlu:subject=a,k=5,model=m", "boolq:model=m"], ["mmlu:subject=a,k=5", "boolq"], []),
+        (
+            ["mmlu:subject=a,x=1,model=m", "mmlu:subject=b,x=2,model=m"],
+            ["mmlu:subject=a,x=1", "mmlu:subject=b,x=2"],
+            [],
+        ),
+        (["mmlu:subject=a,model=m", "mmlu:subject=a,model=n"], ["mmlu:subject=a", "mmlu:subject=a"], []),
+        (["wikitext_103:model=m"], ["wikitext_103"], []),
+        ([], [], []),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(runs: list[str], names: list[str], shared: list[str]) -> None:
+    assert distinct_names(runs) == (dict(zip(runs, names, strict=True)), shared)
