@@ -8,7 +8,8 @@ from flexgen_helm import charts
 from flexgen_helm.charts import Point
 from flexgen_helm.comparison import ScoreChange
 from flexgen_helm.markup import Markup, breakable, join, tag
-from flexgen_helm.report_data import Drift, ModelRow, Report, RunRow, TrendSuite
+from flexgen_helm.report_data import ModelRow, Report, RunRow, TrendSuite
+from flexgen_helm.report_drift import Drift
 from flexgen_helm.report_words import NONE, change_class, number, plural, signed
 from flexgen_helm.scores import distinct_names, short_name
 

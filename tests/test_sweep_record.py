@@ -76,6 +76,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read(path.parent) == replace(RECORD, finished="2026-11-22T02:00:00+00:00")
 
 
+def test_who_reads_while_it_is_written_reads_it_whole(tmp_path: Path) -> None:
+    write(tmp_path, RECORD)
+    with (tmp_path / FILE_NAME).open() as reader:
+        beginning = reader.read(20)
+        write(tmp_path, replace(RECORD, suite="another one"))
+        assert json.loads(beginning + reader.read())["suite"] == RECORD.suite
+
+
 def test_no_record_is_none(tmp_path: Path) -> None:
     assert read(tmp_path) is None
 

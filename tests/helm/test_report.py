@@ -177,6 +177,16 @@ def test_what_verify_found_is_the_drift(make: Callable[..., Path], tmp_path: Pat
     assert written(suite)[1]["drift"] == []
 
 
+def test_a_suite_of_verify_is_a_reference(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Its own scores are ours, of a sample; the reference's are in what it found."""
+    suite = make(21, anatomy=50, virology=40)
+    name = write_run(tmp_path / "verify", "anatomy", answers(3, of=4))
+    (tmp_path / "verify" / name / "fidelity.json").write_text(json.dumps(fidelity(name)))
+    _, found = written(suite, reference=tmp_path / "verify")
+    assert [run["reference"] for run in found["runs"]] == [0.625, None]
+    assert [each["run"] for each in found["drift"]] == [name]
+
+
 # What is not there
 
 
