@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.job import Completion, Job
+from flexgen_helm.columns import columns
 from flexgen_helm.reference import Forced, Reference
 from flexgen_helm.scores import Score, short_name
 from flexgen_helm.translate import Timing, Translator, result
@@ -367,13 +368,7 @@ def table(fidelities: Sequence[Fidelity]) -> str:
         ),
         *(_row(each, short_name(each.score.run) if len(models) == 1 else each.score.run) for each in fidelities),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        padded = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        padded += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join(padded))
-    return "\n".join(lines)
+    return columns(rows, 2)
 
 
 def _row(fidelity: Fidelity, name: str) -> tuple[str, ...]:

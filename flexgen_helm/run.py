@@ -22,6 +22,8 @@ COMMANDS = {
     "bench": "time the engine on random weights of a real shape, beside the machine's limits",
     "plan": "the policy with the least estimated time for a workload, before anything is run",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
+    "compare": "what has changed from one suite to a later one; exit code 1 if something is worse",
+    "report": "write a suite's report.html and report.json: scores, speed, trends, failed runs",
     "lm-eval": "lm-evaluation-harness's own command line, with the engine as its model `flexgen`",
     "doctor": "show what this machine has and what is missing",
 }
@@ -88,6 +90,14 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.verify import verify
 
             return verify(rest)
+        if command == "compare":
+            from flexgen_helm.compare import compare
+
+            return compare(rest)
+        if command == "report":
+            from flexgen_helm.report import report
+
+            return report(rest)
         if command == "lm-eval":
             from flexgen_helm.lm_eval_command import lm_eval
 

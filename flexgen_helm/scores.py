@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flexgen_helm.columns import columns
 
 if TYPE_CHECKING:
     from helm.benchmark.run_spec import RunSpec
@@ -42,13 +45,36 @@ def short_name(run: str) -> str:
     return ",".join(kept).split(":model=", 1)[0]
 
 
+def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Of each run a name that tells it from the others, without what they all share; and what that is.
+
+    Where they differ in one argument, its value is enough.
+    """
+    split = {run: short_name(run).partition(":") for run in runs}
+    arguments = {run: rest.split(",") if rest else [] for run, (_, _, rest) in split.items()}
+    if len({short_name(run) for run in runs}) < 2:
+        return {run: short_name(run) for run in runs}, []
+    first, *others = arguments.values()
+    shared = [argument for argument in first if all(argument in other for other in others)]
+    own = {run: [argument for argument in arguments[run] if argument not in shared] for run in runs}
+    is_one = (
+        all(len(each) == 1 for each in own.values()) and len({each[0].partition("=")[0] for each in own.values()}) == 1
+    )
+    names = {}
+    for run, (scenario, _, _) in split.items():
+        told = ",".join(own[run])
+        names[run] = f"{scenario} {told.partition('=')[2]}" if is_one else f"{scenario}:{told}" if told else scenario
+    return names, shared
+
+
 def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
     """Read the main metric of each run whose `stats.json` is there."""
     scores = []
     for run_spec in run_specs:
         file = runs_path / run_spec.name / "stats.json"
         if file.is_file():
-            metric, split = _main_metric(run_spec)
+            scenario = run_spec.scenario_spec
+            metric, split = main_metric(scenario.class_name, json.dumps(scenario.args, sort_keys=True))
             stats = json.loads(file.read_text(encoding="utf-8"))
             scores.append(choose(stats, run_spec.name, run_spec.adapter_spec.model, metric, split))
     return scores
@@ -58,7 +84,7 @@ def choose(
     stats: Sequence[dict[str, Any]], run: str, model: str, metric: str | None = None, split: str | None = None
 ) -> Score:
     """Pick the run's score among its stats: the named metric on the named split if it is there, else the nearest."""
-    plain = {(stat["name"]["name"], stat["name"].get("split")): stat for stat in stats if _is_plain(stat["name"])}
+    plain = {(stat["name"]["name"], stat["name"].get("split")): stat for stat in stats if is_plain(stat["name"])}
     metrics = ([metric] if metric else []) + list(FALLBACK_METRICS)
     splits = ([split] if split else []) + list(SPLITS)
     for name in metrics:
@@ -78,25 +104,23 @@ def table(scores: Sequence[Score]) -> str:
         value = "none" if score.value is None else f"{score.value:.3f}"
         run = short_name(score.run) if len(models) == 1 else score.run
         rows.append((run, score.metric, score.split, str(score.num_instances), value))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = []
-    for row in rows:
-        padded = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        padded += [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-        lines.append("  ".join(padded))
-    return "\n".join(lines)
+    return columns(rows, 3)
 
 
-def _is_plain(name: dict[str, Any]) -> bool:
+def is_plain(name: dict[str, Any]) -> bool:
+    """Whether a statistic's name is one of unperturbed instances of a whole split."""
     return "perturbation" not in name and "sub_split" not in name
 
 
-def _main_metric(run_spec: RunSpec) -> tuple[str | None, str | None]:
-    """Ask the scenario for its main metric and split; not every scenario knows them."""
-    from helm.benchmark.scenarios.scenario import create_scenario
+@functools.cache
+def main_metric(scenario_class: str, scenario_args: str) -> tuple[str | None, str | None]:
+    """Ask a scenario for its main metric and split; not every scenario knows them. `scenario_args` are JSON."""
+    from helm.benchmark.scenarios.scenario import ScenarioSpec, create_scenario
 
     try:
-        metadata = create_scenario(run_spec.scenario_spec).get_metadata()
+        metadata = create_scenario(
+            ScenarioSpec(class_name=scenario_class, args=json.loads(scenario_args))
+        ).get_metadata()
     except Exception:  # NotImplementedError, mostly, or whatever a scenario's constructor meets
         return None, None
     return metadata.main_metric, metadata.main_split

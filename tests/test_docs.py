@@ -69,12 +69,14 @@ def test_helm_accepts_its_commands(arguments: list[str]) -> None:
 def test_other_commands_are_accepted() -> None:
     from engine.hardware_profile import HardwareProfile
     from flexgen_helm.bench import bench_parser, workloads
+    from flexgen_helm.compare import parse_compare_flags
     from flexgen_helm.complete import complete_parser
     from flexgen_helm.dummy import shape_config
     from flexgen_helm.entries import read_entries
     from flexgen_helm.flags import checked_policy, policy_from_flags
     from flexgen_helm.plan import plan_parser
     from flexgen_helm.register import register_parser
+    from flexgen_helm.report import parse_report_flags
     from flexgen_helm.roofline import Workload
     from flexgen_helm.run import COMMANDS
     from flexgen_helm.verify import parse_verify_flags
@@ -95,6 +97,10 @@ def test_other_commands_are_accepted() -> None:
             HardwareProfile.load(plan_args.hardware)
     for arguments in commands_of("flexgen-helm", "verify"):
         assert read_entries(parse_verify_flags(arguments))
+    for arguments in commands_of("flexgen-helm", "report"):
+        parse_report_flags(arguments)
+    for arguments in commands_of("flexgen-helm", "compare"):
+        parse_compare_flags(arguments)
     for arguments in commands_of("flexgen-helm", "register"):
         checked_policy(register_parser().parse_args(arguments).policy)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -106,7 +112,9 @@ def test_every_flag_in_the_text_exists() -> None:
     from flexgen_helm.flags import run_parser
 
     known = run_parser().format_help() + complete_parser().format_help()
-    known += "".join((ROOT / "flexgen_helm" / name).read_text() for name in ("register.py", "doctor.py"))
+    known += "".join(
+        (ROOT / "flexgen_helm" / name).read_text() for name in ("register.py", "doctor.py", "report.py", "compare.py")
+    )
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}
     assert flags
