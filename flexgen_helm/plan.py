@@ -138,7 +138,9 @@ def _others(found: list[Estimate]) -> Iterator[str]:
 
 
 def _is_other(one: Estimate, two: Estimate) -> bool:
-    codes = [(each.policy.compress_weight, each.policy.compress_cache) for each in (one, two)]
+    codes = [
+        (each.policy.compress_weight, each.policy.compress_cache, each.policy.cpu_cache_compute) for each in (one, two)
+    ]
     return codes[0] != codes[1] or abs(one.plan.weights.gpu - two.plan.weights.gpu) >= _NEAR
 
 
@@ -146,6 +148,7 @@ def _name(found: Estimate) -> str:
     weights = found.plan.weights
     parts = [f"{weights.gpu:g} % of the weights on the GPU"]
     parts += [f"{weights.disk:g} % on disk"] if weights.disk else []
+    parts += ["attention on the host"] if found.policy.cpu_cache_compute else []
     for name, bits in (("weights", found.policy.compress_weight), ("cache", found.policy.compress_cache)):
         parts += [f"{name} in {bits} bits"] if bits else []
     return ", ".join(parts)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from engine.hardware_profile import HardwareProfile
     from engine.model import CausalModel
 
+_CALL_S = 1.5e-3
+"""That the host takes to ask a device for one layer's work on one micro-batch: 96 resident sequences of OPT-6.7B took
+64 ms a step, of which reading weights, keys and values explains 14 (benchmarks/results/bench-opt-6.7b.json)."""
 _BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
 
 
@@ -86,10 +89,14 @@ def search(
     found: list[Estimate] = []
     reason: CapacityError | None = None
     cache_bits = _BITS if compress and unencodable_layer(model.kv_shapes) is None else (base.compress_cache,)
-    for weight in _BITS if compress else (base.compress_weight,):
-        shape = shape_of(model, codec_of(weight))
-        for cache, share in product(cache_bits, _shares(shape, memory, base)):
-            policy = replace(base, compress_weight=weight, compress_cache=cache, weights=share)
+    places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
+    weight_bits = _BITS if compress else (base.compress_weight,)
+    for weight, cache, on_host in product(weight_bits, cache_bits, dict.fromkeys(places)):
+        shape = shape_of(model, codec_of(weight), codec_of(cache))
+        for share in _shares(shape, memory, base):
+            policy = replace(
+                base, compress_weight=weight, compress_cache=cache, weights=share, cpu_cache_compute=on_host
+            )
             try:
                 plan = make_plan(shape, policy, memory, on_cpu=is_host(profile))
                 found.append(estimate(model, profile, load, policy, plan))
@@ -98,7 +105,15 @@ def search(
     if not found:
         assert reason is not None
         raise reason
-    return sorted(found, key=lambda each: (round(each.seconds, 3), _changes(each.policy), -each.plan.weights.gpu))
+    return sorted(
+        found,
+        key=lambda each: (
+            round(each.seconds, 3),
+            _changes(each.policy),
+            each.policy.cpu_cache_compute,
+            -each.plan.weights.gpu,
+        ),
+    )
 
 
 def _shares(shape: ModelShape, memory: Memory, base: Policy) -> list[Share | None]:
@@ -132,8 +147,10 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
     placed = _placed(model, policy, plan.weights)
     sizes = sizes_of_model(model, placed, policy)
     _check_room(load, sizes, plan)
-    whole, prefill = work_of(load, sizes, plan), work_of(replace(load, new=1), sizes, plan)
-    at_once = num_at_once(load, sizes, plan)
+    crosses = not policy.cpu_cache_compute
+    whole = work_of(load, sizes, plan, cache_crosses=crosses)
+    prefill = work_of(replace(load, new=1), sizes, plan)
+    at_once, limits = num_at_once(load, sizes, plan), plan.limits
     decode = Work(
         sweeps=whole.sweeps - prefill.sweeps,
         flop=whole.flop - prefill.flop,
@@ -142,15 +159,40 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         device_bytes=whole.device_bytes - prefill.device_bytes,
     )
     prefill = replace(prefill, from_device_bytes=whole.from_device_bytes)
+    batches = (
+        math.ceil(load.prefill_tokens / limits.rows_per_batch),
+        decode.sweeps * math.ceil(at_once / min(limits.sequences_per_batch, limits.rows_per_batch)),
+    )
+    calls = [0.0 if is_host(profile) else _CALL_S * sizes.num_layers * count for count in batches]
+    decode_s = _seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
+    if not crosses:
+        attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
+        decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)
     return Estimate(
         policy=policy,
         plan=plan,
         weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
         at_once=at_once,
         sweeps=whole.sweeps,
-        prefill_s=_seconds(prefill, profile, plan.limits.rows_per_batch, sizes.disk_bytes),
-        decode_s=_seconds(decode, profile, at_once, sizes.disk_bytes),
+        prefill_s=_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]},
+        decode_s=decode_s,
     )
+
+
+def _host_attention(
+    attended: float, streamed: float, others: Mapping[str, float], profile: HardwareProfile, policy: Policy
+) -> dict[str, float]:
+    """Seconds of attention on the host over so many bytes, while so many are streamed to the device.
+
+    The device waits for it, layer by layer, and it for the device; host memory serves it and the link.
+    """
+    dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
+    rate = profile.host_attention_bytes_s[dtype]
+    waiting = max(others["arithmetic"], others["device memory"], others["host"])
+    return {
+        "host attention": attended / rate + waiting,
+        "host memory": (attended + streamed) / profile.host_bytes_s + waiting,
+    }
 
 
 def _placed(model: CausalModel, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
