@@ -12,6 +12,7 @@ from engine.arena import Arena
 from engine.batch import DecodeGroup, MicroBatch, Rows
 from engine.block import Block
 from engine.codec import GROUP, Codec
+from engine.disk_rows import DiskRows, Fetch
 from engine.extents import Extents
 from engine.kv_shape import KVShape
 from engine.kv_transfer import KVTransfer
@@ -63,10 +64,15 @@ class KVCache:
         self._fresh_layer = -1
         self._transfer = KVTransfer(arena.device)
         self._staged: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
+        self._disk = DiskRows(arena, [self._row_bytes(shape, "disk") for shape in shapes])
+        self._fetched: dict[tuple[int, int], Fetch] = {}
 
     def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
         """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
         rows = memory.view(-1, self._row_bytes(shape, tier))
+        return self._as_stored(rows, tier)
+
+    def _as_stored(self, rows: torch.Tensor, tier: Tier) -> torch.Tensor:
         return rows if self._codec is not None and tier != "device" else rows.view(self.dtype)
 
     def _row_bytes(self, shape: KVShape, tier: Tier) -> int:
@@ -108,6 +114,10 @@ class KVCache:
             return False
         expected = needed + int(self._expected * self._percents[tier] / 100)
         capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
+        if tier == "disk":
+            self._disk.grow(capacity)
+            extents.grow(capacity)
+            return True
         tables = self._tables[tier]
         sizes = [capacity * self._row_bytes(shape, tier) for shape in self.shapes]
         if not tables:  # page-locking takes its time: all layers at once
@@ -127,14 +137,19 @@ class KVCache:
     def begin_sweep(self) -> None:
         """To be called before a sweep: from now on it may read what the sweep before wrote."""
         self._transfer.begin_sweep()
+        self._disk.settle()
         self._staged.clear()
+        self._fetched.clear()
 
     def prefetch(self, layer: int, batch: Rows) -> None:
         """Start bringing a layer's offloaded keys and values of a packed micro-batch's decode steps to the device."""
-        if not isinstance(batch, MicroBatch) or not self._transfer.is_asynchronous or self._compute_on_host:
+        if not isinstance(batch, MicroBatch):
             return
         groups = [group for group in batch.decode_groups if not group.is_on_device]
-        if not groups:
+        for group in groups:
+            self._fetch(layer, group)
+        groups = [group for group in groups if (layer, id(group)) not in self._fetched]
+        if not groups or not self._transfer.is_asynchronous or self._compute_on_host:
             return
         pieces: list[tuple[int, torch.Tensor]] = []
         first = 0
@@ -150,10 +165,27 @@ class KVCache:
 
     def _stored_rows(self, layer: int, group: DecodeGroup) -> Iterator[tuple[int, torch.Tensor]]:
         """(row among the group's padded own rows, what is stored of a sequence)."""
+        self._fetch(layer, group)
+        fetched = self._fetched.pop((layer, id(group)), None)
+        on_disk = None if fetched is None else self._as_stored(fetched.rows(), "disk")
         for index, segment in enumerate(group.segments):
             block = segment.span.block
             assert block is not None
-            yield index * group.length, self._tables[block.tier][layer][block.first : block.first + segment.past]
+            if block.tier == "disk":
+                assert on_disk is not None
+                rows, on_disk = on_disk[: segment.past], on_disk[segment.past :]
+            else:
+                rows = self._tables[block.tier][layer][block.first : block.first + segment.past]
+            yield index * group.length, rows
+
+    def _fetch(self, layer: int, group: DecodeGroup) -> None:
+        """Start reading what is on disk of a group's own tokens, if anything is."""
+        if (layer, id(group)) in self._fetched:
+            return
+        spans = ((segment.span.block, segment.past) for segment in group.segments)
+        runs = [(block.first, past) for block, past in spans if block is not None and block.tier == "disk"]
+        if runs:
+            self._fetched[layer, id(group)] = self._disk.fetch(layer, runs)
 
     def write(
         self, layer: int, batch: Rows, key: torch.Tensor, value: torch.Tensor
@@ -172,14 +204,20 @@ class KVCache:
             kept = batch.device_rows
             rows = pack(key, value) if kept is None else pack(key.index_select(0, kept), value.index_select(0, kept))
             self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
+        to_disk: list[tuple[int, torch.Tensor]] = []
         for segment, block in batch.offloaded:
             taken = slice(segment.first, segment.first + segment.num_rows)
             rows = pack(key[taken], value[taken])
             first = block.first + segment.past
-            stored = rows if coded is None else coded[taken].clone()  # a part would keep all of them
-            self._transfer.store(stored, self._tables[block.tier][layer][first : first + segment.num_rows])
+            if block.tier == "disk":
+                to_disk.append((first, rows if coded is None else coded[taken]))
+            else:
+                stored = rows if coded is None else coded[taken].clone()  # a part would keep all of them
+                self._transfer.store(stored, self._tables[block.tier][layer][first : first + segment.num_rows])
             if isinstance(segment.span, Prefix):
                 self._fresh[id(segment.span)] = rows
+        if to_disk:
+            self._disk.write(layer, to_disk)
         for segment in batch.passing:
             taken = slice(segment.first, segment.first + segment.num_rows)
             self._fresh[id(segment.span)] = pack(key[taken], value[taken])
@@ -197,10 +235,16 @@ class KVCache:
             return fresh
         block = span.block
         assert block is not None
-        rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
+        if block.tier == "disk":
+            rows = self._as_stored(self._disk.fetch(layer, [(block.first, num_rows)]).rows(), "disk")
+        else:
+            rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
             return rows
-        return self._decoded(layer, rows.to(self._arena.device, non_blocking=True))
+        decoded = self._decoded(layer, rows.to(self._arena.device, non_blocking=True))
+        if block.tier == "disk" and isinstance(span, Prefix) and layer == self._fresh_layer:
+            self._fresh[id(span)] = decoded  # others of this layer need not read it once more
+        return decoded
 
     def _decoded(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Rows off the device's table as numbers."""
@@ -245,10 +289,11 @@ class KVCache:
             self._transfer.await_arrival(staged[1])
             flat = staged[0]
         else:
-            like = next(stored for _, stored in self._stored_rows(layer, group))
+            pieces = list(self._stored_rows(layer, group))
+            like = pieces[0][1]
             flat = like.new_zeros(len(group.segments) * group.length, like.shape[1], device=new.device)
-            for first, stored in self._stored_rows(layer, group):
-                flat[first : first + len(stored)].copy_(stored)
+            for first, stored in pieces:
+                flat[first : first + len(stored)].copy_(stored, non_blocking=True)
         rows = self._decoded(layer, flat).view(len(group.segments), group.length, -1)
         at = group.past.to(rows.device)[:, None] + torch.arange(group.steps, device=rows.device)
         rows[torch.arange(len(group.segments), device=rows.device)[:, None], at] = new
@@ -268,6 +313,7 @@ class KVCache:
 
     def close(self) -> None:
         """Let go of the tables; the arena frees them."""
+        self._disk.close()
         self._tables = {tier: [] for tier in TIERS}
         self._fresh = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from engine.disk_file import BLOCK, align_up
 from engine.errors import CapacityError
 from engine.hardware import Memory
 from engine.placement import TIERS, Tier, percents
@@ -26,6 +27,8 @@ _FREE_ROWS = 4096
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
+READ_AHEAD_BYTES = 256 << 20
+"""Staging memory for what the sweep reads of weights on disk: an eighth of a second of a fast disk."""
 _SEQUENCES = 256
 _BATCHES = 64
 
@@ -76,6 +79,13 @@ class Plan:
     cache_budgets: dict[Tier, int]
     """Bytes of KV cache by tier, at most."""
     limits: Limits
+    read_ahead_bytes: int
+    """Host memory that weights on disk are read into, ahead of the sweep."""
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether anything is, or may come to be, on disk."""
+        return self.weights.disk > 0 or self.activations.disk > 0 or self.cache_budgets["disk"] > 0
 
 
 def make_plan(shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool) -> Plan:
@@ -94,7 +104,7 @@ class _Planner:
         weights = self.policy.weights or self._greedy_weights()
         self._check_weights(weights)
         device = self.memory.device - self._device_weights(weights)
-        host = self.memory.host - self._part(weights.cpu)
+        host = self.memory.host - self._part(weights.cpu) - self._read_ahead(weights)
         if self.memory.shared:  # device and host tier are one memory
             host -= self._device_weights(weights)
             device = min(device, host)
@@ -124,7 +134,13 @@ class _Planner:
             activations=activations,
             cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
+            read_ahead_bytes=self._read_ahead(weights),
         )
+
+    def _read_ahead(self, weights: Share) -> int:
+        """Staging memory for weights on disk; no more than they are, nor than half of what others leave."""
+        left = max(0, self._rooms(weights.gpu)["host"] - self._part(weights.cpu))
+        return min(READ_AHEAD_BYTES, left // 2 // BLOCK * BLOCK, align_up(self._part(weights.disk)))
 
     def _rows_behind_transfer(self, weights: Share) -> int:
         return int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)
