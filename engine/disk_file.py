@@ -110,7 +110,7 @@ class DiskFile:
                 if error.errno in _FULL:
                     raise CapacityError(
                         f"{self.name}: the disk is full ({error.strerror}) at the write of {len(memory) - done} bytes "
-                        f"at {first + done}; make room, lower the disk share or name another directory"
+                        f"at {first + done}; make room, name another directory, or place less on disk"
                     ) from None
                 raise EngineError(
                     f"{self.name}: {len(memory) - done} bytes at {first + done} cannot be written: "
@@ -221,7 +221,7 @@ def _no_room(directory: str, num_bytes: int, error: OSError) -> CapacityError:
     system = os.statvfs(directory)
     return CapacityError(
         f"offload-dir {directory}: no room for {_size(num_bytes)} ({_size(system.f_bavail * system.f_frsize)} free, "
-        f"{error.strerror}); lower the disk share or name another directory"
+        f"{error.strerror}); name another directory, or place less on disk"
     )
 
 

@@ -79,7 +79,7 @@ class Plan:
     cache_budgets: dict[Tier, int]
     """Bytes of KV cache by tier, at most."""
     limits: Limits
-    read_ahead_bytes: int
+    read_ahead_bytes: int = 0
     """Host memory that weights on disk are read into, ahead of the sweep."""
 
     @property
