@@ -1,4 +1,4 @@
-"""How near sweeps come to the disk's rate: `python -m benchmarks.disk_tier --shape opt-30b --weights 50 --offload-dir D`.
+"""How near sweeps come to the disk's rate: `python -m benchmarks.disk_tier --shape opt-30b --offload-dir DIR`.
 
 Opens random weights of a shape with so many percent of them on disk, and runs requests of one token that share most of
 their prompt: one sweep each time. The limit is the bytes that a sweep reads from disk over the disk's rate, measured

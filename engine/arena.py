@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from engine import accelerator
-from engine.disk_file import DiskFile
+from engine.disk_file import BLOCK, DiskFile
 from engine.disk_io import DiskIO
 from engine.errors import CapacityError, ConfigError
 from engine.hardware import existing_parent, network_file_system
@@ -118,7 +118,13 @@ class Arena:
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         locked = accelerator.can_lock_pages(self.device)
-        tensor = _page_locked(num_bytes) if locked else torch.frombuffer(_map(num_bytes), dtype=torch.uint8)
+        if locked:
+            tensor = _page_locked(num_bytes)
+        elif accelerator.has_streams(self.device):
+            whole = accelerator.page_locked(num_bytes + BLOCK, dtype=torch.uint8)
+            tensor = whole[-whole.data_ptr() % BLOCK :][:num_bytes]
+        else:
+            tensor = torch.frombuffer(_map(num_bytes), dtype=torch.uint8)
         return self._counted(tensor, "host", locked)
 
     def _counted(self, tensor: torch.Tensor, tier: Tier, locked: bool) -> torch.Tensor:

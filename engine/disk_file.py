@@ -54,9 +54,8 @@ class DiskFile:
         except OSError as error:
             if error.errno in _FULL:
                 raise _no_room(directory, num_bytes, error) from None
-            raise ConfigError(
-                f"offload-dir {directory} is not writable: {error.strerror}; name another directory"
-            ) from None
+            reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+            raise ConfigError(f"offload-dir {directory} is not writable: {reason}; name another directory") from None
         file = cls(handle, f"offload file in {directory}", is_direct=is_direct)
         try:
             file._claim(directory, num_bytes)

@@ -65,8 +65,9 @@ class DiskRows:
         copied = None
         if joined.device.type != "cpu" or accelerator.has_streams(self._arena.device):
             memory = self._memory(at)
-            memory.copy_(joined, non_blocking=True)
-            if accelerator.has_streams(self._arena.device):
+            has_streams = accelerator.has_streams(self._arena.device)
+            memory.copy_(joined, non_blocking=has_streams)
+            if has_streams:
                 copied = accelerator.current_stream(self._arena.device).record_event()
             joined = memory
         future = self._writer.submit(self._write, self._files[table], spans, joined, copied)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from engine import accelerator
 from engine.arena import Arena
 from engine.batch import Rows
 from engine.disk_rows import DiskRows, Fetch
@@ -112,7 +113,9 @@ class HiddenStates:
                 stored, from_disk = from_disk[:size], from_disk[size:]
             else:
                 stored = self._buffers[run.tier][run.offset : run.offset + size]
-            hidden[run.first : run.end].copy_(stored, non_blocking=True)
+            # What came from disk is kept until the copy has been made only where there are streams.
+            is_kept = run.tier != "disk" or accelerator.has_streams(self._arena.device)
+            hidden[run.first : run.end].copy_(stored, non_blocking=is_kept)
         return hidden
 
     def _from_disk(self, index: int) -> torch.Tensor:

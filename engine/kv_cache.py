@@ -241,7 +241,8 @@ class KVCache:
             rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
             return rows
-        decoded = self._decoded(layer, rows.to(self._arena.device, non_blocking=True))
+        is_kept = block.tier != "disk" or self._transfer.is_asynchronous  # until the copy has been made
+        decoded = self._decoded(layer, rows.to(self._arena.device, non_blocking=is_kept))
         if block.tier == "disk" and isinstance(span, Prefix) and layer == self._fresh_layer:
             self._fresh[id(span)] = decoded  # others of this layer need not read it once more
         return decoded
@@ -293,7 +294,7 @@ class KVCache:
             like = pieces[0][1]
             flat = like.new_zeros(len(group.segments) * group.length, like.shape[1], device=new.device)
             for first, stored in pieces:
-                flat[first : first + len(stored)].copy_(stored, non_blocking=True)
+                flat[first : first + len(stored)].copy_(stored, non_blocking=self._transfer.is_asynchronous)
         rows = self._decoded(layer, flat).view(len(group.segments), group.length, -1)
         at = group.past.to(rows.device)[:, None] + torch.arange(group.steps, device=rows.device)
         rows[torch.arange(len(group.segments), device=rows.device)[:, None], at] = new

@@ -29,6 +29,8 @@ _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
 READ_AHEAD_BYTES = 256 << 20
 """Staging memory for what the sweep reads of weights on disk: an eighth of a second of a fast disk."""
+_BEHIND_DISK = 4
+"""Micro-batches on their way to the disk or from it."""
 _SEQUENCES = 256
 _BATCHES = 64
 
@@ -112,6 +114,8 @@ class _Planner:
         device -= self._work(rows) + self._overhead(rows)
         if self.memory.shared:
             host -= self._work(rows)
+        if not self.on_cpu:
+            host -= min(self._behind_disk(rows), max(0, host) // 4)
         disk = self.memory.disk - self._part(weights.disk)
         activations = self.policy.activations or Share(gpu=100, cpu=0)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
@@ -192,6 +196,18 @@ class _Planner:
     def _overhead(self, rows: int) -> int:
         """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""
         return 0 if self.on_cpu else self._staged(rows) + int(_FRAGMENTATION * self.memory.device)
+
+    def _behind_disk(self, rows: int) -> int:
+        """Host memory for what goes to and comes from the disk of the cache and of hidden states.
+
+        Micro-batches each way, in blocks that an allocator rounds up to powers of two.
+        """
+        cache, hidden = self.policy.kv_cache, self.policy.activations
+        may_be_there = self.policy.offload_dir is not None and (cache is None or cache.disk > 0)
+        kept = self._staged(rows) if may_be_there else 0
+        if hidden is not None and hidden.disk > 0:
+            kept += rows * self.shape.hidden_row_bytes
+        return _BEHIND_DISK * kept
 
     def _logits_bytes(self) -> int:
         return min(LOGITS_BYTES, max(self.memory.device // 16, 1 << 20))

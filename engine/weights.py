@@ -520,7 +520,8 @@ class WeightStore:
         assert self._reader is not None
         for request, blocks in self._reader.take(self._number[id(placed)], self._event):
             for offset, at, size in request.parts:
-                target[at : at + size].copy_(blocks[offset : offset + size], non_blocking=True)
+                blocking = self._copy_stream is None
+                target[at : at + size].copy_(blocks[offset : offset + size], non_blocking=not blocking)
 
     def _copy_from_disk(self, placed: PlacedUnit, target: torch.Tensor) -> None:
         """Bring a unit that does not pass through a slot to the device, once and for all."""

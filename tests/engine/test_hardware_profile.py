@@ -324,7 +324,7 @@ def test_a_device_that_is_not_here_and_bad_directories(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = line_of(lambda: measure("cpu", offload_dir=str(tmp_path / "file" / "below"), effort=TINY))
     assert "file/below cannot be measured: " in said
-    assert said.endswith("Not a directory; name another directory")
+    assert "Not a directory; name another directory" in said
 
 
 @pytest.mark.parametrize("free", [1 << 26, 1 << 30, 3 << 30, 1 << 37])
