@@ -105,7 +105,7 @@ class SweepReader:
         passed = 0
         while self._free and passed <= len(self._units):
             unit, number = self._next
-            if unit != current and not (self._ahead and self._is_ready(unit)):
+            if unit != current and not self._is_ready(unit):
                 return
             requests = self._requests_of(unit)
             if number >= len(requests):

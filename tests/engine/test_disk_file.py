@@ -271,17 +271,27 @@ def test_rows_are_read_as_they_were_last_written(tmp_path: Path) -> None:
     arena.close()
 
 
+class Unit:
+    """Plays the file of a unit: every block is full of one number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def read(self, first: int, memory: memoryview, needed: int) -> None:
+        assert len(memory) == needed == BLOCK
+        memory[:] = bytes([self.number * 16 + first // BLOCK]) * BLOCK
+
+
 class Recorder:
-    """Plays `DiskIO`: reads begin when they are let; notes the order."""
+    """Plays `DiskIO`: reads at once; notes the order."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
     def submit(self, work: Any, request: Request, memory: torch.Tensor, copied: Any) -> Any:
-        self.asked.append((request.file, request.first))  # type: ignore[arg-type]
-        if copied is not None:
-            copied()
-        memory[: request.num_bytes] = request.file * 16 + request.first // BLOCK  # type: ignore[operator]
+        unit: Any = request.file
+        self.asked.append((unit.number, request.first))
+        work(request, memory, copied)
 
         class Done:
             def result(self) -> None:
@@ -290,10 +300,25 @@ class Recorder:
         return Done()
 
 
+class Copy:
+    """An event that notes when somebody has waited for it."""
+
+    def __init__(self, order: list[str]) -> None:
+        self.number = len(order)
+        self.order = order
+        order.append(f"copied {self.number}")
+
+    def synchronize(self) -> None:
+        self.order.append(f"waited {self.number}")
+
+
 def reader(sizes: list[int], pieces: int, ready: set[int], *, ahead: bool = True) -> tuple[SweepReader, Recorder]:
     """A reader of units of so many blocks each, a block a request."""
     io: Any = Recorder()
-    units: list[Any] = [lambda u=u, n=n: [Span(u, 0, n * BLOCK, 0)] if n else [] for u, n in enumerate(sizes)]
+    files: list[Any] = [Unit(number) for number in range(len(sizes))]
+    units: list[Any] = [
+        lambda f=f, n=n: [Span(f, 0, n * BLOCK, 0)] if n else [] for f, n in zip(files, sizes, strict=True)
+    ]
     staging = torch.zeros(pieces * BLOCK, dtype=torch.uint8)
     assert piece_bytes(staging.numel()) == BLOCK
     return SweepReader(io, staging, units, lambda unit: unit in ready, ahead=ahead), io
@@ -319,13 +344,8 @@ def test_a_piece_is_filled_anew_only_behind_its_copy() -> None:
     read, _ = reader([3, 3, 3], 2, {0, 1, 2})
     order: list[str] = []
 
-    def copied() -> Any:
-        number = len(order)
-        order.append(f"copied {number}")
-        return lambda: order.append(f"waited {number}")
-
     for unit in (0, 1, 2):
-        assert content(read, unit, copied) == [16 * unit, 16 * unit + 1, 16 * unit + 2]
+        assert content(read, unit, lambda: Copy(order)) == [16 * unit, 16 * unit + 1, 16 * unit + 2]
     copies = [entry for entry in order if entry.startswith("copied")]
     assert len(copies) == 9
     for entry in copies:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from watch import cache_of
 from benchmarks import disk_tier
 from engine import Completion, Engine, Job
 from engine.arena import Arena
+from engine.disk_file import DiskFile
 from engine.errors import CapacityError, EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,6 +261,29 @@ def test_keys_and_values_on_disk_are_read_once_for_all_who_share_them(
         sweeps = engine.num_sweeps - before
         layers = len(engine._model.layers)
         assert layers <= len(runs) <= (sweeps - 1) * layers
+
+
+def test_a_sweep_reads_no_keys_that_are_still_being_written(
+    build: Callable[[str], Path], tmp_path: Path, expected: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer's writes end only when somebody waits for them (or after a second)."""
+    with open_engine(build("opt"), tmp_path, percent=[100, 0, 0, 0, 100, 0]) as engine:
+        disk, awaited = cache_of(engine)._disk, threading.Event()
+        settle, write = disk.settle, engine._arena.io.write
+
+        def waiting() -> None:
+            awaited.set()
+            settle()
+            awaited.clear()
+
+        def late(file: DiskFile, *arguments: Any) -> None:
+            if file is disk._files[-1]:
+                awaited.wait(1)
+            write(file, *arguments)
+
+        monkeypatch.setattr(disk, "settle", waiting)
+        monkeypatch.setattr(engine._arena.io, "write", late)
+        assert [each.tokens for each in engine.run(JOBS)] == [each[0] for each in expected("opt")]
 
 
 def test_the_record_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
