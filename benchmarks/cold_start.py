@@ -8,21 +8,19 @@ reads (O_DIRECT, one and several threads) of the same files, after the engine ha
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine import Engine
+from engine.disk_rates import read_rate
 from flexgen_helm.bench import bench_policy, timed
 from flexgen_helm.dummy import random_model, shape_name, write_model_directory
 from flexgen_helm.record import write_record
 from flexgen_helm.roofline import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-_CHUNK = 8 << 20
 _THREADS = (1, 8)
 
 
@@ -50,30 +48,6 @@ def drop_from_page_cache(files: list[Path]) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
-
-
-def disk_rate(files: list[Path], num_threads: int, most_bytes: int) -> float:
-    """Bytes per second of direct reads of `files`, up to about `most_bytes` of them, by `num_threads` at once."""
-    places = [(file, first) for file in files for first in range(0, file.stat().st_size - _CHUNK + 1, _CHUNK)]
-    if not places:
-        raise SystemExit(f"the checkpoint has no file of {_CHUNK >> 20} MiB; take a larger shape")
-    places = places[:: max(1, len(places) * _CHUNK // most_bytes)]
-
-    def read(part: list[tuple[Path, int]]) -> int:
-        total = 0
-        with mmap.mmap(-1, _CHUNK) as buffer:  # aligned, as direct reads must be
-            for file, first in part:
-                handle = os.open(file, os.O_RDONLY | os.O_DIRECT)
-                try:
-                    total += os.preadv(handle, [buffer], first)
-                finally:
-                    os.close(handle)
-        return total
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        start = time.perf_counter()
-        total = sum(pool.map(read, (places[thread::num_threads] for thread in range(num_threads))))
-        return total / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -105,7 +79,7 @@ def main() -> None:
             print(f"first row done after {cold_s:.2f} s", flush=True)
             warm_s, _ = timed(engine, options.row)
         drop_from_page_cache(files)
-        rates = {threads: disk_rate(files, threads, 8 << 30) for threads in _THREADS}
+        rates = {threads: read_rate(files, most_bytes=8 << 30, num_threads=threads) for threads in _THREADS}
     finally:
         shutil.rmtree(options.folder)
     limit_s = num_bytes / max(rates.values())

@@ -62,18 +62,16 @@ class PrefillGroup:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Neighbouring rows of a tier's table that are brought to the device at once, with what lies between blocks."""
+    """Neighbouring rows of a table that are brought to the device at once, with what lies between blocks."""
 
-    tier: Tier
     first: int
     end: int
 
 
 @dataclass(frozen=True, eq=False)
 class Scatter:
-    """Rows of a micro-batch that go to single rows of a tier's table."""
+    """Rows of a micro-batch that go to single rows of the host's table."""
 
-    tier: Tier
     rows: torch.Tensor | None
     """`[stored]`, on the device; None for all, in their order."""
     slots: torch.Tensor
@@ -96,12 +94,12 @@ class DecodeGroup:
         borders = torch.arange(len(segments) + 1, dtype=torch.int32)
         self.row_borders = (borders * self.steps).to(device)
         """Where each sequence's queries begin: int32 `[sequences + 1]`."""
-        self.is_on_device = segments[0].is_on_device
-        """Whether all own tokens are in the device's table; else none are."""
-        self.stored_runs: list[StoredRun] = []
-        """Where own tokens are, if not on the device, room for the new ones included: staged rows are these, one behind
-        the other."""
         blocks = [segment.span.block for segment in segments if segment.span.block is not None]
+        self.tier: Tier = blocks[0].tier
+        """Where all own tokens are."""
+        self.stored_runs: list[StoredRun] = []
+        """Rows of its table, if not on the device, that hold the own tokens and room for the new ones: staged rows are
+        these, one behind the other."""
         firsts = [block.first for block in blocks]
         if not self.is_on_device:
             self.stored_runs, firsts = _stored_runs(
@@ -112,6 +110,11 @@ class DecodeGroup:
         `[sequences + 1]`."""
         self._start = segments[0].span.start
         self._masks: dict[int | None, torch.Tensor] = {}
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether all own tokens are in the device's table."""
+        return self.tier == "device"
 
     @cached_property
     def own_index(self) -> torch.Tensor:
@@ -130,15 +133,11 @@ class DecodeGroup:
         return (self.own_borders[:-1, None] + new).flatten()
 
     @cached_property
-    def places(self) -> list[tuple[Tier, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(tier, numbers of the sequences there, first row of each, rows of each with the new ones), off the device."""
-        spots: dict[Tier, list[tuple[int, int, int]]] = {}
-        for index, segment in enumerate(self.segments):
-            block = segment.span.block
-            assert block is not None
-            spots.setdefault(block.tier, []).append((index, block.first, segment.past + self.steps))
-        columns = {tier: torch.tensor(found).T.contiguous() for tier, found in spots.items()}
-        return [(tier, each[0], each[1], each[2]) for tier, each in columns.items()]
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first row of each sequence in its table, and how many it has with the new ones: int64 on the host."""
+        spots = [(s.span.block.first, s.past + self.steps) for s in self.segments if s.span.block is not None]
+        firsts, lengths = torch.tensor(spots).T.contiguous()
+        return firsts, lengths
 
     def mask(self, window: int | None) -> torch.Tensor:
         """What to add to the scores, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
@@ -165,9 +164,9 @@ class Rows:
         self.segments = segments
         self.num_rows = segments[-1].end
         self.offloaded: list[tuple[Segment, Block]] = []
-        """New spans whose keys and values go to the host or to disk."""
-        self.scattered: list[Scatter] = []
-        """Rows of decode steps that go there."""
+        """New spans whose keys and values go to the host, and all that go to disk."""
+        self.scattered: Scatter | None = None
+        """Rows of decode steps that go to the host."""
         self.passing: list[Segment] = []
         """Prefixes whose keys and values nobody needs beyond the layer in hand."""
         self.device_rows: torch.Tensor | None = None
@@ -176,7 +175,7 @@ class Rows:
         """Where those are kept `[stored]`; None if no row is."""
         rows: list[torch.Tensor] = []
         slots: list[torch.Tensor] = []
-        steps: dict[Tier, list[tuple[Segment, Block]]] = {}
+        steps: list[tuple[Segment, Block]] = []
         for segment in self.segments:
             block = segment.span.block
             if block is None:
@@ -184,10 +183,7 @@ class Rows:
                     self.passing.append(segment)
                 continue
             if block.tier != "device":
-                if segment.is_decode:
-                    steps.setdefault(block.tier, []).append((segment, block))
-                else:
-                    self.offloaded.append((segment, block))
+                (steps if segment.is_decode and block.tier == "host" else self.offloaded).append((segment, block))
                 continue
             rows.append(torch.arange(segment.first, segment.first + segment.num_rows))
             first = block.first + segment.past
@@ -196,10 +192,10 @@ class Rows:
             taken = torch.cat(rows)
             self.device_rows = None if len(taken) == self.num_rows else taken.to(device)
             self.device_slots = torch.cat(slots).to(device)
-        for tier, found in steps.items():
-            taken = torch.cat([torch.arange(s.first, s.first + s.num_rows) for s, _ in found])
-            places = torch.cat([torch.arange(s.num_rows) + block.first + s.past for s, block in found])
-            self.scattered.append(Scatter(tier, None if len(taken) == self.num_rows else taken.to(device), places))
+        if steps:
+            taken = torch.cat([torch.arange(s.first, s.first + s.num_rows) for s, _ in steps])
+            slots_there = torch.cat([torch.arange(s.num_rows) + block.first + s.past for s, block in steps])
+            self.scattered = Scatter(None if len(taken) == self.num_rows else taken.to(device), slots_there)
 
 
 class MicroBatch(Rows):
@@ -265,9 +261,8 @@ class MicroBatch(Rows):
 def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
     """Neighbours of the same chain; decode steps apart from new spans, by their numbers of rows, and by their place."""
 
-    def kind(segment: Segment) -> tuple[int, ...]:
-        decode = (segment.num_rows, segment.is_on_device) if segment.is_decode else ()
-        return id(segment.span.parent), *decode
+    def kind(segment: Segment) -> tuple[Any, ...]:
+        return id(segment.span.parent), *((segment.num_rows, segment.tier) if segment.is_decode else ())
 
     return [list(run) for _, run in groupby(segments, key=kind)]
 
@@ -281,11 +276,11 @@ def _stored_runs(blocks: list[Block], lengths: list[int], gap_rows: int) -> tupl
     firsts, before = [], 0
     for block, length in zip(blocks, lengths, strict=True):
         last = runs[-1] if runs else None
-        if last is not None and last.tier == block.tier and 0 <= block.first - last.end <= gap_rows:
-            runs[-1] = StoredRun(block.tier, last.first, block.first + length)
+        if last is not None and 0 <= block.first - last.end <= gap_rows:
+            runs[-1] = StoredRun(last.first, block.first + length)
         else:
             before += last.end - last.first if last is not None else 0
-            runs.append(StoredRun(block.tier, block.first, block.first + length))
+            runs.append(StoredRun(block.first, block.first + length))
         firsts.append(before + block.first - runs[-1].first)
     return runs, firsts
 

@@ -263,6 +263,18 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
             yield from _bin(file)
 
 
+def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:
+    """File and first byte of every tensor that lies in a safetensors file, row by row, as their format has it."""
+    places: dict[str, tuple[Path, int]] = {}
+    for file in weight_files(path):
+        if file.suffix == ".safetensors":
+            header = read_safetensors_header(file)
+            ends = {name: entry["data_offsets"] for name, entry in header.items()}
+            data = file.stat().st_size - max((end for _, end in ends.values()), default=0)
+            places.update({name: (file, data + first) for name, (first, _) in ends.items()})
+    return places
+
+
 def _safetensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     from safetensors import SafetensorError, safe_open
 

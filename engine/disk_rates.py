@@ -1,23 +1,21 @@
-"""How fast a directory's disk reads and writes: direct I/O by several threads on a file that has no name."""
+"""How fast a disk reads and writes: direct I/O by several threads, as the disk tier does it (pure)."""
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
-from engine.errors import CapacityError, ConfigError
+from engine.disk_file import PIECE_BYTES, READERS, DiskFile
+from engine.errors import CapacityError, ConfigError, EngineError
 from engine.hardware import existing_parent, free_disk
 
-_CHUNK = 8 << 20
-_THREADS = 8
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_Place = TypeVar("_Place")
 
 
 def disk_rates(directory: str, *, num_bytes: int, seconds: float) -> tuple[float, float]:
@@ -27,76 +25,76 @@ def disk_rates(directory: str, *, num_bytes: int, seconds: float) -> tuple[float
     `CapacityError` for a full disk, `ConfigError` for a directory that cannot be written.
     """
     folder = existing_parent(directory)
-    num_chunks = min(num_bytes, free_disk(folder) // 4) // _CHUNK
+    num_chunks = min(num_bytes, free_disk(folder) // 4) // PIECE_BYTES
     if num_chunks < 1:
         free = free_disk(folder) / 1e6
         raise CapacityError(
             f"offload-dir {directory}: {free:.0f} MB free are too few to measure the disk; name another directory"
         )
     try:
-        return _rates(folder, num_chunks, seconds)
-    except OSError as error:
-        where = f"offload-dir {directory}"
-        if error.errno in _FULL:
-            raise CapacityError(
-                f"{where}: no room for the {num_chunks * _CHUNK / 1e6:.0f} MB that measuring the disk takes "
-                f"({error.strerror}); name another directory"
-            ) from None
-        raise ConfigError(f"{where} cannot be measured: {error.strerror}; name another directory") from None
+        # Claimed before: writes that extend a file wait for each other.
+        with closing(DiskFile.create(folder, num_chunks * PIECE_BYTES)) as file:
+            return _rates(file, num_chunks, seconds)
+    except CapacityError:
+        raise
+    except EngineError as error:
+        raise ConfigError(f"offload-dir {directory} cannot be measured: {error}") from None
 
 
-def _rates(folder: str, num_chunks: int, seconds: float) -> tuple[float, float]:
-    with _nameless_file(folder) as handle, mmap.mmap(-1, _CHUNK) as buffer:  # a mapping is aligned, as it must be
-        buffer[:] = os.urandom(_CHUNK)  # a disk may compress
-        # Writes that extend a file wait for each other.
-        os.posix_fallocate(handle, 0, num_chunks * _CHUNK)
+def read_rate(files: Sequence[Path], *, most_bytes: int, num_threads: int = READERS) -> float:
+    """Bytes per second of direct reads, spread over `files`, of about `most_bytes` of them.
+
+    Raises `CapacityError` where no file has the size of one read.
+    """
+    opened = [DiskFile.open(path) for path in files]
+    try:
+        places = [
+            (file, first)
+            for file, path in zip(opened, files, strict=True)
+            for first in range(0, path.stat().st_size - PIECE_BYTES + 1, PIECE_BYTES)
+        ]
+        if not places:
+            raise CapacityError(f"no file has the {PIECE_BYTES >> 20} MiB of one read; take larger ones")
+        places = places[:: max(1, len(places) * PIECE_BYTES // most_bytes)]
+        memory = memoryview(mmap.mmap(-1, PIECE_BYTES))
         start = time.perf_counter()
-        written = _transfer(lambda place: os.pwritev(handle, [buffer], place), range(num_chunks), seconds)
-        os.fdatasync(handle)
-        write_rate = sum(written.values()) / (time.perf_counter() - start)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # for a file system without direct I/O
-        start = time.perf_counter()
-        # All threads read into one buffer: nobody looks at it.
-        read = _transfer(lambda place: os.preadv(handle, [buffer], place), sorted(written), seconds)
-        return sum(read.values()) / (time.perf_counter() - start), write_rate
+        done = _transfer(lambda place: place[0].read(place[1], memory, PIECE_BYTES), places, float("inf"), num_threads)
+        return len(done) * PIECE_BYTES / (time.perf_counter() - start)
+    finally:
+        for file in opened:
+            file.close()
 
 
-def _transfer(call: Callable[[int], int], chunks: range | list[int], seconds: float) -> dict[int, int]:
-    """Call `call` with the places of `chunks`, several at once, for `seconds`; bytes by chunk."""
-    waiting, deadline = iter(chunks), time.perf_counter() + seconds
-    done: dict[int, int] = {}
+def _rates(file: DiskFile, num_chunks: int, seconds: float) -> tuple[float, float]:
+    buffer = mmap.mmap(-1, PIECE_BYTES)  # aligned, as it must be
+    buffer[:] = os.urandom(PIECE_BYTES)  # a disk may compress
+    memory = memoryview(buffer)
+    chunks = range(0, num_chunks * PIECE_BYTES, PIECE_BYTES)
+    start = time.perf_counter()
+    written = _transfer(lambda first: file.write(first, memory), chunks, seconds)
+    file.settle()
+    write_rate = len(written) * PIECE_BYTES / (time.perf_counter() - start)
+    start = time.perf_counter()
+    # All threads read into one buffer: nobody looks at it.
+    read = _transfer(lambda first: file.read(first, memory, PIECE_BYTES), sorted(written), seconds)
+    return len(read) * PIECE_BYTES / (time.perf_counter() - start), write_rate
+
+
+def _transfer(
+    call: Callable[[_Place], None], places: Iterable[_Place], seconds: float, num_threads: int = READERS
+) -> list[_Place]:
+    """Call `call` with each of `places`, several at once, for `seconds`; those it was called with."""
+    waiting, deadline = iter(places), time.perf_counter() + seconds
+    done: list[_Place] = []
 
     def work() -> None:
-        for chunk in waiting:
-            done[chunk] = call(chunk * _CHUNK)
+        for place in waiting:
+            call(place)
+            done.append(place)
             if time.perf_counter() > deadline:
                 return
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for future in [pool.submit(work) for _ in range(_THREADS)]:
+    with ThreadPoolExecutor(num_threads) as pool:
+        for future in [pool.submit(work) for _ in range(num_threads)]:
             future.result()
     return done
-
-
-@contextmanager
-def _nameless_file(folder: str) -> Iterator[int]:
-    """A file opened for direct I/O where there is such; it loses its name at once, so nothing can leave it behind."""
-    plain, name = tempfile.mkstemp(prefix="flexgen-", dir=folder)
-    try:
-        handle = _open_direct(name)
-    finally:
-        os.close(plain)
-        Path(name).unlink()
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _open_direct(name: str) -> int:
-    try:
-        return os.open(name, os.O_RDWR | os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(name, os.O_RDWR)

@@ -119,8 +119,18 @@ class Engine:
         arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
         store = None
         try:
-            store = WeightStore(model, plan.weights, arena, codec=codec, overlap=policy.overlap)
+            if plan.uses_disk:
+                arena.check_offload_dir()
+            store = WeightStore(
+                model,
+                plan.weights,
+                arena,
+                codec=codec,
+                overlap=policy.overlap,
+                read_ahead_bytes=plan.read_ahead_bytes,
+            )
             loading = fill(store)
+            store.claim_disk()
             cache = KVCache(
                 model.kv_shapes,
                 dtype,
@@ -314,8 +324,12 @@ class Engine:
         return self._executor.num_sweeps
 
     def placed_bytes(self) -> dict[Tier, int]:
-        """Bytes held on each tier now: weights, device slots, KV cache, activations off the device."""
-        return dict(self._arena.num_bytes)
+        """Bytes held on each tier now: weights, slots and staging, KV cache, activations off the device.
+
+        Weights on disk count, too, where they are read from the checkpoint itself.
+        """
+        held = dict(self._arena.num_bytes)
+        return {**held, "disk": held["disk"] + self._weights.adopted_bytes}
 
     def close(self) -> None:
         """Stop serving and free page-locked memory and offload files; waiting calls fail."""

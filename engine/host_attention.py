@@ -25,17 +25,20 @@ def attend(
     shape = cache.shapes[layer]
     dims = shape.key_heads, shape.key_dim, shape.value_dim
     query = query.unflatten(0, (-1, group.steps))  # [sequences, steps, heads, dim]
-    output = query.new_empty(*query.shape[:3], shape.value_dim)
-    logsumexp = torch.empty(query.shape[:3], dtype=torch.float32)
-    for taken, table, firsts, lengths in cache.places(layer, group):
-        found = host_kernel.attend(table, firsts, lengths, query[taken], dims, cache.dtype, cache.bits, scores.scaling)
-        if found is not None:
-            output[taken], logsumexp[taken] = found[0].to(output.dtype), found[1]
-            continue
-        for sequence, first, length in zip(taken.tolist(), firsts.tolist(), lengths.tolist(), strict=True):
-            rows = cache.decoded(layer, table[first : first + length])
+    dims, table, (firsts, lengths) = (
+        (shape.key_heads, shape.key_dim, shape.value_dim),
+        cache.host_table(layer),
+        group.places,
+    )
+    found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, scores.scaling)
+    if found is not None:
+        output, logsumexp = found[0].to(query.dtype), found[1]
+    else:
+        output = query.new_empty(*query.shape[:3], shape.value_dim)
+        logsumexp = torch.empty(query.shape[:3], dtype=torch.float32)
+        for index, (first, length) in enumerate(zip(firsts.tolist(), lengths.tolist(), strict=True)):
+            one, rows = slice(index, index + 1), cache.decoded(layer, table[first : first + length])
             keys, values = cache.unpack(layer, rows)  # [kv heads, length, dim]
-            one = slice(sequence, sequence + 1)
             output[one], logsumexp[one] = by_torch(query[one], keys[None], values[None], scores.scaling)
     return output.flatten(0, 1), logsumexp.flatten(0, 1).T
 

@@ -13,6 +13,7 @@ from engine.arena import Arena
 from engine.batch import DecodeGroup, MicroBatch, Rows, Scatter
 from engine.block import Block
 from engine.codec import GROUP, Codec
+from engine.disk_rows import DiskRows, Fetch
 from engine.extents import Extents
 from engine.kv_shape import KVShape
 from engine.kv_transfer import KVTransfer
@@ -69,12 +70,16 @@ class KVCache:
         self._stages = self._transfer.is_asynchronous and not compute_on_host
         """Whether own tokens off the device are brought there ahead of their turn."""
         self._coming: Iterator[tuple[int, DecodeGroup]] = iter(())
-        self._staged: deque[tuple[int, DecodeGroup, torch.Tensor, Any]] = deque()
-        """Layer and group whose own tokens were brought, or are under way, and the event of their arrival."""
+        self._staged: deque[tuple[int, DecodeGroup, tuple[torch.Tensor, Any] | Fetch]] = deque()
+        """Layer and group whose own tokens are under way: from the host with the event of arrival, or from disk."""
+        self._disk = DiskRows(arena, [self._row_bytes(shape, "disk") for shape in shapes])
 
     def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
         """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
         rows = memory.view(-1, self._row_bytes(shape, tier))
+        return self._as_stored(rows, tier)
+
+    def _as_stored(self, rows: torch.Tensor, tier: Tier) -> torch.Tensor:
         return rows if self._codec is not None and tier != "device" else rows.view(self.dtype)
 
     def _row_bytes(self, shape: KVShape, tier: Tier) -> int:
@@ -116,6 +121,10 @@ class KVCache:
             return False
         expected = needed + int(self._expected * self._percents[tier] / 100)
         capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
+        if tier == "disk":
+            self._disk.grow(capacity)
+            extents.grow(capacity)
+            return True
         self._transfer.settle()  # what is still under way to a table must not miss its copy
         tables = self._tables[tier]
         sizes = [capacity * self._row_bytes(shape, tier) for shape in self.shapes]
@@ -136,24 +145,33 @@ class KVCache:
     def begin_sweep(self, batches: Sequence[Rows]) -> None:
         """To be called before a sweep over micro-batches: from now on it may read what the sweep before wrote."""
         self._transfer.settle()
+        self._disk.settle()
         groups = [group for batch in batches if isinstance(batch, MicroBatch) for group in batch.decode_groups]
-        offloaded = [group for group in groups if not group.is_on_device]
-        if self._stages:
-            self._coming = ((layer, group) for layer in range(len(self.shapes)) for group in offloaded)
-            self._staged.clear()
-            for _ in range(STAGING_BUFFERS - 1):
-                self._fetch_next()
+        ahead = [group for group in groups if self._is_ahead(group)]
+        self._coming = ((layer, group) for layer in range(len(self.shapes)) for group in ahead)
+        self._staged.clear()
+        for _ in range(STAGING_BUFFERS - 1):
+            self._fetch_next()
+
+    def _is_ahead(self, group: DecodeGroup) -> bool:
+        """Whether a group's own tokens are brought ahead of their turn."""
+        return group.tier == "disk" or (self._stages and group.tier == "host")
 
     def _fetch_next(self) -> None:
         """Start bringing the own tokens that will be attended to after those that were fetched last."""
         following = next(self._coming, None)
-        if following is not None:
-            layer, group = following
-            self._staged.append((layer, group, *self._transfer.fetch(self._stored_rows(layer, group))))
+        if following is None:
+            return
+        layer, group = following
+        if group.tier == "disk":
+            runs = [(run.first, run.end - run.first) for run in group.stored_runs]
+            self._staged.append((layer, group, self._disk.fetch(layer, runs)))
+        else:
+            self._staged.append((layer, group, self._transfer.fetch(self._stored_rows(layer, group))))
 
     def _stored_rows(self, layer: int, group: DecodeGroup) -> list[torch.Tensor]:
-        """What is stored of a group off the device, run by run."""
-        return [self._tables[run.tier][layer][run.first : run.end] for run in group.stored_runs]
+        """What is stored of a group on the host, run by run."""
+        return [self._tables["host"][layer][run.first : run.end] for run in group.stored_runs]
 
     def write(
         self, layer: int, batch: Rows, key: torch.Tensor, value: torch.Tensor
@@ -172,9 +190,10 @@ class KVCache:
             kept = batch.device_rows
             rows = pack(key, value) if kept is None else pack(key.index_select(0, kept), value.index_select(0, kept))
             self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
-        for scatter in batch.scattered:
-            self._scatter(layer, scatter, key, value, coded)
+        if batch.scattered is not None:
+            self._scatter(layer, batch.scattered, key, value, coded)
         stores: list[tuple[torch.Tensor, torch.Tensor]] = []
+        to_disk: list[tuple[int, torch.Tensor]] = []
         for segment, block in batch.offloaded:
             taken = slice(segment.first, segment.first + segment.num_rows)
             is_prefix = isinstance(segment.span, Prefix)
@@ -185,9 +204,14 @@ class KVCache:
             if coded is not None:
                 stored = coded[taken]
             first = block.first + segment.past
-            stores.append((stored, self._tables[block.tier][layer][first : first + segment.num_rows]))
+            if block.tier == "disk":
+                to_disk.append((first, stored))
+            else:
+                stores.append((stored, self._tables["host"][layer][first : first + segment.num_rows]))
         if stores:
             self._transfer.store(stores)
+        if to_disk:
+            self._disk.write(layer, to_disk)
         for segment in batch.passing:
             taken = slice(segment.first, segment.first + segment.num_rows)
             self._fresh[id(segment.span)] = pack(key[taken], value[taken])
@@ -196,7 +220,7 @@ class KVCache:
     def _scatter(
         self, layer: int, scatter: Scatter, key: torch.Tensor, value: torch.Tensor, coded: torch.Tensor | None
     ) -> None:
-        taken, table = scatter.rows, self._tables[scatter.tier][layer]
+        taken, table = scatter.rows, self._tables["host"][layer]
         if coded is not None:
             rows = coded if taken is None else coded.index_select(0, taken)
         else:
@@ -218,10 +242,17 @@ class KVCache:
             return fresh
         block = span.block
         assert block is not None
-        rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
+        if block.tier == "disk":
+            rows = self._as_stored(self._disk.fetch(layer, [(block.first, num_rows)]).rows(), "disk")
+        else:
+            rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
             return rows
-        return self.decoded(layer, rows.to(self._arena.device, non_blocking=True))
+        is_kept = block.tier != "disk" or self._transfer.is_asynchronous  # until the copy has been made
+        decoded = self.decoded(layer, rows.to(self._arena.device, non_blocking=is_kept))
+        if block.tier == "disk" and isinstance(span, Prefix) and layer == self._fresh_layer:
+            self._fresh[id(span)] = decoded  # others of this layer need not read it once more
+        return decoded
 
     def decoded(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a table off the device as numbers `[rows, width]`."""
@@ -231,18 +262,11 @@ class KVCache:
 
     def is_attended_on_host(self, group: DecodeGroup) -> bool:
         """Whether a decode group's attention is computed where its keys and values are, as the policy may want it."""
-        return self._compute_on_host and not group.is_on_device
+        return self._compute_on_host and group.tier == "host"
 
-    def places(
-        self, layer: int, group: DecodeGroup
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Where the rows of a group off the device are, the new ones included, tier by tier.
-
-        Sequences, by their number in the group; the layer's table, of numbers or codes; the first row of each in it,
-        and how many each has.
-        """
-        for tier, sequences, firsts, lengths in group.places:
-            yield sequences, self._tables[tier][layer], firsts, lengths
+    def host_table(self, layer: int) -> torch.Tensor:
+        """Rows of a layer's keys and values on the host, `[rows, …]`: numbers, or their codes."""
+        return self._tables["host"][layer]
 
     def own(
         self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
@@ -269,16 +293,21 @@ class KVCache:
         """Rows `[…, width]` in which the group's own tokens begin at its `own_borders`."""
         if group.is_on_device:
             return self._tables["device"][layer]
-        if not self._stages:  # the new rows are there already
+        if not self._is_ahead(group):  # the new rows are there already
             runs = self._stored_rows(layer, group)
             return self.decoded(layer, runs[0] if len(runs) == 1 else torch.cat(runs))
-        of_layer, of_group, staged, arrival = self._staged.popleft()
+        of_layer, of_group, fetched = self._staged.popleft()
         assert of_layer == layer
         assert of_group is group
-        self._transfer.await_arrival(arrival)
+        if isinstance(fetched, Fetch):
+            staged = self._as_stored(fetched.rows(), "disk")
+            staged = staged.to(key.device, non_blocking=self._transfer.is_asynchronous)
+        else:
+            staged = fetched[0]
+            self._transfer.await_arrival(fetched[1])
         self._fetch_next()
         rows = self.decoded(layer, staged)
-        rows.index_copy_(0, group.new_index, pack(key, value))
+        rows.index_copy_(0, group.new_index.to(rows.device), pack(key, value))
         return rows
 
     def unpack(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,6 +325,7 @@ class KVCache:
     def close(self) -> None:
         """Let go of the tables; the arena frees them."""
         self._transfer.close()
+        self._disk.close()
         self._tables = {tier: [] for tier in TIERS}
         self._fresh = {}
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from engine.checkpoint import tensors
+from engine.checkpoint import tensor_places, tensors
 from engine.errors import CheckpointError
 from engine.read_ahead import Step, run_steps
 from engine.weights import WeightStore
@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, store: WeightStore) -> Iterator[None]:
         if target not in model.state:
             continue  # e.g. attention masks that old checkpoints stored
         if pattern is None:
-            plan.add(target, load)
+            plan.add(target, load, name)
         else:
             merged.setdefault(target, (converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
@@ -77,26 +77,34 @@ class _Plan:
     def __init__(self, path: Path, store: WeightStore) -> None:
         self._store = store
         self._path = path
+        self._places = tensor_places(path)
         self._steps: dict[str, Step] = {}
         """By the (first) parameter that a step brings."""
         self._parameters = {name for unit in store.model.units for name in unit.owners}
         self._missing = set(self._parameters)
 
-    def add(self, name: str, load: Load) -> None:
-        """Plan to put a whole parameter; a buffer is put at once."""
+    def add(self, name: str, load: Load, source: str) -> None:
+        """Plan to put a whole parameter, `source` in the checkpoint; a buffer is put at once."""
         model = self._store.model
         tensor = load()  # mapped, not read
         self._check_shape(name, tensor.shape)
         if name in self._parameters:
-            self._steps[name] = (lambda: self._put(name, tensor)), [tensor]
+            self._steps[name] = self._step(name, tensor, source)
             self._missing.discard(name)
         elif name == model.head_name:
             pair = model.embedding_name
             if pair in self._missing:  # some checkpoints hold the pair under this name only
-                self._steps.setdefault(pair, ((lambda: self._put(pair, tensor)), [tensor]))
+                self._steps.setdefault(pair, self._step(pair, tensor, source))
                 self._missing.discard(pair)
         else:
             model.module.get_buffer(name).copy_(tensor)
+
+    def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
+        """Put a whole parameter, but for what may stay where it is."""
+        if source in self._places:
+            count = self._store.adopt(name, tensor.dtype, *self._places[source])
+            tensor = tensor if count == tensor.numel() else tensor.reshape(-1)[:count]
+        return (lambda: self._put(name, tensor)), [tensor]
 
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""

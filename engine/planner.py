@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from engine.disk_file import BLOCK, align_up
 from engine.errors import CapacityError
 from engine.hardware import Memory
 from engine.placement import TIERS, Tier, percents
@@ -31,6 +32,10 @@ STAGING_BUFFERS = 3
 work is computed."""
 _GAP_BYTES = 128 << 10
 """What a link carries (50 GB/s) while a further copy is asked for."""
+READ_AHEAD_BYTES = 256 << 20
+"""Staging memory for what the sweep reads of weights on disk: an eighth of a second of a fast disk."""
+_BEHIND_DISK = 4
+"""Micro-batches on their way to the disk or from it."""
 _SEQUENCES = 256
 _BATCHES = 64
 
@@ -83,6 +88,13 @@ class Plan:
     cache_budgets: dict[Tier, int]
     """Bytes of KV cache by tier, at most."""
     limits: Limits
+    read_ahead_bytes: int = 0
+    """Host memory that weights on disk are read into, ahead of the sweep."""
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether anything is, or may come to be, on disk."""
+        return self.weights.disk > 0 or self.activations.disk > 0 or self.cache_budgets["disk"] > 0
 
 
 def make_plan(shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool) -> Plan:
@@ -101,7 +113,7 @@ class _Planner:
         weights = self.policy.weights or self._greedy_weights()
         self._check_weights(weights)
         device = self.memory.device - self._device_weights(weights)
-        host = self.memory.host - self._part(weights.cpu)
+        host = self.memory.host - self._part(weights.cpu) - self._read_ahead(weights)
         if self.memory.shared:  # device and host tier are one memory
             host -= self._device_weights(weights)
             device = min(device, host)
@@ -109,6 +121,8 @@ class _Planner:
         device -= self._work(rows) + self._overhead(rows)
         if self.memory.shared:
             host -= self._work(rows)
+        if not self.on_cpu:
+            host -= min(self._behind_disk(rows), max(0, host) // 4)
         disk = self.memory.disk - self._part(weights.disk)
         activations = self.policy.activations or Share(gpu=100, cpu=0)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
@@ -132,7 +146,13 @@ class _Planner:
             activations=activations,
             cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
+            read_ahead_bytes=self._read_ahead(weights),
         )
+
+    def _read_ahead(self, weights: Share) -> int:
+        """Staging memory for weights on disk; no more than they are, nor than half of what others leave."""
+        left = max(0, self._rooms(weights.gpu)["host"] - self._part(weights.cpu))
+        return min(READ_AHEAD_BYTES, left // 2 // BLOCK * BLOCK, align_up(self._part(weights.disk)))
 
     def _rows_behind_transfer(self, weights: Share) -> int:
         return int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)
@@ -194,6 +214,18 @@ class _Planner:
     def _overhead(self, rows: int) -> int:
         """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""
         return 0 if self.on_cpu else self._staged(rows) + int(_FRAGMENTATION * self.memory.device)
+
+    def _behind_disk(self, rows: int) -> int:
+        """Host memory for what goes to and comes from the disk of the cache and of hidden states.
+
+        Micro-batches each way, in blocks that an allocator rounds up to powers of two.
+        """
+        cache, hidden = self.policy.kv_cache, self.policy.activations
+        may_be_there = self.policy.offload_dir is not None and (cache is None or cache.disk > 0)
+        kept = self._staged(rows) if may_be_there else 0
+        if hidden is not None and hidden.disk > 0:
+            kept += rows * self.shape.hidden_row_bytes
+        return _BEHIND_DISK * kept
 
     def _logits_bytes(self) -> int:
         return min(LOGITS_BYTES, max(self.memory.device // 16, 1 << 20))

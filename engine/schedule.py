@@ -15,6 +15,7 @@ from engine.sequence import Prefix, Sequence, Span
 
 if TYPE_CHECKING:
     from engine.block import Block
+    from engine.placement import Tier
 
 BUCKET_TOKENS = 64
 """Padding "bucket" rounds a prompt up to a power of two times this."""
@@ -82,9 +83,14 @@ class Segment:
         return self.past > 0
 
     @property
+    def tier(self) -> Tier | None:
+        """Where its keys and values are kept; None if they are not."""
+        return None if self.span.block is None else self.span.block.tier
+
+    @property
     def is_on_device(self) -> bool:
         """Whether its keys and values are kept on the device."""
-        return self.span.block is not None and self.span.block.tier == "device"
+        return self.tier == "device"
 
     @property
     def tokens(self) -> list[int]:
@@ -380,7 +386,7 @@ def _decode_order(segment: Segment, in_place: bool) -> tuple[Any, ...]:
     block = segment.span.block
     assert block is not None
     length = 0 if in_place else segment.past
-    return id(segment.span.parent), segment.is_on_device, segment.num_rows, length, block.tier, block.first
+    return id(segment.span.parent), block.tier, segment.num_rows, length, block.first
 
 
 def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,19 @@ from torch import nn
 from engine import accelerator
 from engine.arena import Arena
 from engine.codec import GROUP, Codec
+from engine.disk_file import BLOCK, DiskFile, Span
+from engine.disk_io import wait_for
 from engine.model import CausalModel, Unit
-from engine.placement import Extent, Split, Tier, lay_out, split_bytes, streamed_from
+from engine.placement import Extent, Split, Tier, align, lay_out, split_bytes, streamed_from
+from engine.planner import READ_AHEAD_BYTES
 from engine.policy import Share
+from engine.sweep_reader import SweepReader
 
 NUM_SLOTS = 2
 _STAGE_BYTES = 64 << 20
 _CHUNK_ELEMENTS = 16 << 20
+_CONVERTED_ELEMENTS = 1 << 20
+"""Converted at once on their way to the disk: it takes memory."""
 _CODED_CHUNK_ELEMENTS = 2 << 20
 """Encoded at once: it takes about 30 bytes for each, on the device."""
 _CODED_PART = 0.01
@@ -29,6 +36,25 @@ _CODED_PART = 0.01
 
 _Binding = tuple[nn.Module, str, nn.Parameter]
 """A module, the name of a parameter of its, and the parameter."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the disk part of a parameter lies."""
+
+    first: int
+    """First byte in the unit."""
+    end: int
+    file: DiskFile
+    at: int
+    """The place of `first` in the file."""
+    is_adopted: bool
+    """Whether the file is the checkpoint's."""
+
+    def span(self, first: int, end: int, at: int) -> Span:
+        """Bytes `first` to `end` of the unit, as far as they are here; `first` belongs to byte `at` of a memory."""
+        low, high = max(first, self.first), min(end, self.end)
+        return Span(self.file, self.at + low - self.first, self.at + high - self.first, at + low - first)
 
 
 @dataclass(eq=False)
@@ -40,7 +66,7 @@ class PlacedUnit:
     """Of the stored bytes."""
     split: Split
     parts: dict[Tier, torch.Tensor]
-    """Bytes by tier; together, in the order of the tiers, they are the unit."""
+    """Bytes on device and host; together, in the order of the tiers, and with what is on disk, they are the unit."""
     start: int
     """First byte that must be brought to the device before use."""
     missing: set[str]
@@ -49,6 +75,8 @@ class PlacedUnit:
     """Parameters that are stored encoded. If there are any, the whole unit is expanded before use."""
     expanded: list[Extent]
     """Where its parameters lie then; empty if none is encoded."""
+    places: dict[str, _Place] = field(default_factory=dict)
+    """Of what parameters have on disk."""
     complete: threading.Event = field(default_factory=threading.Event)
     """Set when all have, or never will."""
 
@@ -58,13 +86,18 @@ class PlacedUnit:
         return self.split.num_bytes - self.start
 
     def pieces(self) -> list[tuple[Tier, int, torch.Tensor]]:
-        """(tier, offset in the slot, bytes) of everything that is copied into the slot."""
+        """(tier, offset in the slot, bytes) of everything in memory that is copied into the slot."""
         pieces: list[tuple[Tier, int, torch.Tensor]] = []
         for tier, first, end in self.split.parts():
             low = max(first, self.start)
-            if low < end:
+            if low < end and tier != "disk":
                 pieces.append((tier, low - self.start, self.parts[tier][low - first : end - first]))
         return pieces
+
+    def disk_spans(self, first: int | None = None, end: int | None = None) -> list[Span]:
+        """What is on disk of the stored bytes `first` to `end`, to be read to `first`; without them, to the slot."""
+        first, end = self.start if first is None else first, self.split.num_bytes if end is None else end
+        return [place.span(first, end, 0) for place in self.places.values() if place.first < end and place.end > first]
 
 
 @dataclass(eq=False)
@@ -89,10 +122,20 @@ class WeightStore:
 
     With a codec, the large parameters of the layers are kept and moved encoded, and a layer is expanded once in a
     sweep, into device memory that all layers use in turn; its slot is free for the next but one from then on.
+
+    What is on disk lies in the checkpoint's own files where its bytes are those, else in a file for each unit. It is
+    read in the order of the sweep, ahead of it as far as `read_ahead_bytes` of staging memory reach.
     """
 
     def __init__(
-        self, model: CausalModel, share: Share, arena: Arena, *, codec: Codec | None = None, overlap: bool = True
+        self,
+        model: CausalModel,
+        share: Share,
+        arena: Arena,
+        *,
+        codec: Codec | None = None,
+        overlap: bool = True,
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
     ) -> None:
         self.model = model
         self._codec = codec
@@ -114,6 +157,17 @@ class WeightStore:
         count = min(NUM_SLOTS, len(self._streamed))
         self._slots = [_Slot(index, arena.empty(size, "device")) for index in range(count)]
         self._next = {id(a): b for a, b in pairwise([*self._streamed, *self._streamed[:1]])}
+        self._reader: SweepReader | None = None
+        self._number = {id(placed): number for number, placed in enumerate(self._streamed)}
+        if any(placed.split.disk for placed in self._streamed):
+            streamed, staging = self._streamed, arena.staging(max(read_ahead_bytes, 2 * BLOCK))
+            self._reader = SweepReader(
+                arena.io,
+                staging,
+                [placed.disk_spans for placed in streamed],
+                lambda unit: streamed[unit].complete.is_set() and not streamed[unit].missing,
+                ahead=overlap and len(streamed) > NUM_SLOTS,  # else they stay in the slots
+            )
         self._expanded = arena.empty(max((p.expanded[-1].end for p in order if p.coded), default=0), "device")
         self._outer = arena.empty(self._placed["outer"].num_streamed if "outer" in self._placed else 0, "device")
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
@@ -134,6 +188,12 @@ class WeightStore:
             for name, placed in self._placed.items()
         }
 
+    @property
+    def adopted_bytes(self) -> int:
+        """Bytes on disk that are read from the checkpoint itself."""
+        places = [place for placed in self._placed.values() for place in placed.places.values()]
+        return sum(place.end - place.first for place in places if place.is_adopted)
+
     def _place(self, unit: Unit, share: Share) -> PlacedUnit:
         state = self.model.state
         coded = coded_names(self.model, unit) if self._codec is not None else frozenset()
@@ -144,10 +204,7 @@ class WeightStore:
             split = split_bytes(num_bytes, share, table.shape[1] * table.element_size())
         else:
             split = split_bytes(num_bytes, share)
-        parts: dict[Tier, torch.Tensor] = {
-            "device": self._arena.empty(split.device, "device"),
-            "disk": self._arena.empty(split.disk, "disk"),
-        }
+        parts: dict[Tier, torch.Tensor] = {"device": self._arena.empty(split.device, "device")}
         expanded = lay_out(stored_sizes(self.model, unit, None))[0] if coded else []
         return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split), set(unit.owners), coded, expanded)
 
@@ -252,17 +309,62 @@ class WeightStore:
         """What a parameter is encoded by; None if it is stored as numbers."""
         return self._codec if name in self._extent_of[name][0].coded else None
 
-    @staticmethod
-    def _write(placed: PlacedUnit, begin: int, source: torch.Tensor, dtype: torch.dtype) -> None:
-        """Write numbers, as `dtype`, to the unit's stored bytes from `begin` on."""
+    def _write(self, placed: PlacedUnit, begin: int, source: torch.Tensor, dtype: torch.dtype) -> None:
+        """Write numbers of one parameter, as `dtype`, to the unit's stored bytes from `begin` on."""
         for tier, first, end in placed.split.parts():
             low, high = max(first, begin), min(end, begin + source.numel() * dtype.itemsize)
             if low >= high:
                 continue
-            target = placed.parts[tier][low - first : high - first].view(dtype)
             piece = source[(low - begin) // dtype.itemsize : (high - begin) // dtype.itemsize]
+            if tier == "disk":
+                self._write_to_disk(placed, low, piece, dtype)
+                continue
+            target = placed.parts[tier][low - first : high - first].view(dtype)
             for at in range(0, piece.numel(), _CHUNK_ELEMENTS):
                 target[at : at + _CHUNK_ELEMENTS].copy_(piece[at : at + _CHUNK_ELEMENTS])
+
+    def _write_to_disk(self, placed: PlacedUnit, first: int, source: torch.Tensor, dtype: torch.dtype) -> None:
+        self._claim(placed)
+        place = next(place for place in placed.places.values() if place.first <= first < place.end)
+        size = _CHUNK_ELEMENTS if source.dtype == dtype else _CONVERTED_ELEMENTS
+        for at in range(0, source.numel(), size):
+            chunk = source[at : at + size].to("cpu", dtype).contiguous().view(torch.uint8)
+            begin = first + at * dtype.itemsize
+            self._arena.io.write(place.file, [place.span(begin, begin + chunk.numel(), 0)], chunk)
+
+    def adopt(self, name: str, dtype: torch.dtype, path: Path, first: int) -> int:
+        """Leave what is placed on disk of a parameter, if it may be, in `path`, which holds it from byte `first` on.
+
+        It may where that is a file of the checkpoint, in the file system of `offload-dir`, with the parameter's bytes
+        as they are stored here. Returns how many elements, from the parameter's first on, are still to be `put`. To be
+        called before anything is.
+        """
+        placed, extent = self._extent_of[name]
+        like = self.model.state[name]
+        low = max(extent.first, placed.split.device + placed.split.host)
+        is_same = name not in placed.coded and dtype == like.dtype and low < extent.end
+        if not is_same or not self._arena.is_on_same_disk(path):
+            return like.numel()
+        file = self._arena.opened(path)
+        placed.places[name] = _Place(low, extent.end, file, first + low - extent.first, True)
+        return (low - extent.first) // dtype.itemsize
+
+    def claim_disk(self) -> None:
+        """Make the files of everything on disk that has not been adopted; `CapacityError` where they have no room."""
+        for placed in self._placed.values():
+            self._claim(placed)
+
+    def _claim(self, placed: PlacedUnit) -> None:
+        begin, size, layout = placed.split.device + placed.split.host, 0, {}
+        for extent in placed.extents:
+            if extent.end > begin and extent.name not in placed.places:
+                layout[extent.name] = max(begin, extent.first), extent.end, size
+                size = align(size + extent.end - max(begin, extent.first))
+        if layout:
+            file = self._arena.file(size)
+            placed.places.update(
+                {name: _Place(first, end, file, at, False) for name, (first, end, at) in layout.items()}
+            )
 
     def arrive(self, name: str) -> None:
         """Tell that all of a parameter is in place; its unit may be used as soon as that is so of all."""
@@ -317,8 +419,11 @@ class WeightStore:
         for tier, first, end in table.split.parts():
             here = ((unique >= first // row_bytes) & (unique < end // row_bytes)).nonzero()[:, 0]
             if len(here):
-                part = table.parts[tier].view(like.dtype).view(-1, like.shape[1])
-                found = self._rows_of(part, unique[here] - first // row_bytes)
+                if tier == "disk":
+                    found = self._rows_on_disk(table, unique[here].tolist(), row_bytes).view(like.dtype)
+                else:
+                    part = table.parts[tier].view(like.dtype).view(-1, like.shape[1])
+                    found = self._rows_of(part, unique[here] - first // row_bytes)
                 if len(here) == len(rows):
                     rows.copy_(found, non_blocking=True)
                 else:
@@ -331,6 +436,22 @@ class WeightStore:
             return part.index_select(0, index.to(part.device))
         rows = accelerator.page_locked(len(index), part.shape[1], dtype=part.dtype)
         return torch.index_select(part, 0, index, out=rows)
+
+    def _rows_on_disk(self, table: PlacedUnit, rows: list[int], row_bytes: int) -> torch.Tensor:
+        """Bytes `[rows, row_bytes]` of rows of the table."""
+        found = self._memory(len(rows) * row_bytes)
+        (place,) = table.places.values()
+        spans = [
+            place.span(row * row_bytes, (row + 1) * row_bytes, number * row_bytes) for number, row in enumerate(rows)
+        ]
+        wait_for(self._arena.io.read(spans, found))
+        return found.view(-1, row_bytes)
+
+    def _memory(self, num_bytes: int) -> torch.Tensor:
+        """Host memory for what goes on to the device."""
+        if self._copy_stream is None:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        return accelerator.page_locked(num_bytes, dtype=torch.uint8)
 
     def acquire(self, step: int) -> None:
         """Wait until layer `step` (or, behind the last layer, the head) can compute, and start fetching the next."""
@@ -409,6 +530,29 @@ class WeightStore:
                 destination.copy_(piece, non_blocking=True)
             else:
                 self._copy_staged(piece, destination)
+        if not placed.split.disk:
+            return
+        if id(placed) not in self._number:
+            self._copy_from_disk(placed, target)
+            return
+        assert self._reader is not None
+        for request, blocks in self._reader.take(self._number[id(placed)], self._event):
+            for offset, at, size in request.parts:
+                blocking = self._copy_stream is None
+                target[at : at + size].copy_(blocks[offset : offset + size], non_blocking=not blocking)
+
+    def _copy_from_disk(self, placed: PlacedUnit, target: torch.Tensor) -> None:
+        """Bring a unit that does not pass through a slot to the device, once and for all."""
+        memory = torch.empty(placed.num_streamed, dtype=torch.uint8)
+        spans = placed.disk_spans()
+        wait_for(self._arena.io.read(spans, memory))
+        for span in spans:
+            size = span.end - span.first
+            target[span.at : span.at + size].copy_(memory[span.at : span.at + size])
+
+    def _event(self) -> Any:
+        """Of what was asked of the stream of copies until now; None where there is none."""
+        return None if self._copy_stream is None else accelerator.current_stream(self._device).record_event()
 
     def _copy_staged(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy pageable or mapped bytes to the device through two page-locked buffers in turn."""
@@ -428,7 +572,9 @@ class WeightStore:
         """Stop fetching and let go of the weights; the arena frees the memory."""
         for pool in (self._fetcher, self._looker):
             pool.shutdown(wait=True, cancel_futures=True)
-        self._ahead = None
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = self._ahead = None
         for placed in self._placed.values():
             for module, attribute in placed.unit.owners.values():
                 module._parameters[attribute] = None

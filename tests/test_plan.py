@@ -127,8 +127,9 @@ def test_the_best_comes_first_and_nothing_that_fits_is_left_out(models: dict[str
     seconds = [each.seconds for each in found]
     assert seconds[0] == pytest.approx(min(seconds), abs=1e-3)
     assert [round(second, 3) for second in seconds] == sorted(round(second, 3) for second in seconds)
-    shares = sorted(each.plan.weights.gpu for each in found)
-    assert shares == list(range(len(shares)))
+    for on_host in (False, True):
+        shares = sorted(each.plan.weights.gpu for each in found if each.policy.cpu_cache_compute is on_host)
+        assert shares == list(range(len(shares)))
     beyond = Policy(weights=Share(gpu=len(shares), cpu=100 - len(shares)))
     with pytest.raises(CapacityError):
         make_plan(shape_of(models["opt-30b"]), beyond, memory_of(H100, Policy(), 0), on_cpu=False)
@@ -237,7 +238,7 @@ def test_the_command_prints_and_writes_a_policy(
     for part in (
         "least time",
         "prefill: bound by arithmetic",
-        "decode: bound by to device",
+        "decode: bound by host attention",
         "96 sequences",
         "runner-up",
     ):

@@ -38,11 +38,36 @@ def test_streams_and_locked_pages_change_no_result(
         done = engine.run(JOBS)
         offloads = policy != "device"
         assert streams.called["Stream"] == 4  # the one that computes, weights, keys and values each way
-        assert (streams.called["wait_stream"] > 0) == offloads
+        # What is on disk waits for nothing but its reads.
+        assert (streams.called["wait_stream"] > 0) == (offloads and policy != "disk")
         assert (streams.called["wait_event"] > 0) == offloads
-        assert bool(streams.locked) == (pin and policy not in ("device", "disk"))
+        # Reads from disk end in page-locked memory in any case.
+        assert bool(streams.locked) == (policy in ("disk", "thirds") or (pin and policy != "device"))
     assert streams.locked == {}
     assert streams.limits == [0.5, 1.0]
+    assert parity.differences(parity.expect(reference("opt")), done)[0] == []
+
+
+def test_what_is_on_disk_goes_through_memory_of_torch_where_ours_cannot_be_locked(
+    streams: Streams,
+    build: Callable[[str], Path],
+    reference: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(accelerator, "can_lock_pages", lambda device: False)
+    asked: list[int] = []
+
+    def page_locked(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        asked.append(shape[0])
+        return torch.empty(*shape, dtype=dtype)
+
+    monkeypatch.setattr(accelerator, "page_locked", page_locked)
+    settings = {**POLICIES["disk"], "device": "cpu", "offload-dir": str(tmp_path), "gpu-memory": "1GB"}
+    with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
+        done = engine.run(JOBS)
+        assert asked[0] > engine.plan.read_ahead_bytes > 0
+    assert streams.locked == {}
     assert parity.differences(parity.expect(reference("opt")), done)[0] == []
 
 

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import disk_rates, hardware_profile, measuring, rates
+from engine.disk_file import READERS
 from engine.errors import CapacityError, ConfigError, EngineError, InstallationError
 from engine.hardware_profile import HOST_DTYPES, HardwareProfile, Machine, this_machine
 from engine.measuring import Effort, measure
@@ -322,7 +323,8 @@ def test_a_device_that_is_not_here_and_bad_directories(tmp_path: Path) -> None:
         line_of(lambda: measure("cuda", effort=TINY), InstallationError)
     (tmp_path / "file").write_text("")
     said = line_of(lambda: measure("cpu", offload_dir=str(tmp_path / "file" / "below"), effort=TINY))
-    assert "file/below cannot be measured: Not a directory; name another directory" in said
+    assert "file/below cannot be measured: " in said
+    assert "Not a directory; name another directory" in said
 
 
 @pytest.mark.parametrize("free", [1 << 26, 1 << 30, 3 << 30, 1 << 37])
@@ -441,7 +443,7 @@ def test_no_more_is_written_than_was_said(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_full_disk_is_one_line_and_keeps_no_file(tmp_path: Path, small_files: None) -> None:
     said = line_of(lambda: disk(tmp_path), CapacityError)
-    assert f"offload-dir {tmp_path}: no room for the 17 MB" in said
+    assert f"offload-dir {tmp_path}: no room for 17 MB" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -461,7 +463,7 @@ def test_a_failing_disk_is_one_line_and_keeps_no_file(
         raise OSError(code, "told so")
 
     monkeypatch.setattr(os, call, fail)
-    assert "told so" in line_of(lambda: disk(tmp_path), kind)
+    assert "told so" in line_of(lambda: disk(tmp_path), kind if call != "preadv" else ConfigError)
     monkeypatch.undo()
     assert failed
     assert not list(tmp_path.iterdir())
@@ -488,5 +490,5 @@ def test_time_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     read: list[int] = []
     monkeypatch.setattr(os, "preadv", lambda handle, buffers, place: read.append(place) or len(buffers[0]))
     disk_rates.disk_rates(str(tmp_path), num_bytes=1 << 30, seconds=-1.0)
-    assert len(written) <= disk_rates._THREADS
+    assert len(written) <= READERS
     assert set(read) <= set(written)  # what was never written is not on the disk

@@ -36,6 +36,7 @@ def used(plan: Plan, shape: ModelShape) -> dict[str, float]:
     if plan.weights.gpu < 100:  # two layers in transit, and what is copied for good
         device += 2 * max(shape.unit_bytes) + shape.outer_bytes
     host = shape.weight_bytes * plan.weights.cpu / 100 + plan.activations.cpu * rows + plan.cache_budgets["host"]
+    host += plan.read_ahead_bytes
     disk = shape.weight_bytes * plan.weights.disk / 100 + plan.activations.disk * rows + plan.cache_budgets["disk"]
     return {"device": device, "host": host, "disk": disk}
 

@@ -147,18 +147,18 @@ def check_batch(batch: list[Segment], limits: Limits) -> None:
 
 def check_stored_runs(group: DecodeGroup, limits: Limits) -> None:
     """Staged rows are the own tokens of each sequence, where the borders say; runs lie apart."""
-    staged = [(run.tier, row) for run in group.stored_runs for row in range(run.first, run.end)]
+    staged = [row for run in group.stored_runs for row in range(run.first, run.end)]
     for segment, first in zip(group.segments, group.own_borders.tolist(), strict=False):
         block = segment.span.block
         assert block is not None
-        rows = [(block.tier, block.first + i) for i in range(segment.past + segment.num_rows)]
-        assert group.is_on_device == (block.tier == "device")
+        rows = [block.first + i for i in range(segment.past + segment.num_rows)]
+        assert group.tier == block.tier
         if group.is_on_device:
             assert first == block.first
         else:
             assert staged[first : first + len(rows)] == rows
     for one, two in itertools.pairwise(group.stored_runs):
-        assert one.tier != two.tier or not 0 <= two.first - one.end <= limits.gap_rows
+        assert not 0 <= two.first - one.end <= limits.gap_rows
 
 
 def check_segment(segment: Segment, limits: Limits) -> None:
@@ -316,7 +316,7 @@ def test_decode_steps_that_are_read_in_place_gather_nothing() -> None:
     runner.scheduler.add([Sequence.of(Job(prompt=words(i, 30), max_new_tokens=9)) for i in range(7)])
     runner.sweep()
     groups = groups_of(runner)
-    assert [(group.is_on_device, len(group.segments)) for group in groups] == [(False, 2), (False, 1), (True, 4)]
+    assert [(group.tier, len(group.segments)) for group in groups] == [("device", 4), ("host", 2), ("host", 1)]
 
 
 def test_neighbours_in_the_cache_are_brought_in_one_copy() -> None:
