@@ -24,6 +24,7 @@ from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of
 from engine.hardware import available_memory, resolve_device, resolve_dtype
 from engine.hidden import HiddenStates
 from engine.job import Completion, Job, is_whole
+from engine.kept_weights import KeptWeights
 from engine.kv_cache import KVCache, unencodable_layer
 from engine.loading import load_checkpoint
 from engine.model import CausalModel
@@ -92,7 +93,12 @@ class Engine:
         policy = Policy.load(policy)
         description = describe(model)
         path = Path(description.path)
-        return cls.open(description, policy, lambda store: load_checkpoint(path, store))
+        bits = policy.compress_weight
+
+        def fill(store: WeightStore) -> Iterator[None]:
+            return load_checkpoint(path, store, KeptWeights(path, store, bits) if bits else None)
+
+        return cls.open(description, policy, fill)
 
     @classmethod
     def open(

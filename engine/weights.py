@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -134,6 +135,38 @@ class WeightStore:
             for name, placed in self._placed.items()
         }
 
+    @property
+    def unit_names(self) -> list[str]:
+        """Units that have parameters, in the order of the sweep."""
+        return list(self._placed)
+
+    def stored_form(self, unit: str) -> tuple[str, int]:
+        """What a unit's stored bytes mean, as JSON, and how many they are: the same wherever they are placed."""
+        placed, state = self._placed[unit], self.model.state
+        layout = {
+            each.name: [each.first, each.end, str(state[each.name].dtype), each.name in placed.coded]
+            for each in placed.extents
+        }
+        return json.dumps(layout), placed.split.num_bytes
+
+    def stored_bytes(self, unit: str, first: int, end: int) -> torch.Tensor:
+        """Bytes of a unit that is complete, from `first` to `end`, in host memory; they may be a view."""
+        placed = self._placed[unit]
+        pieces = [
+            placed.parts[tier][max(first, begin) - begin : min(end, stop) - begin].cpu()
+            for tier, begin, stop in placed.split.parts()
+            if max(first, begin) < min(end, stop)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def put_unit(self, unit: str, stored: torch.Tensor) -> None:
+        """Copy all bytes of a unit, as `stored_bytes` gives them, to their places; its parameters arrive by that."""
+        placed = self._placed[unit]
+        self._claim_host(placed)
+        self._write(placed, 0, stored, torch.uint8)
+        for name in placed.unit.owners:
+            self.arrive(name)
+
     def _place(self, unit: Unit, share: Share) -> PlacedUnit:
         state = self.model.state
         coded = coded_names(self.model, unit) if self._codec is not None else frozenset()
@@ -212,12 +245,15 @@ class WeightStore:
         placed, extent = self._extent_of[name]
         dtype = self.model.state[name].dtype
         source = tensor.reshape(-1)
-        if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
-            placed.parts["host"] = self._arena.empty(placed.split.host, "host")
+        self._claim_host(placed)
         if name in placed.coded:
             self._put_coded(placed, extent, source, first_element, dtype)
         else:
             self._write(placed, extent.first + first_element * dtype.itemsize, source, dtype)
+
+    def _claim_host(self, placed: PlacedUnit) -> None:
+        if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
+            placed.parts["host"] = self._arena.empty(placed.split.host, "host")
 
     def _put_coded(
         self, placed: PlacedUnit, extent: Extent, source: torch.Tensor, first_element: int, dtype: torch.dtype
