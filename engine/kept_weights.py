@@ -74,7 +74,7 @@ class KeptWeights:
         self.folder = weights_directory() / f"{name}-{bits}bit-{self.manifest['dtype']}-{digest}"
         self._opened: dict[str, tuple[torch.Tensor, list[int]]] = {}
         self._complete: SimpleQueue[str | None] = SimpleQueue()
-        self._stopping = False
+        self._stopping = self._has_told = False
         self._lock: int | None = None
         self._writer: threading.Thread | None = None
         self._written: list[Path] = []
@@ -91,7 +91,7 @@ class KeptWeights:
         tensor, sums = self._opened.pop(name)
 
         def reject() -> None:
-            self._tell_damaged(name)
+            self._tell_bad(name, "it is damaged")
             self._keep_after(own, name)
 
         yield Step(lambda: self._weights.put_unit(name, tensor), [tensor], sums, reject)
@@ -107,15 +107,16 @@ class KeptWeights:
     def _open(self, name: str) -> None:
         try:
             self._opened[name] = open_unit(self._file(name), *self._weights.stored_form(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
-        except DamagedFileError:
-            self._tell_damaged(name)
-        except OSError as error:
-            _notice(f"cannot read encoded weights {self._file(name)}: {error.strerror}; encoding them anew")
+        except (DamagedFileError, OSError) as error:
+            self._tell_bad(name, getattr(error, "strerror", None) or "it is damaged")
 
-    def _tell_damaged(self, name: str) -> None:
-        _notice(f"encoded weights {self._file(name)} are damaged; encoding them anew")
+    def _tell_bad(self, name: str, why: str) -> None:
+        """Tell of the first file that cannot be used; where one is bad, many may be."""
+        if not self._has_told:
+            _notice(f"cannot use encoded weights {self._file(name)}: {why}; encoding what is bad there anew")
+        self._has_told = True
 
     def __enter__(self) -> KeptWeights:
         self._missing = [name for name in self._weights.unit_names if name not in self._opened]

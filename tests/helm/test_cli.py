@@ -117,9 +117,10 @@ def test_a_registered_model_is_found_by_its_helm_name_with_its_own_settings(
 
 
 def test_answers_of_compressed_weights_and_caches_are_others(
-    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are computed, and kept apart in HELM's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = save_tiny_model(tmp_path / "tiny-square", llama_of_64_numbers)
     run = ("run", "-r", ENTRY, "--model", model, "-m", 3)
     for codes in ((), ("--compress-weight", 8), ("--compress-cache", 8), ("--compress-weight", "--compress-cache", 4)):
