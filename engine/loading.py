@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
 from engine.checkpoint import tensors
+from engine.checkpoint_names import CheckpointNames
 from engine.errors import CheckpointError
 from engine.kept_weights import KeptWeights
 from engine.read_ahead import Step, run_steps
@@ -40,22 +34,22 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     """
     model = store.model
     plan = _Plan(path, store)
-    transforms = get_model_conversion_mapping(model.module)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.module.base_model_prefix
+    names = CheckpointNames(model.module, model.state)
+    packed = {
+        part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
+    }
     merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, model.state)
-        if target not in model.state and name in model.state:
-            target, pattern = name, None
+        if name in packed:
+            plan.add_packed(*packed[name], load)
+            continue
+        target, pattern = names.target(name)
         if target not in model.state:
             continue  # e.g. attention masks that old checkpoints stored
         if pattern is None:
             plan.add(target, load)
         else:
-            merged.setdefault(target, (converter_of[pattern], []))[1].append((pattern, name, load))
+            merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
     return plan.run(kept)
@@ -101,6 +95,24 @@ class _Plan:
                 self._missing.discard(pair)
         else:
             model.module.get_buffer(name).copy_(tensor)
+
+    def add_packed(self, name: str, part: str, load: Load) -> None:
+        """Plan to put a part of a packed parameter, together with its other parts."""
+        tensor, before = load(), self._steps.pop(name, None)
+        whole = self._store.model.packed[name]
+        tensors = [tensor, *(before.tensors if before is not None else [])]
+        is_last = len(tensors) == len(whole.parts)
+
+        def step() -> None:
+            if before is not None:
+                before.act()
+            self._store.put_packed(name, part, tensor)
+            if is_last:
+                self._store.arrive(name)
+
+        self._steps[name] = Step(step, tensors)
+        if is_last:
+            self._missing.discard(name)
 
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""

@@ -169,7 +169,7 @@ class WeightStore:
 
     def _place(self, unit: Unit, share: Share) -> PlacedUnit:
         state = self.model.state
-        coded = coded_names(self.model, unit) if self._codec is not None else frozenset()
+        coded = encoded_names(self.model, unit, self._codec)
         extents, num_bytes = lay_out(stored_sizes(self.model, unit, self._codec))
         if unit.name == "embedding":  # cut between rows, which are looked up one by one
             table = state[extents[0].name]
@@ -181,7 +181,7 @@ class WeightStore:
             "device": self._arena.empty(split.device, "device"),
             "disk": self._arena.empty(split.disk, "disk"),
         }
-        expanded = lay_out(stored_sizes(self.model, unit, None))[0] if coded else []
+        expanded = lay_out(whole_sizes(self.model, unit))[0] if coded else []
         return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split), set(unit.owners), coded, expanded)
 
     def _bind(self) -> None:
@@ -232,11 +232,12 @@ class WeightStore:
 
     def _expand(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
         """Fill the memory that the unit's parameters are views of."""
-        assert self._codec is not None
         for extent, place in zip(placed.extents, placed.expanded, strict=True):
             stored, memory = self._bytes(placed, extent, slot), self._expanded[place.first : place.end]
             if extent.name in placed.coded:
-                self._codec.decode(stored, memory.view(self.model.state[extent.name].dtype))
+                codec = self.model.packed.get(extent.name) or self._codec
+                assert codec is not None
+                codec.decode(stored, memory.view(self.model.state[extent.name].dtype))
             else:
                 memory.copy_(stored)
 
@@ -250,6 +251,13 @@ class WeightStore:
             self._put_coded(placed, extent, source, first_element, dtype)
         else:
             self._write(placed, extent.first + first_element * dtype.itemsize, source, dtype)
+
+    def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        """Copy a part of a packed parameter, as the checkpoint has it, to its place."""
+        placed, extent = self._extent_of[name]
+        self._claim_host(placed)
+        stored = tensor.contiguous().reshape(-1).view(torch.uint8)
+        self._write(placed, extent.first + self.model.packed[name].first_byte(part), stored, torch.uint8)
 
     def _claim_host(self, placed: PlacedUnit) -> None:
         if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
@@ -473,16 +481,27 @@ def coded_names(model: CausalModel, unit: Unit) -> frozenset[str]:
     )
 
 
+def encoded_names(model: CausalModel, unit: Unit, codec: Codec | None) -> frozenset[str]:
+    """Parameters of a unit that are stored encoded, by the codec or as the checkpoint packs them."""
+    packed = frozenset(name for name in unit.owners if name in model.packed)
+    return packed or (frozenset() if codec is None else coded_names(model, unit))
+
+
 def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[str, int]:
     """Bytes of each parameter of a unit, as it is stored."""
-    coded = frozenset() if codec is None else coded_names(model, unit)
-    sizes = {}
-    for name in unit.owners:
+    sizes = whole_sizes(model, unit)
+    for name in encoded_names(model, unit, codec):
         like = model.state[name]
-        sizes[name] = like.numel() * like.element_size()
-        if codec is not None and name in coded:
+        if name in model.packed:
+            sizes[name] = model.packed[name].num_bytes
+        elif codec is not None:
             sizes[name] = codec.num_bytes(like.numel(), like.dtype)
     return sizes
+
+
+def whole_sizes(model: CausalModel, unit: Unit) -> dict[str, int]:
+    """Bytes of each parameter of a unit, as it is computed with."""
+    return {name: model.state[name].numel() * model.state[name].element_size() for name in unit.owners}
 
 
 def _parameter(view: torch.Tensor) -> nn.Parameter:
