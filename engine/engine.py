@@ -96,7 +96,7 @@ class Engine:
         bits = policy.compress_weight
 
         def fill(store: WeightStore) -> Iterator[None]:
-            return load_checkpoint(path, store, KeptWeights(path, store, bits) if bits else None)
+            return load_checkpoint(path, store, KeptWeights(path, store, bits) if bits and store.has_codes else None)
 
         return cls.open(description, policy, fill)
 

@@ -178,10 +178,12 @@ class PackedColumns(PackedMatrix):
     names = ("qweight", "qzeros", "scales")
     optional = ("g_idx",)
 
-    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, group: int, zero_offset: int) -> None:
-        """group: inputs that share a scale, where there is no g_idx. zero_offset: what stored zeros lack."""
+    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, group: int, zero_lacks: int) -> None:
+        """group: inputs that share a scale, where there is no g_idx. zero_lacks: what stored zeros are less by."""
         super().__init__(shape, parts)
-        self._bits, self._group, self._zero_offset = _bits(parts["qweight"].shape[0], self.columns), group, zero_offset
+        self._bits, self._group = _bits(parts["qweight"].shape[0], self.columns), group
+        # Added to words, not to numbers: it was taken off there, with what that borrows of the neighbour.
+        self._zero_lacks = sum(zero_lacks << at for at in range(0, 32, self._bits))
         groups, pack = parts["scales"].shape[0], 32 // self._bits
         self._expect({"qweight": (self.columns // pack, self.rows), "scales": (groups, self.rows)})
         self._expect({"qzeros": (groups, -(-self.rows // pack)), "g_idx": (self.columns,)})
@@ -190,7 +192,7 @@ class PackedColumns(PackedMatrix):
 
     def _fill(self, parts: Parts, matrix: torch.Tensor) -> None:
         scales = parts["scales"]
-        zeros = _unpacked(parts["qzeros"], self._bits)[:, : self.rows] + self._zero_offset
+        zeros = _unpacked(parts["qzeros"] + self._zero_lacks, self._bits)[:, : self.rows]
         group_of = parts.get("g_idx", torch.arange(self.columns, device=matrix.device) // self._group)
         pack = 32 // self._bits
         for words in _chunks(self.columns // pack, self.rows * pack):

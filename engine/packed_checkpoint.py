@@ -90,7 +90,7 @@ def find_packed(
 
 
 def _input_rounding(quantization: Mapping[str, Any]) -> InputRounding | None:
-    """How the inputs of packed layers are to be rounded: all in one way, where `_compressed_tensors_problem` is none."""
+    """How the inputs of packed layers are to be rounded: all in one way, unless `_compressed_tensors_problem`."""
     groups = [*(quantization.get("config_groups") or {}).values()]
     inputs = groups[0].get("input_activations") if groups else None
     return InputRounding.of(inputs) if inputs else None
@@ -131,9 +131,9 @@ def _kind_of(method: str, quantization: Mapping[str, Any], parts: Iterable[str])
     if method == "awq":
         return InterleavedRows
     # Version 1 stores zeros less one.
-    offset = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+    lacks = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
     group = int(quantization.get("group_size") or -1)
-    return partial(PackedColumns, group=group if group > 0 else 1 << 62, zero_offset=offset)
+    return partial(PackedColumns, group=group if group > 0 else 1 << 62, zero_lacks=lacks)
 
 
 def _compressed_tensors_problem(quantization: Mapping[str, Any]) -> str | None:

@@ -136,6 +136,11 @@ class WeightStore:
         }
 
     @property
+    def has_codes(self) -> bool:
+        """Whether the codec takes any parameter."""
+        return self._codec is not None and any(placed.coded for placed in self._placed.values())
+
+    @property
     def unit_names(self) -> list[str]:
         """Units that have parameters, in the order of the sweep."""
         return list(self._placed)

@@ -248,6 +248,14 @@ def test_nothing_is_kept_without_a_codec(model: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
+def test_nothing_is_kept_where_nothing_is_encoded(tmp_path: Path, cache: Path) -> None:
+    """Matrices of no multiple of 64 numbers."""
+    sizes = {"hidden_size": 36, "intermediate_size": 35, "num_attention_heads": 2, "num_key_value_heads": 1}
+    path = models.save_model(tmp_path / "odd", "llama", **sizes)
+    assert answers(path, tmp_path)
+    assert not cache.exists()
+
+
 def test_a_hub_model_is_known_by_its_revision(
     build: Callable[[str], Path], notices: Notices, tmp_path: Path, cache: Path
 ) -> None:
