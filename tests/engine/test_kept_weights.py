@@ -181,6 +181,17 @@ def test_a_damaged_file_is_told_and_written_anew(
     assert notices() == []
 
 
+def test_a_file_of_another_layer_is_not_used(model: Path, notices: Notices, tmp_path: Path, cache: Path) -> None:
+    """Of the same size, and whole."""
+    before = answers(model, tmp_path)
+    written = files(cache)
+    (folder,) = cache.iterdir()
+    shutil.copy(folder / "layer.0.safetensors", folder / "layer.1.safetensors")
+    assert answers(model, tmp_path) == before
+    assert len(notices()) == 1
+    assert files(cache) == written
+
+
 def change_values(model: Path) -> None:
     """The same size, and the same time of writing."""
     file = model / "model.safetensors"

@@ -400,6 +400,21 @@ def quick_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "flexgen-helm"
 
 
+def test_doctor_tells_of_kept_weights(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How much, and where to delete it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "cache" / "flexgen-helm" / "weights"
+    for number, model in enumerate(("one", "one", "another")):
+        (weights / model).mkdir(parents=True, exist_ok=True)
+        with (weights / model / f"layer.{number}.safetensors").open("wb") as file:
+            file.truncate(10**8)
+    cli("doctor")
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "encoded weights" in each]
+    assert f"0.3 GB of 2 models in {weights}" in line
+
+
 def test_doctor_measures_a_profile_and_finds_it_again(
     cli: Cli, quick_profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
