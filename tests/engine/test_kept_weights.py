@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from test_compression import join
 
 from engine import Engine, EngineError, Job, kept_weights, unit_file
 from engine.codec import Codec
+from engine.kept_weights import KeptWeights
 from engine.weights import WeightStore
 
 Notices = Callable[[], list[str]]
@@ -423,11 +425,12 @@ def test_what_another_process_writes_is_left_alone(model: Path, notices: Notices
     (folder,) = cache.iterdir()
     for file in folder.iterdir():
         file.unlink()
-    (folder / ".layer.0.safetensors.partial").write_bytes(b"half")
+    left = folder / ".layer.9.safetensors.partial"
+    left.write_bytes(b"half")
     lock = kept_weights._locked(folder)
     assert lock is not None
     answers(model, tmp_path)
-    assert [file.name for file in folder.iterdir()] == [".layer.0.safetensors.partial"]
+    assert [*folder.iterdir()] == [left]
     os.close(lock)
     answers(model, tmp_path)
     assert kept(cache) == UNITS
@@ -437,26 +440,44 @@ def test_what_another_process_writes_is_left_alone(model: Path, notices: Notices
 def test_closing_an_engine_that_loads_leaves_whole_files(
     model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached, let_go, put = threading.Event(), threading.Event(), WeightStore.put
+    """It waits for the piece that is being written, and for no other."""
+    opened: list[KeptWeights] = []
+    writing, closing = threading.Event(), threading.Event()
+    enter, put, stored = KeptWeights.__enter__, WeightStore.put, WeightStore.stored_bytes
 
-    def waiting(self: WeightStore, name: str, *rest: Any, **others: Any) -> None:
-        if ".1." in name:
-            reached.set()
-            assert let_go.wait(20)
+    def entering(self: KeptWeights) -> KeptWeights:
+        opened.append(self)
+        return enter(self)
+
+    def putting(self: WeightStore, name: str, *rest: Any, **others: Any) -> None:
+        if ".2." in name:
+            assert closing.wait(20)
         put(self, name, *rest, **others)
 
+    def reading(self: WeightStore, *place: Any) -> torch.Tensor:
+        writing.set()
+        for _ in range(300):
+            if opened[0]._stopping:
+                break
+            time.sleep(0.01)
+        return stored(self, *place)
+
     with monkeypatch.context() as patch:
-        patch.setattr(WeightStore, "put", waiting)
+        patch.setattr(KeptWeights, "__enter__", entering)
+        patch.setattr(WeightStore, "put", putting)
+        patch.setattr(WeightStore, "stored_bytes", reading)
         engine = Engine.from_pretrained(str(model), policy={"device": "cpu", "compress-weight": 4})
-        assert reached.wait(20)
-        closing = threading.Thread(target=engine.close)
-        closing.start()
-        let_go.set()
-        closing.join(20)
-        assert not closing.is_alive()
+        assert writing.wait(20)
+        closer = threading.Thread(target=engine.close)
+        closer.start()
+        while not engine._closing:
+            time.sleep(0.01)
+        closing.set()  # the loader sees it behind the parameter in hand
+        closer.join(20)
+        assert not closer.is_alive()
         with pytest.raises(EngineError, match="closed"):
             engine.run([JOB])
-    assert not [*cache.rglob(".*")]
+    assert kept(cache) == ["embedding"]
     assert not any(thread.name == "flexgen-keep" for thread in threading.enumerate())
     answers(model, tmp_path)
     assert kept(cache) == UNITS
