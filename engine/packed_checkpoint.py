@@ -45,7 +45,10 @@ def find_packed(
     quantization: the config's quantization_config. owners: the modules of parameters that may be packed, by parameter.
     Raises `UnsupportedError` for a format, or a use of it, that cannot be run.
     """
-    method = str(quantization.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in quantization else ""))
+    method = quantization.get("quant_method")
+    if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
+        method = "bitsandbytes"  # as its first checkpoints have it
+    method = str(getattr(method, "value", method) or "")
     checks: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
         "bitsandbytes": lambda _: None,
         "compressed-tensors": _compressed_tensors_problem,
