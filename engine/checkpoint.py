@@ -1,8 +1,7 @@
-"""Checkpoint directories: where they are, whether they are whole, what identifies them, and their tensors."""
+"""Checkpoint directories: where they are, whether they are whole, and their tensors."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, UnsupportedError
-from engine.hardware import resolve_device, resolve_dtype
-from engine.policy import Policy
 
 if TYPE_CHECKING:
     import torch
 
-NUMERICS_VERSION = 2
-"""Raised by hand whenever a change of the engine can change a result beyond rounding."""
-
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -29,7 +23,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_SIDE_FILES = (
+SIDE_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
@@ -117,8 +111,8 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     path = resolve(model, download_weights=download_weights)
     config = read_config(path)
     _check_causal(path, config)
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
     is_local = Path(model).expanduser().is_dir()
     weight_bytes = _checked_weight_bytes(path) if download_weights or is_local else 0
     text = text_config(config)
@@ -302,61 +296,6 @@ def _bin(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor):
             yield name, lambda tensor=tensor: tensor  # type: ignore[misc]
-
-
-def result_identity(model: str, policy: Policy) -> dict[str, str | int | None]:
-    """What of model and policy can change a result; loads no weights.
-
-    Placement, batch sizes and device are not in it, so results carry over from one policy to another.
-    """
-    description = describe(model)
-    dtype = resolve_dtype(policy.dtype, description.dtype, resolve_device(policy.device))
-    return {
-        "weights": fingerprint(Path(description.path)),
-        "dtype": dtype,
-        "compress_weight": policy.compress_weight,
-        "compress_cache": policy.compress_cache,
-        "numerics": NUMERICS_VERSION,
-    }
-
-
-def fingerprint(path: Path) -> str:
-    """Hex digest of a model directory's weights, tokenizer and configuration.
-
-    Files of the hub's cache are known by the digest that the cache names them with. Of other weight files, the header
-    and a sample of every tensor (safetensors) or 1024 spots (`.bin`) are read: milliseconds instead of minutes, and two
-    trained models differ there.
-    """
-    digest = hashlib.sha256()
-    for name in sorted({*_TOKENIZER_FILES, *_SIDE_FILES}):
-        file = path / name
-        if file.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    for file in weight_files(path):
-        digest.update(file.name.encode() + b"\0" + str(file.stat().st_size).encode())
-        blob = file.resolve()
-        if blob.parent.name == "blobs":
-            digest.update(blob.name.encode())
-            continue
-        with file.open("rb") as stream:
-            for offset in _sample_offsets(file):
-                stream.seek(offset)
-                digest.update(stream.read(256))
-    return digest.hexdigest()
-
-
-def _sample_offsets(file: Path) -> Iterator[int]:
-    size = file.stat().st_size
-    if file.suffix != ".safetensors":
-        yield from range(0, size, max(size // 1024, 256))
-        return
-    header = read_safetensors_header(file)
-    with file.open("rb") as stream:
-        data = 8 + int.from_bytes(stream.read(8), "little")
-    yield from range(0, data, 256)
-    for entry in header.values():
-        first, end = entry["data_offsets"]
-        yield from (data + first + (end - first) * part // 4 for part in range(4))
 
 
 def _one_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of
 from engine.hardware import available_memory, resolve_device, resolve_dtype
 from engine.hidden import HiddenStates
 from engine.job import Completion, Job, is_whole
+from engine.kept_weights import KeptWeights
 from engine.kv_cache import KVCache, unencodable_layer
 from engine.loading import load_checkpoint
 from engine.model import CausalModel
@@ -32,7 +33,7 @@ from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy
 from engine.schedule import Scheduler
 from engine.sequence import Sequence
-from engine.weights import WeightStore, coded_names, stored_sizes
+from engine.weights import WeightStore, encoded_names, stored_sizes, whole_sizes
 
 
 class Engine:
@@ -92,7 +93,12 @@ class Engine:
         policy = Policy.load(policy)
         description = describe(model)
         path = Path(description.path)
-        return cls.open(description, policy, lambda store: load_checkpoint(path, store))
+        bits = policy.compress_weight
+
+        def fill(store: WeightStore) -> Iterator[None]:
+            return load_checkpoint(path, store, KeptWeights(path, store, bits) if bits and store.has_codes else None)
+
+        return cls.open(description, policy, fill)
 
     @classmethod
     def open(
@@ -113,6 +119,8 @@ class Engine:
         codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
         if cache_codec is not None:
             _check_cache_codec(model)
+        if codec is not None and model.packed:
+            raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
         plan = make_plan(shape_of(model, codec, cache_codec), policy, memory, on_cpu=device.type == "cpu")
         if policy.gpu_memory is not None:
             accelerator.limit_memory(device, policy.gpu_memory)
@@ -507,8 +515,8 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     """Sizes that the planner needs, with weights kept as `codec` has them, keys and values as `cache_codec` has."""
     config = model.config.get_text_config()
     sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
-    coded = [unit for unit in model.units if coded_names(model, unit)]
-    whole = {unit.name: sum(stored_sizes(model, unit, None).values()) for unit in coded}
+    coded = [unit for unit in model.units if encoded_names(model, unit, codec)]
+    whole = {unit.name: sum(whole_sizes(model, unit).values()) for unit in coded}
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
     inner = next(
@@ -523,7 +531,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     return ModelShape(
         unit_bytes=(*layers, head),
         # Half bytes of a matrix are spread over whole ones before they become numbers.
-        expanded_bytes=0 if codec is None or not whole else max(whole.values()) * 3 // 2,
+        expanded_bytes=max(whole.values(), default=0) * 3 // 2,
         stored_part=1.0 if not whole else sum(sizes[name] for name in whole) / sum(whole.values()),
         embedding_bytes=0 if model.is_tied else sizes["embedding"],
         outer_bytes=sizes["outer"],

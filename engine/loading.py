@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
 from engine.checkpoint import tensor_places, tensors
+from engine.checkpoint_names import CheckpointNames
 from engine.errors import CheckpointError
+from engine.kept_weights import KeptWeights
 from engine.read_ahead import Step, run_steps
 from engine.weights import WeightStore
 
@@ -27,36 +23,36 @@ Source = tuple[str, str, Load]
 """Pattern of a converter, name in the checkpoint, and how to get the tensor."""
 
 
-def load_checkpoint(path: Path, store: WeightStore) -> Iterator[None]:
+def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = None) -> Iterator[None]:
     """Fill `store` from the weight files of `path`: checks now, and reads parameter by parameter as it is iterated.
 
     Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
     a time, and merged experts one expert at a time: beyond the placed weights this costs no more anonymous memory than
     about one tensor of the checkpoint, whose files are only mapped. Layers come in their order, since the first sweep
-    may run behind. Raises `CheckpointError` when parameters are missing or have another shape.
+    may run behind. Units that are `kept` are read from there, and the others kept from then on. Raises
+    `CheckpointError` when parameters are missing or have another shape.
     """
     model = store.model
-    order = {name: number for number, unit in enumerate(model.units) for name in unit.owners}
     plan = _Plan(path, store)
-    transforms = get_model_conversion_mapping(model.module)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.module.base_model_prefix
+    names = CheckpointNames(model.module, model.state)
+    packed = {
+        part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
+    }
     merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, model.state)
-        if target not in model.state and name in model.state:
-            target, pattern = name, None
+        if name in packed:
+            plan.add_packed(*packed[name], load)
+            continue
+        target, pattern = names.target(name)
         if target not in model.state:
             continue  # e.g. attention masks that old checkpoints stored
         if pattern is None:
             plan.add(target, load, name)
         else:
-            merged.setdefault(target, (converter_of[pattern], []))[1].append((pattern, name, load))
+            merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
-    return plan.run(order)
+    return plan.run(kept)
 
 
 def _rounds(converter: WeightConverter, sources: list[Source]) -> list[list[Source]]:
@@ -80,15 +76,17 @@ class _Plan:
         self._places = tensor_places(path)
         self._steps: dict[str, Step] = {}
         """By the (first) parameter that a step brings."""
-        self._parameters = {name for unit in store.model.units for name in unit.owners}
-        self._missing = set(self._parameters)
+        self._unit_of = {name: unit.name for unit in store.model.units for name in unit.owners}
+        self._missing = set(self._unit_of)
+        self._is_by_unit = True
+        """No step brings parameters of several units."""
 
     def add(self, name: str, load: Load, source: str) -> None:
         """Plan to put a whole parameter, `source` in the checkpoint; a buffer is put at once."""
         model = self._store.model
         tensor = load()  # mapped, not read
         self._check_shape(name, tensor.shape)
-        if name in self._parameters:
+        if name in self._unit_of:
             self._steps[name] = self._step(name, tensor, source)
             self._missing.discard(name)
         elif name == model.head_name:
@@ -104,12 +102,31 @@ class _Plan:
         if source in self._places:
             count = self._store.adopt(name, tensor.dtype, *self._places[source])
             tensor = tensor if count == tensor.numel() else tensor.reshape(-1)[:count]
-        return (lambda: self._put(name, tensor)), [tensor]
+        return Step(lambda: self._put(name, tensor), [tensor])
+
+    def add_packed(self, name: str, part: str, load: Load) -> None:
+        """Plan to put a part of a packed parameter, together with its other parts."""
+        tensor, before = load(), self._steps.pop(name, None)
+        whole = self._store.model.packed[name]
+        tensors = [tensor, *(before.tensors if before is not None else [])]
+        is_last = len(tensors) == len(whole.parts)
+
+        def step() -> None:
+            if before is not None:
+                before.act()
+            self._store.put_packed(name, part, tensor)
+            if is_last:
+                self._store.arrive(name)
+
+        self._steps[name] = Step(step, tensors)
+        if is_last:
+            self._missing.discard(name)
 
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
         rounds = _rounds(converter, sources)
         for name, tensor in self._convert(target, converter, rounds[0], meta=True):
+            self._is_by_unit &= self._unit_of.get(name) == self._unit_of[target]
             shape = torch.Size([len(rounds) * tensor.shape[0], *tensor.shape[1:]]) if len(rounds) > 1 else tensor.shape
             self._check_shape(name, shape)
             self._missing.discard(name)
@@ -123,7 +140,7 @@ class _Plan:
             for name in names:
                 self._store.arrive(name)
 
-        self._steps[target] = step, [load() for _, _, load in sources]
+        self._steps[target] = Step(step, [load() for _, _, load in sources])
 
     def _convert(
         self, target: str, converter: WeightConverter, sources: list[Source], *, meta: bool = False
@@ -135,16 +152,20 @@ class _Plan:
         for name, value in one.convert(target, model=model.module, config=model.config).items():
             yield name, value[0] if isinstance(value, list) else value
 
-    def run(self, order: dict[str, int]) -> Iterator[None]:
+    def run(self, kept: KeptWeights | None) -> Iterator[None]:
         """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step."""
         if self._missing:
             raise CheckpointError(
-                f"{self._path}: the weight files lack {len(self._missing)} of {len(self._parameters)} parameters, e.g. "
+                f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
                 f"{min(self._missing)}; the download is incomplete or belongs to another model"
             )
-        steps = sorted(self._steps.items(), key=lambda step: order[step[0]])
+        by_unit: dict[str, list[Step]] = {unit.name: [] for unit in self._store.model.units if unit.owners}
+        for name, step in self._steps.items():
+            by_unit[self._unit_of[name]].append(step)
         self._steps.clear()
-        return run_steps(step for _, step in steps)
+        if kept is None or not self._is_by_unit:
+            return run_steps(chain.from_iterable(by_unit.values()))
+        return _run_kept(by_unit, kept)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         self._store.put(name, tensor)
@@ -157,3 +178,8 @@ class _Plan:
                 f"{self._path}: {name} is {list(shape)} in the weight files but {list(expected)} by "
                 "config.json; they do not belong together"
             )
+
+
+def _run_kept(by_unit: dict[str, list[Step]], kept: KeptWeights) -> Iterator[None]:
+    with kept:
+        yield from run_steps(step for unit, steps in by_unit.items() for step in kept.steps(unit, steps))

@@ -17,8 +17,11 @@ from transformers.core_model_loading import build_glob_alternation
 
 from engine import flash
 from engine.attention import ATTENTION_NAME, probe_kv_shape
+from engine.checkpoint_names import CheckpointNames
 from engine.errors import CheckpointError, UnsupportedError
 from engine.kv_shape import KVShape
+from engine.packed import PackedMatrix
+from engine.packed_checkpoint import find_packed
 from engine.padded import CacheView, ProbingView
 from engine.sweeping import Sweeping
 
@@ -132,6 +135,8 @@ class CausalModel:
         slots = _decoder_layers(self.module)
         self.layers = list(slots)
         self.units = self._find_units()
+        self.packed: dict[str, PackedMatrix] = self._find_packed(path)
+        """Parameters that the checkpoint holds packed."""
         self._tape = _Tape([])
         for index, layer in enumerate(self.layers):
             slots[index] = _Stand(layer, self._tape)
@@ -195,6 +200,21 @@ class CausalModel:
         if len(units["embedding"].owners) != 1:
             raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
         return list(units.values())
+
+    def _find_packed(self, path: Path) -> dict[str, PackedMatrix]:
+        quantization = getattr(self.config, "quantization_config", None)
+        if not quantization:
+            return {}
+        units = [unit for unit in self.units if unit.name == "head" or unit.name.startswith("layer.")]
+        owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
+        told = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        names = CheckpointNames(self.module, self.state)
+
+        def name_of(source: str) -> str | None:
+            target, pattern = names.target(source)
+            return target if pattern is None else None
+
+        return find_packed(path, told, owners, name_of)
 
     @torch.no_grad()
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
@@ -296,8 +316,6 @@ def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(f"{path}: transformers cannot build this model: {' '.join(str(error).split())}") from None
     if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedError(f"{path}: quantized checkpoints are not supported yet; take the unquantized one")
     if model._is_stateful:
         raise UnsupportedError(
             f"{type(model).__name__} ({config.model_type}): its layers keep a state beside keys and values; "

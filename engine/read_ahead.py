@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +18,24 @@ if TYPE_CHECKING:
     import torch
 
 _READERS = 4
-_PIECE_BYTES = 8 << 20
+PIECE_BYTES = 8 << 20
+"""Read, and summed, at once."""
 _MADV_POPULATE_READ = 22
 _AHEAD_BYTES = 2 << 30
 """Read ahead at most: host memory that is short must not lose the pages again before they are wanted."""
 
-Step = tuple[Callable[[], None], list["torch.Tensor"]]
-"""Something to do, and the mapped tensors that it reads."""
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do, and the mapped tensors that it reads."""
+
+    act: Callable[[], None]
+    tensors: list[torch.Tensor]
+    sums: list[int] | None = None
+    """CRC-32 of each piece of `PIECE_BYTES`, tensor by tensor, if they are to be checked while they are read."""
+    reject: Callable[[], None] = lambda: None
+    """Done instead of `act` where they are not as `sums` has them."""
+
 
 _madvise: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
@@ -32,13 +45,14 @@ def run_steps(steps: Iterable[Step]) -> Iterator[None]:
 
     Copying out of a mapped file takes its page faults in turn, which leaves a fast disk idle most of the time.
     """
-    waiting: deque[tuple[Callable[[], None], list[Future[None]], int]] = deque()
+    waiting: deque[tuple[Step, list[Future[int | None]], int]] = deque()
     held = 0
     with ThreadPoolExecutor(_READERS, thread_name_prefix="flexgen-read") as pool:
         try:
-            for act, tensors in steps:
-                pieces = [piece for tensor in tensors for piece in _pieces(tensor)]
-                waiting.append((act, [pool.submit(_touch, piece) for piece in pieces], sum(map(len, pieces))))
+            for step in steps:
+                pieces = [piece for tensor in step.tensors for piece in _pieces(tensor)]
+                read = _touch if step.sums is None else _summed
+                waiting.append((step, [pool.submit(read, piece) for piece in pieces], sum(map(len, pieces))))
                 held += waiting[-1][2]
                 while held > _AHEAD_BYTES:
                     held -= _do(*waiting.popleft())
@@ -50,10 +64,12 @@ def run_steps(steps: Iterable[Step]) -> Iterator[None]:
             pool.shutdown(cancel_futures=True)
 
 
-def _do(act: Callable[[], None], reads: list[Future[None]], num_bytes: int) -> int:
-    for read in reads:
-        read.result()
-    act()
+def _do(step: Step, reads: list[Future[int | None]], num_bytes: int) -> int:
+    sums = [read.result() for read in reads]
+    if step.sums is None or sums == step.sums:
+        step.act()
+    else:
+        step.reject()
     return num_bytes
 
 
@@ -63,7 +79,13 @@ def _pieces(tensor: torch.Tensor) -> list[np.ndarray[Any, Any]]:
     import torch
 
     flat: np.ndarray[Any, Any] = tensor.reshape(-1).view(torch.uint8).numpy()
-    return [flat[first : first + _PIECE_BYTES] for first in range(0, len(flat), _PIECE_BYTES)]
+    return [flat[first : first + PIECE_BYTES] for first in range(0, len(flat), PIECE_BYTES)]
+
+
+def _summed(piece: np.ndarray[Any, Any]) -> int:
+    """CRC-32 of mapped bytes, which are in memory then."""
+    _touch(piece)
+    return zlib.crc32(piece.data)  # lets go of the interpreter, too
 
 
 def _touch(piece: np.ndarray[Any, Any]) -> None:

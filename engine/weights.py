@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -194,9 +195,56 @@ class WeightStore:
         places = [place for placed in self._placed.values() for place in placed.places.values()]
         return sum(place.end - place.first for place in places if place.is_adopted)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether the codec takes any parameter."""
+        return self._codec is not None and any(placed.coded for placed in self._placed.values())
+
+    @property
+    def unit_names(self) -> list[str]:
+        """Units that have parameters, in the order of the sweep."""
+        return list(self._placed)
+
+    def stored_form(self, unit: str) -> tuple[str, int]:
+        """What a unit's stored bytes mean, as JSON, and how many they are: the same wherever they are placed."""
+        placed, state = self._placed[unit], self.model.state
+        layout = {
+            each.name: [each.first, each.end, str(state[each.name].dtype), each.name in placed.coded]
+            for each in placed.extents
+        }
+        return json.dumps(layout), placed.split.num_bytes
+
+    def stored_bytes(self, unit: str, first: int, end: int) -> torch.Tensor:
+        """Bytes of a unit that is complete, from `first` to `end`, in host memory; they may be a view."""
+        placed = self._placed[unit]
+        pieces: list[torch.Tensor] = []
+        for tier, begin, stop in placed.split.parts():
+            low, high = max(first, begin), min(end, stop)
+            if low < high and tier == "disk":
+                read = torch.zeros(high - low, dtype=torch.uint8)  # what lies between parameters is on no disk
+                wait_for(self._arena.io.read(placed.disk_spans(low, high), read))
+                pieces.append(read)
+            elif low < high:
+                pieces.append(placed.parts[tier][low - begin : high - begin].cpu())
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def put_unit(self, unit: str, stored: torch.Tensor) -> None:
+        """Copy all bytes of a unit, as `stored_bytes` gives them, to their places; its parameters arrive by that."""
+        placed = self._placed[unit]
+        self._claim_host(placed)
+        for tier, first, end in placed.split.parts():
+            if tier != "disk":
+                placed.parts[tier].copy_(stored[first:end])
+        self._claim(placed)
+        for place in placed.places.values():
+            if not place.is_adopted:  # the checkpoint holds it
+                self._write_to_disk(placed, place.first, stored[place.first : place.end], torch.uint8)
+        for name in placed.unit.owners:
+            self.arrive(name)
+
     def _place(self, unit: Unit, share: Share) -> PlacedUnit:
         state = self.model.state
-        coded = coded_names(self.model, unit) if self._codec is not None else frozenset()
+        coded = encoded_names(self.model, unit, self._codec)
         extents, num_bytes = lay_out(stored_sizes(self.model, unit, self._codec))
         if unit.name == "embedding":  # cut between rows, which are looked up one by one
             table = state[extents[0].name]
@@ -205,7 +253,7 @@ class WeightStore:
         else:
             split = split_bytes(num_bytes, share)
         parts: dict[Tier, torch.Tensor] = {"device": self._arena.empty(split.device, "device")}
-        expanded = lay_out(stored_sizes(self.model, unit, None))[0] if coded else []
+        expanded = lay_out(whole_sizes(self.model, unit))[0] if coded else []
         return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split), set(unit.owners), coded, expanded)
 
     def _bind(self) -> None:
@@ -256,11 +304,12 @@ class WeightStore:
 
     def _expand(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
         """Fill the memory that the unit's parameters are views of."""
-        assert self._codec is not None
         for extent, place in zip(placed.extents, placed.expanded, strict=True):
             stored, memory = self._bytes(placed, extent, slot), self._expanded[place.first : place.end]
             if extent.name in placed.coded:
-                self._codec.decode(stored, memory.view(self.model.state[extent.name].dtype))
+                codec = self.model.packed.get(extent.name) or self._codec
+                assert codec is not None
+                codec.decode(stored, memory.view(self.model.state[extent.name].dtype))
             else:
                 memory.copy_(stored)
 
@@ -269,11 +318,22 @@ class WeightStore:
         placed, extent = self._extent_of[name]
         dtype = self.model.state[name].dtype
         source = tensor.reshape(-1)
-        self._make_room(placed)
+        self._claim_host(placed)
         if name in placed.coded:
             self._put_coded(placed, extent, source, first_element, dtype)
         else:
             self._write(placed, extent.first + first_element * dtype.itemsize, source, dtype)
+
+    def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        """Copy a part of a packed parameter, as the checkpoint has it, to its place."""
+        placed, extent = self._extent_of[name]
+        self._claim_host(placed)
+        stored = tensor.contiguous().reshape(-1).view(torch.uint8)
+        self._write(placed, extent.first + self.model.packed[name].first_byte(part), stored, torch.uint8)
+
+    def _claim_host(self, placed: PlacedUnit) -> None:
+        if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
+            placed.parts["host"] = self._arena.empty(placed.split.host, "host")
 
     def _put_coded(
         self, placed: PlacedUnit, extent: Extent, source: torch.Tensor, first_element: int, dtype: torch.dtype
@@ -287,7 +347,7 @@ class WeightStore:
     def put_codes(self, name: str, codes: list[torch.Tensor], first_element: int = 0) -> None:
         """Copy codes, steps and leasts of consecutive elements of a parameter, on the host, to their places."""
         placed, extent = self._extent_of[name]
-        self._make_room(placed)
+        self._claim_host(placed)
         self._put_codes(placed, extent, codes, first_element, self.model.state[name].dtype)
 
     def _put_codes(
@@ -601,16 +661,27 @@ def coded_names(model: CausalModel, unit: Unit) -> frozenset[str]:
     )
 
 
+def encoded_names(model: CausalModel, unit: Unit, codec: Codec | None) -> frozenset[str]:
+    """Parameters of a unit that are stored encoded, by the codec or as the checkpoint packs them."""
+    packed = frozenset(name for name in unit.owners if name in model.packed)
+    return packed or (frozenset() if codec is None else coded_names(model, unit))
+
+
 def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[str, int]:
     """Bytes of each parameter of a unit, as it is stored."""
-    coded = frozenset() if codec is None else coded_names(model, unit)
-    sizes = {}
-    for name in unit.owners:
+    sizes = whole_sizes(model, unit)
+    for name in encoded_names(model, unit, codec):
         like = model.state[name]
-        sizes[name] = like.numel() * like.element_size()
-        if codec is not None and name in coded:
+        if name in model.packed:
+            sizes[name] = model.packed[name].num_bytes
+        elif codec is not None:
             sizes[name] = codec.num_bytes(like.numel(), like.dtype)
     return sizes
+
+
+def whole_sizes(model: CausalModel, unit: Unit) -> dict[str, int]:
+    """Bytes of each parameter of a unit, as it is computed with."""
+    return {name: model.state[name].numel() * model.state[name].element_size() for name in unit.owners}
 
 
 def _parameter(view: torch.Tensor) -> nn.Parameter:

@@ -66,8 +66,9 @@ def complete(arguments: Sequence[str]) -> int:
     found = _read(args)
     if problem := model_problem():
         raise InstallationError(problem)
-    from engine.checkpoint import describe, result_identity
+    from engine.checkpoint import describe
     from engine.engine import load_tokenizer
+    from engine.identity import result_identity
 
     description = describe(args.model)
     tokenizer = load_tokenizer(Path(description.path))

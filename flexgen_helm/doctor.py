@@ -50,6 +50,7 @@ def examine(offload_dir: str) -> Iterator[Finding]:
         yield from _devices()
         if engine_fault is None:
             yield _profile()
+            yield _kept_weights()
     yield _entry_point()
     yield _disk(offload_dir)
     yield _nltk()
@@ -111,6 +112,15 @@ def _profile() -> Finding:
     except ConfigError as error:
         return Finding("missing", "hardware profile", str(error))
     return Finding("ok", "hardware profile", f"measured on {profile.date} with torch {profile.torch}")
+
+
+def _kept_weights() -> Finding:
+    from engine.kept_weights import weights_directory
+
+    folder = weights_directory()
+    files = [*folder.glob("*/*.safetensors")]
+    total, models = sum(file.stat().st_size for file in files), len({file.parent for file in files})
+    return Finding("ok", "encoded weights", f"{_gb(total)} of {models} models in {folder}; they may be deleted")
 
 
 def _entry_point() -> Finding:

@@ -109,6 +109,8 @@ def shape_config(shape: str) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"{file} names no model_type; it is not a Hugging Face configuration")
+    if config.get("quantization_config"):
+        raise ConfigError(f"{file} is of a quantized checkpoint; name the shape of the unquantized one")
     return config
 
 

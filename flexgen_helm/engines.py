@@ -12,8 +12,9 @@ from typing import Protocol
 
 from helm.common.hierarchical_logger import hexception, htrack_block
 
-from engine.checkpoint import ModelDescription, describe, result_identity
+from engine.checkpoint import ModelDescription, describe
 from engine.errors import EngineError
+from engine.identity import result_identity
 from engine.job import Completion, Job
 from engine.policy import Policy
 from flexgen_helm.batcher import Batcher, Done
@@ -62,7 +63,7 @@ class Served:
 
     @property
     def identity(self) -> Identity:
-        """What of model and policy can change a result (`engine.checkpoint.result_identity`)."""
+        """What of model and policy can change a result (`engine.identity.result_identity`)."""
         with self._lock:
             if self._identity is None:
                 self._identity = result_identity(self.description.path, self.policy)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint import ModelDescription
-from engine.errors import CapacityError, EngineError
+from engine.checkpoint import ModelDescription, read_config
+from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.hardware import available_memory, resolve_device, resolve_dtype
 from engine.job import Completion, FinishReason, Job
 from engine.policy import Policy
@@ -34,8 +35,10 @@ class Place:
 def find_place(description: ModelDescription, policy: Policy) -> Place:
     """The policy's dtype, and its device if the uncompressed weights fit there as they are, else the CPU.
 
-    Raises `CapacityError` when host memory, which they pass through in any case, cannot hold them.
+    Raises `CapacityError` when host memory, which they pass through in any case, cannot hold them, and
+    `UnsupportedError` for a checkpoint that comes quantized by what `transformers` cannot run here.
     """
+    _check_quantizer(description)
     device = resolve_device(policy.device)
     dtype = resolve_dtype(policy.dtype, description.dtype, device)
     num_bytes = description.weight_bytes * _BYTES[dtype] // _BYTES.get(description.dtype, _BYTES[dtype])
@@ -47,6 +50,22 @@ def find_place(description: ModelDescription, policy: Policy) -> Place:
             + (", or with dtype: float16 or bfloat16 in the policy" if dtype == "float32" else "")
         )
     return Place(device if num_bytes <= memory.device * _DEVICE_FRACTION else "cpu", dtype)
+
+
+def _check_quantizer(description: ModelDescription) -> None:
+    """Unlike the engine, `transformers` needs the format's own library."""
+    quantization = read_config(Path(description.path)).get("quantization_config")
+    if not quantization:
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{description.path} comes quantized, and transformers, which verify compares with, cannot run it here: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

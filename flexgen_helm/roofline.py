@@ -146,7 +146,7 @@ def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]],
     """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
     from engine.codec import codec_of
     from engine.kv_cache import cache_row_bytes
-    from engine.weights import coded_names, stored_sizes
+    from engine.weights import coded_names, whole_sizes
 
     config = model.config.get_text_config()
     num_experts = next((n for key in _EXPERT_KEYS if (n := getattr(config, key, None))), None)
@@ -173,7 +173,7 @@ def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]],
         cache_row_bytes=row_bytes["host"],
         device_cache_row_bytes=row_bytes["device"],
         expanded_bytes=sum(
-            sum(stored_sizes(model, unit, None).values())
+            sum(whole_sizes(model, unit).values())
             for unit in model.units
             if policy.compress_weight and coded_names(model, unit)
         ),

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from engine import Engine, EngineError, Job, Policy
-from engine.checkpoint import describe, result_identity
+from engine.checkpoint import describe
 from engine.errors import CheckpointError, UnsupportedError
+from engine.identity import result_identity
 
 Build = Callable[[str], Path]
 PROMPT = [*range(20, 40), 7]

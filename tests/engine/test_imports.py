@@ -25,6 +25,7 @@ PURE = [
     "engine.schedule",
     "engine.extents",
     "engine.checkpoint",
+    "engine.identity",
 ]
 HEAVY = {"torch", "transformers", "helm", "flexgen_helm", "safetensors", "numpy"}
 

@@ -117,9 +117,10 @@ def test_a_registered_model_is_found_by_its_helm_name_with_its_own_settings(
 
 
 def test_answers_of_compressed_weights_and_caches_are_others(
-    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are computed, and kept apart in HELM's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = save_tiny_model(tmp_path / "tiny-square", llama_of_64_numbers)
     run = ("run", "-r", ENTRY, "--model", model, "-m", 3)
     for codes in ((), ("--compress-weight", 8), ("--compress-cache", 8), ("--compress-weight", "--compress-cache", 4)):
@@ -397,6 +398,21 @@ def quick_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Effort, "fitting", lambda device, dtype: effort)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "flexgen-helm"
+
+
+def test_doctor_tells_of_kept_weights(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How much, and where to delete it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "cache" / "flexgen-helm" / "weights"
+    for number, model in enumerate(("one", "one", "another")):
+        (weights / model).mkdir(parents=True, exist_ok=True)
+        with (weights / model / f"layer.{number}.safetensors").open("wb") as file:
+            file.truncate(10**8)
+    cli("doctor")
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "encoded weights" in each]
+    assert f"0.3 GB of 2 models in {weights}" in line
 
 
 def test_doctor_measures_a_profile_and_finds_it_again(

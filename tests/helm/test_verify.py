@@ -324,6 +324,16 @@ def test_a_reference_that_does_not_fit_is_refused_before_anything_runs(
     refused(capfd, cli("verify", "--model", tiny_llama, "-r", GENERATION), "exceed the 0.00 GB")
 
 
+def test_a_reference_whose_library_is_missing_is_refused_beforehand(
+    cli: Verify, tiny_llama: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+    (model / "config.json").write_text(json.dumps(config))
+    refused(capfd, cli("verify", "--model", model, "-r", GENERATION), "cannot run it here: Loading an AWQ")
+
+
 def test_where_the_reference_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is too small is left out; a half-width dtype takes half the memory."""
     from engine.checkpoint import describe

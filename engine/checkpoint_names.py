@@ -1,0 +1,31 @@
+"""From a checkpoint's names of tensors to a model's, by `transformers`' own conversion mapping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+
+class CheckpointNames:
+    """What the tensors of a checkpoint are called in a model, and which of them are converted on the way."""
+
+    def __init__(self, module: PreTrainedModel, state: dict[str, Any]) -> None:
+        """state: the model's parameters and persistent buffers, by name."""
+        transforms = get_model_conversion_mapping(module)
+        self._state = state
+        self._prefix = module.base_model_prefix
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self.converter_of: dict[str, WeightConverter] = {
+            pattern: converter for converter in self._converters for pattern in converter.source_patterns
+        }
+
+    def target(self, name: str) -> tuple[str, str | None]:
+        """The model's name for `name`, in its state or not, and the pattern of the converter that makes it, if any."""
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        if target not in self._state and name in self._state:
+            return name, None
+        return target, pattern

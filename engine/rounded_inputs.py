@@ -1,0 +1,51 @@
+"""Inputs of linear layers in 8 bits, as compressed-tensors' W8A8 checkpoints ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_FLOAT_MAX = 448.0
+"""Of float8_e4m3fn."""
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """Rounds rows to a grid of a token's or the layer's own scale; company makes no difference."""
+
+    is_float: bool
+    """float8_e4m3fn instead of whole numbers."""
+    is_static: bool
+    """The checkpoint has a scale for each layer; else a token's largest number makes it."""
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> InputRounding | None:
+        """What a config's input_activations mean; None where it is something else that cannot be done here."""
+        asked = arguments.get("dynamic"), arguments.get("strategy")
+        kinds = {"int": False, "float": True}
+        kind = arguments.get("type", "int")
+        if arguments.get("num_bits") != 8 or not arguments.get("symmetric") or kind not in kinds:
+            return None
+        if asked not in ((True, "token"), (False, "tensor")):
+            return None
+        return cls(is_float=kinds[kind], is_static=not asked[0])
+
+    def attach(self, module: nn.Module, scale: torch.Tensor | None) -> None:
+        """Let `module` compute with rounded inputs; `scale` is the checkpoint's, if there is one."""
+        own = None if scale is None else scale.item()
+        module.register_forward_pre_hook(lambda _, args: (self.rounded(args[0], own), *args[1:]))
+
+    def rounded(self, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """`[..., width]` -> the same shape and dtype, as compressed-tensors' `fake_quantize` has it."""
+        least, greatest = (-_FLOAT_MAX, _FLOAT_MAX) if self.is_float else (-128.0, 127.0)
+        if scale is None:
+            scales = rows.abs().amax(-1, keepdim=True) / ((greatest - least) / 2)
+            scales = scales.where(scales != 0, torch.finfo(rows.dtype).eps)
+        else:
+            scales = torch.full((1,), scale, dtype=rows.dtype, device=rows.device)
+        grid = (rows / scales).clamp(least, greatest)
+        return (grid.to(torch.float8_e4m3fn).to(rows.dtype) if self.is_float else grid.round()) * scales
