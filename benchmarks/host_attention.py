@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from engine import accelerator, host_attention
+from engine import accelerator, host_attention, host_kernel
 from engine.arena import Arena
+from engine.codec import Codec
 from engine.hardware import resolve_device
-from engine.rates import host_read_rate
+from engine.rates import HEAD_DIM, host_read_rate
 from flexgen_helm.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,16 +47,31 @@ def main() -> int:
     }
     print(f"host memory, read: {record['host_read_bytes_s'] / 1e9:.1f} GB/s by {record['threads']} threads")
     copies = Copies(device) if accelerator.has_streams(device) else None
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        shape = options.sequences, options.length + 16, 2, options.heads, 128
-        rows = torch.empty(shape, dtype=dtype)
-        rows.copy_(torch.randn(shape[1:]).to(dtype))
-        keys, values = rows[:, : options.length].permute(2, 0, 3, 1, 4)
-        query = torch.randn(options.sequences, 1, options.heads, 128).to(dtype)
-        num_bytes = keys.nbytes + values.nbytes
-        for name, form in (("engine", host_attention.attention), ("kernel", host_attention.by_kernel)):
-            call = partial(form, query, keys, values, 0.1)
-            row = {"dtype": str(dtype).removeprefix("torch."), "form": name, "bytes": num_bytes}
+    for dtype, bits in (
+        (torch.float16, 0),
+        (torch.bfloat16, 0),
+        (torch.float32, 0),
+        (torch.float16, 8),
+        (torch.float16, 4),
+    ):
+        width, rows = 2 * options.heads * HEAD_DIM, options.length + 16
+        block = torch.randn(rows, width).to(dtype)
+        block = Codec(bits).encode_rows(block) if bits else block
+        table = Arena(device).empty(options.sequences * rows * block.shape[1] * block.itemsize, "host")
+        table = table.view(block.dtype).view(-1, block.shape[1])
+        for first in range(0, len(table), rows):
+            table[first : first + rows] = block
+        query = torch.randn(options.sequences, 1, options.heads, HEAD_DIM).to(dtype)
+        firsts, lengths = torch.arange(options.sequences) * rows, torch.full((options.sequences,), options.length)
+        dims, num_bytes = (options.heads, HEAD_DIM, HEAD_DIM), options.sequences * options.length * table[0].nbytes
+        calls: dict[str, Callable[[], object]] = {
+            "engine": partial(host_kernel.attend, table, firsts, lengths, query, dims, dtype, bits, 0.1)
+        }
+        if not bits:
+            seen = table.view(options.sequences, rows, 2, options.heads, HEAD_DIM)[:, : options.length]
+            calls["torch"] = partial(host_attention.by_torch, query, *seen.permute(2, 0, 3, 1, 4), 0.1)
+        for name, call in calls.items():
+            row = {"dtype": str(dtype).removeprefix("torch."), "bits": bits, "form": name, "bytes": num_bytes}
             call()
             row["alone_bytes_s"] = num_bytes * _calls_a_second(call, options.seconds)
             if copies is not None:
@@ -64,7 +80,6 @@ def main() -> int:
                 row["copied_bytes_s"] = copies.bytes_s
             record["rows"].append(row)
             print("  ".join(f"{k} {v / 1e9:.1f} GB/s" if k.endswith("_s") else f"{v}" for k, v in row.items()))
-        del rows, keys, values, call
     print(write_record("host-attention", record, options.out))
     return 0
 

@@ -150,7 +150,7 @@ class HardwareProfile:
         Raises `ConfigError` when it cannot be written.
         """
         path = path or kept_path(self.machine)
-        text = yaml.safe_dump(self.as_mapping(), sort_keys=False, allow_unicode=True, width=120)
+        text = yaml.safe_dump(self.as_mapping(), sort_keys=False, width=120)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)

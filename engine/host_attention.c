@@ -28,14 +28,20 @@ static inline uint16_t to_bfloat16(float x) { /* to nearest even; not for NaN */
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline float number(const char *at, int type, int64_t i) {
-    if (type == FLOAT16) return (float)((const _Float16 *)at)[i];
-    if (type == BFLOAT16) return of_bfloat16(((const uint16_t *)at)[i]);
-    return ((const float *)at)[i];
+/* Of 16-bit floats; compilers do not always make one instruction of what the processor has one for. */
+#if defined(__F16C__)
+static inline float of_float16(uint16_t x) { return _cvtsh_ss(x); }
+static inline float rounded_to_float16(float x) { return _cvtsh_ss(_cvtss_sh(x, 0)); }
+#else
+static inline float of_float16(uint16_t x) {
+    _Float16 y;
+    memcpy(&y, &x, 2);
+    return (float)y;
 }
+static inline float rounded_to_float16(float x) { return (float)(_Float16)x; }
+#endif
 
-/* Compilers do not always make one instruction of what the processor has one for. */
-static inline void of_float16(const _Float16 *restrict from, int64_t count, float *restrict to) {
+static inline void of_float16s(const uint16_t *restrict from, int64_t count, float *restrict to) {
     int64_t i = 0;
 #if defined(__AVX512F__)
     for (; i + 16 <= count; i += 16)
@@ -44,19 +50,13 @@ static inline void of_float16(const _Float16 *restrict from, int64_t count, floa
     for (; i + 8 <= count; i += 8)
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
 #endif
-    for (; i < count; i++) to[i] = (float)from[i];
+    for (; i < count; i++) to[i] = of_float16(from[i]);
 }
 
-static inline void round_to_float16(float *numbers, int64_t count) {
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16)
-        _mm512_storeu_ps(numbers + i, _mm512_cvtph_ps(_mm512_cvtps_ph(_mm512_loadu_ps(numbers + i), 8)));
-#elif defined(__F16C__)
-    for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm256_cvtps_ph(_mm256_loadu_ps(numbers + i), 8)));
-#endif
-    for (; i < count; i++) numbers[i] = (float)(_Float16)numbers[i];
+static inline float number(const char *at, int type, int64_t i) {
+    if (type == FLOAT16) return of_float16(((const uint16_t *)at)[i]);
+    if (type == BFLOAT16) return of_bfloat16(((const uint16_t *)at)[i]);
+    return ((const float *)at)[i];
 }
 
 /* Numbers [first, first + count) of a row of `width` numbers, as float32. Codes: both multiples of GROUP. */
@@ -64,7 +64,7 @@ static inline void piece(const char *restrict row, int type, int bits, int64_t w
                          float *restrict to) {
     if (bits == 0) {
         if (type == FLOAT16) {
-            of_float16((const _Float16 *)row + first, count, to);
+            of_float16s((const uint16_t *)row + first, count, to);
         } else if (type == BFLOAT16) {
             const uint16_t *from = (const uint16_t *)row + first;
             for (int64_t i = 0; i < count; i++) to[i] = of_bfloat16(from[i]);
@@ -85,7 +85,8 @@ static inline void piece(const char *restrict row, int type, int bits, int64_t w
             for (int i = 0; i < GROUP; i++) to[i] = (float)codes[i];
         }
         for (int i = 0; i < GROUP; i++) to[i] = least + to[i] * step;
-        if (type == FLOAT16) round_to_float16(to, GROUP);
+        if (type == FLOAT16)
+            for (int i = 0; i < GROUP; i++) to[i] = rounded_to_float16(to[i]);
         if (type == BFLOAT16)
             for (int i = 0; i < GROUP; i++) to[i] = of_bfloat16(to_bfloat16(to[i]));
     }
@@ -126,7 +127,7 @@ static inline floats numbers_at(const char *at, int type) {
     floats x;
     if (type == FLOAT32) return load((const float *)at);
     if (type == FLOAT16) {
-        of_float16((const _Float16 *)at, LANES, (float *)&x);
+        of_float16s((const uint16_t *)at, LANES, (float *)&x);
         return x;
     }
     halves h;

@@ -12,7 +12,7 @@ from itertools import cycle, pairwise
 import torch
 import torch.nn.functional as F
 
-from engine import accelerator
+from engine import accelerator, host_attention, host_kernel
 from engine.arena import Arena
 
 HEADS, HEAD_DIM = 32, 128
@@ -145,18 +145,15 @@ def decode_attention_rate(
     num_bytes: int,
     context: int,
     seconds: float = math.inf,
-    prepare: Callable[[], object] | None = None,
 ) -> float:
     """Bytes of keys and values per second that attention of one new token for each of many sequences reads.
 
-    `num_bytes`: about how many there are; `prepare` as for `median_seconds`.
+    `num_bytes`: about how many there are.
     """
     sequences = max(1, num_bytes // (2 * HEADS * context * HEAD_DIM * dtype.itemsize))
     key, value = (_random(sequences, HEADS, context, HEAD_DIM, dtype=dtype, device=device) for _ in range(2))
     query = _random(sequences, HEADS, 1, HEAD_DIM, dtype=dtype, device=device)
-    spent = median_seconds(
-        lambda: F.scaled_dot_product_attention(query, key, value), device, seconds=seconds, prepare=prepare
-    )
+    spent = median_seconds(lambda: F.scaled_dot_product_attention(query, key, value), device, seconds=seconds)
     return (key.nbytes + value.nbytes) / spent
 
 
@@ -166,9 +163,27 @@ def host_read_rate(num_bytes: int, seconds: float = math.inf) -> float:
     return numbers.nbytes / median_seconds(numbers.sum, _CPU, seconds=seconds)
 
 
-def host_attention_rate(dtype: torch.dtype, num_bytes: int, context: int, seconds: float = math.inf) -> float:
-    """As `decode_attention_rate`, on the host."""
-    return decode_attention_rate(_CPU, dtype, num_bytes, context, seconds)
+def host_attention_rate(
+    dtype: torch.dtype,
+    num_bytes: int,
+    context: int,
+    seconds: float = math.inf,
+    prepare: Callable[[], object] | None = None,
+) -> float:
+    """As `decode_attention_rate`, on the host, over rows as the KV cache has them."""
+    width = 2 * HEADS * HEAD_DIM
+    sequences = max(1, num_bytes // (context * width * dtype.itemsize))
+    table = _random(sequences * context, width, dtype=dtype, device=_CPU)
+    query = _random(sequences, 1, HEADS, HEAD_DIM, dtype=dtype, device=_CPU)
+    firsts, lengths = torch.arange(sequences) * context, torch.full((sequences,), context)
+    keys, values = table.view(sequences, context, 2, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+
+    def attend() -> None:
+        dims = HEADS, HEAD_DIM, HEAD_DIM
+        if host_kernel.attend(table, firsts, lengths, query, dims, dtype, 0, 1.0) is None:
+            host_attention.by_torch(query, keys, values, 1.0)
+
+    return table.nbytes / median_seconds(attend, _CPU, seconds=seconds, prepare=prepare)
 
 
 def host_attention_beside_copy_rate(
@@ -198,7 +213,7 @@ def host_attention_beside_copy_rate(
                 for _ in range(min(1000, math.ceil(copy_seconds / one))):
                     copy()
 
-        return decode_attention_rate(_CPU, dtype, num_bytes, context, seconds, start_copies)
+        return host_attention_rate(dtype, num_bytes, context, seconds, start_copies)
     finally:
         accelerator.synchronize(device)
         arena.close()

@@ -267,13 +267,15 @@ def check_rates(profile: HardwareProfile) -> None:
 
 
 def test_this_cpu_is_measured_and_nothing_stays(tmp_path: Path) -> None:
-    measure("cpu", offload_dir=str(tmp_path), effort=TINY)  # what libraries keep from their first use
+    place = tmp_path / "disk"
+    place.mkdir()
+    measure("cpu", offload_dir=str(place), effort=TINY)  # what libraries keep from their first use
     seed = torch.random.get_rng_state()
     before, threads = tensors(), threading.active_count()
-    profile = measure("cpu", offload_dir=str(tmp_path / "not" / "there"), effort=TINY)
+    profile = measure("cpu", offload_dir=str(place / "not" / "there"), effort=TINY)
     assert (tensors(), threading.active_count()) == (before, threads)
     assert torch.equal(torch.random.get_rng_state(), seed)
-    assert not list(tmp_path.iterdir())
+    assert not list(place.iterdir())
     check_rates(profile)
     assert profile.machine == this_machine()
     assert (profile.dtype, profile.torch) == ("float32", torch.__version__)

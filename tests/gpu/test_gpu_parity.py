@@ -138,6 +138,28 @@ def test_samples_and_stops_do_not_depend_on_placement(tmp_path: Path, tmp_path_f
         assert [c.tokens for c in run(directory, {**policy, **dtype}, jobs, tmp_path)] == [c.tokens for c in expected]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_codes_do_not_depend_on_placement(
+    name: str, bits: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In float16, as far as the same tokens are chosen: kernels, and who attends, differ from place to place."""
+    directory = models.save_model(tmp_path_factory.mktemp(name), name)
+    jobs = [Job(prompt=prompt, max_new_tokens=8, prompt_logprobs=True) for prompt in prompts()]
+    coded = {"dtype": "float16", "compress-weight": bits, "compress-cache": bits}
+    expected = run(directory, {**POLICIES["device"], **coded}, jobs, tmp_path)
+    for policy in ("20-80", "thirds", "disk", "cpu-attention"):
+        for one, other in zip(run(directory, {**POLICIES[policy], **coded}, jobs, tmp_path), expected, strict=True):
+            assert one.error is None
+            assert one.prompt_logprobs is not None
+            assert other.prompt_logprobs is not None
+            assert one.prompt_logprobs[1:] == pytest.approx(other.prompt_logprobs[1:], abs=2e-2)
+            for token, same, mine, yours in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=True):
+                assert mine == pytest.approx(yours, abs=2e-2)
+                if token != same:  # a tie, within rounding
+                    break
+
+
 def test_greedy_plan_fits_a_small_card(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """`auto` under a cap smaller than the weights places the rest on the host and stays under the cap."""
     directory = models.save_model(
