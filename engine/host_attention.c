@@ -13,7 +13,7 @@
 #endif
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
-enum { GROUP = 64, AHEAD = 2 };
+enum { GROUP = 64 };
 
 static inline float of_bfloat16(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -92,28 +92,16 @@ static inline void piece(const char *restrict row, int type, int bits, int64_t w
     }
 }
 
-/* Rows are farther apart than the processor looks ahead: ask for the piece of a later row while this one is at work. */
-static inline void ask_for(const char *at, int64_t num_bytes) {
-    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(at + i);
-}
-
-static inline float dot(const float *restrict a, const float *restrict b, int64_t n) {
-    float sums[16] = {0};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) sums[j] += a[i + j] * b[i + j];
-    float sum = 0;
-    for (; i < n; i++) sum += a[i] * b[i];
-    for (int j = 0; j < 16; j++) sum += sums[j];
-    return sum;
-}
-
 /* Sixteen numbers at a time, in the registers that there are. */
 typedef float floats __attribute__((vector_size(64)));
 typedef uint8_t bytes __attribute__((vector_size(16)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
 enum { LANES = 16, ROWS = 4 };
+
+/* The rows of a piece are farther apart than the processor looks ahead: ask for a line of those to come with each that
+   is at work. Beyond the last row this asks for what nobody reads, which is allowed. */
+static inline void ask_for(const char *at) { __builtin_prefetch(at); }
 
 static inline floats load(const float *at) {
     floats x;
@@ -153,33 +141,59 @@ static inline floats codes_at(const uint8_t *codes, int bits, int part) {
     return x;
 }
 
+/* The sum of all lanes, pair by pair: one after the other would be a chain of sixteen waits. */
 static inline float sum(floats x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+    float y[LANES];
+    memcpy(y, &x, sizeof y);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) y[i] += y[i + width];
+    return y[0];
 }
 
-/* The product of a query and a head's numbers [first, first + count) of a row. `sums`: those of each group's query. */
-static inline float product(const char *row, int type, int bits, int64_t width, int64_t first, int64_t count,
-                            const float *query, const float *sums) {
+static inline float dot(const float *a, const float *b, int64_t n) {
     floats total = {0};
-    if (!bits) {
-        const int64_t size = type == FLOAT32 ? 4 : 2;
-        for (int64_t i = 0; i < count; i += LANES)
-            total += numbers_at(row + (first + i) * size, type) * load(query + i);
-        return sum(total);
-    }
-    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
-    const char *steps = row + width * bits / 8, *leasts = steps + groups * size;
     float rest = 0;
-    for (int64_t g = 0; g < count / GROUP; g++) {
-        const uint8_t *codes = (const uint8_t *)row + (first + g * GROUP) * bits / 8;
-        floats part = {0};
-        for (int i = 0; i < GROUP / LANES; i++) part += codes_at(codes, bits, i) * load(query + g * GROUP + i * LANES);
-        total += part * number(steps, type, first / GROUP + g);
-        rest += sums[g] * number(leasts, type, first / GROUP + g);
-    }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) total += load(a + i) * load(b + i);
+    for (; i < n; i++) rest += a[i] * b[i];
     return sum(total) + rest;
+}
+
+/* The products of a query and a head's numbers [first, first + count) of `rows` (at most ROWS) consecutive rows.
+   `sums`: those of each group's query. */
+static inline void products(const char *row, int64_t row_bytes, int rows, int type, int bits, int64_t width,
+                            int64_t first, int64_t count, const float *query, const float *sums, float *to) {
+    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
+    floats totals[ROWS] = {{0}};
+    float rests[ROWS] = {0};
+    if (!bits) {
+        for (int64_t i = 0; i < count; i += LANES) {
+            const floats q = load(query + i);
+            for (int r = 0; r < rows; r++) {
+                const char *at = row + r * row_bytes + (first + i) * size;
+                ask_for(at + ROWS * row_bytes);
+                totals[r] += numbers_at(at, type) * q;
+            }
+        }
+    } else {
+        for (int64_t g = 0; g < count / GROUP; g++) {
+            floats parts[ROWS] = {{0}};
+            for (int r = 0; r < rows; r++) ask_for(row + (r + ROWS) * row_bytes + (first + g * GROUP) * bits / 8);
+            for (int i = 0; i < GROUP / LANES; i++) {
+                const floats q = load(query + g * GROUP + i * LANES);
+                for (int r = 0; r < rows; r++) {
+                    const uint8_t *codes = (const uint8_t *)row + r * row_bytes + (first + g * GROUP) * bits / 8;
+                    parts[r] += codes_at(codes, bits, i) * q;
+                }
+            }
+            for (int r = 0; r < rows; r++) {
+                const char *steps = row + r * row_bytes + width * bits / 8, *leasts = steps + groups * size;
+                totals[r] += parts[r] * number(steps, type, first / GROUP + g);
+                rests[r] += sums[g] * number(leasts, type, first / GROUP + g);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) to[r] = sum(totals[r]) + rests[r];
 }
 
 /* Add numbers [first, first + count) of `rows` (at most ROWS) consecutive rows, each by its weight. */
@@ -189,14 +203,18 @@ static inline void add(const char *row, int64_t row_bytes, int rows, int type, i
     if (!bits) {
         for (int64_t i = 0; i < count; i += LANES) {
             floats x = load(to + i);
-            for (int r = 0; r < rows; r++)
-                x += numbers_at(row + r * row_bytes + (first + i) * size, type) * weights[r];
+            for (int r = 0; r < rows; r++) {
+                const char *at = row + r * row_bytes + (first + i) * size;
+                ask_for(at + ROWS * row_bytes);
+                x += numbers_at(at, type) * weights[r];
+            }
             store(to + i, x);
         }
         return;
     }
     for (int64_t g = 0; g < count / GROUP; g++) {
         float scales[ROWS], rest = 0;
+        for (int r = 0; r < rows; r++) ask_for(row + (r + ROWS) * row_bytes + (first + g * GROUP) * bits / 8);
         for (int r = 0; r < rows; r++) {
             const char *steps = row + r * row_bytes + width * bits / 8, *leasts = steps + groups * size;
             scales[r] = weights[r] * number(steps, type, first / GROUP + g);
@@ -231,6 +249,26 @@ static inline float power(float x) {
     return y * two;
 }
 
+/* Make `n` scores weights, each its part of 1; returns the sum of their exponentials, without that of the `highest`. */
+static inline float softmax(float *row, int64_t n, float *highest) {
+    float most[LANES], total[LANES] = {0}, all = 0;
+    for (int i = 0; i < LANES; i++) most[i] = -INFINITY;
+    int64_t l = 0;
+    for (; l + LANES <= n; l += LANES)
+        for (int i = 0; i < LANES; i++) most[i] = row[l + i] > most[i] ? row[l + i] : most[i];
+    for (; l < n; l++) most[0] = row[l] > most[0] ? row[l] : most[0];
+    for (int i = 1; i < LANES; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+    for (l = 0; l < n; l++) row[l] = power(row[l] - most[0]);
+    for (l = 0; l + LANES <= n; l += LANES)
+        for (int i = 0; i < LANES; i++) total[i] += row[l + i];
+    for (; l < n; l++) all += row[l];
+    for (int i = 0; i < LANES; i++) all += total[i];
+    const float part = 1 / all;
+    for (l = 0; l < n; l++) row[l] *= part;
+    *highest = most[0];
+    return all;
+}
+
 struct work {
     const char *table;        /* first row */
     int64_t row_bytes;
@@ -249,30 +287,31 @@ struct work {
 static void keys_of_one(const struct work *w, const char *table, int64_t at, int64_t heads, int64_t length,
                         const float *query, float *scores, int64_t longest) {
     const int64_t width = w->kv_heads * (w->key_dim + w->value_dim), dim = w->key_dim, groups = dim / GROUP;
-    const int64_t bits = w->bits ? w->bits : w->type == FLOAT32 ? 32 : 16;
     float group_sums[heads * groups + 1];
     for (int64_t g = 0; g < heads * groups; g++) {
         group_sums[g] = 0;
         for (int64_t i = 0; i < GROUP; i++) group_sums[g] += query[g * GROUP + i];
     }
-    for (int64_t l = 0; l < length; l++) {
+    for (int64_t l = 0; l < length; l += ROWS) {
         const char *row = table + l * w->row_bytes;
-        if (l + AHEAD < length) ask_for(row + AHEAD * w->row_bytes + at * bits / 8, heads * dim * bits / 8);
-        for (int64_t h = 0; h < heads; h++)
-            scores[h * longest + l] = product(row, w->type, w->bits, width, at + h * dim, dim, query + h * dim,
-                                              group_sums + h * groups);
+        const int rows = length - l < ROWS ? (int)(length - l) : ROWS;
+        for (int64_t h = 0; h < heads; h++) {
+            const float *q = query + h * dim, *of_groups = group_sums + h * groups;
+            float *to = scores + h * longest + l;
+            if (rows == ROWS) /* a constant, for the compiler */
+                products(row, w->row_bytes, ROWS, w->type, w->bits, width, at + h * dim, dim, q, of_groups, to);
+            else
+                products(row, w->row_bytes, rows, w->type, w->bits, width, at + h * dim, dim, q, of_groups, to);
+        }
     }
 }
 
 static void values_of_one(const struct work *w, const char *table, int64_t at, int64_t heads, int64_t length,
                           const float *scores, int64_t longest, float *sums) {
     const int64_t width = w->kv_heads * (w->key_dim + w->value_dim), dim = w->value_dim;
-    const int64_t bits = w->bits ? w->bits : w->type == FLOAT32 ? 32 : 16;
     for (int64_t l = 0; l < length; l += ROWS) {
         const char *row = table + l * w->row_bytes;
         const int rows = length - l < ROWS ? (int)(length - l) : ROWS;
-        for (int64_t r = l + ROWS; r < l + 2 * ROWS && r < length; r++)
-            ask_for(table + r * w->row_bytes + at * bits / 8, heads * dim * bits / 8);
         for (int64_t h = 0; h < heads; h++) {
             const float *weights = scores + h * longest + l;
             if (rows == ROWS) /* a constant, for the compiler */
@@ -319,10 +358,7 @@ int attend(const struct work *w, int64_t first, int64_t end) {
                 for (int64_t c = 0; c < w->copies; c++) {
                     float *row = SCORES(h, s, c), highest = -INFINITY, total = 0;
                     const int64_t seen = length - w->steps + s + 1; /* a new token sees those up to itself */
-                    for (int64_t l = 0; l < seen; l++) highest = row[l] > highest ? row[l] : highest;
-                    for (int64_t l = 0; l < seen; l++) row[l] = power(row[l] - highest);
-                    for (int64_t l = 0; l < seen; l++) total += row[l];
-                    for (int64_t l = 0; l < seen; l++) row[l] *= 1 / total;
+                    total = softmax(row, seen, &highest);
                     for (int64_t l = seen; l < length; l++) row[l] = 0;
                     w->logsumexp[ROW(h, s, c)] = highest + logf(total);
                 }

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("host_attention.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 60
-_PIECE_BYTES = 4096
+_PIECE_BYTES = 8192
 """Of a row, what a task reads in one piece, about."""
 _SLICE_BYTES = 1 << 20
 """Of keys and values, what it pays to wake a thread for."""
@@ -77,7 +77,7 @@ def attend(
     output = torch.empty(sequences, steps, heads, value_dim)
     logsumexp = torch.empty(sequences, steps, heads)
     row_bytes = table.stride(0) * table.itemsize
-    block = _block(kv_heads, key_dim, value_dim, row_bytes, bits)
+    block = _block(sequences, dims, row_bytes, bits)
     work = _Work(
         table.data_ptr(), row_bytes, firsts.data_ptr(), lengths.data_ptr(), kv_heads, key_dim, value_dim, steps,
         heads // kv_heads, block, _TYPES[dtype], bits, scaled.data_ptr(), output.data_ptr(), logsumexp.data_ptr(),
@@ -94,13 +94,14 @@ def attend(
     return output, logsumexp
 
 
-def _block(kv_heads: int, key_dim: int, value_dim: int, row_bytes: int, bits: int) -> int:
-    """Heads of a task: pieces of about `_PIECE_BYTES`; of codes, whole groups."""
-    per_head = max(1, row_bytes // (2 * kv_heads))
+def _block(sequences: int, dims: tuple[int, int, int], row_bytes: int, bits: int) -> int:
+    """Heads of a task: pieces of about `_PIECE_BYTES`, smaller for few sequences; of codes, whole groups."""
+    kv_heads, key_dim, value_dim = dims
+    piece = min(_PIECE_BYTES, row_bytes * sequences // (4 * _threads()))
     least = 1
     while bits and (least * key_dim % GROUP or least * value_dim % GROUP):
         least += 1
-    return min(kv_heads, max(1, round(_PIECE_BYTES / per_head / least)) * least)
+    return min(kv_heads, max(1, round(2 * kv_heads * piece / row_bytes / least)) * least)
 
 
 @cache
