@@ -30,6 +30,16 @@ class Work:
         """Of its prompt, for each of its jobs."""
         return len(self.ids) * len(self.jobs)
 
+    @property
+    def prompt_rows(self) -> int:
+        """Prompt tokens that the layers would see if nothing were shared: a last one that is only scored is not fed."""
+        return sum(len(self.ids) - (job.max_new_tokens == 0) for job in self.jobs)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of its prompts, and at most to be generated."""
+        return self.prompt_tokens + sum(job.max_new_tokens for job in self.jobs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -39,7 +49,10 @@ class Answer:
     """Of the requests that it answers."""
     result: RequestResult
     prompt_tokens: int
+    prompt_rows: int
     new_tokens: int
+    most_tokens: int
+    """Prompt tokens, and new ones as many as it was allowed."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -69,9 +82,9 @@ class Asked:
         return first
 
     @property
-    def prompt_tokens(self) -> int:
-        """Of what is left for the engine."""
-        return sum(work.prompt_tokens for work in self.todo.values())
+    def most_tokens(self) -> int:
+        """Of what is left: in prompts, and at most to be generated."""
+        return sum(work.most_tokens for work in self.todo.values())
 
     @property
     def shared_tokens(self) -> int:

@@ -74,7 +74,7 @@ class FlexGenClient(CachingClient):
         if window is not None and window < 1:
             raise ConfigError(f"window {window} of {self._model} is below 1; leave it out to take the model's own")
         self._tokenizer = tokenizer
-        self._policy = Policy.load(policy)
+        self.policy = Policy.load(policy)
         self._end_of_text_token = end_of_text_token
         self._apply_chat_template = apply_chat_template
         self._top_k = top_k
@@ -82,11 +82,11 @@ class FlexGenClient(CachingClient):
 
     @cached_property
     def _served(self) -> Served:
-        return engines.served(self._model, self._policy)
+        return engines.served(self._model, self.policy)
 
     @cached_property
     def _translator(self) -> Translator:
-        pad = self._policy.pad_to_seq_len
+        pad = self.policy.pad_to_seq_len
         try:
             tokenizer = self._tokenizer.get_wrapped_tokenizer()
         except Exception as error:
@@ -239,5 +239,7 @@ def _answer(work: Work, response: Response | EngineError) -> Answer:
         places=tuple(work.places),
         result=failure(work.request, response) if isinstance(response, EngineError) else result(response, cached=False),
         prompt_tokens=work.prompt_tokens,
+        prompt_rows=work.prompt_rows,
         new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
+        most_tokens=work.most_tokens,
     )

@@ -148,8 +148,8 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
         at_once=at_once,
         sweeps=whole.sweeps,
-        prefill_s=_seconds(prefill, profile, plan.limits.rows_per_batch, sizes.disk_bytes),
-        decode_s=_seconds(decode, profile, at_once, sizes.disk_bytes),
+        prefill_s=resource_seconds(prefill, profile, plan.limits.rows_per_batch, sizes.disk_bytes),
+        decode_s=resource_seconds(decode, profile, at_once, sizes.disk_bytes),
     )
 
 
@@ -166,7 +166,7 @@ def _placed(model: CausalModel, policy: Policy, share: Share) -> dict[str, dict[
     return placed
 
 
-def _seconds(work: Work, profile: HardwareProfile, rows: int, disk_bytes: int) -> dict[str, float]:
+def resource_seconds(work: Work, profile: HardwareProfile, rows: int, disk_bytes: int) -> dict[str, float]:
     """Seconds that each resource needs for `work`, whose products have so many rows."""
     return {
         "arithmetic": work.flop / gemm_rate_at(profile.gemm_flop_s, rows),

@@ -232,7 +232,7 @@ class _RecordingExecutor(WholeRunExecutor):
 
     def take(self, run_spec: RunSpec) -> Answered:
         """Give what became of the run that was executed last."""
-        client = self._client(self._state.request_states)
+        client = self.client_of(self._state.request_states)
         assert client is not None, "run_all has looked at the deployments"
         return Answered(run_spec, self._state, client, self._completions)
 

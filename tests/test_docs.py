@@ -50,7 +50,7 @@ def test_runs_are_accepted(arguments: list[str], tmp_path: Path, monkeypatch: py
     from flexgen_helm.flags import parse_run_flags, policy_from_flags
 
     monkeypatch.chdir(tmp_path)
-    Path("my_entries.conf").write_text("entries: []")
+    Path("my_entries.conf").write_text('entries: [{description: "simple_mcqa", priority: 1}]')
     args = parse_run_flags(arguments)
     assert Policy.load(policy_from_flags(args)) is not None
     check_run_spec_names(read_entries(args))
