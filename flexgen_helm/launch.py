@@ -120,7 +120,7 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     )
     if is_demo:
         demo.write_facts(assets.countries(), Path(args.output_path))
-    num_twice = len(entries) - len({entry.description for entry in entries})
+    num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
     notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
     return Prepared(run_specs, models, notes)
 
