@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ class TwoStepRunner(FlexGenRunner):
 
     Call both in the main thread: some of HELM's metrics use signals. A run's files are written elsewhere and moved into
     place when they are whole, so that one that was killed meanwhile does not look completed. Tokens are not looked up
-    in HELM's cache, which takes longer than making them.
+    in HELM's cache of tokens, which takes longer than making them.
     """
 
     def __init__(self, execution_spec: ExecutionSpec, output_path: str, suite: str, **flags: bool) -> None:
@@ -170,7 +172,7 @@ def _settle(path: Path) -> None:
 
 
 class _UncachedTokenizer(AutoTokenizer):
-    """HELM's tokenizers, those of Hugging Face without a cache."""
+    """HELM's tokenizers, those of Hugging Face without a file."""
 
     def __init__(self, credentials: Any, cache_backend_config: CacheBackendConfig) -> None:
         super().__init__(credentials, cache_backend_config)
@@ -178,5 +180,25 @@ class _UncachedTokenizer(AutoTokenizer):
     def _get_tokenizer(self, tokenizer_name: str) -> Tokenizer:
         tokenizer = super()._get_tokenizer(tokenizer_name)
         if isinstance(tokenizer, HuggingFaceTokenizer) and isinstance(tokenizer.cache, Cache):
-            tokenizer.cache.config = BlackHoleCacheConfig()
+            tokenizer.cache = _SecondLook()
         return tokenizer
+
+
+class _SecondLook(Cache):
+    """Keeps a text's tokens from the first time they are asked for, to see if it fits, to the second, to count them."""
+
+    def __init__(self) -> None:
+        super().__init__(BlackHoleCacheConfig())
+        self._kept: dict[tuple[Any, ...], array[int]] = {}
+
+    def get(self, request: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """As HELM's."""
+        if not request.get("encode"):
+            return compute(), False
+        key = tuple(request.values())
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            return {"tokens": kept.tolist(), "request_time": 0.0}, True
+        response = compute()
+        self._kept[key] = array("i", response["tokens"])
+        return response, False
