@@ -6,6 +6,7 @@ each kill left and what the second sweep made of it.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import sqlite3
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def sweep(folder: Path, data: Path, model: Path, more: list[str]) -> int:
             ["sweep", "-r", *ENTRIES, "-m", "6", "--model", str(model), "--suite", "s", "--gpu-batch-size", "4",
              "--num-gpu-batches", "1", *more]
         )  # fmt: skip
+        Path("modules").write_text("\n".join(sys.modules))
     finally:
         os._exit(code)
 
@@ -101,6 +104,9 @@ def main() -> None:
     begun = time.monotonic()
     assert ended(sweep(folder / "undisturbed", data, model, [])) == 0
     whole_s = time.monotonic() - begun
+    for name in (folder / "undisturbed/modules").read_text().split():
+        with suppress(Exception):  # what a sweep imports on its way need not be imported by each of them
+            importlib.import_module(name)
     found = []
     for kill in range(number):
         place = folder / f"killed{kill}"

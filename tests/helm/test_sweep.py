@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
@@ -144,3 +146,234 @@ def test_57_subjects_take_no_more_passes_than_one_of_as_many_requests(
     alone = ("--suite", "alone", "--runner-class-name", "flexgen_helm.runner.FlexGenRunner", "-n", 1)
     assert cli("run", "-c", entries, *common, *alone) == 0
     assert differences(suite("all"), suite("alone")) == []
+
+
+# What fails
+
+
+def error_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("flexgen-helm: error: ")]
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_run_again(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Missing data, a metric without its package, and prompts that do not fit."""
+    broken = (
+        "custom_mcqa:path=nowhere.jsonl,num_train_instances=0",
+        "summarization_xsum_sampled:temperature=0.3,device=cpu",
+    )
+    command = ("sweep", "-r", EASY, *broken, SUBJECTS[0], "--model", tiny_llama, "-m", 2, "--suite", "some")
+    assert cli(*command) == 1
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if "error" in line and "run " not in line]
+    assert line.startswith("flexgen-helm: error: 2 of 4 runs failed: ")
+    assert "Traceback" not in captured.err + captured.out
+    assert "suite some: 2 done, 2 failed, 0 skipped" in captured.out
+    assert len([line for line in captured.out.splitlines() if line.startswith("failed: ")]) == 2
+    assert "nowhere.jsonl" in captured.out
+    statuses = {run.name.split(",")[0].split(":")[0]: run.status for run in record_of("some").runs}
+    assert statuses["synthetic_reasoning_natural"] == statuses["mmlu"] == "done"
+    assert sorted(statuses.values()) == ["done", "done", "failed", "failed"]
+    assert not list(suite("some").glob("custom_mcqa*"))
+
+    assert cli(*command, "--skip-completed-runs") == 1
+    assert "suite some: 0 done, 2 failed, 2 skipped" in capsys.readouterr().out
+
+
+def test_a_prompt_that_does_not_fit_fails_its_run_only(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("sweep", "-r", "simple_mcqa:max_train_instances=0", EASY, "--model", tiny_llama, "-m", 1)
+    assert cli(*command, "--pad-to-seq-len", 200, "--suite", "padded") == 1
+    out = capsys.readouterr().out
+    assert "1 done, 1 failed" in out
+    assert "more than pad-to-seq-len 200" in out
+
+
+def test_a_fault_of_the_engine_keeps_what_was_answered(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from engine import EngineError
+    from flexgen_helm.engines import engines
+
+    load = engines.load
+
+    def faulty(path: str, policy: Any) -> FakeEngine:
+        engine = load(path, policy)
+        assert isinstance(engine, FakeEngine)
+        engine.fault, engine.fault_after = EngineError("the card fell off"), 5
+        return engine
+
+    monkeypatch.setattr(engines, "load", faulty)
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 3, "--suite", "faulty")
+    assert cli(*command) == 1
+    assert "1 done, 2 failed" in capsys.readouterr().out
+    assert {run.error for run in record_of("faulty").runs} == {None, "the card fell off"}
+    monkeypatch.setattr(engines, "load", load)
+    engines.close()
+    assert cli(*command) == 0
+    assert "3 done, 0 failed" in capsys.readouterr().out
+    assert [len(jobs) for engine in fake_engines for jobs in engine.calls] == [9, 4]
+    assert record_of("faulty").models[0].cached == 5
+
+
+def test_an_output_directory_that_fills_up_stops_the_sweep(
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+
+    from flexgen_helm import two_step_runner
+
+    write, written = two_step_runner.write, []
+
+    def full(path: str, content: str) -> None:
+        written.append(path)
+        write(path, content[: len(content) // 2 if len(written) > 7 else None])
+        if len(written) > 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(two_step_runner, "write", full)
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "full", "--skip-completed-runs")
+    assert cli(*command) == 1
+    captured = capsys.readouterr()
+    assert "No space left on device" in captured.err
+    assert "MB are free" in captured.err
+    assert "1 done" in captured.out
+    assert len(final_files(suite("full"))) == len(SUITE_FILES)  # of one run, whole
+    assert record_of("full").finished is None
+    monkeypatch.setattr(two_step_runner, "write", write)
+    assert cli(*command) == 0
+    assert "2 done, 0 failed, 1 skipped" in capsys.readouterr().out
+    assert len(final_files(suite("full"))) == 3 * len(SUITE_FILES)
+
+
+def test_a_sweep_stopped_by_hand_keeps_the_sweep_under_way(
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flexgen_helm.sweep_runner import SweepRunner
+
+    def interrupted(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "stopped", "--gpu-batch-size", 2,
+               "--num-gpu-batches", 1)  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(SweepRunner, "finish", interrupted)
+        assert cli(*command) == 130
+    assert "goes on from there" in capsys.readouterr().err
+    assert cli(*command) == 0
+    model = record_of("stopped").models[0]
+    assert model.cached >= 2
+    assert model.cached + model.computed == model.requests
+
+
+# One at a time
+
+
+def test_a_second_sweep_on_a_suite_is_told_who_holds_it(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flexgen_helm.suite_lock import SuiteLock
+
+    command = ("sweep", "-r", EASY, "--model", tiny_llama, "-m", 1, "--suite", "held")
+    program = f"""
+import sys, time
+from pathlib import Path
+from flexgen_helm.suite_lock import SuiteLock
+with SuiteLock(Path({str(suite("held").absolute())!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        before = sorted(Path().rglob("*"))
+        assert cli(*command) == 2
+        (line,) = error_lines(capsys)
+        assert f"another sweep is at work on suite held: process {holder.pid} on " in line
+        assert ", since 20" in line
+        assert sorted(Path().rglob("*")) == before
+        assert cli(*command, "--suite", "other") == 0
+    finally:
+        holder.kill()
+        holder.wait()
+    with SuiteLock(suite("held")):  # its owner is dead
+        pass
+    assert cli(*command) == 0
+
+
+# Bad input
+
+
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "nothing": ([], ["name a file of run entries"]),
+    "unknown entries and models": (
+        ["-r", "mmul:subject=anatomy", EASY, "simple_mcqa:model=no/such", "synthetic_reasoning:mode=sideways",
+         "simple_mcqa:model=no/such,max_train_instances=1"],
+        ["4 things are wrong", "(1) HELM has no run entry 'mmul'", "model no/such", "sideways"],
+    ),
+    "an empty file": (["empty.conf"], ["empty.conf has no run entries"]),
+    "a file of nothing": (["nothing.conf"], ["nothing.conf is not a file of run entries"]),
+    "a path as suite": (["-r", EASY, "--suite", "a/b"], ["suite 'a/b' is no name of a directory"]),
+    "a suite above": (["-r", EASY, "--suite", ".."], ["suite '..' is no name"]),
+    "no suite": (["-r", EASY, "--suite", ""], ["name the suite"]),
+    "a dry run": (["-r", EASY, "--dry-run"], ["--dry-run is not for sweeps"]),
+    "a log that cannot be written": (["-r", EASY, "--json-log", "no/such/log"], ["--json-log no/such/log cannot"]),
+    "different runs of one name": (
+        ["-r", "simple_mcqa:temperature=0.1", "simple_mcqa:temperature=0.2"],
+        ["different runs of one name"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input(case: str, cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.conf").write_text("entries: []")
+    Path("nothing.conf").write_text("")
+    arguments, said = BAD[case]
+    before = sorted(path for path in Path().rglob("*") if "scenarios" not in path.parts)
+    code = cli("sweep", "--model", tiny_llama, *(["--suite", "bad"] if "--suite" not in arguments else []), *arguments)
+    (line,) = error_lines(capsys)
+    assert code == 2
+    for part in said:
+        assert part in line
+    assert sorted(path for path in Path().rglob("*") if "scenarios" not in path.parts) == before
+
+
+def test_a_corrupt_cache_is_set_aside_and_the_suite_computed_anew(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("sweep", "-r", EASY, "--model", tiny_llama, "-m", 2, "--suite", "corrupt")
+    assert cli(*command) == 0
+    cache = Path("prod_env/cache/flexgen.sqlite")
+    cache.write_bytes(b"no database at all" * 999)
+    assert cli(*command) == 0
+    assert record_of("corrupt").models[0].computed == 2
+    (aside,) = cache.parent.glob("flexgen.sqlite.corrupt-*")
+    assert str(aside) in (suite("corrupt") / "flexgen_sweep.log").read_text()
+    assert cli(*command) == 0
+    assert record_of("corrupt").models[0].cached == 2
+
+
+def test_a_cache_that_another_process_has_locked_stops_before_a_weight_is_read(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import sqlite3
+
+    from flexgen_helm import client
+    from flexgen_helm.request_cache import RequestCache
+
+    monkeypatch.setattr(client, "RequestCache", lambda config: RequestCache(config, wait_s=0.05))
+    Path("prod_env/cache").mkdir(parents=True)
+    other = sqlite3.connect("prod_env/cache/flexgen.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    assert cli("sweep", "-r", EASY, "--model", tiny_llama, "-m", 2, "--suite", "locked") == 1
+    assert "flexgen.sqlite is locked by another process" in capsys.readouterr().out
+    assert fake_engines == []
+    other.close()
