@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from helm.benchmark.executor import ExecutionSpec
+from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 from helm.common.authentication import Authentication
 from helm.common.cache_backend_config import MongoCacheBackendConfig, SqliteCacheBackendConfig
@@ -27,7 +27,6 @@ from flexgen_helm.sweep_diary import SweepDiary
 from flexgen_helm.sweep_log import JsonLog, suite_log
 from flexgen_helm.sweep_runner import SweepRunner
 from flexgen_helm.sweep_summary import summary
-from flexgen_helm.two_step_runner import NoRoom
 
 DESCRIPTION = """
 Run the entries of files as one suite: the requests of all runs of a model go to the engine together, each run's
@@ -107,13 +106,7 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
         try:
             with diary:
                 runner.run_all(run_specs)
-        except (NoRoom, RunsFailed) as error:
-            failure = error
-        except OSError as error:
-            raise ConfigError(f"{suite_path} cannot be written: {error.strerror}") from None
-        except Exception as error:
-            if not args.exit_on_error:
-                raise
+        except Exception as error:  # runs have been written by now: none of this is bad input
             failure = error
     found = diary.record()
     ended = {run.name for run in found.runs if run.status != "failed"}
@@ -145,7 +138,8 @@ def _execution_spec(args: argparse.Namespace) -> ExecutionSpec:
 
 def _verdict(failure: Exception, run_specs: Sequence[RunSpec]) -> str:
     if not isinstance(failure, RunsFailed):
-        return str(failure) or type(failure).__name__
+        is_told = isinstance(failure, EngineError | ExecutorError)
+        return str(failure) if is_told else f"{type(failure).__name__}: {' '.join(str(failure).split())}"
     names = [short_name(name) for name in failure.failures]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{len(names)} of {len(run_specs)} runs failed: {shown}; the same command runs them again"

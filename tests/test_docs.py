@@ -77,6 +77,7 @@ def test_other_commands_are_accepted() -> None:
     from flexgen_helm.register import register_parser
     from flexgen_helm.roofline import Workload
     from flexgen_helm.run import COMMANDS
+    from flexgen_helm.sweep import parse_sweep_flags
     from flexgen_helm.verify import parse_verify_flags
 
     for arguments in commands_of("flexgen-helm"):
@@ -95,6 +96,10 @@ def test_other_commands_are_accepted() -> None:
             HardwareProfile.load(plan_args.hardware)
     for arguments in commands_of("flexgen-helm", "verify"):
         assert read_entries(parse_verify_flags(arguments))
+    for arguments in commands_of("flexgen-helm", "sweep"):
+        sweep_args = parse_sweep_flags(arguments)
+        policy_from_flags(sweep_args)
+        assert read_entries(sweep_args)
     for arguments in commands_of("flexgen-helm", "register"):
         checked_policy(register_parser().parse_args(arguments).policy)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -103,9 +108,9 @@ def test_other_commands_are_accepted() -> None:
 
 def test_every_flag_in_the_text_exists() -> None:
     from flexgen_helm.complete import complete_parser
-    from flexgen_helm.flags import run_parser
+    from flexgen_helm.sweep import sweep_parser
 
-    known = run_parser().format_help() + complete_parser().format_help()
+    known = sweep_parser().format_help() + complete_parser().format_help()
     known += "".join((ROOT / "flexgen_helm" / name).read_text() for name in ("register.py", "doctor.py"))
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import logging
 import os
 import random
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,7 @@ from question_data import MMLU_SUBJECTS
 from scenario_files import table
 from sweeping import SUITE_FILES, differences, final_files
 
-from flexgen_helm import sweep_record
+from flexgen_helm import launch, sweep_record
 from flexgen_helm.run import main
 
 EASY = "synthetic_reasoning_natural:difficulty=easy"
@@ -27,8 +33,14 @@ Cli = Callable[..., int]
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helm_data: Path) -> Iterator[Cli]:
+def cli(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    helm_data: Path,
+    register_helms_configs: Callable[[], None],
+) -> Iterator[Cli]:
     """Run a command line in a directory that has HELM's data."""
+    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
     folder = tmp_path / "here"
     (folder / "benchmark_output").mkdir(parents=True)
     (folder / "benchmark_output" / "scenarios").symlink_to(helm_data / "scenarios")
@@ -84,10 +96,38 @@ def test_a_suite_is_what_its_runs_are_one_by_one(
     assert split.load + split.prefill + split.decode + split.host == pytest.approx(model.seconds, rel=0.02)
     assert model.plan["limits"]["sequences_per_batch"] > 0
 
-    summarize = Path(sys.executable).with_name("helm-summarize")
-    made = subprocess.run([summarize, "--suite", "together"], capture_output=True, text=True, check=False)
+    helm = Path(sys.executable).parent
+    made = subprocess.run([helm / "helm-summarize", "--suite", "together"], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert len(json.loads((suite("together") / "runs.json").read_text())) == 6
+    assert len(served_runs(helm / "helm-server", "together")) == 6
+
+
+def served_runs(helm_server: Path, name: str) -> list[Any]:
+    """What helm-server shows of a suite's runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([helm_server, "--port", str(port), "--suite", name], stderr=subprocess.DEVNULL)
+    try:
+        while server.poll() is None:
+            with suppress(OSError):
+                address = f"http://127.0.0.1:{port}/benchmark_output/runs/{name}/runs.json"
+                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address) as answer:
+                    return list(json.load(answer))
+            time.sleep(0.1)
+    finally:
+        server.kill()
+        server.wait()
+    raise AssertionError(f"helm-server ended with {server.returncode}")
+
+
+def test_helms_run_one_is_the_one_that_was_halved() -> None:
+    """If this fails, HELM has changed: bring `TwoStepRunner` in line with it, then change the number."""
+    from helm.benchmark.runner import Runner
+
+    lines = inspect.getsource(Runner.run_one)
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "171912e4753e8ce6"
 
 
 def test_a_suite_is_one_call_and_what_is_there_twice_is_computed_once(
