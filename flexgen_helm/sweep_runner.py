@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -45,11 +46,13 @@ class SweepRunner(TwoStepRunner):
         try:
             with _short_turns():
                 models, others = self._prepare(self._left(run_specs))
+                gc.freeze()  # requests of a whole suite live long; looking through them again and again takes long too
                 for model in sorted(models, key=lambda model: model.asked.shared_tokens, reverse=True):
                     self._sweep(model)
                 for adapted in others:
                     self._run_as_helm_does(adapted)
         finally:
+            gc.unfreeze()
             self.clear_scratch()
         if self._failures:
             raise RunsFailed(self._failures)

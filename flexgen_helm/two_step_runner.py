@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from array import array
@@ -34,7 +33,7 @@ from helm.benchmark.scenarios.scenario import (
 )
 from helm.common.cache import BlackHoleCacheConfig, Cache
 from helm.common.cache_backend_config import CacheBackendConfig
-from helm.common.general import asdict_without_nones, write
+from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block
 from helm.common.local_context import LocalContext
 from helm.tokenizers.auto_tokenizer import AutoTokenizer
@@ -42,6 +41,7 @@ from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from helm.tokenizers.tokenizer import Tokenizer
 
 from engine.errors import EngineError
+from flexgen_helm.helm_json import dumps
 from flexgen_helm.runner import FlexGenRunner
 
 _LAST_FILE = "per_instance_stats.json"
@@ -137,7 +137,7 @@ class TwoStepRunner(FlexGenRunner):
         try:
             scratch.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                write(str(scratch / name), json.dumps(_as_json(content), indent=2))
+                write(str(scratch / name), dumps(content))
                 _settle(scratch / name)
             target.mkdir(parents=True, exist_ok=True)
             (target / _LAST_FILE).unlink(missing_ok=True)  # not completed until the new ones are all there
@@ -154,12 +154,6 @@ class TwoStepRunner(FlexGenRunner):
             ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _as_json(content: Any) -> Any:
-    if isinstance(content, list):
-        return [asdict_without_nones(each) for each in content]
-    return asdict_without_nones(content)
 
 
 def _settle(path: Path) -> None:
