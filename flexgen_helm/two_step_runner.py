@@ -173,7 +173,7 @@ class _UncachedTokenizer(AutoTokenizer):
 
     def _get_tokenizer(self, tokenizer_name: str) -> Tokenizer:
         tokenizer = super()._get_tokenizer(tokenizer_name)
-        if isinstance(tokenizer, HuggingFaceTokenizer) and isinstance(tokenizer.cache, Cache):
+        if isinstance(tokenizer, HuggingFaceTokenizer) and not isinstance(tokenizer.cache, _SecondLook):
             tokenizer.cache = _SecondLook()
         return tokenizer
 
