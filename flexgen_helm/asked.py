@@ -65,7 +65,7 @@ class Asked:
     refused: dict[int, EngineError] = field(default_factory=dict)
     """Those that cannot be run."""
     todo: dict[str, Work] = field(default_factory=dict)
-    """What is left for the engine, by its name in the cache: equal requests are asked once."""
+    """What is left for the engine, by a digest of its key in the cache: equal requests are asked once."""
 
     def add(self, other: Asked) -> int:
         """Append other requests; returns the place of the first of them."""

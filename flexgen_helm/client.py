@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 from helm.clients.client import CachingClient
@@ -172,7 +173,7 @@ class FlexGenClient(CachingClient):
                 except EngineError as error:
                     asked.refused[place] = error
                     continue
-                name = request_to_key(key)
+                name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
                 if name in asked.todo:
                     asked.todo[name].places.append(place)
                 elif stored := cache.get(key):

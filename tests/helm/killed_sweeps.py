@@ -45,7 +45,7 @@ def sweep(folder: Path, data: Path, model: Path, more: list[str]) -> int:
         from flexgen_helm.run import main
 
         code = main(
-            ["sweep", "-r", *ENTRIES, "-m", "6", "--model", str(model), "--suite", "s", "--gpu-batch-size", "4",
+            ["sweep", "-r", *ENTRIES, "-m", "4", "--model", str(model), "--suite", "s", "--gpu-batch-size", "4",
              "--num-gpu-batches", "1", *more]
         )  # fmt: skip
         Path("modules").write_text("\n".join(sys.modules))

@@ -147,6 +147,27 @@ def test_a_suite_is_one_call_and_what_is_there_twice_is_computed_once(
     assert one == two
 
 
+def test_a_prompt_is_tokenized_once_for_helm_and_once_for_us(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HELM's adapter asks whether it fits and its metrics how long it is; its cache of tokens is not written."""
+    from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+
+    encoded: list[str] = []
+    make = HuggingFaceTokenizer._tokenize_do_it
+
+    def watched(self: Any, request: dict[str, Any]) -> dict[str, Any]:
+        encoded.extend([request["text"]] if request["encode"] else [])
+        return make(self, request)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "_tokenize_do_it", watched)
+    assert cli("sweep", "-r", SUBJECTS[0], "--model", tiny_llama, "-m", 3, "--suite", "once") == 0
+    (state,) = [json.loads(file.read_text()) for file in suite("once").glob("*/scenario_state.json")]
+    prompts = [each["request"]["prompt"] for each in state["request_states"]]
+    assert [encoded.count(prompt) for prompt in prompts] == [1] * len(prompts)
+    assert {file.name for file in Path("prod_env/cache").iterdir() if file.is_file()} == {"flexgen.sqlite"}
+
+
 def test_several_models_take_turns_the_one_that_shares_most_first(
     cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine]
 ) -> None:
