@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from fake_engine import FakeEngine
 from question_data import MMLU_SUBJECTS
 from scenario_files import table
 from sweeping import SUITE_FILES, differences, final_files
+from tiny_models import ours, write_entries
 
 from flexgen_helm import launch, sweep_record
 from flexgen_helm.run import main
@@ -145,6 +147,20 @@ def test_a_suite_is_one_call_and_what_is_there_twice_is_computed_once(
     assert "1 run entries are there twice" in capsys.readouterr().out
     one, two = (json.loads((suite("twins") / run.name / "stats.json").read_text()) for run in found.runs[:2])
     assert one == two
+
+
+def test_runs_of_other_clients_are_run_as_helm_runs_them(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    simple = {"class_name": "helm.clients.simple_client.SimpleClient"}
+    write_entries(Path("prod_env"), "local/both", tiny_llama, ours=ours(tiny_llama), simple=simple)
+    entries = [f"{SUBJECTS[0]},model=local/both,model_deployment={host}/both" for host in ("ours", "simple")]
+    assert cli("sweep", "-r", *entries, "-m", 3, "--suite", "both") == 0
+    assert "2 done, 0 failed" in capsys.readouterr().out
+    assert [model.deployment for model in record_of("both").models] == ["ours/both"]
+    assert cli("run", "-r", entries[1], "-m", 3, "--suite", "helms", "--disable-cache") == 0
+    shutil.rmtree(next(suite("both").glob("*ours_both*")))
+    assert differences(suite("both"), suite("helms")) == []
 
 
 def test_a_prompt_is_tokenized_once_for_helm_and_once_for_us(
