@@ -451,7 +451,7 @@ class Engine:
         self._deliver([(sequence, self._completion_of(sequence)) for sequence in self._scheduler.take_failed()])
         if not batches:
             return
-        num_sequences, rows = len(self._scheduler.running), count_rows(batches)
+        num_sequences = len(self._scheduler.running)
         scheduled = time.perf_counter()
         self._executor.sweep(batches, self._advance)
         swept = time.perf_counter()
@@ -472,14 +472,15 @@ class Engine:
         self._scheduler.finish(sequence for sequence, _ in done)
         self._scheduler.isolate(suspects)
         if self.observer is not None:
+            prefill_rows, decode_rows = count_rows(batches)
             self.observer(
                 SweepTiming(
                     begun=begun,
                     host_s=scheduled - begun + time.perf_counter() - swept,
                     load_s=max(0.0, min(swept, self._loaded) - scheduled),
                     sweep_s=swept - scheduled,
-                    prefill_rows=rows[0],
-                    decode_rows=rows[1],
+                    prefill_rows=prefill_rows,
+                    decode_rows=decode_rows,
                     num_sequences=num_sequences,
                 )
             )
