@@ -10,8 +10,11 @@ from typing import Protocol
 from engine.job import Completion
 from engine.sequence import Sequence
 
-Result = tuple[int, Completion] | BaseException
-"""A job's position in its call and its completion, or the fault that ends the call."""
+Finished = list[tuple[int, Completion]]
+"""What one sweep finished of a call: positions of jobs and their completions."""
+
+Result = Finished | BaseException
+"""What a sweep finished, or the fault that ends the call."""
 
 
 class Results(Protocol):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
@@ -14,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from engine import accelerator
 from engine.arena import Arena
-from engine.call import Call, LoopResults, Result, Results
+from engine.call import Call, Finished, LoopResults, Result, Results
 from engine.checkpoint import ModelDescription, describe
 from engine.codec import GROUP, Codec, codec_of
 from engine.completion import Text, advance, completion_of
@@ -33,6 +36,7 @@ from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy
 from engine.schedule import Scheduler
 from engine.sequence import Sequence
+from engine.timing import SweepTiming, count_rows
 from engine.weights import WeightStore, encoded_names, stored_sizes, whole_sizes
 
 
@@ -64,6 +68,8 @@ class Engine:
         self.plan = plan
         self.window = window
         """Most positions of a sequence; None when the model sets no limit."""
+        self.observer: Callable[[SweepTiming], None] | None = None
+        """Called in the engine's thread after each sweep, before its completions are delivered; must be quick."""
         self._model = model
         self._weights = weights
         self._scheduler = scheduler
@@ -76,6 +82,8 @@ class Engine:
         self._abandoned: list[Call] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._loaded = math.inf
+        """When all weights were in place, by `time.perf_counter`."""
         self._fault: BaseException | None = None
         self._worker = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
         self._loader = threading.Thread(target=self._load, args=(loading,), name="flexgen-load", daemon=True)
@@ -185,12 +193,17 @@ class Engine:
         A bad job fails in its own `Completion.error`; raises `EngineError` only for faults of the engine. Jobs of a
         generator that is closed early are dropped.
         """
+        sweeps = self.sweeps(jobs)  # here, not in the generator: jobs are submitted when this is called
+        return self._flattened(sweeps)
+
+    def sweeps(self, jobs: Iterable[Job]) -> Generator[Finished, None, None]:
+        """`stream`, but yield all completions of a sweep at once, as soon as it ends (for one transaction a sweep)."""
         results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         call, bad = self._call(jobs, results)
-        stream = self._results(call, results, bad, len(call.sequences))
-        next(stream)  # into its `try`, so that closing it drops the jobs even before the first result is taken
+        sweeps = self._results(call, results, bad, len(call.sequences))
+        next(sweeps)  # into its `try`, so that closing it drops the jobs even before the first result is taken
         self._submit(call)
-        return stream
+        return sweeps
 
     async def astream(self, jobs: Iterable[Job]) -> AsyncIterator[tuple[int, Completion]]:
         """`stream` for a coroutine: `async for index, completion in engine.astream(jobs)`, in a running asyncio loop.
@@ -205,11 +218,13 @@ class Engine:
             self._submit(call)
             for index, completion in bad:
                 yield index, completion
-            for _ in range(num_running):
+            while num_running:
                 result = await results.get()
                 if isinstance(result, BaseException):
                     raise result
-                yield result
+                num_running -= len(result)
+                for index, completion in result:
+                    yield index, completion
         finally:
             self._abandon(call)
 
@@ -306,17 +321,25 @@ class Engine:
         results: queue.SimpleQueue[Result],
         bad: list[tuple[int, Completion]],
         num_running: int,
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Generator[Finished, None, None]:
         try:
-            yield -1, Completion()
-            yield from bad
-            for _ in range(num_running):
+            yield []
+            if bad:
+                yield bad
+            while num_running:
                 result = results.get()
                 if isinstance(result, BaseException):
                     raise result
+                num_running -= len(result)
                 yield result
         finally:
             self._abandon(call)
+
+    @staticmethod
+    def _flattened(sweeps: Generator[Finished, None, None]) -> Iterator[tuple[int, Completion]]:
+        with closing(sweeps):
+            for finished in sweeps:
+                yield from finished
 
     def _abandon(self, call: Call) -> None:
         """Drop what of `call` has not ended."""
@@ -406,6 +429,7 @@ class Engine:
             for _ in loading:
                 if self._closing:
                     return
+            self._loaded = time.perf_counter()
         except BaseException as error:
             self._weights.give_up(_explain(error, self.policy))
 
@@ -444,12 +468,15 @@ class Engine:
         return True
 
     def _step(self) -> None:
+        begun = time.perf_counter()
         batches = self._scheduler.next_sweep()
-        for sequence in self._scheduler.take_failed():
-            self._deliver(sequence, self._completion_of(sequence))
+        self._deliver([(sequence, self._completion_of(sequence)) for sequence in self._scheduler.take_failed()])
         if not batches:
             return
+        num_sequences = len(self._scheduler.running)
+        scheduled = time.perf_counter()
         self._executor.sweep(batches, self._advance)
+        swept = time.perf_counter()
         done, suspects = [], []
         for sequence in self._scheduler.running:
             if not sequence.saw_only_numbers:
@@ -466,8 +493,20 @@ class Engine:
                 done.append((sequence, self._completion_of(sequence)))
         self._scheduler.finish(sequence for sequence, _ in done)
         self._scheduler.isolate(suspects)
-        for sequence, completion in done:  # last: whoever sees the result finds the room free
-            self._deliver(sequence, completion)
+        if self.observer is not None:
+            prefill_rows, decode_rows = count_rows(batches)
+            self.observer(
+                SweepTiming(
+                    begun=begun,
+                    host_s=scheduled - begun + time.perf_counter() - swept,
+                    load_s=max(0.0, min(swept, self._loaded) - scheduled),
+                    sweep_s=swept - scheduled,
+                    prefill_rows=prefill_rows,
+                    decode_rows=decode_rows,
+                    num_sequences=num_sequences,
+                )
+            )
+        self._deliver(done)  # last: whoever sees the result finds the room free
 
     def _advance(self, sequence: Sequence, token: int, logprob: float) -> None:
         try:
@@ -481,10 +520,14 @@ class Engine:
         except Exception as error:
             return Completion(error=self._unreadable(sequence, error))
 
-    def _deliver(self, sequence: Sequence, completion: Completion) -> None:
-        call, index = self._owner.pop(id(sequence))
-        call.sequences.pop(index)
-        call.results.put((index, completion))
+    def _deliver(self, done: Iterable[tuple[Sequence, Completion]]) -> None:
+        finished: dict[int, tuple[Call, Finished]] = {}
+        for sequence, completion in done:
+            call, index = self._owner.pop(id(sequence))
+            call.sequences.pop(index)
+            finished.setdefault(id(call), (call, []))[1].append((index, completion))
+        for call, results in finished.values():
+            call.results.put(results)
 
     def _unreadable(self, sequence: Sequence, error: Exception) -> JobError:
         """The error of a sequence whose tokens cannot be decoded; raises `error` again if it came from elsewhere."""

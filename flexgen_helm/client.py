@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 from helm.clients.client import CachingClient
-from helm.common.cache import CacheConfig, cache_stats, create_key_value_store, write_to_key_value_store
+from helm.common.cache import CacheConfig
 from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 from helm.tokenizers.tokenizer import Tokenizer
@@ -19,11 +19,12 @@ from flexgen_helm import require_engine
 require_engine()
 
 from engine.errors import CheckpointError, ConfigError, EngineError  # noqa: E402 - first the line that says whose engine this is
-from engine.job import Completion, Job  # noqa: E402
+from engine.job import Job  # noqa: E402
 from engine.policy import Policy  # noqa: E402
-from flexgen_helm.engines import Served, engines  # noqa: E402
+from flexgen_helm.asked import Answer, Asked, Work, raise_first  # noqa: E402
+from flexgen_helm.engines import Observer, Served, engines  # noqa: E402
+from flexgen_helm.request_cache import RequestCache  # noqa: E402
 from flexgen_helm.translate import (  # noqa: E402
-    Key,
     Response,
     Timing,
     Translator,
@@ -33,18 +34,6 @@ from flexgen_helm.translate import (  # noqa: E402
 
 Progress = Callable[[int, int, int], None]
 """Called with (requests done, requests in all, tokens that the engine worked through for those done)."""
-
-
-@dataclass(eq=False, kw_only=True)
-class _Work:
-    """A request that is not in the cache, and the places of all requests that are equal to it."""
-
-    request: Request
-    key: Key
-    places: list[int]
-    ids: tuple[int, ...]
-    jobs: list[Job]
-    completions: dict[int, Completion] = field(default_factory=dict)
 
 
 class FlexGenClient(CachingClient):
@@ -86,7 +75,7 @@ class FlexGenClient(CachingClient):
         if window is not None and window < 1:
             raise ConfigError(f"window {window} of {self._model} is below 1; leave it out to take the model's own")
         self._tokenizer = tokenizer
-        self._policy = Policy.load(policy)
+        self.policy = Policy.load(policy)
         self._end_of_text_token = end_of_text_token
         self._apply_chat_template = apply_chat_template
         self._top_k = top_k
@@ -94,11 +83,11 @@ class FlexGenClient(CachingClient):
 
     @cached_property
     def _served(self) -> Served:
-        return engines.served(self._model, self._policy)
+        return engines.served(self._model, self.policy)
 
     @cached_property
     def _translator(self) -> Translator:
-        pad = self._policy.pad_to_seq_len
+        pad = self.policy.pad_to_seq_len
         try:
             tokenizer = self._tokenizer.get_wrapped_tokenizer()
         except Exception as error:
@@ -123,17 +112,13 @@ class FlexGenClient(CachingClient):
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise the error of the first request that cannot be run, saying how many there are; loads no weights."""
-        bad: list[tuple[int, EngineError]] = []
-        for number, request in enumerate(requests, start=1):
+        bad: dict[int, EngineError] = {}
+        for place, request in enumerate(requests):
             try:
-                text = self._translator.render(request)
-                for job in self._translator.jobs(request, text, self._translator.encode(text)):
-                    job.check()
+                self._jobs(request, self._translator.render(request))
             except EngineError as error:
-                bad.append((number, error))
-        if bad:
-            number, first = bad[0]
-            raise type(first)(f"{len(bad)} of {len(requests)} requests cannot be run; number {number}: {first}")
+                bad[place] = error
+        raise_first(bad, len(requests))
 
     def make_request(self, request: Request) -> RequestResult:
         """Answer one request from the cache, or together with those that other threads are making."""
@@ -157,58 +142,105 @@ class FlexGenClient(CachingClient):
     def make_requests(self, requests: Sequence[Request], progress: Progress | None = None) -> list[RequestResult]:
         """Answer all requests, in their order; what is not in the cache goes to the engine in one call.
 
-        Each result is in HELM's cache as soon as the engine yields it. A bad request fails in its own result; raises
+        Results are in HELM's cache as soon as their sweep ends. A bad request fails in its own result; raises
         `EngineError` for a fault of model, policy or engine.
         """
         report = progress or (lambda done, total, tokens: None)
-        translator, identity = self._translator, self._served.identity
-        results: dict[int, RequestResult] = {}
+        asked = self.look_up(requests)
+        results = dict(asked.known)
+        results.update({place: failure(requests[place], error) for place, error in asked.refused.items()})
         num_tokens = 0
-        with create_key_value_store(self.cache.config) as store:
-            todo: dict[str, _Work] = {}
+        report(len(results), len(requests), num_tokens)
+        for answers in self.carry_out(asked):
+            for answer in answers:
+                results.update(dict.fromkeys(answer.places, answer.result))
+                num_tokens += answer.prompt_tokens + answer.new_tokens
+            report(len(results), len(requests), num_tokens)
+        return [results[place] for place in range(len(requests))]
+
+    def look_up(self, requests: Sequence[Request]) -> Asked:
+        """Find what HELM's cache answers, and make ready what is left; loads no weights.
+
+        Raises `EngineError` for a fault of model, policy or cache.
+        """
+        translator, identity = self._translator, self._served.identity
+        asked = Asked(total=len(requests))
+        with RequestCache(self.cache.config) as cache:
             for place, request in enumerate(requests):
                 try:
                     text = translator.render(request)
                     key = translator.key(request, text, identity)
-                    name = request_to_key(key)
-                    if name in todo:
-                        todo[name].places.append(place)
-                        continue
-                    cache_stats.increment_query(self.cache.config.cache_stats_key)
-                    if stored := store.get(key):
-                        results[place] = result(stored, cached=True)
-                        continue
-                    ids = translator.encode(text)
-                    jobs = translator.jobs(request, text, ids)
-                    todo[name] = _Work(request=request, key=key, places=[place], ids=ids, jobs=jobs)
                 except EngineError as error:
-                    results[place] = failure(request, error)
-            report(len(results), len(requests), num_tokens)
-            for work, response in self._run(list(todo.values())):
-                if isinstance(response, EngineError):
-                    answered = failure(work.request, response)
+                    asked.refused[place] = error
+                    continue
+                name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
+                if name in asked.todo:
+                    asked.todo[name].places.append(place)
+                elif stored := cache.get(key):
+                    asked.known[place] = result(stored, cached=True)
                 else:
-                    cache_stats.increment_compute(self.cache.config.cache_stats_key)
-                    write_to_key_value_store(store, work.key, response)
-                    answered = result(response, cached=False)
-                results.update(dict.fromkeys(work.places, answered))
-                num_tokens += len(work.ids) + sum(len(each.tokens) for each in work.completions.values())
-                report(len(results), len(requests), num_tokens)
-        return [results[place] for place in range(len(requests))]
+                    try:
+                        ids, jobs = self._jobs(request, text)
+                    except EngineError as error:
+                        asked.refused[place] = error
+                        continue
+                    asked.todo[name] = Work(request=request, key=key, places=[place], ids=ids, jobs=jobs)
+        return asked
 
-    def _run(self, todo: Sequence[_Work]) -> Iterator[tuple[_Work, Response | EngineError]]:
-        """Yield each piece of work with its response, or with the error of its jobs, as soon as it is done."""
+    def carry_out(self, asked: Asked, observe: Observer | None = None) -> Iterator[list[Answer]]:
+        """Let the engine answer what is left of `asked`, and yield the answers of each sweep when they are kept.
+
+        Empties `asked.todo`, so that nothing is held longer than it is needed. `observe` sees the engine's sweeps.
+        """
+        todo, asked.todo = list(asked.todo.values()), {}
         if not todo:
             return
-        owners = [(work, position) for work in todo for position in range(len(work.jobs))]
+        owners: list[tuple[Work, int] | None] = [(work, place) for work in todo for place in range(len(work.jobs))]
+        jobs, num_requests = [job for work in todo for job in work.jobs], len(todo)
+        todo.clear()
         started = time.time()
-        for done in self._served.stream([work.jobs[position] for work, position in owners]):
-            work, position = owners[done.index]
-            work.completions[position] = done.completion
-            if len(work.completions) == len(work.jobs):
-                completions = [work.completions[i] for i in range(len(work.jobs))]
-                timing = Timing(seconds=done.seconds, started=started, num_requests=len(todo))
-                try:
-                    yield work, self._translator.response(work.request, work.ids, completions, timing)
-                except EngineError as error:
-                    yield work, error
+        with RequestCache(self.cache.config) as cache:
+            for finished in self._served.sweeps(jobs, observe):
+                jobs.clear()  # the engine has them now
+                done: list[tuple[Work, float]] = []
+                for each in finished:
+                    owner, owners[each.index] = owners[each.index], None
+                    assert owner is not None
+                    work, place = owner
+                    work.completions[place] = each.completion
+                    if len(work.completions) == len(work.jobs):
+                        done.append((work, each.seconds))
+                answers, kept = [], []
+                for work, seconds in done:
+                    response = self._response(work, Timing(seconds=seconds, started=started, num_requests=num_requests))
+                    if not isinstance(response, EngineError):
+                        kept.append((work.key, response))
+                    answers.append(_answer(work, response))
+                cache.put(kept)
+                yield answers
+
+    def _jobs(self, request: Request, text: str) -> tuple[tuple[int, ...], list[Job]]:
+        """Token ids of a rendered prompt and the checked jobs that answer it."""
+        ids = self._translator.encode(text)
+        jobs = self._translator.jobs(request, text, ids)
+        for job in jobs:
+            job.check()
+        return ids, jobs
+
+    def _response(self, work: Work, timing: Timing) -> Response | EngineError:
+        completions = [work.completions[place] for place in range(len(work.jobs))]
+        try:
+            return self._translator.response(work.request, work.ids, completions, timing)
+        except EngineError as error:
+            return error
+
+
+def _answer(work: Work, response: Response | EngineError) -> Answer:
+    return Answer(
+        places=tuple(work.places),
+        result=failure(work.request, response) if isinstance(response, EngineError) else result(response, cached=False),
+        prompt_tokens=work.prompt_tokens,
+        prompt_rows=work.prompt_rows,
+        new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
+        most_tokens=work.most_tokens,
+    )

@@ -72,7 +72,7 @@ class _Rehearsal(WholeRunExecutor):
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
         """Raise `EngineError` for a request that cannot be run, `_RequestsAreFine` otherwise."""
-        client = self._client(scenario_state.request_states)
+        client = self.client_of(scenario_state.request_states)
         if client is not None:
             client.check([state.request for state in scenario_state.request_states])
         raise _RequestsAreFine

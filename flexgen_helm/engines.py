@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 from helm.common.hierarchical_logger import hexception, htrack_block
@@ -17,16 +18,23 @@ from engine.errors import EngineError
 from engine.identity import result_identity
 from engine.job import Completion, Job
 from engine.policy import Policy
+from engine.timing import SweepTiming
 from flexgen_helm.batcher import Batcher, Done
 
 Identity = dict[str, str | int | None]
 
 
+Observer = Callable[["RunningEngine", SweepTiming], None]
+"""Called in the engine's thread after each sweep, with the engine; must be quick."""
+
+
 class RunningEngine(Protocol):
     """What is needed of `engine.Engine`."""
 
-    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Completion]]:
-        """Yield (position in jobs, completion), each as soon as it is there."""
+    observer: Callable[[SweepTiming], None] | None
+
+    def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
+        """Yield lists of (position in jobs, completion), each as soon as its sweep ends."""
 
     def close(self) -> None:
         """Give back all memory and files."""
@@ -71,15 +79,26 @@ class Served:
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[Done]:
         """Run jobs, loading the engine if need be; raises `EngineError` for a fault of the engine only."""
+        for finished in self.sweeps(jobs):
+            yield from finished
+
+    def sweeps(self, jobs: Sequence[Job], observe: Observer | None = None) -> Iterator[list[Done]]:
+        """`stream`, but all that a sweep finishes at once; `observe` sees the sweeps while this call runs."""
         with self._running() as engine:
             started = time.perf_counter()
+            if observe is not None:
+                engine.observer = partial(observe, engine)
             try:
-                for index, completion in engine.stream(jobs):
-                    yield Done(index=index, completion=completion, seconds=time.perf_counter() - started)
+                for finished in engine.sweeps(jobs):
+                    seconds = time.perf_counter() - started
+                    yield [Done(index=index, completion=completion, seconds=seconds) for index, completion in finished]
             except EngineError:
                 raise
             except Exception as error:
                 raise _as_engine_error(f"the engine failed on {self.description.path}", error) from error
+            finally:
+                if observe is not None:
+                    engine.observer = None
 
     @contextmanager
     def _running(self) -> Iterator[RunningEngine]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from helm.benchmark.presentation.run_entry import RunEntry
@@ -35,11 +35,14 @@ def read_entries(args: argparse.Namespace) -> list[RunEntry]:
     for name in args.conf_paths:
         path = conf_path(name)
         try:
-            entries.extend(read_run_entries([str(path)]).entries)
+            found = read_run_entries([str(path)]).entries
         except OSError as error:
             raise ConfigError(f"cannot read run entries {path}: {error.strerror}") from None
         except Exception as error:  # pyhocon and dacite raise whatever they meet
             raise ConfigError(f"{path} is not a file of run entries: {_first_line(error)}") from None
+        if not found:
+            raise ConfigError(f'{path} has no run entries; write entries: [{{description: "...", priority: 1}}]')
+        entries.extend(found)
     for description in [*args.run_entries, *args.run_specs]:
         entries.append(RunEntry(description=description, priority=1, groups=None))
     for description in args.description:
@@ -96,41 +99,62 @@ def assign_models(
     return assigned
 
 
-def build_run_specs(entries: Sequence[RunEntry], args: argparse.Namespace) -> list[RunSpec]:
-    """Build HELM's run specs of entries that have their models; `ConfigError` in one line for one that HELM refuses.
+def build_run_specs(
+    entries: Sequence[RunEntry],
+    args: argparse.Namespace,
+    assign: Callable[[RunEntry], Sequence[RunEntry]] = lambda entry: [entry],
+) -> list[RunSpec]:
+    """Build HELM's run specs of entries, each run once; `assign` gives an entry its models.
 
-    HELM names a run's directory by the run spec, and leaves some arguments (`temperature`) out of the name: two
-    different run specs of one name are refused too.
+    Raises `EngineError` where an entry cannot be run; where several cannot, one `ConfigError` names them all. HELM
+    names a run's directory by the run spec, and leaves some arguments (`temperature`) out of the name: two different
+    run specs of one name are refused too.
     """
+    run_specs: dict[str, RunSpec] = {}
+    origins: dict[str, str] = {}
+    problems: dict[str, EngineError] = {}
+    for entry in entries:
+        try:
+            check_run_spec_names([entry])
+            for assigned in assign(entry):
+                for run_spec in _build(assigned, args):
+                    first = origins.setdefault(run_spec.name, assigned.description)
+                    if run_spec != run_specs.setdefault(run_spec.name, run_spec):
+                        raise ConfigError(
+                            f"run entries {first!r} and {assigned.description!r} are different runs of one name, "
+                            f"{run_spec.name!r}, and would overwrite each other; run one of them with a --suite of "
+                            "its own"
+                        )
+        except EngineError as error:
+            problems.setdefault(str(error), error)  # a model that is missing is missing in every entry
+    if len(problems) == 1:
+        raise next(iter(problems.values()))
+    if problems:
+        listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
+        raise ConfigError(f"{len(problems)} things are wrong with the run entries: {listed}")
+    if not run_specs:
+        raise ConfigError("no runs: --groups-to-run, --priority and --models-to-run left nothing of the run entries")
+    return list(run_specs.values())
+
+
+def _build(entry: RunEntry, args: argparse.Namespace) -> list[RunSpec]:
+    """HELM's run specs of an entry that has its model; `ConfigError` in one line if HELM refuses it."""
     from helm.benchmark.run import run_entries_to_run_specs
     from helm.benchmark.scenarios.scenario import create_scenario
 
-    run_specs: list[RunSpec] = []
-    named: dict[str, tuple[RunSpec, RunEntry]] = {}
-    for entry in entries:
-        try:
-            built = run_entries_to_run_specs(
-                run_entries=[entry],
-                max_eval_instances=args.max_eval_instances,
-                num_train_trials=args.num_train_trials,
-                groups_to_run=args.groups_to_run,
-                priority=args.priority,
-            )
-            for run_spec in built:
-                create_scenario(run_spec.scenario_spec)  # where many an argument is looked at first
-        except Exception as error:  # run spec functions and scenarios raise whatever they meet
-            raise ConfigError(f"run entry {entry.description!r}: {_first_line(error)}") from None
+    try:
+        built: list[RunSpec] = run_entries_to_run_specs(
+            run_entries=[entry],
+            max_eval_instances=args.max_eval_instances,
+            num_train_trials=args.num_train_trials,
+            groups_to_run=args.groups_to_run,
+            priority=args.priority,
+        )
         for run_spec in built:
-            other, first = named.setdefault(run_spec.name, (run_spec, entry))
-            if run_spec != other:
-                raise ConfigError(
-                    f"run entries {first.description!r} and {entry.description!r} are different runs of one name, "
-                    f"{run_spec.name!r}, and would overwrite each other; run one of them with a --suite of its own"
-                )
-        run_specs += built
-    if not run_specs:
-        raise ConfigError("no runs: --groups-to-run, --priority and --models-to-run left nothing of the run entries")
-    return run_specs
+            create_scenario(run_spec.scenario_spec)  # where many an argument is looked at first
+    except Exception as error:  # run spec functions and scenarios raise whatever they meet
+        raise ConfigError(f"run entry {entry.description!r}: {_first_line(error)}") from None
+    return built
 
 
 def check_run_spec_names(entries: Iterable[RunEntry]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from helm.benchmark.config_registry import register_builtin_configs_from_helm_package, register_configs_from_directory
@@ -23,7 +24,7 @@ from helm.proxy.services.remote_service import create_authentication
 from engine.errors import ConfigError, EngineError, InstallationError
 from flexgen_helm import assets, demo
 from flexgen_helm.command_line_runner import CommandLineRunner
-from flexgen_helm.entries import assign_models, build_run_specs, check_run_spec_names, read_entries
+from flexgen_helm.entries import assign_models, build_run_specs, read_entries
 from flexgen_helm.errors import RunFailed
 from flexgen_helm.flags import PolicySpec, parse_run_flags, policy_from_flags
 from flexgen_helm.footprint import Footprint
@@ -62,12 +63,14 @@ def carry_out(
     args.output_path = args.output_path or "benchmark_output"
     if problem := model_problem():
         raise InstallationError(problem)
-    _set_up_logging(args)
+    set_up_logging(args)
     footprint = Footprint()
     run_specs: list[RunSpec] = []
     try:
         footprint.watch([args.output_path, args.local_path])
-        run_specs = _prepare(args, policy, is_demo=is_demo)
+        prepared = prepare(args, policy, is_demo=is_demo)
+        run_specs = prepared.run_specs
+        prepared.models.write(args.local_path)
         footprint.watch(_run_path(args, run_spec) for run_spec in run_specs)
         _execute(args, run_specs, show)
     except EngineError:
@@ -76,7 +79,7 @@ def carry_out(
         raise
 
 
-def _set_up_logging(args: argparse.Namespace) -> None:
+def set_up_logging(args: argparse.Namespace) -> None:
     """Show HELM's log as anybody asks for it; where nobody does, its warnings only."""
     logger = logging.getLogger("helm")
     if not logger.handlers:
@@ -85,11 +88,21 @@ def _set_up_logging(args: argparse.Namespace) -> None:
         logger.setLevel(logging.WARNING)
 
 
-def _prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: bool) -> list[RunSpec]:
-    """Check everything that can be checked beforehand; then write what HELM reads. Returns what is to be run."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a command line asks for, checked."""
+
+    run_specs: list[RunSpec]
+    models: Models
+    """Not yet written to where HELM reads them."""
+    notes: list[str]
+    """Lines that are to be read at the end."""
+
+
+def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: bool = False) -> Prepared:
+    """Check everything that can be checked beforehand; raises `EngineError`."""
     _register_with_helm(args)
     entries = read_entries(args)
-    check_run_spec_names(entries)
     named = [args.model] if args.model else list(args.models_to_run or [])
     models = Models(
         policy=policy,
@@ -99,13 +112,17 @@ def _prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: bo
     )
     if is_demo and not named:
         named = [str(assets.demo_model())]
-    assigned = assign_models(entries, named, models.target, skip_others=bool(args.models_to_run))
     set_benchmark_output_path(args.output_path)
-    run_specs = build_run_specs(assigned, args)
+    run_specs = build_run_specs(
+        entries,
+        args,
+        lambda entry: assign_models([entry], named, models.target, skip_others=bool(args.models_to_run)),
+    )
     if is_demo:
         demo.write_facts(assets.countries(), Path(args.output_path))
-    models.write(args.local_path)
-    return run_specs
+    num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
+    notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
+    return Prepared(run_specs, models, notes)
 
 
 def _register_with_helm(args: argparse.Namespace) -> None:

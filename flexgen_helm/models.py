@@ -11,7 +11,7 @@ from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, register_tokenizer_config
 
 from engine.checkpoint import describe
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from flexgen_helm.entries import Target
 from flexgen_helm.flags import PolicySpec
 from flexgen_helm.registration import (
@@ -41,14 +41,21 @@ class Models:
         self._apply_chat_template = apply_chat_template
         self._max_sequence_length = max_sequence_length
         self._entries: dict[str, Entries] = {}
+        self._problems: dict[str, EngineError] = {}
 
     def target(self, model: str) -> Target:
         """Make sure that HELM knows a hub id, directory or HELM model name, and return its names.
 
         Raises `EngineError` for a model that cannot be run; reads no weights.
         """
+        if model in self._problems:  # hundreds of entries may name it
+            raise self._problems[model].with_traceback(None)
         if model not in self._entries:
-            entries = self._known(model) or self._new(model)
+            try:
+                entries = self._known(model) or self._new(model)
+            except EngineError as error:
+                self._problems[model] = error
+                raise
             register_in_process(entries)
             if self._path:
                 register_tokenizer_config(entries.tokenizer)  # that of --path, not of the hub

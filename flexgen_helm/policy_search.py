@@ -164,7 +164,7 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         decode.sweeps * math.ceil(at_once / min(limits.sequences_per_batch, limits.rows_per_batch)),
     )
     calls = [0.0 if is_host(profile) else _CALL_S * sizes.num_layers * count for count in batches]
-    decode_s = _seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
+    decode_s = resource_seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
     if not crosses:
         attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
         decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)
@@ -174,7 +174,7 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
         at_once=at_once,
         sweeps=whole.sweeps,
-        prefill_s=_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]},
+        prefill_s=resource_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]},
         decode_s=decode_s,
     )
 
@@ -208,7 +208,7 @@ def _placed(model: CausalModel, policy: Policy, share: Share) -> dict[str, dict[
     return placed
 
 
-def _seconds(work: Work, profile: HardwareProfile, rows: int, disk_bytes: int) -> dict[str, float]:
+def resource_seconds(work: Work, profile: HardwareProfile, rows: int, disk_bytes: int) -> dict[str, float]:
     """Seconds that each resource needs for `work`, whose products have so many rows."""
     return {
         "arithmetic": work.flop / gemm_rate_at(profile.gemm_flop_s, rows),

@@ -64,7 +64,7 @@ class Progress:
             return line
         line = f"{line}, {computed / elapsed_s:.1f}/s, {self._tokens / elapsed_s:.0f} tokens/s"
         left = self._total - self._done
-        return f"{line}, {_clock(left * elapsed_s / computed)} left" if left else line
+        return f"{line}, {clock(left * elapsed_s / computed)} left" if left else line
 
     def close(self) -> str:
         """End the display; return the throughput of all runs in one line."""
@@ -102,7 +102,7 @@ class Progress:
         self._stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Hours, minutes and seconds: `1:02:03`, `0:09`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -17,6 +17,7 @@ from flexgen_helm.parser import Parser
 
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
+    "sweep": "run a whole suite as one job that can be stopped at any moment and goes on where it was",
     "register": "write a model's HELM entries once, for plain helm-run",
     "complete": "prompts in, completions out, as JSON lines; goes on where it was",
     "bench": "time the engine on random weights of a real shape, beside the machine's limits",
@@ -70,6 +71,10 @@ def _run_command(command: str, rest: list[str]) -> int:
     from engine.errors import EngineError
 
     try:
+        if command == "sweep":
+            from flexgen_helm.sweep import sweep
+
+            return sweep(rest)
         if command == "register":
             from flexgen_helm.register import register
 

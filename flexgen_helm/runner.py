@@ -128,7 +128,7 @@ class WholeRunExecutor(Executor):
         """
         states: list[RequestState] = scenario_state.request_states
         self.failed = []
-        client = None if self.execution_spec.dry_run else self._client(states)
+        client = None if self.execution_spec.dry_run else self.client_of(states)
         if client is None:
             as_helm_does: ScenarioState = super().execute(scenario_state)
             return as_helm_does
@@ -137,15 +137,15 @@ class WholeRunExecutor(Executor):
             client.check(requests)
             results = client.make_requests(requests, self._progress)
             hlog(f"Processed {len(results)} requests")
-        settled = _settled(states, results)
+        request_states = settled(states, results)
         self.failed = [str(result.error) for result in results if not result.success]
         return ScenarioState(
             adapter_spec=scenario_state.adapter_spec,
-            request_states=settled,
+            request_states=request_states,
             annotator_specs=scenario_state.annotator_specs,
         )
 
-    def _client(self, states: Sequence[RequestState]) -> FlexGenClient | None:
+    def client_of(self, states: Sequence[RequestState]) -> FlexGenClient | None:
         deployments = {state.request.model_deployment for state in states}
         if len(deployments) != 1 or not isinstance(self.context, LocalContext):
             return None
@@ -157,7 +157,7 @@ class WholeRunExecutor(Executor):
         return client
 
 
-def _settled(states: Sequence[RequestState], results: Sequence[RequestResult]) -> list[RequestState]:
+def settled(states: Sequence[RequestState], results: Sequence[RequestResult]) -> list[RequestState]:
     """The states with their results, errors treated as `Executor.process` treats them."""
     fatal = [
         (state, result)
@@ -168,14 +168,14 @@ def _settled(states: Sequence[RequestState], results: Sequence[RequestResult]) -
         state, result = fatal[0]
         instance = f"instance {state.instance.id}"
         raise ExecutorError(f"{len(fatal)} of {len(states)} requests failed; the first ({instance}): {result.error}")
-    settled = []
+    done = []
     for state, result in zip(states, results, strict=True):
         if not result.success:
             hwarn(f"Non-fatal error treated as empty completion: {result.error}")
             empty = GeneratedOutput(text="", logprob=0, tokens=[])
             result = dataclasses.replace(result, completions=[empty])
-        settled.append(dataclasses.replace(state, result=result))
-    return settled
+        done.append(dataclasses.replace(state, result=result))
+    return done
 
 
 def _is_survivable(result: RequestResult) -> bool:

@@ -86,6 +86,7 @@ class Translator:
         self._applies_chat_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
         self._chat_template = _sha256(chat_template) if self._applies_chat_template else None
         self._fingerprint = tokenizer_fingerprint(tokenizer)
+        self._numbers: dict[int, int] = {}
 
     @cached_property
     def num_added(self) -> int:
@@ -162,13 +163,17 @@ class Translator:
         """
         try:
             with self._tokenizer as tokenizer:
-                ids = tuple(tokenizer(text, return_token_type_ids=False)["input_ids"])
+                ids = self._one_of_each(tokenizer(text, return_token_type_ids=False)["input_ids"])
         except (TypeError, ValueError) as error:  # lone surrogates, for example
             raise PromptError(f"the prompt cannot be tokenized: {' '.join(str(error).split())}") from None
         if self._has_one_bos_too_many(text, ids):
             ids = ids[1:]
         self._check_length(ids)
         return ids
+
+    def _one_of_each(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The same numbers as objects that all prompts share: those of a suite hold millions of equal ones."""
+        return tuple(map(self._numbers.setdefault, ids, ids))
 
     def _has_one_bos_too_many(self, text: str, ids: Sequence[int]) -> bool:
         if not self._adds_bos:

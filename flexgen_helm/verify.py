@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from helm.common.object_spec import get_class_by_name
 from engine.errors import ConfigError, EngineError
 from engine.job import Completion, Job
 from engine.policy import Policy
+from engine.timing import SweepTiming
 from flexgen_helm import fidelity
 from flexgen_helm.client import FlexGenClient
 from flexgen_helm.command_line_runner import CommandLineRunner
@@ -231,7 +232,7 @@ class _RecordingExecutor(WholeRunExecutor):
 
     def take(self, run_spec: RunSpec) -> Answered:
         """Give what became of the run that was executed last."""
-        client = self._client(self._state.request_states)
+        client = self.client_of(self._state.request_states)
         assert client is not None, "run_all has looked at the deployments"
         return Answered(run_spec, self._state, client, self._completions)
 
@@ -242,12 +243,15 @@ class _Recorded:
     def __init__(self, engine: RunningEngine, executor: _RecordingExecutor) -> None:
         self._engine = engine
         self._executor = executor
+        self.observer: Callable[[SweepTiming], None] | None = None
 
-    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Completion]]:
+    def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
         """As the engine's."""
-        for index, completion in self._engine.stream(jobs):
-            self._executor.note(jobs[index], completion)
-            yield index, completion
+        asked = list(jobs)  # the caller lets go of its list
+        for finished in self._engine.sweeps(asked):
+            for index, completion in finished:
+                self._executor.note(asked[index], completion)
+            yield finished
 
     def close(self) -> None:
         """As the engine's."""

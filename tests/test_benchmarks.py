@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import models
 import pytest
 import torch
 
-from benchmarks import codecs, compression, data_wrangling, draw, memory, timeline
+from benchmarks import codecs, compression, data_wrangling, draw, memory, sweep_overhead, sweep_suite, timeline
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
 from engine.errors import ConfigError
@@ -596,3 +597,39 @@ def test_codes_are_compared_at_their_bits(tmp_path: Path, monkeypatch: pytest.Mo
     coarse, fine = rows["engine, 4 bits"], rows["engine, 8 bits"]
     assert (coarse["bits"], fine["bits"]) == (4.5, 8.5)
     assert fine["relative_error"] == pytest.approx(coarse["relative_error"] / 17, rel=0.1)
+
+
+def test_a_suites_requests_are_asked_in_one_call(opt: str) -> None:
+    load = Workload.parse("3x4x20+5:1")
+    with open_dummy(opt, Policy(device="cpu", gpu_batch_size=4, num_gpu_batches=1)) as engine:
+        engine.wait_until_loaded()
+        asked = sweep_suite.ask(engine, load)
+    assert asked["sweeps"] == 3
+    assert asked["prefill_rows"] == load.prefill_tokens
+    assert asked["decode_rows"] == 0
+    assert sorted(asked["run_ended_s"])[-1] <= asked["seconds"]
+    assert asked["sweep_s"] + asked["host_s"] <= asked["seconds"]
+
+
+def test_own_cost_is_what_neither_helm_nor_the_model_takes() -> None:
+    spans = {
+        "runs cpu of all threads": 10.0,
+        "adapt cpu": 2.0,
+        "finish cpu": 3.0,
+        "passes cpu": 1.0,
+        "look up cpu": 2.5,
+    }
+    assert sweep_overhead.own_cost(spans) == 4.0
+
+
+def test_spans_add_up_and_survive_errors() -> None:
+    spans: dict[str, float] = {}
+
+    def fail() -> None:
+        raise ValueError
+
+    for do in (sum, fail):
+        timed = sweep_overhead.timed(spans, "it", do)
+        with contextlib.suppress(ValueError):
+            timed(range(1000)) if do is sum else timed()
+    assert spans["it"] >= spans["it cpu"] > 0

@@ -50,7 +50,7 @@ def test_runs_are_accepted(arguments: list[str], tmp_path: Path, monkeypatch: py
     from flexgen_helm.flags import parse_run_flags, policy_from_flags
 
     monkeypatch.chdir(tmp_path)
-    Path("my_entries.conf").write_text("entries: []")
+    Path("my_entries.conf").write_text('entries: [{description: "simple_mcqa", priority: 1}]')
     args = parse_run_flags(arguments)
     assert Policy.load(policy_from_flags(args)) is not None
     check_run_spec_names(read_entries(args))
@@ -79,6 +79,7 @@ def test_other_commands_are_accepted() -> None:
     from flexgen_helm.report import parse_report_flags
     from flexgen_helm.roofline import Workload
     from flexgen_helm.run import COMMANDS
+    from flexgen_helm.sweep import parse_sweep_flags
     from flexgen_helm.verify import parse_verify_flags
 
     for arguments in commands_of("flexgen-helm"):
@@ -101,6 +102,10 @@ def test_other_commands_are_accepted() -> None:
         parse_report_flags(arguments)
     for arguments in commands_of("flexgen-helm", "compare"):
         parse_compare_flags(arguments)
+    for arguments in commands_of("flexgen-helm", "sweep"):
+        sweep_args = parse_sweep_flags(arguments)
+        policy_from_flags(sweep_args)
+        assert read_entries(sweep_args)
     for arguments in commands_of("flexgen-helm", "register"):
         checked_policy(register_parser().parse_args(arguments).policy)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -109,9 +114,9 @@ def test_other_commands_are_accepted() -> None:
 
 def test_every_flag_in_the_text_exists() -> None:
     from flexgen_helm.complete import complete_parser
-    from flexgen_helm.flags import run_parser
+    from flexgen_helm.sweep import sweep_parser
 
-    known = run_parser().format_help() + complete_parser().format_help()
+    known = sweep_parser().format_help() + complete_parser().format_help()
     known += "".join(
         (ROOT / "flexgen_helm" / name).read_text() for name in ("register.py", "doctor.py", "report.py", "compare.py")
     )

@@ -18,6 +18,7 @@ from watch import Watch, cache_of
 
 from engine import Engine, EngineError, Job, Sampling
 from engine.errors import CapacityError, JobError, NumericsError
+from engine.timing import SweepTiming
 
 PREFIX = list(range(10, 40))
 
@@ -416,3 +417,25 @@ def test_a_fault_while_jobs_are_taken_in_reaches_every_caller(engine: Engine, mo
     for stream in streams:
         with pytest.raises(EngineError, match="on fire"):
             within_seconds(lambda stream=stream: next(stream))
+
+
+def test_sweeps_come_whole_and_an_observer_sees_each(engine: Engine) -> None:
+    timings: list[SweepTiming] = []
+    engine.observer = timings.append
+    engine.wait_until_loaded()
+    sampling = Sampling(temperature=1.0, seed=0)  # sampled: no drafts
+    jobs = [Job(prompt=[*PREFIX, 50 + n], max_new_tokens=1, sampling=sampling) for n in range(3)]
+    jobs += [Job(prompt=[7, 8], max_new_tokens=3, sampling=sampling), Job(prompt=[], max_new_tokens=1)]
+    begun = time.perf_counter()
+    sweeps = [sorted(index for index, _ in finished) for finished in engine.sweeps(jobs)]
+    seconds = time.perf_counter() - begun
+    assert sweeps == [[4], [0, 1, 2], [3]]  # the bad job at once
+    assert [timing.prefill_rows for timing in timings] == [len(PREFIX) + 3 + 2, 0, 0]
+    assert [timing.decode_rows for timing in timings] == [0, 1, 1]
+    assert [timing.num_sequences for timing in timings] == [4, 1, 1]
+    assert all(timing.load_s == 0.0 < timing.sweep_s for timing in timings)
+    assert sum(timing.sweep_s + timing.host_s for timing in timings) <= seconds
+    assert begun <= timings[0].begun <= timings[1].begun
+    engine.observer = None
+    assert [index for index, _ in engine.stream(jobs[:1])] == [0]
+    assert len(timings) == 3

@@ -1,4 +1,4 @@
-"""The one double: an engine with the same `stream` whose answers follow from the job alone, without a model."""
+"""The one double: an engine with the same `sweeps` whose answers follow from the job alone, without a model."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.calls: list[list[Job]] = []
         self.closed = False
+        self.observer: Any = None
         self.fault: EngineError | None = None
-        """Raised by `stream` after `fault_after` completions."""
+        """Raised by `sweeps` after `fault_after` completions."""
         self.fault_after = 0
         self.bad_tokens: set[int] = set()
         """Jobs whose prompt has one of these fail alone."""
         self.let_go = threading.Event()
-        """Cleared, `stream` waits before it yields."""
+        """Cleared, `sweeps` waits before it yields."""
         self.let_go.set()
         self._lock = threading.Lock()
 
-    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Completion]]:
+    def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
         with self._lock:
             self.calls.append(list(jobs))
         self.let_go.wait()
         for count, (index, job) in enumerate(reversed(list(enumerate(jobs)))):  # out of order, as sweeps may end
             if self.fault is not None and count == self.fault_after:
                 raise self.fault
-            yield index, self.answer(job)
+            yield [(index, self.answer(job))]
 
     def run(self, jobs: Sequence[Job]) -> list[Completion]:
-        return [completion for _, completion in sorted(self.stream(jobs), key=lambda pair: pair[0])]
+        finished = [pair for sweep in self.sweeps(jobs) for pair in sweep]
+        return [completion for _, completion in sorted(finished, key=lambda pair: pair[0])]
 
     def close(self) -> None:
         self.closed = True

@@ -33,6 +33,7 @@ NUM_RUN_SPECS = {
     "flexgen_fast": 72,
     "lite": 108,
     "mmlu": 57,
+    "nightly": 12,
     "quick": 7,
 }
 SAME_NAME = "legal_summarization"  # of three entries of HELM's: in one suite they overwrite each other

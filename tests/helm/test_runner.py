@@ -114,8 +114,8 @@ def test_a_run_through_helms_proxy_server_is_left_to_helm(
     request = Request(model="local/runner", model_deployment="ours/runner")
     state = RequestState(Instance(Input(text="x"), [], id="id1"), None, None, 0, None, request, None, 0, False)
     remote = make_runner(tmp_path, helm_data, url="http://localhost:1").executor
-    assert remote._client([state]) is None
-    assert make_runner(tmp_path, helm_data).executor._client([state]) is not None
+    assert remote.client_of([state]) is None
+    assert make_runner(tmp_path, helm_data).executor.client_of([state]) is not None
 
 
 def test_progress_is_told(registered: list[FakeEngine], tmp_path: Path, helm_data: Path) -> None:
@@ -263,7 +263,7 @@ def test_errors_are_fatal_or_empty_completions_as_in_helms_executor(
 
     (spec,) = run_specs_of(entry("ours"))
     runner = make_runner(tmp_path, helm_data)
-    runner.executor._client = lambda states: whole  # type: ignore[method-assign]
+    runner.executor.client_of = lambda states: whole  # type: ignore[method-assign]
     client = runner.executor.context.client._get_client("ours/runner")
 
     class Unchecked:

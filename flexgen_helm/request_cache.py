@@ -1,0 +1,181 @@
+"""HELM's cache of requests, in HELM's own format: many answers in one transaction, and its troubles in one line."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from helm.common.cache import CacheConfig, SqliteCacheConfig, cache_stats, create_key_value_store
+from helm.common.hierarchical_logger import hwarn
+from helm.common.key_value_store import KeyValueStore, request_to_key
+from sqlitedict import decode, encode  # type: ignore[import-untyped]
+
+from engine.errors import ConfigError, EngineError
+
+Response = dict[str, Any]
+_T = TypeVar("_T")
+
+_TABLE = "CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)"
+"""As sqlitedict writes it."""
+_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+
+class RequestCache:
+    """Answers by request; what HELM's `Cache` writes is read here and the other way round.
+
+    A context manager, for one thread at a time. HELM opens its file for every request and does not wait for the disk;
+    this keeps it open, and what `put` has written is there also after a power cut. A file that is no database, or a
+    damaged one, is set aside under another name; what can still be read of it is kept. Raises `ConfigError` on entry
+    for a file that cannot be used, `EngineError` later on.
+    """
+
+    def __init__(self, config: CacheConfig, *, wait_s: float = 30.0) -> None:
+        """`wait_s`: how long to wait for another process that has locked the file."""
+        self._config = config
+        self._wait_s = wait_s
+        self._path = Path(config.path) if isinstance(config, SqliteCacheConfig) else None
+        self._connection: sqlite3.Connection | None = None
+        self._store: KeyValueStore | None = None
+        """HELM's own, where the cache is no SQLite file."""
+
+    def __enter__(self) -> RequestCache:
+        if self._path is None:
+            self._store = create_key_value_store(self._config)  # type: ignore[arg-type]
+            self._store.__enter__()
+            return self
+        try:
+            self._guarded(self._open)
+        except EngineError as error:
+            raise ConfigError(str(error)) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._store is not None:
+            self._store.__exit__(kind, error, trace)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def get(self, key: Mapping[str, Any]) -> Response | None:
+        """The answer to a request, None if there is none."""
+        cache_stats.increment_query(self._config.cache_stats_key)
+        if self._store is not None:
+            return self._store.get(key) or None
+        name = request_to_key(key)
+        row = self._guarded(lambda: self._sql.execute("SELECT value FROM unnamed WHERE key = ?", (name,)).fetchone())
+        return None if row is None else _read(row[0])
+
+    def put(self, answers: Iterable[tuple[dict[str, Any], Response]]) -> None:
+        """Keep answers, all of them or none; they are on the disk when this returns."""
+        answers = list(answers)
+        for _ in answers:
+            cache_stats.increment_compute(self._config.cache_stats_key)
+        if self._store is not None:
+            self._store.multi_put(answers)
+        elif answers:
+            rows = [(request_to_key(key), encode(answer)) for key, answer in answers]
+            self._guarded(lambda: self._write(rows))
+
+    @property
+    def _sql(self) -> sqlite3.Connection:
+        assert self._connection is not None
+        return self._connection
+
+    def _open(self) -> None:
+        assert self._path is not None
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = sqlite3.connect(self._path, timeout=self._wait_s, check_same_thread=False)
+        with self._sql:
+            self._sql.execute("BEGIN IMMEDIATE")  # a lock shows now rather than hours later
+            self._sql.execute(_TABLE)
+        self._sql.execute("SELECT key, value FROM unnamed LIMIT 1").fetchone()
+
+    def _write(self, rows: Iterable[tuple[str, Any]]) -> None:
+        with self._sql:
+            self._sql.executemany("REPLACE INTO unnamed (key, value) VALUES (?, ?)", rows)
+
+    def _guarded(self, do: Callable[[], _T]) -> _T:
+        """What `do` returns; a damaged file is set aside first, other troubles are told in one line."""
+        try:
+            try:
+                return do()
+            except sqlite3.DatabaseError as error:
+                if _code(error) not in _BROKEN:
+                    raise
+                self._set_aside(str(error))
+                return do()
+        except (sqlite3.Error, OSError) as error:
+            raise EngineError(self._trouble(error)) from None
+
+    def _trouble(self, error: Exception) -> str:
+        code = _code(error)
+        if code in _LOCKED:
+            return (
+                f"HELM's cache {self._path} is locked by another process for more than {self._wait_s:.0f} s; end that "
+                "process, or give this one another --local-path"
+            )
+        if code in _FULL:
+            assert self._path is not None
+            free = shutil.disk_usage(self._path.parent).free
+            return (
+                f"HELM's cache {self._path} cannot be written ({error}); {free / 1e6:.1f} MB are free there: free some "
+                "and run the same command again, it goes on from here"
+            )
+        return f"HELM's cache {self._path} cannot be used: {' '.join(str(error).split())}"
+
+    def _set_aside(self, reason: str) -> None:
+        """Rename the damaged file, begin a new one, and take over the rows that can be read."""
+        assert self._path is not None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        aside = Path(f"{self._path}.corrupt-{datetime.now():%Y%m%dT%H%M%S}")
+        for suffix in ("", "-journal", "-wal", "-shm"):  # a journal left behind would be played into the new file
+            if os.path.exists(f"{self._path}{suffix}"):
+                os.replace(f"{self._path}{suffix}", f"{aside}{suffix}")
+        self._open()
+        rescued = self._rescue(aside)
+        hwarn(
+            f"HELM's cache {self._path} is damaged ({reason}); it is set aside as {aside}, {rescued} answers could be "
+            "read and are kept, the others are computed anew"
+        )
+
+    def _rescue(self, aside: Path) -> int:
+        count = 0
+        old = sqlite3.connect(f"file:{aside}?mode=ro", uri=True)
+        try:
+            for name, value in old.execute("SELECT key, value FROM unnamed"):
+                if isinstance(name, str) and _read(value) is not None:
+                    self._write([(name, value)])
+                    count += 1
+        except sqlite3.Error:
+            pass  # nothing behind this can be read
+        finally:
+            old.close()
+        return count
+
+
+def _code(error: Exception) -> int:
+    """SQLite's code of an error, 0 if it has none."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _read(value: Any) -> Response | None:
+    """The answer that a row holds; None where it holds none."""
+    try:
+        answer = decode(value)
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError):
+        return None
+    return answer if answer and isinstance(answer, dict) else None

@@ -1,0 +1,76 @@
+"""One sweep at a time in a suite: a lock that tells who holds it and ends with its owner, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+from engine.errors import ConfigError
+
+FILE_NAME = "flexgen_sweep.lock"
+
+
+class SuiteLock:
+    """Holds a suite's directory, made if need be, as a context manager; `ConfigError` when another process holds it.
+
+    The operating system gives the lock up when its owner ends, so what a killed sweep has left is taken over.
+    """
+
+    def __init__(self, suite_path: Path) -> None:
+        self._path = suite_path / FILE_NAME
+        self._handle: int | None = None
+
+    def __enter__(self) -> SuiteLock:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = self._owner()
+            os.close(handle)
+            raise ConfigError(
+                f"another sweep is at work on suite {self._path.parent.name}: {owner}; wait for it, or take another "
+                "--suite"
+            ) from None
+        except OSError as error:
+            os.close(handle)
+            raise ConfigError(
+                f"{self._path} cannot be locked: {error.strerror}; put --output-path on another file system"
+            ) from None
+        self._handle = handle
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            self._write(None)
+            os.close(self._handle)
+            self._handle = None
+
+    def _write(self, owner: dict[str, str | int] | None) -> None:
+        """Say who holds it. The file stays: removing it could take another's lock away."""
+        assert self._handle is not None
+        try:
+            os.ftruncate(self._handle, 0)
+            if owner is not None:
+                os.pwrite(self._handle, json.dumps(owner).encode(), 0)
+        except OSError:  # a full disk: the lock holds without it
+            pass
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads(self._path.read_text(encoding="utf-8"))
+            return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "a process that has not said which"
