@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
-from helm.common.hierarchical_logger import hexception, htrack_block
+from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
 from engine.checkpoint import ModelDescription, describe
 from engine.errors import EngineError
@@ -19,6 +19,7 @@ from engine.identity import result_identity
 from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.timing import SweepTiming
+from flexgen_helm.auto_policy import choose
 from flexgen_helm.batcher import Batcher, Done
 
 Identity = dict[str, str | int | None]
@@ -84,7 +85,7 @@ class Served:
 
     def sweeps(self, jobs: Sequence[Job], observe: Observer | None = None) -> Iterator[list[Done]]:
         """`stream`, but all that a sweep finishes at once; `observe` sees the sweeps while this call runs."""
-        with self._running() as engine:
+        with self._running(jobs) as engine:
             started = time.perf_counter()
             if observe is not None:
                 engine.observer = partial(observe, engine)
@@ -101,13 +102,13 @@ class Served:
                     engine.observer = None
 
     @contextmanager
-    def _running(self) -> Iterator[RunningEngine]:
+    def _running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
         with self._registry.loading:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             if self._engine is None:
                 self._registry.close_idle()
-                self._engine = self._load()
+                self._engine = self._load(jobs)
             with self._lock:
                 self._num_users += 1
         try:
@@ -116,10 +117,15 @@ class Served:
             with self._lock:
                 self._num_users -= 1
 
-    def _load(self) -> RunningEngine:
+    def _load(self, jobs: Sequence[Job]) -> RunningEngine:
+        """Load the engine, placed for `jobs` where the policy leaves that open; later ones have to do with it."""
+        path = self.description.path
         try:
-            with htrack_block(f"Loading {self.description.path}"):
-                return self._registry.load(self.description.path, self.policy)
+            with htrack_block(f"Loading {path}"):
+                chosen = choose(path, self.description.dtype, self.policy, jobs)
+                if chosen.note:
+                    hlog(chosen.note)
+                return self._registry.load(path, chosen.policy)
         except EngineError as error:
             self._failure = error
         except Exception as error:

@@ -1,0 +1,118 @@
+"""Protects: `auto` places weights for the requests at hand, as the search has them, and leaves alone what is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import ConfigError
+from engine.hardware import Memory
+from engine.hardware_profile import HardwareProfile
+from engine.job import Job, Sampling
+from engine.policy import Policy, Share
+from flexgen_helm import auto_policy
+from flexgen_helm.auto_policy import choose, workload_of
+from flexgen_helm.dummy import write_model_directory
+from flexgen_helm.plan import _model
+from flexgen_helm.policy_search import search
+from flexgen_helm.roofline import Workload
+
+GB = 10**9
+MEMORY = Memory(device=16 * GB, host=110 * GB, disk=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    runs=st.integers(1, 4),
+    jobs=st.integers(2, 9),
+    shared=st.integers(40, 90),
+    own=st.integers(2, 20),
+    new=st.integers(1, 9),
+)
+def test_jobs_of_a_workload_are_that_workload(runs: int, jobs: int, shared: int, own: int, new: int) -> None:
+    load = Workload(runs, jobs, shared, own, new)
+    assert workload_of(load.jobs(50_000)) == load
+    assert workload_of(Workload(1, jobs, 0, 30, new).jobs(50_000)) == Workload(1, jobs, 0, 30, new)
+
+
+def test_means_of_unlike_jobs() -> None:
+    """Bad ones do not count; those that only score compute all but their last token, and generate none."""
+    jobs = [
+        Job(prompt=[1] * 10, max_new_tokens=4),
+        Job(prompt=[2] * 21, max_new_tokens=0, prompt_logprobs=True),
+        Job(prompt=[3] * 9, max_new_tokens=-1),
+        Job(prompt=[3] * 9, max_new_tokens=99, sampling=Sampling(temperature=-1)),
+    ]
+    assert workload_of(jobs) == Workload(1, 2, 0, 15, 2)
+    assert workload_of(jobs[2:]) is None
+    assert workload_of([]) is None
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("opt-30b")
+    write_model_directory("opt-30b", folder)
+    return folder
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
+    """A machine with the profiled card."""
+    profile = HardwareProfile.load("h100-16gb")
+    monkeypatch.setattr(auto_policy, "resolve_device", lambda name: "cuda")
+    monkeypatch.setattr(auto_policy, "available_memory", lambda *_: MEMORY)
+    monkeypatch.setattr(auto_policy.HardwareProfile, "load", lambda: profile)
+    return profile
+
+
+@pytest.mark.parametrize("work", ["1x100x400+100:1", "1x80x0+512:32"])
+def test_the_best_of_the_search(work: str, opt: Path, card: HardwareProfile, tmp_path: Path) -> None:
+    load, base = Workload.parse(work), Policy(gpu_memory=16 * GB)
+    chosen = choose(str(opt), "float16", base, load.jobs(50_000))
+    found = search(_model("opt-30b", "float16", tmp_path), card, MEMORY, load, base, compress=False)
+    plain = next(each for each in found if not each.policy.cpu_cache_compute)
+    is_far_better = found[0].seconds <= 0.9 * plain.seconds
+    assert chosen.policy == (found[0] if is_far_better else plain).policy
+    assert chosen.policy.weights is not None
+    assert replace(chosen.policy, weights=None, cpu_cache_compute=False) == base
+    assert chosen.policy.cpu_cache_compute == (":32" in work)
+    assert "% of the weights on the device" in chosen.note
+    assert f"for {load.num_requests} requests" in chosen.note
+    assert ("attention on the host" in chosen.note.split(";")[0]) == (":32" in work)
+
+
+def test_what_is_said_stays(opt: Path, card: HardwareProfile) -> None:
+    jobs = Workload.parse("1x9x0+50:1").jobs(50_000)
+    for said in (Policy(weights=Share(gpu=1, cpu=99)), Policy(kv_cache=Share(gpu=0, cpu=100))):
+        assert choose(str(opt), "float16", said, jobs).policy is said
+    assert choose(str(opt), "float16", Policy(), []).policy == Policy()
+    coded = choose(str(opt), "float16", Policy(compress_weight=4), jobs).policy
+    assert (coded.compress_weight, coded.compress_cache) == (4, None)
+    assert coded.weights is not None
+
+
+def test_where_nothing_is_known(opt: Path, card: HardwareProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> HardwareProfile:
+        raise ConfigError("there is no hardware profile of this machine; run `flexgen-helm doctor --profile`")
+
+    jobs = Workload.parse("1x9x0+50:1").jobs(50_000)
+    monkeypatch.setattr(auto_policy.HardwareProfile, "load", nothing)
+    chosen = choose(str(opt), "float16", Policy(), jobs)
+    assert chosen.policy == Policy()
+    assert chosen.estimate is None
+    assert "placed by rule" in chosen.note
+    assert "doctor --profile" in chosen.note
+    monkeypatch.setattr(auto_policy, "resolve_device", lambda name: "cpu")
+    assert choose(str(opt), "float16", Policy(), jobs).note == ""
+
+
+def test_what_fits_nowhere_is_left_to_the_engine(
+    opt: Path, card: HardwareProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_policy, "available_memory", lambda *_: Memory(device=GB, host=GB, disk=0))
+    chosen = choose(str(opt), "float16", Policy(), Workload.parse("1x9x0+50:1").jobs(50_000))
+    assert (chosen.policy, chosen.estimate) == (Policy(), None)
