@@ -21,6 +21,7 @@ from engine.policy import Policy
 from engine.timing import SweepTiming
 from flexgen_helm.auto_policy import choose
 from flexgen_helm.batcher import Batcher, Done
+from flexgen_helm.policy_search import Estimate
 
 Identity = dict[str, str | int | None]
 
@@ -67,6 +68,8 @@ class Served:
         self._lock = threading.Lock()
         self._identity: Identity | None = None
         self._engine: RunningEngine | None = None
+        self._estimate: Estimate | None = None
+        """Of the jobs that the engine was loaded for, until they have been run."""
         self._failure: EngineError | None = None
         self._num_users = 0
 
@@ -86,13 +89,17 @@ class Served:
     def sweeps(self, jobs: Sequence[Job], observe: Observer | None = None) -> Iterator[list[Done]]:
         """`stream`, but all that a sweep finishes at once; `observe` sees the sweeps while this call runs."""
         with self._running(jobs) as engine:
-            started = time.perf_counter()
+            started, seconds = time.perf_counter(), 0.0
+            estimate, self._estimate = self._estimate, None
             if observe is not None:
                 engine.observer = partial(observe, engine)
             try:
                 for finished in engine.sweeps(jobs):
                     seconds = time.perf_counter() - started
                     yield [Done(index=index, completion=completion, seconds=seconds) for index, completion in finished]
+                if estimate is not None:
+                    least = estimate.seconds
+                    hlog(f"{len(jobs)} requests took {seconds:.1f} s; at least {least:.1f} s ({least / seconds:.0%})")
             except EngineError:
                 raise
             except Exception as error:
@@ -125,6 +132,7 @@ class Served:
                 chosen = choose(path, self.description.dtype, self.policy, jobs)
                 if chosen.note:
                     hlog(chosen.note)
+                self._estimate = chosen.estimate
                 return self._registry.load(path, chosen.policy)
         except EngineError as error:
             self._failure = error

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from engine.errors import ConfigError
 from engine.hardware import Memory
 from engine.hardware_profile import HardwareProfile
 from engine.job import Job, Sampling
 from engine.policy import Policy, Share
-from flexgen_helm import auto_policy
-from flexgen_helm.auto_policy import choose, workload_of
+from flexgen_helm import auto_policy, engines
+from flexgen_helm.auto_policy import Chosen, choose, workload_of
 from flexgen_helm.dummy import write_model_directory
 from flexgen_helm.plan import _model
-from flexgen_helm.policy_search import search
+from flexgen_helm.policy_search import Estimate, search
 from flexgen_helm.roofline import Workload
 
 GB = 10**9
@@ -116,3 +120,28 @@ def test_what_fits_nowhere_is_left_to_the_engine(
     monkeypatch.setattr(auto_policy, "available_memory", lambda *_: Memory(device=GB, host=GB, disk=0))
     chosen = choose(str(opt), "float16", Policy(), Workload.parse("1x9x0+50:1").jobs(50_000))
     assert (chosen.policy, chosen.estimate) == (Policy(), None)
+
+
+def test_the_engine_is_loaded_with_it_and_the_end_is_compared(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: later jobs are not those that the estimate is of."""
+    chosen = Policy(weights=Share(gpu=7, cpu=93))
+    estimate = SimpleNamespace(seconds=0.5)
+    monkeypatch.setattr(engines, "choose", lambda *_: Chosen(chosen, cast(Estimate, estimate), "auto: a note"))
+    loaded: list[Policy] = []
+
+    def load(path: str, policy: Policy) -> FakeEngine:
+        loaded.append(policy)
+        return FakeEngine(AutoTokenizer.from_pretrained(path))
+
+    served, lines = engines.EngineRegistry(load).served(str(tiny_llama), Policy()), list[str]()
+    monkeypatch.setattr(engines, "hlog", lines.append)
+    for _ in range(2):
+        assert len(list(served.stream([Job(prompt=[20], max_new_tokens=2)]))) == 1
+    assert loaded == [chosen]
+    assert lines[0] == "auto: a note"
+    assert len(lines) == 2
+    assert "1 requests took" in lines[1]
+    assert "at least 0.5 s" in lines[1]
+    assert served.policy == Policy()
