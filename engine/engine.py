@@ -36,8 +36,9 @@ from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy
 from engine.schedule import Scheduler
 from engine.sequence import Sequence
+from engine.stored_form import encoded_names, stored_sizes, whole_sizes
 from engine.timing import SweepTiming, count_rows
-from engine.weights import WeightStore, encoded_names, stored_sizes, whole_sizes
+from engine.weights import WeightStore
 
 
 class Engine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,13 +15,16 @@ from torch import nn
 from engine import accelerator
 from engine.arena import Arena
 from engine.codec import GROUP, Codec
-from engine.disk_file import BLOCK, DiskFile, Span
+from engine.disk_file import BLOCK
 from engine.disk_io import wait_for
 from engine.model import CausalModel, Unit
-from engine.placement import Extent, Split, Tier, align, lay_out, split_bytes, streamed_from
+from engine.placed_unit import Place, PlacedUnit
+from engine.placement import Extent, Tier, align, lay_out, split_bytes, streamed_from
 from engine.planner import READ_AHEAD_BYTES
 from engine.policy import Share
+from engine.stored_form import encoded_names, stored_sizes, whole_sizes
 from engine.sweep_reader import SweepReader
+from engine.token_embedding import TokenEmbedding
 
 NUM_SLOTS = 2
 _STAGE_BYTES = 64 << 20
@@ -31,74 +33,10 @@ _CONVERTED_ELEMENTS = 1 << 20
 """Converted at once on their way to the disk: it takes memory."""
 _CODED_CHUNK_ELEMENTS = 2 << 20
 """Encoded at once: it takes about 30 bytes for each, on the device."""
-_CODED_PART = 0.01
-"""Of a unit's numbers, what a parameter must have to be encoded: routers and norms are small, and matter."""
 
 
 _Binding = tuple[nn.Module, str, nn.Parameter]
 """A module, the name of a parameter of its, and the parameter."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the disk part of a parameter lies."""
-
-    first: int
-    """First byte in the unit."""
-    end: int
-    file: DiskFile
-    at: int
-    """The place of `first` in the file."""
-    is_adopted: bool
-    """Whether the file is the checkpoint's."""
-
-    def span(self, first: int, end: int, at: int) -> Span:
-        """Bytes `first` to `end` of the unit, as far as they are here; `first` belongs to byte `at` of a memory."""
-        low, high = max(first, self.first), min(end, self.end)
-        return Span(self.file, self.at + low - self.first, self.at + high - self.first, at + low - first)
-
-
-@dataclass(eq=False)
-class PlacedUnit:
-    """A unit of parameters, cut over the tiers."""
-
-    unit: Unit
-    extents: list[Extent]
-    """Of the stored bytes."""
-    split: Split
-    parts: dict[Tier, torch.Tensor]
-    """Bytes on device and host; together, in the order of the tiers, and with what is on disk, they are the unit."""
-    start: int
-    """First byte that must be brought to the device before use."""
-    missing: set[str]
-    """Parameters that have not arrived yet."""
-    coded: frozenset[str]
-    """Parameters that are stored encoded. If there are any, the whole unit is expanded before use."""
-    expanded: list[Extent]
-    """Where its parameters lie then; empty if none is encoded."""
-    places: dict[str, _Place] = field(default_factory=dict)
-    """Of what parameters have on disk."""
-    complete: threading.Event = field(default_factory=threading.Event)
-    """Set when all have, or never will."""
-
-    @property
-    def num_streamed(self) -> int:
-        """Bytes that pass through a slot."""
-        return self.split.num_bytes - self.start
-
-    def pieces(self) -> list[tuple[Tier, int, torch.Tensor]]:
-        """(tier, offset in the slot, bytes) of everything in memory that is copied into the slot."""
-        pieces: list[tuple[Tier, int, torch.Tensor]] = []
-        for tier, first, end in self.split.parts():
-            low = max(first, self.start)
-            if low < end and tier != "disk":
-                pieces.append((tier, low - self.start, self.parts[tier][low - first : end - first]))
-        return pieces
-
-    def disk_spans(self, first: int | None = None, end: int | None = None) -> list[Span]:
-        """What is on disk of the stored bytes `first` to `end`, to be read to `first`; without them, to the slot."""
-        first, end = self.start if first is None else first, self.split.num_bytes if end is None else end
-        return [place.span(first, end, 0) for place in self.places.values() if place.first < end and place.end > first]
 
 
 @dataclass(eq=False)
@@ -174,13 +112,11 @@ class WeightStore:
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream = accelerator.new_stream(self._device)
         self._stage: list[tuple[torch.Tensor, Any]] = []
-        self._looker = ThreadPoolExecutor(1, thread_name_prefix="flexgen-look-up")
-        self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
-        self._lookup: torch.Tensor | None = None
         self._fault: BaseException | None = None
         self._views: dict[int, list[list[_Binding]]] = {}
         """Of a streamed unit, by slot: an odd number of units visits both slots in turn."""
         self._bind()
+        self._embedding = TokenEmbedding(model, self._placed["embedding"], arena, self._wait_for)
 
     def placed_bytes(self) -> dict[str, dict[Tier, int]]:
         """Bytes of each unit on each tier."""
@@ -269,10 +205,6 @@ class WeightStore:
         table = self._placed["embedding"]
         if table.num_streamed == 0:
             _set(self._bindings(table, self._outer))
-        else:
-            embedding: Any = self.model.embedding
-            embedding.padding_idx = None  # only gradients know it, and it may lie beyond the rows looked up
-            embedding.register_forward_pre_hook(lambda module, args: (self._lookup, *args[1:]))
         if self.model.is_tied:
             output = self.model.output
             assert output is not None
@@ -361,10 +293,6 @@ class WeightStore:
         self._write(placed, place, steps, dtype)
         self._write(placed, place + step_bytes, leasts, dtype)
 
-    def _make_room(self, placed: PlacedUnit) -> None:
-        if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
-            placed.parts["host"] = self._arena.empty(placed.split.host, "host")
-
     def codec_of(self, name: str) -> Codec | None:
         """What a parameter is encoded by; None if it is stored as numbers."""
         return self._codec if name in self._extent_of[name][0].coded else None
@@ -406,7 +334,7 @@ class WeightStore:
         if not is_same or not self._arena.is_on_same_disk(path):
             return like.numel()
         file = self._arena.opened(path)
-        placed.places[name] = _Place(low, extent.end, file, first + low - extent.first, True)
+        placed.places[name] = Place(low, extent.end, file, first + low - extent.first, True)
         return (low - extent.first) // dtype.itemsize
 
     def claim_disk(self) -> None:
@@ -423,7 +351,7 @@ class WeightStore:
         if layout:
             file = self._arena.file(size)
             placed.places.update(
-                {name: _Place(first, end, file, at, False) for name, (first, end, at) in layout.items()}
+                {name: Place(first, end, file, at, False) for name, (first, end, at) in layout.items()}
             )
 
     def arrive(self, name: str) -> None:
@@ -456,62 +384,12 @@ class WeightStore:
 
     def look_up_ahead(self, ids: torch.Tensor) -> None:
         """Start looking up the ids that `look_up` will be called with next, while the device computes."""
-        if self._overlap and self._placed["embedding"].num_streamed:
-            self._ahead = ids, self._looker.submit(self._find, ids)
+        if self._overlap:
+            self._embedding.look_up_ahead(ids)
 
     def look_up(self, ids: torch.Tensor) -> None:
         """Prepare the token embedding for `ids` `[sequences, rows]` (on the host): brings just their rows here."""
-        if self._placed["embedding"].num_streamed == 0:
-            self._wait_for(self._placed["embedding"])
-            return
-        ahead, self._ahead = self._ahead, None
-        rows, self._lookup = ahead[1].result() if ahead is not None and ahead[0] is ids else self._find(ids)
-        self.model.embedding._parameters["weight"] = _parameter(rows)
-
-    def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the token embedding that `ids` need, on the device, and where among them each id finds its own."""
-        table = self._placed["embedding"]
-        self._wait_for(table)
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        like = self.model.state[table.extents[0].name]
-        rows = torch.empty(len(unique), like.shape[1], dtype=like.dtype, device=self._device)
-        row_bytes = like.shape[1] * like.element_size()
-        for tier, first, end in table.split.parts():
-            here = ((unique >= first // row_bytes) & (unique < end // row_bytes)).nonzero()[:, 0]
-            if len(here):
-                if tier == "disk":
-                    found = self._rows_on_disk(table, unique[here].tolist(), row_bytes).view(like.dtype)
-                else:
-                    part = table.parts[tier].view(like.dtype).view(-1, like.shape[1])
-                    found = self._rows_of(part, unique[here] - first // row_bytes)
-                if len(here) == len(rows):
-                    rows.copy_(found, non_blocking=True)
-                else:
-                    rows.index_copy_(0, here.to(self._device), found.to(self._device, non_blocking=True))
-        return rows, inverse.to(self._device)
-
-    def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, page-locked if they are to cross the link."""
-        if part.device.type != "cpu" or self._copy_stream is None:
-            return part.index_select(0, index.to(part.device))
-        rows = accelerator.page_locked(len(index), part.shape[1], dtype=part.dtype)
-        return torch.index_select(part, 0, index, out=rows)
-
-    def _rows_on_disk(self, table: PlacedUnit, rows: list[int], row_bytes: int) -> torch.Tensor:
-        """Bytes `[rows, row_bytes]` of rows of the table."""
-        found = self._memory(len(rows) * row_bytes)
-        (place,) = table.places.values()
-        spans = [
-            place.span(row * row_bytes, (row + 1) * row_bytes, number * row_bytes) for number, row in enumerate(rows)
-        ]
-        wait_for(self._arena.io.read(spans, found))
-        return found.view(-1, row_bytes)
-
-    def _memory(self, num_bytes: int) -> torch.Tensor:
-        """Host memory for what goes on to the device."""
-        if self._copy_stream is None:
-            return torch.empty(num_bytes, dtype=torch.uint8)
-        return accelerator.page_locked(num_bytes, dtype=torch.uint8)
+        self._embedding.look_up(ids)
 
     def acquire(self, step: int) -> None:
         """Wait until layer `step` (or, behind the last layer, the head) can compute, and start fetching the next."""
@@ -630,11 +508,11 @@ class WeightStore:
 
     def close(self) -> None:
         """Stop fetching and let go of the weights; the arena frees the memory."""
-        for pool in (self._fetcher, self._looker):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        self._embedding.close()
         if self._reader is not None:
             self._reader.close()
-        self._reader = self._ahead = None
+        self._reader = None
         for placed in self._placed.values():
             for module, attribute in placed.unit.owners.values():
                 module._parameters[attribute] = None
@@ -645,43 +523,6 @@ class WeightStore:
             held.clear()
         for listed in (self._by_step, self._streamed, self._slots, self._stage):
             listed.clear()
-
-
-def coded_names(model: CausalModel, unit: Unit) -> frozenset[str]:
-    """Parameters of a unit that a codec takes: a layer's large matrices."""
-    if not unit.name.startswith("layer."):
-        return frozenset()
-    shapes = {name: model.state[name].shape for name in unit.owners}
-    least = _CODED_PART * sum(shape.numel() for shape in shapes.values())
-    return frozenset(
-        name
-        for name, shape in shapes.items()
-        # Experts arrive one at a time, each with groups of its own.
-        if len(shape) > 1 and shape.numel() >= least and shape[-2:].numel() % GROUP == 0
-    )
-
-
-def encoded_names(model: CausalModel, unit: Unit, codec: Codec | None) -> frozenset[str]:
-    """Parameters of a unit that are stored encoded, by the codec or as the checkpoint packs them."""
-    packed = frozenset(name for name in unit.owners if name in model.packed)
-    return packed or (frozenset() if codec is None else coded_names(model, unit))
-
-
-def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[str, int]:
-    """Bytes of each parameter of a unit, as it is stored."""
-    sizes = whole_sizes(model, unit)
-    for name in encoded_names(model, unit, codec):
-        like = model.state[name]
-        if name in model.packed:
-            sizes[name] = model.packed[name].num_bytes
-        elif codec is not None:
-            sizes[name] = codec.num_bytes(like.numel(), like.dtype)
-    return sizes
-
-
-def whole_sizes(model: CausalModel, unit: Unit) -> dict[str, int]:
-    """Bytes of each parameter of a unit, as it is computed with."""
-    return {name: model.state[name].numel() * model.state[name].element_size() for name in unit.owners}
 
 
 def _parameter(view: torch.Tensor) -> nn.Parameter:

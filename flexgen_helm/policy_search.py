@@ -197,7 +197,7 @@ def _host_attention(
 
 def _placed(model: CausalModel, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
     from engine.codec import codec_of
-    from engine.weights import stored_sizes
+    from engine.stored_form import stored_sizes
 
     codec = codec_of(policy.compress_weight)
     placed: dict[str, dict[Tier, int]] = {}

@@ -146,7 +146,7 @@ def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]],
     """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
     from engine.codec import codec_of
     from engine.kv_cache import cache_row_bytes
-    from engine.weights import coded_names, whole_sizes
+    from engine.stored_form import coded_names, whole_sizes
 
     config = model.config.get_text_config()
     num_experts = next((n for key in _EXPERT_KEYS if (n := getattr(config, key, None))), None)

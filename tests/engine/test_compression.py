@@ -26,7 +26,7 @@ from engine.errors import CapacityError
 from engine.hardware import Memory
 from engine.planner import make_plan
 from engine.policy import Share
-from engine.weights import coded_names
+from engine.stored_form import coded_names
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
