@@ -58,7 +58,7 @@ def choose(path: str, dtype: str, policy: Policy, jobs: Sequence[Job]) -> Chosen
     memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
     try:
         model = CausalModel(Path(path), getattr(torch, resolve_dtype(policy.dtype, dtype, device)), torch.device("cpu"))
-        best = _best(search(model, profile, memory, load, policy, compress=False))
+        best = best_of(search(model, profile, memory, load, policy, compress=False))
     except EngineError:  # the engine will say it, with its own numbers
         return Chosen(policy, None, "")
     weights = best.plan.weights
@@ -71,7 +71,7 @@ def choose(path: str, dtype: str, policy: Policy, jobs: Sequence[Job]) -> Chosen
     return Chosen(best.policy, best, note)
 
 
-def _best(found: list[Estimate]) -> Estimate:
+def best_of(found: list[Estimate]) -> Estimate:
     """The fastest; one with attention on the host only if it is faster by far."""
     others = [each for each in found if not each.policy.cpu_cache_compute]
     if others and found[0].seconds > _HOST_ATTENTION_GAIN * others[0].seconds:
