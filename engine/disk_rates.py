@@ -35,7 +35,7 @@ def disk_rates(directory: str, *, num_bytes: int, seconds: float) -> tuple[float
         # Claimed before: writes that extend a file wait for each other.
         with closing(DiskFile.create(folder, num_chunks * PIECE_BYTES)) as file:
             return _rates(file, num_chunks, seconds)
-    except CapacityError:
+    except (CapacityError, ConfigError):  # they name the directory
         raise
     except EngineError as error:
         raise ConfigError(f"offload-dir {directory} cannot be measured: {error}") from None
