@@ -429,7 +429,9 @@ def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
     load = engines.load
 
     def slowly(path: str, policy: Any) -> SlowEngine:
-        os.kill(os.getpid(), signal.SIGINT)  # which the main thread gets, that waits for answers
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, signal.SIGINT)  # it waits for answers
         time.sleep(0.5)
         return SlowEngine(load(path, policy).tokenizer)  # type: ignore[attr-defined]
 
