@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -412,6 +411,7 @@ def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
 ) -> None:
     from engine import Completion, EngineError, Job
     from flexgen_helm.engines import engines
+    from flexgen_helm.sweep_runner import SweepRunner
 
     answered: list[int] = []
 
@@ -429,14 +429,18 @@ def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
     load = engines.load
 
     def slowly(path: str, policy: Any) -> SlowEngine:
-        main_thread = threading.main_thread().ident
-        assert main_thread is not None
-        signal.pthread_kill(main_thread, signal.SIGINT)  # it waits for answers
         time.sleep(0.5)
         return SlowEngine(load(path, policy).tokenizer)  # type: ignore[attr-defined]
 
+    def interrupted(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ("sweep", "--model", tiny_llama, "-m", 2, "--suite", "early", "-r")
+    assert cli(*command, SUBJECTS[0]) == 0
+    engines.close()
     monkeypatch.setattr(engines, "load", slowly)
-    assert cli("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "early") == 130
+    monkeypatch.setattr(SweepRunner, "finish", interrupted)  # of the run that is known
+    assert cli(*command, *SUBJECTS) == 130
     assert len(answered) <= 1
     assert not [thread for thread in threading.enumerate() if thread.name == "flexgen-sweep"]
 
