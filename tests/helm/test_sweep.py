@@ -419,7 +419,7 @@ def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
         """Takes half a second for each job, until it is closed."""
 
         def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
-            for index, job in enumerate(jobs):
+            for index, job in enumerate(list(jobs)):
                 time.sleep(0.5)
                 if self.closed:
                     raise EngineError("the engine is closed")
