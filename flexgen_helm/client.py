@@ -110,6 +110,11 @@ class FlexGenClient(CachingClient):
             raise ConfigError(f"window {self._window} of {self._model} exceeds the {own} of its config; leave it out")
         return own if self._window is None else self._window
 
+    def close(self) -> None:
+        """Close the engine, if it is loaded, after the sweep at hand; calls that wait for it fail."""
+        if "_served" in self.__dict__:
+            self._served.close()
+
     def check(self, requests: Sequence[Request]) -> None:
         """Raise the error of the first request that cannot be run, saying how many there are; loads no weights."""
         bad: dict[int, EngineError] = {}
@@ -176,8 +181,8 @@ class FlexGenClient(CachingClient):
                 name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
                 if name in asked.todo:
                     asked.todo[name].places.append(place)
-                elif stored := cache.get(key):
-                    asked.known[place] = result(stored, cached=True)
+                elif known := _known(cache.get(key)):
+                    asked.known[place] = known
                 else:
                     try:
                         ids, jobs = self._jobs(request, text)
@@ -233,6 +238,14 @@ class FlexGenClient(CachingClient):
             return self._translator.response(work.request, work.ids, completions, timing)
         except EngineError as error:
             return error
+
+
+def _known(stored: Response | None) -> RequestResult | None:
+    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
+    try:
+        return None if stored is None else result(stored, cached=True)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _answer(work: Work, response: Response | EngineError) -> Answer:

@@ -113,13 +113,14 @@ class Served:
         with self._registry.loading:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
-            if self._engine is None:
+            engine = self._engine
+            if engine is None:
                 self._registry.close_idle()
-                self._engine = self._load(jobs)
+                engine = self._engine = self._load(jobs)
             with self._lock:
                 self._num_users += 1
         try:
-            yield self._engine
+            yield engine  # which `close` may have taken meanwhile: it then says that it is closed
         finally:
             with self._lock:
                 self._num_users -= 1

@@ -29,6 +29,10 @@ class Footprint:
             if missing:
                 self._new.append(missing[-1])
 
+    def settle(self) -> None:
+        """Call before the first folder is made: what is there by now is another command's, and is left alone."""
+        self._new = [path for path in self._new if not path.exists()]
+
     def undo(self, *, keep: Path, finished: Iterable[Path] = ()) -> None:
         """Remove what was not there before.
 

@@ -13,9 +13,11 @@ from helm.common.request import RequestResult
 
 from flexgen_helm.asked import Answer, Asked, raise_first
 from flexgen_helm.client import FlexGenClient
-from flexgen_helm.engines import engines
 from flexgen_helm.sweep_tally import Tally
 from flexgen_helm.two_step_runner import Adapted
+
+_CLOSING_S = 0.1
+"""How often an engine that is to end is told so, until it has."""
 
 
 @dataclass(eq=False)
@@ -104,9 +106,10 @@ class ModelSweep:
                     on_answer(answer)
                 yield from whole.values()
         finally:
-            if not is_over:  # interrupted: the engine ends the sweep at hand, and its answers are kept
-                engines.close()
-            carrier.join()
+            while carrier.is_alive():
+                if not is_over:  # interrupted: the engine ends the sweep at hand, and its answers are kept
+                    self.client.close()  # again and again: one that is still loading can be closed when it is there
+                carrier.join(_CLOSING_S)
 
     def _carry(self, inbox: queue.SimpleQueue[list[Answer] | BaseException | None]) -> None:
         try:

@@ -6,8 +6,10 @@ import os
 import pickle
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,6 +27,8 @@ _T = TypeVar("_T")
 _TABLE = "CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)"
 """As sqlitedict writes it."""
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_AT_A_TIME = 1000
+"""Rows that are taken over from a damaged file in one transaction."""
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
@@ -100,7 +104,7 @@ class RequestCache:
         with self._sql:
             self._sql.execute("BEGIN IMMEDIATE")  # a lock shows now rather than hours later
             self._sql.execute(_TABLE)
-        self._sql.execute("SELECT key, value FROM unnamed LIMIT 1").fetchone()
+        self._sql.execute("SELECT value FROM unnamed LIMIT 1").fetchone()
 
     def _write(self, rows: Iterable[tuple[str, Any]]) -> None:
         with self._sql:
@@ -154,17 +158,25 @@ class RequestCache:
 
     def _rescue(self, aside: Path) -> int:
         count = 0
-        old = sqlite3.connect(f"file:{aside}?mode=ro", uri=True)
+        old = sqlite3.connect(f"{aside.absolute().as_uri()}?mode=ro", uri=True)
+        old.text_factory = bytes  # a damaged key is no reason to give up the rows behind it
         try:
-            for name, value in old.execute("SELECT key, value FROM unnamed"):
-                if isinstance(name, str) and _read(value) is not None:
-                    self._write([(name, value)])
-                    count += 1
-        except sqlite3.Error:
-            pass  # nothing behind this can be read
+            rows = _readable(old)
+            while together := list(islice(rows, _AT_A_TIME)):
+                self._write(together)
+                count += len(together)
         finally:
             old.close()
         return count
+
+
+def _readable(old: sqlite3.Connection) -> Iterator[tuple[str, Any]]:
+    """The rows that hold answers, up to where nothing can be read any more."""
+    with suppress(sqlite3.Error):
+        for name, value in old.execute("SELECT key, value FROM unnamed"):
+            with suppress(UnicodeDecodeError):
+                if isinstance(name, bytes) and _read(value) is not None:
+                    yield name.decode(), value
 
 
 def _code(error: Exception) -> int:

@@ -68,15 +68,18 @@ def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
-    """Read the main metric of each run whose `stats.json` is there."""
+    """Read the main metric of each run whose `stats.json` is there; one that was torn has no value."""
     scores = []
     for run_spec in run_specs:
         file = runs_path / run_spec.name / "stats.json"
         if file.is_file():
             scenario = run_spec.scenario_spec
             metric, split = main_metric(scenario.class_name, json.dumps(scenario.args, sort_keys=True))
-            stats = json.loads(file.read_text(encoding="utf-8"))
-            scores.append(choose(stats, run_spec.name, run_spec.adapter_spec.model, metric, split))
+            name, model = run_spec.name, run_spec.adapter_spec.model
+            try:
+                scores.append(choose(json.loads(file.read_text(encoding="utf-8")), name, model, metric, split))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                scores.append(choose([], name, model, metric, split))
     return scores
 
 

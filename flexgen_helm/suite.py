@@ -101,9 +101,9 @@ class Suite:
 
 
 def key_of(name: str) -> str:
-    """A run's name without the deployment."""
+    """A run's name without the deployment, its arguments sorted: HELM has them in the order they were given in."""
     before, _, rest = name.partition(":")
-    return f"{before}:{','.join(part for part in rest.split(',') if not part.startswith('model_deployment='))}"
+    return f"{before}:{','.join(sorted(part for part in rest.split(',') if not part.startswith('model_deployment=')))}"
 
 
 def without_model(key: str) -> str:

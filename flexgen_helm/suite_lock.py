@@ -15,8 +15,14 @@ from engine.errors import ConfigError
 FILE_NAME = "flexgen_sweep.lock"
 
 
+class SuiteHeld(ConfigError):
+    """Another process is at work on the suite."""
+
+
 class SuiteLock:
-    """Holds a suite's directory, made if need be, as a context manager; `ConfigError` when another process holds it.
+    """Holds a suite's directory, made if need be, as a context manager.
+
+    Raises `SuiteHeld` when another process holds it, `ConfigError` when it cannot be had.
 
     The operating system gives the lock up when its owner ends, so what a killed sweep has left is taken over.
     """
@@ -36,7 +42,7 @@ class SuiteLock:
         except BlockingIOError:
             owner = self._owner()
             os.close(handle)
-            raise ConfigError(
+            raise SuiteHeld(
                 f"another sweep is at work on suite {self._path.parent.name}: {owner}; wait for it, or take another "
                 "--suite"
             ) from None

@@ -23,11 +23,12 @@ from flexgen_helm.parser import Parser
 from flexgen_helm.report import write_report
 from flexgen_helm.runner import RunsFailed
 from flexgen_helm.scores import read_scores, short_name
-from flexgen_helm.suite_lock import SuiteLock
+from flexgen_helm.suite_lock import SuiteHeld, SuiteLock
 from flexgen_helm.sweep_diary import SweepDiary
 from flexgen_helm.sweep_log import JsonLog, suite_log
 from flexgen_helm.sweep_runner import SweepRunner
 from flexgen_helm.sweep_summary import summary
+from flexgen_helm.two_step_runner import SCRATCH
 
 DESCRIPTION = """
 Run the entries of files as one suite: the requests of all runs of a model go to the engine together, each run's
@@ -37,6 +38,8 @@ the end.
 """
 _REFUSED = ("server_url", "runner_class_name", "dry_run", "skip_instances", "cache_instances", "cache_instances_only")
 """Of HELM's flags, those that a sweep has no use for."""
+_LONGEST_NAME = 255
+"""Bytes, on all file systems that are in use."""
 
 
 def sweep_parser() -> Parser:
@@ -65,10 +68,13 @@ def sweep(arguments: Sequence[str]) -> int:
     try:
         footprint.watch([args.output_path, args.local_path, suite_path])
         prepared = prepare(args, policy)
+        footprint.settle()
         with SuiteLock(suite_path):
             prepared.models.write(args.local_path)
             with JsonLog(args.json_log) as json_log:
                 return _run(args, prepared, suite_path, json_log)
+    except SuiteHeld:
+        raise  # nothing was made: all that is there is the other's
     except EngineError:
         footprint.undo(keep=Path(args.output_path) / "scenarios")
         raise
@@ -83,12 +89,23 @@ def parse_sweep_flags(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("nothing to sweep: name a file of run entries, such as nightly")
     if not args.suite:
         raise ConfigError("name the suite with --suite")
-    if Path(args.suite).name != args.suite or "\\" in args.suite or args.suite in (".", ".."):
-        raise ConfigError(f"suite {args.suite!r} is no name of a directory; leave separators out of it")
+    _check_suite_name(args.suite)
     for name in _REFUSED:
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is not for sweeps; use flexgen-helm run")
     return args
+
+
+def _check_suite_name(name: str) -> None:
+    if Path(name).name != name or "\\" in name or name in (".", "..") or not name.isprintable():
+        raise ConfigError(
+            f"suite {name!r} is no name of a directory; leave separators and what cannot be printed out of it"
+        )
+    if name.endswith(SCRATCH):
+        raise ConfigError(f"suite {name!r} ends like the directory in which sweeps prepare files; leave {SCRATCH} out")
+    most = _LONGEST_NAME - len(SCRATCH)
+    if len(os.fsencode(name)) > most:
+        raise ConfigError(f"the suite's name has {len(os.fsencode(name))} bytes; take one of at most {most}")
 
 
 def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_log: JsonLog) -> int:
@@ -127,13 +144,16 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
 
 
 def _execution_spec(args: argparse.Namespace) -> ExecutionSpec:
-    """As HELM makes it of its flags."""
+    """As HELM makes it of its flags; `ConfigError` where its cache has no directory."""
     sqlite = mongo = None
     if args.mongo_uri and not args.disable_cache:
         mongo = MongoCacheBackendConfig(args.mongo_uri)
     elif not args.disable_cache:
         path = os.path.join(args.local_path, CACHE_DIR)
-        os.makedirs(path, exist_ok=True)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"HELM's cache {path} cannot be made: {error.strerror}") from None
         sqlite = SqliteCacheBackendConfig(path)
     return ExecutionSpec(
         url=None,

@@ -135,8 +135,10 @@ class SweepDiary:
         self._end(run.name, "done", run, num_failed=len(failed))
 
     def failed(self, name: str, error: Exception, trace: str = "") -> None:
-        """A run failed; the others go on."""
-        line = " ".join(str(error).split()) or type(error).__name__
+        """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
+        line = " ".join(str(error).split())
+        if trace or not line:
+            line = ": ".join(part for part in (type(error).__name__, line) if part)
         if trace:
             logger.error("%s failed:\n%s", name, trace)
         self._end(name, "failed", self._requests.get(name), error=line)

@@ -92,7 +92,7 @@ class SweepRunner(TwoStepRunner):
         return list(ours.values()), others
 
     def _sweep(self, model: ModelSweep) -> None:
-        """Answer a model's requests and finish its runs; a fault of the engine fails those that are left."""
+        """Answer a model's requests and finish its runs; a fault on the way to an answer fails those that are left."""
         self.diary.begin(model)
         waiting = {run.name: run for run in model.runs}
 
@@ -104,9 +104,9 @@ class SweepRunner(TwoStepRunner):
                 for run in whole:
                     del waiting[run.name]
                     self._finish(run)
-        except NoRoom:
-            raise
-        except EngineError as error:
+        except Exception as error:
+            if isinstance(error, NoRoom) or (self.exit_on_error and self._failures):
+                raise
             for name in waiting:
                 self._fail(name, error)
         self.diary.end(model)

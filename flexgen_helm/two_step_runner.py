@@ -46,6 +46,8 @@ from flexgen_helm.runner import FlexGenRunner
 
 _LAST_FILE = "per_instance_stats.json"
 """What HELM writes last: a run that has all files counts as completed."""
+SCRATCH = ".partial"
+"""What the directory of unfinished files has behind the suite's name."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -130,7 +132,7 @@ class TwoStepRunner(FlexGenRunner):
     @property
     def _scratch(self) -> Path:
         """Beside the suite's directory, in which HELM takes every directory for a run."""
-        return Path(f"{self.runs_path}.partial")
+        return Path(f"{self.runs_path}{SCRATCH}")
 
     def _write(self, run_spec: RunSpec, files: dict[str, Any]) -> None:
         scratch, target = self._scratch / run_spec.name, Path(self._get_run_path(run_spec))

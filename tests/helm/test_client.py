@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from helm.common.request import Request
+from sqlitedict import encode  # type: ignore[import-untyped]
 
 from engine import EngineError
 from engine.errors import CapacityError, CheckpointError, ConfigError, JobError
@@ -56,6 +58,21 @@ def test_stock_requests_and_whole_runs_share_cache_entries(
     assert [outputs(each) for each in stock] == [outputs(each) for each in whole[:3]]
     assert [replace(each, cached=True) for each in whole] == again  # times and batch sizes too
     assert sum(len(jobs) for jobs in fake_engines[0].calls) == 12
+
+
+def test_what_is_kept_and_is_no_answer_is_computed_anew(
+    make_client: Clients, fake_engines: list[FakeEngine], tmp_path: Path
+) -> None:
+    asked = [request(f"number {n}") for n in range(3)]
+    whole = make_client().make_requests(asked)
+    with sqlite3.connect(tmp_path / "cache.sqlite") as connection:
+        for place, odd in ((0, {"completionz": []}), (1, {"completions": 7})):
+            found = connection.execute("SELECT key FROM unnamed WHERE key LIKE ?", (f"%number {place}%",)).fetchone()
+            connection.execute("UPDATE unnamed SET value = ? WHERE key = ?", (encode(odd), *found))
+    for cached in ([False, False, True], [True] * 3):
+        again = make_client().make_requests(asked)
+        assert [each.cached for each in again] == cached
+        assert [outputs(each) for each in again] == [outputs(each) for each in whole]
 
 
 def test_equal_requests_are_computed_once(make_client: Clients, fake_engines: list[FakeEngine]) -> None:

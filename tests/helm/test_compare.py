@@ -166,6 +166,16 @@ def test_a_run_whose_files_are_broken_has_failed(before: Path, make_after: Calla
     assert verdicts(compared(before, after))["anatomy"] in ("failed", "unscored")
 
 
+def test_the_order_of_arguments_in_a_name_does_not_matter(tmp_path: Path) -> None:
+    """HELM's names have the order in which arguments were given."""
+    one, two = (make_suite(tmp_path, name, {"anatomy": answers(50)}, recorded=False) for name in "ab")
+    (run,) = two.iterdir()
+    first, model, deployment = run.name.removeprefix("mmlu:").split(",")
+    run.rename(two / f"mmlu:{model},{deployment},{first}")
+    (change,) = compare_suites(read_suite(one), read_suite(two)).scores
+    assert change.verdict == "same"
+
+
 def test_another_deployment_of_the_model_is_the_same_work(before: Path, tmp_path: Path) -> None:
     for subject in SUBJECTS:
         write_run(tmp_path / "stock", subject, answers(50), deployment="huggingface/tiny")

@@ -118,6 +118,33 @@ def test_a_damaged_file_is_set_aside_named_and_rebuilt(
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def damage_a_key(path: str, number: int) -> None:
+    """One that is no text any more."""
+    with sqlite3.connect(path) as connection:
+        name = connection.execute("SELECT key FROM unnamed ORDER BY key").fetchall()[number][0]
+        torn = b"\xff" + name.encode()[1:]
+        connection.execute("UPDATE unnamed SET key = CAST(? AS TEXT) WHERE key = ?", (torn, name))
+
+
+def test_a_damaged_key_costs_its_row_only(config: SqliteCacheConfig, warnings: list[str]) -> None:
+    many = [({"prompt": f"{n:03}"}, {"text": str(n) * 500}) for n in range(200)]
+    with RequestCache(config) as cache:
+        cache.put(many)
+    damage_a_key(config.path, 0)
+    with RequestCache(config) as cache:
+        assert [cache.get(key) for key, _ in many] == [None, *(answer for _, answer in many[1:])]
+    path = Path(config.path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-4096] + b"\xff" * 4096)  # now what can be read is taken over
+    with RequestCache(config) as cache:
+        found = [cache.get(key) for key, _ in many]
+        cache.put(many[-1:])
+        assert found[0] is None
+        assert sum(answer is not None for answer in found) > 100
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
 def test_a_row_that_holds_no_answer_counts_as_none(config: SqliteCacheConfig) -> None:
     with SqliteKeyValueStore(config.path) as store:
         store.put({"prompt": "empty"}, {})

@@ -12,9 +12,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,65 @@ def test_a_fault_of_the_engine_keeps_what_was_answered(
     assert record_of("faulty").models[0].cached == 5
 
 
+def test_an_error_that_nobody_expected_leaves_the_other_models_alone(
+    cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from flexgen_helm.client import FlexGenClient
+
+    for model in (tiny_llama, tiny_gpt2):
+        assert cli("register", model) == 0
+    respond = FlexGenClient._response
+
+    def response(self: FlexGenClient, *args: Any) -> Any:
+        if self._model == str(tiny_gpt2):
+            raise IndexError("odd")
+        return respond(self, *args)
+
+    monkeypatch.setattr(FlexGenClient, "_response", response)
+    entries = [f"{SUBJECTS[0]},model=local/{name}" for name in ("tiny-llama", "tiny-gpt2")]
+    entries.append(f"{SUBJECTS[1]},model=local/tiny-gpt2")  # this model comes first
+    assert cli("sweep", "-r", *entries, "-m", 3, "--suite", "odd") == 1
+    captured = capsys.readouterr()
+    assert "1 done, 2 failed" in captured.out
+    assert "Traceback" not in captured.err + captured.out
+    found = record_of("odd")
+    assert found.finished is not None
+    assert [run.error for run in found.runs] == [None, "IndexError: odd", "IndexError: odd"]
+    assert "Traceback" in (suite("odd") / "flexgen_sweep.log").read_text()
+
+
+def test_the_first_error_is_its_runs_own_where_it_ends_the_sweep(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from engine import EngineError
+    from flexgen_helm.sweep_runner import SweepRunner
+
+    def finish(self: Any, *args: Any) -> None:
+        raise EngineError("no such number")
+
+    monkeypatch.setattr(SweepRunner, "finish", finish)
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "first", "--exit-on-error")
+    assert cli(*command) == 1
+    assert error_lines(capsys) == ["flexgen-helm: error: no such number"]
+    assert [run.error for run in record_of("first").runs] == ["no such number"]
+
+
+def test_a_run_whose_statistics_were_torn_has_no_score(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As HELM leaves them when it is killed; all its files are there, so it counts as completed."""
+    command = ("sweep", "-r", *SUBJECTS[:2], "--model", tiny_llama, "-m", 2, "--suite", "torn", "--skip-completed-runs")
+    assert cli(*command) == 0
+    next(suite("torn").glob("*/stats.json")).write_text('[{"na')
+    capsys.readouterr()
+    assert cli(*command) == 0
+    out = capsys.readouterr().out
+    assert "0 done, 0 failed, 2 skipped" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("mmlu:")].count("none") == 1
+
+
 def test_an_output_directory_that_fills_up_stops_the_sweep(
     cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,6 +406,45 @@ def test_a_sweep_stopped_by_hand_keeps_the_sweep_under_way(
     assert model.cached + model.computed == model.requests
 
 
+def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import Completion, EngineError, Job
+    from flexgen_helm.engines import engines
+    from flexgen_helm.sweep_runner import SweepRunner
+
+    answered: list[int] = []
+
+    class SlowEngine(FakeEngine):
+        """Takes half a second for each job, until it is closed."""
+
+        def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
+            for index, job in enumerate(list(jobs)):
+                time.sleep(0.5)
+                if self.closed:
+                    raise EngineError("the engine is closed")
+                answered.append(index)
+                yield [(index, self.answer(job))]
+
+    load = engines.load
+
+    def slowly(path: str, policy: Any) -> SlowEngine:
+        time.sleep(0.5)
+        return SlowEngine(load(path, policy).tokenizer)  # type: ignore[attr-defined]
+
+    def interrupted(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ("sweep", "--model", tiny_llama, "-m", 2, "--suite", "early", "-r")
+    assert cli(*command, SUBJECTS[0]) == 0
+    engines.close()
+    monkeypatch.setattr(engines, "load", slowly)
+    monkeypatch.setattr(SweepRunner, "finish", interrupted)  # of the run that is known
+    assert cli(*command, *SUBJECTS) == 130
+    assert len(answered) <= 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "flexgen-sweep"]
+
+
 # One at a time
 
 
@@ -384,6 +483,32 @@ with SuiteLock(Path({str(suite("held").absolute())!r})):
     assert cli(*command) == 0
 
 
+@pytest.mark.parametrize("refusal", ["the same suite", "a log that cannot be written"])
+def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
+    refusal: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin where nothing is; one is quicker."""
+    from flexgen_helm import sweep
+    from flexgen_helm.suite_lock import SuiteLock
+
+    prepare, other = sweep.prepare, SuiteLock(suite("same" if "suite" in refusal else "other"))
+    kept = Path("prod_env/model_metadata.yaml")
+
+    def meanwhile(*args: Any) -> Any:
+        prepared = prepare(*args)
+        kept.parent.mkdir()
+        kept.write_text("models: []")
+        other.__enter__()
+        return prepared
+
+    monkeypatch.setattr(sweep, "prepare", meanwhile)
+    more = ("--json-log", "no/such/log") if "log" in refusal else ()
+    assert cli("sweep", "-r", EASY, "--model", tiny_llama, "-m", 1, "--suite", "same", *more) == 2
+    assert kept.read_text().startswith("models:")
+    assert other._path.exists()
+    other.__exit__(None, None, None)
+
+
 # Bad input
 
 
@@ -398,6 +523,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "a file of nothing": (["nothing.conf"], ["nothing.conf is not a file of run entries"]),
     "a path as suite": (["-r", EASY, "--suite", "a/b"], ["suite 'a/b' is no name of a directory"]),
     "a suite above": (["-r", EASY, "--suite", ".."], ["suite '..' is no name"]),
+    "a line end in the suite": (["-r", EASY, "--suite", "a\nb"], ["suite 'a\\nb' is no name", "printed"]),
+    "a nothing in the suite": (["-r", EASY, "--suite", "a\0b"], ["is no name of a directory"]),
+    "a long suite": (["-r", EASY, "--suite", "é" * 124], ["has 248 bytes; take one of at most 247"]),
+    "a suite of scratch": (["-r", EASY, "--suite", "a.partial"], ["leave .partial out"]),
     "no suite": (["-r", EASY, "--suite", ""], ["name the suite"]),
     "a dry run": (["-r", EASY, "--dry-run"], ["--dry-run is not for sweeps"]),
     "a log that cannot be written": (["-r", EASY, "--json-log", "no/such/log"], ["--json-log no/such/log cannot"]),
@@ -420,6 +549,14 @@ def test_bad_input(case: str, cli: Cli, tiny_llama: Path, capsys: pytest.Capture
     for part in said:
         assert part in line
     assert sorted(path for path in Path().rglob("*") if "scenarios" not in path.parts) == before
+
+
+def test_a_cache_without_a_directory(cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prod_env").mkdir()
+    Path("prod_env/cache").write_text("")
+    assert cli("sweep", "-r", EASY, "--model", tiny_llama, "-m", 1, "--suite", "bad") == 2
+    assert error_lines(capsys) == ["flexgen-helm: error: HELM's cache prod_env/cache cannot be made: File exists"]
+    assert not suite("bad").exists()
 
 
 def test_a_corrupt_cache_is_set_aside_and_the_suite_computed_anew(
