@@ -243,7 +243,8 @@ static inline float power(float x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1;
-    const int32_t bits = ((int32_t)n + 127) << 23;
+    const int32_t exponent = n > -127 ? (int32_t)n : -127; /* a NaN is no integer; y keeps it */
+    const uint32_t bits = (uint32_t)(exponent + 127) << 23;
     float two;
     memcpy(&two, &bits, 4);
     return y * two;

@@ -146,6 +146,7 @@ class KVCache:
         """To be called before a sweep over micro-batches: from now on it may read what the sweep before wrote."""
         self._transfer.settle()
         self._disk.settle()
+        self._fresh, self._fresh_layer = {}, -1  # of spans that may be gone: their ids come again
         groups = [group for batch in batches if isinstance(batch, MicroBatch) for group in batch.decode_groups]
         ahead = [group for group in groups if self._is_ahead(group)]
         self._coming = ((layer, group) for layer in range(len(self.shapes)) for group in ahead)
