@@ -290,13 +290,18 @@ def _gathered_at_once(run: list[Segment], limits: Limits) -> list[list[Segment]]
     if limits.reads_in_place and run[0].is_on_device:
         return [run]
     parts: list[list[Segment]] = []
-    longest = 0
+    longest = staged = end = 0
     for segment in run:
-        longest = max(longest, segment.past + segment.num_rows)  # all may be padded to the longest
-        if not parts or longest * (len(parts[-1]) + 1) > limits.cached_rows_per_batch:
+        length, block = segment.past + segment.num_rows, segment.span.block
+        assert block is not None
+        gap = block.first - end if not run[0].is_on_device and 0 <= block.first - end <= limits.gap_rows else 0
+        longest, staged = max(longest, length), staged + gap + length
+        # All may be padded to the longest; what lies between blocks is staged, too.
+        if not parts or max(longest * (len(parts[-1]) + 1), staged) > limits.cached_rows_per_batch:
             parts.append([])
-            longest = segment.past + segment.num_rows
+            longest = staged = length
         parts[-1].append(segment)
+        end = block.first + length
     return parts
 
 

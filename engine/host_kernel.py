@@ -121,7 +121,7 @@ def _kernel() -> ctypes.CDLL | None:
         kernel = ctypes.CDLL(str(_compiled()))
         kernel.attend.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         kernel.attend.restype = ctypes.c_int
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: what CC holds is no command
         reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:300]
         _LOG.warning("attention on the host runs on torch's kernel, slower in 16 bits: %s", reason)
         return None

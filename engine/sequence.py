@@ -107,11 +107,18 @@ class Sequence(Span):
     def draft(self) -> tuple[int, ...]:
         """Tokens that may come next, for the model to check in the same sweep; only greedy choices can be checked.
 
-        The last new token is never fed back, so the block has room for all but that one.
+        The last new token is never fed back, so the block has room for all but that one. A sequence that is alone
+        drafts none: a wrong guess that yields no number would be taken for its own fault.
         """
         sampling = self.job.sampling
         room = self.job.max_new_tokens - len(self.generated_logprobs) - 1
-        if room < 1 or sampling.temperature > 0 or sampling.presence_penalty or sampling.frequency_penalty:
+        if (
+            self.is_alone
+            or room < 1
+            or sampling.temperature > 0
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+        ):
             return ()
         if self.drafter is None:
             self.drafter = Drafter(token for prefix in self.chain for token in prefix.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,40 @@ from hypothesis import strategies as st
 
 from engine import host_attention, host_kernel
 from engine.codec import Codec
+
+_DRIVER = r"""
+#include "%s"
+#include <stdio.h>
+
+/* Tables of exactly the bytes that rows have, with random bits: small and large numbers, infinities, NaN. */
+int main(void) {
+    const int64_t dims[][2] = {{1, 3}, {20, 4}, {16, 16}, {64, 64}, {80, 80}, {128, 64}, {256, 256}};
+    srand(1);
+    for (int round = 0; round < 3000; round++) {
+        const int64_t heads = 1 + rand() %% 5, copies = 1 + rand() %% 2, steps = 1 + rand() %% 2, count = rand() %% 4;
+        const int64_t *dim = dims[rand() %% 7], width = heads * (dim[0] + dim[1]), type = rand() %% 3;
+        const int64_t bits = dim[0] %% 64 || dim[1] %% 64 ? 0 : rand() %% 3 * 4, size = type == FLOAT32 ? 4 : 2;
+        const int64_t row_bytes = bits ? width * bits / 8 + 2 * (width / 64) * size : width * size;
+        int64_t firsts[4], lengths[4], rows = 0;
+        for (int64_t s = 0; s < count; s++) {
+            firsts[s] = rows;
+            rows += lengths[s] = steps + rand() %% 40;
+        }
+        uint8_t *table = malloc(rows * row_bytes);
+        for (int64_t i = 0; i < rows * row_bytes; i++) table[i] = rand() >> 7;
+        const int64_t queries = count * steps * heads * copies;
+        float *query = malloc(4 * queries * dim[0]), *output = malloc(4 * queries * dim[1]);
+        float *sums = malloc(4 * queries);
+        for (int64_t i = 0; i < queries * dim[0]; i++) query[i] = rand() %% 100 / 50.0f - 1;
+        const int64_t block = 1 + rand() %% heads;
+        struct work w = {(char *)table, row_bytes, firsts, lengths, heads, dim[0], dim[1], steps, copies,
+                         block, type, bits, query, output, sums};
+        if (attend(&w, 0, count * ((heads + block - 1) / block))) return 1;
+        free(table), free(query), free(output), free(sums);
+    }
+    return 0;
+}
+"""
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
@@ -132,6 +167,21 @@ def test_numbers_that_are_none_stay_so() -> None:
     assert found[0][1].isfinite().all()
 
 
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the sanitizers are asked for as gcc names them")
+def test_the_kernel_does_nothing_undefined(tmp_path: Path) -> None:
+    """Rows of every kind, and such that are no numbers, under gcc's sanitizers."""
+    made, driver = tmp_path / "kernel", tmp_path / "driver.c"
+    driver.write_text(_DRIVER % host_kernel._SOURCE)
+    checks = "-fsanitize=address,undefined,float-cast-overflow"
+    command = ["gcc", "-O1", "-w", "-march=native", checks, "-fno-sanitize-recover=all", str(driver), "-o", str(made)]
+    found = subprocess.run([*command, "-lm"], capture_output=True, text=True)
+    if found.returncode and "cannot find" in found.stderr:
+        pytest.skip("gcc is here without its sanitizers")
+    assert found.returncode == 0, found.stderr
+    found = subprocess.run([str(made)], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 @pytest.mark.usefixtures("_forgetful")
 def test_a_compiled_kernel_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -144,7 +194,7 @@ def test_a_compiled_kernel_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("_forgetful")
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "cc '"])
 def test_without_a_compiler_torch_attends(
     compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,4 +207,4 @@ def test_without_a_compiler_torch_attends(
             assert host_kernel.attend(table, places - 4, places, query, (1, 32, 32), torch.float32, 0, 1.0) is None
     assert len(caplog.records) == 1
     assert "runs on torch's kernel" in caplog.text
-    assert list((tmp_path / "flexgen-helm").iterdir()) == []
+    assert list((tmp_path / "flexgen-helm").glob("*")) == []

@@ -142,6 +142,8 @@ def check_batch(batch: list[Segment], limits: Limits) -> None:
             or len(group.segments) * group.length <= limits.cached_rows_per_batch
             or len(group.segments) == 1
         )
+        staged = sum(run.end - run.first for run in group.stored_runs)
+        assert staged <= limits.cached_rows_per_batch or len(group.segments) == 1
         check_stored_runs(group, limits)
 
 
@@ -327,6 +329,15 @@ def test_neighbours_in_the_cache_are_brought_in_one_copy() -> None:
         runner.sweep()
         (group,) = groups_of(runner)
         assert [(run.first, run.end) for run in group.stored_runs] == runs
+
+
+def test_what_is_brought_besides_counts() -> None:
+    """Blocks of 60 rows, of which 31 are wanted: with the 29 behind each, two are 91 rows, and three 151."""
+    runner = make_runner(1000, on_device=0, gap_rows=29, cached_rows_per_batch=130, reads_in_place=True)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 30), max_new_tokens=31)) for i in range(4)])
+    runner.sweep()
+    groups = groups_of(runner)
+    assert [[run.end - run.first for run in group.stored_runs] for group in groups] == [[91], [91]]
 
 
 def test_one_token_jobs_need_no_cache_of_their_own() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Completion, Engine, Job, Sampling
+from engine.sequence import Sequence
 from engine.speculation import DRAFT_SIZES, Drafter
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -139,3 +140,11 @@ def test_drafts_ride_only_as_far_as_rows_are_free(build: Callable[[str], Path]) 
     with drafting(Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"})) as engine:
         for job, done in zip(many, engine.run(many), strict=True):
             assert list(done.tokens) == models.reference_greedy(model, list(job.prompt), NUM_NEW)
+
+
+def test_a_sequence_that_is_alone_drafts_nothing() -> None:
+    """It is to show its own result: what a wrong guess yields would count for it."""
+    sequence = Sequence.of(Job(prompt=[5, 6, 7, 8] * 4, max_new_tokens=9))
+    assert sequence.draft()
+    sequence.restart_alone()
+    assert sequence.draft() == ()

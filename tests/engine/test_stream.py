@@ -124,6 +124,18 @@ def test_nothing_is_held_after_runs(engine: Engine) -> None:
     assert rows == {tier: extents.capacity for tier, extents in cache_of(engine)._extents.items()}
 
 
+def test_a_sweep_begins_without_rows_of_the_one_before(tmp_path: Path) -> None:
+    """They are known by their spans' ids, which come again; in a model of one layer no other layer drops them."""
+    models.save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    policy = {"device": "cpu", "percent": [100, 0, 0, 100, 100, 0], "gpu-batch-size": 100}
+    with Engine.from_pretrained(str(tmp_path / "model"), policy=policy) as engine:
+        watch = Watch(engine, lambda: len(cache_of(engine)._fresh))
+        for first in (50, 60):
+            engine.run([Job(prompt=[first, *PREFIX, 50 + i], max_new_tokens=2) for i in range(3)])
+        assert len(watch.batches) > 2
+        assert set(watch.seen) == {0}
+
+
 def test_a_prefix_keeps_one_row_of_logprobs_and_not_the_chunk_around_it(engine: Engine) -> None:
     def rows() -> list[int]:
         kept = [prefix.next_logprobs for prefix in engine._scheduler._prefixes]
