@@ -25,11 +25,7 @@ def attend(
     shape = cache.shapes[layer]
     dims = shape.key_heads, shape.key_dim, shape.value_dim
     query = query.unflatten(0, (-1, group.steps))  # [sequences, steps, heads, dim]
-    dims, table, (firsts, lengths) = (
-        (shape.key_heads, shape.key_dim, shape.value_dim),
-        cache.host_table(layer),
-        group.places,
-    )
+    table, (firsts, lengths) = cache.host_table(layer), group.places
     found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, scores.scaling)
     if found is not None:
         output, logsumexp = found[0].to(query.dtype), found[1]

@@ -101,5 +101,7 @@ class KVTransfer:
         accelerator.current_stream(self._device).wait_event(arrival)
 
     def close(self) -> None:
-        """Stop the thread; what is still under way does not matter any more."""
+        """Stop the thread, and return when nothing is under way to memory that may go now."""
         self._scatterer.shutdown(wait=True, cancel_futures=True)
+        if self._store is not None:
+            self._store.synchronize()
