@@ -83,6 +83,13 @@ def page_locked(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, pin_memory=True)
 
 
+def transit(device: torch.device, num_bytes: int) -> torch.Tensor:
+    """New host memory `[num_bytes]`, uint8, for what goes to or from `device`: page-locked if that runs beside it."""
+    if has_streams(device):
+        return page_locked(num_bytes, dtype=torch.uint8)
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
 def can_lock_pages(device: torch.device) -> bool:
     """Whether host memory of ours can be page-locked for copies to and from `device`."""
     return device.type == "cuda"

@@ -90,25 +90,19 @@ def attention(
     )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
     key, value = sweeping.cache.write(sweeping.layer, batch, key, value)
-    use_flash = flash.is_usable(query, value, scores, batch)
-    if use_flash:
-        output = flash.attend(batch, query, key, value, sweeping, scores)
+    if flash.is_usable(query, value, scores, batch):
+        return flash.attend(batch, query, key, value, sweeping, scores)[None], None
+    output = query.new_empty(*query.shape[:2], value.shape[2])
+    if host_flash.is_usable(query, value, scores, batch):
+        host_flash.prefill(batch, query, key, value, sweeping, scores, output)
     else:
-        output = query.new_empty(*query.shape[:2], value.shape[2])
-        if host_flash.is_usable(query, value, scores, batch):
-            host_flash.prefill(batch, query, key, value, sweeping, scores, output)
-        else:
-            for prefill in batch.prefill_groups:
-                _prefill(prefill, query, key, value, sweeping, scores, output)
+        for prefill in batch.prefill_groups:
+            _prefill(prefill, query, key, value, sweeping, scores, output)
+    cache = sweeping.cache
     for decode in batch.decode_groups:
-        if use_flash:
-            break
-        taken = slice(decode.first, decode.end)
-        on_host = sweeping.cache.is_attended_on_host(decode)
-        if on_host and not decode.chain and scores.is_stock_within(batch.longest):
-            output[taken] = host_attention.attend(decode, query[taken].cpu(), sweeping.cache, sweeping.layer, scores)[
-                0
-            ].to(query.device)
+        if cache.is_attended_on_host(decode) and not decode.chain and scores.is_stock_within(batch.longest):
+            taken = slice(decode.first, decode.end)
+            output[taken], _ = host_attention.attend(decode, query[taken], cache, sweeping.layer, scores)
         else:
             _decode(decode, query, key, value, sweeping, scores, output)
     return output[None], None
@@ -162,9 +156,8 @@ def _decode(
     """Attend the new rows of the sequences of `group`; query, key, value `[rows, heads, dim]` of the micro-batch."""
     taken = slice(group.first, group.end)
     device = torch.device("cpu") if sweeping.cache.is_attended_on_host(group) else query.device
-    key, value = sweeping.cache.own(
-        sweeping.layer, group, key[taken], value[taken]
-    )  # [sequences, kv heads, length, dim]
+    # [sequences, kv heads, length, dim]
+    key, value = sweeping.cache.own(sweeping.layer, group, key[taken], value[taken])
     query = query[taken].to(device)
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     # As in a prefill, what shares keys and values becomes rows: [sequences, kv heads, groups * steps, dim].

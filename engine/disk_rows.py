@@ -63,9 +63,9 @@ class DiskRows:
             at += num_bytes
         joined = torch.cat([rows.reshape(-1).view(torch.uint8) for _, rows in pieces])
         copied = None
-        if joined.device.type != "cpu" or accelerator.has_streams(self._arena.device):
-            memory = self._memory(at)
-            has_streams = accelerator.has_streams(self._arena.device)
+        has_streams = accelerator.has_streams(self._arena.device)
+        if joined.device.type != "cpu" or has_streams:
+            memory = accelerator.transit(self._arena.device, at)
             memory.copy_(joined, non_blocking=has_streams)
             if has_streams:
                 copied = accelerator.current_stream(self._arena.device).record_event()
@@ -80,7 +80,7 @@ class DiskRows:
         for first, num_rows in runs:
             spans.append(Span(self._files[table], first * size, (first + num_rows) * size, at))
             at += num_rows * size
-        memory = self._memory(at)
+        memory = accelerator.transit(self._arena.device, at)
         return Fetch(memory.view(-1, size), self._arena.io.read(spans, memory))
 
     def settle(self) -> None:
@@ -93,11 +93,6 @@ class DiskRows:
         self._writer.shutdown(wait=True, cancel_futures=True)
         self._behind.clear()
         self._files = []
-
-    def _memory(self, num_bytes: int) -> torch.Tensor:
-        if accelerator.has_streams(self._arena.device):
-            return accelerator.page_locked(num_bytes, dtype=torch.uint8)
-        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def _write(self, file: DiskFile, spans: list[Span], memory: torch.Tensor, copied: Any) -> None:
         if copied is not None:

@@ -98,8 +98,7 @@ def _own(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A decode group's rows against their own tokens, wherever they are: `[rows, heads, dim]`, `[heads, rows]`."""
     if sweeping.cache.is_attended_on_host(group):
-        output, logsumexp = host_attention.attend(group, query.cpu(), sweeping.cache, sweeping.layer, scores)
-        return output.to(query.device), logsumexp.to(query.device)
+        return host_attention.attend(group, query, sweeping.cache, sweeping.layer, scores)
     key, value = sweeping.cache.own_flat(sweeping.layer, group, key, value)
     return _decode(query, key, value, group, scores)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -36,7 +35,7 @@ class HiddenStates:
         self._share = share
         self._width = width
         self._dtype = dtype
-        self._buffers: dict[Tier, torch.Tensor] = {}
+        self._on_host = torch.empty(0, width, dtype=dtype)
         self._runs: list[list[_Run]] = []
         self._on_device: dict[tuple[int, int], torch.Tensor] = {}
         self._disk = DiskRows(arena, [width * dtype.itemsize])
@@ -67,20 +66,17 @@ class HiddenStates:
                 rows[tier] += segment.end - segment.begin
                 index += 1
             self._runs.append(runs)
-        self._reserve("host", rows["host"])
+        self._reserve(rows["host"])
         if rows["disk"] > self._disk_rows:
             self._disk.grow(rows["disk"])
             self._disk_rows = rows["disk"]
 
-    def _reserve(self, tier: Literal["host"], num_rows: int) -> None:
-        buffer = self._buffers.get(tier)
-        num_bytes = num_rows * self._width * self._dtype.itemsize
-        if buffer is not None and buffer.numel() * buffer.element_size() >= num_bytes:
-            return
-        if buffer is not None:
-            self._arena.free(self._buffers.pop(tier))
-        if num_bytes:
-            self._buffers[tier] = self._arena.empty(num_bytes, tier).view(self._dtype).view(-1, self._width)
+    def _reserve(self, num_rows: int) -> None:
+        """Make room for so many rows on the host."""
+        if num_rows > len(self._on_host):
+            self._arena.free(self._on_host)
+            memory = self._arena.empty(num_rows * self._width * self._dtype.itemsize, "host")
+            self._on_host = memory.view(self._dtype).view(-1, self._width)
 
     def put(self, index: int, hidden: torch.Tensor) -> None:
         """Keep the hidden states `[rows, width]` of micro-batch `index`."""
@@ -94,7 +90,7 @@ class HiddenStates:
                 to_disk.append((run.offset, rows))
             else:
                 size = run.end - run.first
-                self._buffers[run.tier][run.offset : run.offset + size].copy_(rows, non_blocking=True)
+                self._on_host[run.offset : run.offset + size].copy_(rows, non_blocking=True)
         if to_disk:
             self._written[index] = self._disk.write(0, to_disk)
 
@@ -112,7 +108,7 @@ class HiddenStates:
             elif run.tier == "disk":
                 stored, from_disk = from_disk[:size], from_disk[size:]
             else:
-                stored = self._buffers[run.tier][run.offset : run.offset + size]
+                stored = self._on_host[run.offset : run.offset + size]
             # What came from disk is kept until the copy has been made only where there are streams.
             is_kept = run.tier != "disk" or accelerator.has_streams(self._arena.device)
             hidden[run.first : run.end].copy_(stored, non_blocking=is_kept)
@@ -135,5 +131,5 @@ class HiddenStates:
     def close(self) -> None:
         """Let go of the buffers; the arena frees them."""
         self._disk.close()
-        self._buffers.clear()
+        self._on_host = self._on_host[:0]
         self._on_device.clear()

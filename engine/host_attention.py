@@ -20,11 +20,12 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend the new rows of a decode group to their own tokens, by plain softmax, without windows.
 
-    query `[rows, heads, dim]` -> `[rows, heads, dim]`, and float32 log-sum-exps `[heads, rows]`; all on the host.
+    query `[rows, heads, dim]` -> `[rows, heads, dim]`, and float32 log-sum-exps `[heads, rows]`, both on its device.
     """
+    device = query.device
     shape = cache.shapes[layer]
     dims = shape.key_heads, shape.key_dim, shape.value_dim
-    query = query.unflatten(0, (-1, group.steps))  # [sequences, steps, heads, dim]
+    query = query.cpu().unflatten(0, (-1, group.steps))  # [sequences, steps, heads, dim]
     table, (firsts, lengths) = cache.host_table(layer), group.places
     found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, scores.scaling)
     if found is not None:
@@ -36,7 +37,7 @@ def attend(
             one, rows = slice(index, index + 1), cache.decoded(layer, table[first : first + length])
             keys, values = cache.unpack(layer, rows)  # [kv heads, length, dim]
             output[one], logsumexp[one] = by_torch(query[one], keys[None], values[None], scores.scaling)
-    return output.flatten(0, 1), logsumexp.flatten(0, 1).T
+    return output.flatten(0, 1).to(device), logsumexp.flatten(0, 1).T.to(device)
 
 
 def by_torch(

@@ -35,7 +35,7 @@ class _Work(ctypes.Structure):
     """`struct work` of the C source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("table",)),
+        ("table", ctypes.c_void_p),
         ("row_bytes", ctypes.c_int64),
         ("firsts", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),

@@ -85,19 +85,13 @@ class TokenEmbedding:
 
     def _rows_on_disk(self, rows: list[int], row_bytes: int) -> torch.Tensor:
         """Bytes `[rows, row_bytes]` of rows of the table."""
-        found = self._memory(len(rows) * row_bytes)
+        found = accelerator.transit(self._device, len(rows) * row_bytes)
         (place,) = self._table.places.values()
         spans = [
             place.span(row * row_bytes, (row + 1) * row_bytes, number * row_bytes) for number, row in enumerate(rows)
         ]
         wait_for(self._arena.io.read(spans, found))
         return found.view(-1, row_bytes)
-
-    def _memory(self, num_bytes: int) -> torch.Tensor:
-        """Host memory for what goes on to the device."""
-        if not self._has_streams:
-            return torch.empty(num_bytes, dtype=torch.uint8)
-        return accelerator.page_locked(num_bytes, dtype=torch.uint8)
 
     def close(self) -> None:
         """Return when nothing is being looked up any more."""

@@ -11,6 +11,40 @@ TERMINAL_INTERVAL_S = 0.2
 PLAIN_INTERVAL_S = 10.0
 
 
+class StatusLine:
+    """A line that tells how things stand: rewritten in place on a terminal, a line of its own each time elsewhere."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """Write to `stream`, stderr by default."""
+        self._stream = sys.stderr if stream is None else stream
+        self.in_place = self._stream.isatty()
+        self._width = 0
+
+    def show(self, line: str) -> None:
+        """Write `line`, over the last one if it is in place."""
+        if self.in_place:
+            self._write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._write(line + "\n")
+
+    def end(self) -> None:
+        """Let what is shown stay, and go on below it."""
+        if self._width:
+            self._write("\n")
+            self._width = 0
+
+    def clear(self) -> None:
+        """Take away what is shown in place."""
+        if self._width:
+            self._write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
 class Progress:
     """Shows requests and tokens per second and the time left of the run being executed.
 
@@ -25,11 +59,9 @@ class Progress:
         self.notes: list[str] = []
         """Lines that are to be read at the end."""
         self._num_runs = num_runs
-        self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._in_place = self._stream.isatty()
-        self._interval_s = TERMINAL_INTERVAL_S if self._in_place else PLAIN_INTERVAL_S
-        self._width = 0
+        self._status = StatusLine(stream)
+        self._interval_s = TERMINAL_INTERVAL_S if self._status.in_place else PLAIN_INTERVAL_S
         self._shown_s = float("-inf")
         self._run = 0
         self._name = ""
@@ -53,8 +85,8 @@ class Progress:
         self._done, self._total, self._tokens = done, total, tokens
         if self._now_s - self._shown_s >= self._interval_s or done == total:
             self._shown_s = self._now_s
-            if done or self._in_place:
-                self._show(self.line())
+            if done or self._status.in_place:
+                self._status.show(self.line())
 
     def line(self) -> str:
         """Describe the run being executed in one line."""
@@ -69,9 +101,7 @@ class Progress:
     def close(self) -> str:
         """End the display; return the throughput of all runs in one line."""
         self._bank()
-        if self._width:
-            self._stream.write("\n")
-            self._width = 0
+        self._status.end()
         requests = f"{self._past_computed + self._past_cached} requests"
         if not self._past_computed:
             return f"{requests}, all answered from the cache" if self._past_cached else "no requests"
@@ -92,14 +122,6 @@ class Progress:
         self._past_tokens += self._tokens
         self._start_s = None
         self._done = self._total = self._tokens = self._cached = 0
-
-    def _show(self, line: str) -> None:
-        if self._in_place:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
 
 
 def clock(seconds: float) -> str:

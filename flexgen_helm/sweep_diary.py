@@ -193,9 +193,8 @@ class SweepDiary:
         if model is None:
             return 0.0, 0.0, None
         tally = model.tally
-        seconds, limit_s = tally.computing_s, tally.limit_s()
-        fraction = limit_s / seconds if limit_s is not None and seconds > 0 else None
-        return seconds, tally.prompt_tokens + tally.new_tokens, fraction
+        seconds = tally.computing_s
+        return seconds, tally.prompt_tokens + tally.new_tokens, tally.fraction(seconds)
 
     def _write(self, finished: str | None = None) -> None:
         try:
@@ -205,14 +204,14 @@ class SweepDiary:
 
 
 def _model_record(model: ModelSweep) -> ModelRecord:
-    tally, seconds, limit_s = model.tally, model.tally.seconds, model.tally.limit_s()
+    tally, seconds = model.tally, model.tally.seconds
     return ModelRecord(
         deployment=model.deployment,
         policy=model.client.policy.as_mapping(),
         plan=tally.plan(),
         seconds=seconds,
-        limit_s=limit_s,
-        fraction=None if limit_s is None or seconds <= 0 else limit_s / seconds,
+        limit_s=tally.limit_s(),
+        fraction=tally.fraction(seconds),
         requests=model.num_requests,
         cached=model.cached,
         computed=tally.computed,

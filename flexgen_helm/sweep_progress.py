@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO
 
-from flexgen_helm.progress import clock
+from flexgen_helm.progress import StatusLine, clock
 from flexgen_helm.sweep_log import JsonLog, logger
 
 TERMINAL_INTERVAL_S = 0.5
@@ -49,11 +48,9 @@ class SweepProgress:
         self.standing = standing
         self._json_log = json_log
         self._speed = speed
-        self._stream = sys.stderr if stream is None else stream
-        self._in_place = self._stream.isatty()
-        self._interval_s = TERMINAL_INTERVAL_S if self._in_place else PLAIN_INTERVAL_S
+        self._status = StatusLine(stream)
+        self._interval_s = TERMINAL_INTERVAL_S if self._status.in_place else PLAIN_INTERVAL_S
         self._ended = threading.Event()
-        self._width = 0
         self._thread = threading.Thread(target=self._show_now_and_then, name="flexgen-progress", daemon=True)
 
     def __enter__(self) -> SweepProgress:
@@ -65,7 +62,7 @@ class SweepProgress:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        self._clear()
+        self._status.clear()
 
     def line(self) -> str:
         """Where the suite is, in one line."""
@@ -86,10 +83,10 @@ class SweepProgress:
     def say(self, text: str) -> None:
         """Show a line that stays, and log it."""
         logger.info(text)
-        if self._in_place:
-            self._clear()
-            self._stream.write(text + "\n")
-            self._stream.flush()
+        if self._status.in_place:
+            self._status.clear()
+            self._status.show(text)
+            self._status.end()
 
     def _left_s(self, seconds: float) -> float | None:
         """Seconds that are left for the model at hand, at the rate so far."""
@@ -102,13 +99,8 @@ class SweepProgress:
         told = time.monotonic()
         while not self._ended.wait(self._interval_s):
             line = self.line()
-            if self._in_place:
-                self._stream.write("\r" + line.ljust(self._width))
-                self._width = len(line)
-            else:
-                self._stream.write(line + "\n")
-            self._stream.flush()
-            if not self._in_place or time.monotonic() - told >= PLAIN_INTERVAL_S:
+            self._status.show(line)
+            if not self._status.in_place or time.monotonic() - told >= PLAIN_INTERVAL_S:
                 told = time.monotonic()
                 logger.info(line)
                 self._tell_machines()
@@ -128,9 +120,3 @@ class SweepProgress:
             left_s=self._left_s(seconds),
             active={name: list(counts) for name, counts in now.active.copy().items()},
         )
-
-    def _clear(self) -> None:
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
-            self._width = 0

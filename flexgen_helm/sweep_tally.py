@@ -114,6 +114,11 @@ class Tally:
             self._limit_of = _Limit(cast("Engine", self._engine))
         return self._limit_of(self)
 
+    def fraction(self, seconds: float) -> float | None:
+        """What part of `seconds` the limit is; None where that is not known."""
+        limit_s = self.limit_s()
+        return None if limit_s is None or seconds <= 0 else limit_s / seconds
+
 
 class _Limit:
     """The least time of work on an engine, by the profile that `doctor --profile` has kept of this machine."""
