@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from engine.hardware_profile import HardwareProfile
     from engine.model import CausalModel
 
-_CALL_S = 1.5e-3
-"""That the host takes to ask a device for one layer's work on one micro-batch: 96 resident sequences of OPT-6.7B took
-64 ms a step, of which reading weights, keys and values explains 14 (benchmarks/results/bench-opt-6.7b.json)."""
+_CALL_S = 0.7e-3
+"""That the host takes to ask a device for one layer's work on one micro-batch. 96 resident sequences of OPT-6.7B took
+2.04 s, of which arithmetic explains 0.92 and reading weights, keys and values 0.42; the rest is spread over 31 steps of
+32 layers (benchmarks/results/rivals-opt-6.7b.json)."""
 _BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
 
 
