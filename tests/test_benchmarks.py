@@ -22,7 +22,7 @@ from engine.planner import Plan
 from engine.policy import Share
 from engine.schedule import Limits
 from flexgen_helm.bench import CURVE, ROWS, bench_policy, table_line, workloads
-from flexgen_helm.dummy import SHAPES, open_dummy, random_model, shape_config
+from flexgen_helm.dummy import SHAPES, _random_block, open_dummy, random_model, shape_config
 from flexgen_helm.record import write_record
 from flexgen_helm.roofline import Rates, Sizes, Work, Workload, least_seconds, measure_rates, sizes_of, work_of
 
@@ -244,6 +244,21 @@ class TestDummy:
         with pytest.raises(ConfigError, match="model_type"):
             shape_config(str(tmp_path))
         assert shape_config("opt-30b") is not SHAPES["opt-30b"]
+
+
+def test_encoded_dummy_weights_are_those_that_are_encoded_on_loading(opt: str) -> None:
+    """The random block is encoded once, and repeated."""
+    policy = Policy.from_mapping({"device": "cpu", "compress-weight": 4})
+    with open_dummy(opt, policy) as engine:
+        store, (name, *_) = (
+            engine._weights,
+            sorted(name for placed in engine._weights._placed.values() for name in placed.coded),
+        )
+        placed, extent = store._extent_of[name]
+        found = store._bytes(placed, extent, store._outer).clone()
+        store.put(name, _random_block()[: store.model.state[name].numel()])
+        assert found.equal(store._bytes(placed, extent, store._outer))
+        assert found.any()
 
 
 class TestCommand:

@@ -19,11 +19,15 @@ from watch import Watch, cache_of
 
 from engine import Engine, Job
 from engine.arena import Arena
+from engine.batch import Rows
 from engine.errors import CapacityError, CheckpointError, ConfigError
+from engine.hidden import HiddenStates
 from engine.kv_cache import KVCache
 from engine.kv_shape import KVShape
 from engine.placement import TIERS, Tier
 from engine.policy import Share
+from engine.schedule import Segment
+from engine.sequence import Sequence
 
 PERCENTS = {
     "device": [100, 0, 100, 0, 100, 0],
@@ -218,3 +222,21 @@ def test_an_offload_dir_that_cannot_be_made_is_named(build: Callable[[str], Path
     with pytest.raises(ConfigError, match="not writable") as caught:
         open_engine(build("llama"), file / "below", percent=PERCENTS["disk"])
     assert str(file / "below") in str(caught.value)
+
+
+def test_hidden_states_of_a_larger_sweep_have_room() -> None:
+    """What is put for a micro-batch is taken again, in sweeps of growing and of shrinking size."""
+    arena = Arena(torch.device("cpu"))
+    hidden = HiddenStates(arena, Share(gpu=0, cpu=100), 8, torch.float32)
+    for sizes in ((2,), (3, 40), (5, 1, 60), (4,)):
+        batches = [Rows([Segment(Sequence.of(Job(prompt=[1] * size)), size)], torch.device("cpu")) for size in sizes]
+        hidden.begin(batches)
+        states = [torch.randn(size, 8) for size in sizes]
+        for index, each in enumerate(states):
+            hidden.put(index, each)
+        for index, each in enumerate(states):
+            assert hidden.take(index).equal(each)
+    assert arena.num_bytes["host"] == (5 + 1 + 60) * 8 * 4
+    hidden.close()
+    arena.close()
+    assert arena.num_bytes["host"] == 0

@@ -211,3 +211,18 @@ def test_drafts_ride_where_the_link_sets_the_pace() -> None:
     assert free_rows(50) == free_rows(0) // 2
     assert 0 < free_rows(100) <= 200
     assert free_rows(0, on_cpu=True) == 0
+
+
+def test_what_attention_gathers_is_reckoned_with_its_copies() -> None:
+    """By hand: three staging buffers, numbers for what is encoded, and what is collected where it is not in place."""
+    row, coded = OPT_30B.cache_layer_row_bytes, 8064
+    shapes = {
+        3 * row: replace(OPT_30B, reads_in_place=True),
+        4 * row: OPT_30B,
+        3 * coded + row: replace(OPT_30B, reads_in_place=True, coded_layer_row_bytes=coded),
+        3 * coded + 2 * row: replace(OPT_30B, coded_layer_row_bytes=coded),
+    }
+    limits = {size: make_plan(shape, Policy(), T4, on_cpu=False).limits for size, shape in shapes.items()}
+    taken = [size * each.cached_rows_per_batch for size, each in limits.items()]
+    assert max(taken) - min(taken) <= max(limits)  # but for what is no whole row
+    assert [each.gap_rows for each in limits.values()] == [4, 4, 16, 16]  # of 128 KiB

@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import ConfigError
 from flexgen_helm.footprint import Footprint
-from flexgen_helm.progress import Progress
+from flexgen_helm.progress import Progress, StatusLine
 from flexgen_helm.scores import Score, choose, short_name, table
 
 
@@ -186,3 +186,23 @@ def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file is not a directory"):
         Footprint().watch([tmp_path / "file" / "below"])
+
+
+def test_a_status_line_is_written_over_kept_or_taken_away() -> None:
+    stream = Terminal()
+    line = StatusLine(stream)
+    line.clear()  # nothing is there yet
+    line.end()
+    line.show("abc")
+    line.show("d")
+    line.clear()
+    line.show("e")
+    line.end()
+    line.end()
+    assert stream.getvalue() == "\rabc\rd  \r \r\re\n"
+    plain = io.StringIO()
+    line = StatusLine(plain)
+    line.show("abc")
+    line.clear()
+    line.end()
+    assert plain.getvalue() == "abc\n"

@@ -1,0 +1,88 @@
+"""Protects: what is compiled gives the same numbers, and where compiling fails the operations run as they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from engine import codec, fused
+from engine.fused import Fused
+
+
+@pytest.fixture(autouse=True)
+def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is taken for an accelerator."""
+    monkeypatch.setattr(fused, "_KINDS", ("cpu",))
+
+
+def twice(values: torch.Tensor, factor: int) -> torch.Tensor:
+    return values * factor
+
+
+def test_where_compiling_fails_it_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[str] = []
+
+    def refuse(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def compiled(*_: Any) -> torch.Tensor:
+            tried.append(function.__name__)
+            raise RuntimeError("no C compiler\nwas found")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    function = Fused(twice)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert function(torch.ones(2), 2).tolist() == [2, 2]
+    assert tried == ["twice"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "twice runs as several kernels, slower: no C compiler was found"
+    ]
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def exhausted(*_: Any) -> torch.Tensor:
+        calls.append(1)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: exhausted)
+    function = Fused(twice)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            function(torch.ones(2), 2)
+    assert len(calls) == 2
+
+
+def test_nothing_is_compiled_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_KINDS", ("cuda",))
+    monkeypatch.setattr(torch, "compile", None)
+    assert Fused(twice)(torch.ones(2), 3).tolist() == [3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_codes_are_the_same_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
+    """In 16 bits, roundings of steps and leasts included."""
+    groups = (torch.randn(300, 8, 64) * torch.rand(300, 8, 1) * 10 + torch.randn(300, 8, 1)).to(dtype)
+    groups[3, 2] = 0.5
+    encode, decode = Fused(codec._encode), Fused(codec._decode_into)
+    found, expected = encode(groups, bits), codec._encode(groups, bits)
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
+    codes, steps, leasts = expected
+    mine, yours = torch.empty_like(groups), torch.empty_like(groups)
+    decode(mine, codes, steps, leasts, bits)
+    codec._decode_into(yours, codes, steps, leasts, bits)
+    assert mine.equal(yours)
+    assert encode._compiled is not None
+    assert not encode._fails
+    assert not decode._fails
