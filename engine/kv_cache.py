@@ -89,6 +89,11 @@ class KVCache:
         """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
         self._expected = max(self._expected, num_rows)
 
+    def num_off_device(self, num_rows: int) -> int:
+        """How many of so many rows of spans would lie off the device."""
+        on_device = self._max_rows["device"] if self._share is None else round(num_rows * self._share.gpu / 100)
+        return max(0, min(num_rows - on_device, self._max_rows["host"] + self._max_rows["disk"]))
+
     def allocate(self, num_rows: int) -> Block | None:
         """Room for a span of `num_rows` tokens; None when the tier it belongs to (or every tier) is full."""
         for tier in self._tiers_in_turn():

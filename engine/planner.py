@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from engine.admission import Admission
 from engine.disk_file import BLOCK, align_up
 from engine.errors import CapacityError
 from engine.hardware import Memory
@@ -25,11 +26,18 @@ _FRAGMENTATION = 0.04
 _FREE_ROWS = 4096
 """Rows whose arithmetic takes less time than the transfer of all weights: accelerators on PCIe multiply 5,000 (T4: 65
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
+_ADMITTED_ROWS = 6000
+"""Rows of prompts that a sweep lets in for as many bytes across the link as all 16-bit weights have: about 0.7 of those
+whose arithmetic takes as long. Too few make the start long, too many leave the link idle; from half to twice as many
+miss the best throughput by a few percent (docs/adr/0009)."""
+_ROWS_BETWEEN_FETCHES = 2048
+"""Rows of prompts that multiply at nearly a card's full rate; they take 1 to 4 ms a layer (6.7 to 30 billion weights at
+650 TFLOP/s), in which a link carries about what two staging buffers hold."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
-STAGING_BUFFERS = 3
-"""For offloaded keys and values: one is computed with, one is full, and one is filled. The link is not idle while other
-work is computed."""
+STAGING_BUFFERS = 4
+"""For offloaded keys and values: one is computed with, two are full, and one is filled. The link is not idle while
+other work is computed."""
 _GAP_BYTES = 128 << 10
 """What a link carries (50 GB/s) while a further copy is asked for."""
 READ_AHEAD_BYTES = 256 << 20
@@ -136,6 +144,8 @@ class _Planner:
             reads_in_place=self.shape.reads_in_place,
             rows_per_sweep=hidden_rows,
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
+            admission=self._admission(weights),
+            rows_between_fetches=_ROWS_BETWEEN_FETCHES if self._brings_cache() else None,
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
@@ -156,6 +166,24 @@ class _Planner:
 
     def _rows_behind_transfer(self, weights: Share) -> int:
         return int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)
+
+    def _brings_cache(self) -> bool:
+        """Whether keys and values off the device are brought there beside the computation."""
+        return not self.on_cpu and not self.policy.cpu_cache_compute
+
+    def _admission(self, weights: Share) -> Admission | None:
+        """How many prompts are let in at once; None where the weights come from a disk, which is slower than the link.
+
+        A further sweep would cost more than it hides there.
+        """
+        if not self._brings_cache() or weights.disk > 0:
+            return None
+        shape = self.shape
+        row_bytes = shape.cache_row_bytes * self._stored_row_bytes() / shape.cache_layer_row_bytes
+        return Admission(
+            rows_beside_weights=_ADMITTED_ROWS * shape.stored_part * (100 - weights.gpu) / 100,
+            rows_beside_cached_row=_ADMITTED_ROWS * shape.stored_part * row_bytes / shape.weight_bytes,
+        )
 
     def _scores_per_batch(self, rows: int, left: int) -> int | None:
         """What a micro-batch's attention scores may be: beyond that they would not fit in any case.

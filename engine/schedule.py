@@ -6,8 +6,10 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+from engine.admission import Admission
 from engine.errors import CapacityError
 from engine.policy import PadMode
 from engine.prefix import share_prefixes
@@ -39,6 +41,11 @@ class Limits:
     """Rows whose hidden states the activation memory holds."""
     free_rows: int = 0
     """Rows of a sweep that cost next to nothing beside the transfer of the weights: so many may be drafts."""
+    admission: Admission | None = None
+    """How many rows of prompts that will decode a sweep lets in; None for as many as it has room for."""
+    rows_between_fetches: int | None = None
+    """Rows of prompts that are computed between decode steps whose keys and values come from another tier, so that
+    those come meanwhile; None where they do not come beside the computation."""
     pad: PadMode = None
     rectangular: bool = False
     """Micro-batches are rectangles, for families that carry their own attention."""
@@ -110,6 +117,9 @@ class CacheRoom(Protocol):
     def expect(self, num_rows: int) -> None:
         """Tell that room for `num_rows` tokens will be asked for, so that it can grow once instead of many times."""
 
+    def num_off_device(self, num_rows: int) -> int:
+        """How many of so many rows would lie off the device."""
+
 
 class Scheduler:
     """Keeps waiting and running sequences; between sweeps finished ones leave and waiting ones enter."""
@@ -155,6 +165,7 @@ class Scheduler:
         segments = [Segment(sequence, 1) for sequence in self.running]
         rows, entered = len(segments), set[int]()
         capacity = self.limits.sequences_per_batch * self.limits.batches
+        admitted, most_admitted = 0, self._most_admitted(capacity)
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]
             if self._is_too_long(sequence):
@@ -168,10 +179,12 @@ class Scheduler:
                 self._waiting.popleft()
                 self._fail(sequence, "the KV cache", "the cache more memory (gpu-memory, cpu-memory, or a disk share)")
                 continue
-            size = sum(segment.num_rows + segment.num_pad for segment in new)
-            if segments and rows + size > self.limits.rows_per_sweep:
+            size = sum(map(_size, new))
+            is_late = sequence.needs_cache and admitted > 0 and admitted + size > most_admitted
+            if is_late or (segments and rows + size > self.limits.rows_per_sweep):
                 self._withdraw(new)
                 break
+            admitted += size if sequence.needs_cache else 0
             self._waiting.popleft()
             entered |= {id(segment.span) for segment in new}
             segments, rows = segments + new, rows + size
@@ -179,6 +192,15 @@ class Scheduler:
         self._spare_blocks(segments)
         self._add_drafts(segments, rows)
         return (_rectangles if self.limits.rectangular else _micro_batches)(segments, self.limits)
+
+    def _most_admitted(self, capacity: int) -> float:
+        """Rows of sequences that will decode, and of their prefixes, that the next sweep lets in."""
+        if self.limits.admission is None or not self._waiting:
+            return math.inf
+        at_once = islice(chain(self.running, self._waiting), capacity)
+        cached = sum(sequence.capacity for sequence in at_once if sequence.needs_cache)
+        most = self.limits.admission.most_rows(self._cache.num_off_device(cached))
+        return math.inf if most is None else most
 
     def _spare_blocks(self, segments: list[Segment]) -> None:
         """Take back the blocks of new prefixes that nobody needs after this sweep; others may then have a better tier.
@@ -351,6 +373,10 @@ def padded_length(rows: int, pad: PadMode) -> int:
     return max(rows, pad)
 
 
+def _size(segment: Segment) -> int:
+    return segment.num_rows + segment.num_pad
+
+
 def _is_alone(segment: Segment) -> bool:
     return isinstance(segment.span, Sequence) and segment.span.is_alone
 
@@ -359,10 +385,35 @@ def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment
     """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
     decode = [segment for segment in segments if segment.is_decode]
     decode.sort(key=lambda segment: _decode_order(segment, limits.reads_in_place))
+    new = [segment for segment in segments if not segment.is_decode]
+    return [batch for part in _interleaved(decode, new, limits) for batch in _cut(part, limits)]
+
+
+def _interleaved(decode: list[Segment], new: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Parts of decode steps with parts of the new spans behind them; a single one where nothing comes meanwhile."""
+    most = limits.rows_between_fetches
+    if most is None or all(segment.is_on_device for segment in decode):
+        return [decode + new]
+    most, num_steps = min(most, limits.rows_per_batch), sum(map(_size, decode))
+    count = math.ceil((num_steps + sum(map(_size, new))) / most)
+    room = most - math.ceil(num_steps / count)
+    parts: list[list[Segment]] = [[]]
+    rows = 0
+    for segment in new:
+        if parts[-1] and rows + _size(segment) > room:
+            parts.append([])
+            rows = 0
+        parts[-1].append(segment)
+        rows += _size(segment)
+    borders = [len(decode) * part // len(parts) for part in range(len(parts) + 1)]
+    return [decode[first:end] + part for (first, end), part in zip(pairwise(borders), parts, strict=True)]
+
+
+def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     batches: list[list[Segment]] = []
     rows = count = 0
-    for segment in [*decode, *(segment for segment in segments if not segment.is_decode)]:
-        size = segment.num_rows + segment.num_pad
+    for segment in segments:
+        size = _size(segment)
         is_sequence = isinstance(segment.span, Sequence)
         if not batches or (
             rows + size > limits.rows_per_batch
@@ -398,7 +449,7 @@ def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     batches: list[list[Segment]] = []
     columns = keys = 0
     for segment in sorted(segments, key=kind):  # stable: prefixes stay before those that continue them
-        size = segment.num_rows + segment.num_pad
+        size = _size(segment)
         reach = segment.span.start + segment.past + segment.num_rows
         count = len(batches[-1]) + 1 if batches else 1
         if (
@@ -416,7 +467,7 @@ def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
         batches[-1].append(segment)
         columns, keys = max(columns, size), max(keys, reach)
     for batch in batches:
-        columns = max(segment.num_rows + segment.num_pad for segment in batch)
+        columns = max(map(_size, batch))
         for index, segment in enumerate(batch):
             segment.lead, segment.num_pad = columns - segment.num_rows, 0
             segment.first = index * columns + segment.lead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -14,6 +15,8 @@ from parity import JOBS, POLICIES
 from transformers import PreTrainedModel
 
 from engine import Engine, accelerator
+from engine.admission import Admission
+from engine.schedule import Scheduler, Segment
 
 
 @pytest.fixture
@@ -68,6 +71,37 @@ def test_what_is_on_disk_goes_through_memory_of_torch_where_ours_cannot_be_locke
         done = engine.run(JOBS)
         assert asked[0] > engine.plan.read_ahead_bytes > 0
     assert streams.locked == {}
+    assert parity.differences(parity.expect(reference("opt")), done)[0] == []
+
+
+@pytest.mark.parametrize("policy", ["host", "disk", "thirds"])
+def test_prompts_that_are_computed_between_fetches_change_no_result(
+    policy: str,
+    streams: Streams,
+    build: Callable[[str], Path],
+    reference: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A few prompts at a time come in while others decode, and ride in several micro-batches with their steps."""
+    mixed: list[int] = []
+    next_sweep = Scheduler.next_sweep
+
+    def note(scheduler: Scheduler) -> list[list[Segment]]:
+        batches = next_sweep(scheduler)
+        mixed.append(sum(batch[0].is_decode and not batch[-1].is_decode for batch in batches))
+        return batches
+
+    monkeypatch.setattr(Scheduler, "next_sweep", note)
+    settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path), "gpu-memory": "1GB"}
+    with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
+        scheduler = engine._scheduler
+        pace = Admission(rows_beside_weights=0, rows_beside_cached_row=0.15)
+        scheduler.limits = replace(scheduler.limits, admission=pace, rows_between_fetches=24)
+        engine._executor._limits = scheduler.limits
+        done = engine.run(JOBS)
+    assert max(mixed) >= 2
+    assert sum(count > 0 for count in mixed) >= 3
     assert parity.differences(parity.expect(reference("opt")), done)[0] == []
 
 

@@ -151,6 +151,16 @@ def test_without_a_cache_share_the_device_fills_first(tmp_path: Path) -> None:
     assert arena.num_bytes == {"device": 320, "host": 160, "disk": 64}
 
 
+def test_what_of_a_cache_would_lie_off_the_device(tmp_path: Path) -> None:
+    """By hand: without a share, what the device's 10 rows leave; with one, that share; at most what has room."""
+    arena = Arena(torch.device("cpu"), offload_dir=str(tmp_path))
+    budgets: dict[Tier, int] = {"device": 320, "host": 1600, "disk": 320}
+    for share, expected in ((None, [0, 2, 42, 60]), (Share(gpu=25, cpu=75), [6, 9, 39, 60])):
+        cache = KVCache([KVShape(1, 2, 1, 2)] * 2, torch.float32, arena, budgets, share)
+        assert [cache.num_off_device(rows) for rows in (8, 12, 52, 500)] == expected
+    arena.close()
+
+
 @pytest.mark.parametrize("percent", [None, PERCENTS["20-80"], PERCENTS["thirds"], [50, 0, 100, 0, 100, 0]])
 def test_what_is_placed_stays_within_the_limits(
     percent: list[int] | None, wide: Callable[[bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

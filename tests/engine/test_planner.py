@@ -14,6 +14,7 @@ from engine.errors import CapacityError
 from engine.hardware import Memory
 from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Share, parse_bytes
+from engine.schedule import Limits
 
 GB = 10**9
 OPT_30B = ModelShape(
@@ -213,14 +214,39 @@ def test_drafts_ride_where_the_link_sets_the_pace() -> None:
     assert free_rows(0, on_cpu=True) == 0
 
 
+def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
+    """For as many bytes as all 16-bit weights have, the same rows, whatever crosses; none are held back elsewhere."""
+
+    def limits(policy: Policy, shape: ModelShape = OPT_30B, *, on_cpu: bool = False, disk: int = 0) -> Limits:
+        return make_plan(shape, policy, replace(T4, device=80 * GB, disk=disk), on_cpu=on_cpu).limits
+
+    half = limits(Policy(weights=Share(gpu=50, cpu=50)))
+    assert half.admission is not None
+    rows = 2 * half.admission.rows_beside_weights
+    per_row = OPT_30B.cache_row_bytes / OPT_30B.weight_bytes
+    assert half.admission.rows_beside_cached_row == pytest.approx(rows * per_row)
+    coded = replace(OPT_30B, coded_layer_row_bytes=OPT_30B.cache_layer_row_bytes // 4)
+    fewer = limits(Policy(weights=Share(gpu=50, cpu=50)), coded).admission
+    assert fewer is not None
+    assert fewer.rows_beside_cached_row == pytest.approx(rows * per_row / 4)
+    assert fewer.rows_beside_weights == half.admission.rows_beside_weights
+    assert half.rows_between_fetches is not None
+    on_host = limits(Policy(cpu_cache_compute=True))
+    assert (on_host.admission, on_host.rows_between_fetches) == (None, None)
+    on_cpu = limits(Policy(), on_cpu=True)
+    assert (on_cpu.admission, on_cpu.rows_between_fetches) == (None, None)
+    from_disk = limits(Policy(weights=Share(gpu=0, cpu=50, disk=50), offload_dir="there"), disk=80 * GB)
+    assert from_disk.admission is None
+
+
 def test_what_attention_gathers_is_reckoned_with_its_copies() -> None:
-    """By hand: three staging buffers, numbers for what is encoded, and what is collected where it is not in place."""
+    """By hand: four staging buffers, numbers for what is encoded, and what is collected where it is not in place."""
     row, coded = OPT_30B.cache_layer_row_bytes, 8064
     shapes = {
-        3 * row: replace(OPT_30B, reads_in_place=True),
-        4 * row: OPT_30B,
-        3 * coded + row: replace(OPT_30B, reads_in_place=True, coded_layer_row_bytes=coded),
-        3 * coded + 2 * row: replace(OPT_30B, coded_layer_row_bytes=coded),
+        4 * row: replace(OPT_30B, reads_in_place=True),
+        5 * row: OPT_30B,
+        4 * coded + row: replace(OPT_30B, reads_in_place=True, coded_layer_row_bytes=coded),
+        4 * coded + 2 * row: replace(OPT_30B, coded_layer_row_bytes=coded),
     }
     limits = {size: make_plan(shape, Policy(), T4, on_cpu=False).limits for size, shape in shapes.items()}
     taken = [size * each.cached_rows_per_batch for size, each in limits.items()]

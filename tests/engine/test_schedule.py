@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Job
+from engine.admission import Admission
 from engine.batch import DecodeGroup, MicroBatch
 from engine.block import Block
 from engine.errors import CapacityError
@@ -32,6 +33,9 @@ class Room:
 
     def expect(self, num_rows: int) -> None:
         assert num_rows >= 0
+
+    def num_off_device(self, num_rows: int) -> int:
+        return max(0, min(num_rows, self.extents.capacity) - self.on_device)
 
     def free(self, block: Block) -> None:
         self.extents.give(block.first, block.num_rows)
@@ -219,6 +223,8 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
             "pad": st.sampled_from([None, None, "bucket", 100]),
             "rectangular": st.booleans(),
             "reads_in_place": st.booleans(),
+            "admission": st.sampled_from([None, Admission(rows_beside_weights=9, rows_beside_cached_row=0.2)]),
+            "rows_between_fetches": st.sampled_from([None, 1, 30]),
         }
     ),
     on_device=st.integers(0, 300),
@@ -338,6 +344,59 @@ def test_what_is_brought_besides_counts() -> None:
     runner.sweep()
     groups = groups_of(runner)
     assert [[run.end - run.first for run in group.stored_runs] for group in groups] == [[91], [91]]
+
+
+def admitted(runner: Runner, count: int) -> list[int]:
+    """How many sequences enter in each of so many sweeps."""
+    entered = []
+    for _ in range(count):
+        before = set(map(id, runner.scheduler.running))
+        runner.scheduler.next_sweep()
+        entered.append(sum(id(sequence) not in before for sequence in runner.scheduler.running))
+    return entered
+
+
+def test_prompts_come_in_as_far_as_the_link_hides_them() -> None:
+    """By hand: 4 at once keep 4 x (20 + 4) rows, 96 - 40 of them off the device; 56 x 0.5 + 12 rows are 2 prompts."""
+    pace = Admission(rows_beside_weights=12, rows_beside_cached_row=0.5)
+    runner = make_runner(10_000, on_device=40, sequences_per_batch=4, batches=1, admission=pace)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=5)) for i in range(9)])
+    assert admitted(runner, 3) == [2, 2, 0]
+
+
+def test_a_prompt_longer_than_is_hidden_comes_in_alone() -> None:
+    pace = Admission(rows_beside_weights=0, rows_beside_cached_row=0.01)
+    runner = make_runner(10_000, on_device=0, admission=pace)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=5)) for i in range(3)])
+    assert admitted(runner, 4) == [1, 1, 1, 0]
+
+
+def test_all_prompts_come_in_where_more_of_weights_crosses_the_link_than_of_the_cache() -> None:
+    for on_device, weights in ((0, 100.0), (10**6, 0.0)):
+        pace = Admission(rows_beside_weights=weights, rows_beside_cached_row=0.5)
+        runner = make_runner(10_000, on_device=on_device, sequences_per_batch=4, batches=1, admission=pace)
+        runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=5)) for i in range(9)])
+        assert admitted(runner, 1) == [4]
+
+
+def test_jobs_that_keep_nothing_are_not_held_back() -> None:
+    pace = Admission(rows_beside_weights=0, rows_beside_cached_row=0.01)
+    runner = make_runner(10_000, on_device=0, admission=pace)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(0, 20), max_new_tokens=5))])
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=1)) for i in range(1, 6)])
+    assert admitted(runner, 1) == [6]
+
+
+def test_prompts_are_computed_between_decode_steps_that_are_fetched() -> None:
+    """By hand: 8 steps and 6 x 20 rows in parts of 50 are three, each with room for two prompts beside its steps."""
+    for on_device, expected in ((0, [(2, 2), (3, 2), (3, 2)]), (10**6, [(8, 6)])):
+        runner = make_runner(10_000, on_device=on_device, rows_between_fetches=50)
+        runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=5)) for i in range(8)])
+        runner.sweep()
+        runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=5)) for i in range(10, 16)])
+        batches = runner.scheduler.next_sweep()
+        steps = [sum(segment.is_decode for segment in batch) for batch in batches]
+        assert [(count, len(batch) - count) for count, batch in zip(steps, batches, strict=True)] == expected
 
 
 def test_one_token_jobs_need_no_cache_of_their_own() -> None:
