@@ -18,6 +18,7 @@ from engine.hardware import Memory, memory_within
 from engine.placement import TIERS, Tier, split_bytes
 from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy, Share
+from flexgen_helm.overlap import Overlap
 from flexgen_helm.roofline import Sizes, Work, Workload, cache_rows, num_at_once, sizes_of_model, work_of
 
 if TYPE_CHECKING:
@@ -46,11 +47,14 @@ class Estimate:
     """Seconds that each resource needs until every prompt is computed; they work side by side."""
     decode_s: Mapping[str, float]
     """The same for all tokens but the first of each request."""
+    hidden_s: float = 0.0
+    """Seconds of the two phases that pass at the same time, where prompts come in a few at a time."""
 
     @property
     def seconds(self) -> float:
-        """The least time: in each phase, that of the resource that is busy longest."""
-        return max(self.prefill_s.values()) + max(self.decode_s.values())
+        """The least time: in each phase, that of the resource that is busy longest; no less than it is in both."""
+        busiest = max(self.prefill_s[resource] + self.decode_s.get(resource, 0.0) for resource in self.prefill_s)
+        return max(busiest, max(self.prefill_s.values()) + max(self.decode_s.values()) - self.hidden_s)
 
     @property
     def bottleneck(self) -> str:
@@ -166,6 +170,13 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
     )
     calls = [0.0 if is_host(profile) else _CALL_S * sizes.num_layers * count for count in batches]
     decode_s = resource_seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
+    prefill_s = resource_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]}
+    sweeps, hidden_s = whole.sweeps, 0.0
+    overlap = _overlap(load, sizes, plan, profile, max(prefill_s.values()), decode)
+    if overlap is not None:  # who comes in later leaves later
+        sweeps = max(sweeps, math.ceil(overlap.houses) * load.new + overlap.sweeps - 1)
+        decode_s["to device"] += (sweeps - whole.sweeps) * overlap.weights_s
+        hidden_s = overlap.hidden_s
     if not crosses:
         attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
         decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)
@@ -174,9 +185,34 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         plan=plan,
         weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
         at_once=at_once,
-        sweeps=whole.sweeps,
-        prefill_s=resource_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]},
+        sweeps=sweeps,
+        prefill_s=prefill_s,
         decode_s=decode_s,
+        hidden_s=hidden_s,
+    )
+
+
+def _overlap(
+    load: Workload, sizes: Sizes, plan: Plan, profile: HardwareProfile, prefill_s: float, decode: Work
+) -> Overlap | None:
+    """How prompts come in beside decode steps; None where all that have room come in at once."""
+    admission, at_once = plan.limits.admission, num_at_once(load, sizes, plan)
+    if admission is None or load.new == 1:
+        return None
+    streamed = decode.sweeps * sizes.streamed_bytes
+    cached = (decode.to_device_bytes - streamed) / decode.sweeps / sizes.cache_row_bytes  # of a full house
+    most = admission.most_rows(round(cached))
+    if most is None:
+        return None
+    most = min(most, plan.limits.rows_per_sweep)
+    sweeps = math.ceil(at_once / max(1, int(most * load.num_requests / load.prefill_tokens)))
+    full_s = cached * sizes.cache_row_bytes / profile.to_device_bytes_s
+    return Overlap(
+        sweeps=sweeps,
+        houses=load.num_requests / at_once,
+        prefill_s=prefill_s,
+        weights_s=sizes.streamed_bytes / profile.to_device_bytes_s,
+        cache_s=full_s * min(1.0, load.new / sweeps),
     )
 
 
