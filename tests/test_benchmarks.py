@@ -14,7 +14,17 @@ import models
 import pytest
 import torch
 
-from benchmarks import codecs, compression, data_wrangling, draw, memory, sweep_overhead, sweep_suite, timeline
+from benchmarks import (
+    codecs,
+    compression,
+    data_wrangling,
+    draw,
+    memory,
+    offloaded,
+    sweep_overhead,
+    sweep_suite,
+    timeline,
+)
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
 from engine.errors import ConfigError
@@ -624,6 +634,23 @@ def test_a_suites_requests_are_asked_in_one_call(opt: str) -> None:
     assert asked["decode_rows"] == 0
     assert sorted(asked["run_ended_s"])[-1] <= asked["seconds"]
     assert asked["sweep_s"] + asked["host_s"] <= asked["seconds"]
+
+
+def test_a_row_is_recorded_under_its_name_and_others_go_on(
+    opt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = offloaded.Row(opt, "1GB", {"device": "cpu", "compress-cache": 4}, ("1x4x0+8:3",))
+    bad = offloaded.Row(opt, "1GB", {"device": "cpu", "compress-cash": 4}, ("1x4x0+8:3",))
+    monkeypatch.setattr(offloaded, "ROWS", {"bad": bad, "good": good})
+    monkeypatch.setattr(sys, "argv", ["offloaded", "--out", str(tmp_path / "new")])
+    offloaded.main()
+    assert capfd.readouterr().out.splitlines()[-2:] == ["bad: exit code 2, no record", "good: done"]
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.name == "bench-good.json"
+    record = json.loads(file.read_text())
+    assert record["policy"]["compress-cache"] == 4
+    assert [row["row"] for row in record["rows"]] == ["1x4x0+8:3"]
+    assert offloaded.run("good", good, 0.01, tmp_path) == "took longer than 0 s, no record"
 
 
 def test_own_cost_is_what_neither_helm_nor_the_model_takes() -> None:
