@@ -26,10 +26,9 @@ _FRAGMENTATION = 0.04
 _FREE_ROWS = 4096
 """Rows whose arithmetic takes less time than the transfer of all weights: accelerators on PCIe multiply 5,000 (T4: 65
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
-_ADMITTED_ROWS = 6000
-"""Rows of prompts that a sweep lets in for as many bytes across the link as all 16-bit weights have: about 0.7 of those
-whose arithmetic takes as long. Too few make the start long, too many leave the link idle; from half to twice as many
-miss the best throughput by a few percent (docs/adr/0009)."""
+_ADMITTED_ROWS = 8000
+"""Rows of prompts that a sweep lets in for as many bytes across the link as all 16-bit weights have: on a card that
+computes 12,000 meanwhile, 0.7 of them. Too few make the start long, too many leave the link idle (docs/adr/0009)."""
 _ROWS_BETWEEN_FETCHES = 2048
 """Rows of prompts that multiply at nearly a card's full rate; they take 1 to 4 ms a layer (6.7 to 30 billion weights at
 650 TFLOP/s), in which a link carries about what two staging buffers hold."""

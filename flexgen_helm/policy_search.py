@@ -48,13 +48,15 @@ class Estimate:
     decode_s: Mapping[str, float]
     """The same for all tokens but the first of each request."""
     hidden_s: float = 0.0
-    """Seconds of the two phases that pass at the same time, where prompts come in a few at a time."""
+    """Seconds of the transfers of decode steps that pass while prompts are computed, where those come in a few at a
+    time."""
 
     @property
     def seconds(self) -> float:
         """The least time: in each phase, that of the resource that is busy longest; no less than it is in both."""
         busiest = max(self.prefill_s[resource] + self.decode_s.get(resource, 0.0) for resource in self.prefill_s)
-        return max(busiest, max(self.prefill_s.values()) + max(self.decode_s.values()) - self.hidden_s)
+        left = {**self.decode_s, "to device": self.decode_s["to device"] - self.hidden_s}
+        return max(busiest, max(self.prefill_s.values()) + max(left.values()))
 
     @property
     def bottleneck(self) -> str:
