@@ -2,7 +2,8 @@
 
 Scores real texts with a real model once as it is and once for each compression, and prints how far log-probabilities
 move: the mean of a token's (its change is the logarithm of the change of the perplexity), the mean and the 99th
-percentile of the size of a token's change, and how often the most likely token stays the same.
+percentile of the size of a token's change, and how often it stays as it was whether the text's token is the most likely
+one, which greedy choice would have taken (a hit).
 """
 
 from __future__ import annotations

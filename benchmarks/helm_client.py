@@ -134,14 +134,14 @@ def write_entries(local_path: Path, model: Path, policy: str) -> None:
 
 
 def place_data(data: Path, subjects: list[str], output: Path, *, gsm: bool) -> None:
-    """Put the data where HELM's scenarios look for their downloads."""
+    """Put the data where HELM's scenarios look for their downloads; what is there already is put there again."""
     for split in ("dev", "test"):
         target = output / "scenarios" / "mmlu" / "data" / split
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
         for subject in subjects:
             shutil.copy(data / "mmlu" / split / f"{subject}_{split}.csv", target)
     if gsm:
-        (output / "scenarios" / "gsm").mkdir(parents=True)
+        (output / "scenarios" / "gsm").mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
             shutil.copy(data / "gsm8k" / f"gsm_data_{split}", output / "scenarios" / "gsm")
 
