@@ -14,7 +14,8 @@ class Footprint:
     """Remembers which folders were not there before, so that a refused run leaves nothing behind."""
 
     def __init__(self) -> None:
-        self._new: list[Path] = []
+        self._new: list[list[Path]] = []
+        """Of each folder that was watched: it and those above it that were not there, innermost first."""
 
     def watch(self, folders: Iterable[str | Path]) -> None:
         """Note the folders that a run is going to write; `ConfigError` for one that cannot be written."""
@@ -27,22 +28,24 @@ class Footprint:
             if not os.access(there, os.W_OK | os.X_OK):
                 raise ConfigError(f"cannot write {path}: no permission in {there}")
             if missing:
-                self._new.append(missing[-1])
+                self._new.append(missing)
 
     def settle(self) -> None:
         """Call before the first folder is made: what is there by now is another command's, and is left alone."""
-        self._new = [path for path in self._new if not path.exists()]
+        self._new = [[path for path in folders if not path.exists()] for folders in self._new]
 
-    def undo(self, *, keep: Path, finished: Iterable[Path] = ()) -> None:
+    def undo(self, *, keep: Path, spared: Iterable[Path] = ()) -> None:
         """Remove what was not there before.
 
-        Left alone are `keep` (downloads), where it holds any file, and whatever holds one of `finished`.
+        Left alone are `keep` (downloads), where it holds any file, and each of `spared` with the folders above it.
         """
         keep = keep.expanduser().absolute()
-        results = [path.expanduser().absolute() for path in finished]
-        for path in self._new:
-            if any(result.is_relative_to(path) for result in results):
+        others = [path.expanduser().absolute() for path in spared]
+        for folders in self._new:
+            mine = [path for path in folders if not any(other.is_relative_to(path) for other in others)]
+            if not mine:
                 continue
+            path = mine[-1]
             if _holds_a_file(keep) and keep.is_relative_to(path):
                 _remove_all_but(keep, path)
             else:

@@ -65,17 +65,22 @@ def carry_out(
         raise InstallationError(problem)
     set_up_logging(args)
     footprint = Footprint()
-    run_specs: list[RunSpec] = []
+    footprint.watch([args.output_path, args.local_path])
+    prepared = prepare(args, policy, is_demo=is_demo)
+    run_specs = prepared.run_specs
+    footprint.watch(_run_path(args, run_spec) for run_spec in run_specs)
+    footprint.settle()
+    before = _of_others(args, run_specs)
     try:
-        footprint.watch([args.output_path, args.local_path])
-        prepared = prepare(args, policy, is_demo=is_demo)
-        run_specs = prepared.run_specs
+        if is_demo:
+            demo.write_facts(assets.countries(), Path(args.output_path))
         prepared.models.write(args.local_path)
-        footprint.watch(_run_path(args, run_spec) for run_spec in run_specs)
         _execute(args, run_specs, show)
     except EngineError:
-        finished = [path for path in (_run_path(args, spec) for spec in run_specs) if (path / "stats.json").exists()]
-        footprint.undo(keep=Path(args.output_path) / "scenarios", finished=finished)
+        spared = [path for path in (_run_path(args, spec) for spec in run_specs) if (path / "stats.json").exists()]
+        if meanwhile := _of_others(args, run_specs) - before:  # at work in the same directories
+            spared += [*meanwhile, Path(args.local_path)]
+        footprint.undo(keep=Path(args.output_path) / "scenarios", spared=spared)
         raise
 
 
@@ -118,8 +123,6 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
         args,
         lambda entry: assign_models([entry], named, models.target, skip_others=bool(args.models_to_run)),
     )
-    if is_demo:
-        demo.write_facts(assets.countries(), Path(args.output_path))
     num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
     notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
     return Prepared(run_specs, models, notes)
@@ -190,6 +193,14 @@ def _verdict(failure: Exception, num_runs: int) -> Exception:
 
 def _run_path(args: argparse.Namespace, run_spec: RunSpec) -> Path:
     return Path(args.output_path) / "runs" / str(args.suite) / run_spec.name
+
+
+def _of_others(args: argparse.Namespace, run_specs: Sequence[RunSpec]) -> set[Path]:
+    """What of other commands lies beside these runs: suites, and runs of the same suite."""
+    suites = Path(args.output_path) / "runs"
+    own = suites / str(args.suite)
+    beside = {path for path in suites.glob("*") if path != own} | set(own.glob("*"))
+    return beside - {own / "eval_cache", *(_run_path(args, run_spec) for run_spec in run_specs)}
 
 
 def _stamp(args: argparse.Namespace, run_spec: RunSpec) -> tuple[int, int] | None:

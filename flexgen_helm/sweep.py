@@ -65,10 +65,10 @@ def sweep(arguments: Sequence[str]) -> int:
     set_up_logging(args)
     suite_path = Path(args.output_path) / "runs" / args.suite
     footprint = Footprint()
+    footprint.watch([args.output_path, args.local_path, suite_path])
+    prepared = prepare(args, policy)
+    footprint.settle()
     try:
-        footprint.watch([args.output_path, args.local_path, suite_path])
-        prepared = prepare(args, policy)
-        footprint.settle()
         with SuiteLock(suite_path):
             prepared.models.write(args.local_path)
             with JsonLog(args.json_log) as json_log:

@@ -302,6 +302,34 @@ def test_a_refused_run_leaves_an_older_output_as_it_was(
     assert sorted(path for path in Path("benchmark_output").rglob("*")) == before
 
 
+@pytest.mark.parametrize("moment", ["before it is refused", "before it writes", "while it runs"])
+def test_a_refused_run_leaves_alone_what_another_command_made_meanwhile(
+    moment: str, cli: Cli, tiny_llama: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin where nothing is."""
+    from flexgen_helm import launch
+
+    step = "run_benchmarking" if moment == "while it runs" else "prepare"
+    do, others = getattr(launch, step), Path("benchmark_output/runs/other/run/stats.json")
+
+    def meanwhile(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return do(*args, **kwargs)
+        finally:
+            others.parent.mkdir(parents=True)
+            others.write_text("[]")
+            Path("prod_env/cache").mkdir(parents=True, exist_ok=True)
+            Path("prod_env/cache/others.sqlite").write_text("")
+
+    monkeypatch.setattr(launch, step, meanwhile)
+    entry = "no_such_scenario" if moment == "before it is refused" else ENTRY
+    code = cli("run", "-r", entry, "--model", tiny_llama, "-m", 1, "--pad-to-seq-len", 9, "--suite", "mine")
+    refused(capfd, code)
+    assert others.exists()
+    assert Path("prod_env/cache/others.sqlite").exists()
+    assert not [path for path in Path("benchmark_output/runs/mine").glob("*") if path.name != "eval_cache"]
+
+
 def test_two_models_of_one_name_are_not_mixed_up(
     cli: Cli, tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

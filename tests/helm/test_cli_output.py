@@ -176,10 +176,31 @@ def test_undo_keeps_downloads_and_finished_runs(tmp_path: Path) -> None:
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("")
-    footprint.undo(keep=output / "scenarios", finished=[tmp_path / "finished"])
+    footprint.undo(keep=output / "scenarios", spared=[tmp_path / "finished"])
     files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(files) == ["finished/stats.json", "output/scenarios/mmlu/data.csv"]
     assert not (output / "runs").exists()
+
+
+def test_undo_leaves_what_was_there_when_the_first_folder_was_to_be_made(tmp_path: Path) -> None:
+    mine, others = tmp_path / "new" / "runs" / "mine", tmp_path / "new" / "runs" / "other"
+    footprint = Footprint()
+    footprint.watch([tmp_path / "new", mine])
+    others.mkdir(parents=True)
+    footprint.settle()
+    mine.mkdir()
+    footprint.undo(keep=tmp_path / "new" / "scenarios")
+    assert [path.name for path in (tmp_path / "new" / "runs").iterdir()] == ["other"]
+
+
+def test_undo_removes_its_own_beside_what_is_spared(tmp_path: Path) -> None:
+    mine, others = tmp_path / "new" / "runs" / "mine", tmp_path / "new" / "runs" / "other"
+    footprint = Footprint()
+    footprint.watch([tmp_path / "new", mine])
+    for folder in (mine, others):
+        folder.mkdir(parents=True)
+    footprint.undo(keep=tmp_path / "new" / "scenarios", spared=[others])
+    assert [path.name for path in (tmp_path / "new" / "runs").iterdir()] == ["other"]
 
 
 def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:

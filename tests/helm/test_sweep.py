@@ -483,7 +483,7 @@ with SuiteLock(Path({str(suite("held").absolute())!r})):
     assert cli(*command) == 0
 
 
-@pytest.mark.parametrize("refusal", ["the same suite", "a log that cannot be written"])
+@pytest.mark.parametrize("refusal", ["the same suite", "a log that cannot be written", "an unknown scenario"])
 def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
     refusal: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,15 +495,17 @@ def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
     kept = Path("prod_env/model_metadata.yaml")
 
     def meanwhile(*args: Any) -> Any:
-        prepared = prepare(*args)
-        kept.parent.mkdir()
-        kept.write_text("models: []")
-        other.__enter__()
-        return prepared
+        try:
+            return prepare(*args)
+        finally:
+            kept.parent.mkdir()
+            kept.write_text("models: []")
+            other.__enter__()
 
     monkeypatch.setattr(sweep, "prepare", meanwhile)
     more = ("--json-log", "no/such/log") if "log" in refusal else ()
-    assert cli("sweep", "-r", EASY, "--model", tiny_llama, "-m", 1, "--suite", "same", *more) == 2
+    entry = "no_such_scenario" if "unknown" in refusal else EASY
+    assert cli("sweep", "-r", entry, "--model", tiny_llama, "-m", 1, "--suite", "same", *more) == 2
     assert kept.read_text().startswith("models:")
     assert other._path.exists()
     other.__exit__(None, None, None)
