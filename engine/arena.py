@@ -135,7 +135,7 @@ class Arena:
         return tensor
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Give back a tensor of `empty`; the caller keeps no view of it."""
+        """Give back a tensor of `empty`; the caller keeps no view of it, but the device may still be at work on it."""
         if tensor.numel():
             self._release(tensor.data_ptr())
 
@@ -154,6 +154,8 @@ class Arena:
     def _release(self, pointer: int) -> None:
         tier, num_bytes, locked = self._blocks.pop(pointer)
         self.num_bytes[tier] -= num_bytes
+        if tier == "host":  # copies from and to it, of whatever stream, do not keep the memory themselves
+            accelerator.synchronize(self.device)
         if locked:
             # Before the mapping goes: the driver would otherwise keep the pages of a later mapping at this address.
             accelerator.unlock_pages(pointer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import models
 import parity
@@ -14,8 +15,9 @@ from fake_streams import Streams, play
 from parity import JOBS, POLICIES
 from transformers import PreTrainedModel
 
-from engine import Engine, accelerator
+from engine import Engine, Job, accelerator
 from engine.admission import Admission
+from engine.executor import Executor
 from engine.schedule import Scheduler, Segment
 
 
@@ -103,6 +105,38 @@ def test_prompts_that_are_computed_between_fetches_change_no_result(
     assert max(mixed) >= 2
     assert sum(count > 0 for count in mixed) >= 3
     assert parity.differences(parity.expect(reference("opt")), done)[0] == []
+
+
+def test_host_memory_goes_only_when_the_device_is_done_with_it(
+    streams: Streams, build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cache and hidden states outgrow their memory between sweeps; copies of a sweep may still be under way by then."""
+    settings = {**POLICIES["host"], "device": "cpu", "gpu-memory": "1GB", "gpu-batch-size": 1, "num-gpu-batches": 1}
+    at_work, unlocked = False, 0
+    sweep, unlock = Executor.sweep, accelerator.unlock_pages
+
+    def busy(self: Executor, *arguments: Any) -> None:
+        nonlocal at_work
+        sweep(self, *arguments)
+        at_work = True
+
+    def wait(device: torch.device) -> None:
+        nonlocal at_work
+        at_work = False
+
+    def count(pointer: int) -> None:
+        nonlocal unlocked
+        assert not at_work
+        unlocked += 1
+        unlock(pointer)
+
+    monkeypatch.setattr(Executor, "sweep", busy)
+    monkeypatch.setattr(accelerator, "synchronize", wait)
+    monkeypatch.setattr(accelerator, "unlock_pages", count)
+    with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
+        for length in (9, 90):
+            assert engine.run([Job(prompt=[*range(9, 9 + length)], max_new_tokens=2)])[0].error is None
+        assert unlocked == 1 + len(engine._model.layers)  # of hidden states, and of the cache
 
 
 def test_padded_families_take_the_same_paths(
