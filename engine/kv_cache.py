@@ -14,6 +14,7 @@ from engine.batch import DecodeGroup, MicroBatch, Rows, Scatter
 from engine.block import Block
 from engine.codec import GROUP, Codec
 from engine.disk_rows import DiskRows, Fetch
+from engine.errors import CapacityError
 from engine.extents import Extents
 from engine.kv_shape import KVShape
 from engine.kv_transfer import KVTransfer
@@ -127,7 +128,13 @@ class KVCache:
         expected = needed + int(self._expected * self._percents[tier] / 100)
         capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
         if tier == "disk":
-            self._disk.grow(capacity)
+            try:
+                self._disk.grow(capacity)
+            except CapacityError as error:  # it speaks of one layer's file
+                size = capacity * self.row_bytes[tier] / 1e9
+                raise CapacityError(
+                    f"the KV cache cannot grow to {capacity} tokens, {size:.1f} GB on disk: {error}"
+                ) from None
             extents.grow(capacity)
             return True
         self._transfer.settle()  # what is still under way to a table must not miss its copy

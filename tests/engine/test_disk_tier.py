@@ -7,6 +7,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,27 @@ def test_a_failing_disk_ends_the_run_in_one_line(
         assert "\n" not in message
         with pytest.raises(EngineError, match=os.strerror(code)):
             engine.run(JOBS[:1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_finds_no_room_to_grow_says_how_much_it_needs(
+    failing: Callable[[str, int], None], build: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of all layers: those that were given room before the disk was full are no longer seen in what is free."""
+    with open_engine(build("opt"), tmp_path, percent=[100, 0, 0, 0, 100, 0]) as engine:
+        cache = cache_of(engine)
+        cache.row_bytes["disk"] = 2 * 10**7  # as large models have them, in all layers
+        failing("posix_fallocate", errno.ENOSPC)
+        with pytest.raises(CapacityError) as caught:
+            engine.run([Job(prompt=[*range(9, 109)], max_new_tokens=2)])
+        told = re.fullmatch(
+            rf"the KV cache cannot grow to (\d+) tokens, ([\d.]+) GB on disk: offload-dir {tmp_path}: no room for .*; "
+            "name another directory, or place less on disk",
+            str(caught.value),
+        )
+        assert told is not None
+        assert int(told[1]) >= 100
+        assert float(told[2]) == pytest.approx(int(told[1]) * 0.02, abs=0.1)
     assert list(tmp_path.iterdir()) == []
 
 
