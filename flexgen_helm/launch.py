@@ -179,15 +179,19 @@ def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[
     if scores and not args.dry_run:
         print(show(scores), *display.notes, throughput, f"results: {path}", sep="\n")
     if failure is not None:
-        raise _verdict(failure, len(run_specs)) from failure
+        raise _verdict(failure, len(run_specs), has_answers=display.num_computed > 0) from failure
 
 
-def _verdict(failure: Exception, num_runs: int) -> Exception:
-    """Tell bad input (`EngineError`) from a failed run (`RunFailed`), which it is as soon as one went well."""
-    if isinstance(failure, RunsFailed) and failure.bad_input and len(failure.failures) == num_runs:
-        return next(iter(failure.failures.values()))
-    if isinstance(failure, EngineError) and type(failure) is not EngineError:
-        return failure
+def _verdict(failure: Exception, num_runs: int, *, has_answers: bool) -> Exception:
+    """Tell bad input (`EngineError`) from a failed run (`RunFailed`), which it is as soon as one went well.
+
+    With answers that are kept it is a failed run, too: a disk that fills up meanwhile is no bad input.
+    """
+    if not has_answers:
+        if isinstance(failure, RunsFailed) and failure.bad_input and len(failure.failures) == num_runs:
+            return next(iter(failure.failures.values()))
+        if isinstance(failure, EngineError) and type(failure) is not EngineError:
+            return failure
     return RunFailed(str(failure) if isinstance(failure, RunsFailed | EngineError) else _named(failure))
 
 

@@ -112,6 +112,11 @@ class Progress:
         return f"{requests}, {self._past_tokens} tokens in {self._past_s:.1f} s with loading: {speed}"
 
     @property
+    def num_computed(self) -> int:
+        """Requests of this command that no cache answered."""
+        return self._past_computed + self._done - self._cached
+
+    @property
     def _elapsed_s(self) -> float:
         return 0.0 if self._start_s is None else self._now_s - self._start_s
 

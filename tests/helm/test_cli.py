@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from fake_engine import FakeEngine
 from tiny_models import random_llama, save_tiny_model
 
+from engine.errors import CapacityError
 from flexgen_helm.run import main
 
 ENTRY = "synthetic_reasoning_natural:difficulty=easy"
@@ -300,6 +302,31 @@ def test_a_refused_run_leaves_an_older_output_as_it_was(
     code = cli("run", "-r", other, "--model", tiny_llama, "-m", 1, "--pad-to-seq-len", 9)
     refused(capfd, code)
     assert sorted(path for path in Path("benchmark_output").rglob("*")) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--exit-on-error"]])
+def test_a_disk_that_fills_up_while_a_run_computes_costs_no_answer(
+    more: list[str], cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from flexgen_helm.engines import engines
+
+    load = engines.load
+
+    def faulty(path: str, policy: Any) -> FakeEngine:
+        engine = load(path, policy)
+        assert isinstance(engine, FakeEngine)
+        engine.fault, engine.fault_after = CapacityError("offload-dir: no room"), 2
+        return engine
+
+    monkeypatch.setattr(engines, "load", faulty)
+    command = ("run", "-r", ENTRY, "--model", tiny_llama, "-m", 3, *more)
+    assert cli(*command) == 1
+    assert "no room" in capsys.readouterr().err
+    monkeypatch.setattr(engines, "load", load)
+    engines.close()
+    assert cli(*command) == 0
+    assert [len(jobs) for engine in fake_engines for jobs in engine.calls] == [3, 1]
 
 
 @pytest.mark.parametrize("moment", ["before it is refused", "before it writes", "while it runs"])
