@@ -29,9 +29,11 @@ TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they
 _ADMITTED_ROWS = 8000
 """Rows of prompts that a sweep lets in for as many bytes across the link as all 16-bit weights have: on a card that
 computes 12,000 meanwhile, 0.7 of them. Too few make the start long, too many leave the link idle (docs/adr/0009)."""
-_ROWS_BETWEEN_FETCHES = 2048
-"""Rows of prompts that multiply at nearly a card's full rate; they take 1 to 4 ms a layer (6.7 to 30 billion weights at
-650 TFLOP/s), in which a link carries about what two staging buffers hold."""
+_OPERATIONS_BETWEEN_FETCHES = 2.5e12
+"""Of a layer on prompts, while keys and values of decode steps come: 4 ms of a fast card (650 TFLOP/s), in which a link
+carries about what the staging buffers hold. Less at a time would be more calls than the host can make meanwhile."""
+_LEAST_BETWEEN_FETCHES = 1024
+"""Rows of prompts that still multiply at nearly a card's full rate."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
 STAGING_BUFFERS = 4
@@ -144,7 +146,7 @@ class _Planner:
             rows_per_sweep=hidden_rows,
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
             admission=self._admission(weights),
-            rows_between_fetches=_ROWS_BETWEEN_FETCHES if self._brings_cache() else None,
+            rows_between_fetches=self._rows_between_fetches(),
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
@@ -169,6 +171,13 @@ class _Planner:
     def _brings_cache(self) -> bool:
         """Whether keys and values off the device are brought there beside the computation."""
         return not self.on_cpu and not self.policy.cpu_cache_compute
+
+    def _rows_between_fetches(self) -> int | None:
+        if not self._brings_cache():
+            return None
+        shape = self.shape
+        per_row = shape.weight_bytes / shape.stored_part / len(shape.unit_bytes)  # 2 a weight, which is of 2 bytes
+        return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / per_row))
 
     def _admission(self, weights: Share) -> Admission | None:
         """How many prompts are let in at once; None where the weights come from a disk, which is slower than the link.

@@ -230,7 +230,11 @@ def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
     assert fewer is not None
     assert fewer.rows_beside_cached_row == pytest.approx(rows * per_row / 4)
     assert fewer.rows_beside_weights == half.admission.rows_beside_weights
+    weights_of_a_layer = OPT_30B.weight_bytes / 2 / len(OPT_30B.unit_bytes)
     assert half.rows_between_fetches is not None
+    assert half.rows_between_fetches * 2 * weights_of_a_layer == pytest.approx(2.5e12, rel=1e-3)
+    huge = replace(OPT_30B, unit_bytes=tuple(3 * size for size in OPT_30B.unit_bytes))
+    assert limits(Policy(weights=Share(gpu=0, cpu=100)), huge).rows_between_fetches == 1024
     on_host = limits(Policy(cpu_cache_compute=True))
     assert (on_host.admission, on_host.rows_between_fetches) == (None, None)
     on_cpu = limits(Policy(), on_cpu=True)
