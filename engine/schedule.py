@@ -165,7 +165,7 @@ class Scheduler:
         segments = [Segment(sequence, 1) for sequence in self.running]
         rows, entered = len(segments), set[int]()
         capacity = self.limits.sequences_per_batch * self.limits.batches
-        admitted, most_admitted = 0, self._most_admitted(capacity)
+        admitted, most_admitted = 0, None
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]
             if self._is_too_long(sequence):
@@ -180,7 +180,9 @@ class Scheduler:
                 self._fail(sequence, "the KV cache", "the cache more memory (gpu-memory, cpu-memory, or a disk share)")
                 continue
             size = sum(map(_size, new))
-            is_late = sequence.needs_cache and admitted > 0 and admitted + size > most_admitted
+            if sequence.needs_cache and admitted and most_admitted is None:  # who waits may be many: not before
+                most_admitted = self._most_admitted(capacity)
+            is_late = sequence.needs_cache and most_admitted is not None and admitted + size > most_admitted
             if is_late or (segments and rows + size > self.limits.rows_per_sweep):
                 self._withdraw(new)
                 break
@@ -195,7 +197,7 @@ class Scheduler:
 
     def _most_admitted(self, capacity: int) -> float:
         """Rows of sequences that will decode, and of their prefixes, that the next sweep lets in."""
-        if self.limits.admission is None or not self._waiting:
+        if self.limits.admission is None:
             return math.inf
         at_once = islice(chain(self.running, self._waiting), capacity)
         cached = sum(sequence.capacity for sequence in at_once if sequence.needs_cache)
