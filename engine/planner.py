@@ -28,7 +28,7 @@ _FREE_ROWS = 4096
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
 _ADMITTED_ROWS = 8000
 """Rows of prompts that a sweep lets in for as many bytes across the link as all 16-bit weights have: on a card that
-computes 12,000 meanwhile, 0.7 of them. Too few make the start long, too many leave the link idle (docs/adr/0009)."""
+computes 13,000 meanwhile, 0.6 of them. Too few make the start long, too many leave the link idle (docs/adr/0009)."""
 _OPERATIONS_BETWEEN_FETCHES = 2.5e12
 """Of a layer on prompts, while keys and values of decode steps come: 4 ms of a fast card (650 TFLOP/s), in which a link
 carries about what the staging buffers hold. Less at a time would be more calls than the host can make meanwhile."""
@@ -166,7 +166,11 @@ class _Planner:
         return min(READ_AHEAD_BYTES, left // 2 // BLOCK * BLOCK, align_up(self._part(weights.disk)))
 
     def _rows_behind_transfer(self, weights: Share) -> int:
-        return int(_FREE_ROWS * self.shape.stored_part * (100 - weights.gpu) / 100)
+        return int(_FREE_ROWS * self._streamed_part(weights))
+
+    def _streamed_part(self, weights: Share) -> float:
+        """What a sweep brings of weights, in parts of the bytes that all have as numbers."""
+        return self.shape.stored_part * (100 - weights.gpu) / 100
 
     def _brings_cache(self) -> bool:
         """Whether keys and values off the device are brought there beside the computation."""
@@ -189,7 +193,7 @@ class _Planner:
         shape = self.shape
         row_bytes = shape.cache_row_bytes * self._stored_row_bytes() / shape.cache_layer_row_bytes
         return Admission(
-            rows_beside_weights=_ADMITTED_ROWS * shape.stored_part * (100 - weights.gpu) / 100,
+            rows_beside_weights=_ADMITTED_ROWS * self._streamed_part(weights),
             rows_beside_cached_row=_ADMITTED_ROWS * shape.stored_part * row_bytes / shape.weight_bytes,
         )
 
