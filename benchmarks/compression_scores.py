@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compression import SETTINGS
-from benchmarks.helm_client import SUBJECTS, place_data, predictions
+from benchmarks.helm_client import add_entry_flags, named_entries, place_data, predictions
 from benchmarks.sweep_mmlu import run
 from flexgen_helm.comparison import CONFIDENCE, ScoreChange, compare_suites
 from flexgen_helm.record import write_record
@@ -93,21 +93,13 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
 def main() -> None:
     """Sweep each setting, compare, print a table and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="directory with mmlu/{dev,test}/*.csv and gsm8k/")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
+    add_entry_flags(parser)
     parser.add_argument("--model-name", help="what the record calls it (default: its directory)")
     parser.add_argument("--work", type=Path, required=True, help="directory of outputs and caches; kept")
-    parser.add_argument("--subjects", nargs="*", default=SUBJECTS, help="of MMLU; none: leave MMLU out")
-    parser.add_argument("--gsm", type=int, metavar="TOKENS", help="also GSM8K, so many tokens out")
-    parser.add_argument("--instances", type=int, default=100, help="questions of each run")
     parser.add_argument("--name", help="of the record; default: compression-scores and the model")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options = parser.parse_args()
-    entries = [f"mmlu:subject={subject}" for subject in options.subjects]
-    if options.gsm:
-        entries.append(f"gsm:num_output_tokens={options.gsm}")
-    if not entries:
-        parser.error("nothing to run: name --subjects or --gsm")
+    entries = named_entries(parser, options)
     work, model = options.work.resolve(), options.model.resolve()
     claim(work, {"model": str(model), "entries": entries, "instances": options.instances})
     suites: dict[str, Path] = {}

@@ -242,23 +242,34 @@ def count_tokens(model: Path, found: list[tuple[str, str, list[str]]]) -> dict[s
     }
 
 
-def main() -> None:
-    """Run the contenders one after the other and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_entry_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which data, model and HELM runs."""
     parser.add_argument("--data", type=Path, required=True, help="directory with mmlu/{dev,test}/*.csv and gsm8k/")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--subjects", nargs="*", default=SUBJECTS, help="of MMLU; none: leave MMLU out")
     parser.add_argument("--gsm", type=int, metavar="TOKENS", help="also GSM8K, so many tokens out")
     parser.add_argument("--instances", type=int, default=100, help="questions of each run")
-    parser.add_argument("--policy", default="auto")
-    parser.add_argument("--name", default="helm-client", help="name of the record")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
-    options = parser.parse_args()
+
+
+def named_entries(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """The run entries that the flags name; ends the program when there is none."""
     entries = [f"mmlu:subject={subject}" for subject in options.subjects]
     if options.gsm:
         entries.append(f"gsm:num_output_tokens={options.gsm}")
     if not entries:
         parser.error("nothing to run: name --subjects or --gsm")
+    return entries
+
+
+def main() -> None:
+    """Run the contenders one after the other and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_entry_flags(parser)
+    parser.add_argument("--policy", default="auto")
+    parser.add_argument("--name", default="helm-client", help="name of the record")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
+    options = parser.parse_args()
+    entries = named_entries(parser, options)
     results: dict[str, Any] = {}
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The rows of the README's table whose keys and values are off the card, or encoded, in one command.
+"""Rows whose keys and values are off the card, or encoded, in one command: the README's, and some besides.
 
     python -m benchmarks.offloaded [--rows NAME …] [--limit SECONDS] [--out DIR]
 
