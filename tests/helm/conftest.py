@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import scenario_data
 from fake_engine import FakeEngine
 from tiny_models import random_gpt2, random_llama, random_opt, save_tiny_model
+
+from engine import EngineError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -76,6 +79,29 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
     for engine in loaded:
         engine.let_go.set()
     engines.close()
+
+
+@pytest.fixture
+def failing_engines(fake_engines: list[FakeEngine]) -> Callable[[EngineError, int], AbstractContextManager[None]]:
+    """Inside, every engine that is loaded fails after so many completions; behind it, engines are loaded anew."""
+    from flexgen_helm.engines import engines
+
+    @contextmanager
+    def failing(fault: EngineError, after: int) -> Iterator[None]:
+        load = engines.load
+
+        def faulty(path: str, policy: Any) -> FakeEngine:
+            engine = load(path, policy)
+            assert isinstance(engine, FakeEngine)
+            engine.fault, engine.fault_after = fault, after
+            return engine
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engines, "load", faulty)
+            yield
+        engines.close()
+
+    return failing
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -306,25 +307,13 @@ def test_a_refused_run_leaves_an_older_output_as_it_was(
 
 @pytest.mark.parametrize("more", [[], ["--exit-on-error"]])
 def test_a_disk_that_fills_up_while_a_run_computes_costs_no_answer(
-    more: list[str], cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    more: list[str], cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine],
+    failing_engines: Callable[..., AbstractContextManager[None]], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from flexgen_helm.engines import engines
-
-    load = engines.load
-
-    def faulty(path: str, policy: Any) -> FakeEngine:
-        engine = load(path, policy)
-        assert isinstance(engine, FakeEngine)
-        engine.fault, engine.fault_after = CapacityError("offload-dir: no room"), 2
-        return engine
-
-    monkeypatch.setattr(engines, "load", faulty)
     command = ("run", "-r", ENTRY, "--model", tiny_llama, "-m", 3, *more)
-    assert cli(*command) == 1
+    with failing_engines(CapacityError("offload-dir: no room"), 2):
+        assert cli(*command) == 1
     assert "no room" in capsys.readouterr().err
-    monkeypatch.setattr(engines, "load", load)
-    engines.close()
     assert cli(*command) == 0
     assert [len(jobs) for engine in fake_engines for jobs in engine.calls] == [3, 1]
 

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -270,27 +270,16 @@ def test_a_prompt_that_does_not_fit_fails_its_run_only(
 
 
 def test_a_fault_of_the_engine_keeps_what_was_answered(
-    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine],
+    failing_engines: Callable[..., AbstractContextManager[None]], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     from engine import EngineError
-    from flexgen_helm.engines import engines
 
-    load = engines.load
-
-    def faulty(path: str, policy: Any) -> FakeEngine:
-        engine = load(path, policy)
-        assert isinstance(engine, FakeEngine)
-        engine.fault, engine.fault_after = EngineError("the card fell off"), 5
-        return engine
-
-    monkeypatch.setattr(engines, "load", faulty)
     command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 3, "--suite", "faulty")
-    assert cli(*command) == 1
+    with failing_engines(EngineError("the card fell off"), 5):
+        assert cli(*command) == 1
     assert "1 done, 2 failed" in capsys.readouterr().out
     assert {run.error for run in record_of("faulty").runs} == {None, "the card fell off"}
-    monkeypatch.setattr(engines, "load", load)
-    engines.close()
     assert cli(*command) == 0
     assert "3 done, 0 failed" in capsys.readouterr().out
     assert [len(jobs) for engine in fake_engines for jobs in engine.calls] == [9, 4]
