@@ -57,7 +57,8 @@ def main() -> int:
         width, rows = 2 * options.heads * HEAD_DIM, options.length + 16
         block = torch.randn(rows, width).to(dtype)
         block = Codec(bits).encode_rows(block) if bits else block
-        table = Arena(device).empty(options.sequences * rows * block.shape[1] * block.itemsize, "host")
+        arena = Arena(device)
+        table = arena.empty(options.sequences * rows * block.shape[1] * block.itemsize, "host")
         table = table.view(block.dtype).view(-1, block.shape[1])
         for first in range(0, len(table), rows):
             table[first : first + rows] = block

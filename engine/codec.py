@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +112,13 @@ def _decode_into(
     return torch.addcmul(leasts[..., None], groups.copy_(codes), steps[..., None], out=groups)
 
 
-_fill = Fused(_decode_into)
+def _decode_kernel() -> Callable[..., torch.Tensor]:
+    from engine.decode_kernel import decode_into  # needs Triton
+
+    return decode_into
+
+
+_fill = Fused(_decode_into, _decode_kernel)
 
 
 def codec_of(bits: int | None) -> Codec | None:

@@ -1,4 +1,4 @@
-"""Lets torch make one kernel of a chain of elementwise operations, where it can for a device."""
+"""One kernel in place of a chain of elementwise operations, where a device can have it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ T = TypeVar("T")
 
 
 class Fused(Generic[T]):
-    """A function of tensors, compiled by `torch.compile` at its first call on an accelerator.
+    """A function of tensors, compiled at its first call on an accelerator: by `torch.compile`, or as `make` says.
 
     On the host it is called as it is, and also where compiling fails, for want of Triton or of a C compiler: that is
     logged once. Roundings to 16 bits are kept as they are written. Torch keeps what it compiled for later processes.
     """
 
-    def __init__(self, function: Callable[..., T]) -> None:
+    def __init__(self, function: Callable[..., T], make: Callable[[], Callable[..., T]] | None = None) -> None:
         self._function = function
+        self._make = make or self._by_torch
         self._compiled: Callable[..., T] | None = None
         self._fails = False
 
@@ -30,9 +31,9 @@ class Fused(Generic[T]):
         """The function's result; the first argument says on which device."""
         if self._fails or like.device.type not in _KINDS:
             return self._function(like, *arguments)
-        if self._compiled is None:
-            self._compiled = torch.compile(self._function, dynamic=True, options={"emulate_precision_casts": True})
         try:
+            if self._compiled is None:
+                self._compiled = self._make()
             return self._compiled(like, *arguments)
         except torch.OutOfMemoryError:
             raise
@@ -41,3 +42,6 @@ class Fused(Generic[T]):
             reason = " ".join(str(error).split())[:200]
             _LOG.warning("%s runs as several kernels, slower: %s", self._function.__name__.strip("_"), reason)
             return self._function(like, *arguments)
+
+    def _by_torch(self) -> Callable[..., T]:
+        return torch.compile(self._function, dynamic=True, options={"emulate_precision_casts": True})

@@ -86,3 +86,16 @@ def test_compiled_codes_are_the_same_bit_for_bit(bits: int, dtype: torch.dtype) 
     assert encode._compiled is not None
     assert not encode._fails
     assert not decode._fails
+
+
+def test_where_a_kernel_cannot_be_had_the_operations_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> Callable[..., torch.Tensor]:
+        raise ImportError("no Triton here")
+
+    function = Fused(twice, make)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert function(torch.ones(2), 2).tolist() == [2, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "twice runs as several kernels, slower: no Triton here"
+    ]

@@ -255,4 +255,4 @@ def test_what_attention_gathers_is_reckoned_with_its_copies() -> None:
     limits = {size: make_plan(shape, Policy(), T4, on_cpu=False).limits for size, shape in shapes.items()}
     taken = [size * each.cached_rows_per_batch for size, each in limits.items()]
     assert max(taken) - min(taken) <= max(limits)  # but for what is no whole row
-    assert [each.gap_rows for each in limits.values()] == [4, 4, 16, 16]  # of 128 KiB
+    assert [each.gap_rows for each in limits.values()] == [18, 18, 65, 65]  # of 512 KiB
