@@ -36,7 +36,7 @@ class Row:
 
 
 ROWS = {
-    "opt-30b-16GB-4bit": Row("opt-30b", "16GB", {**_CODES, **_HALF}, ("1x256x0+512:32", "1x400x0+512:32")),
+    "opt-30b-16GB-4bit": Row("opt-30b", "16GB", {**_CODES, **_HALF}, ("1x256x0+512:32",)),
     "opt-30b-16GB-4bit-waiting": Row("opt-30b", "16GB", {**_CODES, **_HALF, **_SEATS}, ("2x256x0+512:32",)),
     "opt-6.7b-6GB-4bit": Row("opt-6.7b", "6GB", {**_CODES, "weights": {"gpu": 67, "cpu": 33}}, ("1x256x0+512:32",)),
     "llama-3-70b-16GB-4bit-weights": Row(

@@ -110,7 +110,9 @@ def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
     assert draw(Sampling(temperature=temperature), [-30.0, 80.0, 79.0, 0.0]) == {1: DRAWS}
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 3, 40])
+def test_a_row_does_not_depend_on_the_rows_beside_it(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.sampling._LOGITS_AT_ONCE", rows_at_once * 50)
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     rows = torch.randn(40, 50, generator=generator) * 3
     samplings = [
