@@ -47,6 +47,7 @@ def main() -> int:
     }
     print(f"host memory, read: {record['host_read_bytes_s'] / 1e9:.1f} GB/s by {record['threads']} threads")
     copies = Copies(device) if accelerator.has_streams(device) else None
+    arena = Arena(device)
     for dtype, bits in (
         (torch.float16, 0),
         (torch.bfloat16, 0),
@@ -57,7 +58,6 @@ def main() -> int:
         width, rows = 2 * options.heads * HEAD_DIM, options.length + 16
         block = torch.randn(rows, width).to(dtype)
         block = Codec(bits).encode_rows(block) if bits else block
-        arena = Arena(device)
         table = arena.empty(options.sequences * rows * block.shape[1] * block.itemsize, "host")
         table = table.view(block.dtype).view(-1, block.shape[1])
         for first in range(0, len(table), rows):
@@ -81,6 +81,7 @@ def main() -> int:
                 row["copied_bytes_s"] = copies.bytes_s
             record["rows"].append(row)
             print("  ".join(f"{k} {v / 1e9:.1f} GB/s" if k.endswith("_s") else f"{v}" for k, v in row.items()))
+        arena.free(table)
     print(write_record("host-attention", record, options.out))
     return 0
 

@@ -16,7 +16,7 @@ GROUP = tl.constexpr(64)
 _GROUPS_PER_PROGRAM = 64
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     groups, codes, steps, leasts, count, per_row, code_stride, scale_stride, bits: tl.constexpr, block: tl.constexpr
 ):
