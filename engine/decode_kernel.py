@@ -1,7 +1,7 @@
 """The Triton kernel that turns codes of 4 or 8 bits into numbers, on accelerators that have Triton.
 
-What `torch.compile` makes of the same expression computes places and parts anew for each number, and takes three times
-as long as the memory does; a call of it costs the host ten times as much as a kernel's launch.
+What `torch.compile` makes of the same expression computes places and parts anew for each number, which takes longer
+than the memory does, and a call of it keeps the host longer than a launch (docs/adr/0004).
 """
 
 from __future__ import annotations
