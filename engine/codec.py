@@ -72,9 +72,10 @@ class Codec:
 
     def encode_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Bytes `[count, row_bytes]` of rows `[count, width]`: each row's codes, steps and leasts are together."""
-        groups = rows.unflatten(1, (-1, GROUP))
-        # A single row would be compiled for anew, in the midst of the last sequence's last step: it has a double.
-        parts = _encode_fast(groups if len(rows) > 1 else groups.expand(2, -1, -1), self.bits)
+        # A single row would be compiled for anew, in the midst of the last sequence's last step: it has a double, which
+        # must lie in memory as several rows do.
+        several = rows if len(rows) > 1 else rows.repeat(2, 1)
+        parts = _encode_fast(several.unflatten(1, (-1, GROUP)), self.bits)
         return torch.cat([part.flatten(1).view(torch.uint8) for part in parts], dim=1)[: len(rows)]
 
     def decode_rows(self, coded: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

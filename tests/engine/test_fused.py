@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import codec, fused
+from engine.codec import Codec
 from engine.fused import Fused
 
 
@@ -99,3 +100,15 @@ def test_where_a_kernel_cannot_be_had_the_operations_run_as_they_are(caplog: pyt
     assert [record.getMessage() for record in caplog.records] == [
         "twice runs as several kernels, slower: no Triton here"
     ]
+
+
+@pytest.mark.slow
+def test_a_single_row_needs_no_compiling_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would come in the midst of a job: in the last step of the last sequence."""
+    compiled = Fused(codec._encode)
+    monkeypatch.setattr(codec, "_encode_fast", compiled)
+    rows = torch.randn(7, 128).half()
+    together = Codec(4).encode_rows(rows)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert Codec(4).encode_rows(rows[2:3].clone()).equal(together[2:3])
+    assert not compiled._fails
