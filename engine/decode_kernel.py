@@ -12,15 +12,24 @@ import torch
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(64)
 _GROUPS_PER_PROGRAM = 64
 
 
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    groups, codes, steps, leasts, count, per_row, code_stride, scale_stride, bits: tl.constexpr, block: tl.constexpr
+    groups,
+    codes,
+    steps,
+    leasts,
+    count,
+    per_row,
+    code_stride,
+    scale_stride,
+    bits: tl.constexpr,
+    size: tl.constexpr,
+    block: tl.constexpr,
 ):
-    num_bytes: tl.constexpr = GROUP * bits // 8
+    num_bytes: tl.constexpr = size * bits // 8
     group = tl.program_id(0) * block + tl.arange(0, block)
     inside = group < count
     row, column = (group // per_row).to(tl.int64), group % per_row
@@ -29,7 +38,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     byte = tl.arange(0, num_bytes)[None, :]
     places = (row * code_stride + column * num_bytes)[:, None] + byte
     code = tl.load(codes + places, mask=inside[:, None], other=0)
-    numbers = groups + group.to(tl.int64)[:, None] * GROUP + byte
+    numbers = groups + group.to(tl.int64)[:, None] * size + byte
     # A code times a 16 bit step is exact in 32 bits, so it does not matter whether the sum is fused with it.
     if bits == 4:
         low, high = (code & 15).to(tl.float32), (code >> 4).to(tl.float32)
@@ -52,5 +61,6 @@ def decode_into(
     strides = (codes.stride(0), steps.stride(0)) if steps.dim() == 2 else (0, 0)
     grid = (triton.cdiv(count, _GROUPS_PER_PROGRAM),)
     kernel: Any = _kernel
-    kernel[grid](groups, codes, steps, leasts, count, per_row, *strides, bits=bits, block=_GROUPS_PER_PROGRAM)
+    sizes = {"bits": bits, "size": groups.shape[-1], "block": _GROUPS_PER_PROGRAM}
+    kernel[grid](groups, codes, steps, leasts, count, per_row, *strides, **sizes)
     return groups
