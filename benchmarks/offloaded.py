@@ -22,7 +22,11 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 _CODES = {"compress-weight": 4, "compress-cache": 4}
 _HALF = {"weights": {"gpu": 50, "cpu": 50}}
-_SEATS = {"gpu-batch-size": 256, "num-gpu-batches": 1}
+
+
+def _seats(count: int) -> dict[str, int]:
+    """So many sequences run at once, the others wait for one of them to leave."""
+    return {"gpu-batch-size": count, "num-gpu-batches": 1}
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,16 @@ class Row:
 
 ROWS = {
     "opt-30b-16GB-4bit": Row("opt-30b", "16GB", {**_CODES, **_HALF}, ("1x256x0+512:32",)),
-    "opt-30b-16GB-4bit-waiting": Row("opt-30b", "16GB", {**_CODES, **_HALF, **_SEATS}, ("2x256x0+512:32",)),
+    "opt-30b-16GB-4bit-waiting": Row("opt-30b", "16GB", {**_CODES, **_HALF, **_seats(256)}, ("2x256x0+512:32",)),
     "opt-6.7b-6GB-4bit": Row("opt-6.7b", "6GB", {**_CODES, "weights": {"gpu": 67, "cpu": 33}}, ("1x256x0+512:32",)),
     "llama-3-70b-16GB-4bit-weights": Row(
         "llama-3-70b", "16GB", {"compress-weight": 4, "weights": {"gpu": 12, "cpu": 88}}, ("1x400x0+512:32",)
+    ),
+    "llama-3-70b-16GB-4bit-weights-waiting": Row(
+        "llama-3-70b",
+        "16GB",
+        {"compress-weight": 4, "weights": {"gpu": 12, "cpu": 88}, **_seats(400)},
+        ("2x400x0+512:32",),
     ),
     "opt-30b-16GB-host-attention": Row("opt-30b", "16GB", {"cpu-cache-compute": True}, ("1x88x0+512:32",)),
     "opt-175b-16GB-4bit": Row("opt-175b", "16GB", _CODES, ("1x100x400+100:1", "1x32x0+512:32")),
