@@ -60,7 +60,7 @@ def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
     }
     try:
         with open_dummy(shape, found.policy) as engine:
-            timed(engine, load.rehearsal(), seed=1)
+            timed(engine, load.rehearsal(engine.plan.limits.seats), seed=1)
             row["seconds"], row["sweeps"] = timed(engine, load)
             row["device_reserved_bytes"] = accelerator.peak_memory(engine._arena.device)
     except (EngineError, RunFailed) as error:

@@ -157,7 +157,7 @@ def record(engine: Engine, row: Workload) -> dict[str, Any]:
     """Seconds of a plain call, and the spans of a recorded one."""
     from torch.profiler import ProfilerActivity, profile
 
-    timed(engine, row.rehearsal(), seed=1)
+    timed(engine, row.rehearsal(engine.plan.limits.seats), seed=1)
     plain_s, _ = timed(engine, row)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         seconds, sweeps = timed(engine, row, seed=2)

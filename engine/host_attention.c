@@ -2,7 +2,7 @@
 
    A task is a sequence and a block of kv heads: of each row it reads one piece of keys and, later, one of values, both
    consecutive in memory. Pieces become float32 in a buffer that stays in the first cache. Compiled by
-   engine/host_kernel.py, which calls `attend` from several threads, each with tasks of its own. */
+   engine/host_kernel.py, which calls `attend` from several threads; each takes the next task when it has done one. */
 
 #include <math.h>
 #include <stdint.h>
@@ -22,23 +22,29 @@ static inline float of_bfloat16(uint16_t x) {
     return y;
 }
 
-static inline uint16_t to_bfloat16(float x) { /* to nearest even; not for NaN */
+static inline uint16_t to_bfloat16(float x) { /* to nearest even */
     uint32_t bits;
     memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 /* Of 16-bit floats; compilers do not always make one instruction of what the processor has one for. */
 #if defined(__F16C__)
 static inline float of_float16(uint16_t x) { return _cvtsh_ss(x); }
-static inline float rounded_to_float16(float x) { return _cvtsh_ss(_cvtss_sh(x, 0)); }
+static inline uint16_t to_float16(float x) { return _cvtss_sh(x, 0); }
 #else
 static inline float of_float16(uint16_t x) {
     _Float16 y;
     memcpy(&y, &x, 2);
     return (float)y;
 }
-static inline float rounded_to_float16(float x) { return (float)(_Float16)x; }
+static inline uint16_t to_float16(float x) {
+    const _Float16 y = (_Float16)x;
+    uint16_t bits;
+    memcpy(&bits, &y, 2);
+    return bits;
+}
 #endif
 
 static inline void of_float16s(const uint16_t *restrict from, int64_t count, float *restrict to) {
@@ -86,7 +92,7 @@ static inline void piece(const char *restrict row, int type, int bits, int64_t w
         }
         for (int i = 0; i < GROUP; i++) to[i] = least + to[i] * step;
         if (type == FLOAT16)
-            for (int i = 0; i < GROUP; i++) to[i] = rounded_to_float16(to[i]);
+            for (int i = 0; i < GROUP; i++) to[i] = of_float16(to_float16(to[i]));
         if (type == BFLOAT16)
             for (int i = 0; i < GROUP; i++) to[i] = of_bfloat16(to_bfloat16(to[i]));
     }
@@ -270,6 +276,15 @@ static inline float softmax(float *row, int64_t n, float *highest) {
     return all;
 }
 
+static inline void put_numbers(const float *from, int64_t count, int type, char *to) {
+    uint16_t *halves_of = (uint16_t *)to;
+    if (type == FLOAT32) memcpy(to, from, 4 * count);
+    if (type == FLOAT16)
+        for (int64_t i = 0; i < count; i++) halves_of[i] = to_float16(from[i]);
+    if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) halves_of[i] = to_bfloat16(from[i]);
+}
+
 struct work {
     const char *table;        /* first row */
     int64_t row_bytes;
@@ -277,11 +292,13 @@ struct work {
     const int64_t *lengths;   /* [sequences], the new rows included */
     int64_t kv_heads, key_dim, value_dim;
     int64_t steps, copies;    /* new rows of each sequence; query heads that share keys and values */
-    int64_t block;            /* kv heads of a task */
-    int64_t type, bits;       /* of the numbers; of their codes, or 0 */
-    const float *query;       /* [sequences, steps, kv heads, copies, key dim], scaled */
-    float *output;            /* [sequences, steps, kv heads, copies, value dim] */
+    int64_t block, tasks;     /* kv heads of a task; tasks: sequences * blocks */
+    int64_t type, bits;       /* of the numbers, queries and results too; of their codes, or 0 */
+    const char *query;        /* [sequences, steps, kv heads, copies, key dim] */
+    char *output;             /* [sequences, steps, kv heads, copies, value dim] */
     float *logsumexp;         /* [sequences, steps, kv heads, copies] */
+    float scaling;            /* of queries */
+    int64_t next;             /* task that nobody has taken yet */
 };
 
 /* The same for one query of each head, without the buffer: scores [heads, longest], sums [heads, value dim]. */
@@ -323,36 +340,43 @@ static void values_of_one(const struct work *w, const char *table, int64_t at, i
     }
 }
 
-/* Tasks [first, end) of sequences * blocks; 0, or 1 if there is no memory. */
-int attend(const struct work *w, int64_t first, int64_t end) {
+/* Tasks, until none is left; 0, or 1 if there is no memory. */
+int attend(struct work *w) {
     const int64_t blocks = (w->kv_heads + w->block - 1) / w->block, rows = w->steps * w->copies;
-    const int64_t width = w->kv_heads * (w->key_dim + w->value_dim);
+    const int64_t width = w->kv_heads * (w->key_dim + w->value_dim), size = w->type == FLOAT32 ? 4 : 2;
     const int64_t dim = w->key_dim > w->value_dim ? w->key_dim : w->value_dim;
     const int64_t unit = w->bits ? GROUP : LANES; /* codes are taken by whole groups */
     const int is_single = rows == 1 && w->key_dim % unit == 0 && w->value_dim % unit == 0;
     int64_t longest = 0;
-    for (int64_t task = first; task < end; task++)
-        if (w->lengths[task / blocks] > longest) longest = w->lengths[task / blocks];
-    float *memory = malloc(4 * (w->block * (dim + rows * (longest + w->value_dim))));
+    for (int64_t s = 0; s < w->tasks / blocks; s++)
+        if (w->lengths[s] > longest) longest = w->lengths[s];
+    float *memory = malloc(4 * w->block * (dim + rows * (longest + w->key_dim + w->value_dim)) + 1);
     if (!memory) return 1;
-    float *numbers = memory, *sums = numbers + w->block * dim, *scores = sums + w->block * rows * w->value_dim;
-    for (int64_t task = first; task < end; task++) {
+    float *numbers = memory, *query = numbers + w->block * dim, *sums = query + w->block * rows * w->key_dim;
+    float *scores = sums + w->block * rows * w->value_dim;
+    for (int64_t task; (task = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->tasks;) {
         const int64_t sequence = task / blocks, head = task % blocks * w->block, length = w->lengths[sequence];
         const int64_t heads = w->kv_heads - head < w->block ? w->kv_heads - head : w->block;
         const char *table = w->table + w->firsts[sequence] * w->row_bytes;
         const int64_t key_at = head * w->key_dim, value_at = w->kv_heads * w->key_dim + head * w->value_dim;
 /* Where a row of scores [longest] and one of queries or results is: of head h, step s, copy c. */
 #define SCORES(h, s, c) (scores + (((h) * w->steps + (s)) * w->copies + (c)) * longest)
+#define QUERY(h, s, c) (query + (((h) * w->steps + (s)) * w->copies + (c)) * w->key_dim)
 #define SUMS(h, s, c) (sums + (((h) * w->steps + (s)) * w->copies + (c)) * w->value_dim)
 #define ROW(h, s, c) (((sequence * w->steps + (s)) * w->kv_heads + head + (h)) * w->copies + (c))
-        if (is_single) keys_of_one(w, table, key_at, heads, length, w->query + ROW(0, 0, 0) * w->key_dim, scores, longest);
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t s = 0; s < w->steps; s++) {
+                float *to = QUERY(h, s, 0);
+                piece(w->query, w->type, 0, 0, ROW(h, s, 0) * w->key_dim, w->copies * w->key_dim, to);
+                for (int64_t i = 0; i < w->copies * w->key_dim; i++) to[i] *= w->scaling;
+            }
+        if (is_single) keys_of_one(w, table, key_at, heads, length, query, scores, longest);
         for (int64_t l = 0; l < length && !is_single; l++) {
             piece(table + l * w->row_bytes, w->type, w->bits, width, key_at, heads * w->key_dim, numbers);
             for (int64_t h = 0; h < heads; h++)
                 for (int64_t s = 0; s < w->steps; s++)
                     for (int64_t c = 0; c < w->copies; c++)
-                        SCORES(h, s, c)[l] = dot(w->query + ROW(h, s, c) * w->key_dim, numbers + h * w->key_dim,
-                                                 w->key_dim);
+                        SCORES(h, s, c)[l] = dot(QUERY(h, s, c), numbers + h * w->key_dim, w->key_dim);
         }
         for (int64_t h = 0; h < heads; h++)
             for (int64_t s = 0; s < w->steps; s++)
@@ -379,7 +403,7 @@ int attend(const struct work *w, int64_t first, int64_t end) {
         for (int64_t h = 0; h < heads; h++)
             for (int64_t s = 0; s < w->steps; s++)
                 for (int64_t c = 0; c < w->copies; c++)
-                    memcpy(w->output + ROW(h, s, c) * w->value_dim, SUMS(h, s, c), 4 * w->value_dim);
+                    put_numbers(SUMS(h, s, c), w->value_dim, w->type, w->output + ROW(h, s, c) * w->value_dim * size);
     }
     free(memory);
     return 0;

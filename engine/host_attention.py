@@ -29,7 +29,7 @@ def attend(
     table, (firsts, lengths) = cache.host_table(layer), group.places
     found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, scores.scaling)
     if found is not None:
-        output, logsumexp = found[0].to(query.dtype), found[1]
+        output, logsumexp = found
     else:
         output = query.new_empty(*query.shape[:3], shape.value_dim)
         logsumexp = torch.empty(query.shape[:3], dtype=torch.float32)

@@ -41,11 +41,13 @@ class _Work(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
-            for name in ("kv_heads", "key_dim", "value_dim", "steps", "copies", "block", "type", "bits")
+            for name in ("kv_heads", "key_dim", "value_dim", "steps", "copies", "block", "tasks", "type", "bits")
         ),
         ("query", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("logsumexp", ctypes.c_void_p),
+        ("scaling", ctypes.c_float),
+        ("next", ctypes.c_int64),
     )
 
 
@@ -65,31 +67,34 @@ def attend(
 
     table: `[rows, …]`, rows of keys and values of `dtype`, or of their codes of `bits` bits (0: none).
     firsts, lengths: int64 `[sequences]`, a sequence's first row and how many it has, the new ones included.
-    query: `[sequences, steps, heads, dim]`; dims: kv heads, a key's size, a value's.
+    query: `[sequences, steps, heads, dim]` of `dtype`; dims: kv heads, a key's size, a value's.
 
-    Returns float32 `[sequences, steps, heads, value dim]` and log-sum-exps `[sequences, steps, heads]`.
+    Returns `[sequences, steps, heads, value dim]` of `dtype` and float32 log-sum-exps `[sequences, steps, heads]`.
+
+    Nothing here is work for torch's own threads: having done some they wait for more by spinning for milliseconds, on
+    the cores that ours need.
     """
     (sequences, steps, heads), (kv_heads, key_dim, value_dim) = query.shape[:3], dims
     kernel = _kernel()
     if kernel is None or (bits and (kv_heads * key_dim % GROUP or kv_heads * value_dim % GROUP)):
         return None
-    scaled = (query.float() * scaling).contiguous()
-    output = torch.empty(sequences, steps, heads, value_dim)
+    query = query.contiguous()
+    output = torch.empty(sequences, steps, heads, value_dim, dtype=dtype)
     logsumexp = torch.empty(sequences, steps, heads)
     row_bytes = table.stride(0) * table.itemsize
     block = _block(sequences, dims, row_bytes, bits)
+    tasks = sequences * -(-kv_heads // block)
     work = _Work(
         table.data_ptr(), row_bytes, firsts.data_ptr(), lengths.data_ptr(), kv_heads, key_dim, value_dim, steps,
-        heads // kv_heads, block, _TYPES[dtype], bits, scaled.data_ptr(), output.data_ptr(), logsumexp.data_ptr(),
+        heads // kv_heads, block, tasks, _TYPES[dtype], bits, query.data_ptr(), output.data_ptr(),
+        logsumexp.data_ptr(), scaling,
     )  # fmt: skip
-    tasks = sequences * -(-kv_heads // block)
-    count = max(1, min(tasks, 4 * _threads(), int(lengths.sum()) * row_bytes // _SLICE_BYTES))
-    borders = [tasks * i // count for i in range(count + 1)]
+    count = max(1, min(tasks, _threads(), int(lengths.sum()) * row_bytes // _SLICE_BYTES))
 
-    def part(index: int) -> int:
-        return int(kernel.attend(ctypes.byref(work), borders[index], borders[index + 1]))
+    def take(_: int) -> int:
+        return int(kernel.attend(ctypes.byref(work)))
 
-    if any([part(0)] if count == 1 else _pool().map(part, range(count))):
+    if any([take(0)] if count == 1 else _pool().map(take, range(count))):
         raise MemoryError("no memory for the scores of attention on the host")
     return output, logsumexp
 
@@ -119,7 +124,7 @@ def _kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None, once told, where it cannot be had."""
     try:
         kernel = ctypes.CDLL(str(_compiled()))
-        kernel.attend.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        kernel.attend.argtypes = (ctypes.c_void_p,)
         kernel.attend.restype = ctypes.c_int
     except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: what CC holds is no command
         reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:300]

@@ -17,7 +17,7 @@ from engine.disk_rows import DiskRows, Fetch
 from engine.errors import CapacityError
 from engine.extents import Extents
 from engine.kv_shape import KVShape
-from engine.kv_transfer import KVTransfer
+from engine.kv_transfer import KVTransfer, put_rows
 from engine.placement import TIERS, Tier, percents
 from engine.planner import STAGING_BUFFERS
 from engine.policy import Share
@@ -239,7 +239,7 @@ class KVCache:
         else:
             rows = pack(*(x if taken is None else x.index_select(0, taken) for x in (key, value)))
         if self._compute_on_host:  # it is attended to there, at once
-            table.index_copy_(0, scatter.slots, rows.cpu())
+            put_rows(rows.cpu(), table, scatter.slots)
         else:
             self._transfer.scatter(rows, table, scatter.slots)
 

@@ -52,6 +52,11 @@ class Limits:
     scores_per_batch: int | None = None
     """Attention scores, in new rows times keys, that a rectangle may have; a sequence with more of its own fails."""
 
+    @property
+    def seats(self) -> int:
+        """Sequences that run at once, at most."""
+        return self.sequences_per_batch * self.batches
+
 
 @dataclass(eq=False)
 class Segment:
@@ -143,8 +148,7 @@ class Scheduler:
         sequences = list(sequences)
         ordered = share_prefixes(sequences, self._prefixes) if self._share_prefix else sequences
         known = set(map(id, self._prefixes))
-        seats = self.limits.sequences_per_batch * self.limits.batches
-        expected = sum(sequence.capacity for sequence in ordered[:seats] if sequence.needs_cache)
+        expected = sum(sequence.capacity for sequence in ordered[: self.limits.seats] if sequence.needs_cache)
         for sequence in ordered:
             for prefix in sequence.chain:
                 prefix.scored |= sequence.job.prompt_logprobs and not prefix.is_computed
@@ -164,7 +168,7 @@ class Scheduler:
         """
         segments = [Segment(sequence, 1) for sequence in self.running]
         rows, entered = len(segments), set[int]()
-        capacity = self.limits.sequences_per_batch * self.limits.batches
+        capacity = self.limits.seats
         admitted, most_admitted = 0, None
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]

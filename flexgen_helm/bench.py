@@ -164,7 +164,7 @@ def table_line(row: dict[str, Any]) -> str:
 
 def time_row(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
     """Time `load` once, after a rehearsal that claims the memory it needs; seconds, and the least there could be."""
-    rehearsal_s, _ = timed(engine, load.rehearsal(), seed=1)
+    rehearsal_s, _ = timed(engine, load.rehearsal(engine.plan.limits.seats), seed=1)
     seconds, sweeps = timed(engine, load)
     cache_crosses = not engine.policy.cpu_cache_compute
     work = work_of(load, sizes_of(engine), engine.plan, cache_crosses=cache_crosses, most_sweeps=sweeps)

@@ -81,11 +81,15 @@ class Workload:
             for index, prompt in enumerate(self.prompts(vocabulary, seed))
         ]
 
-    def rehearsal(self) -> Workload:
-        """The same requests with all but the last tokens in the prompt: claims the same memory in fewer sweeps."""
+    def rehearsal(self, seats: int) -> Workload:
+        """The same requests with all but the last tokens in the prompt: claims the same memory in fewer sweeps.
+
+        Of whole runs that would wait for one of so many seats, there are none.
+        """
         if self.new <= 2:
             return self
-        return Workload(self.num_runs, self.num_jobs, self.shared, self.own + self.new - 2, 2)
+        num_runs = min(self.num_runs, math.ceil(seats / self.num_jobs))
+        return Workload(num_runs, self.num_jobs, self.shared, self.own + self.new - 2, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +233,7 @@ def cache_rows(sizes: Sizes, plan: Plan) -> dict[Tier, int]:
 
 def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tuple[int, float]:
     """(sequences that can run at once, share of them whose keys and values are off the device)."""
-    at_once = min(num_requests, plan.limits.sequences_per_batch * plan.limits.batches)
+    at_once = min(num_requests, plan.limits.seats)
     if not kept:
         return at_once, 0.0
     room = {tier: rows // kept for tier, rows in cache_rows(sizes, plan).items()}

@@ -135,8 +135,9 @@ class _Limit:
         if self._profile is None:
             return None
         limits, sizes, rows = self._plan.limits, self._sizes, tally.prefill_rows + tally.decode_rows
-        seats = limits.sequences_per_batch * limits.batches
-        fewest = max(math.ceil(rows / limits.rows_per_sweep), math.ceil((tally.computed + tally.decode_rows) / seats))
+        fewest = max(
+            math.ceil(rows / limits.rows_per_sweep), math.ceil((tally.computed + tally.decode_rows) / limits.seats)
+        )
         sweeps = min(max(1, fewest), max(1, tally.num_sweeps))
         work = Work(
             sweeps=sweeps,

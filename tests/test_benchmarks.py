@@ -133,10 +133,14 @@ class TestWorkload:
 
     def test_a_rehearsal_claims_the_same_cache(self) -> None:
         load = Workload.parse("1x4x10+512:32")
-        rehearsal = load.rehearsal()
+        rehearsal = load.rehearsal(100)
         assert rehearsal.own + rehearsal.new == load.own + load.new
         assert rehearsal.new == 2
-        assert Workload.parse("1x4x10+512:1").rehearsal() == Workload.parse("1x4x10+512:1")
+        assert Workload.parse("1x4x10+512:1").rehearsal(100) == Workload.parse("1x4x10+512:1")
+
+    def test_a_rehearsal_has_none_that_wait(self) -> None:
+        load = Workload.parse("6x100x0+512:32")
+        assert [load.rehearsal(seats).num_runs for seats in (1, 100, 101, 250, 600, 10**4)] == [1, 1, 2, 3, 6, 6]
 
 
 class TestLimit:
