@@ -29,7 +29,7 @@ static inline uint16_t to_bfloat16(float x) { /* to nearest even */
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* Of 16-bit floats; compilers do not always make one instruction of what the processor has one for. */
+/* Compilers do not always make one instruction of what the processor has one for: of 16-bit floats, and of codes. */
 #if defined(__F16C__)
 static inline float of_float16(uint16_t x) { return _cvtsh_ss(x); }
 static inline uint16_t to_float16(float x) { return _cvtss_sh(x, 0); }
@@ -140,10 +140,18 @@ static inline floats codes_at(const uint8_t *codes, int bits, int part) {
         memcpy(&b, codes + LANES * (part & 1), sizeof b);
         b = part < 2 ? b & 15 : b >> 4;
     }
-    int32_t wide[LANES]; /* in two steps, each of them one instruction */
-    for (int i = 0; i < LANES; i++) wide[i] = b[i];
     floats x;
-    for (int i = 0; i < LANES; i++) x[i] = (float)wide[i];
+#if defined(__AVX512F__)
+    const __m512 y = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)b));
+    memcpy(&x, &y, sizeof x);
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32((__m128i)b));
+    const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)b, 8)));
+    memcpy(&x, &low, sizeof low);
+    memcpy((char *)&x + sizeof low, &high, sizeof high);
+#else
+    for (int i = 0; i < LANES; i++) x[i] = (float)b[i];
+#endif
     return x;
 }
 
