@@ -119,7 +119,7 @@ def _measure(
         decode_attention_bytes_s=rates.decode_attention_rate(
             device, dtype, effort.device_cache_bytes, effort.context, seconds
         ),
-        host_bytes_s=rates.host_read_rate(effort.copy_bytes, seconds),
+        host_bytes_s=max(rates.host_read_rate(effort.copy_bytes, seconds), *alone.values()),
         host_attention_bytes_s=alone,
         host_attention_beside_copy_bytes_s=beside,
         disk_read_bytes_s=disk_read,

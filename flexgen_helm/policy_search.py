@@ -223,13 +223,15 @@ def _host_attention(
 ) -> dict[str, float]:
     """Seconds of attention on the host over so many bytes, while so many are streamed to the device.
 
-    The device waits for it, layer by layer, and it for the device; host memory serves it and the link.
+    The device waits for it, layer by layer, and it for the device; host memory serves it and the link, so that it is
+    slower as long as that is busy.
     """
     dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
-    rate = profile.host_attention_bytes_s[dtype]
+    alone, beside = profile.host_attention_bytes_s[dtype], profile.host_attention_beside_copy_bytes_s[dtype]
     waiting = max(others["arithmetic"], others["device memory"], others["host"])
+    busy = min(attended / beside, others["to device"])
     return {
-        "host attention": attended / rate + waiting,
+        "host attention": busy + (attended - busy * beside) / alone + waiting,
         "host memory": (attended + streamed) / profile.host_bytes_s + waiting,
     }
 

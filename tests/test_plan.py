@@ -122,6 +122,27 @@ def test_the_parts_of_an_estimate_by_hand(models: dict[str, CausalModel]) -> Non
     assert found.bottleneck == "to device"
 
 
+def test_attention_on_the_host_is_slower_while_the_link_is_busy(models: dict[str, CausalModel]) -> None:
+    """OPT-1.3B, 8 requests, all streamed, keys and values on the host: by hand, from a profile of round rates."""
+    load = Workload.parse("1x8x0+1000:2")
+    policy = Policy(
+        weights=Share(gpu=0, cpu=100), kv_cache=Share(gpu=0, cpu=100), cpu_cache_compute=True, dtype="float16"
+    )
+    memory, shape = Memory(device=16 * GB, host=100 * GB, disk=0), shape_of(models["opt-1.3b"])
+    attended = 8 * 1000 * 24 * 2 * 2048 * 2
+    for alone, beside in ((100e9, 10e9), (100e9, 50e9), (40e9, 20e9)):
+        profile = replace(
+            H100, host_attention_bytes_s={"float16": alone}, host_attention_beside_copy_bytes_s={"float16": beside}
+        )
+        plan_ = make_plan(shape, policy, memory, on_cpu=False)
+        decode = estimate(models["opt-1.3b"], profile, load, policy, plan_).decode_s
+        link = decode["to device"]
+        waiting = max(decode["arithmetic"], decode["device memory"], decode["host"])
+        while_busy = min(attended, link * beside)
+        right = while_busy / beside + (attended - while_busy) / alone
+        assert decode["host attention"] - waiting == pytest.approx(right, rel=0.01)
+
+
 def test_flexgens_published_throughput_is_explained(models: dict[str, CausalModel]) -> None:
     """OPT-30B on a T4, 144 sequences, weights 20 % on the card, attention on the CPU: 7.32 tokens/s (arXiv 2303.06865).
 
@@ -129,7 +150,8 @@ def test_flexgens_published_throughput_is_explained(models: dict[str, CausalMode
     attention take turns. Ours, on the same machine, is estimated to be faster under the same policy and under the best.
     """
     t4, load, model = HardwareProfile.load("t4"), Workload.parse("1x144x0+512:32"), models["opt-30b"]
-    theirs = replace(t4, host_attention_bytes_s=dict.fromkeys(t4.host_attention_bytes_s, 12e9))
+    slow = dict.fromkeys(t4.host_attention_bytes_s, 12e9)
+    theirs = replace(t4, host_attention_bytes_s=slow, host_attention_beside_copy_bytes_s=slow)
     policy = replace(Policy.load("opt-30b-t4"), cpu_cache_compute=True)
     memory = Memory(device=16 * GB, host=400 * GB, disk=0)  # they count neither staging nor hidden states
 
