@@ -1,7 +1,8 @@
 """Is the policy that `auto` chooses the best, and is its estimate right? `python -m benchmarks.planner [--cases N …]`.
 
 For each case (a shape, a limit on the card's memory, a workload) the search's choice and a grid of other policies are
-run, one after the other in one process, on random weights. Needs the machine's hardware profile (`doctor --profile`).
+run, one after the other in one process, on random weights; for a large shape, its choice alone. Needs the machine's
+hardware profile (`doctor --profile`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import gc
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,27 @@ from flexgen_helm.record import write_record
 from flexgen_helm.roofline import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = (
-    ("opt-1.3b", "2GB", "1x64x0+256:8"),
-    ("opt-1.3b", "2GB", "1x100x400+100:1"),
-    ("opt-1.3b", "3GB", "4x50x200+50:4"),
-    ("opt-6.7b", "6GB", "1x32x0+256:8"),
-    ("opt-6.7b", "4GB", "1x100x400+100:1"),
-)
 POINTS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a policy is searched for, and how many others it is compared with."""
+
+    shape: str
+    gpu_memory: str
+    work: str
+    points: int = POINTS
+
+
+CASES = (
+    Case("opt-1.3b", "2GB", "1x64x0+256:8"),
+    Case("opt-1.3b", "2GB", "1x100x400+100:1"),
+    Case("opt-1.3b", "3GB", "4x50x200+50:4"),
+    Case("opt-6.7b", "6GB", "1x32x0+256:8"),
+    Case("opt-6.7b", "4GB", "1x100x400+100:1"),
+    Case("opt-30b", "16GB", "1x88x0+512:32", points=0),
+)
 
 
 def grid(found: list[Estimate], points: int) -> list[Estimate]:
@@ -57,11 +72,13 @@ def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
         "host_attention": found.policy.cpu_cache_compute,
         "estimate_s": found.seconds,
         "bottleneck": found.bottleneck,
+        "estimate_placed_bytes": dict(found.weights),
     }
     try:
         with open_dummy(shape, found.policy) as engine:
             timed(engine, load.rehearsal(engine.plan.limits.seats), seed=1)
             row["seconds"], row["sweeps"] = timed(engine, load)
+            row["placed_bytes"] = engine.placed_bytes()
             row["device_reserved_bytes"] = accelerator.peak_memory(engine._arena.device)
     except (EngineError, RunFailed) as error:
         row["error"] = str(error)
@@ -70,40 +87,50 @@ def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
     return row
 
 
+def examine(case: Case, profile: HardwareProfile) -> dict[str, Any]:
+    """Search, run the choice and the grid, and compare them."""
+    load, base = Workload.parse(case.work), Policy(gpu_memory=parse_bytes(case.gpu_memory, "case"))
+    memory = available_memory(resolve_device("auto"), base.gpu_memory, None, None)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _model(case.shape, profile.dtype, Path(folder))
+    start = time.perf_counter()
+    found = search(model, profile, memory, load, base, compress=False)
+    record = asdict(case) | {"search_s": time.perf_counter() - start, "chosen": run(case.shape, best_of(found), load)}
+    record["grid"] = [run(case.shape, each, load) for each in grid(found, case.points)]
+    seconds, done = record["chosen"].get("seconds"), [row["seconds"] for row in record["grid"] if "seconds" in row]
+    if seconds is not None:
+        record["beside_estimate"] = seconds / record["chosen"]["estimate_s"]
+        record["beside_best"] = seconds / min(done) if done else None
+    return record
+
+
+def _line(case: dict[str, Any]) -> str:
+    chosen = case["chosen"]
+    what = f"{case['shape']} in {case['gpu_memory']}, {case['work']}"
+    if "seconds" not in chosen:
+        return f"{what}: {chosen['error']}"
+    place = f"{chosen['gpu_percent']:g} %" + (" and attention on the host" if chosen["host_attention"] else "")
+    line = f"{what}: {chosen['seconds']:.2f} s with {place}, {case['beside_estimate']:.2f} x the estimate"
+    if case["beside_best"] is not None:
+        line += f", {case['beside_best']:.2f} x the best of {len(case['grid'])}"
+    return f"{line}; searched for {case['search_s']:.2f} s"
+
+
 def main() -> int:
-    """Run the cases, print how near the choice is to the best of the grid, and write the record after each."""
+    """Run the cases, print how near the choice is to the best of the grid, and write those of a shape after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)), help="numbers, from 0 on")
-    parser.add_argument("--points", type=int, default=POINTS, help="of the grid")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options = parser.parse_args()
-    profile, record = HardwareProfile.load(), dict[str, Any]()
+    profile = HardwareProfile.load()
+    done: dict[str, list[dict[str, Any]]] = {}
     for number in options.cases:
-        shape, limit, work = CASES[number]
-        load, base = Workload.parse(work), Policy(gpu_memory=parse_bytes(limit, "case"))
-        memory = available_memory(resolve_device("auto"), base.gpu_memory, None, None)
-        with tempfile.TemporaryDirectory() as folder:
-            model = _model(shape, profile.dtype, Path(folder))
-        start = time.perf_counter()
-        found = search(model, profile, memory, load, base, compress=False)
-        search_s = time.perf_counter() - start
-        chosen = run(shape, best_of(found), load)
-        rows = [run(shape, each, load) for each in grid(found, options.points)]
-        done = [row["seconds"] for row in rows if "seconds" in row]
-        case = {"shape": shape, "gpu_memory": limit, "work": work, "search_s": search_s, "chosen": chosen, "grid": rows}
-        if done and "seconds" in chosen:
-            case["beside_best"] = chosen["seconds"] / min(done)
-            case["beside_estimate"] = chosen["seconds"] / chosen["estimate_s"]
-            print(
-                f"{shape} in {limit}, {work}: {chosen['seconds']:.2f} s with {chosen['gpu_percent']:g} %, "
-                f"{case['beside_best']:.2f} x the best of {len(done)}, {case['beside_estimate']:.2f} x the estimate",
-                flush=True,
-            )
-        else:
-            print(f"{shape} in {limit}, {work}: {chosen.get('error', 'the grid failed')}", flush=True)
-        record.setdefault("cases", []).append(case)
-        path = write_record("planner", record, options.out)
-    print(path)
+        case = examine(CASES[number], profile)
+        print(_line(case), flush=True)
+        cases = done.setdefault(CASES[number].shape, [])
+        cases.append(case)
+        content = {"profile": profile.as_mapping(), "cases": cases}
+        print(write_record(f"planner-{CASES[number].shape}", content, options.out), flush=True)
     return 0
 
 
