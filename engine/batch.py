@@ -287,7 +287,10 @@ def _stored_runs(blocks: list[Block], lengths: list[int], gap_rows: int) -> tupl
 
 def _gathered_at_once(run: list[Segment], limits: Limits) -> list[list[Segment]]:
     """Cut decode steps of one kind so that what attention gathers of each part stays within limits."""
-    if limits.reads_in_place and run[0].is_on_device:
+    if run[0].is_on_device and limits.reads_in_place:
+        return [run]
+    # Of a prefix, only the kernels that read in place tell what merging the two parts takes.
+    if run[0].tier == "host" and limits.reads_on_host and (limits.reads_in_place or run[0].span.parent is None):
         return [run]
     parts: list[list[Segment]] = []
     longest = staged = end = 0

@@ -585,6 +585,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         hidden_row_bytes=model.hidden_size * item,
         is_padded=model.is_padded,
         score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
+        is_plain=model.is_plain,
         reads_in_place=model.reads_in_place,
         work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
     )

@@ -63,7 +63,7 @@ def attend(
         def put(rows: slice, result: tuple[torch.Tensor, torch.Tensor]) -> None:
             output[rows] = result[0]
             if batch.chain_runs:
-                logsumexp[:, rows] = result[1]
+                logsumexp[:, rows] = result[1].to(query.device, non_blocking=True)
 
         for group in batch.decode_groups:
             rows = slice(group.first, group.end)
@@ -96,7 +96,10 @@ def _own(
     sweeping: Sweeping,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A decode group's rows against their own tokens, wherever they are: `[rows, heads, dim]`, `[heads, rows]`."""
+    """A decode group's rows against their own tokens, wherever those are: `[rows, heads, dim]`, `[heads, rows]`.
+
+    The second result is where the keys and values are.
+    """
     if sweeping.cache.is_attended_on_host(group):
         return host_attention.attend(group, query, sweeping.cache, sweeping.layer, scores)
     key, value = sweeping.cache.own_flat(sweeping.layer, group, key, value)

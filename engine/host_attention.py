@@ -20,14 +20,15 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend the new rows of a decode group to their own tokens, by plain softmax, without windows.
 
-    query `[rows, heads, dim]` -> `[rows, heads, dim]`, and float32 log-sum-exps `[heads, rows]`, both on its device.
+    query `[rows, heads, dim]` -> `[rows, heads, dim]` on its device, and float32 log-sum-exps `[heads, rows]` here.
+    Nobody waits for the copy: the link may be busy with the next layer's weights.
     """
     device = query.device
     shape = cache.shapes[layer]
     dims = shape.key_heads, shape.key_dim, shape.value_dim
     query = query.cpu().unflatten(0, (-1, group.steps))  # [sequences, steps, heads, dim]
     table, (firsts, lengths) = cache.host_table(layer), group.places
-    found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, scores.scaling)
+    found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, scores.scaling, device)
     if found is not None:
         output, logsumexp = found
     else:
@@ -37,7 +38,7 @@ def attend(
             one, rows = slice(index, index + 1), cache.decoded(layer, table[first : first + length])
             keys, values = cache.unpack(layer, rows)  # [kv heads, length, dim]
             output[one], logsumexp[one] = by_torch(query[one], keys[None], values[None], scores.scaling)
-    return output.flatten(0, 1).to(device), logsumexp.flatten(0, 1).T.to(device)
+    return output.flatten(0, 1).to(device, non_blocking=True), logsumexp.flatten(0, 1).T
 
 
 def by_torch(

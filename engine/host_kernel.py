@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from engine import accelerator
 from engine.codec import GROUP
 from engine.hardware_profile import cache_directory
 
@@ -24,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("host_attention.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 60
+_HOST = torch.device("cpu")
 _PIECE_BYTES = 8192
 """Of a row, what a task reads in one piece, about."""
 _SLICE_BYTES = 1 << 20
@@ -60,6 +63,7 @@ def attend(
     dtype: torch.dtype,
     bits: int,
     scaling: float,
+    target: torch.device = _HOST,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Attend each sequence's new rows to all its rows of a table; None where the kernel cannot.
 
@@ -68,6 +72,7 @@ def attend(
     table: `[rows, …]`, rows of keys and values of `dtype`, or of their codes of `bits` bits (0: none).
     firsts, lengths: int64 `[sequences]`, a sequence's first row and how many it has, the new ones included.
     query: `[sequences, steps, heads, dim]` of `dtype`; dims: kv heads, a key's size, a value's.
+    target: the device that the results will be copied to, beside its work.
 
     Returns `[sequences, steps, heads, value dim]` of `dtype` and float32 log-sum-exps `[sequences, steps, heads]`.
 
@@ -79,8 +84,8 @@ def attend(
     if kernel is None or (bits and (kv_heads * key_dim % GROUP or kv_heads * value_dim % GROUP)):
         return None
     query = query.contiguous()
-    output = torch.empty(sequences, steps, heads, value_dim, dtype=dtype)
-    logsumexp = torch.empty(sequences, steps, heads)
+    output = _transit(target, dtype, sequences, steps, heads, value_dim)
+    logsumexp = _transit(target, torch.float32, sequences, steps, heads)
     row_bytes = table.stride(0) * table.itemsize
     block = _block(sequences, dims, row_bytes, bits)
     tasks = sequences * -(-kv_heads // block)
@@ -97,6 +102,10 @@ def attend(
     if any([take(0)] if count == 1 else _pool().map(take, range(count))):
         raise MemoryError("no memory for the scores of attention on the host")
     return output, logsumexp
+
+
+def _transit(target: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return accelerator.transit(target, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def _block(sequences: int, dims: tuple[int, int, int], row_bytes: int, bits: int) -> int:

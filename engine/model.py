@@ -168,11 +168,16 @@ class CausalModel:
         return next(iter(self.units[0].owners))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether attention is a plain softmax over all tokens before, computed by `engine.attention`."""
+        return self.sweeping.is_plain and not self.is_padded
+
+    @property
     def reads_in_place(self) -> bool:
         """Whether attention always reads keys and values on the device where they lie (`flash.is_usable`)."""
         sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes}
         has_kernels = all(flash.has_kernels(self.device, self.dtype, *size) for size in sizes)
-        return has_kernels and self.sweeping.is_plain and not self.is_padded
+        return has_kernels and self.is_plain
 
     def _find_units(self) -> list[Unit]:
         layer_of = {id(module): index for index, layer in enumerate(self.layers) for module in layer.modules()}

@@ -71,6 +71,8 @@ class ModelShape:
 
     is_padded: bool = False
     """The family carries its own attention and runs in padded micro-batches."""
+    is_plain: bool = False
+    """Attention is a softmax over all tokens before: no caps, sinks, windows, nor code of the family's own."""
     reads_in_place: bool = False
     """Attention reads keys and values on the device where they lie."""
     stored_part: float = 1.0
@@ -141,6 +143,7 @@ class _Planner:
             batches=self.policy.num_gpu_batches or _BATCHES,
             rows_per_batch=rows,
             cached_rows_per_batch=max(1, self._staged(rows) // self._gathered_row_bytes()),
+            reads_on_host=self.policy.cpu_cache_compute and self.shape.is_plain,
             gap_rows=_GAP_BYTES // self._stored_row_bytes(),
             reads_in_place=self.shape.reads_in_place,
             rows_per_sweep=hidden_rows,

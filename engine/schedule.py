@@ -35,6 +35,8 @@ class Limits:
     """Rows of the KV cache that attention may gather for decode steps at once, and that a rectangle may have."""
     reads_in_place: bool = False
     """Attention reads keys and values of decode steps where they lie on the device, instead of gathering them."""
+    reads_on_host: bool = False
+    """Attention reads the host's keys and values of decode steps where they lie, on the host."""
     gap_rows: int = 0
     """Rows of a layer's KV cache that are sooner brought to the device than left out of a copy."""
     rows_per_sweep: int

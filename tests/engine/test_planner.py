@@ -237,6 +237,10 @@ def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
     assert limits(Policy(weights=Share(gpu=0, cpu=100)), huge).rows_between_fetches == 1024
     on_host = limits(Policy(cpu_cache_compute=True))
     assert (on_host.admission, on_host.rows_between_fetches) == (None, None)
+    plain = replace(OPT_30B, is_plain=True)
+    assert limits(Policy(cpu_cache_compute=True), plain).reads_on_host
+    assert not limits(Policy(), plain).reads_on_host
+    assert not on_host.reads_on_host  # the family's own attention gathers
     on_cpu = limits(Policy(), on_cpu=True)
     assert (on_cpu.admission, on_cpu.rows_between_fetches) == (None, None)
     from_disk = limits(Policy(weights=Share(gpu=0, cpu=50, disk=50), offload_dir="there"), disk=80 * GB)

@@ -6,6 +6,7 @@ import itertools
 import random
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,15 +141,13 @@ def check_batch(batch: list[Segment], limits: Limits) -> None:
     groups = MicroBatch(batch, torch.device("cpu"), limits).decode_groups
     assert [segment for group in groups for segment in group.segments] == batch[: sum(kinds)]
     for group in groups:
-        gathers = not (limits.reads_in_place and group.is_on_device)
-        assert (
-            not gathers
-            or len(group.segments) * group.length <= limits.cached_rows_per_batch
-            or len(group.segments) == 1
-        )
+        check_stored_runs(group, limits)
+        is_left = limits.reads_in_place if group.is_on_device else limits.reads_on_host and group.tier == "host"
+        if is_left and (group.is_on_device or limits.reads_in_place or not group.chain):
+            continue
+        assert len(group.segments) * group.length <= limits.cached_rows_per_batch or len(group.segments) == 1
         staged = sum(run.end - run.first for run in group.stored_runs)
         assert staged <= limits.cached_rows_per_batch or len(group.segments) == 1
-        check_stored_runs(group, limits)
 
 
 def check_stored_runs(group: DecodeGroup, limits: Limits) -> None:
@@ -223,6 +222,7 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
             "pad": st.sampled_from([None, None, "bucket", 100]),
             "rectangular": st.booleans(),
             "reads_in_place": st.booleans(),
+            "reads_on_host": st.booleans(),
             "admission": st.sampled_from([None, Admission(rows_beside_weights=9, rows_beside_cached_row=0.2)]),
             "rows_between_fetches": st.sampled_from([None, 1, 30]),
         }
@@ -325,6 +325,22 @@ def test_decode_steps_that_are_read_in_place_gather_nothing() -> None:
     runner.sweep()
     groups = groups_of(runner)
     assert [(group.tier, len(group.segments)) for group in groups] == [("device", 4), ("host", 2), ("host", 1)]
+
+
+@pytest.mark.parametrize(
+    ("shared", "in_place", "expected"), [(0, False, [7]), (0, True, [7]), (24, True, [7]), (24, False, [3, 3, 1])]
+)
+def test_what_is_attended_to_on_the_host_is_not_gathered(shared: int, in_place: bool, expected: list[int]) -> None:
+    """But for the own tokens behind a prefix, where no kernel tells how to merge both."""
+    runner = make_runner(
+        1000, on_device=24 if shared else 0, cached_rows_per_batch=100, reads_on_host=True, reads_in_place=in_place
+    )
+    prefix = words(99, shared)
+    jobs = [Job(prompt=prefix + words(i, 30), max_new_tokens=9) for i in range(7)]
+    runner.scheduler.add([Sequence.of(job) for job in jobs])
+    runner.sweep()
+    assert [len(group.segments) for group in groups_of(runner)] == expected
+    assert {group.tier for group in groups_of(runner)} == {"host"}
 
 
 def test_neighbours_in_the_cache_are_brought_in_one_copy() -> None:
