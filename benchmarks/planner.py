@@ -84,7 +84,13 @@ def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
         row["error"] = str(error)
     gc.collect()
     row["whole_s"] = time.perf_counter() - start
+    took = f"{row['seconds']:.2f} s" if "seconds" in row else row["error"]
+    print(f"  {_place(row)}: {took}, estimated {found.seconds:.2f} s; whole {row['whole_s']:.1f} s", flush=True)
     return row
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"{row['gpu_percent']:g} %" + (" and attention on the host" if row["host_attention"] else "")
 
 
 def examine(case: Case, profile: HardwareProfile) -> dict[str, Any]:
@@ -109,8 +115,7 @@ def _line(case: dict[str, Any]) -> str:
     what = f"{case['shape']} in {case['gpu_memory']}, {case['work']}"
     if "seconds" not in chosen:
         return f"{what}: {chosen['error']}"
-    place = f"{chosen['gpu_percent']:g} %" + (" and attention on the host" if chosen["host_attention"] else "")
-    line = f"{what}: {chosen['seconds']:.2f} s with {place}, {case['beside_estimate']:.2f} x the estimate"
+    line = f"{what}: {chosen['seconds']:.2f} s with {_place(chosen)}, {case['beside_estimate']:.2f} x the estimate"
     if case["beside_best"] is not None:
         line += f", {case['beside_best']:.2f} x the best of {len(case['grid'])}"
     return f"{line}; searched for {case['search_s']:.2f} s"
