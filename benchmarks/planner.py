@@ -20,12 +20,11 @@ from engine.errors import EngineError
 from engine.hardware import available_memory, resolve_device
 from engine.hardware_profile import HardwareProfile
 from engine.policy import Policy, parse_bytes
-from flexgen_helm.auto_policy import best_of
 from flexgen_helm.bench import timed
 from flexgen_helm.dummy import open_dummy
 from flexgen_helm.errors import RunFailed
 from flexgen_helm.plan import _model
-from flexgen_helm.policy_search import Estimate, search
+from flexgen_helm.policy_search import Estimate, best_of, search
 from flexgen_helm.record import write_record
 from flexgen_helm.roofline import Workload
 
@@ -45,21 +44,27 @@ class Case:
 
 CASES = (
     Case("opt-1.3b", "2GB", "1x64x0+256:8"),
-    Case("opt-1.3b", "2GB", "1x100x400+100:1"),
-    Case("opt-1.3b", "3GB", "4x50x200+50:4"),
+    Case("opt-1.3b", "2GB", "10x100x400+100:1"),
+    Case("opt-1.3b", "3GB", "1x100x0+400:16"),
     Case("opt-6.7b", "6GB", "1x32x0+256:8"),
-    Case("opt-6.7b", "4GB", "1x100x400+100:1"),
+    Case("opt-6.7b", "4GB", "10x100x400+100:1"),
     Case("opt-30b", "16GB", "1x88x0+512:32", points=0),
 )
 
 
 def grid(found: list[Estimate], points: int) -> list[Estimate]:
-    """As many of `found`, half of them with attention on the host, over the whole range of percents on the device."""
+    """As many of `found`, half of them with attention on the host if any, over the range of percents on the device.
+
+    None of what is estimated at thrice the best: it would take long to see what it is.
+    """
     chosen: list[Estimate] = []
-    for on_host in (False, True):
-        kind = [each for each in found if each.policy.cpu_cache_compute is on_host]
-        kind.sort(key=lambda each: each.plan.weights.gpu)
-        count = min(len(kind), points // 2)
+    found = sorted(
+        (each for each in found if each.seconds < 3 * found[0].seconds), key=lambda each: each.plan.weights.gpu
+    )
+    kinds = [[each for each in found if each.policy.cpu_cache_compute is on_host] for on_host in (False, True)]
+    kinds = [kind for kind in kinds if kind]
+    for kind in kinds:
+        count = min(len(kind), points // len(kinds))
         chosen += [kind[round(i * (len(kind) - 1) / max(1, count - 1))] for i in range(count)]
     return chosen
 

@@ -205,17 +205,15 @@ class KVCache:
             self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
         if batch.scattered is not None:
             self._scatter(layer, batch.scattered, key, value, coded)
+        packed = pack(key, value) if batch.offloaded and coded is None else coded
         stores: list[tuple[torch.Tensor, torch.Tensor]] = []
         to_disk: list[tuple[int, torch.Tensor]] = []
         for segment, block in batch.offloaded:
             taken = slice(segment.first, segment.first + segment.num_rows)
-            is_prefix = isinstance(segment.span, Prefix)
-            if is_prefix or coded is None:
-                stored = pack(key[taken], value[taken])
-            if is_prefix:
-                self._fresh[id(segment.span)] = stored
-            if coded is not None:
-                stored = coded[taken]
+            assert packed is not None
+            stored = packed[taken]
+            if isinstance(segment.span, Prefix):
+                self._fresh[id(segment.span)] = pack(key[taken], value[taken])
             first = block.first + segment.past
             if block.tier == "disk":
                 to_disk.append((first, stored))

@@ -26,6 +26,8 @@ _FRAGMENTATION = 0.04
 _FREE_ROWS = 4096
 """Rows whose arithmetic takes less time than the transfer of all weights: accelerators on PCIe multiply 5,000 (T4: 65
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
+_MOST_HIDDEN_ROWS = 1 << 17
+"""Of a sweep: ten times as many as are computed while all weights come. More would save next to nothing of them."""
 _ADMITTED_ROWS = 8000
 """Rows of prompts that a sweep lets in for as many bytes across the link as all 16-bit weights have: on a card that
 computes 13,000 meanwhile, 0.6 of them. Too few make the start long, too many leave the link idle (docs/adr/0009)."""
@@ -135,8 +137,8 @@ class _Planner:
         if not self.on_cpu:
             host -= min(self._behind_disk(rows), max(0, host) // 4)
         disk = self.memory.disk - self._part(weights.disk)
-        activations = self.policy.activations or Share(gpu=100, cpu=0)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
+        activations = self.policy.activations or self._activations(left, rows)
         hidden_rows = self._hidden_rows(activations, left)
         limits = Limits(
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
@@ -284,6 +286,13 @@ class _Planner:
         fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 
+    def _activations(self, left: dict[Tier, int], rows: int) -> Share:
+        """On the device, if it has room for the hidden states of a micro-batch at least; else in host memory."""
+        on_device = Share(gpu=100, cpu=0)
+        if self.memory.shared or self._hidden_rows(on_device, left) >= rows:
+            return on_device
+        return Share(gpu=0, cpu=100)
+
     def _hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
         fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}
         rows = [
@@ -291,7 +300,7 @@ class _Planner:
             for tier, percent in percents(activations).items()
             if percent > 0
         ]
-        return max(1, int(min(rows)))
+        return max(1, int(min([*rows, _MOST_HIDDEN_ROWS])))
 
     def _greedy_weights(self) -> Share:
         shape, memory = self.shape, self.memory

@@ -15,11 +15,8 @@ from engine.policy import Policy
 from engine.prefix import share_prefixes
 from engine.sequence import Prefix
 from engine.sequence import Sequence as Running
-from flexgen_helm.policy_search import Estimate, is_host, search
+from flexgen_helm.policy_search import Estimate, best_of, is_host, search
 from flexgen_helm.roofline import Workload
-
-_HOST_ATTENTION_GAIN = 0.9
-"""Of the best other policy's time, what attention on the host may take at most: its estimate is the least sure."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,6 @@ def choose(path: str, dtype: str, policy: Policy, jobs: Sequence[Job]) -> Chosen
         f"auto: {', '.join(places)}; at least {best.seconds:.1f} s for {len(jobs)} requests, bound by {best.bottleneck}"
     )
     return Chosen(best.policy, best, note)
-
-
-def best_of(found: list[Estimate]) -> Estimate:
-    """The fastest; one with attention on the host only if it is faster by far."""
-    others = [each for each in found if not each.policy.cpu_cache_compute]
-    if others and found[0].seconds > _HOST_ATTENTION_GAIN * others[0].seconds:
-        return others[0]
-    return found[0]
 
 
 def workload_of(jobs: Sequence[Job]) -> Workload | None:

@@ -65,7 +65,7 @@ def plan(arguments: Sequence[str]) -> int:
     from engine.checkpoint import window_of
     from engine.hardware_profile import HardwareProfile
     from flexgen_helm.dummy import shape_config
-    from flexgen_helm.policy_search import memory_of, search
+    from flexgen_helm.policy_search import best_of, memory_of, search
 
     profile = HardwareProfile.load(args.hardware)
     window, longest = window_of(shape_config(args.shape)), load.shared + load.own + load.new - 1
@@ -75,6 +75,8 @@ def plan(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
         model = _model(args.shape, profile.dtype, Path(folder))
     found = search(model, profile, memory, load, base, compress=args.allow_compression)
+    best = best_of(found)
+    found = [best, *(each for each in found if each is not best)]
     if args.hardware is not None and base.gpu_memory is None:  # another machine's limit is not found out there
         found = [replace(each, policy=replace(each.policy, gpu_memory=profile.device_memory_bytes)) for each in found]
     print(f"{args.shape} on {profile.device_name}: {load}, {len(found)} policies fit")
@@ -134,7 +136,10 @@ def _others(found: list[Estimate]) -> Iterator[str]:
         if all(_is_other(each, seen) for seen in shown):
             shown.append(each)
             longer = each.seconds / found[0].seconds - 1
-            yield f"runner-up: {_name(each)}: {_s(each.seconds)} ({longer:+.0%}), bound by {each.bottleneck}"
+            why = f"bound by {each.bottleneck}"
+            if longer < 0:  # by no more than estimates are wrong
+                why += f", in micro-batches of up to {each.plan.limits.rows_per_batch} tokens"
+            yield f"runner-up: {_name(each)}: {_s(each.seconds)} ({longer:+.0%}), {why}"
         if len(shown) > _RUNNERS_UP:
             return
 

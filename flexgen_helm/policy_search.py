@@ -19,7 +19,16 @@ from engine.placement import TIERS, Tier, split_bytes
 from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy, Share
 from flexgen_helm.overlap import Overlap
-from flexgen_helm.roofline import Sizes, Work, Workload, cache_rows, num_at_once, sizes_of_model, work_of
+from flexgen_helm.roofline import (
+    Sizes,
+    Work,
+    Workload,
+    cache_rows,
+    num_at_once,
+    num_off_device,
+    sizes_of_model,
+    work_of,
+)
 
 if TYPE_CHECKING:
     from engine.hardware_profile import HardwareProfile
@@ -29,6 +38,15 @@ _CALL_S = 0.7e-3
 """That the host takes to ask a device for one layer's work on one micro-batch. 96 resident sequences of OPT-6.7B took
 2.04 s, of which arithmetic explains 0.92 and reading weights, keys and values 0.42; the rest is spread over 31 steps of
 32 layers (benchmarks/results/rivals-opt-6.7b.json)."""
+_HOST_ATTENTION_CALL_S = 2e-3
+"""The same where the host attends: it waits for the device before, and the device for it. 64 sequences of OPT-1.3B took
+4 ms a layer on an H100, of which the host attended for 1.8."""
+_STORE_S = 30e-6
+"""That the host takes to ask for the transfer of one sequence's new keys and values of one layer."""
+_HOST_ATTENTION_GAIN = 0.9
+"""Of the best other policy's time, what attention on the host may take at most: its estimate is the least sure."""
+_UNSURE = 0.05
+"""Estimates that differ by less say nothing of which policy is faster."""
 _BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
 
 
@@ -97,6 +115,7 @@ def search(
     reason: CapacityError | None = None
     cache_bits = _BITS if compress and unencodable_layer(model.kv_shapes) is None else (base.compress_cache,)
     places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
+    places = places if load.new > 1 else places[:1]  # of one token nothing is kept that could be attended to
     weight_bits = _BITS if compress else (base.compress_weight,)
     for weight, cache, on_host in product(weight_bits, cache_bits, dict.fromkeys(places)):
         shape = shape_of(model, codec_of(weight), codec_of(cache))
@@ -121,6 +140,25 @@ def search(
             -each.plan.weights.gpu,
         ),
     )
+
+
+def best_of(found: list[Estimate]) -> Estimate:
+    """The one to take of the policies that `search` found.
+
+    With attention on the host only if it is faster by far; then, of those that are about as fast as the best of their
+    kind, the one with the largest micro-batches: what an estimate leaves out grows with their number.
+    """
+    best = found[0]
+    others = [each for each in found if not each.policy.cpu_cache_compute]
+    if others and best.seconds > _HOST_ATTENTION_GAIN * others[0].seconds:
+        best = others[0]
+    alike = [each for each in found if _kind(each) == _kind(best) and each.seconds <= (1 + _UNSURE) * best.seconds]
+    return max(alike, key=lambda each: (each.plan.limits.rows_per_batch, each.plan.activations.gpu, -each.seconds))
+
+
+def _kind(found: Estimate) -> tuple[object, ...]:
+    policy = found.policy
+    return policy.cpu_cache_compute, policy.compress_weight, policy.compress_cache, found.plan.uses_disk
 
 
 def _shares(shape: ModelShape, memory: Memory, base: Policy) -> list[Share | None]:
@@ -170,7 +208,11 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         math.ceil(load.prefill_tokens / limits.rows_per_batch),
         decode.sweeps * math.ceil(at_once / min(limits.sequences_per_batch, limits.rows_per_batch)),
     )
-    calls = [0.0 if is_host(profile) else _CALL_S * sizes.num_layers * count for count in batches]
+    asking = (
+        _CALL_S * batches[0] + _STORE_S * num_off_device(load, sizes, plan),
+        (_CALL_S if crosses else _HOST_ATTENTION_CALL_S) * batches[1],
+    )
+    calls = [0.0 if is_host(profile) else sizes.num_layers * seconds for seconds in asking]
     decode_s = resource_seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
     prefill_s = resource_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]}
     sweeps, hidden_s = whole.sweeps, 0.0

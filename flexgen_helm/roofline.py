@@ -64,6 +64,11 @@ class Workload:
         """Prompt tokens that must be computed, a shared prefix once."""
         return self.num_runs * (self.shared + self.num_jobs * self.own)
 
+    @property
+    def kept(self) -> int:
+        """Rows that a request keeps in the KV cache; of one new token, none."""
+        return self.own + self.new - 1 if self.new > 1 else 0
+
     def prompts(self, vocabulary: int, seed: int = 0) -> list[list[int]]:
         """Random prompts, equal within a run for the first `shared` tokens."""
         rng = random.Random(seed)
@@ -194,12 +199,11 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
     A lower bound on purpose: a shared prefix is computed and kept once and always on the device, causal attention is
     counted half, every sweep is as full as the plan lets it be, copies in both directions run side by side.
     """
-    steps = load.new - 1
-    kept = load.own + steps if steps else 0  # rows that a sequence keeps in the cache
+    steps, kept = load.new - 1, load.kept
     at_once, off_device = _concurrency(load.num_requests, kept, sizes, plan)
     sweeps = max(
         math.ceil(load.num_requests / at_once) * load.new,
-        math.ceil(load.prefill_tokens / plan.limits.rows_per_sweep) + steps,
+        math.ceil(load.prefill_tokens / max(plan.limits.rows_per_sweep, load.shared, load.own)) + steps,
     )
     sweeps = min(sweeps, most_sweeps or sweeps)
     moved = load.num_requests * off_device * sizes.cache_row_bytes
@@ -221,8 +225,12 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
 
 def num_at_once(load: Workload, sizes: Sizes, plan: Plan) -> int:
     """Sequences of `load` that run at once under `plan`."""
-    kept = load.own + load.new - 1 if load.new > 1 else 0
-    return _concurrency(load.num_requests, kept, sizes, plan)[0]
+    return _concurrency(load.num_requests, load.kept, sizes, plan)[0]
+
+
+def num_off_device(load: Workload, sizes: Sizes, plan: Plan) -> float:
+    """Sequences of `load`, on the whole, whose keys and values are kept off the device."""
+    return load.num_requests * _concurrency(load.num_requests, load.kept, sizes, plan)[1]
 
 
 def cache_rows(sizes: Sizes, plan: Plan) -> dict[Tier, int]:

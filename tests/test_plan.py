@@ -23,8 +23,8 @@ from engine.model import CausalModel
 from engine.planner import make_plan
 from engine.policy import Policy, Share
 from flexgen_helm import plan
-from flexgen_helm.policy_search import Estimate, estimate, gemm_rate_at, memory_of, search
-from flexgen_helm.roofline import Workload
+from flexgen_helm.policy_search import Estimate, best_of, estimate, gemm_rate_at, memory_of, search
+from flexgen_helm.roofline import Workload, sizes_of_model, work_of
 from flexgen_helm.run import main
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -180,6 +180,42 @@ def test_the_best_comes_first_and_nothing_that_fits_is_left_out(models: dict[str
         make_plan(shape_of(models["opt-30b"]), beyond, memory_of(H100, Policy(), 0), on_cpu=False)
 
 
+def test_what_is_taken_of_what_is_found(models: dict[str, CausalModel]) -> None:
+    """Seconds, attention on the host, rows of a micro-batch -> which is taken, by hand."""
+    model = models["opt-1.3b"]
+    shape = find(model)[0]
+
+    def taken(*given: tuple[float, bool, int]) -> int:
+        found = [
+            replace(
+                shape,
+                policy=replace(shape.policy, cpu_cache_compute=on_host),
+                plan=replace(shape.plan, limits=replace(shape.plan.limits, rows_per_batch=rows)),
+                prefill_s={"arithmetic": seconds},
+                decode_s={"to device": 0.0},
+                hidden_s=0.0,
+            )
+            for seconds, on_host, rows in given
+        ]
+        return found.index(best_of(found))
+
+    assert taken((1.0, False, 512), (1.1, False, 4096)) == 0  # a tenth slower is slower
+    assert taken((1.0, False, 512), (1.04, False, 4096), (1.05, False, 2048)) == 1  # these are about as fast
+    assert taken((1.0, False, 512), (1.01, False, 512)) == 0
+    assert taken((1.0, True, 4096), (1.05, False, 512)) == 1  # the host's attention must be far better
+    assert taken((1.0, True, 4096), (1.2, False, 8192)) == 0
+    assert taken((1.0, True, 512), (1.03, True, 1024), (1.2, False, 8192)) == 1
+
+
+def test_requests_that_fit_no_sweep_come_one_by_one(models: dict[str, CausalModel]) -> None:
+    """By hand: 40 prompts of 300 tokens in sweeps of up to 100 are 40 sweeps, of up to 700 rows 18."""
+    shape = find(models["opt-1.3b"])[0]
+    load, sizes = Workload.parse("1x40x0+300:1"), sizes_of_model(models["opt-1.3b"], {}, Policy())
+    for rows, sweeps in ((100, 40), (700, 18)):
+        limits = replace(shape.plan.limits, rows_per_sweep=rows)
+        assert work_of(load, sizes, replace(shape.plan, limits=limits)).sweeps == sweeps
+
+
 def test_codes_are_used_only_if_allowed_and_only_where_they_pay(models: dict[str, CausalModel]) -> None:
     """Where a model fits the card as it is, and a prompt's arithmetic decides, nothing is encoded."""
     plain = find(models["opt-30b"])
@@ -283,7 +319,7 @@ def test_the_command_prints_and_writes_a_policy(
     for part in (
         "least time",
         "prefill: bound by arithmetic",
-        "decode: bound by host attention",
+        "decode: bound by to device",
         "96 sequences",
         "runner-up",
     ):

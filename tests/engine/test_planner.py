@@ -260,3 +260,27 @@ def test_what_attention_gathers_is_reckoned_with_its_copies() -> None:
     taken = [size * each.cached_rows_per_batch for size, each in limits.items()]
     assert max(taken) - min(taken) <= max(limits)  # but for what is no whole row
     assert [each.gap_rows for each in limits.values()] == [18, 18, 65, 65]  # of 512 KiB
+
+
+def test_hidden_states_that_the_device_has_no_room_for_are_on_the_host() -> None:
+    """The device keeps them as long as it holds those of a micro-batch; a policy that says where is obeyed."""
+    memory = Memory(device=16 * GB, host=100 * GB, disk=0)
+
+    def plan(gpu: int, activations: Share | None = None) -> Plan | None:
+        policy = Policy(weights=Share(gpu=gpu, cpu=100 - gpu), activations=activations)
+        try:
+            return make_plan(OPT_30B, policy, memory, on_cpu=False)
+        except CapacityError:
+            return None
+
+    plans = [each for each in map(plan, range(100)) if each is not None]
+    assert 10 < len(plans) < 40
+    places = [each.activations.gpu for each in plans]
+    assert places == sorted(places, reverse=True)
+    assert set(places) == {0, 100}
+    assert all(each.limits.rows_per_sweep >= each.limits.rows_per_batch for each in plans)
+    assert max(each.limits.rows_per_sweep for each in plans) <= 1 << 17
+    said = plan(len(plans) - 1, Share(gpu=100, cpu=0))
+    assert said is not None
+    assert said.activations.gpu == 100
+    assert said.limits.rows_per_sweep < said.limits.rows_per_batch
