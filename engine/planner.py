@@ -104,6 +104,9 @@ class Plan:
     read_ahead_bytes: int = 0
     """Host memory that weights on disk are read into, ahead of the sweep."""
 
+    is_tight: bool = False
+    """Weights leave less of the device than work takes at most: it runs, with luck."""
+
     @property
     def uses_disk(self) -> bool:
         """Whether anything is, or may come to be, on disk."""
@@ -131,7 +134,7 @@ class _Planner:
             host -= self._device_weights(weights)
             device = min(device, host)
         rows = self._rows_per_batch(device)
-        device -= self._work(rows) + self._overhead(rows)
+        device -= self._needed(rows)
         if self.memory.shared:
             host -= self._work(rows)
         if not self.on_cpu:
@@ -163,6 +166,7 @@ class _Planner:
             cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
             read_ahead_bytes=self._read_ahead(weights),
+            is_tight=device < 0,
         )
 
     def _read_ahead(self, weights: Share) -> int:
@@ -242,6 +246,10 @@ class _Planner:
     def _work(self, rows: int) -> int:
         return rows * self.shape.work_row_bytes + _LOGITS_COPIES * self._logits_bytes()
 
+    def _needed(self, rows: int) -> int:
+        """What micro-batches of so many rows take of the device besides weights."""
+        return self._work(rows) + self._overhead(rows)
+
     def _staged(self, rows: int) -> int:
         """What the keys and values of a micro-batch's decode steps may take on the device."""
         return max(self._work(rows) // 2, min(64 << 20, self.memory.device // 16))
@@ -283,7 +291,11 @@ class _Planner:
 
     def _rows_per_batch(self, left: int) -> int:
         choices = _ROWS["cpu" if self.on_cpu else "other"]
-        fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
+        fitting = [
+            rows
+            for rows in choices
+            if rows * self.shape.work_row_bytes <= _WORK_FRACTION * left and self._needed(rows) <= left
+        ]
         return fitting[0] if fitting else choices[-1]
 
     def _activations(self, left: dict[Tier, int], rows: int) -> Share:
@@ -312,7 +324,7 @@ class _Planner:
         slots = self._slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + shape.expanded_bytes
         rest = memory.device - slots
         rows = self._rows_per_batch(rest)
-        room = rest - self._work(rows) - self._overhead(rows) - _CACHE_RESERVE * memory.device
+        room = rest - self._needed(rows) - _CACHE_RESERVE * memory.device
         gpu = int(max(0.0, min(99.0, 100 * room / shape.weight_bytes)))
         host = memory.host - (memory.device if memory.shared else 0)
         cpu = int(max(0.0, min(100.0 - gpu, 100 * 0.9 * host / shape.weight_bytes)))

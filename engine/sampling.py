@@ -24,11 +24,22 @@ def choose(
         logits = _penalized(logits, samplings, generated)
     tokens = logits.argmax(dim=-1)
     sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    most = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
-    for part in (sampled[first : first + most] for first in range(0, len(sampled), most)):
-        rows = torch.tensor(part, device=logits.device)
-        tokens[rows] = _sample(logits[rows], [samplings[row] for row in part], [draws[row] for row in part])
+    if not sampled:
+        return tokens
+    # In one copy, whatever the parts: each would wait for the weights that are on the link by now.
+    settings = torch.tensor(
+        [(row, *_settings(samplings[row], logits.shape[-1]), draws[row]) for row in sampled], dtype=torch.float64
+    ).to(logits.device)
+    for part in settings.split(max(1, _LOGITS_AT_ONCE // logits.shape[-1])):
+        rows = part[:, 0].long()
+        tokens[rows] = _sample(logits[rows], *part[:, 1:].unbind(1))
     return tokens
+
+
+def _settings(sampling: Sampling, vocabulary: int) -> tuple[float, int, float]:
+    """Temperature, how many of the likeliest tokens count, and what part of the distribution does."""
+    top_k = min(sampling.top_k or vocabulary, vocabulary)
+    return max(sampling.temperature, _MIN_TEMPERATURE), top_k, sampling.top_p
 
 
 def _penalized(logits: torch.Tensor, samplings: list[Sampling], generated: list[list[int]]) -> torch.Tensor:
@@ -41,21 +52,18 @@ def _penalized(logits: torch.Tensor, samplings: list[Sampling], generated: list[
     return logits
 
 
-def _sample(logits: torch.Tensor, samplings: list[Sampling], draws: list[float]) -> torch.Tensor:
-    device = logits.device
-    temperatures = [max(sampling.temperature, _MIN_TEMPERATURE) for sampling in samplings]
-    temperature = torch.tensor(temperatures, device=device, dtype=torch.float32)
-    values, ids = (logits / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
-    size = values.shape[-1]
-    top_k = torch.tensor([min(sampling.top_k or size, size) for sampling in samplings], device=device)
-    values = values.masked_fill(torch.arange(size, device=device) >= top_k[:, None], float("-inf"))
-    probabilities = values.double().softmax(dim=-1)
+def _sample(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, draws: torch.Tensor
+) -> torch.Tensor:
+    """Logits `[rows, vocabulary]`, the others float64 `[rows]` -> ids `[rows]`."""
+    values, ids = (logits / temperature.float()[:, None]).sort(dim=-1, descending=True, stable=True)
+    beyond = torch.arange(values.shape[-1], device=logits.device) >= top_k[:, None]
+    probabilities = values.masked_fill(beyond, float("-inf")).double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    top_p = torch.tensor([sampling.top_p for sampling in samplings], device=device, dtype=torch.float64)
     kept = before < top_p[:, None]  # the token that crosses top_p is in; the first always is
     probabilities = probabilities.masked_fill(~kept, 0.0)
     cumulated = probabilities.cumsum(dim=-1)
-    point = torch.tensor(draws, device=device, dtype=torch.float64)[:, None] * cumulated[:, -1:]
+    point = draws[:, None] * cumulated[:, -1:]
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     index = torch.minimum((cumulated <= point).sum(dim=-1, keepdim=True), last)
     index = index.clamp(min=0)  # a row that is not finite has no last; its sequence fails, not its neighbours

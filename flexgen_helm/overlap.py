@@ -24,11 +24,12 @@ class Overlap:
     def hidden_s(self) -> float:
         """Seconds in which prompts are computed and something is brought.
 
-        The first house fills evenly from sweep to sweep; those that follow find it full.
+        The first house fills evenly from sweep to sweep, after the first, in which nothing else is brought than what
+        any prefill needs; those that follow find it full.
         """
         computing = self.prefill_s / self.houses / self.sweeps  # in each sweep that lets somebody in
         full = min(computing, self.weights_s + self.cache_s)
-        return self.sweeps * (self._while_filling(computing) + (self.houses - 1) * full)
+        return (self.sweeps - 1) * self._while_filling(computing) + self.sweeps * (self.houses - 1) * full
 
     def _while_filling(self, computing: float) -> float:
         """The mean over the first sweeps of the shorter of computing and bringing, which grows from weights alone."""

@@ -125,7 +125,8 @@ def search(
             )
             try:
                 plan = make_plan(shape, policy, memory, on_cpu=is_host(profile))
-                found.append(estimate(model, profile, load, policy, plan))
+                if not plan.is_tight or share is base.weights:
+                    found.append(estimate(model, profile, load, policy, plan))
             except CapacityError as error:
                 reason = reason or error
     if not found:

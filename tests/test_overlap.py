@@ -52,5 +52,7 @@ def test_it_is_about_what_a_simulation_says(
 
 
 def test_nothing_but_weights_is_there_to_hide_behind() -> None:
+    """Those of the first of four sweeps are no decode step's."""
     one = Overlap(sweeps=4, houses=1, prefill_s=8.0, weights_s=0.5, cache_s=0.0)
-    assert one.hidden_s == pytest.approx(4 * 0.5)
+    assert one.hidden_s == pytest.approx(3 * 0.5)
+    assert Overlap(sweeps=1, houses=1, prefill_s=8.0, weights_s=0.5, cache_s=4.0).hidden_s == 0

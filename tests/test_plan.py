@@ -20,7 +20,7 @@ from engine.errors import CapacityError
 from engine.hardware import Memory
 from engine.hardware_profile import HardwareProfile, Machine
 from engine.model import CausalModel
-from engine.planner import make_plan
+from engine.planner import Plan, make_plan
 from engine.policy import Policy, Share
 from flexgen_helm import plan
 from flexgen_helm.policy_search import Estimate, best_of, estimate, gemm_rate_at, memory_of, search
@@ -175,9 +175,18 @@ def test_the_best_comes_first_and_nothing_that_fits_is_left_out(models: dict[str
     for on_host in (False, True):
         shares = sorted(each.plan.weights.gpu for each in found if each.policy.cpu_cache_compute is on_host)
         assert shares == list(range(len(shares)))
-    beyond = Policy(weights=Share(gpu=len(shares), cpu=100 - len(shares)))
+    most = len(shares) - 1
+
+    def plan_(gpu: int) -> Plan:
+        policy = Policy(weights=Share(gpu=gpu, cpu=100 - gpu))
+        return make_plan(shape_of(models["opt-30b"]), policy, memory_of(H100, Policy(), 0), on_cpu=False)
+
+    assert not plan_(most).is_tight
+    assert plan_(most + 1).is_tight  # the device may run out of memory: only who names such a policy gets it
     with pytest.raises(CapacityError):
-        make_plan(shape_of(models["opt-30b"]), beyond, memory_of(H100, Policy(), 0), on_cpu=False)
+        plan_(most + 5)
+    (named,) = find(models["opt-30b"], base=Policy(weights=Share(gpu=most + 1, cpu=99 - most), cpu_cache_compute=True))
+    assert named.plan.is_tight
 
 
 def test_what_is_taken_of_what_is_found(models: dict[str, CausalModel]) -> None:

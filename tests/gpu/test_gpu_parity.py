@@ -32,7 +32,7 @@ FAMILIES = [*models.FAMILIES, *models.OWN_ATTENTION]
 FEW = ("device", "20-80", "bucket")
 """Policies of the families outside the core, whose layers are made of the same things."""
 CASES = [(family, policy) for family in FAMILIES for policy in POLICIES if family in models.CORE or policy in FEW]
-HALF = ("device", "20-80", "thirds")
+HALF = ("device", "20-80", "thirds", "cpu-attention")
 NEAR_TIES = {"olmoe"}
 """Tiny routers whose experts nearly tie, so that rounding changes the route: in float16 on the CPU, transformers' own
 eager and sdpa attention differ by 1.4e-2 here, ten times as much as for the other mixtures of experts."""
