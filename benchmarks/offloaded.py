@@ -42,7 +42,7 @@ class Row:
 ROWS = {
     "opt-30b-16GB-4bit": Row("opt-30b", "16GB", {**_CODES, **_HALF}, ("1x256x0+512:32",)),
     "opt-30b-16GB-4bit-waiting": Row("opt-30b", "16GB", {**_CODES, **_HALF, **_seats(256)}, ("2x256x0+512:32",)),
-    "opt-6.7b-6GB-4bit": Row("opt-6.7b", "6GB", {**_CODES, "weights": {"gpu": 67, "cpu": 33}}, ("1x256x0+512:32",)),
+    "opt-6.7b-6GB-4bit": Row("opt-6.7b", "6GB", {**_CODES, "weights": {"gpu": 40, "cpu": 60}}, ("1x256x0+512:32",)),
     "llama-3-70b-16GB-4bit-weights": Row(
         "llama-3-70b", "16GB", {"compress-weight": 4, "weights": {"gpu": 12, "cpu": 88}}, ("1x400x0+512:32",)
     ),

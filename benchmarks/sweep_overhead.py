@@ -45,8 +45,8 @@ def timed(spans: dict[str, float], name: str, do: Callable[..., Any]) -> Callabl
         try:
             return do(*args, **kwargs)
         finally:
-            spans[name] = spans.get(name, 0.0) + time.perf_counter() - wall
             spans[f"{name} cpu"] = spans.get(f"{name} cpu", 0.0) + time.thread_time() - own
+            spans[name] = spans.get(name, 0.0) + time.perf_counter() - wall
 
     return wrapper
 
