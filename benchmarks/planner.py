@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine import accelerator
 from engine.errors import EngineError
 from engine.hardware import available_memory, resolve_device
@@ -80,6 +82,7 @@ def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
         "estimate_placed_bytes": dict(found.weights),
     }
     try:
+        accelerator.reset_peak(torch.device(resolve_device("auto")))
         with open_dummy(shape, found.policy) as engine:
             timed(engine, load.rehearsal(engine.plan.limits.seats), seed=1)
             row["seconds"], row["sweeps"] = min(timed(engine, load) for _ in range(2))

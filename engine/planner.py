@@ -291,11 +291,7 @@ class _Planner:
 
     def _rows_per_batch(self, left: int) -> int:
         choices = _ROWS["cpu" if self.on_cpu else "other"]
-        fitting = [
-            rows
-            for rows in choices
-            if rows * self.shape.work_row_bytes <= _WORK_FRACTION * left and self._needed(rows) <= left
-        ]
+        fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 
     def _activations(self, left: dict[Tier, int], rows: int) -> Share:

@@ -38,15 +38,21 @@ _CALL_S = 0.7e-3
 """That the host takes to ask a device for one layer's work on one micro-batch. 96 resident sequences of OPT-6.7B took
 2.04 s, of which arithmetic explains 0.92 and reading weights, keys and values 0.42; the rest is spread over 31 steps of
 32 layers (benchmarks/results/rivals-opt-6.7b.json)."""
-_HOST_ATTENTION_CALL_S = 2e-3
+_HOST_ATTENTION_CALL_S = 2.5e-3
 """The same where the host attends: it waits for the device before, and the device for it. 64 sequences of OPT-1.3B took
-4 ms a layer on an H100, of which the host attended for 1.8."""
+4 ms a layer on an H100, of which the host attended for 1.8; 100 of them 7 instead of 4.3."""
 _STORE_S = 30e-6
 """That the host takes to ask for the transfer of one sequence's new keys and values of one layer."""
 _HOST_ATTENTION_GAIN = 0.9
 """Of the best other policy's time, what attention on the host may take at most: its estimate is the least sure."""
 _UNSURE = 0.05
 """Estimates that differ by less say nothing of which policy is faster."""
+_ELEMENTWISE_PASSES = 26
+"""Of a token's hidden state in a layer, how often something as large is read or written by what is no matrix product,
+counted in OPT: norms 4, residuals 6, the activation 8 (four times as wide), keys and values 4, attention 4."""
+_REQUEST_S = 0.55e-3
+"""What a request takes while neither device nor link is busy: it comes, is sampled and leaves. 1000 of them took
+OPT-1.3B and OPT-6.7B about that much more than all else here (benchmarks/results/planner-*-choice.json)."""
 _BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
 
 
@@ -65,6 +71,8 @@ class Estimate:
     """Seconds that each resource needs until every prompt is computed; they work side by side."""
     decode_s: Mapping[str, float]
     """The same for all tokens but the first of each request."""
+    between_s: float = 0.0
+    """Seconds in which requests come and go, and nothing else is done."""
     hidden_s: float = 0.0
     """Seconds of the transfers of decode steps that pass while prompts are computed, where those come in a few at a
     time."""
@@ -74,7 +82,7 @@ class Estimate:
         """The least time: in each phase, that of the resource that is busy longest; no less than it is in both."""
         busiest = max(self.prefill_s[resource] + self.decode_s.get(resource, 0.0) for resource in self.prefill_s)
         left = {**self.decode_s, "to device": self.decode_s["to device"] - self.hidden_s}
-        return max(busiest, max(self.prefill_s.values()) + max(left.values()))
+        return self.between_s + max(busiest, max(self.prefill_s.values()) + max(left.values()))
 
     @property
     def bottleneck(self) -> str:
@@ -216,6 +224,9 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
     calls = [0.0 if is_host(profile) else sizes.num_layers * seconds for seconds in asking]
     decode_s = resource_seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
     prefill_s = resource_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]}
+    pass_s = sizes.num_layers * _ELEMENTWISE_PASSES * sizes.hidden_row_bytes / profile.device_bytes_s
+    prefill_s["arithmetic"] += pass_s * load.prefill_tokens
+    decode_s["arithmetic"] += pass_s * load.num_requests * (load.new - 1)
     sweeps, hidden_s = whole.sweeps, 0.0
     overlap = _overlap(load, sizes, plan, profile, max(prefill_s.values()), decode)
     if overlap is not None:  # who comes in later leaves later
@@ -233,6 +244,7 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         sweeps=sweeps,
         prefill_s=prefill_s,
         decode_s=decode_s,
+        between_s=0.0 if is_host(profile) else _REQUEST_S * load.num_requests,
         hidden_s=hidden_s,
     )
 
