@@ -105,12 +105,12 @@ def test_what_is_written_is_read_back(profile: HardwareProfile, tmp_path: Path) 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_load(name: str) -> None:
     profile = HardwareProfile.load(name)
-    assert profile.gemm_flop_s[8192] == max(profile.gemm_flop_s.values())
+    assert profile.gemm_flop_s[8192] > 0.8 * max(profile.gemm_flop_s.values())
     assert profile.both_ways_bytes_s <= profile.to_device_bytes_s + profile.from_device_bytes_s
     assert profile.cores > 1
     assert profile.host_memory_bytes > profile.device_memory_bytes
     for dtype, alone in profile.host_attention_bytes_s.items():
-        assert profile.host_attention_beside_copy_bytes_s[dtype] < alone < profile.host_bytes_s
+        assert profile.host_attention_beside_copy_bytes_s[dtype] < alone <= profile.host_bytes_s
 
 
 def test_one_card_has_one_speed() -> None:
