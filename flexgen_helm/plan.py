@@ -125,7 +125,7 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
         held = f"{found.weights[tier] / 1e9:.1f} GB of weights"
         room = f"room for {cache[tier] / 1e9:.1f} GB of keys and values"
         if found.weights[tier] or cache[tier]:
-            yield f"{place}: {held}, {room}"
+            yield f"{place}: {held}, {room}; {found.held[tier] / 1e9:.1f} GB in use"
     yield f"{found.at_once} sequences at once, micro-batches of up to {limits.rows_per_batch} tokens"
 
 

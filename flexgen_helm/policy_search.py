@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from engine.errors import CapacityError
 from engine.hardware import Memory, memory_within
-from engine.placement import TIERS, Tier, split_bytes
+from engine.placement import TIERS, Tier, percents, split_bytes
 from engine.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy, Share
 from flexgen_helm.overlap import Overlap
@@ -64,6 +64,8 @@ class Estimate:
     plan: Plan
     weights: Mapping[Tier, int]
     """Bytes of weights, as stored."""
+    held: Mapping[Tier, int]
+    """Bytes at the fullest, besides what computing takes: weights, layers in transit, keys, values, hidden states."""
     at_once: int
     """Sequences that run at once."""
     sweeps: int
@@ -240,6 +242,7 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         policy=policy,
         plan=plan,
         weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
+        held=_held(load, sizes, plan, placed, at_once),
         at_once=at_once,
         sweeps=sweeps,
         prefill_s=prefill_s,
@@ -247,6 +250,23 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
         between_s=0.0 if is_host(profile) else _REQUEST_S * load.num_requests,
         hidden_s=hidden_s,
     )
+
+
+def _held(
+    load: Workload, sizes: Sizes, plan: Plan, placed: Mapping[str, Mapping[Tier, int]], at_once: int
+) -> dict[Tier, int]:
+    held = {tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS}
+    if sizes.streamed_bytes:
+        held["device"] += 2 * max(sum(tiers.values()) for tiers in placed.values())
+    rows = at_once * load.kept + min(load.num_runs, math.ceil(at_once / load.num_jobs)) * load.shared
+    for tier, room in cache_rows(sizes, plan).items():
+        there = min(rows, room)
+        held[tier] += there * (sizes.device_cache_row_bytes if tier == "device" else sizes.cache_row_bytes)
+        rows -= there
+    hidden = min(plan.limits.rows_per_sweep, load.prefill_tokens) * sizes.hidden_row_bytes
+    for tier, percent in percents(plan.activations).items():
+        held[tier] += round(hidden * percent / 100) if tier != "device" else 0  # those are computed with
+    return held
 
 
 def _overlap(
