@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine import host_kernel
+from engine import accelerator, host_kernel
 
 if TYPE_CHECKING:
     from engine.batch import DecodeGroup
@@ -38,7 +38,8 @@ def attend(
             one, rows = slice(index, index + 1), cache.decoded(layer, table[first : first + length])
             keys, values = cache.unpack(layer, rows)  # [kv heads, length, dim]
             output[one], logsumexp[one] = by_torch(query[one], keys[None], values[None], scores.scaling)
-    return output.flatten(0, 1).to(device, non_blocking=True), logsumexp.flatten(0, 1).T
+    is_kept = accelerator.has_streams(device)  # until the copy has been made
+    return output.flatten(0, 1).to(device, non_blocking=is_kept), logsumexp.flatten(0, 1).T
 
 
 def by_torch(

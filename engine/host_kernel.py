@@ -83,7 +83,7 @@ def attend(
     kernel = _kernel()
     if kernel is None or (bits and (kv_heads * key_dim % GROUP or kv_heads * value_dim % GROUP)):
         return None
-    query = query.contiguous()
+    query = query.to(dtype).contiguous()
     output = _transit(target, dtype, sequences, steps, heads, value_dim)
     logsumexp = _transit(target, torch.float32, sequences, steps, heads)
     row_bytes = table.stride(0) * table.itemsize
@@ -99,7 +99,8 @@ def attend(
     def take(_: int) -> int:
         return int(kernel.attend(ctypes.byref(work)))
 
-    if any([take(0)] if count == 1 else _pool().map(take, range(count))):
+    failed = [take(0)] if count == 1 else list(_pool().map(take, range(count)))  # all end before their memory may go
+    if any(failed):
         raise MemoryError("no memory for the scores of attention on the host")
     return output, logsumexp
 

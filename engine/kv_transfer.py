@@ -57,7 +57,7 @@ class KVTransfer:
         In one copy, whatever their number: a thread of the host puts them in their places.
         """
         if self._store is None:
-            put_rows(rows, table, slots)
+            put_rows(rows.cpu(), table, slots)
             return
         here = accelerator.page_locked(*rows.shape, dtype=rows.dtype)
         self._store.wait_stream(accelerator.current_stream(self._device))

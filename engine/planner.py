@@ -295,11 +295,12 @@ class _Planner:
         return fitting[0] if fitting else choices[-1]
 
     def _activations(self, left: dict[Tier, int], rows: int) -> Share:
-        """On the device, if it has room for the hidden states of a micro-batch at least; else in host memory."""
-        on_device = Share(gpu=100, cpu=0)
-        if self.memory.shared or self._hidden_rows(on_device, left) >= rows:
+        """On the device, if it has room for the hidden states of a micro-batch at least; else where there is more."""
+        on_device, on_host = Share(gpu=100, cpu=0), Share(gpu=0, cpu=100)
+        room = self._hidden_rows(on_device, left)
+        if self.memory.shared or room >= min(rows, self._hidden_rows(on_host, left)):
             return on_device
-        return Share(gpu=0, cpu=100)
+        return on_host
 
     def _hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
         fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}

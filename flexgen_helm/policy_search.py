@@ -122,6 +122,7 @@ def search(
     from engine.kv_cache import unencodable_layer
 
     found: list[Estimate] = []
+    tight: list[Estimate] = []
     reason: CapacityError | None = None
     cache_bits = _BITS if compress and unencodable_layer(model.kv_shapes) is None else (base.compress_cache,)
     places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
@@ -135,10 +136,10 @@ def search(
             )
             try:
                 plan = make_plan(shape, policy, memory, on_cpu=is_host(profile))
-                if not plan.is_tight or share is base.weights:
-                    found.append(estimate(model, profile, load, policy, plan))
+                (tight if plan.is_tight else found).append(estimate(model, profile, load, policy, plan))
             except CapacityError as error:
                 reason = reason or error
+    found = found or tight  # the device may run out of memory, but there is nothing better
     if not found:
         assert reason is not None
         raise reason
@@ -234,7 +235,7 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
     if overlap is not None:  # who comes in later leaves later
         sweeps = max(sweeps, math.ceil(overlap.houses) * load.new + overlap.sweeps - 1)
         decode_s["to device"] += (sweeps - whole.sweeps) * overlap.weights_s
-        hidden_s = overlap.hidden_s
+        hidden_s = min(overlap.hidden_s, decode_s["to device"])
     if not crosses:
         attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
         decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)

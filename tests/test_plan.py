@@ -263,12 +263,30 @@ def test_what_is_taken_of_what_is_found(models: dict[str, CausalModel]) -> None:
 
 
 def test_requests_that_fit_no_sweep_come_one_by_one(models: dict[str, CausalModel]) -> None:
-    """By hand: 40 prompts of 300 tokens in sweeps of up to 100 are 40 sweeps, of up to 700 rows 18."""
+    """By hand: 40 prompts of 300 tokens in sweeps of up to 100 are 40 sweeps, of up to 700 rows 18.
+
+    With 5 tokens out, who does not fit waits until nobody runs: 40 times 5 sweeps.
+    """
     shape = find(models["opt-1.3b"])[0]
-    load, sizes = Workload.parse("1x40x0+300:1"), sizes_of_model(models["opt-1.3b"], {}, Policy())
-    for rows, sweeps in ((100, 40), (700, 18)):
+    sizes = sizes_of_model(models["opt-1.3b"], {}, Policy())
+    for rows, new, sweeps in ((100, 1, 40), (700, 1, 18), (100, 5, 200), (700, 5, 22)):
+        load = Workload.parse(f"1x40x0+300:{new}")
         limits = replace(shape.plan.limits, rows_per_sweep=rows)
         assert work_of(load, sizes, replace(shape.plan, limits=limits)).sweeps == sweeps
+
+
+def test_where_all_is_tight_the_best_of_that_is_found(models: dict[str, CausalModel]) -> None:
+    """OPT-30B in 3 GB: two layers and the work on them just fit."""
+    found = find(models["opt-30b"], Workload.parse("1x8x0+100:1"), Policy(gpu_memory=3 * GB))
+    assert found
+    assert all(each.plan.is_tight for each in found)
+
+
+def test_no_more_is_hidden_than_crosses_the_link(models: dict[str, CausalModel]) -> None:
+    base = Policy(gpu_batch_size=88)
+    load, profile = Workload.parse("50x100x0+1500:2"), HardwareProfile.load("t4")
+    for each in search(models["opt-30b"], profile, memory_of(profile, base, 0), load, base, compress=False):
+        assert each.hidden_s <= each.decode_s["to device"]
 
 
 def test_codes_are_used_only_if_allowed_and_only_where_they_pay(models: dict[str, CausalModel]) -> None:

@@ -280,6 +280,9 @@ def test_hidden_states_that_the_device_has_no_room_for_are_on_the_host() -> None
     assert set(places) == {0, 100}
     assert all(each.limits.rows_per_sweep >= each.limits.rows_per_batch for each in plans)
     assert max(each.limits.rows_per_sweep for each in plans) <= 1 << 17
+    half = Policy(weights=Share(gpu=len(plans) - 1, cpu=50, disk=51 - len(plans)), offload_dir="there")
+    full = replace(memory, host=int(0.5 * OPT_30B.weight_bytes), disk=1000 * GB)
+    assert make_plan(OPT_30B, half, full, on_cpu=False).activations.gpu == 100  # the host has still less room
     said = plan(len(plans) - 1, Share(gpu=100, cpu=0))
     assert said is not None
     assert said.activations.gpu == 100
