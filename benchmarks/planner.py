@@ -79,7 +79,7 @@ def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
         "host_attention": found.policy.cpu_cache_compute,
         "estimate_s": found.seconds,
         "bottleneck": found.bottleneck,
-        "estimate_placed_bytes": dict(found.weights),
+        "estimate_placed_bytes": dict(found.held),
     }
     try:
         accelerator.reset_peak(torch.device(resolve_device("auto")))

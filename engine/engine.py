@@ -394,8 +394,8 @@ class Engine:
             strange = next((token for token in job.prompt if not is_whole(token)), None)
             if strange is not None:
                 raise JobError(f"the prompt holds {strange!r}, which is no token id")
-        outside = next((token for token in (min(job.prompt), max(job.prompt)) if not 0 <= token < vocabulary), None)
-        if outside is not None:
+        if not 0 <= min(job.prompt) <= max(job.prompt) < vocabulary:
+            outside = next(token for token in job.prompt if not 0 <= token < vocabulary)
             raise JobError(
                 f"prompt token {outside} is outside the model's vocabulary of {vocabulary}; the tokenizer and the "
                 "model do not belong together, use the tokenizer that the model was trained with"

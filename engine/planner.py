@@ -313,9 +313,8 @@ class _Planner:
 
     def _greedy_weights(self) -> Share:
         shape, memory = self.shape, self.memory
-        smallest = self._work(_ROWS["cpu"][-2])
-        kept = self._overhead(_ROWS["cpu"][-2]) + _CACHE_RESERVE * memory.device
-        resident = shape.weight_bytes + shape.expanded_bytes + smallest + kept
+        kept = self._needed(_ROWS["cpu"][-2]) + _CACHE_RESERVE * memory.device
+        resident = shape.weight_bytes + shape.expanded_bytes + kept
         if resident <= memory.device:
             return Share(gpu=100, cpu=0)
         slots = self._slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + shape.expanded_bytes

@@ -239,11 +239,13 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
     if not crosses:
         attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
         decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)
+    weights = {tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS}
+    in_transit = 2 * max(sum(tiers.values()) for tiers in placed.values()) if sizes.streamed_bytes else 0
     return Estimate(
         policy=policy,
         plan=plan,
-        weights={tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS},
-        held=_held(load, sizes, plan, placed, at_once),
+        weights=weights,
+        held=_held(load, sizes, plan, weights | {"device": weights["device"] + in_transit}, at_once),
         at_once=at_once,
         sweeps=sweeps,
         prefill_s=prefill_s,
@@ -253,12 +255,9 @@ def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, polic
     )
 
 
-def _held(
-    load: Workload, sizes: Sizes, plan: Plan, placed: Mapping[str, Mapping[Tier, int]], at_once: int
-) -> dict[Tier, int]:
-    held = {tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS}
-    if sizes.streamed_bytes:
-        held["device"] += 2 * max(sum(tiers.values()) for tiers in placed.values())
+def _held(load: Workload, sizes: Sizes, plan: Plan, weights: Mapping[Tier, int], at_once: int) -> dict[Tier, int]:
+    """`weights`, those in transit included, and besides them keys, values and hidden states."""
+    held = dict(weights)
     rows = at_once * load.kept + min(load.num_runs, math.ceil(at_once / load.num_jobs)) * load.shared
     for tier, room in cache_rows(sizes, plan).items():
         there = min(rows, room)

@@ -68,12 +68,6 @@ def find(model: CausalModel, load: Workload = LOAD, base: Policy | None = None, 
     return search(model, profile, memory, load, base, compress=changes.get("compress", False))
 
 
-BOUND_BY = {
-    "1x100x400+100:1": "to device",
-    "10x100x400+100:1": "arithmetic",
-    "1x100x0+500:1": "arithmetic",
-    **{f"1x{count}x0+512:32": "to device" for count in (1, 4, 16, 80, 96)},
-}
 MEASURED = [
     "bench-opt-30b-16GB",
     "bench-opt-30b-16GB-kv-cache",

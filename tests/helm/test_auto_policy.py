@@ -22,7 +22,7 @@ from flexgen_helm import auto_policy, engines
 from flexgen_helm.auto_policy import Chosen, choose, workload_of
 from flexgen_helm.dummy import write_model_directory
 from flexgen_helm.plan import _model
-from flexgen_helm.policy_search import Estimate, best_of, search
+from flexgen_helm.policy_search import Estimate, search
 from flexgen_helm.roofline import Workload
 
 GB = 10**9
@@ -78,7 +78,12 @@ def test_the_best_of_the_search(work: str, opt: Path, card: HardwareProfile, tmp
     load, base = Workload.parse(work), Policy(gpu_memory=16 * GB)
     chosen = choose(str(opt), "float16", base, load.jobs(50_000))
     found = search(_model("opt-30b", "float16", tmp_path), card, MEMORY, load, base, compress=False)
-    assert chosen.policy == best_of(found).policy
+    plain = next(each for each in found if not each.policy.cpu_cache_compute)
+    best = found[0] if found[0].seconds <= 0.9 * plain.seconds else plain
+    alike = [each for each in found if each.policy.cpu_cache_compute is best.policy.cpu_cache_compute]
+    alike = [each for each in alike if each.seconds <= 1.05 * best.seconds]
+    (taken,) = [each for each in alike if each.policy == chosen.policy]
+    assert taken.plan.limits.rows_per_batch == max(each.plan.limits.rows_per_batch for each in alike)
     assert chosen.policy.weights is not None
     assert replace(chosen.policy, weights=None, cpu_cache_compute=False) == base
     assert chosen.policy.cpu_cache_compute == (":32" in work)
