@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from engine.codec import GROUP, Codec
-from flexgen_helm.record import write_record
+from engine.kernels.codec import GROUP, Codec
+from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 Codecs = dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor], float]]

@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine import Engine, Policy
-from engine.disk_rates import read_rate
-from engine.kept_weights import weights_directory
-from flexgen_helm.bench import bench_policy, timed
-from flexgen_helm.dummy import random_model, shape_name, write_model_directory
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload
+from engine.measuring.disk_rates import read_rate
+from engine.weights.kept import weights_directory
+from flexgen_helm.commands.bench import bench_policy, timed
+from flexgen_helm.planning.dummy import random_model, shape_name, write_model_directory
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 _THREADS = (1, 8)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine import Engine, Job
-from flexgen_helm.record import write_record
+from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, int]] = {

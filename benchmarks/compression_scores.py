@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks.compression import SETTINGS
 from benchmarks.helm_client import add_entry_flags, named_entries, place_data, predictions
 from benchmarks.sweep_mmlu import run
-from flexgen_helm.comparison import CONFIDENCE, ScoreChange, compare_suites
-from flexgen_helm.record import write_record
-from flexgen_helm.scores import short_name
-from flexgen_helm.suite import Suite, read_suite
+from flexgen_helm.helm.scores import short_name
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.suites.comparison import CONFIDENCE, ScoreChange, compare_suites
+from flexgen_helm.suites.suite import Suite, read_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = "compression"

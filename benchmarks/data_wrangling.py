@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen_helm.bench import bench_policy, rates_of, time_row
-from flexgen_helm.dummy import open_dummy
-from flexgen_helm.errors import RunFailed
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload
+from flexgen_helm.commands.bench import bench_policy, rates_of, time_row
+from flexgen_helm.planning.dummy import open_dummy
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
+from flexgen_helm.terminal.errors import RunFailed
 
 if TYPE_CHECKING:
     from engine import Engine
-    from flexgen_helm.roofline import Rates
+    from flexgen_helm.planning.roofline import Rates
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = (0.0, 0.46)

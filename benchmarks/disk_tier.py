@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from engine import Policy
-from engine.disk_rates import disk_rates
+from engine.measuring.disk_rates import disk_rates
 from engine.policy import parse_bytes
-from flexgen_helm.bench import timed
-from flexgen_helm.dummy import open_dummy, shape_name
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload, sizes_of
+from flexgen_helm.commands.bench import timed
+from flexgen_helm.planning.dummy import open_dummy, shape_name
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload, sizes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flexgen_helm.roofline import Workload
+from flexgen_helm.planning.roofline import Workload
 
 COLOURS = {"to device": "tab:blue", "from device": "tab:cyan", "compute": "tab:orange"}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_helm.record import write_record
+from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 

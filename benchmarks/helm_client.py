@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from flexgen_helm.record import write_record
+from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = {
@@ -45,7 +45,7 @@ def run_child(arguments: list[str]) -> None:
     from helm.benchmark.executor import Executor
     from helm.benchmark.run import main as helm_run
 
-    import flexgen_helm.runner as ours
+    import flexgen_helm.helm.runner as ours
 
     seconds = 0.0
     depth = 0
@@ -210,7 +210,7 @@ def gemm_seconds(model: Path, tokens: int, answers: int) -> float:
     """Seconds that this machine's float32 matrix products take for `tokens` through the layers, `answers` the head."""
     import torch
 
-    from engine.rates import gemm_rate
+    from engine.measuring.rates import gemm_rate
 
     _, layers, head = linear_layers(model)
     rates: dict[tuple[int, int], float] = {}

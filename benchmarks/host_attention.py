@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from engine import accelerator, host_attention, host_kernel
-from engine.arena import Arena
-from engine.codec import Codec
-from engine.hardware import resolve_device
-from engine.rates import HEAD_DIM, host_read_rate
-from flexgen_helm.record import write_record
+from engine.kernels import host_kernel
+from engine.kernels.codec import Codec
+from engine.measuring.rates import HEAD_DIM, host_read_rate
+from engine.memory import accelerator
+from engine.memory.arena import Arena
+from engine.model.attention import host_attention
+from engine.planning.hardware import resolve_device
+from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 _COPY_BYTES = 1 << 28

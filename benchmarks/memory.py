@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from engine import Engine, Policy
-from flexgen_helm.bench import bench_policy, timed
-from flexgen_helm.dummy import open_dummy, shape_name
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload
+from flexgen_helm.commands.bench import bench_policy, timed
+from flexgen_helm.planning.dummy import open_dummy, shape_name
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_RUNS = 5

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from engine import accelerator
 from engine.errors import EngineError
-from engine.hardware import available_memory, resolve_device
-from engine.hardware_profile import HardwareProfile
+from engine.memory import accelerator
+from engine.planning.hardware import available_memory, resolve_device
+from engine.planning.hardware_profile import HardwareProfile
 from engine.policy import Policy, parse_bytes
-from flexgen_helm.bench import timed
-from flexgen_helm.dummy import open_dummy
-from flexgen_helm.errors import RunFailed
-from flexgen_helm.plan import _model
-from flexgen_helm.policy_search import Estimate, best_of, search
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload
+from flexgen_helm.commands.bench import timed
+from flexgen_helm.commands.plan import _model
+from flexgen_helm.planning.dummy import open_dummy
+from flexgen_helm.planning.policy_search import Estimate, best_of, search
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
+from flexgen_helm.terminal.errors import RunFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 POINTS = 12

@@ -26,8 +26,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.helm_client import count_tokens, gemm_seconds, place_data, predictions
-from flexgen_helm import sweep_record
-from flexgen_helm.record import write_record
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.sweeps import record as sweep_record
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = "mmlu"

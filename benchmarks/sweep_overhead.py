@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexgen_helm.record import write_record
+from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -78,8 +78,8 @@ def run_ours(arguments: list[str], spans: dict[str, float]) -> None:
     """`flexgen-helm sweep`, by its stages."""
     from engine.executor import Executor
     from flexgen_helm import run
-    from flexgen_helm.client import FlexGenClient
-    from flexgen_helm.sweep_runner import SweepRunner
+    from flexgen_helm.helm.client import FlexGenClient
+    from flexgen_helm.sweeps.runner import SweepRunner
 
     for name, owner, method in (
         ("passes", Executor, "sweep"),

@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen_helm.bench import bench_policy
-from flexgen_helm.dummy import open_dummy
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload
+from flexgen_helm.commands.bench import bench_policy
+from flexgen_helm.planning.dummy import open_dummy
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
 
 if TYPE_CHECKING:
     from engine import Engine
-    from engine.timing import SweepTiming
+    from engine.schedule.timing import SweepTiming
 
 ROOT = Path(__file__).resolve().parent.parent
 SLACK = 1.1

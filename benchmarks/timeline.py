@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flexgen_helm.bench import bench_policy, timed
-from flexgen_helm.dummy import open_dummy
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload
+from flexgen_helm.commands.bench import bench_policy, timed
+from flexgen_helm.planning.dummy import open_dummy
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
 
 if TYPE_CHECKING:
     from engine import Engine

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.job import Completion
-from engine.sequence import Sequence
+from engine.schedule.sequence import Sequence
 
 Finished = list[tuple[int, Completion]]
 """What one sweep finished of a call: positions of jobs and their completions."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from engine.job import Completion
-from engine.sequence import Sequence
+from engine.schedule.sequence import Sequence
 
 _MARGIN = 8
 """Characters at the beginning of a piece of text that may be other than in the whole: a space, half a character."""

@@ -15,30 +15,30 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from engine import accelerator
-from engine.arena import Arena
+from engine.cache.hidden import HiddenStates
+from engine.cache.key_value import KVCache, unencodable_layer
 from engine.call import Call, Finished, LoopResults, Result, Results
-from engine.checkpoint import ModelDescription, describe
-from engine.codec import GROUP, Codec, codec_of
+from engine.checkpoint.files import ModelDescription, describe
 from engine.completion import Text, advance, completion_of
 from engine.errors import CapacityError, CheckpointError, EngineError, JobError, NumericsError, UnsupportedError
 from engine.executor import Executor
 from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
-from engine.hardware import available_memory, resolve_device, resolve_dtype
-from engine.hidden import HiddenStates
 from engine.job import Completion, Job, is_whole
-from engine.kept_weights import KeptWeights
-from engine.kv_cache import KVCache, unencodable_layer
-from engine.loading import load_checkpoint
-from engine.model import CausalModel
-from engine.placement import Tier
-from engine.planner import ModelShape, Plan, make_plan
+from engine.kernels.codec import GROUP, Codec, codec_of
+from engine.memory import accelerator
+from engine.memory.arena import Arena
+from engine.memory.layout import Tier
+from engine.model.causal_model import CausalModel
+from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
+from engine.planning.planner import ModelShape, Plan, make_plan
 from engine.policy import Policy
-from engine.schedule import Scheduler
-from engine.sequence import Sequence
-from engine.stored_form import encoded_names, stored_sizes, whole_sizes
-from engine.timing import SweepTiming, count_rows
-from engine.weights import WeightStore
+from engine.schedule.scheduler import Scheduler
+from engine.schedule.sequence import Sequence
+from engine.schedule.timing import SweepTiming, count_rows
+from engine.weights.kept import KeptWeights
+from engine.weights.loading import load_checkpoint
+from engine.weights.store import WeightStore
+from engine.weights.stored_form import encoded_names, stored_sizes, whole_sizes
 
 
 class Engine:

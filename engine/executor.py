@@ -8,16 +8,16 @@ from typing import cast
 
 import torch
 
-from engine.batch import MicroBatch
-from engine.hidden import HiddenStates
-from engine.kv_cache import KVCache
-from engine.model import CausalModel, LayerCall
-from engine.padded import PaddedBatch
-from engine.planner import LOGITS_BYTES
+from engine.batch.micro_batch import MicroBatch
+from engine.cache.hidden import HiddenStates
+from engine.cache.key_value import KVCache
+from engine.model.causal_model import CausalModel, LayerCall
+from engine.model.padded import PaddedBatch
+from engine.planning.planner import LOGITS_BYTES
 from engine.sampling import choose
-from engine.schedule import Limits, Segment
-from engine.sequence import Prefix, Sequence, Span
-from engine.weights import WeightStore
+from engine.schedule.scheduler import Limits, Segment
+from engine.schedule.sequence import Prefix, Sequence, Span
+from engine.weights.store import WeightStore
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def config_directory() -> Path | None:
 def register_run_entries() -> None:
     """Register the run spec functions of ours; if HELM or the user has one of that name, warn and leave it theirs."""
     try:
-        importlib.import_module("flexgen_helm.run_spec_functions")
+        importlib.import_module("flexgen_helm.data_wrangling.run_specs")
     except Exception as error:
         hwarn(f"flexgen_helm registers no run entries: {type(error).__name__}: {' '.join(str(error).split())}")
 

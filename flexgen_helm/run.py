@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from flexgen_helm import __version__, engine_problem
-from flexgen_helm.errors import RunFailed, UsageError
-from flexgen_helm.parser import Parser
+from flexgen_helm.terminal.errors import RunFailed, UsageError
+from flexgen_helm.terminal.parser import Parser
 
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _heeding_sigterm():
             command, rest = _split(arguments)
             if command == "doctor":
-                from flexgen_helm.doctor import doctor
+                from flexgen_helm.commands.doctor import doctor
 
                 return doctor(rest)
             if problem := engine_problem():
@@ -106,42 +106,42 @@ def _run_command(command: str, rest: list[str]) -> int:
 
     try:
         if command == "sweep":
-            from flexgen_helm.sweep import sweep
+            from flexgen_helm.commands.sweep import sweep
 
             return sweep(rest)
         if command == "register":
-            from flexgen_helm.register import register
+            from flexgen_helm.commands.register import register
 
             return register(rest)
         if command == "complete":
-            from flexgen_helm.complete import complete
+            from flexgen_helm.commands.complete import complete
 
             return complete(rest)
         if command == "plan":
-            from flexgen_helm.plan import plan
+            from flexgen_helm.commands.plan import plan
 
             return plan(rest)
         if command == "bench":
-            from flexgen_helm.bench import bench
+            from flexgen_helm.commands.bench import bench
 
             return bench(rest)
         if command == "verify":
-            from flexgen_helm.verify import verify
+            from flexgen_helm.commands.verify import verify
 
             return verify(rest)
         if command == "compare":
-            from flexgen_helm.compare import compare
+            from flexgen_helm.commands.compare import compare
 
             return compare(rest)
         if command == "report":
-            from flexgen_helm.report import report
+            from flexgen_helm.commands.report import report
 
             return report(rest)
         if command == "lm-eval":
-            from flexgen_helm.lm_eval_command import lm_eval
+            from flexgen_helm.commands.lm_eval import lm_eval
 
             return lm_eval(rest)
-        from flexgen_helm.launch import run
+        from flexgen_helm.runs.launch import run
 
         return run(rest)
     except (EngineError, RunFailed) as error:

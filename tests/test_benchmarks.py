@@ -28,13 +28,13 @@ from benchmarks import (
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
 from engine.errors import ConfigError
-from engine.planner import Plan
+from engine.planning.planner import Plan
 from engine.policy import Share
-from engine.schedule import Limits
-from flexgen_helm.bench import CURVE, ROWS, bench_policy, table_line, workloads
-from flexgen_helm.dummy import SHAPES, _random_block, open_dummy, random_model, shape_config
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Rates, Sizes, Work, Workload, least_seconds, measure_rates, sizes_of, work_of
+from engine.schedule.scheduler import Limits
+from flexgen_helm.commands.bench import CURVE, ROWS, bench_policy, table_line, workloads
+from flexgen_helm.planning.dummy import SHAPES, _random_block, open_dummy, random_model, shape_config
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Rates, Sizes, Work, Workload, least_seconds, measure_rates, sizes_of, work_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OPT = {

@@ -46,8 +46,8 @@ def test_every_command_is_looked_at_here() -> None:
 
 @pytest.mark.parametrize("arguments", RUNS, ids=" ".join)
 def test_runs_are_accepted(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexgen_helm.entries import check_run_spec_names, read_entries
-    from flexgen_helm.flags import parse_run_flags, policy_from_flags
+    from flexgen_helm.runs.entries import check_run_spec_names, read_entries
+    from flexgen_helm.runs.flags import parse_run_flags, policy_from_flags
 
     monkeypatch.chdir(tmp_path)
     Path("my_entries.conf").write_text('entries: [{description: "simple_mcqa", priority: 1}]')
@@ -60,27 +60,27 @@ def test_runs_are_accepted(arguments: list[str], tmp_path: Path, monkeypatch: py
 def test_helm_accepts_its_commands(arguments: list[str]) -> None:
     from helm.benchmark.presentation.run_entry import RunEntry
 
-    from flexgen_helm.entries import check_run_spec_names
+    from flexgen_helm.runs.entries import check_run_spec_names
 
     args = HELM.build_parser().parse_args(arguments)
     check_run_spec_names([RunEntry(entry) for entry in args.run_entries])
 
 
 def test_other_commands_are_accepted() -> None:
-    from engine.hardware_profile import HardwareProfile
-    from flexgen_helm.bench import bench_parser, workloads
-    from flexgen_helm.compare import parse_compare_flags
-    from flexgen_helm.complete import complete_parser
-    from flexgen_helm.dummy import shape_config
-    from flexgen_helm.entries import read_entries
-    from flexgen_helm.flags import checked_policy, policy_from_flags
-    from flexgen_helm.plan import plan_parser
-    from flexgen_helm.register import register_parser
-    from flexgen_helm.report import parse_report_flags
-    from flexgen_helm.roofline import Workload
+    from engine.planning.hardware_profile import HardwareProfile
+    from flexgen_helm.commands.bench import bench_parser, workloads
+    from flexgen_helm.commands.compare import parse_compare_flags
+    from flexgen_helm.commands.complete import complete_parser
+    from flexgen_helm.commands.plan import plan_parser
+    from flexgen_helm.commands.register import register_parser
+    from flexgen_helm.commands.report import parse_report_flags
+    from flexgen_helm.commands.sweep import parse_sweep_flags
+    from flexgen_helm.commands.verify import parse_verify_flags
+    from flexgen_helm.planning.dummy import shape_config
+    from flexgen_helm.planning.roofline import Workload
     from flexgen_helm.run import COMMANDS
-    from flexgen_helm.sweep import parse_sweep_flags
-    from flexgen_helm.verify import parse_verify_flags
+    from flexgen_helm.runs.entries import read_entries
+    from flexgen_helm.runs.flags import checked_policy, policy_from_flags
 
     for arguments in commands_of("flexgen-helm"):
         assert arguments[0] in COMMANDS
@@ -113,8 +113,8 @@ def test_other_commands_are_accepted() -> None:
 
 
 def test_every_flag_in_the_text_exists() -> None:
-    from flexgen_helm.complete import complete_parser
-    from flexgen_helm.sweep import sweep_parser
+    from flexgen_helm.commands.complete import complete_parser
+    from flexgen_helm.commands.sweep import sweep_parser
 
     known = sweep_parser().format_help() + complete_parser().format_help()
     known += "".join(
@@ -181,8 +181,8 @@ def test_links_lead_somewhere(target: str) -> None:
 
 
 def test_the_demo_ends_with_a_command_that_works() -> None:
-    from flexgen_helm import demo
-    from flexgen_helm.flags import parse_run_flags, policy_from_flags
+    from flexgen_helm.runs import demo
+    from flexgen_helm.runs.flags import parse_run_flags, policy_from_flags
 
     words = shlex.split(demo.NEXT.splitlines()[-1])
     assert words[:3] == ["python", "-m", "flexgen_helm.run"]

@@ -79,9 +79,9 @@ def test_helm_finds_the_installed_plugin() -> None:
 def test_what_is_shipped_is_found_beside_the_installed_package(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     program = (
-        "from engine.policy import Policy; from flexgen_helm.entries import conf_path; import engine;"
+        "from engine.policy import Policy; from flexgen_helm.runs.entries import conf_path; import engine;"
         "print(engine.__file__); print(Policy.load('opt-30b-t4').gpu_batch_size); print(conf_path('quick'));"
-        "from engine.hardware_profile import HardwareProfile; print(HardwareProfile.load('t4').device_name)"
+        "from engine.planning.hardware_profile import HardwareProfile; print(HardwareProfile.load('t4').device_name)"
     )
     found = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}; {program}"],
@@ -99,7 +99,7 @@ def test_what_is_shipped_is_found_beside_the_installed_package(wheel: zipfile.Zi
     ]
 
 
-@pytest.mark.parametrize("module", [f"flexgen_helm{name}" for name in ("", ".plugin", ".run", ".doctor", ".profiling")])
+@pytest.mark.parametrize("module", [f"flexgen_helm{name}" for name in ("", ".plugin", ".run", ".commands.doctor", ".commands.profiling")])
 def test_importing_it_loads_neither_torch_nor_helm_run(module: str) -> None:
     program = f"import sys, {module}; print([name for name in ('torch', 'helm.benchmark.run') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 
 from benchmarks.rivals.contender import finish, parser, task_of
 from benchmarks.rivals.generating import sequence_bytes, time_generate
-from flexgen_helm.dummy import random_model
+from flexgen_helm.planning.dummy import random_model
 
 _LIBRARIES_BYTES = 1 << 30
 

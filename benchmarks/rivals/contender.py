@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from engine.policy import parse_bytes
-from flexgen_helm.dummy import shape_config
-from flexgen_helm.roofline import Workload
+from flexgen_helm.planning.dummy import shape_config
+from flexgen_helm.planning.roofline import Workload
 
 MARK = "result "
 

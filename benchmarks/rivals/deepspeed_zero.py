@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.rivals.contender import finish, parser, task_of
 from benchmarks.rivals.generating import sequence_bytes, time_generate
-from flexgen_helm.dummy import random_model
+from flexgen_helm.planning.dummy import random_model
 
 _LIBRARIES_BYTES = 2 << 30
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.rivals.contender import Task, device, stopwatch
-from flexgen_helm.dummy import shape_config
+from flexgen_helm.planning.dummy import shape_config
 
 
 def cache_row_bytes(config: dict[str, Any]) -> int:

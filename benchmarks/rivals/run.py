@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rivals.contender import MARK
-from flexgen_helm.record import write_record
-from flexgen_helm.roofline import Workload
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.rivals.contender import device, finish, parser, task_of
 from benchmarks.rivals.generating import sequence_bytes, time_generate
-from flexgen_helm.dummy import random_model
+from flexgen_helm.planning.dummy import random_model
 
 
 def main() -> None:

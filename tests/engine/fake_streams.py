@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import accelerator
+from engine.memory import accelerator
 
 
 class Streams:

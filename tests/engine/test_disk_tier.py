@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 from watch import cache_of
 
 from benchmarks import disk_tier
-from engine import Completion, Engine, Job, arena
-from engine.arena import Arena
-from engine.disk_file import DiskFile
+from engine import Completion, Engine, Job
 from engine.errors import CapacityError, ConfigError, EngineError
+from engine.memory import arena
+from engine.memory.arena import Arena
+from engine.memory.disk.file import DiskFile
 
 ROOT = Path(__file__).resolve().parents[2]
 DISK = [0, 0, 0, 0, 0, 0]

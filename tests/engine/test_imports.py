@@ -15,17 +15,17 @@ PURE = [
     "engine.errors",
     "engine.job",
     "engine.policy",
-    "engine.placement",
-    "engine.disk_rates",
-    "engine.hardware",
-    "engine.hardware_profile",
-    "engine.planner",
-    "engine.sequence",
-    "engine.prefix",
-    "engine.schedule",
-    "engine.extents",
-    "engine.checkpoint",
-    "engine.identity",
+    "engine.memory.layout",
+    "engine.measuring.disk_rates",
+    "engine.planning.hardware",
+    "engine.planning.hardware_profile",
+    "engine.planning.planner",
+    "engine.schedule.sequence",
+    "engine.schedule.prefix",
+    "engine.schedule.scheduler",
+    "engine.memory.free_rows",
+    "engine.checkpoint.files",
+    "engine.checkpoint.identity",
 ]
 HEAVY = {"torch", "transformers", "helm", "flexgen_helm", "safetensors", "numpy"}
 
@@ -46,8 +46,8 @@ def test_the_pure_half_loads_nothing_heavy(module: str) -> None:
 def test_reading_a_policy_and_making_a_plan_load_nothing_heavy() -> None:
     code = """
 from engine import Completion, EngineError, Job, Policy, Sampling
-from engine.hardware import Memory
-from engine.planner import ModelShape, make_plan
+from engine.planning.hardware import Memory
+from engine.planning.planner import ModelShape, make_plan
 policy = Policy.load("opt-30b-t4")
 shape = ModelShape(unit_bytes=(10**9,) * 48, embedding_bytes=0, outer_bytes=0, cache_row_bytes=10**6,
                    cache_layer_row_bytes=10**5, hidden_row_bytes=10**4, work_row_bytes=10**5)

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from watch import Watch, cache_of
 
 from engine import Engine, Job
-from engine.arena import Arena
-from engine.batch import Rows
+from engine.batch.micro_batch import Rows
+from engine.cache.hidden import HiddenStates
+from engine.cache.key_value import KVCache
+from engine.cache.shape import KVShape
 from engine.errors import CapacityError, CheckpointError, ConfigError
-from engine.hidden import HiddenStates
-from engine.kv_cache import KVCache
-from engine.kv_shape import KVShape
-from engine.placement import TIERS, Tier
+from engine.memory.arena import Arena
+from engine.memory.layout import TIERS, Tier
 from engine.policy import Share
-from engine.schedule import Segment
-from engine.sequence import Sequence
+from engine.schedule.scheduler import Segment
+from engine.schedule.sequence import Sequence
 
 PERCENTS = {
     "device": [100, 0, 100, 0, 100, 0],

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine import Completion, Engine, Job, Sampling
 from engine.completion import Text, advance
-from engine.sequence import Sequence as AdvancingSequence
+from engine.schedule.sequence import Sequence as AdvancingSequence
 
 COUNT = 14
 Stop = str | list[int]

@@ -18,7 +18,7 @@ from watch import Watch, cache_of
 
 from engine import Engine, EngineError, Job, Sampling
 from engine.errors import CapacityError, JobError, NumericsError
-from engine.timing import SweepTiming
+from engine.schedule.timing import SweepTiming
 
 PREFIX = list(range(10, 40))
 

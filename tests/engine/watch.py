@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from engine import Engine
-from engine.kv_cache import KVCache
-from engine.schedule import Segment
-from engine.sequence import Sequence
+from engine.cache.key_value import KVCache
+from engine.schedule.scheduler import Segment
+from engine.schedule.sequence import Sequence
 
 
 class Watch:

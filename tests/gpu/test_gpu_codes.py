@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import codec
-from engine.codec import GROUP, Codec
+from engine.kernels import codec
+from engine.kernels.codec import GROUP, Codec
 
 pytestmark = pytest.mark.gpu
 

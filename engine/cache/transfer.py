@@ -1,0 +1,115 @@
+"""Moves keys and values between the device and the other tiers beside the computation, on streams of its own."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from engine.memory import accelerator
+from engine.planning.planner import STAGING_BUFFERS
+
+
+class KVTransfer:
+    """Ordered copies off and onto a device with streams; on other devices plain copies.
+
+    What is fetched lies in one of `STAGING_BUFFERS` buffers in turn, so it is good until as many more are fetched.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._fetch = accelerator.new_stream(device)
+        self._store = accelerator.new_stream(device)
+        self._buffers: list[torch.Tensor | None] = [None] * STAGING_BUFFERS
+        self._turn = 0
+        self._scatterer = ThreadPoolExecutor(1, thread_name_prefix="flexgen-scatter")
+        self._scattering: list[Future[None]] = []
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether fetching ahead is of any use."""
+        return self._fetch is not None
+
+    def settle(self) -> None:
+        """Wait until all that was stored has arrived: from then on it may be read, or moved."""
+        if self._store is not None:
+            self._store.synchronize()
+        scattering, self._scattering = self._scattering, []
+        for each in scattering:
+            each.result()
+
+    def store(self, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy new rows from the device to their places: (rows, place) pairs, at least one."""
+        if self._store is None:
+            for rows, place in pieces:
+                place.copy_(rows)
+            return
+        self._store.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._store, self._device):
+            for rows, place in pieces:
+                place.copy_(rows, non_blocking=True)
+                accelerator.keep_for(rows, self._store)
+
+    def scatter(self, rows: torch.Tensor, table: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy new rows from the device to single rows of a table of another tier: `[stored]` row numbers.
+
+        In one copy, whatever their number: a thread of the host puts them in their places.
+        """
+        if self._store is None:
+            put_rows(rows.cpu(), table, slots)
+            return
+        here = accelerator.page_locked(*rows.shape, dtype=rows.dtype)
+        self._store.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._store, self._device):
+            here.copy_(rows, non_blocking=True)
+            arrival = self._store.record_event()
+        accelerator.keep_for(rows, self._store)
+
+        def put() -> None:
+            arrival.synchronize()
+            put_rows(here, table, slots)
+
+        self._scattering.append(self._scatterer.submit(put))
+
+    def fetch(self, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """Start copying pieces `[rows, …]`, at least one, one behind the other into a staging buffer.
+
+        Returns its rows with the event of their arrival.
+        """
+        assert self._fetch is not None
+        self._turn = (self._turn + 1) % STAGING_BUFFERS
+        like, counts = pieces[0], [rows.shape[0] for rows in pieces]  # `len` of a tensor takes the time of a copy
+        num_rows = sum(counts)
+        size = num_rows * like.shape[1] * like.element_size()
+        buffer = self._buffers[self._turn]
+        if buffer is None or buffer.numel() < size:
+            self._buffers[self._turn] = None
+            buffer = torch.zeros(size, dtype=torch.uint8, device=self._device)
+            self._buffers[self._turn] = buffer
+        staged = buffer[:size].view(like.dtype).view(num_rows, -1)
+        # The computation that used the buffer last has been queued by now.
+        self._fetch.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._fetch, self._device):
+            for place, rows in zip(staged.split(counts), pieces, strict=True):
+                place.copy_(rows, non_blocking=True)
+            return staged, self._fetch.record_event()
+
+    def await_arrival(self, arrival: Any) -> None:
+        """Let the computation wait for a fetch."""
+        accelerator.current_stream(self._device).wait_event(arrival)
+
+    def close(self) -> None:
+        """Stop the thread, and return when nothing is under way to memory that may go now."""
+        self._scatterer.shutdown(wait=True, cancel_futures=True)
+        if self._store is not None:
+            self._store.synchronize()
+
+
+def put_rows(rows: torch.Tensor, table: torch.Tensor, slots: torch.Tensor) -> None:
+    """Put rows of host memory into rows `slots` (int64, none twice) of a table there.
+
+    By numpy, on this thread alone: torch's threads, done with their part, spin for milliseconds on cores that attention
+    on the host and the launching of kernels need.
+    """
+    table.view(torch.uint8).numpy()[slots.numpy()] = rows.view(torch.uint8).numpy()

@@ -1,0 +1,91 @@
+"""What identifies a checkpoint, by its content or by its files, and what can change a result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.checkpoint.files import SIDE_FILES, TOKENIZER_FILES, describe, read_safetensors_header, weight_files
+from engine.planning.hardware import resolve_device, resolve_dtype
+from engine.policy import Policy
+
+NUMERICS_VERSION = 2
+"""Raised by hand whenever a change of the engine can change a result beyond rounding."""
+
+
+def result_identity(model: str, policy: Policy) -> dict[str, str | int | None]:
+    """What of model and policy can change a result; loads no weights.
+
+    Placement, batch sizes and device are not in it, so results carry over from one policy to another.
+    """
+    description = describe(model)
+    dtype = resolve_dtype(policy.dtype, description.dtype, resolve_device(policy.device))
+    return {
+        "weights": fingerprint(Path(description.path)),
+        "dtype": dtype,
+        "compress_weight": policy.compress_weight,
+        "compress_cache": policy.compress_cache,
+        "numerics": NUMERICS_VERSION,
+    }
+
+
+def fingerprint(path: Path) -> str:
+    """Hex digest of a model directory's weights, tokenizer and configuration.
+
+    Files of the hub's cache are known by the digest that the cache names them with. Of other weight files, the header
+    and a sample of every tensor (safetensors) or 1024 spots (`.bin`) are read: milliseconds instead of minutes, and two
+    trained models differ there.
+    """
+    digest = hashlib.sha256()
+    for name in sorted({*TOKENIZER_FILES, *SIDE_FILES}):
+        file = path / name
+        if file.is_file():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    for file in weight_files(path):
+        digest.update(_file_digest(file))
+    return digest.hexdigest()
+
+
+def weights_state(path: Path) -> str:
+    """Hex digest of what a model's weights are made from: config.json and the weight files.
+
+    As `fingerprint`, but a weight file outside the hub's cache counts as changed as soon as its time of writing does.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in weight_files(path):
+        digest.update(_file_digest(file))
+        if not _is_blob(file):
+            digest.update(str(file.stat().st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+def _is_blob(file: Path) -> bool:
+    """Whether it is a file of the hub's cache, whose name tells its content."""
+    return file.resolve().parent.name == "blobs"
+
+
+def _file_digest(file: Path) -> bytes:
+    digest = hashlib.sha256(file.name.encode() + b"\0" + str(file.stat().st_size).encode())
+    if _is_blob(file):
+        digest.update(file.resolve().name.encode())
+    else:
+        with file.open("rb") as stream:
+            for offset in _sample_offsets(file):
+                stream.seek(offset)
+                digest.update(stream.read(256))
+    return digest.digest()
+
+
+def _sample_offsets(file: Path) -> Iterator[int]:
+    size = file.stat().st_size
+    if file.suffix != ".safetensors":
+        yield from range(0, size, max(size // 1024, 256))
+        return
+    header = read_safetensors_header(file)
+    with file.open("rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+    yield from range(0, data, 256)
+    for entry in header.values():
+        first, end = entry["data_offsets"]
+        yield from (data + first + (end - first) * part // 4 for part in range(4))

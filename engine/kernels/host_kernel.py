@@ -1,0 +1,177 @@
+"""Compiles our C kernel of attention on the host for the machine at hand, once, and calls it from all cores."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from engine.kernels.codec import GROUP
+from engine.memory import accelerator
+from engine.planning.hardware_profile import cache_directory
+
+_LOG = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("host_attention.c")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SECONDS = 60
+_HOST = torch.device("cpu")
+_PIECE_BYTES = 8192
+"""Of a row, what a task reads in one piece, about."""
+_SLICE_BYTES = 1 << 20
+"""Of keys and values, what it pays to wake a thread for."""
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class _Work(ctypes.Structure):
+    """`struct work` of the C source."""
+
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("firsts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("kv_heads", "key_dim", "value_dim", "steps", "copies", "block", "tasks", "type", "bits")
+        ),
+        ("query", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("logsumexp", ctypes.c_void_p),
+        ("scaling", ctypes.c_float),
+        ("next", ctypes.c_int64),
+    )
+
+
+def attend(
+    table: torch.Tensor,
+    firsts: torch.Tensor,
+    lengths: torch.Tensor,
+    query: torch.Tensor,
+    dims: tuple[int, int, int],
+    dtype: torch.dtype,
+    bits: int,
+    scaling: float,
+    target: torch.device = _HOST,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attend each sequence's new rows to all its rows of a table; None where the kernel cannot.
+
+    That is where there is no compiler, and for codes of which a group has both keys and values.
+
+    table: `[rows, …]`, rows of keys and values of `dtype`, or of their codes of `bits` bits (0: none).
+    firsts, lengths: int64 `[sequences]`, a sequence's first row and how many it has, the new ones included.
+    query: `[sequences, steps, heads, dim]` of `dtype`; dims: kv heads, a key's size, a value's.
+    target: the device that the results will be copied to, beside its work.
+
+    Returns `[sequences, steps, heads, value dim]` of `dtype` and float32 log-sum-exps `[sequences, steps, heads]`.
+
+    Nothing here is work for torch's own threads: having done some they wait for more by spinning for milliseconds, on
+    the cores that ours need.
+    """
+    (sequences, steps, heads), (kv_heads, key_dim, value_dim) = query.shape[:3], dims
+    kernel = _kernel()
+    if kernel is None or (bits and (kv_heads * key_dim % GROUP or kv_heads * value_dim % GROUP)):
+        return None
+    query = query.to(dtype).contiguous()
+    output = _transit(target, dtype, sequences, steps, heads, value_dim)
+    logsumexp = _transit(target, torch.float32, sequences, steps, heads)
+    row_bytes = table.stride(0) * table.itemsize
+    block = _block(sequences, dims, row_bytes, bits)
+    tasks = sequences * -(-kv_heads // block)
+    work = _Work(
+        table.data_ptr(), row_bytes, firsts.data_ptr(), lengths.data_ptr(), kv_heads, key_dim, value_dim, steps,
+        heads // kv_heads, block, tasks, _TYPES[dtype], bits, query.data_ptr(), output.data_ptr(),
+        logsumexp.data_ptr(), scaling,
+    )  # fmt: skip
+    count = max(1, min(tasks, _threads(), int(lengths.sum()) * row_bytes // _SLICE_BYTES))
+
+    def take(_: int) -> int:
+        return int(kernel.attend(ctypes.byref(work)))
+
+    failed = [take(0)] if count == 1 else list(_pool().map(take, range(count)))  # all end before their memory may go
+    if any(failed):
+        raise MemoryError("no memory for the scores of attention on the host")
+    return output, logsumexp
+
+
+def _transit(target: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return accelerator.transit(target, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
+def _block(sequences: int, dims: tuple[int, int, int], row_bytes: int, bits: int) -> int:
+    """Heads of a task: pieces of about `_PIECE_BYTES`, smaller for few sequences; of codes, whole groups."""
+    kv_heads, key_dim, value_dim = dims
+    piece = min(_PIECE_BYTES, row_bytes * sequences // (4 * _threads()))
+    least = 1
+    while bits and (least * key_dim % GROUP or least * value_dim % GROUP):
+        least += 1
+    return min(kv_heads, max(1, round(2 * kv_heads * piece / row_bytes / least)) * least)
+
+
+@cache
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="flexgen-attend")
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    """The compiled kernel; None, once told, where it cannot be had."""
+    try:
+        kernel = ctypes.CDLL(str(_compiled()))
+        kernel.attend.argtypes = (ctypes.c_void_p,)
+        kernel.attend.restype = ctypes.c_int
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: what CC holds is no command
+        reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:300]
+        _LOG.warning("attention on the host runs on torch's kernel, slower in 16 bits: %s", reason)
+        return None
+    return kernel
+
+
+def _compiled() -> Path:
+    """The shared library, kept in the cache directory under what it depends on."""
+    compiler = shlex.split(os.environ.get("CC", "")) or [_compiler()]
+    text = _SOURCE.read_bytes()
+    parts = [text, " ".join([*compiler, *_FLAGS, platform.machine(), _cpu_flags()]).encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    path = cache_directory() / f"host-attention-{key}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
+        made = Path(folder) / path.name
+        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        made.replace(path)
+    return path
+
+
+def _compiler() -> str:
+    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if found is None:
+        raise OSError("there is no C compiler (cc, gcc or clang)")
+    return found
+
+
+def _cpu_flags() -> str:
+    """What the processor can, where the system tells: a home directory may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

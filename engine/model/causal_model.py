@@ -1,0 +1,368 @@
+"""A stock `transformers` model taken apart: record (embeddings and layer arguments), layers, head."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from engine.cache.shape import KVShape
+from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.packed_parts import find_packed
+from engine.errors import CheckpointError, UnsupportedError
+from engine.kernels.packed_matrix import PackedMatrix
+from engine.model.attention import flash
+from engine.model.attention.interface import ATTENTION_NAME, probe_kv_shape
+from engine.model.padded import CacheView, ProbingView
+from engine.model.sweep_context import Sweeping
+
+_NO_ATTENTION = (
+    "its layers show no keys and values, neither to transformers' attention interface nor to a cache; state-space "
+    "models and the like cannot be run here"
+)
+_PATCHING = threading.Lock()
+"""Held while `nn.Module` is patched, which is one for all threads."""
+
+Owner = tuple[nn.Module, str]
+"""A parameter's module and its name there."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model itself calls one of its layers, but for the hidden states."""
+
+    shape: tuple[int, int]
+    """Sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules of this thread get parameters without storage, but real buffers (rotary tables and the like)."""
+    thread = threading.get_ident()
+    with _PATCHING:
+        register = nn.Module.register_parameter
+
+        def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and threading.get_ident() == thread:
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            register(self, name, param)
+
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _Stand(nn.Module):
+    """Stands in for a decoder layer: notes how it is called, and passes on its input, or the state to inject."""
+
+    def __init__(self, layer: nn.Module, tape: _Tape) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, tape=tape)
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their layers (the kind of attention, …)
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tape: _Tape = self.__dict__["tape"]
+        if hidden.ndim != 3:
+            raise TypeError("a layer's output was not taken for what it is")
+        if tape.inject is not None:
+            hidden = tape.inject
+        else:
+            if not tape.calls:
+                tape.first_hidden = hidden
+            tape.calls.append(LayerCall((hidden.shape[0], hidden.shape[1]), args, kwargs))
+        return (hidden, None, None) if tape.as_tuple else hidden
+
+
+@dataclass
+class _Tape:
+    """What the stands of one model share."""
+
+    calls: list[LayerCall]
+    first_hidden: torch.Tensor | None = None
+    inject: torch.Tensor | None = None
+    as_tuple: bool = False
+    """Whether the model expects a tuple of its layers, hidden states first."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are placed, and brought to the device, as one."""
+
+    name: str
+    """"embedding", "outer", "layer.N" or "head"."""
+    owners: dict[str, Owner]
+    """By full parameter name."""
+
+
+class CausalModel:
+    """Drives a decoder-only `transformers` model (5.x) layer by layer; its parameters are on `meta` until bound.
+
+    The family's own code makes embeddings, positions, rotary tables and the final norm and head: `record` calls the
+    model's forward with stand-ins for the layers, and `head` calls it with the last hidden state injected.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.device, self.dtype = device, dtype
+        self.module = _build(path, dtype)
+        self.config = self.module.config
+        self.sweeping = Sweeping()
+        """Tells our attention function, called from inside the layers, what it works on."""
+        self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
+        """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
+        self.embedding: nn.Module = self.module.get_input_embeddings()
+        self.output: nn.Module | None = self.module.get_output_embeddings()
+        if self.output is None:
+            raise UnsupportedError(f"{type(self.module).__name__} has no output embedding; it cannot be run here")
+        self.head_name = next(name for name, module in self.module.named_modules() if module is self.output) + ".weight"
+        """Full name of the head's weight."""
+        self.is_tied = self.head_name in self.module.all_tied_weights_keys
+        """Whether the head's weight is the token embedding's."""
+        slots = _decoder_layers(self.module)
+        self.layers = list(slots)
+        self.units = self._find_units()
+        self.packed: dict[str, PackedMatrix] = self._find_packed(path)
+        """Parameters that the checkpoint holds packed."""
+        self._tape = _Tape([])
+        for index, layer in enumerate(self.layers):
+            slots[index] = _Stand(layer, self._tape)
+            for module in layer.modules():
+                module.__dict__["sweeping"] = self.sweeping
+        self._forward_names = frozenset(inspect.signature(self.module.base_model.forward).parameters)
+        self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
+        self.is_padded = False
+        """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
+        self.kv_shapes: list[KVShape] = self._probe()
+        for root in (self.module, *self.layers):
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = buffer.to(device)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return int(self.state[self.embedding_name].shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between layers."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def embedding_name(self) -> str:
+        """Full name of the token embedding's weight."""
+        return next(iter(self.units[0].owners))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether attention is a plain softmax over all tokens before, computed by `engine.attention`."""
+        return self.sweeping.is_plain and not self.is_padded
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether attention always reads keys and values on the device where they lie (`flash.is_usable`)."""
+        sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes}
+        has_kernels = all(flash.has_kernels(self.device, self.dtype, *size) for size in sizes)
+        return has_kernels and self.is_plain
+
+    def _find_units(self) -> list[Unit]:
+        layer_of = {id(module): index for index, layer in enumerate(self.layers) for module in layer.modules()}
+        units = {name: Unit(name, {}) for name in ("embedding", "outer")}
+        units.update({f"layer.{index}": Unit(f"layer.{index}", {}) for index in range(len(self.layers))})
+        units["head"] = Unit("head", {})
+        for prefix, module in self.module.named_modules():
+            for attribute in module._parameters:
+                if module._parameters[attribute] is None:
+                    continue
+                if self.is_tied and module is self.output:
+                    if attribute == "weight":
+                        continue
+                    raise UnsupportedError(
+                        f"{self._family}: its head is the token embedding with a {attribute} besides; such models "
+                        "cannot be run here"
+                    )
+                if id(module) in layer_of:
+                    unit = f"layer.{layer_of[id(module)]}"
+                elif module is self.embedding:
+                    unit = "embedding"
+                else:
+                    unit = "head" if module is self.output else "outer"
+                units[unit].owners[f"{prefix}.{attribute}" if prefix else attribute] = module, attribute
+        if len(units["embedding"].owners) != 1:
+            raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
+        return list(units.values())
+
+    def _find_packed(self, path: Path) -> dict[str, PackedMatrix]:
+        quantization = getattr(self.config, "quantization_config", None)
+        if not quantization:
+            return {}
+        units = [unit for unit in self.units if unit.name == "head" or unit.name.startswith("layer.")]
+        owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
+        told = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        names = CheckpointNames(self.module, self.state)
+
+        def name_of(source: str) -> str | None:
+            target, pattern = names.target(source)
+            return target if pattern is None else None
+
+        return find_packed(path, told, owners, name_of)
+
+    @torch.no_grad()
+    def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Embed a micro-batch: its `inputs` -> hidden `[rows, width]`, and how each layer is called.
+
+        Needs the embedding and the outer parameters bound.
+        """
+        tape = self._tape
+        tape.calls, tape.first_hidden = [], None
+        named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
+        self.module.base_model(**{key: value for key, value in named.items() if key in self._forward_names})
+        calls, hidden = tape.calls, tape.first_hidden
+        tape.calls, tape.first_hidden = [], None
+        assert hidden is not None
+        return hidden.flatten(0, 1), calls
+
+    @torch.no_grad()
+    def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Run one layer: hidden `[rows, width]` -> `[rows, width]`; its parameters must be bound."""
+        output = self.layers[index](hidden.unflatten(0, call.shape), *call.args, **call.kwargs)
+        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return states.flatten(0, 1)
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head: hidden `[rows, width]` of the last layer -> float32 logits `[rows, vocabulary]`."""
+        positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        # Something must be embedded; the injected states take its place after the layers.
+        width = self.state[self.embedding_name].shape[1]
+        inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
+        self._tape.inject = hidden[None]
+        try:
+            given = {"position_ids": positions} if "position_ids" in self._forward_names else {}
+            output = self.module(inputs_embeds=inputs, use_cache=False, **given)
+        finally:
+            self._tape.inject = None
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
+
+    def _probe(self) -> list[KVShape]:
+        """Shapes of the keys and values of each layer, learned by calling the layers on `meta`.
+
+        Tries the family as one that uses the attention interface, then as one that carries its own attention.
+        """
+        width = self.state[self.embedding_name].shape[1]
+        inputs: dict[str, Any] = {
+            "inputs_embeds": torch.zeros(1, 1, width, dtype=self.dtype),
+            "position_ids": torch.zeros(1, 1, dtype=torch.long),
+        }
+        packed = {**inputs, "use_cache": False}
+        mask = torch.ones(1, 1, dtype=torch.long)
+        padded = {**inputs, "use_cache": True, "cache": CacheView(ProbingView(self.sweeping)), "attention_mask": mask}
+        failure: Exception | None = None
+        for self.is_padded, given in ((False, packed), (True, padded)):
+            if self.is_padded:
+                self.config._attn_implementation = "eager"  # the setter refuses families without the interface
+            for self._tape.as_tuple in (False, True):
+                try:
+                    shapes = self._probe_layers(given)
+                except Exception as error:
+                    failure = failure if isinstance(failure, UnsupportedError) else error
+                else:
+                    if shapes is not None:
+                        return shapes
+        if isinstance(failure, UnsupportedError):
+            raise UnsupportedError(f"{self._family} cannot be run here: {failure}")
+        reason = f" ({type(failure).__name__}: {' '.join(str(failure).split())[:200]})" if failure else ""
+        raise UnsupportedError(f"{self._family}: {_NO_ATTENTION}{reason}")
+
+    def _probe_layers(self, inputs: dict[str, Any]) -> list[KVShape] | None:
+        outer = self.units[1]
+        for name, (module, attribute) in outer.owners.items():
+            zeros = torch.zeros(self.state[name].shape, dtype=self.state[name].dtype)
+            module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
+        try:
+            hidden, calls = self.record(inputs)
+        finally:
+            for name, (module, attribute) in outer.owners.items():
+                module._parameters[attribute] = nn.Parameter(self.state[name], requires_grad=False)
+        if len(calls) != len(self.layers):
+            raise TypeError(f"its forward calls {len(calls)} of its {len(self.layers)} layers")
+        shapes = [
+            probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs)
+            for layer, call in zip(self.layers, calls, strict=True)
+        ]
+        known = [shape for shape in shapes if shape is not None]
+        return known if len(known) == len(shapes) else None
+
+    @property
+    def _family(self) -> str:
+        return f"{type(self.module).__name__} ({self.config.model_type})"
+
+
+def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = _on_meta(config, dtype, ATTENTION_NAME)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot build this model: {' '.join(str(error).split())}") from None
+    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
+    if model._is_stateful:
+        raise UnsupportedError(
+            f"{type(model).__name__} ({config.model_type}): its layers keep a state beside keys and values; "
+            "state-space and hybrid models cannot be run here; take a model with attention alone"
+        )
+    _keep_precision(model, dtype)
+    model.eval()
+    return model
+
+
+def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen what the family keeps in float32 in half precision, as `from_pretrained` does (its `_get_dtype_plan`)."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+    for prefix, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for attribute, tensor in table.items():
+                found = pattern.search(f"{prefix}.{attribute}" if prefix else attribute)
+                if tensor is not None and tensor.is_floating_point() and found and found.lastgroup:
+                    kept = tensor.to(plan[by_group[found.lastgroup]])
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    table[attribute] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    try:
+        with parameters_on_meta():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        return _on_meta(config, dtype, "eager")  # a family with a table of its own attentions
+    return model
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UnsupportedError(f"{type(model).__name__}: no list of {count} decoder layers found")

@@ -1,0 +1,170 @@
+"""Padded micro-batches, for families that carry their own attention: they see a cache that is a view of ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from engine.batch.micro_batch import Rows
+from engine.cache.shape import KVShape
+from engine.errors import UnsupportedError
+from engine.schedule.scheduler import Segment
+
+if TYPE_CHECKING:
+    from engine.model.sweep_context import Sweeping
+
+
+class PaddedBatch(Rows):
+    """Rows of `segments` as a rectangle `[segments, rows]`, each at its right edge.
+
+    Keys are assembled per sequence, at the right edge too, without holes: whatever a family derives from its attention
+    mask (ALiBi's distances, for one) comes out as for a single sequence.
+    """
+
+    def __init__(self, segments: list[Segment], device: torch.device, sweeping: Sweeping) -> None:
+        super().__init__(segments, device)
+        self.num_columns = self.num_rows // len(segments)
+        reach = max(segment.span.start + segment.past + segment.num_rows for segment in segments)
+        self.num_keys = max(reach, self.num_columns)
+        ids = torch.zeros(len(segments), self.num_columns, dtype=torch.long)
+        positions = torch.zeros(len(segments), self.num_columns, dtype=torch.long)
+        mask = torch.zeros(len(segments), self.num_keys, dtype=torch.long)
+        for index, segment in enumerate(segments):
+            span, last = segment.span, segment.past + segment.num_rows
+            ids[index, -segment.num_rows :] = torch.tensor(segment.tokens)
+            positions[index, -segment.num_rows :] = torch.arange(span.start + segment.past, span.start + last)
+            mask[index, -(span.start + last) :] = 1
+        self.ids = ids
+        """`[segments, rows]`, on the host."""
+        self._positions = positions.to(device)
+        self._mask = mask.to(device)
+        self._sweeping = sweeping
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward is called with."""
+        return {
+            "input_ids": self.ids.to(self._mask.device),
+            "position_ids": self._positions,
+            "attention_mask": self._mask,
+            "cache": CacheView(_LayerView(self._sweeping, self)),
+            "use_cache": True,
+        }
+
+    def assemble(
+        self, layer: int, sweeping: Sweeping, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of each sequence `[segments, heads, keys, dim]` from the cache and the new rows.
+
+        They are contiguous, as those of transformers' own cache: some families view them as other shapes.
+        """
+        cache, count = sweeping.cache, len(self.segments)
+        keys = key.new_zeros(count, key.shape[1], self.num_keys, key.shape[2])
+        values = value.new_zeros(count, value.shape[1], self.num_keys, value.shape[2])
+
+        def put(index: int, end: int, piece: tuple[torch.Tensor, torch.Tensor]) -> int:
+            first = end - piece[0].shape[1]
+            keys[index, :, first:end], values[index, :, first:end] = piece
+            return first
+
+        for index, segment in enumerate(self.segments):
+            new = slice(segment.first, segment.first + segment.num_rows)
+            end = put(index, self.num_keys, (key[new].transpose(0, 1), value[new].transpose(0, 1)))
+            if segment.past:
+                end = put(index, end, cache.unpack(layer, cache.stored(layer, segment.span, segment.past)))
+            for prefix in reversed(segment.span.chain):
+                end = put(index, end, cache.unpack(layer, cache.stored(layer, prefix, len(prefix.tokens))))
+        return keys, values
+
+
+class _LayerView(CacheLayerMixin):
+    """One layer of a micro-batch's cache."""
+
+    def __init__(self, sweeping: Sweeping, batch: PaddedBatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sweeping = sweeping
+        self._batch = batch
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the rows are the KV cache's."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys, values `[segments, heads, rows, dim]`; return all of each sequence, `[…, keys, dim]`."""
+        sweeping = self._sweeping
+        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
+        key, value = sweeping.cache.write(sweeping.layer, self._batch, key, value)
+        return self._batch.assemble(sweeping.layer, sweeping, key, value)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys."""
+        return self._batch.num_keys, 0
+
+    def get_seq_length(self) -> int:
+        """Keys before the new rows."""
+        return self._batch.num_keys - self._batch.num_columns
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
+class CacheView(Cache):
+    """What a model takes for its KV cache while it runs a padded micro-batch."""
+
+    def __init__(self, view: CacheLayerMixin) -> None:
+        super().__init__(layers=[view])
+        self._view = view
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every layer is the same view: the executor knows which one is in hand."""
+        return self._view.update(key_states, value_states, *args, **kwargs)
+
+    def update_indexer(self, *_: Any, **__: Any) -> Any:
+        """Refuse what DeepSeek-V3.2 and the like keep besides."""
+        raise UnsupportedError("it keeps an index of its keys beside keys and values")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Keys before the new rows."""
+        return self._view.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys."""
+        return self._view.get_mask_sizes(query_length)
+
+
+class ProbingView(CacheLayerMixin):
+    """Stands in for a layer's cache while shapes are found out; it holds nothing."""
+
+    def __init__(self, sweeping: Sweeping) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sweeping = sweeping
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note the shapes of keys, values `[1, heads, 1, dim]`, and give them back."""
+        self._sweeping.note(
+            KVShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
+        )
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """One key."""
+        return 1, 0
+
+    def get_seq_length(self) -> int:
+        """Nothing before it."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1

@@ -1,0 +1,298 @@
+"""What a machine was measured to do, kept in strict YAML: one file per machine, and shipped ones. Imports no torch.
+
+All rates are per second: bytes, or floating-point operations (an addition or a multiplication each).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import ConfigError, did_you_mean
+from engine.planning.hardware import host_memory, processor_name
+
+HOST_DTYPES = ("bfloat16", "float16", "float32")
+"""Number formats that attention on the host is measured in."""
+_CURE = "run `flexgen-helm doctor --profile`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What tells machines apart whose rates differ."""
+
+    accelerators: tuple[str, ...]
+    """Names of all that torch sees; empty on a machine without."""
+    processor: str
+    cores: int
+    """Cores that the process may use."""
+    host_memory_bytes: int
+
+    def __str__(self) -> str:
+        parts = [*self.accelerators, self.processor, f"{self.cores} cores", f"{self.host_memory_bytes / 2**30:.0f} GiB"]
+        return ", ".join(parts)
+
+    @property
+    def key(self) -> str:
+        """A name for files: the device, and a digest of everything."""
+        name = re.sub(r"[^a-z0-9]+", "-", (*self.accelerators, self.processor)[0].lower()).strip("-")
+        return f"{name[:40]}-{hashlib.sha256(str(self).encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareProfile:
+    """Rates of a device, its link, its host and a disk; on a CPU the device is the host, and the link a copy there."""
+
+    machine: Machine
+    device_name: str
+    device_memory_bytes: int
+    dtype: str
+    """Number format of matrix products and of attention on the device."""
+    torch: str
+    """Version that measured."""
+    date: str
+    """Day of the measurement, as YYYY-MM-DD."""
+    to_device_bytes_s: float
+    """From page-locked host memory, nothing else going on."""
+    from_device_bytes_s: float
+    both_ways_bytes_s: float
+    """Sum of both directions while both run at once (on a CPU, one after the other)."""
+    gemm_flop_s: Mapping[int, float]
+    """By rows of the left side: `[rows, n] @ [n, n]`, weights read from device memory."""
+    device_bytes_s: float
+    """Read and written by a copy within device memory."""
+    prefill_attention_flop_s: float
+    """Causal attention of new tokens among themselves; the pairs that the mask hides are not counted."""
+    decode_attention_bytes_s: float
+    """Keys and values read, one new token for each of many sequences."""
+    host_bytes_s: float
+    """Read from host memory, all cores."""
+    host_attention_bytes_s: Mapping[str, float]
+    """As `decode_attention_bytes_s`, on the host with all cores, by number format."""
+    host_attention_beside_copy_bytes_s: Mapping[str, float]
+    """The same while a copy to the device runs; on a CPU, equal to it."""
+    disk_read_bytes_s: float
+    disk_write_bytes_s: float
+
+    @property
+    def cores(self) -> int:
+        """Cores that the process may use."""
+        return self.machine.cores
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """All host memory, or the container's limit."""
+        return self.machine.host_memory_bytes
+
+    @classmethod
+    def load(cls, spec: str | Path | None = None) -> HardwareProfile:
+        """Read a shipped profile by its name, a file, or, for None, what was kept of this machine.
+
+        Raises `ConfigError` when there is none, when it was measured on another machine (only for None), or when the
+        file cannot be meant.
+        """
+        if spec is not None:
+            path = _named(spec)
+            return cls.from_mapping(_read(path), where=f"hardware profile {path.name}")
+        here = this_machine()
+        path = kept_path(here)
+        if not path.is_file():
+            raise ConfigError(_nothing_kept(here))
+        profile = cls.from_mapping(_read(path), where=f"hardware profile {path}")
+        if profile.machine.key != here.key:
+            raise ConfigError(f"{path} is a profile of another machine: {profile.machine}; {_CURE}")
+        return profile
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], where: str = "hardware profile") -> HardwareProfile:
+        """Read the keys of the YAML form; unknown and missing keys, and rates that are not positive, are errors."""
+        values = _values(cls, mapping, where)
+        machine = _values(Machine, _mapping(values["machine"], f"{where}: machine"), f"{where}: machine")
+        machine["accelerators"] = _names(machine["accelerators"], f"{where}: machine: accelerators")
+        machine["processor"] = _text(machine["processor"], f"{where}: machine: processor")
+        for name in ("cores", "host_memory_bytes"):
+            machine[name] = _count(machine[name], f"{where}: machine: {_key(name)}")
+        values["machine"] = Machine(**machine)
+        values["device_memory_bytes"] = _count(values["device_memory_bytes"], f"{where}: device-memory-bytes")
+        if isinstance(values["date"], datetime.date):  # what YAML makes of one without quotes
+            values["date"] = values["date"].isoformat()
+        for name in ("device_name", "dtype", "torch", "date"):
+            values[name] = _text(values[name], f"{where}: {_key(name)}")
+        if values["dtype"] not in HOST_DTYPES:
+            raise ConfigError(f"{where}: unknown dtype {values['dtype']!r}{did_you_mean(values['dtype'], HOST_DTYPES)}")
+        values["gemm_flop_s"] = _by_rows(values["gemm_flop_s"], f"{where}: gemm-flop-s")
+        for name in ("host_attention_bytes_s", "host_attention_beside_copy_bytes_s"):
+            values[name] = _by_dtype(values[name], f"{where}: {_key(name)}")
+        for item in fields(cls):
+            if item.type == "float":
+                values[item.name] = _rate(values[item.name], f"{where}: {_key(item.name)}")
+        return cls(**values)
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The mapping that `from_mapping` reads back as this profile."""
+        mapping = {_key(item.name): getattr(self, item.name) for item in fields(self)}
+        machine = {_key(item.name): getattr(self.machine, item.name) for item in fields(Machine)}
+        mapping["machine"] = {**machine, "accelerators": list(self.machine.accelerators)}
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
+
+    def save(self, path: Path | None = None) -> Path:
+        """Write the YAML form to `path` (default: where `load()` looks for it), whole or not at all; returns the path.
+
+        Raises `ConfigError` when it cannot be written.
+        """
+        path = path or kept_path(self.machine)
+        text = yaml.safe_dump(self.as_mapping(), sort_keys=False, width=120)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        except OSError as error:
+            raise ConfigError(_not_kept(path, error)) from None
+        try:
+            with open(handle, "w", encoding="utf-8") as stream:
+                stream.write(f"# Measured by `flexgen-helm doctor --profile`; bytes and operations per second.\n{text}")
+            os.replace(name, path)
+        except OSError as error:
+            Path(name).unlink(missing_ok=True)
+            raise ConfigError(_not_kept(path, error)) from None
+        return path
+
+
+def this_machine() -> Machine:
+    """The machine this runs on; imports torch to see its accelerators."""
+    from engine.memory import accelerator
+
+    return Machine(
+        accelerators=tuple(accelerator.name_of(device) for device in accelerator.devices()),
+        processor=processor_name(),
+        cores=len(os.sched_getaffinity(0)),
+        host_memory_bytes=host_memory(),
+    )
+
+
+def cache_directory() -> Path:
+    """Where profiles are kept: `XDG_CACHE_HOME`, or ~/.cache, and our name."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexgen-helm"
+
+
+def kept_path(machine: Machine) -> Path:
+    """The file that keeps the profile of `machine`."""
+    return cache_directory() / f"hardware-{machine.key}.yaml"
+
+
+def _nothing_kept(here: Machine) -> str:
+    """Why there is no profile of this machine: home directories are shared, and machines change."""
+    for path in sorted(cache_directory().glob("hardware-*.yaml")):
+        try:
+            other = HardwareProfile.from_mapping(_read(path)).machine
+        except ConfigError:
+            continue
+        return f"profile of another machine: {path} is of {other}, this is {here}; {_CURE}"
+    return f"there is no hardware profile of this machine in {cache_directory()}; {_CURE}"
+
+
+def _not_kept(path: Path, error: OSError) -> str:
+    return f"cannot keep the hardware profile {path}: {error.strerror}; set XDG_CACHE_HOME to a writable directory"
+
+
+def _named(spec: str | Path) -> Path:
+    """The file `spec` names, or the shipped profile of that name: inside the installed package first, beside second."""
+    path = Path(spec).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    root = Path(__file__).resolve().parents[2]
+    folders = (root / "flexgen_helm" / "configs" / "hardware", root / "configs" / "hardware")
+    shipped = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    if str(spec) not in shipped:
+        raise ConfigError(f"no file or shipped hardware profile {str(spec)!r}{did_you_mean(str(spec), shipped)}")
+    return shipped[str(spec)]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read hardware profile {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2026-13-13
+        raise ConfigError(f"hardware profile {path} is not YAML: {' '.join(str(error).split())}") from None
+    return _mapping(content, f"hardware profile {path}")
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _values(kind: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of all fields of `kind`, by field."""
+    known = {_key(item.name): item.name for item in fields(kind)}
+    for key in mapping:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
+    if missing := [key for key in known if key not in mapping]:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
+    return {name: mapping[key] for key, name in known.items()}
+
+
+def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {_shown(value)} is not a mapping of keys to values")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{where}: {_shown(value)} is not a text")
+    return value
+
+
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}: {_shown(value)} is not a list of names")
+    return tuple(_text(name, where) for name in value)
+
+
+def _count(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{where}: {_shown(value)} is not a whole number of at least 1")
+    return value
+
+
+def _rate(value: Any, where: str) -> float:
+    try:
+        if not isinstance(value, bool | bytes):
+            rate = float(value)  # YAML takes 12e9 for a text
+            if 0 < rate < math.inf:
+                return rate
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ConfigError(f"{where}: {_shown(value)} is not a positive number per second")
+
+
+def _by_rows(value: Any, where: str) -> dict[int, float]:
+    rates = {_count(rows, where): _rate(rate, f"{where}: {rows}") for rows, rate in _mapping(value, where).items()}
+    if not rates:
+        raise ConfigError(f"{where}: no number of rows was measured")
+    return dict(sorted(rates.items()))
+
+
+def _by_dtype(value: Any, where: str) -> dict[str, float]:
+    mapping = _mapping(value, where)
+    for key in mapping:
+        if key not in HOST_DTYPES:
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), HOST_DTYPES)}")
+    if missing := [name for name in HOST_DTYPES if name not in mapping]:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
+    return {name: _rate(mapping[name], f"{where}: {name}") for name in HOST_DTYPES}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,482 @@
+"""Which work rides in the next sweep, and how it is cut into micro-batches (pure)."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.errors import CapacityError
+from engine.planning.admission import Admission
+from engine.policy import PadMode
+from engine.schedule.prefix import share_prefixes
+from engine.schedule.sequence import Prefix, Sequence, Span
+
+if TYPE_CHECKING:
+    from engine.memory.layout import Tier
+    from engine.schedule.block import Block
+
+BUCKET_TOKENS = 64
+"""Padding "bucket" rounds a prompt up to a power of two times this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How large sweeps and micro-batches may be."""
+
+    sequences_per_batch: int
+    batches: int
+    rows_per_batch: int
+    """Rows (tokens, padding included) in a micro-batch; a single longer prompt still gets one of its own."""
+    cached_rows_per_batch: int
+    """Rows of the KV cache that attention may gather for decode steps at once, and that a rectangle may have."""
+    reads_in_place: bool = False
+    """Attention reads keys and values of decode steps where they lie on the device, instead of gathering them."""
+    reads_on_host: bool = False
+    """Attention reads the host's keys and values of decode steps where they lie, on the host."""
+    gap_rows: int = 0
+    """Rows of a layer's KV cache that are sooner brought to the device than left out of a copy."""
+    rows_per_sweep: int
+    """Rows whose hidden states the activation memory holds."""
+    free_rows: int = 0
+    """Rows of a sweep that cost next to nothing beside the transfer of the weights: so many may be drafts."""
+    admission: Admission | None = None
+    """How many rows of prompts that will decode a sweep lets in; None for as many as it has room for."""
+    rows_between_fetches: int | None = None
+    """Rows of prompts that are computed between decode steps whose keys and values come from another tier, so that
+    those come meanwhile; None where they do not come beside the computation."""
+    pad: PadMode = None
+    rectangular: bool = False
+    """Micro-batches are rectangles, for families that carry their own attention."""
+    scores_per_batch: int | None = None
+    """Attention scores, in new rows times keys, that a rectangle may have; a sequence with more of its own fails."""
+
+    @property
+    def seats(self) -> int:
+        """Sequences that run at once, at most."""
+        return self.sequences_per_batch * self.batches
+
+
+@dataclass(eq=False)
+class Segment:
+    """Consecutive rows of a micro-batch that belong to one span: its tokens that are not cached yet."""
+
+    span: Span
+    num_rows: int
+    """Real rows."""
+    num_pad: int = 0
+    """Rows of padding behind them."""
+    first: int = 0
+    """First real row in the micro-batch."""
+    lead: int = 0
+    """Rows of padding before it."""
+    draft: tuple[int, ...] = ()
+    """Tokens that may follow the last one, the last of the rows; only in a step of a running sequence."""
+    past: int = field(init=False)
+    """Own tokens already in the cache."""
+
+    def __post_init__(self) -> None:
+        self.past = self.span.cached
+
+    @property
+    def begin(self) -> int:
+        """First row in the micro-batch, padding included."""
+        return self.first - self.lead
+
+    @property
+    def end(self) -> int:
+        """Row behind the last one, padding included."""
+        return self.first + self.num_rows + self.num_pad
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is one step of a running sequence."""
+        return self.past > 0
+
+    @property
+    def tier(self) -> Tier | None:
+        """Where its keys and values are kept; None if they are not."""
+        return None if self.span.block is None else self.span.block.tier
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether its keys and values are kept on the device."""
+        return self.tier == "device"
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token ids of the real rows."""
+        return [*self.span.tokens[self.past : self.past + self.num_rows - len(self.draft)], *self.draft]
+
+
+class CacheRoom(Protocol):
+    """What the scheduler needs of the KV cache."""
+
+    def allocate(self, num_rows: int) -> Block | None:
+        """Room for `num_rows` tokens, or None."""
+
+    def free(self, block: Block) -> None:
+        """Give room back."""
+
+    def expect(self, num_rows: int) -> None:
+        """Tell that room for `num_rows` tokens will be asked for, so that it can grow once instead of many times."""
+
+    def num_off_device(self, num_rows: int) -> int:
+        """How many of so many rows would lie off the device."""
+
+
+class Scheduler:
+    """Keeps waiting and running sequences; between sweeps finished ones leave and waiting ones enter."""
+
+    def __init__(self, limits: Limits, cache: CacheRoom, *, share_prefix: bool = True) -> None:
+        self.limits = limits
+        self.running: list[Sequence] = []
+        self._cache = cache
+        self._share_prefix = share_prefix and not isinstance(limits.pad, int)
+        self._waiting: deque[Sequence] = deque()
+        self._prefixes: list[Prefix] = []
+        self.failed: list[Sequence] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.running and not self._waiting
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Queue new sequences; neighbours in the queue share prefixes where they can."""
+        sequences = list(sequences)
+        ordered = share_prefixes(sequences, self._prefixes) if self._share_prefix else sequences
+        known = set(map(id, self._prefixes))
+        expected = sum(sequence.capacity for sequence in ordered[: self.limits.seats] if sequence.needs_cache)
+        for sequence in ordered:
+            for prefix in sequence.chain:
+                prefix.scored |= sequence.job.prompt_logprobs and not prefix.is_computed
+                if id(prefix) not in known:
+                    known.add(id(prefix))
+                    self._prefixes.append(prefix)
+                    expected += len(prefix.tokens)
+            if sequence.job.prompt_logprobs and not all(prefix.scored for prefix in sequence.chain):
+                self._unshare(sequence)  # a prefix computed without log-probabilities cannot supply them
+        self._cache.expect(expected)
+        self._waiting.extend(ordered)
+
+    def next_sweep(self) -> list[list[Segment]]:
+        """Micro-batches of the next sweep: a step of every running sequence, and as many waiting ones as fit.
+
+        A sequence that can never fit fails alone (its `error` is set) and is among `take_failed`.
+        """
+        segments = [Segment(sequence, 1) for sequence in self.running]
+        rows, entered = len(segments), set[int]()
+        capacity = self.limits.seats
+        admitted, most_admitted = 0, None
+        while self._waiting and len(self.running) < capacity:
+            sequence = self._waiting[0]
+            if self._is_too_long(sequence):
+                self._waiting.popleft()
+                self._fail(sequence, "attention", "its device memory (gpu-memory)")
+                continue
+            new = self._enter(sequence, entered)
+            if new is None:
+                if self.running or entered:
+                    break
+                self._waiting.popleft()
+                self._fail(sequence, "the KV cache", "the cache more memory (gpu-memory, cpu-memory, or a disk share)")
+                continue
+            size = sum(map(_size, new))
+            if sequence.needs_cache and admitted and most_admitted is None:  # who waits may be many: not before
+                most_admitted = self._most_admitted(capacity)
+            is_late = sequence.needs_cache and most_admitted is not None and admitted + size > most_admitted
+            if is_late or (segments and rows + size > self.limits.rows_per_sweep):
+                self._withdraw(new)
+                break
+            admitted += size if sequence.needs_cache else 0
+            self._waiting.popleft()
+            entered |= {id(segment.span) for segment in new}
+            segments, rows = segments + new, rows + size
+            self.running.append(sequence)
+        self._spare_blocks(segments)
+        self._add_drafts(segments, rows)
+        return (_rectangles if self.limits.rectangular else _micro_batches)(segments, self.limits)
+
+    def _most_admitted(self, capacity: int) -> float:
+        """Rows of sequences that will decode, and of their prefixes, that the next sweep lets in."""
+        if self.limits.admission is None:
+            return math.inf
+        at_once = islice(chain(self.running, self._waiting), capacity)
+        cached = sum(sequence.capacity for sequence in at_once if sequence.needs_cache)
+        most = self.limits.admission.most_rows(self._cache.num_off_device(cached))
+        return math.inf if most is None else most
+
+    def _spare_blocks(self, segments: list[Segment]) -> None:
+        """Take back the blocks of new prefixes that nobody needs after this sweep; others may then have a better tier.
+
+        Their keys and values live as long as the layer in hand, if there are not too many of them.
+        """
+        new = [segment for segment in segments if isinstance(segment.span, Prefix)]
+        users: dict[int, int] = {}
+        for segment in segments:
+            if isinstance(segment.span, Sequence) and not segment.is_decode and not segment.span.needs_cache:
+                users[id(segment.span.parent)] = users.get(id(segment.span.parent), 0) + 1
+        room, kept = self.limits.cached_rows_per_batch, []
+        for segment in reversed(new):  # a prefix comes before those that continue it
+            prefix = segment.span
+            assert isinstance(prefix, Prefix)
+            if users.get(id(prefix)) == prefix.num_users and segment.num_rows <= room:
+                users[id(prefix.parent)] = users.get(id(prefix.parent), 0) + 1
+                room -= segment.num_rows
+                self._free(prefix)
+            else:
+                kept.append(prefix)
+        for prefix in kept if len(kept) < len(new) else ():
+            better = self._cache.allocate(len(prefix.tokens))
+            if better is not None:
+                assert prefix.block is not None
+                is_nearer = better.tier == "device" != prefix.block.tier
+                self._cache.free(prefix.block if is_nearer else better)
+                prefix.block = better if is_nearer else prefix.block
+
+    def _add_drafts(self, segments: list[Segment], rows: int) -> None:
+        """Let decode steps try their drafts, as far as the rows for them cost nothing."""
+        limit = min(self.limits.free_rows, self.limits.rows_per_sweep)
+        for segment in segments:
+            if rows >= limit:
+                break
+            if segment.is_decode and isinstance(segment.span, Sequence):
+                draft = segment.span.draft()
+                if rows + len(draft) <= limit:
+                    segment.draft = draft
+                    segment.num_rows += len(draft)
+                    rows += len(draft)
+
+    def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
+        """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
+        while (new := self._try_enter(sequence, entered)) is None:
+            if self._evict(sequence.chain):
+                continue
+            if self.running or not sequence.chain:
+                return None
+            self._unshare(sequence)
+        return new
+
+    def _try_enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
+        new: list[Segment] = []
+        for prefix in sequence.chain:
+            if not prefix.is_computed and id(prefix) not in entered:
+                prefix.block = self._cache.allocate(len(prefix.tokens))
+                if prefix.block is None:
+                    self._withdraw(new)
+                    return None
+                new.append(Segment(prefix, len(prefix.tokens)))
+        if sequence.needs_cache:
+            sequence.block = self._cache.allocate(sequence.capacity)
+            if sequence.block is None:
+                self._withdraw(new)
+                return None
+        rows = sequence.num_rows
+        new.append(Segment(sequence, rows, padded_length(rows, self.limits.pad) - rows))
+        return new
+
+    def _evict(self, wanted: tuple[Prefix, ...]) -> bool:
+        """Free the room of prefixes that only waiting sequences share; they are computed anew when their turn comes."""
+        kept = {id(prefix) for sequence in self.running for prefix in sequence.chain} | set(map(id, wanted))
+        idle = [prefix for prefix in self._prefixes if prefix.block is not None and id(prefix) not in kept]
+        for prefix in idle:
+            self._free(prefix)
+            prefix.forget()
+        return bool(idle)
+
+    def _withdraw(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            if segment.span.block is not None:
+                self._cache.free(segment.span.block)
+                segment.span.block = None
+
+    def _is_too_long(self, sequence: Sequence) -> bool:
+        """Whether its attention scores alone are more than memory holds."""
+        limit = self.limits.scores_per_batch
+        if limit is None:
+            return False
+        rows = padded_length(sequence.num_rows, self.limits.pad)
+        rectangles = [(rows, max(rows, sequence.start + sequence.num_rows))]
+        rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
+        return any(rows * keys > limit for rows, keys in rectangles)
+
+    def _fail(self, sequence: Sequence, what: str, cure: str) -> None:
+        rows = sequence.start + sequence.capacity
+        sequence.error = CapacityError(
+            f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"
+        )
+        self._leave(sequence)
+        self.failed.append(sequence)
+
+    def finish(self, sequences: Iterable[Sequence]) -> None:
+        """Let ended sequences leave: their room in the cache, and prefixes that nobody needs any more, are free."""
+        leaving = set(map(id, sequences))
+        for sequence in self.running:
+            if id(sequence) in leaving:
+                self._leave(sequence)
+        self.running = [sequence for sequence in self.running if id(sequence) not in leaving]
+
+    def isolate(self, sequences: Iterable[Sequence]) -> None:
+        """Let running sequences begin anew, each in micro-batches of its own and sharing nothing.
+
+        Where one sequence of a micro-batch yields anything but numbers, its neighbours may too (0 x NaN is NaN in a
+        masked attention): alone, each shows its own result.
+        """
+        suspects = list(sequences)
+        self.finish(suspects)
+        for sequence in suspects:
+            sequence.restart_alone()
+        self._waiting.extendleft(reversed(suspects))
+
+    def drop(self, sequences: Iterable[Sequence]) -> None:
+        """Forget sequences that nobody waits for any more, whether they run or wait."""
+        leaving = set(map(id, sequences))
+        for sequence in self._waiting:
+            if id(sequence) in leaving:
+                self._leave(sequence)
+        self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in leaving)
+        self.finish(sequence for sequence in self.running if id(sequence) in leaving)
+
+    def take_failed(self) -> list[Sequence]:
+        """Sequences that failed since the last call because they can never fit."""
+        failed, self.failed = self.failed, []
+        return failed
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._free(sequence)
+        span: Span = sequence
+        while (prefix := span.parent) is not None:
+            prefix.num_users -= 1
+            if prefix.num_users:
+                break
+            self._free(prefix)
+            prefix.forget()
+            self._prefixes.remove(prefix)
+            span = prefix
+
+    def _unshare(self, sequence: Sequence) -> None:
+        shared = [token for prefix in sequence.chain for token in prefix.tokens]
+        self._leave(sequence)
+        sequence.take_back(shared)
+
+    def _free(self, span: Span) -> None:
+        if span.block is not None:
+            self._cache.free(span.block)
+            span.block = None
+
+
+def padded_length(rows: int, pad: PadMode) -> int:
+    """Rows of a prompt of `rows` tokens, padding included."""
+    if pad is None:
+        return rows
+    if pad == "bucket":
+        size = BUCKET_TOKENS
+        while size < rows:
+            size *= 2
+        return size
+    return max(rows, pad)
+
+
+def _size(segment: Segment) -> int:
+    return segment.num_rows + segment.num_pad
+
+
+def _is_alone(segment: Segment) -> bool:
+    return isinstance(segment.span, Sequence) and segment.span.is_alone
+
+
+def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
+    decode = [segment for segment in segments if segment.is_decode]
+    decode.sort(key=lambda segment: _decode_order(segment, limits.reads_in_place))
+    new = [segment for segment in segments if not segment.is_decode]
+    return [batch for part in _interleaved(decode, new, limits) for batch in _cut(part, limits)]
+
+
+def _interleaved(decode: list[Segment], new: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Parts of decode steps with parts of the new spans behind them; a single one where nothing comes meanwhile."""
+    most = limits.rows_between_fetches
+    if most is None or all(segment.is_on_device for segment in decode):
+        return [decode + new]
+    most, num_steps = min(most, limits.rows_per_batch), sum(map(_size, decode))
+    count = math.ceil((num_steps + sum(map(_size, new))) / most)
+    room = most - math.ceil(num_steps / count)
+    parts: list[list[Segment]] = [[]]
+    rows = 0
+    for segment in new:
+        if parts[-1] and rows + _size(segment) > room:
+            parts.append([])
+            rows = 0
+        parts[-1].append(segment)
+        rows += _size(segment)
+    borders = [len(decode) * part // len(parts) for part in range(len(parts) + 1)]
+    return [decode[first:end] + part for (first, end), part in zip(pairwise(borders), parts, strict=True)]
+
+
+def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    batches: list[list[Segment]] = []
+    rows = count = 0
+    for segment in segments:
+        size = _size(segment)
+        is_sequence = isinstance(segment.span, Sequence)
+        if not batches or (
+            rows + size > limits.rows_per_batch
+            or count + is_sequence > limits.sequences_per_batch
+            or _is_alone(segment)
+            or _is_alone(batches[-1][0])
+        ):
+            batches.append([])
+            rows = count = 0
+        segment.first = rows
+        batches[-1].append(segment)
+        rows, count = rows + size, count + is_sequence
+    return batches
+
+
+def _decode_order(segment: Segment, in_place: bool) -> tuple[Any, ...]:
+    """Of one prefix, one place and one number of rows together, then as they are stored: neighbours are one copy.
+
+    Before that, of about one length, where all are padded to the longest.
+    """
+    block = segment.span.block
+    assert block is not None
+    length = 0 if in_place else segment.past
+    return id(segment.span.parent), block.tier, segment.num_rows, length, block.first
+
+
+def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Cut segments into rectangular micro-batches of one kind each: decode steps, prefixes (first), sequences."""
+
+    def kind(segment: Segment) -> int:
+        return 0 if segment.is_decode else 1 if isinstance(segment.span, Prefix) else 2
+
+    batches: list[list[Segment]] = []
+    columns = keys = 0
+    for segment in sorted(segments, key=kind):  # stable: prefixes stay before those that continue them
+        size = _size(segment)
+        reach = segment.span.start + segment.past + segment.num_rows
+        count = len(batches[-1]) + 1 if batches else 1
+        if (
+            not batches
+            or kind(batches[-1][0]) != kind(segment)
+            or _is_alone(segment)
+            or _is_alone(batches[-1][0])
+            or count > limits.sequences_per_batch
+            or count * max(columns, size) > limits.rows_per_batch
+            or count * max(keys, reach) > limits.cached_rows_per_batch
+            or count * max(columns, size) * max(keys, reach, columns, size) > (limits.scores_per_batch or math.inf)
+        ):
+            batches.append([])
+            columns = keys = 0
+        batches[-1].append(segment)
+        columns, keys = max(columns, size), max(keys, reach)
+    for batch in batches:
+        columns = max(map(_size, batch))
+        for index, segment in enumerate(batch):
+            segment.lead, segment.num_pad = columns - segment.num_rows, 0
+            segment.first = index * columns + segment.lead
+    return batches

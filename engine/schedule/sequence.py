@@ -1,0 +1,179 @@
+"""Sequences in work and the prefixes that they share (pure)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.job import FinishReason, Job
+from engine.schedule.drafts import Drafter
+
+if TYPE_CHECKING:
+    from engine.schedule.block import Block
+
+
+@dataclass(eq=False, kw_only=True)
+class Span:
+    """Consecutive tokens whose keys and values are computed together and kept in one block."""
+
+    tokens: list[int]
+    parent: Prefix | None = None
+    """The prefix that these tokens continue."""
+    cached: int = 0
+    """How many of `tokens` have their keys and values in `block`."""
+    block: Block | None = None
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Log-probabilities of the prompt tokens among `tokens`, but the first, where asked for."""
+    prompt_greedy: list[bool] = field(default_factory=list)
+    """Whether each of those is the token that greedy choice would have taken."""
+    is_finite: bool = True
+    """Whether all logits so far were numbers; else it, or a neighbour of its micro-batch, is at fault."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        return 0 if self.parent is None else self.parent.start + len(self.parent.tokens)
+
+    @property
+    def chain(self) -> tuple[Prefix, ...]:
+        """The prefixes before this span, the first one first."""
+        return () if self.parent is None else (*self.parent.chain, self.parent)
+
+
+@dataclass(eq=False, kw_only=True)
+class Prefix(Span):
+    """Tokens shared by several sequences; computed once, kept while somebody needs them."""
+
+    num_users: int = 0
+    """Waiting and running sequences, and prefixes, whose parent this one is."""
+    scored: bool = False
+    """Whether somebody asked for the log-probabilities of these tokens."""
+    next_logprobs: Any = None
+    """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
+    next_greedy: int | None = None
+    """What greedy choice takes to follow the last token; only if `scored`."""
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether all of it is in the cache."""
+        return self.cached == len(self.tokens)
+
+    def forget(self) -> None:
+        """Be as before it was computed."""
+        self.cached = 0
+        self.prompt_logprobs, self.prompt_greedy = [], []
+        self.next_logprobs = self.next_greedy = None
+        self.is_finite = True
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence(Span):
+    """A job on its way: `tokens` are its own prompt tokens, then what was generated."""
+
+    job: Job
+    num_prompt: int
+    """How many of `tokens` are prompt."""
+    generated_logprobs: list[float] = field(default_factory=list)
+    rng: random.Random = field(default_factory=random.Random)
+    finish_reason: FinishReason | None = None
+    end_token: int | None = None
+    error: EngineError | None = None
+    drafter: Drafter | None = None
+    """Guesses coming tokens; made when they are first wanted."""
+    is_alone: bool = False
+    """Whether it gets micro-batches of its own and shares nothing, so that no neighbour can be to blame."""
+
+    @classmethod
+    def of(cls, job: Job) -> Sequence:
+        """A new sequence for a checked job."""
+        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt), rng=_rng(job))
+
+    def restart_alone(self) -> None:
+        """Be as before anything was computed, but alone from now on; its prefixes and block must have been left."""
+        assert self.block is None
+        self.tokens, self.num_prompt, self.rng = list(self.job.prompt), len(self.job.prompt), _rng(self.job)
+        self.parent, self.cached = None, 0
+        self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
+        self.is_finite, self.is_alone, self.drafter = True, True, None
+        self.finish_reason, self.end_token, self.error = None, None, None
+
+    @property
+    def generated(self) -> list[int]:
+        """Generated tokens so far."""
+        return self.tokens[self.num_prompt :]
+
+    def draft(self) -> tuple[int, ...]:
+        """Tokens that may come next, for the model to check in the same sweep; only greedy choices can be checked.
+
+        The last new token is never fed back, so the block has room for all but that one. A sequence that is alone
+        drafts none: a wrong guess that yields no number would be taken for its own fault.
+        """
+        sampling = self.job.sampling
+        room = self.job.max_new_tokens - len(self.generated_logprobs) - 1
+        if (
+            self.is_alone
+            or room < 1
+            or sampling.temperature > 0
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+        ):
+            return ()
+        if self.drafter is None:
+            self.drafter = Drafter(token for prefix in self.chain for token in prefix.tokens)
+        self.drafter.extend(self.tokens[len(self.drafter) - self.start :])
+        return self.drafter.draft(room)
+
+    @property
+    def num_rows(self) -> int:
+        """Own tokens that go through the layers at first: all but the last one of a job that only scores."""
+        return max(1, len(self.tokens) - (self.job.max_new_tokens == 0))
+
+    @property
+    def num_shareable(self) -> int:
+        """Own tokens that may be left to a prefix: at least one row stays the sequence's own."""
+        return max(0, len(self.tokens) - (2 if self.job.max_new_tokens == 0 else 1))
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether its keys and values outlive the layer in hand: jobs of at most one new token need none."""
+        return self.job.max_new_tokens > 1
+
+    @property
+    def capacity(self) -> int:
+        """Own tokens whose keys and values must be kept at most (the last new one is never fed back)."""
+        return self.num_prompt + max(0, self.job.max_new_tokens - 1)
+
+    @property
+    def saw_only_numbers(self) -> bool:
+        """Whether neither its own logits nor those of its prefixes were anything but finite."""
+        return self.is_finite and all(prefix.is_finite for prefix in self.chain)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.finish_reason is not None or self.error is not None
+
+    def continue_from(self, prefix: Prefix) -> None:
+        """Leave the first own tokens, which must equal those of `prefix`, to `prefix`, a child of `parent`."""
+        assert self.cached == 0
+        assert prefix.parent is self.parent
+        assert self.tokens[: len(prefix.tokens)] == prefix.tokens
+        if self.parent is not None:
+            self.parent.num_users -= 1
+        self.tokens = self.tokens[len(prefix.tokens) :]
+        self.num_prompt -= len(prefix.tokens)
+        self.parent = prefix
+        prefix.num_users += 1
+
+    def take_back(self, shared: list[int]) -> None:
+        """Own again the tokens that were left to a chain of prefixes: this sequence then shares nothing."""
+        assert self.cached == 0
+        self.parent = None
+        self.tokens = shared + self.tokens
+        self.num_prompt += len(shared)
+
+
+def _rng(job: Job) -> random.Random:
+    return random.Random() if job.sampling.seed is None else random.Random(int(job.sampling.seed))

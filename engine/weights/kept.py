@@ -1,0 +1,234 @@
+"""Encoded weights of a checkpoint in the user's cache directory: the first start writes them, the next ones read."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+
+from engine.checkpoint.identity import NUMERICS_VERSION, weights_state
+from engine.memory import accelerator
+from engine.planning.hardware_profile import cache_directory
+from engine.weights.read_ahead import Step
+from engine.weights.store import WeightStore
+from engine.weights.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit
+
+_LAYOUT_VERSION = 1
+"""Of the directory and of what is in the files; raised whenever an older one must not be read."""
+_MANIFEST = "manifest.json"
+_USED_PART = 0.9
+"""Of the free space, what may be taken: runs write their results to the same disk, as a rule."""
+_CURE = "XDG_CACHE_HOME names another directory"
+
+_log = logging.getLogger(__name__)
+
+
+class _Stopped(Exception):
+    """Writing is of no use any more."""
+
+
+class KeptWeights:
+    """A directory with a file for each unit, and a manifest that says what they were made from.
+
+    Its name is a digest of the manifest, so what it holds is never out of date. A file is there whole or not at all,
+    and each stands for itself: a unit whose file is missing or damaged is encoded from the checkpoint and written,
+    the others are read. So an interrupted start is continued by the next one. One process writes at a time, under a
+    lock that goes with it; others do without. Whatever keeps it from writing is a notice, never an error.
+
+    A context manager around the iteration of steps: it writes, in a thread of its own, units that are complete, from
+    the memory that holds them anyway, and is left when all are written. Left by an exception, it writes no more.
+    """
+
+    def __init__(self, source: Path, weights: WeightStore, bits: int) -> None:
+        """source: the model directory. Raises no `OSError`."""
+        self._weights = weights
+        root = source.resolve()
+        is_of_hub = root.parent.name == "snapshots"
+        self.source = root.parent.parent if is_of_hub else root
+        self.manifest: dict[str, Any] = {
+            "source": str(self.source),
+            "compress-weight": bits,
+            "dtype": str(weights.model.dtype).removeprefix("torch."),
+            "weights": weights_state(source),
+            "transformers": transformers.__version__,
+            "numerics": NUMERICS_VERSION,
+            "layout": _LAYOUT_VERSION,
+        }
+        digest = hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest()[:12]
+        name = re.sub(r"[^\w.-]+", "-", self.source.name.removeprefix("models--"))[:80]
+        self.folder = weights_directory() / f"{name}-{bits}bit-{self.manifest['dtype']}-{digest}"
+        self._opened: dict[str, tuple[torch.Tensor, list[int]]] = {}
+        self._complete: SimpleQueue[str | None] = SimpleQueue()
+        self._stopping = self._has_told = False
+        self._lock: int | None = None
+        self._writer: threading.Thread | None = None
+        self._written: list[Path] = []
+        _drop_superseded(self.folder, self.manifest)
+        for name in weights.unit_names:
+            self._open(name)
+
+    def steps(self, name: str, own: list[Step]) -> Iterator[Step]:
+        """What brings unit `name`: reading its file where there is one, else `own` steps, after which it is written."""
+        if name not in self._opened:
+            yield from own[:-1]
+            yield Step(lambda: self._keep_after(own[-1:], name), own[-1].tensors)
+            return
+        tensor, sums = self._opened.pop(name)
+
+        def reject() -> None:
+            self._tell_bad(name, "it is damaged")
+            self._keep_after(own, name)
+
+        yield Step(lambda: self._weights.put_unit(name, tensor), [tensor], sums, reject)
+
+    def _keep_after(self, steps: list[Step], name: str) -> None:
+        for step in steps:
+            step.act()
+        self._complete.put(name)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _open(self, name: str) -> None:
+        try:
+            self._opened[name] = open_unit(self._file(name), *self._weights.stored_form(name))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (DamagedFileError, OSError) as error:
+            self._tell_bad(name, getattr(error, "strerror", None) or "it is damaged")
+
+    def _tell_bad(self, name: str, why: str) -> None:
+        """Tell of the first file that cannot be used; where one is bad, many may be."""
+        if not self._has_told:
+            _notice(f"cannot use encoded weights {self._file(name)}: {why}; encoding what is bad there anew")
+        self._has_told = True
+
+    def __enter__(self) -> KeptWeights:
+        self._missing = [name for name in self._weights.unit_names if name not in self._opened]
+        self._writer = threading.Thread(target=self._write, name="flexgen-keep", daemon=True)
+        self._writer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._writer is not None
+        self._stopping = kind is not None
+        self._complete.put(None)
+        self._writer.join()
+
+    def _write(self) -> None:
+        """Write each unit as it is told to be complete."""
+        device = self._weights.model.device
+        stream = accelerator.new_stream(device)
+        names = iter(self._complete.get, None)
+        try:
+            first = next(names, None)
+            if first is None or not self._claim():
+                return
+            with accelerator.on_stream(stream, device) if stream is not None else nullcontext():
+                for name in chain([first], names):
+                    self._write_unit(name)
+        except _Stopped:
+            pass
+        except OSError as error:
+            self._undo()
+            _notice(f"encoded weights are not kept in {self.folder}: {error.strerror or error}; {_CURE}")
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _write_unit(self, name: str) -> None:
+        def read(first: int, end: int) -> torch.Tensor:
+            if self._stopping:
+                raise _Stopped
+            return self._weights.stored_bytes(name, first, end)
+
+        layout, num_bytes = self._weights.stored_form(name)
+        write_unit(self._file(name), layout, num_bytes, read)
+        self._written.append(self._file(name))
+
+    def _claim(self) -> bool:
+        """Make the directory ready for this process to write to; False where another one does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
+        if self._lock is None:
+            return False
+        for left in self.folder.glob(PARTIAL):
+            left.unlink()
+        needed = sum(self._weights.stored_form(name)[1] for name in self._missing)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free * _USED_PART:
+            raise OSError(f"they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        manifest = self.folder / _MANIFEST
+        if not manifest.is_file():
+            partial = self.folder / f".{_MANIFEST}.partial"
+            partial.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, manifest)
+        return True
+
+    def _undo(self) -> None:
+        """Take away what this process wrote, and the directory unless others' files are in it."""
+        for file in self._written:
+            file.unlink(missing_ok=True)
+        if not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def weights_directory() -> Path:
+    """Where encoded weights are kept, a directory for each checkpoint, codec and dtype."""
+    return cache_directory() / "weights"
+
+
+def _drop_superseded(folder: Path, manifest: dict[str, Any]) -> None:
+    """Remove what was kept of the same source, in the same form, when it was another one or made by other versions."""
+    for found in weights_directory().glob(f"*/{_MANIFEST}"):
+        try:
+            other = json.loads(found.read_text(encoding="utf-8"))
+            same = all(other[key] == manifest[key] for key in ("source", "compress-weight", "dtype"))
+            if not same or found.parent == folder:
+                continue
+            lock = _locked(found.parent)
+            if lock is None:
+                continue
+            shutil.rmtree(found.parent)
+            os.close(lock)
+            why = "changed" if other["weights"] != manifest["weights"] else "were encoded by other versions"
+            _notice(f"weights of {manifest['source']} {why} since they were kept; encoding them anew")
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not ours, or not ours to remove
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that locks a directory until it is closed, also by the end of the process; None if another has it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else removed, and made anew, meanwhile
+            return handle
+    except BlockingIOError:
+        pass
+    except OSError:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
+
+
+def _notice(text: str) -> None:
+    _log.warning("flexgen-helm: %s", text)

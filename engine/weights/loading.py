@@ -1,0 +1,185 @@
+"""Brings a checkpoint's tensors, under whatever names they have there, straight to a model's places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
+
+from engine.checkpoint.files import tensor_places, tensors
+from engine.checkpoint.names import CheckpointNames
+from engine.errors import CheckpointError
+from engine.weights.kept import KeptWeights
+from engine.weights.read_ahead import Step, run_steps
+from engine.weights.store import WeightStore
+
+Load = Callable[[], torch.Tensor]
+Source = tuple[str, str, Load]
+"""Pattern of a converter, name in the checkpoint, and how to get the tensor."""
+
+
+def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = None) -> Iterator[None]:
+    """Fill `store` from the weight files of `path`: checks now, and reads parameter by parameter as it is iterated.
+
+    Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
+    a time, and merged experts one expert at a time: beyond the placed weights this costs no more anonymous memory than
+    about one tensor of the checkpoint, whose files are only mapped. Layers come in their order, since the first sweep
+    may run behind. Units that are `kept` are read from there, and the others kept from then on. Raises
+    `CheckpointError` when parameters are missing or have another shape.
+    """
+    model = store.model
+    plan = _Plan(path, store)
+    names = CheckpointNames(model.module, model.state)
+    packed = {
+        part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
+    }
+    merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
+    for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
+        if name in packed:
+            plan.add_packed(*packed[name], load)
+            continue
+        target, pattern = names.target(name)
+        if target not in model.state:
+            continue  # e.g. attention masks that old checkpoints stored
+        if pattern is None:
+            plan.add(target, load, name)
+        else:
+            merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
+    for target, (converter, sources) in merged.items():
+        plan.add_converted(target, converter, sources)
+    return plan.run(kept)
+
+
+def _rounds(converter: WeightConverter, sources: list[Source]) -> list[list[Source]]:
+    """Sources that are converted together: all of a parameter, or, where experts are merged, an expert a time."""
+    by_pattern: dict[str, list[Source]] = {}
+    for source in sources:
+        by_pattern.setdefault(source[0], []).append(source)
+    operations = converter.operations
+    stacks = isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
+    if stacks and all(getattr(operation, "dim", 0) != 0 for operation in operations[1:]):
+        return [list(expert) for expert in zip(*by_pattern.values(), strict=True)]
+    return [sources]
+
+
+class _Plan:
+    """What is to be read for which parameter, known to fit before anything is read."""
+
+    def __init__(self, path: Path, store: WeightStore) -> None:
+        self._store = store
+        self._path = path
+        self._places = tensor_places(path)
+        self._steps: dict[str, Step] = {}
+        """By the (first) parameter that a step brings."""
+        self._unit_of = {name: unit.name for unit in store.model.units for name in unit.owners}
+        self._missing = set(self._unit_of)
+        self._is_by_unit = True
+        """No step brings parameters of several units."""
+
+    def add(self, name: str, load: Load, source: str) -> None:
+        """Plan to put a whole parameter, `source` in the checkpoint; a buffer is put at once."""
+        model = self._store.model
+        tensor = load()  # mapped, not read
+        self._check_shape(name, tensor.shape)
+        if name in self._unit_of:
+            self._steps[name] = self._step(name, tensor, source)
+            self._missing.discard(name)
+        elif name == model.head_name:
+            pair = model.embedding_name
+            if pair in self._missing:  # some checkpoints hold the pair under this name only
+                self._steps.setdefault(pair, self._step(pair, tensor, source))
+                self._missing.discard(pair)
+        else:
+            model.module.get_buffer(name).copy_(tensor)
+
+    def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
+        """Put a whole parameter, but for what may stay where it is."""
+        if source in self._places:
+            count = self._store.adopt(name, tensor.dtype, *self._places[source])
+            tensor = tensor if count == tensor.numel() else tensor.reshape(-1)[:count]
+        return Step(lambda: self._put(name, tensor), [tensor])
+
+    def add_packed(self, name: str, part: str, load: Load) -> None:
+        """Plan to put a part of a packed parameter, together with its other parts."""
+        tensor, before = load(), self._steps.pop(name, None)
+        whole = self._store.model.packed[name]
+        tensors = [tensor, *(before.tensors if before is not None else [])]
+        is_last = len(tensors) == len(whole.parts)
+
+        def step() -> None:
+            if before is not None:
+                before.act()
+            self._store.put_packed(name, part, tensor)
+            if is_last:
+                self._store.arrive(name)
+
+        self._steps[name] = Step(step, tensors)
+        if is_last:
+            self._missing.discard(name)
+
+    def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
+        """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
+        rounds = _rounds(converter, sources)
+        for name, tensor in self._convert(target, converter, rounds[0], meta=True):
+            self._is_by_unit &= self._unit_of.get(name) == self._unit_of[target]
+            shape = torch.Size([len(rounds) * tensor.shape[0], *tensor.shape[1:]]) if len(rounds) > 1 else tensor.shape
+            self._check_shape(name, shape)
+            self._missing.discard(name)
+
+        def step() -> None:
+            names: set[str] = set()
+            for index, members in enumerate(rounds):
+                for name, tensor in self._convert(target, converter, members):
+                    self._store.put(name, tensor, first_element=index * tensor.numel())
+                    names.add(name)
+            for name in names:
+                self._store.arrive(name)
+
+        self._steps[target] = Step(step, [load() for _, _, load in sources])
+
+    def _convert(
+        self, target: str, converter: WeightConverter, sources: list[Source], *, meta: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        one, model = deepcopy(converter), self._store.model
+        for pattern, name, load in sources:
+            given: Any = (lambda load=load: load().to("meta")) if meta else load
+            one.add_tensor(target, name, pattern, given)
+        for name, value in one.convert(target, model=model.module, config=model.config).items():
+            yield name, value[0] if isinstance(value, list) else value
+
+    def run(self, kept: KeptWeights | None) -> Iterator[None]:
+        """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step."""
+        if self._missing:
+            raise CheckpointError(
+                f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
+                f"{min(self._missing)}; the download is incomplete or belongs to another model"
+            )
+        by_unit: dict[str, list[Step]] = {unit.name: [] for unit in self._store.model.units if unit.owners}
+        for name, step in self._steps.items():
+            by_unit[self._unit_of[name]].append(step)
+        self._steps.clear()
+        if kept is None or not self._is_by_unit:
+            return run_steps(chain.from_iterable(by_unit.values()))
+        return _run_kept(by_unit, kept)
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        self._store.put(name, tensor)
+        self._store.arrive(name)
+
+    def _check_shape(self, name: str, shape: torch.Size) -> None:
+        expected = self._store.model.state[name].shape
+        if shape != expected:
+            raise CheckpointError(
+                f"{self._path}: {name} is {list(shape)} in the weight files but {list(expected)} by "
+                "config.json; they do not belong together"
+            )
+
+
+def _run_kept(by_unit: dict[str, list[Step]], kept: KeptWeights) -> Iterator[None]:
+    with kept:
+        yield from run_steps(step for unit, steps in by_unit.items() for step in kept.steps(unit, steps))

@@ -1,0 +1,99 @@
+"""The token embedding, never brought to the device whole: only the rows of the tokens in hand, wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.memory import accelerator
+from engine.memory.arena import Arena
+from engine.memory.disk.io import wait_for
+from engine.model.causal_model import CausalModel
+from engine.weights.placed_unit import PlacedUnit
+
+
+class TokenEmbedding:
+    """Looks up rows of a placed embedding, one micro-batch ahead.
+
+    Where it lies on the device wholly, the model's own module does it. Else the module's weights are the rows that were
+    found, and it is called with their numbers.
+    """
+
+    def __init__(
+        self, model: CausalModel, table: PlacedUnit, arena: Arena, wait_for_unit: Callable[[PlacedUnit], None]
+    ) -> None:
+        self._model = model
+        self._table = table
+        self._arena = arena
+        self._device = arena.device
+        self._wait_for = wait_for_unit
+        self._has_streams = accelerator.has_streams(arena.device)
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="flexgen-look-up")
+        self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._lookup: torch.Tensor | None = None
+        if table.num_streamed:
+            embedding: Any = model.embedding
+            embedding.padding_idx = None  # only gradients know it, and it may lie beyond the rows looked up
+            embedding.register_forward_pre_hook(lambda module, args: (self._lookup, *args[1:]))
+
+    def look_up_ahead(self, ids: torch.Tensor) -> None:
+        """Start looking up the ids that `look_up` will be called with next, while the device computes."""
+        if self._table.num_streamed:
+            self._ahead = ids, self._looker.submit(self._find, ids)
+
+    def look_up(self, ids: torch.Tensor) -> None:
+        """Prepare the module for `ids` `[sequences, rows]` (on the host)."""
+        if self._table.num_streamed == 0:
+            self._wait_for(self._table)
+            return
+        ahead, self._ahead = self._ahead, None
+        rows, self._lookup = ahead[1].result() if ahead is not None and ahead[0] is ids else self._find(ids)
+        self._model.embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+
+    def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the token embedding that `ids` need, on the device, and where among them each id finds its own."""
+        table = self._table
+        self._wait_for(table)
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        like = self._model.state[table.extents[0].name]
+        rows = torch.empty(len(unique), like.shape[1], dtype=like.dtype, device=self._device)
+        row_bytes = like.shape[1] * like.element_size()
+        for tier, first, end in table.split.parts():
+            here = ((unique >= first // row_bytes) & (unique < end // row_bytes)).nonzero()[:, 0]
+            if len(here):
+                if tier == "disk":
+                    found = self._rows_on_disk(unique[here].tolist(), row_bytes).view(like.dtype)
+                else:
+                    part = table.parts[tier].view(like.dtype).view(-1, like.shape[1])
+                    found = self._rows_of(part, unique[here] - first // row_bytes)
+                if len(here) == len(rows):
+                    rows.copy_(found, non_blocking=True)
+                else:
+                    rows.index_copy_(0, here.to(self._device), found.to(self._device, non_blocking=True))
+        return rows, inverse.to(self._device)
+
+    def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, page-locked if they are to cross the link."""
+        if part.device.type != "cpu" or not self._has_streams:
+            return part.index_select(0, index.to(part.device))
+        rows = accelerator.page_locked(len(index), part.shape[1], dtype=part.dtype)
+        return torch.index_select(part, 0, index, out=rows)
+
+    def _rows_on_disk(self, rows: list[int], row_bytes: int) -> torch.Tensor:
+        """Bytes `[rows, row_bytes]` of rows of the table."""
+        found = accelerator.transit(self._device, len(rows) * row_bytes)
+        (place,) = self._table.places.values()
+        spans = [
+            place.span(row * row_bytes, (row + 1) * row_bytes, number * row_bytes) for number, row in enumerate(rows)
+        ]
+        wait_for(self._arena.io.read(spans, found))
+        return found.view(-1, row_bytes)
+
+    def close(self) -> None:
+        """Return when nothing is being looked up any more."""
+        self._looker.shutdown(wait=True, cancel_futures=True)
+        self._ahead = None

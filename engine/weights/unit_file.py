@@ -1,0 +1,87 @@
+"""The file that keeps a unit's stored bytes: safetensors, written whole or not at all, summed piece by piece."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.weights.read_ahead import PIECE_BYTES
+
+_TENSOR = "bytes"
+_BLOCK = 4096
+"""Data begin at a multiple of it, as direct reads want it."""
+
+PARTIAL = ".*.partial"
+"""Pattern of what a writer leaves that was killed."""
+
+
+class DamagedFileError(Exception):
+    """A file is not what `write_unit` would have written."""
+
+
+def write_unit(file: Path, layout: str, num_bytes: int, read: Callable[[int, int], torch.Tensor]) -> None:
+    """Write `num_bytes`, of which `read(first, end)` gives pieces as uint8 host tensors; `OSError` leaves nothing.
+
+    layout: what the bytes mean; `open_unit` must be told the same.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    pieces = [(first, min(first + PIECE_BYTES, num_bytes)) for first in range(0, num_bytes, PIECE_BYTES)]
+    sums = [0] * len(pieces)
+    try:
+        with partial.open("wb") as stream:
+            start = len(_header(layout, num_bytes, sums))
+            os.posix_fallocate(stream.fileno(), 0, start + num_bytes)
+            stream.seek(start)
+            for index, (first, end) in enumerate(pieces):
+                piece: Any = read(first, end).numpy()
+                sums[index] = zlib.crc32(piece)
+                stream.write(piece)
+            stream.seek(0)
+            stream.write(_header(layout, num_bytes, sums))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def open_unit(file: Path, layout: str, num_bytes: int) -> tuple[torch.Tensor, list[int]]:
+    """The mapped bytes uint8 `[num_bytes]` of a file, and the CRC-32 that each piece of them must have.
+
+    Raises `FileNotFoundError`, and `DamagedFileError` for a file of another size or with another header.
+    """
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        start = stream.read(8)
+        text = stream.read(min(int.from_bytes(start, "little"), size))
+    try:
+        code = json.loads(text)["__metadata__"]["crc32"]
+        sums = [int(code[at : at + 8], 16) for at in range(0, len(code), 8)]
+    except (ValueError, KeyError, TypeError):
+        raise DamagedFileError(str(file)) from None
+    header = _header(layout, num_bytes, sums)
+    if start + text != header or size != len(header) + num_bytes:
+        raise DamagedFileError(str(file))
+    try:
+        handle: Any = safe_open(file, framework="pt")
+    except SafetensorError:
+        raise DamagedFileError(str(file)) from None
+    tensor: torch.Tensor = handle.get_tensor(_TENSOR)
+    return tensor, sums
+
+
+def _header(layout: str, num_bytes: int, sums: list[int]) -> bytes:
+    """All that is before the data; as long for any sums."""
+    entry = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}
+    metadata = {"layout": layout, "crc32": "".join(f"{each:08x}" for each in sums)}
+    text = json.dumps({"__metadata__": metadata, _TENSOR: entry}).encode()
+    size = -(-(8 + len(text)) // _BLOCK) * _BLOCK - 8
+    return size.to_bytes(8, "little") + text.ljust(size)

@@ -1,0 +1,198 @@
+"""lm-evaluation-harness's model `flexgen`, known to it once this is imported: requests become jobs of the engine."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import engine
+from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
+from engine.job import Completion, Job, Sampling
+from engine.policy import Policy
+
+try:
+    from jinja2 import TemplateError
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import model_registry
+    from lm_eval.models import utils
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+except ImportError as error:
+    raise InstallationError(f"lm-eval is missing ({error}); run `pip install 'flexgen-helm[lm-eval]'`") from error
+
+_Names = Sequence[tuple[str, ...]]
+_Pair = tuple[list[int], list[int]]
+_SUPPORTED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+
+
+class FlexGenLM(TemplateLM):
+    """Answers as `lm_eval.models.huggingface.HFLM` does, by an engine whose model may be larger than the GPU.
+
+    `policy` is "auto", the name of a shipped policy, a YAML file or a mapping; `dtype` and `device` override it.
+    `max_length` is the window in tokens, the model's own if left out. `add_bos_token`, `prefix_token_id`,
+    `think_end_token` (text) and `chat_template_args` are HFLM's. The harness gives every model batch sizes, which mean
+    nothing here: the policy sizes sweeps. Raises `EngineError`; that of a bad request names it and ends the evaluation.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        policy: str | Mapping[str, Any] | None = "auto",
+        dtype: str | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        think_end_token: str | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        known = inspect.signature(FlexGenLM).parameters.keys() - {"others"}
+        for name in others.keys() - {"batch_size", "max_batch_size"}:
+            raise ConfigError(f"model_args: unknown argument {name!r}{did_you_mean(name, known)}")
+        if not pretrained:
+            raise ConfigError("model_args name no model; write pretrained=, a hub id or a directory")
+        named = Policy.load(policy)
+        loaded = dataclasses.replace(named, dtype=dtype or named.dtype, device=device or named.device)
+        loaded.check("model_args")
+        self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
+        atexit.register(self.engine.close)
+        self.tokenizer: Any = self.engine.tokenizer
+        if add_bos_token is not None:
+            path = self.tokenizer.name_or_path
+            self.tokenizer = type(self.tokenizer).from_pretrained(path, add_bos_token=add_bos_token)
+        window = self.engine.window
+        if max_length is not None and not 1 <= max_length <= (window or max_length):
+            raise ConfigError(f"model_args: max_length {max_length} is not within the model's window of {window}")
+        self.max_length: int = max_length or window or utils.resolve_max_length(None, self.tokenizer)
+        self._pretrained, self._add_bos_token = pretrained, add_bos_token
+        self._prefix_token_id, self._think_end_token = prefix_token_id, think_end_token
+        self._chat_template_args = dict(chat_template_args or {})
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """Id of the tokenizer's end of text, if it has one."""
+        return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the beginning of text, else its end."""
+        for token in (self._prefix_token_id, self.tokenizer.bos_token_id, self.eot_token_id):
+            if token is not None:
+                return int(token)
+        raise ConfigError(f"the tokenizer of {self._pretrained} knows no beginning of text; give prefix_token_id")
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's cache of requests."""
+        return self._pretrained.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of `string`; a beginning of text that is spelled out is not put there a second time."""
+        if add_special_tokens is None:
+            return self._encode(string, self.tokenizer.decode(self.prefix_token_id))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _encode(self, text: str, beginning: str | None) -> list[int]:
+        special = False if utils.has_bos_prefix(text, beginning) else self._add_bos_token
+        return list(self.tokenizer.encode(text, **({} if special is None else {"add_special_tokens": special})))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The chat as text; without its system messages where the template refuses them."""
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        options |= {"tokenize": False, **self._chat_template_args}
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, **options))
+        except TemplateError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(rest, **options))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether it is greedy) of each (strings, context, continuation)."""
+        names, pairs = [request[0] for request in requests], [request[1:] for request in requests]
+        return self._scores(pairs, names, disable_tqdm, self.cache_hook.add_partial)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, in windows that overlap by one token of context."""
+        windows, owners = list[_Pair](), list[int]()
+        for owner, tokens in enumerate(self.tok_encode(request.args[0]) for request in requests):
+            cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows += map(make_disjoint_window, cut)
+            owners += [owner] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        scores = self._scores(windows, [requests[owner].args for owner in owners], disable_tqdm)
+        for owner, (logprob, _) in zip(owners, scores, strict=True):
+            totals[owner] += logprob
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Text generated for each (context, generation arguments), ending before its stops."""
+        jobs = [self._generation(*request.args) for request in requests]
+        texts, names = {}, [request.args[:1] for request in requests]
+        for place, done in self._run(jobs, names, disable_tqdm):
+            texts[place] = self._text(done, jobs[place].stop)
+            self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
+        return [texts[place] for place in range(len(requests))]
+
+    def _scores(
+        self, pairs: Sequence[_Pair], names: _Names, quiet: bool, keep: Callable[..., None] = lambda *_: None
+    ) -> list[tuple[float, bool]]:
+        jobs, answers = [], {}
+        for (context, continuation), name in zip(pairs, names, strict=True):
+            if not context or not 1 <= len(continuation) <= self.max_length:
+                sizes = f"{len(context)} + {len(continuation)} tokens"
+                raise JobError(f"{_name(name)}: {sizes}; each part needs one, the last may have {self.max_length}")
+            tokens = (context + continuation)[-(self.max_length + 1) :]  # the last one takes no place in the window
+            jobs.append(Job(prompt=tuple(tokens), max_new_tokens=0, prompt_logprobs=True))
+        for place, done in self._run(jobs, names, quiet):
+            size = len(pairs[place][1])
+            logprobs, greedy = (done.prompt_logprobs or ())[-size:], (done.prompt_greedy or ())[-size:]
+            answers[place] = sum(logprob or 0.0 for logprob in logprobs), all(greedy)
+            keep("loglikelihood", names[place], answers[place])
+        return [answers[place] for place in range(len(jobs))]
+
+    def _generation(self, context: str, gen_kwargs: dict[str, Any]) -> Job:
+        kwargs: dict[str, Any] = dict(utils.normalize_gen_kwargs(gen_kwargs))
+        del kwargs["do_sample"]  # says nothing more: the temperature is 0 where it is false
+        until = utils.handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.eos_token)
+        count, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
+        top_p, top_k = kwargs.pop("top_p", 1.0), kwargs.pop("top_k", None) or None  # 0 of transformers is no cut, too
+        for name, value in kwargs.items():
+            if (name, value) != ("num_beams", 1):
+                raise ConfigError(f"generation argument {name}={value}: not supported{did_you_mean(name, _SUPPORTED)}")
+        if (room := self.max_length - count) < 1:
+            raise ConfigError(f"{_name((context,))}: max_gen_toks {count} leave no room in {self.max_length}; lower it")
+        prompt = self._encode(context, self.tokenizer.bos_token)[-room:]
+        # The harness seeds `random`: the same run draws the same samples, and repeats of a request draw others.
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=random.getrandbits(32))
+        return Job(prompt=tuple(prompt), max_new_tokens=count, sampling=sampling, stop=tuple(filter(None, until)))
+
+    def _text(self, done: Completion, until: Sequence[Any]) -> str:
+        """The completion's text without special tokens, which the engine spells out."""
+        tokens = list(done.tokens)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        beyond = len(self.tokenizer.decode(tokens)) - len(done.text)  # of the last token, where a stop begins inside it
+        if beyond and tokens[-1] not in self.tokenizer.all_special_ids:
+            text = text[:-beyond]
+        return str(utils.postprocess_generated_text(text, list(until), self._think_end_token))
+
+    def _run(self, jobs: Sequence[Job], names: _Names, quiet: bool) -> Iterator[tuple[int, Completion]]:
+        """Yield (place, completion) as they come; all jobs go to the engine in one call."""
+        for place, completion in tqdm(self.engine.stream(jobs), "flexgen", len(jobs), disable=quiet):
+            if completion.error is not None:
+                raise type(completion.error)(f"{_name(names[place])}: {completion.error}")
+            yield place, completion
+
+
+model_registry.register("flexgen", target=FlexGenLM)
+
+
+def _name(texts: tuple[str, ...]) -> str:
+    return f"the request {' + '.join(repr(text if len(text) < 80 else '…' + text[-80:]) for text in texts)}"

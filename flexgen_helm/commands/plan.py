@@ -1,0 +1,165 @@
+"""`flexgen-helm plan`: the policy with the least estimated time for a workload, before it is run. Imports no HELM.
+
+A workload is written RUNSxJOBSxSHARED+OWN:NEW, as for `bench`. The machine is this one, as `doctor --profile` measured
+it, or another by its profile.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from engine.errors import ConfigError
+from engine.memory.layout import TIERS
+from engine.policy import Policy, parse_bytes
+from flexgen_helm.planning.roofline import Workload
+from flexgen_helm.terminal.parser import Parser
+
+if TYPE_CHECKING:
+    from engine.model.causal_model import CausalModel
+    from flexgen_helm.planning.policy_search import Estimate
+
+_REACHED = 0.9
+"""Of the least time's rate, about what sweeps have reached on cards (0.86 to 0.99, benchmarks/results)."""
+_RUNNERS_UP = 2
+_NEAR = 10
+"""Percents of the weights on the device: policies that differ by less are hardly others."""
+
+
+def plan_parser() -> Parser:
+    """The command line of `flexgen-helm plan`."""
+    from flexgen_helm.planning.dummy import SHAPES
+
+    parser = Parser(prog="flexgen-helm plan", description=__doc__)
+    parser.add_argument(
+        "--shape", required=True, help=f"a model directory, its config.json, or one of {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--work", default="1x100x400+100:1", metavar="RUNSxJOBSxSHARED+OWN:NEW", help="the workload")
+    parser.add_argument(
+        "--hardware", metavar="PROFILE", help="a shipped profile's name or a file (default: this machine's)"
+    )
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU, such as 16GB")
+    parser.add_argument("--cpu-memory", metavar="SIZE", help="what may be placed in host memory")
+    parser.add_argument("--offload-dir", metavar="DIR", help="let weights and caches go to disk, there")
+    parser.add_argument("--disk", default="1TB", metavar="SIZE", help="room on that disk (1TB)")
+    parser.add_argument("--allow-compression", action="store_true", help="codes of 8 and 4 bits too: scores change")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the policy, for --policy")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Search, print, and write the policy; `EngineError` for bad input and for work that nothing fits."""
+    args = plan_parser().parse_args(arguments)
+    load = Workload.parse(args.work)
+    base = Policy(
+        gpu_memory=None if args.gpu_memory is None else parse_bytes(args.gpu_memory, "--gpu-memory"),
+        cpu_memory=None if args.cpu_memory is None else parse_bytes(args.cpu_memory, "--cpu-memory"),
+        offload_dir=args.offload_dir,
+    )
+    from engine.checkpoint.files import window_of
+    from engine.planning.hardware_profile import HardwareProfile
+    from flexgen_helm.planning.dummy import shape_config
+    from flexgen_helm.planning.policy_search import best_of, memory_of, search
+
+    profile = HardwareProfile.load(args.hardware)
+    window, longest = window_of(shape_config(args.shape)), load.shared + load.own + load.new - 1
+    if window is not None and longest > window:
+        raise ConfigError(f"--work {load}: sequences of {longest} tokens exceed the model's window of {window}")
+    memory = memory_of(profile, base, parse_bytes(args.disk, "--disk"))
+    with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
+        model = _model(args.shape, profile.dtype, Path(folder))
+    found = search(model, profile, memory, load, base, compress=args.allow_compression)
+    best = best_of(found)
+    found = [best, *(each for each in found if each is not best)]
+    if args.hardware is not None and base.gpu_memory is None:  # another machine's limit is not found out there
+        found = [replace(each, policy=replace(each.policy, gpu_memory=profile.device_memory_bytes)) for each in found]
+    print(f"{args.shape} on {profile.device_name}: {load}, {len(found)} policies fit")
+    for line in _lines(found[0], load):
+        print(line)
+    for line in _others(found):
+        print(line)
+    text = yaml.safe_dump(found[0].policy.as_mapping(), sort_keys=False)
+    print("policy:", *(f"  {line}" for line in text.splitlines()), sep="\n")
+    if args.write is not None:
+        try:
+            args.write.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--write {args.write}: {error.strerror}") from None
+    return 0
+
+
+def _model(shape: str, dtype: str, folder: Path) -> CausalModel:
+    """The model without weights, in the number format that the machine computes in."""
+    import torch
+
+    from engine.model.causal_model import CausalModel
+    from flexgen_helm.planning.dummy import write_model_directory
+
+    write_model_directory(shape, folder)
+    return CausalModel(folder, getattr(torch, dtype), torch.device("cpu"))
+
+
+def _lines(found: Estimate, load: Workload) -> Iterator[str]:
+    """What the best policy costs, and where everything lies."""
+    rate = load.num_requests / found.seconds
+    yield (
+        f"least time {_s(found.seconds)} in {found.sweeps} sweeps, {rate:.2f} requests/s, "
+        f"{rate * load.new:.1f} tokens/s; about {_s(found.seconds / _REACHED)} are to be expected"
+    )
+    for name, times in (("prefill", found.prefill_s), ("decode", found.decode_s)):
+        if max(times.values()) > 0:
+            by_time = sorted(times, key=lambda resource: -times[resource])
+            least = times[by_time[0]] / 1000
+            shown = ", ".join(f"{each} {_s(times[each])}" for each in by_time if times[each] >= least)
+            yield f"{name}: bound by {by_time[0]} ({shown})"
+    if found.hidden_s > 0:
+        yield f"prompts come in a few at a time: {_s(found.hidden_s)} of what comes to the device comes beside them"
+    cache, limits = found.plan.cache_budgets, found.plan.limits
+    for tier, place in zip(TIERS, ("GPU", "host", "disk"), strict=True):
+        held = f"{found.weights[tier] / 1e9:.1f} GB of weights"
+        room = f"room for {cache[tier] / 1e9:.1f} GB of keys and values"
+        if found.weights[tier] or cache[tier]:
+            yield f"{place}: {held}, {room}; {found.held[tier] / 1e9:.1f} GB in use"
+    yield f"{found.at_once} sequences at once, micro-batches of up to {limits.rows_per_batch} tokens"
+
+
+def _others(found: list[Estimate]) -> Iterator[str]:
+    """The fastest policies of other kinds, and what holds them back."""
+    shown = [found[0]]
+    for each in found[1:]:
+        if all(_is_other(each, seen) for seen in shown):
+            shown.append(each)
+            longer = each.seconds / found[0].seconds - 1
+            why = f"bound by {each.bottleneck}"
+            if longer < 0:  # by no more than estimates are wrong
+                why += f", in micro-batches of up to {each.plan.limits.rows_per_batch} tokens"
+            yield f"runner-up: {_name(each)}: {_s(each.seconds)} ({longer:+.0%}), {why}"
+        if len(shown) > _RUNNERS_UP:
+            return
+
+
+def _is_other(one: Estimate, two: Estimate) -> bool:
+    codes = [
+        (each.policy.compress_weight, each.policy.compress_cache, each.policy.cpu_cache_compute) for each in (one, two)
+    ]
+    return codes[0] != codes[1] or abs(one.plan.weights.gpu - two.plan.weights.gpu) >= _NEAR
+
+
+def _name(found: Estimate) -> str:
+    weights = found.plan.weights
+    parts = [f"{weights.gpu:g} % of the weights on the GPU"]
+    parts += [f"{weights.disk:g} % on disk"] if weights.disk else []
+    parts += ["attention on the host"] if found.policy.cpu_cache_compute else []
+    for name, bits in (("weights", found.policy.compress_weight), ("cache", found.policy.compress_cache)):
+        parts += [f"{name} in {bits} bits"] if bits else []
+    return ", ".join(parts)
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds:.3g} s"

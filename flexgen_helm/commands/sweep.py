@@ -1,0 +1,174 @@
+"""`flexgen-helm sweep`: a whole suite as one job that can be stopped at any moment and goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from helm.benchmark.executor import ExecutionSpec, ExecutorError
+from helm.benchmark.run_spec import RunSpec
+from helm.common.authentication import Authentication
+from helm.common.cache_backend_config import MongoCacheBackendConfig, SqliteCacheBackendConfig
+from helm.proxy.services.service import CACHE_DIR
+
+from engine.errors import ConfigError, EngineError, InstallationError
+from flexgen_helm.commands.report import write_report
+from flexgen_helm.helm.runner import RunsFailed
+from flexgen_helm.helm.scores import read_scores, short_name
+from flexgen_helm.helm.two_step_runner import SCRATCH
+from flexgen_helm.runs.flags import parse_run_flags, policy_from_flags, run_parser
+from flexgen_helm.runs.launch import Prepared, names_entries, prepare, set_up_logging
+from flexgen_helm.sweeps.diary import SweepDiary
+from flexgen_helm.sweeps.lock import SuiteHeld, SuiteLock
+from flexgen_helm.sweeps.log import JsonLog, suite_log
+from flexgen_helm.sweeps.runner import SweepRunner
+from flexgen_helm.sweeps.summary import summary
+from flexgen_helm.terminal.errors import RunFailed
+from flexgen_helm.terminal.footprint import Footprint
+from flexgen_helm.terminal.installation import model_problem
+from flexgen_helm.terminal.parser import Parser
+
+DESCRIPTION = """
+Run the entries of files as one suite: the requests of all runs of a model go to the engine together, each run's
+scores are written as soon as its last answer is there, and every answer is kept when the sweep that made it ends.
+Killed at any moment, the same command goes on where it was. Runs that fail leave the others alone; they are listed at
+the end.
+"""
+_REFUSED = ("server_url", "runner_class_name", "dry_run", "skip_instances", "cache_instances", "cache_instances_only")
+"""Of HELM's flags, those that a sweep has no use for."""
+_LONGEST_NAME = 255
+"""Bytes, on all file systems that are in use."""
+
+
+def sweep_parser() -> Parser:
+    """The command line of `sweep`; imports HELM."""
+    parser = run_parser("flexgen-helm sweep", DESCRIPTION)
+    parser.add_argument("conf", nargs="*", metavar="CONF", help="files of run entries, or names of shipped ones; as -c")
+    parser.add_argument("--suite", help="name of the suite (required): the directory of its runs")
+    parser.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
+    # HELM's adapters and metrics are Python: more threads make them slower.
+    parser.set_defaults(num_threads=1, suite=None)
+    return parser
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    """Run a suite and print its summary.
+
+    Raises `EngineError` for bad input, which leaves nothing behind, and `RunFailed` when a run failed.
+    """
+    args = parse_sweep_flags(arguments)
+    policy = policy_from_flags(args)
+    if problem := model_problem():
+        raise InstallationError(problem)
+    set_up_logging(args)
+    suite_path = Path(args.output_path) / "runs" / args.suite
+    footprint = Footprint()
+    footprint.watch([args.output_path, args.local_path, suite_path])
+    prepared = prepare(args, policy)
+    footprint.settle()
+    try:
+        with SuiteLock(suite_path):
+            prepared.models.write(args.local_path)
+            with JsonLog(args.json_log) as json_log:
+                return _run(args, prepared, suite_path, json_log)
+    except SuiteHeld:
+        raise  # nothing was made: all that is there is the other's
+    except EngineError:
+        footprint.undo(keep=Path(args.output_path) / "scenarios")
+        raise
+
+
+def parse_sweep_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; `ConfigError` for what cannot be meant."""
+    args = parse_run_flags(arguments, sweep_parser())
+    args.conf_paths = [*args.conf, *args.conf_paths]
+    args.output_path = args.output_path or "benchmark_output"
+    if not names_entries(args):
+        raise ConfigError("nothing to sweep: name a file of run entries, such as nightly")
+    if not args.suite:
+        raise ConfigError("name the suite with --suite")
+    _check_suite_name(args.suite)
+    for name in _REFUSED:
+        if getattr(args, name):
+            raise ConfigError(f"--{name.replace('_', '-')} is not for sweeps; use flexgen-helm run")
+    return args
+
+
+def _check_suite_name(name: str) -> None:
+    if Path(name).name != name or "\\" in name or name in (".", "..") or not name.isprintable():
+        raise ConfigError(
+            f"suite {name!r} is no name of a directory; leave separators and what cannot be printed out of it"
+        )
+    if name.endswith(SCRATCH):
+        raise ConfigError(f"suite {name!r} ends like the directory in which sweeps prepare files; leave {SCRATCH} out")
+    most = _LONGEST_NAME - len(SCRATCH)
+    if len(os.fsencode(name)) > most:
+        raise ConfigError(f"the suite's name has {len(os.fsencode(name))} bytes; take one of at most {most}")
+
+
+def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_log: JsonLog) -> int:
+    run_specs = prepared.run_specs
+    failure: Exception | None = None
+    with suite_log(suite_path):
+        diary = SweepDiary(suite_path, run_specs, json_log)
+        runner = SweepRunner(
+            _execution_spec(args),
+            args.output_path,
+            args.suite,
+            diary,
+            skip_completed_runs=args.skip_completed_runs,
+            exit_on_error=args.exit_on_error,
+        )
+        try:
+            with diary:
+                runner.run_all(run_specs)
+        except Exception as error:  # runs have been written by now: none of this is bad input
+            failure = error
+    found = diary.record()
+    ended = {run.name for run in found.runs if run.status != "failed"}
+    scores = read_scores([spec for spec in run_specs if spec.name in ended], suite_path)
+    notes = [*prepared.notes, *diary.notes]
+    try:
+        page: Path | None = write_report(suite_path)
+    except ConfigError as error:  # the runs are written: a page that cannot be is no reason to fail
+        page = None
+        notes.append(f"no report: {error}")
+    print(summary(found, scores, notes, suite_path))
+    if page is not None:
+        print(f"report: {page}")
+    if failure is not None:
+        raise RunFailed(_verdict(failure, run_specs)) from failure
+    return 0
+
+
+def _execution_spec(args: argparse.Namespace) -> ExecutionSpec:
+    """As HELM makes it of its flags; `ConfigError` where its cache has no directory."""
+    sqlite = mongo = None
+    if args.mongo_uri and not args.disable_cache:
+        mongo = MongoCacheBackendConfig(args.mongo_uri)
+    elif not args.disable_cache:
+        path = os.path.join(args.local_path, CACHE_DIR)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"HELM's cache {path} cannot be made: {error.strerror}") from None
+        sqlite = SqliteCacheBackendConfig(path)
+    return ExecutionSpec(
+        url=None,
+        auth=Authentication(""),
+        local_path=args.local_path,
+        parallelism=args.num_threads,
+        sqlite_cache_backend_config=sqlite,
+        mongo_cache_backend_config=mongo,
+    )
+
+
+def _verdict(failure: Exception, run_specs: Sequence[RunSpec]) -> str:
+    if not isinstance(failure, RunsFailed):
+        is_told = isinstance(failure, EngineError | ExecutorError)
+        return str(failure) if is_told else f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+    names = [short_name(name) for name in failure.failures]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{len(names)} of {len(run_specs)} runs failed: {shown}; the same command runs them again"

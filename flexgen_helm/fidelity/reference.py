@@ -1,0 +1,198 @@
+"""The oracle of `verify`: a checkpoint run by plain `transformers`, one request at a time, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.files import ModelDescription, read_config
+from engine.errors import CapacityError, EngineError, UnsupportedError
+from engine.job import Completion, FinishReason, Job
+from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
+from engine.policy import Policy
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_DEVICE_FRACTION = 0.9
+"""Of the device memory, how much weights may take; the rest is for activations."""
+_ROWS = 256
+"""Rows of logits that are turned into float32 log-probabilities together."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in which number format the reference runs."""
+
+    device: str
+    dtype: str
+
+
+def find_place(description: ModelDescription, policy: Policy) -> Place:
+    """The policy's dtype, and its device if the uncompressed weights fit there as they are, else the CPU.
+
+    Raises `CapacityError` when host memory, which they pass through in any case, cannot hold them, and
+    `UnsupportedError` for a checkpoint that comes quantized by what `transformers` cannot run here.
+    """
+    _check_quantizer(description)
+    device = resolve_device(policy.device)
+    dtype = resolve_dtype(policy.dtype, description.dtype, device)
+    num_bytes = description.weight_bytes * _BYTES[dtype] // _BYTES.get(description.dtype, _BYTES[dtype])
+    memory = available_memory(device, None, None, None)
+    if num_bytes > memory.host:
+        raise CapacityError(
+            f"the reference needs the whole weights in host memory: {_gb(num_bytes)} in {dtype} exceed the "
+            f"{_gb(memory.host)} that can be had; verify {description.path} on a machine with more"
+            + (", or with dtype: float16 or bfloat16 in the policy" if dtype == "float32" else "")
+        )
+    return Place(device if num_bytes <= memory.device * _DEVICE_FRACTION else "cpu", dtype)
+
+
+def _check_quantizer(description: ModelDescription) -> None:
+    """Unlike the engine, `transformers` needs the format's own library."""
+    quantization = read_config(Path(description.path)).get("quantization_config")
+    if not quantization:
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{description.path} comes quantized, and transformers, which verify compares with, cannot run it here: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forced:
+    """What one forward over a prompt and given new tokens says of them; natural logs, unmodified distribution."""
+
+    prompt_logprobs: tuple[float | None, ...] | None
+    """As in `Completion`."""
+    logprobs: tuple[float, ...]
+    """Of each new token."""
+    margins: tuple[float, ...]
+    """By how much the likeliest token leads the second likeliest at each new token, and behind the last one."""
+
+
+class Reference:
+    """A model loaded by `from_pretrained`: scores tokens by its forward, decodes greedily by its `generate`."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, window: int | None) -> None:
+        from transformers import GenerationConfig
+
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        self._window = window
+        found = model.generation_config.eos_token_id
+        found = tokenizer.eos_token_id if found is None else found
+        self._end_of_text = [] if found is None else [found] if isinstance(found, int) else list(found)
+        # A checkpoint's own settings (penalties, bad words) would make greedy decoding another thing.
+        model.generation_config = GenerationConfig(
+            eos_token_id=self._end_of_text or None, pad_token_id=(self._end_of_text or [0])[0]
+        )
+
+    @classmethod
+    def load(cls, description: ModelDescription, place: Place) -> Reference:
+        """Load weights and tokenizer; takes as long as reading them does."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model: Any = AutoModelForCausalLM.from_pretrained(description.path, dtype=getattr(torch, place.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(description.path)
+        return cls(model.to(place.device), tokenizer, window=description.window)
+
+    def force(self, job: Job, tokens: Sequence[int]) -> Forced:
+        """Score `tokens` as the continuation of the job's prompt, and the prompt itself where the job asks for it.
+
+        Raises `EngineError` where a log-probability is not finite.
+        """
+        import torch
+
+        ids = [*job.prompt, *tokens]
+        first = 0 if job.prompt_logprobs else len(job.prompt) - 1
+        fed = torch.tensor([ids[: self._window]], device=self._model.device)  # a last token may need no position
+        following = torch.tensor(ids[first + 1 :], device=self._model.device)
+        logprobs, margins = [], []
+        with torch.inference_mode():
+            logits = self._model(input_ids=fed, attention_mask=torch.ones_like(fed)).logits[0, first:]
+            for start in range(0, len(logits), _ROWS):
+                rows = logits[start : start + _ROWS].float().log_softmax(dim=-1)
+                likeliest = rows.topk(2, dim=-1).values
+                margins += (likeliest[:, 0] - likeliest[:, 1]).tolist()
+                chosen = following[start : start + _ROWS]
+                logprobs.append(rows[: len(chosen)].gather(-1, chosen[:, None])[:, 0])
+        self._check_finite(logprobs)
+        values = torch.cat(logprobs).tolist()
+        before = len(job.prompt) - 1 - first
+        return Forced(
+            prompt_logprobs=(None, *values[:before]) if job.prompt_logprobs else None,
+            logprobs=tuple(values[before:]),
+            margins=tuple(margins[before:]),
+        )
+
+    def greedy(self, job: Job) -> Completion:
+        """Decode greedily up to the job's stops and length; without log-probabilities."""
+        import torch
+
+        prompt = torch.tensor([list(job.prompt)], device=self._model.device)
+        length = prompt.shape[1]
+
+        def is_done(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+            return torch.tensor([self._reason(ids[0, length:].tolist(), job) is not None], device=ids.device)
+
+        with torch.inference_mode():
+            ids = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=job.max_new_tokens,
+                stopping_criteria=[is_done],
+            )
+        return self._completion(ids[0, length:].tolist(), job)
+
+    def _reason(self, tokens: list[int], job: Job) -> FinishReason | None:
+        if tokens[-1] in self._end_of_text:
+            return "endoftext"
+        text = self._tokenizer.decode(tokens)
+        if any(stop in text if isinstance(stop, str) else _ends_with(tokens, stop) for stop in job.stop):
+            return "stop"
+        return None
+
+    def _completion(self, tokens: list[int], job: Job) -> Completion:
+        """The text before the stop, and the shortest beginning of the tokens that it takes to produce it."""
+        reason = self._reason(tokens, job) or "length"
+        if reason == "endoftext":
+            tokens = tokens[:-1]
+        elif reason == "stop":
+            by_ids = [len(stop) for stop in job.stop if not isinstance(stop, str) and _ends_with(tokens, stop)]
+            tokens = tokens[: len(tokens) - max(by_ids, default=0)]
+        text = self._decode(tokens)
+        found = [text.find(stop) for stop in job.stop if isinstance(stop, str) and stop in text]
+        if found:
+            text = text[: min(found)]
+            tokens = next(tokens[:n] for n in range(len(tokens) + 1) if self._decode(tokens[:n]).startswith(text))
+        return Completion(text=text, tokens=tuple(tokens), finish_reason=reason)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens)) if tokens else ""
+
+    def _check_finite(self, logprobs: Sequence[torch.Tensor]) -> None:
+        if not all(bool(part.isfinite().all()) for part in logprobs):
+            raise EngineError(
+                f"the reference's log-probabilities are not finite in {str(self._model.dtype).removeprefix('torch.')}; "
+                "verify with another dtype in the policy (float32 or bfloat16)"
+            )
+
+
+def _ends_with(tokens: Sequence[int], stop: Sequence[int]) -> bool:
+    return list(stop) == list(tokens[-len(stop) :])
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

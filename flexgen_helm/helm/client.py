@@ -1,0 +1,259 @@
+"""The HELM client: HELM's cache in front, the engine behind, whole runs or single requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+from helm.clients.client import CachingClient
+from helm.common.cache import CacheConfig
+from helm.common.key_value_store import request_to_key
+from helm.common.request import Request, RequestResult
+from helm.tokenizers.tokenizer import Tokenizer
+
+from flexgen_helm import require_engine
+
+require_engine()
+
+from engine.errors import CheckpointError, ConfigError, EngineError  # noqa: E402 - first the line that says whose engine this is
+from engine.job import Job  # noqa: E402
+from engine.policy import Policy  # noqa: E402
+from flexgen_helm.helm.asked import Answer, Asked, Work, raise_first  # noqa: E402
+from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
+from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
+from flexgen_helm.helm.translate import (  # noqa: E402
+    Response,
+    Timing,
+    Translator,
+    failure,
+    result,
+)
+
+Progress = Callable[[int, int, int], None]
+"""Called with (requests done, requests in all, tokens that the engine worked through for those done)."""
+
+
+class FlexGenClient(CachingClient):
+    """Serves a model that may be larger than the GPU.
+
+    Cheap to make, because HELM makes several at once: tokenizer, fingerprint and engine come with the first request,
+    and the engine is shared by all clients of the same model and policy.
+
+    `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `apply_chat_template` is, if
+    left out, whether the tokenizer has one. `top_k` restricts sampling (HELM's `top_k_per_token` asks for candidates
+    and never does). `window` is the most positions the model takes, where its files do not tell. Everything that HELM
+    injects is told by the parameters' names.
+    """
+
+    def __init__(
+        self,
+        cache_config: CacheConfig,
+        tokenizer: Tokenizer,
+        tokenizer_name: str | None = None,
+        model_name: str | None = None,
+        end_of_text_token: str | None = None,
+        pretrained_model_name_or_path: str | None = None,
+        policy: str | Mapping[str, Any] | None = "auto",
+        apply_chat_template: bool | None = None,
+        top_k: int | None = None,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(cache_config=cache_config)
+        self._model = pretrained_model_name_or_path or model_name or ""
+        if not self._model:
+            raise ConfigError("the model deployment names no model; set pretrained_model_name_or_path in its args")
+        if not hasattr(tokenizer, "get_wrapped_tokenizer"):
+            raise ConfigError(
+                f"tokenizer {tokenizer_name} of {self._model} is a {type(tokenizer).__name__}; its tokenizer config "
+                "must name helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer"
+            )
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k {top_k} of {self._model} is below 1; leave it out to sample among all tokens")
+        if window is not None and window < 1:
+            raise ConfigError(f"window {window} of {self._model} is below 1; leave it out to take the model's own")
+        self._tokenizer = tokenizer
+        self.policy = Policy.load(policy)
+        self._end_of_text_token = end_of_text_token
+        self._apply_chat_template = apply_chat_template
+        self._top_k = top_k
+        self._window = window
+
+    @cached_property
+    def _served(self) -> Served:
+        return engines.served(self._model, self.policy)
+
+    @cached_property
+    def _translator(self) -> Translator:
+        pad = self.policy.pad_to_seq_len
+        try:
+            tokenizer = self._tokenizer.get_wrapped_tokenizer()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"HELM's tokenizer of {self._model} cannot be loaded: {reason}") from None
+        return Translator(
+            tokenizer,
+            model=self._model,
+            window=self._window_of_model(),
+            is_window_given=self._window is not None,
+            pad_to=pad if isinstance(pad, int) else None,
+            end_of_text_token=self._end_of_text_token,
+            apply_chat_template=self._apply_chat_template,
+            top_k=self._top_k,
+        )
+
+    def _window_of_model(self) -> int | None:
+        own = self._served.description.window
+        if self._window is not None and own is not None and self._window > own:
+            raise ConfigError(f"window {self._window} of {self._model} exceeds the {own} of its config; leave it out")
+        return own if self._window is None else self._window
+
+    def close(self) -> None:
+        """Close the engine, if it is loaded, after the sweep at hand; calls that wait for it fail."""
+        if "_served" in self.__dict__:
+            self._served.close()
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise the error of the first request that cannot be run, saying how many there are; loads no weights."""
+        bad: dict[int, EngineError] = {}
+        for place, request in enumerate(requests):
+            try:
+                self._jobs(request, self._translator.render(request))
+            except EngineError as error:
+                bad[place] = error
+        raise_first(bad, len(requests))
+
+    def make_request(self, request: Request) -> RequestResult:
+        """Answer one request from the cache, or together with those that other threads are making."""
+
+        def compute() -> Response:
+            started = time.time()
+            ids = self._translator.encode(text)
+            answer = self._served.batcher.ask(self._translator.jobs(request, text, ids))
+            timing = Timing(seconds=answer.seconds, started=started, num_requests=answer.num_requests)
+            return self._translator.response(request, ids, answer.completions, timing)
+
+        try:
+            with self._served.batcher.arriving():
+                text = self._translator.render(request)
+                key = self._translator.key(request, text, self._served.identity)
+                response, cached = self.cache.get(key, compute)
+        except EngineError as error:
+            return failure(request, error)
+        return result(response, cached=cached)
+
+    def make_requests(self, requests: Sequence[Request], progress: Progress | None = None) -> list[RequestResult]:
+        """Answer all requests, in their order; what is not in the cache goes to the engine in one call.
+
+        Results are in HELM's cache as soon as their sweep ends. A bad request fails in its own result; raises
+        `EngineError` for a fault of model, policy or engine.
+        """
+        report = progress or (lambda done, total, tokens: None)
+        asked = self.look_up(requests)
+        results = dict(asked.known)
+        results.update({place: failure(requests[place], error) for place, error in asked.refused.items()})
+        num_tokens = 0
+        report(len(results), len(requests), num_tokens)
+        for answers in self.carry_out(asked):
+            for answer in answers:
+                results.update(dict.fromkeys(answer.places, answer.result))
+                num_tokens += answer.prompt_tokens + answer.new_tokens
+            report(len(results), len(requests), num_tokens)
+        return [results[place] for place in range(len(requests))]
+
+    def look_up(self, requests: Sequence[Request]) -> Asked:
+        """Find what HELM's cache answers, and make ready what is left; loads no weights.
+
+        Raises `EngineError` for a fault of model, policy or cache.
+        """
+        translator, identity = self._translator, self._served.identity
+        asked = Asked(total=len(requests))
+        with RequestCache(self.cache.config) as cache:
+            for place, request in enumerate(requests):
+                try:
+                    text = translator.render(request)
+                    key = translator.key(request, text, identity)
+                except EngineError as error:
+                    asked.refused[place] = error
+                    continue
+                name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
+                if name in asked.todo:
+                    asked.todo[name].places.append(place)
+                elif known := _known(cache.get(key)):
+                    asked.known[place] = known
+                else:
+                    try:
+                        ids, jobs = self._jobs(request, text)
+                    except EngineError as error:
+                        asked.refused[place] = error
+                        continue
+                    asked.todo[name] = Work(request=request, key=key, places=[place], ids=ids, jobs=jobs)
+        return asked
+
+    def carry_out(self, asked: Asked, observe: Observer | None = None) -> Iterator[list[Answer]]:
+        """Let the engine answer what is left of `asked`, and yield the answers of each sweep when they are kept.
+
+        Empties `asked.todo`, so that nothing is held longer than it is needed. `observe` sees the engine's sweeps.
+        """
+        todo, asked.todo = list(asked.todo.values()), {}
+        if not todo:
+            return
+        owners: list[tuple[Work, int] | None] = [(work, place) for work in todo for place in range(len(work.jobs))]
+        jobs, num_requests = [job for work in todo for job in work.jobs], len(todo)
+        todo.clear()
+        started = time.time()
+        with RequestCache(self.cache.config) as cache:
+            for finished in self._served.sweeps(jobs, observe):
+                jobs.clear()  # the engine has them now
+                done: list[tuple[Work, float]] = []
+                for each in finished:
+                    owner, owners[each.index] = owners[each.index], None
+                    assert owner is not None
+                    work, place = owner
+                    work.completions[place] = each.completion
+                    if len(work.completions) == len(work.jobs):
+                        done.append((work, each.seconds))
+                answers, kept = [], []
+                for work, seconds in done:
+                    response = self._response(work, Timing(seconds=seconds, started=started, num_requests=num_requests))
+                    if not isinstance(response, EngineError):
+                        kept.append((work.key, response))
+                    answers.append(_answer(work, response))
+                cache.put(kept)
+                yield answers
+
+    def _jobs(self, request: Request, text: str) -> tuple[tuple[int, ...], list[Job]]:
+        """Token ids of a rendered prompt and the checked jobs that answer it."""
+        ids = self._translator.encode(text)
+        jobs = self._translator.jobs(request, text, ids)
+        for job in jobs:
+            job.check()
+        return ids, jobs
+
+    def _response(self, work: Work, timing: Timing) -> Response | EngineError:
+        completions = [work.completions[place] for place in range(len(work.jobs))]
+        try:
+            return self._translator.response(work.request, work.ids, completions, timing)
+        except EngineError as error:
+            return error
+
+
+def _known(stored: Response | None) -> RequestResult | None:
+    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
+    try:
+        return None if stored is None else result(stored, cached=True)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _answer(work: Work, response: Response | EngineError) -> Answer:
+    return Answer(
+        places=tuple(work.places),
+        result=failure(work.request, response) if isinstance(response, EngineError) else result(response, cached=False),
+        prompt_tokens=work.prompt_tokens,
+        prompt_rows=work.prompt_rows,
+        new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
+        most_tokens=work.most_tokens,
+    )

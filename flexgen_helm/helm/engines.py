@@ -1,0 +1,214 @@
+"""The engines of this process: one per model directory and policy, loaded when first needed, closed at exit."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+from helm.common.hierarchical_logger import hexception, hlog, htrack_block
+
+from engine.checkpoint.files import ModelDescription, describe
+from engine.checkpoint.identity import result_identity
+from engine.errors import EngineError
+from engine.job import Completion, Job
+from engine.policy import Policy
+from engine.schedule.timing import SweepTiming
+from flexgen_helm.helm.batcher import Batcher, Done
+from flexgen_helm.planning.auto_policy import choose
+from flexgen_helm.planning.policy_search import Estimate
+
+Identity = dict[str, str | int | None]
+
+
+Observer = Callable[["RunningEngine", SweepTiming], None]
+"""Called in the engine's thread after each sweep, with the engine; must be quick."""
+
+
+class RunningEngine(Protocol):
+    """What is needed of `engine.Engine`."""
+
+    observer: Callable[[SweepTiming], None] | None
+
+    def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
+        """Yield lists of (position in jobs, completion), each as soon as its sweep ends."""
+
+    def close(self) -> None:
+        """Give back all memory and files."""
+
+
+Load = Callable[[str, Policy], RunningEngine]
+"""Makes a running engine of a model directory and a policy."""
+
+
+def load_engine(path: str, policy: Policy) -> RunningEngine:
+    """Load weights; takes as long as reading them does."""
+    from engine import Engine
+
+    engine: RunningEngine = Engine.from_pretrained(path, policy=policy)
+    return engine
+
+
+class Served:
+    """One model under one policy: described without its weights, which load when the first job needs them.
+
+    Safe to use from several threads. What failed once fails again at once, with the same error.
+    """
+
+    def __init__(self, registry: EngineRegistry, description: ModelDescription, policy: Policy) -> None:
+        self.description = description
+        self.policy = policy
+        self.batcher = Batcher(self.stream)
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._identity: Identity | None = None
+        self._engine: RunningEngine | None = None
+        self._estimate: Estimate | None = None
+        """Of the jobs that the engine was loaded for, until they have been run."""
+        self._failure: EngineError | None = None
+        self._num_users = 0
+
+    @property
+    def identity(self) -> Identity:
+        """What of model and policy can change a result (`engine.identity.result_identity`)."""
+        with self._lock:
+            if self._identity is None:
+                self._identity = result_identity(self.description.path, self.policy)
+            return self._identity
+
+    def stream(self, jobs: Sequence[Job]) -> Iterator[Done]:
+        """Run jobs, loading the engine if need be; raises `EngineError` for a fault of the engine only."""
+        for finished in self.sweeps(jobs):
+            yield from finished
+
+    def sweeps(self, jobs: Sequence[Job], observe: Observer | None = None) -> Iterator[list[Done]]:
+        """`stream`, but all that a sweep finishes at once; `observe` sees the sweeps while this call runs."""
+        with self._running(jobs) as engine:
+            started, seconds = time.perf_counter(), 0.0
+            estimate, self._estimate = self._estimate, None
+            if observe is not None:
+                engine.observer = partial(observe, engine)
+            try:
+                for finished in engine.sweeps(jobs):
+                    seconds = time.perf_counter() - started
+                    yield [Done(index=index, completion=completion, seconds=seconds) for index, completion in finished]
+                if estimate is not None:
+                    least = estimate.seconds
+                    hlog(f"{len(jobs)} requests took {seconds:.1f} s; at least {least:.1f} s ({least / seconds:.0%})")
+            except EngineError:
+                raise
+            except Exception as error:
+                raise _as_engine_error(f"the engine failed on {self.description.path}", error) from error
+            finally:
+                if observe is not None:
+                    engine.observer = None
+
+    @contextmanager
+    def _running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
+        with self._registry.loading:
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            engine = self._engine
+            if engine is None:
+                self._registry.close_idle()
+                engine = self._engine = self._load(jobs)
+            with self._lock:
+                self._num_users += 1
+        try:
+            yield engine  # which `close` may have taken meanwhile: it then says that it is closed
+        finally:
+            with self._lock:
+                self._num_users -= 1
+
+    def _load(self, jobs: Sequence[Job]) -> RunningEngine:
+        """Load the engine, placed for `jobs` where the policy leaves that open; later ones have to do with it."""
+        path = self.description.path
+        try:
+            with htrack_block(f"Loading {path}"):
+                chosen = choose(path, self.description.dtype, self.policy, jobs)
+                if chosen.note:
+                    hlog(chosen.note)
+                self._estimate = chosen.estimate
+                return self._registry.load(path, chosen.policy)
+        except EngineError as error:
+            self._failure = error
+        except Exception as error:
+            self._failure = _as_engine_error(f"{self.description.path} cannot be loaded", error)
+        raise self._failure
+
+    def close(self) -> None:
+        """Close the engine if one is loaded; a later job loads it again."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody runs jobs on it now."""
+        with self._lock:
+            return self._num_users == 0
+
+
+class EngineRegistry:
+    """Hands out the `Served` of a model and policy, the same to everybody who asks.
+
+    Before it loads an engine it closes those that are idle: each was given the memory that it found free.
+    """
+
+    def __init__(self, load: Load = load_engine) -> None:
+        self.load = load
+        self.loading = threading.Lock()
+        """Held while an engine loads; a second one would measure memory that the first is about to take."""
+        self._lock = threading.Lock()
+        self._served: dict[tuple[str, Policy], Served] = {}
+        self._described: dict[str, ModelDescription | EngineError] = {}
+
+    def served(self, model: str, policy: Policy) -> Served:
+        """The `Served` of a hub id or directory; raises `EngineError` when it is no usable model."""
+        with self._lock:
+            if model not in self._described:
+                try:
+                    self._described[model] = describe(model)
+                except EngineError as error:
+                    self._described[model] = error
+            description = self._described[model]
+            if isinstance(description, EngineError):
+                raise description.with_traceback(None)
+            key = (os.path.realpath(description.path), policy)
+            if key not in self._served:
+                self._served[key] = Served(self, description, policy)
+            return self._served[key]
+
+    def close_idle(self) -> None:
+        """Close the engines that run no jobs; the caller holds `loading`."""
+        for served in self._everyone():
+            if served.is_idle:
+                served.close()
+
+    def close(self) -> None:
+        """Close all engines and forget what is known of the models."""
+        for served in self._everyone():
+            served.close()
+        with self._lock:
+            self._served.clear()
+            self._described.clear()
+
+    def _everyone(self) -> list[Served]:
+        with self._lock:
+            return list(self._served.values())
+
+
+def _as_engine_error(what: str, error: Exception) -> EngineError:
+    hexception(error)
+    return EngineError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+engines = EngineRegistry()
+"""The registry of this process: HELM builds clients concurrently and without a lock, so they meet here."""
+
+atexit.register(engines.close)

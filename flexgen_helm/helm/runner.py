@@ -1,0 +1,182 @@
+"""The HELM runner that hands all requests of a run to the client at once, after checking what can be checked before."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Sequence
+
+from helm.benchmark.adaptation.request_state import RequestState
+from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.executor import ExecutionSpec, Executor, ExecutorError
+from helm.benchmark.model_deployment_registry import get_model_deployment
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import Runner, RunnerError
+from helm.common.hierarchical_logger import herror, hlog, htrack_block, hwarn
+from helm.common.local_context import LocalContext
+from helm.common.object_spec import get_class_by_name
+from helm.common.request import GeneratedOutput, RequestResult
+
+from flexgen_helm import require_engine
+
+require_engine()
+
+from engine.errors import EngineError  # noqa: E402 - after the line that says whose engine this is
+from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
+from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
+
+
+class RunsFailed(RunnerError):
+    """Some run specs failed; the others are done."""
+
+    def __init__(self, failures: dict[str, Exception]) -> None:
+        self.failures = failures
+        """The error of each failed run spec, by its name."""
+        names = ", ".join(f'"{name}"' for name in failures)
+        reason = " ".join(str(next(iter(failures.values()))).split())
+        super().__init__(f"Failed runs: [{names}]; {'the first' if len(failures) > 1 else 'reason'}: {reason}")
+
+    @property
+    def bad_input(self) -> bool:
+        """Whether each failure is one of what was asked for (not a fault while running it)."""
+        return all(
+            isinstance(error, EngineError) and type(error) is not EngineError for error in self.failures.values()
+        )
+
+
+class FlexGenRunner(Runner):
+    """HELM's runner with whole-run execution; for models of other clients it is HELM's runner as it is.
+
+    `progress`, if set, is called with (requests done, requests in all, tokens) of the run being executed, in the
+    thread that executes it. Set it on an instance, or as a staticmethod of a subclass.
+    """
+
+    progress: Progress | None = None
+
+    def __init__(
+        self,
+        execution_spec: ExecutionSpec,
+        output_path: str,
+        suite: str,
+        skip_instances: bool,
+        cache_instances: bool,
+        cache_instances_only: bool,
+        skip_completed_runs: bool,
+        exit_on_error: bool,
+    ) -> None:
+        super().__init__(
+            execution_spec,
+            output_path,
+            suite,
+            skip_instances,
+            cache_instances,
+            cache_instances_only,
+            skip_completed_runs,
+            exit_on_error,
+        )
+        self.executor = WholeRunExecutor(self.executor, self._report)
+
+    def _report(self, done: int, total: int, tokens: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total, tokens)
+
+    def run_all(self, run_specs: list[RunSpec]) -> None:
+        """Run everything that can be run; raises `RunsFailed` at the end if something failed.
+
+        With `exit_on_error`, raises the first error as it is. Run specs whose metrics cannot be made fail before
+        anything runs: HELM would find out after all inference.
+        """
+        failures: dict[str, Exception] = {}
+        if not self.dry_run and not self.cache_instances_only:
+            failures.update(find_unusable_metrics([spec for spec in run_specs if not self._is_done(spec)]))
+        for error in failures.values():
+            if self.exit_on_error:
+                raise error
+            herror(error)
+        ready = [run_spec for run_spec in run_specs if run_spec.name not in failures]
+        for run_spec in ready:
+            try:
+                with htrack_block(f"Running {run_spec.name}"):
+                    self.run_one(run_spec)
+            except Exception as error:
+                if self.exit_on_error:
+                    raise
+                expected = isinstance(error, EngineError | ExecutorError)
+                herror(f"{run_spec.name}: {error if expected else traceback.format_exc()}")
+                failures[run_spec.name] = error
+        if failures:
+            raise RunsFailed(failures)
+
+    def _is_done(self, run_spec: RunSpec) -> bool:
+        return self.skip_completed_runs and self._is_run_completed(self._get_run_path(run_spec))
+
+
+class WholeRunExecutor(Executor):
+    """Executes a run's requests by one call of our client; those of other clients as HELM does."""
+
+    def __init__(self, stock: Executor, progress: Progress) -> None:
+        self.execution_spec = stock.execution_spec
+        self.context = stock.context  # with its clients and caches, shared with HELM's services
+        self._progress = progress
+        self.failed: list[str] = []
+        """Why requests of the run that was executed last failed which now count as empty answers."""
+
+    def execute(self, scenario_state: ScenarioState) -> ScenarioState:
+        """Fill in all results; raises `ExecutorError` for a fatal request, `EngineError` for bad input or a fault.
+
+        Prompts are checked before the engine loads its weights.
+        """
+        states: list[RequestState] = scenario_state.request_states
+        self.failed = []
+        client = None if self.execution_spec.dry_run else self.client_of(states)
+        if client is None:
+            as_helm_does: ScenarioState = super().execute(scenario_state)
+            return as_helm_does
+        requests = [state.request for state in states]
+        with htrack_block(f"{type(self).__name__}.execute"):
+            client.check(requests)
+            results = client.make_requests(requests, self._progress)
+            hlog(f"Processed {len(results)} requests")
+        request_states = settled(states, results)
+        self.failed = [str(result.error) for result in results if not result.success]
+        return ScenarioState(
+            adapter_spec=scenario_state.adapter_spec,
+            request_states=request_states,
+            annotator_specs=scenario_state.annotator_specs,
+        )
+
+    def client_of(self, states: Sequence[RequestState]) -> FlexGenClient | None:
+        deployments = {state.request.model_deployment for state in states}
+        if len(deployments) != 1 or not isinstance(self.context, LocalContext):
+            return None
+        deployment = deployments.pop()
+        if not issubclass(get_class_by_name(get_model_deployment(deployment).client_spec.class_name), FlexGenClient):
+            return None
+        client = self.context.client._get_client(deployment)
+        assert isinstance(client, FlexGenClient)
+        return client
+
+
+def settled(states: Sequence[RequestState], results: Sequence[RequestResult]) -> list[RequestState]:
+    """The states with their results, errors treated as `Executor.process` treats them."""
+    fatal = [
+        (state, result)
+        for state, result in zip(states, results, strict=True)
+        if not result.success and not _is_survivable(result)
+    ]
+    if fatal:
+        state, result = fatal[0]
+        instance = f"instance {state.instance.id}"
+        raise ExecutorError(f"{len(fatal)} of {len(states)} requests failed; the first ({instance}): {result.error}")
+    done = []
+    for state, result in zip(states, results, strict=True):
+        if not result.success:
+            hwarn(f"Non-fatal error treated as empty completion: {result.error}")
+            empty = GeneratedOutput(text="", logprob=0, tokens=[])
+            result = dataclasses.replace(result, completions=[empty])
+        done.append(dataclasses.replace(state, result=result))
+    return done
+
+
+def _is_survivable(result: RequestResult) -> bool:
+    return result.error_flags is not None and not result.error_flags.is_fatal

@@ -1,0 +1,200 @@
+"""HELM's `run_one` in two halves, so that the requests of many runs can be answered together between them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helm.benchmark.adaptation.adapters.adapter_factory import AdapterFactory
+from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.data_preprocessor import DataPreprocessor
+from helm.benchmark.executor import ExecutionSpec
+from helm.benchmark.metrics.metric import PerInstanceStats, create_metric
+from helm.benchmark.metrics.statistic import Stat
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import (
+    downsample_eval_instances,
+    remove_per_instance_stats_nans,
+    remove_stats_nans,
+)
+from helm.benchmark.scenarios.scenario import (
+    EVAL_SPLITS,
+    Instance,
+    Scenario,
+    create_scenario,
+    get_scenario_cache_path,
+    with_instance_ids,
+)
+from helm.common.cache import BlackHoleCacheConfig, Cache
+from helm.common.cache_backend_config import CacheBackendConfig
+from helm.common.general import write
+from helm.common.hierarchical_logger import hlog, htrack_block
+from helm.common.local_context import LocalContext
+from helm.tokenizers.auto_tokenizer import AutoTokenizer
+from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from helm.tokenizers.tokenizer import Tokenizer
+
+from engine.errors import EngineError
+from flexgen_helm.helm.helm_json import dumps
+from flexgen_helm.helm.runner import FlexGenRunner
+
+_LAST_FILE = "per_instance_stats.json"
+"""What HELM writes last: a run that has all files counts as completed."""
+SCRATCH = ".partial"
+"""What the directory of unfinished files has behind the suite's name."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class NoRoom(EngineError):
+    """The output directory cannot be written; no run of it can be."""
+
+
+@dataclass(eq=False)
+class Adapted:
+    """A run whose requests are made."""
+
+    run_spec: RunSpec
+    scenario: Scenario
+    state: ScenarioState
+
+
+class TwoStepRunner(FlexGenRunner):
+    """Runs `adapt`, and later `finish` on the same with all results: together, what HELM's `run_one` does.
+
+    Call both in the main thread: some of HELM's metrics use signals. A run's files are written elsewhere and moved into
+    place when they are whole, so that one that was killed meanwhile does not look completed. Tokens are not looked up
+    in HELM's cache of tokens, which takes longer than making them.
+    """
+
+    def __init__(self, execution_spec: ExecutionSpec, output_path: str, suite: str, **flags: bool) -> None:
+        """`flags`: `skip_completed_runs` and `exit_on_error`, as HELM's."""
+        super().__init__(
+            execution_spec, output_path, suite, skip_instances=False, cache_instances=False, cache_instances_only=False,
+            **flags,
+        )  # fmt: skip
+        context = self.executor.context
+        if isinstance(context, LocalContext):
+            context.tokenizer = _UncachedTokenizer(context.tokenizer.credentials, context.cache_backend_config)
+
+    def adapt(self, run_spec: RunSpec) -> Adapted:
+        """Make a run's requests; raises whatever the scenario does."""
+        parallelism = self.executor.execution_spec.parallelism
+        scenario = create_scenario(run_spec.scenario_spec)
+        with htrack_block("scenario.get_instances"):
+            instances: list[Instance] = scenario.get_instances(get_scenario_cache_path(self.output_path, scenario.name))
+        if any(instance.id is None for instance in instances):
+            instances = with_instance_ids(instances)
+        spec = run_spec.adapter_spec
+        if spec.max_eval_instances is not None:
+            instances = downsample_eval_instances(instances, spec.max_eval_instances, spec.eval_splits or EVAL_SPLITS)
+        instances = DataPreprocessor(run_spec.data_augmenter_spec).preprocess(instances, parallelism)
+        states = AdapterFactory.get_adapter(spec, self.tokenizer_service).adapt(instances, parallelism)
+        return Adapted(run_spec, scenario, ScenarioState(spec, states, run_spec.annotators))
+
+    def finish(self, adapted: Adapted, state: ScenarioState) -> None:
+        """Annotate, compute metrics and write all files of a run whose results are in `state`.
+
+        Raises `NoRoom` when its directory cannot be written, and whatever annotators and metrics do.
+        """
+        state = self.annotator_executor.execute(state)
+        stats: list[Stat] = []
+        per_instance_stats: list[PerInstanceStats] = []
+        for metric_spec in adapted.run_spec.metric_specs:
+            metric = create_metric(metric_spec)
+            with htrack_block(metric):
+                found = metric.evaluate(
+                    state, self.metric_service, self.eval_cache_path, self.executor.execution_spec.parallelism
+                )
+            stats.extend(found.aggregated_stats)
+            per_instance_stats.extend(found.per_instance_stats)
+        hlog(f"Generated {len(stats)} stats.")
+        self._write(
+            adapted.run_spec,
+            {
+                "run_spec.json": adapted.run_spec,
+                "scenario.json": adapted.scenario,
+                "scenario_state.json": state,
+                "stats.json": remove_stats_nans(stats),
+                _LAST_FILE: remove_per_instance_stats_nans(per_instance_stats),
+            },
+        )
+
+    def clear_scratch(self) -> None:
+        """Remove what runs that did not end have left."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @property
+    def _scratch(self) -> Path:
+        """Beside the suite's directory, in which HELM takes every directory for a run."""
+        return Path(f"{self.runs_path}{SCRATCH}")
+
+    def _write(self, run_spec: RunSpec, files: dict[str, Any]) -> None:
+        scratch, target = self._scratch / run_spec.name, Path(self._get_run_path(run_spec))
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                write(str(scratch / name), dumps(content))
+                _settle(scratch / name)
+            target.mkdir(parents=True, exist_ok=True)
+            (target / _LAST_FILE).unlink(missing_ok=True)  # not completed until the new ones are all there
+            for name in files:
+                os.replace(scratch / name, target / name)
+            _settle(target)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            free = shutil.disk_usage(self.output_path).free
+            raise NoRoom(
+                f"{target} cannot be written ({error.strerror}); {free / 1e6:.1f} MB are free in {self.output_path}: "
+                "free some and run the same command again, it goes on from here"
+            ) from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _UncachedTokenizer(AutoTokenizer):
+    """HELM's tokenizers, those of Hugging Face without a file."""
+
+    def __init__(self, credentials: Any, cache_backend_config: CacheBackendConfig) -> None:
+        super().__init__(credentials, cache_backend_config)
+
+    def _get_tokenizer(self, tokenizer_name: str) -> Tokenizer:
+        tokenizer = super()._get_tokenizer(tokenizer_name)
+        if isinstance(tokenizer, HuggingFaceTokenizer) and not isinstance(tokenizer.cache, _SecondLook):
+            tokenizer.cache = _SecondLook()
+        return tokenizer
+
+
+class _SecondLook(Cache):
+    """Keeps a text's tokens from the first time they are asked for, to see if it fits, to the second, to count them."""
+
+    def __init__(self) -> None:
+        super().__init__(BlackHoleCacheConfig())
+        self._kept: dict[tuple[Any, ...], array[int]] = {}
+
+    def get(self, request: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """As HELM's."""
+        if not request.get("encode"):
+            return compute(), False
+        key = tuple(request.values())
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            return {"tokens": kept.tolist(), "request_time": 0.0}, True
+        response = compute()
+        self._kept[key] = array("i", response["tokens"])
+        return response, False

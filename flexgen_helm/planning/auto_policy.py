@@ -1,0 +1,96 @@
+"""What `auto` means for the requests at hand: the policy with the least estimated time on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import ConfigError, EngineError
+from engine.job import Job
+from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
+from engine.planning.hardware_profile import HardwareProfile
+from engine.policy import Policy
+from engine.schedule.prefix import share_prefixes
+from engine.schedule.sequence import Prefix
+from engine.schedule.sequence import Sequence as Running
+from flexgen_helm.planning.policy_search import Estimate, best_of, is_host, search
+from flexgen_helm.planning.roofline import Workload
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A policy for certain requests."""
+
+    policy: Policy
+    estimate: Estimate | None
+    """What they take under it at least; None where nothing was searched."""
+    note: str
+    """A line on how it came about; empty where there was nothing to choose."""
+
+
+def choose(path: str, dtype: str, policy: Policy, jobs: Sequence[Job]) -> Chosen:
+    """`policy` with the places of weights chosen for `jobs` of the model in directory `path`.
+
+    As it is where it says them itself, on a machine whose device is the host, and where nothing is known of it.
+    Compression is never chosen: it changes results.
+    """
+    load = workload_of(jobs)
+    if policy.weights is not None or policy.kv_cache is not None or load is None:
+        return Chosen(policy, None, "")
+    device = resolve_device(policy.device)
+    if device == "cpu":
+        return Chosen(policy, None, "")
+    try:
+        profile = HardwareProfile.load()
+    except ConfigError as error:
+        return Chosen(policy, None, f"auto: placed by rule; {error}")
+    if is_host(profile):
+        return Chosen(policy, None, "")
+    import torch
+
+    from engine.model.causal_model import CausalModel
+
+    memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+    try:
+        model = CausalModel(Path(path), getattr(torch, resolve_dtype(policy.dtype, dtype, device)), torch.device("cpu"))
+        best = best_of(search(model, profile, memory, load, policy, compress=False))
+    except EngineError:  # the engine will say it, with its own numbers
+        return Chosen(policy, None, "")
+    weights = best.plan.weights
+    places = [f"{weights.gpu:g} % of the weights on the device"]
+    places += [f"{weights.disk:g} % on disk"] if weights.disk else []
+    places += ["attention on the host"] if best.policy.cpu_cache_compute and not policy.cpu_cache_compute else []
+    note = (
+        f"auto: {', '.join(places)}; at least {best.seconds:.1f} s for {len(jobs)} requests, bound by {best.bottleneck}"
+    )
+    return Chosen(best.policy, best, note)
+
+
+def workload_of(jobs: Sequence[Job]) -> Workload | None:
+    """About what `jobs` are: as many prefixes as they share, of the mean length, and the mean request; None for none.
+
+    Prompt tokens to compute, requests, and tokens to generate are as many as those of `jobs`, but for rounding up.
+    """
+    sequences = share_prefixes(sequence for job in jobs if (sequence := _running(job)) is not None)
+    if not sequences:
+        return None
+    prefixes: dict[int, Prefix] = {id(prefix): prefix for each in sequences for prefix in each.chain}
+    groups = len({id(each.parent) for each in sequences if each.parent is not None}) or 1
+    count = len(sequences)
+    return Workload(
+        num_runs=groups,
+        num_jobs=math.ceil(count / groups),
+        shared=math.ceil(sum(len(prefix.tokens) for prefix in prefixes.values()) / groups),
+        own=max(1, math.ceil(sum(each.num_rows for each in sequences) / count)),
+        new=max(1, math.ceil(sum(each.job.max_new_tokens for each in sequences) / count)),
+    )
+
+
+def _running(job: Job) -> Running | None:
+    try:
+        job.check()
+        return Running.of(job)
+    except EngineError:  # it fails alone, when it is run
+        return None

@@ -1,0 +1,214 @@
+"""Models of real shapes with random weights, for benchmarks: nothing is downloaded, and no zeros flatter the card."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from engine.engine import Engine
+    from engine.policy import Policy
+    from engine.weights.store import WeightStore
+
+_OPT = {
+    name: {
+        "model_type": "opt",
+        "dtype": "float16",
+        "hidden_size": width,
+        "ffn_dim": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "word_embed_proj_dim": width,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    for name, width, layers, heads in (
+        ("opt-125m", 768, 12, 12),
+        ("opt-1.3b", 2048, 24, 32),
+        ("opt-6.7b", 4096, 32, 32),
+        ("opt-13b", 5120, 40, 40),
+        ("opt-30b", 7168, 48, 56),
+        ("opt-66b", 9216, 64, 72),
+        ("opt-175b", 12288, 96, 96),
+    )
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    **_OPT,
+    "llama-3-8b": {  # grouped queries
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+    },
+    "llama-3-70b": {
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+    },
+    "qwen3-30b-a3b": {  # a mixture of 128 experts, 8 at a time; 61 GB
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+    },
+}
+"""The published config.json of each model, as far as it says something about sizes."""
+
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def shape_config(shape: str) -> dict[str, Any]:
+    """The configuration named `shape`: one of `SHAPES`, a config.json, or a directory that holds one."""
+    if shape in SHAPES:
+        return dict(SHAPES[shape])
+    path = Path(shape).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no shape {shape!r}{did_you_mean(shape, SHAPES)}, and no such config.json or directory")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ConfigError(f"{file} names no model_type; it is not a Hugging Face configuration")
+    if config.get("quantization_config"):
+        raise ConfigError(f"{file} is of a quantized checkpoint; name the shape of the unquantized one")
+    return config
+
+
+def shape_name(shape: str) -> str:
+    """What a record of `shape` is called after: its name, or that of its directory or file."""
+    path = Path(shape)
+    return shape if shape in SHAPES else path.stem if path.is_file() else path.name
+
+
+def write_model_directory(shape: str, folder: Path) -> None:
+    """Write configuration and a one-word tokenizer of `shape` into `folder`; weights are not among it.
+
+    End-of-text is made impossible, so that completions are as long as asked for.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoConfig, PreTrainedTokenizerFast
+
+    config = shape_config(shape)
+    AutoConfig.for_model(config.pop("model_type"), **config).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": -1}')
+
+
+def open_dummy(shape: str, policy: Policy) -> Engine:
+    """An engine over random weights of `shape`, all in place."""
+    from engine.checkpoint.files import ModelDescription
+    from engine.engine import Engine
+
+    config = shape_config(shape)
+    with tempfile.TemporaryDirectory(prefix="flexgen-dummy-") as folder:
+        write_model_directory(shape, Path(folder))
+        description = ModelDescription(
+            path=folder,
+            model_type=config["model_type"],
+            window=config.get("max_position_embeddings"),
+            dtype=config.get("dtype") or config.get("torch_dtype") or "float16",
+            weight_bytes=0,
+            num_layers=config.get("num_hidden_layers", 0),
+        )
+        engine = Engine.open(description, policy, fill_randomly)
+        try:
+            engine.wait_until_loaded()
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+
+def fill_randomly(store: WeightStore) -> Iterator[None]:
+    """Put small random numbers everywhere: one random block, repeated. It is encoded once."""
+    block = _random_block()
+    codes: dict[torch.dtype, list[torch.Tensor]] = {}
+    for unit in store.model.units:
+        for name in unit.owners:
+            like, codec = store.model.state[name], store.codec_of(name)
+            if codec is not None and like.dtype not in codes:
+                codes[like.dtype] = list(codec.encode(block, like.dtype))
+            for first in range(0, like.numel(), len(block)):
+                size = min(len(block), like.numel() - first)
+                if codec is None:
+                    store.put(name, block[:size], first_element=first)
+                else:
+                    parts = [part[: len(part) * size // len(block)] for part in codes[like.dtype]]
+                    store.put_codes(name, parts, first_element=first)
+            store.arrive(name)
+            yield
+
+
+def random_model(shape: str) -> PreTrainedModel:
+    """The stock `transformers` model of `shape` in host memory, in its own dtype, filled as `fill_randomly` does."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from engine.model.causal_model import parameters_on_meta
+
+    config = shape_config(shape)
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
+    built = AutoConfig.for_model(config.pop("model_type"), **config)
+    with parameters_on_meta():  # real buffers (rotary tables), no storage for parameters
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=dtype)
+    block = _random_block().to(dtype)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            filled = torch.empty(parameter.shape, dtype=dtype)
+            flat = filled.view(-1)
+            for first in range(0, flat.numel(), len(block)):
+                flat[first : first + len(block)].copy_(block[: flat.numel() - first])
+            module._parameters[name] = torch.nn.Parameter(filled, requires_grad=False)
+    model.tie_weights()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 1
+    model.eval()
+    return model
+
+
+def _random_block() -> torch.Tensor:
+    import torch
+
+    return torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()

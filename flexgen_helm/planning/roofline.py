@@ -1,0 +1,289 @@
+"""The least time that work can take on a machine: what it must move and compute, over rates measured there."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.errors import ConfigError
+from engine.job import Job, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.engine import Engine
+    from engine.memory.layout import Tier
+    from engine.model.causal_model import CausalModel
+    from engine.planning.planner import Plan
+    from engine.policy import Policy
+
+_EXPANDING_PASSES = 3
+"""Times that the numbers of an encoded layer are written or read until they can be multiplied with (codec.py)."""
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_WORKLOAD = re.compile(r"(\d+)x(\d+)x(\d+)\+(\d+):(\d+)")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`num_runs` HELM-like runs of `num_jobs` requests each, written "RUNSxJOBSxSHARED+OWN:NEW"."""
+
+    num_runs: int
+    num_jobs: int
+    shared: int
+    """Prompt tokens that the requests of one run have in common."""
+    own: int
+    """Prompt tokens of a request's own."""
+    new: int
+    """Tokens to generate."""
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """The workload that `text` writes; `ConfigError` otherwise."""
+        match = _WORKLOAD.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"workload {text!r} is not RUNSxJOBSxSHARED+OWN:NEW, such as 1x100x400+100:1")
+        workload = cls(*map(int, match.groups()))
+        if min(workload.num_runs, workload.num_jobs, workload.own, workload.new) < 1:
+            raise ConfigError(f"workload {text!r}: every number but SHARED must be at least 1")
+        return workload
+
+    def __str__(self) -> str:
+        return f"{self.num_runs}x{self.num_jobs}x{self.shared}+{self.own}:{self.new}"
+
+    @property
+    def num_requests(self) -> int:
+        """All requests."""
+        return self.num_runs * self.num_jobs
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens that must be computed, a shared prefix once."""
+        return self.num_runs * (self.shared + self.num_jobs * self.own)
+
+    @property
+    def kept(self) -> int:
+        """Rows that a request keeps in the KV cache; of one new token, none."""
+        return self.own + self.new - 1 if self.new > 1 else 0
+
+    def prompts(self, vocabulary: int, seed: int = 0) -> list[list[int]]:
+        """Random prompts, equal within a run for the first `shared` tokens."""
+        rng = random.Random(seed)
+        prompts = []
+        for _ in range(self.num_runs):
+            prefix = [rng.randrange(5, vocabulary) for _ in range(self.shared)]
+            for _ in range(self.num_jobs):
+                prompts.append(prefix + [rng.randrange(5, vocabulary) for _ in range(self.own)])
+        return prompts
+
+    def jobs(self, vocabulary: int, seed: int = 0) -> list[Job]:
+        """The prompts as jobs, sampled: greedy answers of random weights repeat themselves, and drafts would profit."""
+        return [
+            Job(prompt=prompt, max_new_tokens=self.new, sampling=Sampling(temperature=1.0, seed=index))
+            for index, prompt in enumerate(self.prompts(vocabulary, seed))
+        ]
+
+    def rehearsal(self, seats: int) -> Workload:
+        """The same requests with all but the last tokens in the prompt: claims the same memory in fewer sweeps.
+
+        Of whole runs that would wait for one of so many seats, there are none.
+        """
+        if self.new <= 2:
+            return self
+        num_runs = min(self.num_runs, math.ceil(seats / self.num_jobs))
+        return Workload(num_runs, self.num_jobs, self.shared, self.own + self.new - 2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A placed model, as far as it decides what a sweep moves and computes."""
+
+    layer_parameters: int
+    """Matrix elements of all layers that a token is multiplied with (of experts: those it is routed to)."""
+    head_parameters: int
+    attention_width: int
+    """Query heads x (key + value elements of a head), summed over the layers; 0 where layers see a window only."""
+    sweep_bytes: int
+    """Weights of layers and head, on any tier."""
+    streamed_bytes: int
+    """Those of them that are not on the device."""
+    disk_bytes: int
+    """Those of them that are on disk."""
+    cache_row_bytes: int
+    """Keys and values of one token, all layers, off the device."""
+    device_cache_row_bytes: int
+    """The same on the device."""
+    expanded_bytes: int
+    """Of encoded layers, what a sweep expands; 0 without a codec."""
+    hidden_row_bytes: int
+    num_layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a workload takes at least, under a plan."""
+
+    sweeps: int
+    flop: float
+    to_device_bytes: float
+    from_device_bytes: float
+    device_bytes: float
+    """Weights, keys and values that computation reads from device memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a machine was measured to do."""
+
+    flop_s: float
+    """Operations per second of a large square matrix product on random numbers, in the dtype at hand."""
+    to_device_bytes_s: float
+    from_device_bytes_s: float
+    device_bytes_s: float
+    """Bytes read and written per second by a large copy within device memory."""
+
+
+def sizes_of(engine: Engine) -> Sizes:
+    """Sizes of an open engine's model as it is placed."""
+    return sizes_of_model(engine._model, engine._weights.placed_bytes(), engine.policy)
+
+
+def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
+    """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
+    from engine.cache.key_value import cache_row_bytes
+    from engine.kernels.codec import codec_of
+    from engine.weights.stored_form import coded_names, whole_sizes
+
+    config = model.config.get_text_config()
+    num_experts = next((n for key in _EXPERT_KEYS if (n := getattr(config, key, None))), None)
+    routed = (getattr(config, "num_experts_per_tok", None) or 1) / (num_experts or 1)
+    active = 0.0
+    for unit in model.units:
+        for name in unit.owners if unit.name.startswith("layer.") else ():
+            shape = model.state[name].shape
+            if len(shape) > 1:  # a bias is added
+                is_expert = num_experts is not None and len(shape) == 3 and shape[0] == num_experts
+                active += shape.numel() * (routed if is_expert else 1)
+    head = "embedding" if model.is_tied else "head"
+    swept = [tiers for name, tiers in placed.items() if name.startswith("layer.") or name == head]
+    widths = sum(shape.key_dim + shape.value_dim for shape in model.kv_shapes)
+    row_bytes = cache_row_bytes(model.kv_shapes, model.dtype, codec_of(policy.compress_cache))
+    is_windowed = getattr(config, "sliding_window", None) is not None
+    return Sizes(
+        layer_parameters=round(active),
+        head_parameters=model.vocab_size * model.hidden_size,
+        attention_width=0 if is_windowed else config.num_attention_heads * widths,
+        sweep_bytes=sum(sum(tiers.values()) for tiers in swept),
+        streamed_bytes=sum(tiers["host"] + tiers["disk"] for tiers in swept),
+        disk_bytes=sum(tiers["disk"] for tiers in swept),
+        cache_row_bytes=row_bytes["host"],
+        device_cache_row_bytes=row_bytes["device"],
+        expanded_bytes=sum(
+            sum(whole_sizes(model, unit).values())
+            for unit in model.units
+            if policy.compress_weight and coded_names(model, unit)
+        ),
+        hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
+        num_layers=len(model.layers),
+    )
+
+
+def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = True, most_sweeps: int = 0) -> Work:
+    """What `load` takes at least under `plan`; without `cache_crosses`, offloaded KV is attended to where it is.
+
+    `most_sweeps`: a number of sweeps that was seen to be enough; 0 for none.
+
+    A lower bound on purpose: a shared prefix is computed and kept once and always on the device, causal attention is
+    counted half, every sweep is as full as the plan lets it be, copies in both directions run side by side.
+    """
+    steps, kept = load.new - 1, load.kept
+    at_once, off_device = _concurrency(load.num_requests, kept, sizes, plan)
+    sweeps = max(
+        math.ceil(load.num_requests / at_once) * load.new,
+        math.ceil(load.prefill_tokens / max(plan.limits.rows_per_sweep, load.shared, load.own)) + steps,
+    )
+    if load.own > plan.limits.rows_per_sweep:  # such a prompt is let in alone, when nobody runs
+        sweeps = max(sweeps, load.num_requests * load.new)
+    sweeps = min(sweeps, most_sweeps or sweeps)
+    moved = load.num_requests * off_device * sizes.cache_row_bytes
+    past_rows = sum(load.own + step for step in range(steps))  # of a sequence, over its decode steps
+    tokens = load.prefill_tokens + load.num_requests * steps
+    hidden = tokens * sizes.hidden_row_bytes * sizes.num_layers * (1 - plan.activations.gpu / 100)
+    shared_rows = load.num_runs * load.shared * steps
+    return Work(
+        sweeps=sweeps,
+        flop=2.0 * sizes.layer_parameters * tokens
+        + 2.0 * sizes.head_parameters * load.num_requests * load.new
+        + 2.0 * sizes.attention_width * _attended_pairs(load),
+        to_device_bytes=sweeps * sizes.streamed_bytes + hidden + (moved * past_rows if cache_crosses else 0),
+        from_device_bytes=hidden + moved * kept,
+        device_bytes=sweeps * (sizes.sweep_bytes + _EXPANDING_PASSES * sizes.expanded_bytes)
+        + (load.num_requests * (1 - off_device) * past_rows + shared_rows) * sizes.device_cache_row_bytes,
+    )
+
+
+def num_at_once(load: Workload, sizes: Sizes, plan: Plan) -> int:
+    """Sequences of `load` that run at once under `plan`."""
+    return _concurrency(load.num_requests, load.kept, sizes, plan)[0]
+
+
+def num_off_device(load: Workload, sizes: Sizes, plan: Plan) -> float:
+    """Sequences of `load`, on the whole, whose keys and values are kept off the device."""
+    return load.num_requests * _concurrency(load.num_requests, load.kept, sizes, plan)[1]
+
+
+def cache_rows(sizes: Sizes, plan: Plan) -> dict[Tier, int]:
+    """Tokens whose keys and values each tier has room for."""
+    row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
+    return {tier: budget // row_bytes[tier] for tier, budget in plan.cache_budgets.items()}
+
+
+def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tuple[int, float]:
+    """(sequences that can run at once, share of them whose keys and values are off the device)."""
+    at_once = min(num_requests, plan.limits.seats)
+    if not kept:
+        return at_once, 0.0
+    room = {tier: rows // kept for tier, rows in cache_rows(sizes, plan).items()}
+    at_once = max(1, min(at_once, sum(room.values())))
+    if plan.kv_cache is not None:
+        return at_once, 1 - plan.kv_cache.gpu / 100
+    return at_once, max(0, at_once - room["device"]) / at_once
+
+
+def _attended_pairs(load: Workload) -> float:
+    """Pairs of a query and a key before it, over all computed tokens."""
+
+    def causal(first: int, count: int) -> float:
+        return count * first + count * (count + 1) / 2
+
+    per_request = causal(load.shared, load.own + load.new - 1)
+    return load.num_runs * causal(0, load.shared) + load.num_requests * per_request
+
+
+def least_seconds(work: Work, rates: Rates) -> dict[str, float]:
+    """Seconds that each resource needs for `work`; the largest is the limit."""
+    return {
+        "arithmetic": work.flop / rates.flop_s,
+        "to device": work.to_device_bytes / rates.to_device_bytes_s,
+        "from device": work.from_device_bytes / rates.from_device_bytes_s,
+        "device memory": work.device_bytes / rates.device_bytes_s,
+    }
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure `device`; on the CPU, link and device memory are both a copy in host memory."""
+    from engine.measuring import rates
+    from engine.memory import accelerator
+
+    is_fast = accelerator.has_streams(device)
+    size = 1 << (30 if is_fast else 26)
+    to_device, from_device, _ = rates.link_rates(device, size)
+    return Rates(
+        flop_s=rates.gemm_rate(device, dtype, *([8192] * 3 if is_fast else [1024] * 3)),
+        to_device_bytes_s=to_device,
+        from_device_bytes_s=from_device,
+        device_bytes_s=rates.device_copy_rate(device, size),
+    )

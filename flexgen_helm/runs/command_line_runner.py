@@ -1,0 +1,78 @@
+"""The runner behind `flexgen-helm run`: it finds bad input in any run before the first one, and shows progress."""
+
+from __future__ import annotations
+
+from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.run_spec import RunSpec
+
+from engine.errors import EngineError
+from flexgen_helm.helm.preflight import find_unusable_metrics
+from flexgen_helm.helm.runner import FlexGenRunner, WholeRunExecutor
+from flexgen_helm.helm.scores import short_name
+from flexgen_helm.terminal.progress import Progress
+
+
+class CommandLineRunner(FlexGenRunner):
+    """Runs all run specs, or none if one of them cannot be run: then raises its `EngineError`."""
+
+    display = Progress()
+    """On the class, because HELM makes the runner from the class's name."""
+
+    def run_all(self, run_specs: list[RunSpec]) -> None:
+        """Check all, then run all; raises `RunsFailed` at the end if a run failed."""
+        if not (self.dry_run or self.skip_instances or self.cache_instances_only):
+            self._check([run_spec for run_spec in run_specs if not self._is_done(run_spec)])
+        super().run_all(run_specs)
+
+    def run_one(self, run_spec: RunSpec) -> None:
+        """Run one run spec under its own heading; requests that failed are noted there."""
+        name = short_name(run_spec.name)
+        self.display.begin(name)
+        super().run_one(run_spec)
+        if isinstance(self.executor, WholeRunExecutor) and (failed := self.executor.failed):
+            self.executor.failed = []  # a run that is skipped as completed executes nothing
+            self.display.notes.append(
+                f"{name}: {len(failed)} requests failed and count as empty answers; the first: {failed[0]}"
+            )
+
+    @staticmethod
+    def progress(done: int, total: int, tokens: int) -> None:
+        """Pass on what the client reports."""
+        CommandLineRunner.display(done, total, tokens)
+
+    def _check(self, run_specs: list[RunSpec]) -> None:
+        for problem in find_unusable_metrics(run_specs).values():
+            raise problem
+        if len(run_specs) == 1:
+            return  # a run checks its own prompts before the engine loads
+        executor = self.executor
+        self.executor = _Rehearsal(executor, self.progress)
+        try:
+            for run_spec in run_specs:
+                self._rehearse(run_spec)
+        finally:
+            self.executor = executor
+
+    def _rehearse(self, run_spec: RunSpec) -> None:
+        """Run a run spec up to its requests."""
+        try:
+            super().run_one(run_spec)
+        except EngineError as error:
+            raise type(error)(f"{run_spec.name}: {error}") from None
+        except Exception:
+            return  # no requests yet, or none to be had: the run itself will say why
+
+
+class _RequestsAreFine(Exception):
+    """Ends a rehearsal."""
+
+
+class _Rehearsal(WholeRunExecutor):
+    """Checks a run's requests instead of executing them."""
+
+    def execute(self, scenario_state: ScenarioState) -> ScenarioState:
+        """Raise `EngineError` for a request that cannot be run, `_RequestsAreFine` otherwise."""
+        client = self.client_of(scenario_state.request_states)
+        if client is not None:
+            client.check([state.request for state in scenario_state.request_states])
+        raise _RequestsAreFine

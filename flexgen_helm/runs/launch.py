@@ -1,0 +1,221 @@
+"""From a command line to a HELM run: everything is checked before anything is written or a weight is read."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from helm.benchmark.config_registry import register_builtin_configs_from_helm_package, register_configs_from_directory
+from helm.benchmark.huggingface_registration import (
+    register_huggingface_hub_model_from_flag_value,
+    register_huggingface_local_model_from_flag_value,
+)
+from helm.benchmark.run import import_user_plugins, load_entry_point_plugins, run_benchmarking
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import set_benchmark_output_path
+from helm.common.authentication import Authentication
+from helm.common.hierarchical_logger import setup_default_logging
+from helm.proxy.services.remote_service import create_authentication
+
+from engine.errors import ConfigError, EngineError, InstallationError
+from flexgen_helm.helm.runner import RunsFailed
+from flexgen_helm.helm.scores import Score, read_scores, table
+from flexgen_helm.runs import assets, demo
+from flexgen_helm.runs.command_line_runner import CommandLineRunner
+from flexgen_helm.runs.entries import assign_models, build_run_specs, read_entries
+from flexgen_helm.runs.flags import PolicySpec, parse_run_flags, policy_from_flags
+from flexgen_helm.runs.models import Models
+from flexgen_helm.terminal.errors import RunFailed
+from flexgen_helm.terminal.footprint import Footprint
+from flexgen_helm.terminal.installation import model_problem
+from flexgen_helm.terminal.progress import Progress
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the entries of a command line, or the demo; `EngineError` for bad input, `RunFailed` for a failed run."""
+    args = parse_run_flags(arguments)
+    is_demo = not names_entries(args)
+    if is_demo:
+        args.output_path, args.conf_paths = args.output_path or demo.OUTPUT_PATH, ["demo"]
+    carry_out(args, is_demo=is_demo)
+    if is_demo:
+        print(demo.NEXT)
+    return 0
+
+
+def names_entries(args: argparse.Namespace) -> bool:
+    """Whether the command line names anything to run."""
+    return bool(args.conf_paths or args.run_entries or args.run_specs or args.description)
+
+
+def carry_out(
+    args: argparse.Namespace, *, is_demo: bool = False, show: Callable[[Sequence[Score]], str] = table
+) -> None:
+    """Run what parsed flags ask for and print what `show` makes of the scores.
+
+    Raises `EngineError` for bad input, which leaves nothing behind, and `RunFailed` for a failed run.
+    """
+    policy = policy_from_flags(args)
+    args.output_path = args.output_path or "benchmark_output"
+    if problem := model_problem():
+        raise InstallationError(problem)
+    set_up_logging(args)
+    footprint = Footprint()
+    footprint.watch([args.output_path, args.local_path])
+    prepared = prepare(args, policy, is_demo=is_demo)
+    run_specs = prepared.run_specs
+    footprint.watch(_run_path(args, run_spec) for run_spec in run_specs)
+    footprint.settle()
+    before = _of_others(args, run_specs)
+    try:
+        if is_demo:
+            demo.write_facts(assets.countries(), Path(args.output_path))
+        prepared.models.write(args.local_path)
+        _execute(args, run_specs, show)
+    except EngineError:
+        spared = [path for path in (_run_path(args, spec) for spec in run_specs) if (path / "stats.json").exists()]
+        if meanwhile := _of_others(args, run_specs) - before:  # at work in the same directories
+            spared += [*meanwhile, Path(args.local_path)]
+        footprint.undo(keep=Path(args.output_path) / "scenarios", spared=spared)
+        raise
+
+
+def set_up_logging(args: argparse.Namespace) -> None:
+    """Show HELM's log as anybody asks for it; where nobody does, its warnings only."""
+    logger = logging.getLogger("helm")
+    if not logger.handlers:
+        setup_default_logging(args.log_config)
+    if not (args.debug or args.log_config or os.environ.get("HELM_LOG_LEVEL") or os.environ.get("LOG_LEVEL")):
+        logger.setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a command line asks for, checked."""
+
+    run_specs: list[RunSpec]
+    models: Models
+    """Not yet written to where HELM reads them."""
+    notes: list[str]
+    """Lines that are to be read at the end."""
+
+
+def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: bool = False) -> Prepared:
+    """Check everything that can be checked beforehand; raises `EngineError`."""
+    _register_with_helm(args)
+    entries = read_entries(args)
+    named = [args.model] if args.model else list(args.models_to_run or [])
+    models = Models(
+        policy=policy,
+        path=args.path,
+        apply_chat_template=False if is_demo and not named else None,
+        max_sequence_length=args.max_sequence_length,
+    )
+    if is_demo and not named:
+        named = [str(assets.demo_model())]
+    set_benchmark_output_path(args.output_path)
+    run_specs = build_run_specs(
+        entries,
+        args,
+        lambda entry: assign_models([entry], named, models.target, skip_others=bool(args.models_to_run)),
+    )
+    num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
+    notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
+    return Prepared(run_specs, models, notes)
+
+
+def _register_with_helm(args: argparse.Namespace) -> None:
+    """Make HELM know what `helm-run` would make it know."""
+    register_builtin_configs_from_helm_package()
+    try:
+        register_configs_from_directory(args.local_path)
+        load_entry_point_plugins()
+        import_user_plugins(args.plugins or [])
+        for name in args.enable_huggingface_models:
+            register_huggingface_hub_model_from_flag_value(name)
+        for name in args.enable_local_huggingface_models:
+            register_huggingface_local_model_from_flag_value(name)
+    except Exception as error:  # whatever is in the user's files
+        raise ConfigError(f"HELM cannot read {args.local_path} or the plugins: {_named(error)}") from error
+
+
+def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[[Sequence[Score]], str]) -> None:
+    """Run, then show the scores; `EngineError` for bad input that only shows now, `RunFailed` for a failed run."""
+    display = CommandLineRunner.display = Progress(num_runs=len(run_specs))
+    own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
+    auth = create_authentication(args) if args.server_url and not args.skip_instances else Authentication("")
+    failure: Exception | None = None
+    before = {run_spec.name: _stamp(args, run_spec) for run_spec in run_specs}
+    try:
+        run_benchmarking(
+            run_specs=run_specs,
+            auth=auth,
+            url=args.server_url,
+            local_path=args.local_path,
+            num_threads=args.num_threads,
+            output_path=args.output_path,
+            suite=args.suite,
+            dry_run=args.dry_run,
+            skip_instances=args.skip_instances,
+            cache_instances=args.cache_instances,
+            cache_instances_only=args.cache_instances_only,
+            skip_completed_runs=args.skip_completed_runs,
+            exit_on_error=args.exit_on_error,
+            runner_class_name=args.runner_class_name or own,
+            mongo_uri=args.mongo_uri,
+            disable_cache=args.disable_cache,
+        )
+    except Exception as error:
+        failure = error
+    throughput = display.close()
+    path = Path(args.output_path) / "runs" / args.suite
+    # What an earlier command left of a run is no result of this one, unless it was asked to skip what is completed.
+    done = [spec for spec in run_specs if args.skip_completed_runs or _stamp(args, spec) != before[spec.name]]
+    scores = read_scores(done, path)
+    if scores and not args.dry_run:
+        print(show(scores), *display.notes, throughput, f"results: {path}", sep="\n")
+    if failure is not None:
+        raise _verdict(failure, len(run_specs), has_answers=display.num_computed > 0) from failure
+
+
+def _verdict(failure: Exception, num_runs: int, *, has_answers: bool) -> Exception:
+    """Tell bad input (`EngineError`) from a failed run (`RunFailed`), which it is as soon as one went well.
+
+    With answers that are kept it is a failed run, too: a disk that fills up meanwhile is no bad input.
+    """
+    if not has_answers:
+        if isinstance(failure, RunsFailed) and failure.bad_input and len(failure.failures) == num_runs:
+            return next(iter(failure.failures.values()))
+        if isinstance(failure, EngineError) and type(failure) is not EngineError:
+            return failure
+    return RunFailed(str(failure) if isinstance(failure, RunsFailed | EngineError) else _named(failure))
+
+
+def _run_path(args: argparse.Namespace, run_spec: RunSpec) -> Path:
+    return Path(args.output_path) / "runs" / str(args.suite) / run_spec.name
+
+
+def _of_others(args: argparse.Namespace, run_specs: Sequence[RunSpec]) -> set[Path]:
+    """What of other commands lies beside these runs: suites, and runs of the same suite."""
+    suites = Path(args.output_path) / "runs"
+    own = suites / str(args.suite)
+    beside = {path for path in suites.glob("*") if path != own} | set(own.glob("*"))
+    return beside - {own / "eval_cache", *(_run_path(args, run_spec) for run_spec in run_specs)}
+
+
+def _stamp(args: argparse.Namespace, run_spec: RunSpec) -> tuple[int, int] | None:
+    """Tells a run's `stats.json` from one that was written before or after; None if there is none."""
+    file = _run_path(args, run_spec) / "stats.json"
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,120 @@
+"""Models named on a command line: found among what HELM knows or made from their files, registered, written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from helm.benchmark.model_deployment_registry import ALL_MODEL_DEPLOYMENTS, ClientSpec, ModelDeployment
+from helm.benchmark.model_metadata_registry import get_model_metadata
+from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, register_tokenizer_config
+
+from engine.checkpoint.files import describe
+from engine.errors import ConfigError, EngineError
+from flexgen_helm.runs.entries import Target
+from flexgen_helm.runs.flags import PolicySpec
+from flexgen_helm.runs.registration import (
+    CLIENT,
+    Entries,
+    entries_for,
+    merge_into_local_path,
+    register_in_process,
+    with_longest_sequence,
+)
+
+
+class Models:
+    """The models of one command line, each looked up once."""
+
+    def __init__(
+        self,
+        *,
+        policy: PolicySpec | None,
+        path: str | None = None,
+        apply_chat_template: bool | None = None,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        """`policy` None leaves a deployment that HELM knows its own; `path` is where the weights of --model are."""
+        self._policy = policy
+        self._path = path
+        self._apply_chat_template = apply_chat_template
+        self._max_sequence_length = max_sequence_length
+        self._entries: dict[str, Entries] = {}
+        self._problems: dict[str, EngineError] = {}
+
+    def target(self, model: str) -> Target:
+        """Make sure that HELM knows a hub id, directory or HELM model name, and return its names.
+
+        Raises `EngineError` for a model that cannot be run; reads no weights.
+        """
+        if model in self._problems:  # hundreds of entries may name it
+            raise self._problems[model].with_traceback(None)
+        if model not in self._entries:
+            try:
+                entries = self._known(model) or self._new(model)
+            except EngineError as error:
+                self._problems[model] = error
+                raise
+            register_in_process(entries)
+            if self._path:
+                register_tokenizer_config(entries.tokenizer)  # that of --path, not of the hub
+            self._entries[model] = entries
+        entries = self._entries[model]
+        return Target(model=entries.model.name, model_deployment=entries.deployment.name)
+
+    def write(self, local_path: str) -> None:
+        """Merge the models into HELM's files, which is all that helm-summarize and helm-server read."""
+        for entries in self._entries.values():
+            merge_into_local_path(entries, local_path)
+
+    def _known(self, model: str) -> Entries | None:
+        """Take a deployment of ours that HELM knows by the model's HELM name, under the policy of this run."""
+        deployment = None if self._path or Path(model).expanduser().is_dir() else our_deployment(model)
+        if deployment is None:
+            return None
+        describe(source_of(deployment))
+        if self._policy is not None:
+            args = {**deployment.client_spec.args, "policy": self._policy}
+            client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
+            deployment = dataclasses.replace(deployment, client_spec=client_spec)
+        if self._max_sequence_length is not None:
+            deployment = with_longest_sequence(deployment, source_of(deployment), self._max_sequence_length)
+        tokenizer = get_tokenizer_config(deployment.tokenizer_name or model)
+        if tokenizer is None:
+            raise ConfigError(
+                f"deployment {deployment.name} names tokenizer {deployment.tokenizer_name}, unknown to HELM"
+            )
+        return Entries(model=get_model_metadata(model), tokenizer=tokenizer, deployment=deployment)
+
+    def _new(self, model: str) -> Entries:
+        entries = entries_for(
+            self._path or model,
+            name=model if self._path else None,
+            policy=self._policy or "auto",
+            apply_chat_template=self._apply_chat_template,
+            max_sequence_length=self._max_sequence_length,
+        )
+        other = None if self._path else our_deployment(entries.model.name)
+        if other is not None and os.path.realpath(source_of(other)) != os.path.realpath(source_of(entries.deployment)):
+            # HELM's cache of tokens goes by the name.
+            raise ConfigError(
+                f"HELM already knows {entries.model.name}, as {source_of(other)}, which is not {model}; "
+                "give this run another --local-path"
+            )
+        return entries
+
+
+def our_deployment(model: str) -> ModelDeployment | None:
+    """Return the deployment of ours that HELM would take for a model, if there is one."""
+    ours = [
+        deployment
+        for deployment in ALL_MODEL_DEPLOYMENTS
+        if deployment.model_name == model and deployment.client_spec.class_name == CLIENT
+    ]
+    return ours[-1] if ours else None
+
+
+def source_of(deployment: ModelDeployment) -> str:
+    """Return the hub id or directory of a deployment of ours."""
+    return str(deployment.client_spec.args.get("pretrained_model_name_or_path") or deployment.model_name)

@@ -1,0 +1,241 @@
+"""HELM's entries for a user's model: made from its files, registered in this process, merged into a local path."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helm.benchmark.model_deployment_registry import (
+    ALL_MODEL_DEPLOYMENTS,
+    ClientSpec,
+    ModelDeployment,
+    register_model_deployment,
+)
+from helm.benchmark.model_metadata_registry import (
+    FULL_FUNCTIONALITY_TEXT_MODEL_TAG,
+    MODEL_NAME_TO_MODEL_METADATA,
+    TEXT_MODEL_TAG,
+    ModelMetadata,
+    register_model_metadata,
+)
+from helm.benchmark.tokenizer_config_registry import (
+    TOKENIZER_NAME_TO_CONFIG,
+    TokenizerConfig,
+    TokenizerSpec,
+    register_tokenizer_config,
+)
+
+from engine.checkpoint.files import ModelDescription, describe
+from engine.errors import CheckpointError, ConfigError
+from engine.policy import Policy
+from flexgen_helm.helm.translate import Translator
+from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
+
+CLIENT = "flexgen_helm.client.FlexGenClient"
+TOKENIZER = "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer"
+
+_FILES = (
+    ("model_metadata.yaml", "models"),
+    ("tokenizer_configs.yaml", "tokenizer_configs"),
+    ("model_deployments.yaml", "model_deployments"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """What HELM must know to run a model on the engine; all three refer to each other by name."""
+
+    model: ModelMetadata
+    tokenizer: TokenizerConfig
+    deployment: ModelDeployment
+
+
+def entries_for(
+    model: str,
+    *,
+    name: str | None = None,
+    policy: str | Path | Mapping[str, Any] | Policy = "auto",
+    max_sequence_length: int | None = None,
+    apply_chat_template: bool | None = None,
+    top_k: int | None = None,
+) -> Entries:
+    """Make the entries of a hub id or model directory; reads its tokenizer, but no weights.
+
+    The HELM model is called `name`, by default the hub id, or local/<directory>. Raises `EngineError` for a model that
+    the engine cannot run, and where the longest sequence is neither given nor to be found.
+    """
+    description = describe(model, download_weights=False)
+    is_directory = Path(model).expanduser().is_dir()
+    source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
+    helm_name = _checked_name(name) if name else _default_name(source, is_directory)
+    end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
+    longest, window = _longest_sequence(model, max_sequence_length, description, translator)
+    args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
+    if apply_chat_template is not None:
+        args["apply_chat_template"] = apply_chat_template
+    if top_k is not None:
+        args["top_k"] = top_k
+    if window is not None:
+        args["window"] = window
+    return Entries(
+        model=ModelMetadata(
+            name=helm_name,
+            display_name=helm_name.split("/")[1],
+            description=f"{description.model_type} model from {source}",
+            creator_organization_name=helm_name.split("/")[0],
+            access="open",
+            release_date=None,
+            tags=[TEXT_MODEL_TAG, FULL_FUNCTIONALITY_TEXT_MODEL_TAG],
+        ),
+        tokenizer=TokenizerConfig(
+            name=helm_name,
+            tokenizer_spec=TokenizerSpec(class_name=TOKENIZER, args={"pretrained_model_name_or_path": source}),
+            end_of_text_token=end_of_text_token,
+            prefix_token=prefix_token,
+        ),
+        deployment=ModelDeployment(
+            name=f"flexgen/{helm_name.split('/')[1]}",
+            model_name=helm_name,
+            tokenizer_name=helm_name,
+            max_sequence_length=longest,
+            client_spec=ClientSpec(class_name=CLIENT, args=args),
+        ),
+    )
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[^/\s,:=]+/[^/\s,:=]+", name):
+        raise ConfigError(f"HELM model name {name!r} is not of the form organization/model, e.g. local/my-model")
+    return name
+
+
+def _default_name(source: str, is_directory: bool) -> str:
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(source)) or "model"
+    return f"local/{last}" if is_directory or "/" not in source else source
+
+
+def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | None) -> tuple[str, str, Translator]:
+    """End-of-text token, prefix token, and what would translate for the model."""
+    from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+
+    path = description.path
+    try:
+        wrapped = HuggingFaceTokenizer.create_tokenizer(path)
+        with wrapped as tokenizer:
+            end_of_text_token, prefix_token = tokenizer.eos_token or "", tokenizer.bos_token or ""
+        translator = Translator(
+            wrapped,
+            model=path,
+            window=description.window,
+            pad_to=None,
+            end_of_text_token=end_of_text_token,
+            apply_chat_template=apply_chat_template,
+            top_k=None,
+        )
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from None
+    return end_of_text_token, prefix_token, translator
+
+
+def _longest_sequence(
+    model: str, given: int | None, description: ModelDescription, translator: Translator
+) -> tuple[int, int | None]:
+    """HELM's max_sequence_length, and the window where it must be told because the model's config does not.
+
+    HELM counts a prompt's own tokens only, so that those of a chat template must find room beside them.
+    """
+    added = translator.num_added
+    if given is not None and given < 1:
+        raise ConfigError(
+            f"max_sequence_length {given} of {model} is below 1; leave it out to take what its files tell"
+        )
+    if given is not None and description.window is None:
+        return given, given + added
+    limit = translator.window
+    if limit is None:
+        raise ConfigError(
+            f"neither config nor tokenizer of {model} tell its longest sequence; give --max-sequence-length N"
+        )
+    beside = f" beside the {added} tokens of its chat template" if added else ""
+    if limit <= added:
+        raise ConfigError(f"the chat template of {model} takes {added} tokens, and its window is {limit}")
+    if given is not None and given > limit - added:
+        raise ConfigError(
+            f"max_sequence_length {given} of {model} is more than its window, {limit}, has room for{beside}; "
+            f"give {limit - added} or less"
+        )
+    return given or limit - added, None
+
+
+def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int) -> ModelDeployment:
+    """A deployment of ours of the model `source` with another `max_sequence_length`; `ConfigError` if it cannot be."""
+    description, args = describe(source, download_weights=False), deployment.client_spec.args
+    _, _, translator = _read_tokenizer(description, args.get("apply_chat_template"))
+    longest, window = _longest_sequence(source, longest, description, translator)
+    if window is not None:
+        args = {**args, "window": window}
+    client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
+    return dataclasses.replace(deployment, max_sequence_length=longest, client_spec=client_spec)
+
+
+def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | dict[str, Any]:
+    checked = Policy.load(policy)
+    if isinstance(policy, Policy):
+        return checked.as_mapping() or "auto"
+    if isinstance(policy, Mapping):
+        return dict(policy)
+    file = Path(policy).expanduser()
+    return str(file.absolute()) if file.is_file() else str(policy)
+
+
+def register_in_process(entries: Entries) -> None:
+    """Make HELM in this process know the entries.
+
+    Model and tokenizer stay as they are if they are registered; the deployment is replaced, because it says how this
+    run is to be done.
+    """
+    if entries.model.name not in MODEL_NAME_TO_MODEL_METADATA:
+        register_model_metadata(dataclasses.replace(entries.model))
+    if entries.tokenizer.name not in TOKENIZER_NAME_TO_CONFIG:
+        register_tokenizer_config(entries.tokenizer)
+    ALL_MODEL_DEPLOYMENTS[:] = [known for known in ALL_MODEL_DEPLOYMENTS if known.name != entries.deployment.name]
+    register_model_deployment(entries.deployment)
+
+
+def merge_into_local_path(entries: Entries, local_path: str | Path) -> list[str]:
+    """Add the entries to HELM's three YAML files in `local_path`; return a line for each that was there, but different.
+
+    helm-summarize and helm-server know only these files. Nothing that stands in them is changed, and no file is ever
+    half written. Models and tokenizers that HELM ships are left to HELM. Raises `ConfigError` if a file cannot be
+    read or written.
+    """
+    directory = Path(local_path).expanduser()
+    mappings = [_as_mapping(entries.model), _as_mapping(entries.tokenizer), _as_mapping(entries.deployment)]
+    additions = [
+        (directory / file, key, mapping)
+        for (file, key), mapping in zip(_FILES, mappings, strict=True)
+        if not _helm_ships(file, mapping["name"])
+    ]
+    return add_to_yaml_lists(additions)
+
+
+def _as_mapping(entry: ModelMetadata | TokenizerConfig | ModelDeployment) -> dict[str, Any]:
+    """The fields that differ from their defaults, as HELM's YAML has them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(entry)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(entry).items()
+        if value is not None and value != defaults[name] and name != "deployment_names"
+    }
+
+
+def _helm_ships(file: str, name: str) -> bool:
+    from importlib import resources
+
+    text = resources.files("helm.config").joinpath(file).read_text(encoding="utf-8")
+    return re.search(rf"^\s*- name:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", text, re.MULTILINE) is not None

@@ -1,0 +1,244 @@
+"""Keeps account of a sweep: its progress, its log, and the record that is written whenever a run ends."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from helm.benchmark.run_spec import RunSpec
+
+from flexgen_helm.helm.asked import Answer
+from flexgen_helm.helm.scores import short_name
+from flexgen_helm.planning import record
+from flexgen_helm.sweeps import record as sweep_record
+from flexgen_helm.sweeps.log import JsonLog, logger
+from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.progress import Standing, SweepProgress
+from flexgen_helm.sweeps.record import Hardware, ModelRecord, RunRecord, RunStatus, SweepRecord
+from flexgen_helm.terminal.installation import version
+
+
+class SweepDiary:
+    """A context manager; the methods tell what happens, in the thread that runs the suite."""
+
+    def __init__(
+        self, suite_path: Path, run_specs: Sequence[RunSpec], json_log: JsonLog, stream: TextIO | None = None
+    ) -> None:
+        """`stream` shows progress, stderr by default."""
+        self.notes: list[str] = []
+        """Lines that are to be read at the end."""
+        self.models: list[ModelRecord] = []
+        """What has become of the models that are done."""
+        self._suite_path = suite_path
+        self._deployments = {spec.name: str(spec.adapter_spec.model_deployment) for spec in run_specs}
+        self._ended: dict[str, RunRecord] = {}
+        self._current: ModelSweep | None = None
+        self._requests: dict[str, PendingRun] = {}
+        self._started = _now()
+        self._hardware = _hardware()
+        self._commit = None if (commit := record.commit()) == "unknown" else commit
+        self._json_log = json_log
+        self._progress = SweepProgress(Standing(len(run_specs)), json_log, self._speed, stream)
+
+    def __enter__(self) -> SweepDiary:
+        """Begin: the record says that the sweep runs. Raises `OSError` where it cannot be written."""
+        sweep_record.write(self._suite_path, self.record())
+        runs = len(self._deployments)
+        logger.info("sweep of %d runs begins, process %d on %s", runs, os.getpid(), socket.gethostname())
+        self._json_log.write("start", suite=self._suite_path.name, runs=list(self._deployments))
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        is_over = len(self._ended) == len(self._deployments)
+        self._write(finished=_now() if is_over else None)
+        counts = {status: self.count(status) for status in ("done", "failed", "skipped")}
+        why = "" if error is None or is_over else f", stopped by {kind.__name__ if kind else ''}"
+        logger.info("sweep ends: %s%s", ", ".join(f"{n} {status}" for status, n in counts.items()), why)
+        self._json_log.write("end", **counts, complete=is_over)
+
+    def count(self, status: str) -> int:
+        """Runs that ended so."""
+        return sum(run.status == status for run in self._ended.values())
+
+    def record(self, finished: str | None = None) -> SweepRecord:
+        """What there is to record by now."""
+        names = ("flexgen-helm", "crfm-helm", "torch", "transformers")
+        models = self.models if self._current is None else [*self.models, _model_record(self._current)]
+        return SweepRecord(
+            suite=self._suite_path.name,
+            started=self._started,
+            finished=finished,
+            versions={
+                **{name: found for name in names if (found := version(name))},
+                "python": platform.python_version(),
+            },
+            commit=self._commit,
+            hardware=self._hardware,
+            models=tuple(models),
+            runs=tuple(self._ended[name] for name in self._deployments if name in self._ended),
+        )
+
+    # What happens
+
+    def skipped(self, run_spec: RunSpec) -> None:
+        """An earlier command had completed it."""
+        self._end(run_spec.name, "skipped")
+
+    def preparing(self, run_spec: RunSpec, number: int, total: int) -> None:
+        """A run's requests are about to be made."""
+        self._progress.standing.doing = f"preparing {short_name(run_spec.name)} ({number}/{total})"
+
+    def prepared(self, run: PendingRun) -> None:
+        """A run's requests are made."""
+        self._requests[run.name] = run
+        self._progress.standing.requests += run.total
+        self._progress.standing.requests_done += run.cached
+
+    def begin(self, model: ModelSweep) -> None:
+        """A model is about to be asked."""
+        self._current, now = model, self._progress.standing
+        now.doing = f"loading {model.deployment}" if model.asked.todo else model.deployment
+        now.tokens, now.tokens_done = model.asked.most_tokens, 0
+        self._progress.say(
+            f"{model.deployment}: {len(model.runs)} runs, {model.num_requests} requests, {model.cached} of them from "
+            f"the cache, {len(model.asked.todo)} to compute"
+        )
+
+    def answered(self, model: ModelSweep, answer: Answer) -> None:
+        """The engine has answered."""
+        now = self._progress.standing
+        now.doing = model.deployment
+        now.requests_done += len(answer.places)
+        now.tokens_done += answer.most_tokens
+        for run in model.runs_of(answer):
+            if run.is_answered:
+                now.active.pop(run.name, None)
+            else:
+                now.active[run.name] = (len(run.results), run.total)
+
+    def done(self, run: PendingRun, failed: Sequence[str]) -> None:
+        """A run's files are written; `failed` says why some of its requests count as empty answers."""
+        if failed:
+            self.notes.append(
+                f"{short_name(run.name)}: {len(failed)} requests failed and count as empty answers; "
+                f"the first: {failed[0]}"
+            )
+        self._end(run.name, "done", run, num_failed=len(failed))
+
+    def failed(self, name: str, error: Exception, trace: str = "") -> None:
+        """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
+        line = " ".join(str(error).split())
+        if trace or not line:
+            line = ": ".join(part for part in (type(error).__name__, line) if part)
+        if trace:
+            logger.error("%s failed:\n%s", name, trace)
+        self._end(name, "failed", self._requests.get(name), error=line)
+
+    def end(self, model: ModelSweep) -> None:
+        """All of a model's runs have ended."""
+        self.models.append(_model_record(model))
+        self._current = None
+        self._progress.standing.active = {}
+        self._progress.standing.doing = f"{model.deployment} done"
+        self._write()
+
+    def _end(
+        self,
+        name: str,
+        status: RunStatus,
+        pending: PendingRun | None = None,
+        *,
+        num_failed: int = 0,
+        error: str | None = None,
+    ) -> None:
+        run = self._ended[name] = RunRecord(
+            name=name,
+            deployment=self._deployments[name],
+            status=status,
+            error=error,
+            requests=pending.total if pending else 0,
+            cached=pending.cached if pending else 0,
+            failed_requests=num_failed,
+            new_tokens=pending.new_tokens if pending else 0,
+            seconds=self._current.tally.seconds if self._current and pending else 0.0,
+        )
+        self._requests.pop(run.name, None)
+        now = self._progress.standing
+        now.runs_ended += 1
+        what = f"{run.status}{f': {run.error}' if run.error else ''}"
+        self._progress.say(f"run {now.runs_ended}/{now.num_runs} {short_name(run.name)}: {what}")
+        self._json_log.write(
+            "run",
+            name=run.name,
+            status=run.status,
+            error=run.error,
+            requests=run.requests,
+            cached=run.cached,
+            failed_requests=run.failed_requests,
+            seconds=run.seconds,
+        )
+        self._write()
+
+    def _speed(self) -> tuple[float, float, float | None]:
+        model = self._current
+        if model is None:
+            return 0.0, 0.0, None
+        tally = model.tally
+        seconds = tally.computing_s
+        return seconds, tally.prompt_tokens + tally.new_tokens, tally.fraction(seconds)
+
+    def _write(self, finished: str | None = None) -> None:
+        try:
+            sweep_record.write(self._suite_path, self.record(finished))
+        except OSError as error:  # the runs matter more
+            logger.warning("the record of the sweep cannot be written: %s", error.strerror)
+
+
+def _model_record(model: ModelSweep) -> ModelRecord:
+    tally, seconds = model.tally, model.tally.seconds
+    return ModelRecord(
+        deployment=model.deployment,
+        policy=model.client.policy.as_mapping(),
+        plan=tally.plan(),
+        seconds=seconds,
+        limit_s=tally.limit_s(),
+        fraction=tally.fraction(seconds),
+        requests=model.num_requests,
+        cached=model.cached,
+        computed=tally.computed,
+        prompt_tokens=tally.prompt_tokens,
+        prefix_tokens_saved=tally.saved_tokens,
+        new_tokens=tally.new_tokens,
+        sweeps=tally.num_sweeps,
+        time_split=tally.split(seconds),
+        timeline=tally.timeline(),
+    )
+
+
+def _hardware() -> Hardware:
+    from engine.memory import accelerator
+    from engine.planning.hardware_profile import this_machine
+
+    machine, devices = this_machine(), accelerator.devices()
+    found = accelerator.memory(devices[0]) if devices else None
+    return Hardware(
+        device=(*machine.accelerators, machine.processor)[0],
+        device_memory_bytes=None if found is None else found[1],
+        host=socket.gethostname(),
+        cores=machine.cores,
+        host_memory_bytes=machine.host_memory_bytes,
+    )
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

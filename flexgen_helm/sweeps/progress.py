@@ -1,0 +1,122 @@
+"""Progress of a suite: one line in place on a terminal, a line a minute elsewhere, and JSON lines for machines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TextIO
+
+from flexgen_helm.sweeps.log import JsonLog, logger
+from flexgen_helm.terminal.progress import StatusLine, clock
+
+TERMINAL_INTERVAL_S = 0.5
+PLAIN_INTERVAL_S = 60.0
+
+
+@dataclass(eq=False)
+class Standing:
+    """How far a suite is. Tokens are those of requests that the engine computes."""
+
+    num_runs: int
+    runs_ended: int = 0
+    doing: str = "starting"
+    """What is being done, in a few words."""
+    requests: int = 0
+    requests_done: int = 0
+    tokens: int = 0
+    """Of the model at hand: of prompts, and at most to be generated."""
+    tokens_done: int = 0
+    """Those of answered requests, as they were counted among `tokens`."""
+    active: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Requests done and in all, of the runs that are under way."""
+
+
+class SweepProgress:
+    """Shows a `Standing` now and then, from a thread of its own; a context manager."""
+
+    def __init__(
+        self,
+        standing: Standing,
+        json_log: JsonLog,
+        speed: Callable[[], tuple[float, float, float | None]],
+        stream: TextIO | None = None,
+    ) -> None:
+        """`speed` tells seconds of computing, tokens computed, and the fraction of the limit where it is known."""
+        self.standing = standing
+        self._json_log = json_log
+        self._speed = speed
+        self._status = StatusLine(stream)
+        self._interval_s = TERMINAL_INTERVAL_S if self._status.in_place else PLAIN_INTERVAL_S
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._show_now_and_then, name="flexgen-progress", daemon=True)
+
+    def __enter__(self) -> SweepProgress:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._status.clear()
+
+    def line(self) -> str:
+        """Where the suite is, in one line."""
+        now = self.standing
+        parts = [f"runs {now.runs_ended}/{now.num_runs}", now.doing]
+        if now.requests:
+            parts.append(f"requests {now.requests_done}/{now.requests}")
+        seconds, tokens, fraction = self._speed()
+        if seconds > 0 and tokens > 0:
+            parts.append(f"{tokens / seconds:.0f} tokens/s")
+        if fraction is not None:
+            parts.append(f"{fraction:.0%} of the limit")
+        left_s = self._left_s(seconds)
+        if left_s is not None:
+            parts.append(f"{clock(left_s)} left")
+        return ", ".join(parts)
+
+    def say(self, text: str) -> None:
+        """Show a line that stays, and log it."""
+        logger.info(text)
+        if self._status.in_place:
+            self._status.clear()
+            self._status.show(text)
+            self._status.end()
+
+    def _left_s(self, seconds: float) -> float | None:
+        """Seconds that are left for the model at hand, at the rate so far."""
+        now = self.standing
+        if seconds <= 0 or not now.tokens_done or now.tokens_done >= now.tokens:
+            return None
+        return seconds * (now.tokens - now.tokens_done) / now.tokens_done
+
+    def _show_now_and_then(self) -> None:
+        told = time.monotonic()
+        while not self._ended.wait(self._interval_s):
+            line = self.line()
+            self._status.show(line)
+            if not self._status.in_place or time.monotonic() - told >= PLAIN_INTERVAL_S:
+                told = time.monotonic()
+                logger.info(line)
+                self._tell_machines()
+
+    def _tell_machines(self) -> None:
+        now = self.standing
+        seconds, tokens, fraction = self._speed()
+        self._json_log.write(
+            "progress",
+            doing=now.doing,
+            runs_ended=now.runs_ended,
+            runs=now.num_runs,
+            requests_done=now.requests_done,
+            requests=now.requests,
+            tokens_per_s=tokens / seconds if seconds > 0 else None,
+            fraction_of_limit=fraction,
+            left_s=self._left_s(seconds),
+            active={name: list(counts) for name, counts in now.active.copy().items()},
+        )

@@ -1,0 +1,161 @@
+"""What an engine's sweeps over a model add up to: seconds by kind of work, a timeline, and the least time possible."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+from engine.errors import ConfigError
+from engine.planning.hardware_profile import HardwareProfile
+from engine.schedule.timing import SweepTiming
+from flexgen_helm.helm.asked import Answer
+from flexgen_helm.helm.engines import RunningEngine
+from flexgen_helm.planning.policy_search import resource_seconds
+from flexgen_helm.planning.roofline import Sizes, Work, sizes_of
+from flexgen_helm.sweeps.record import MOST_POINTS, TimelinePoint, TimeSplit, thinned
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.planning.planner import Plan
+
+
+class Tally:
+    """Watches one model's part of a suite; `observe` may be called from another thread than the rest."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first_sweep: float | None = None
+        """When the engine began with the first sweep: it was open then, its weights may still have been read."""
+        self.num_sweeps = self.prefill_rows = self.decode_rows = 0
+        self.computed = self.prompt_tokens = self.prompt_rows = self.new_tokens = 0
+        self._prefill_s = self._decode_s = self._load_s = 0.0
+        self._points: list[TimelinePoint] = []
+        self._engine: RunningEngine | None = None
+        self._limit_of: _Limit | None = None
+        self._lock = threading.Lock()
+
+    def restart(self) -> None:
+        """Let the model's time begin now."""
+        self.started = time.perf_counter()
+
+    def observe(self, engine: RunningEngine, timing: SweepTiming) -> None:
+        """Take in a sweep. Its seconds are split between prefill and decode by their rows."""
+        rows = max(1, timing.prefill_rows + timing.decode_rows)
+        computing = timing.sweep_s - timing.load_s
+        with self._lock:
+            if self.first_sweep is None:
+                self.first_sweep, self._engine = timing.begun, engine
+                self._load_s += max(0.0, timing.begun - self.started)
+            self._load_s += timing.load_s
+            self._prefill_s += computing * timing.prefill_rows / rows
+            self._decode_s += computing * timing.decode_rows / rows
+            self.num_sweeps += 1
+            self.prefill_rows += timing.prefill_rows
+            self.decode_rows += timing.decode_rows
+            self._points.append(
+                TimelinePoint(
+                    at=max(0.0, timing.begun - self.started),
+                    seconds=timing.host_s + timing.sweep_s,
+                    prefill_rows=timing.prefill_rows,
+                    decode_rows=timing.decode_rows,
+                    sequences=timing.num_sequences,
+                )
+            )
+            if len(self._points) >= 8 * MOST_POINTS:
+                self._points = list(thinned(self._points, 4 * MOST_POINTS))
+
+    def answered(self, answer: Answer) -> None:
+        """Count an answer of the engine."""
+        self.computed += 1
+        self.prompt_tokens += answer.prompt_tokens
+        self.prompt_rows += answer.prompt_rows
+        self.new_tokens += answer.new_tokens
+
+    @property
+    def saved_tokens(self) -> int:
+        """Prompt tokens of answered requests that sharing made it unnecessary to compute."""
+        return max(0, self.prompt_rows - self.prefill_rows)
+
+    @property
+    def seconds(self) -> float:
+        """Since the model's start."""
+        return time.perf_counter() - self.started
+
+    @property
+    def computing_s(self) -> float:
+        """Since the first sweep began; 0 before."""
+        return 0.0 if self.first_sweep is None else time.perf_counter() - self.first_sweep
+
+    def split(self, seconds: float) -> TimeSplit:
+        """Where `seconds` of the model went."""
+        with self._lock:
+            used = self._load_s + self._prefill_s + self._decode_s
+            host = max(0.0, seconds - used)
+            return TimeSplit(load=self._load_s, prefill=self._prefill_s, decode=self._decode_s, host=host)
+
+    def timeline(self) -> tuple[TimelinePoint, ...]:
+        """The sweeps so far, neighbours together."""
+        with self._lock:
+            return thinned(self._points)
+
+    def plan(self) -> dict[str, Any]:
+        """The engine's plan; empty before it was open."""
+        found = getattr(self._engine, "plan", None)
+        return {} if found is None else _plain(asdict(found))
+
+    def limit_s(self) -> float | None:
+        """The least seconds that the sweeps so far take on this machine; None where its rates were not measured."""
+        if self._engine is None or not hasattr(self._engine, "plan"):
+            return None
+        if self._limit_of is None:
+            self._limit_of = _Limit(cast("Engine", self._engine))
+        return self._limit_of(self)
+
+    def fraction(self, seconds: float) -> float | None:
+        """What part of `seconds` the limit is; None where that is not known."""
+        limit_s = self.limit_s()
+        return None if limit_s is None or seconds <= 0 else limit_s / seconds
+
+
+class _Limit:
+    """The least time of work on an engine, by the profile that `doctor --profile` has kept of this machine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._plan: Plan = engine.plan
+        self._sizes: Sizes = sizes_of(engine)
+        try:
+            self._profile: HardwareProfile | None = HardwareProfile.load()
+        except ConfigError:
+            self._profile = None
+
+    def __call__(self, tally: Tally) -> float | None:
+        if self._profile is None:
+            return None
+        limits, sizes, rows = self._plan.limits, self._sizes, tally.prefill_rows + tally.decode_rows
+        fewest = max(
+            math.ceil(rows / limits.rows_per_sweep), math.ceil((tally.computed + tally.decode_rows) / limits.seats)
+        )
+        sweeps = min(max(1, fewest), max(1, tally.num_sweeps))
+        work = Work(
+            sweeps=sweeps,
+            flop=2.0 * sizes.layer_parameters * rows
+            + 2.0 * sizes.head_parameters * (tally.computed + tally.decode_rows),
+            to_device_bytes=sweeps * sizes.streamed_bytes,
+            from_device_bytes=0.0,
+            device_bytes=sweeps * sizes.sweep_bytes,
+        )
+        return max(resource_seconds(work, self._profile, limits.rows_per_batch, sizes.disk_bytes).values())
+
+
+def _plain(value: Any) -> Any:
+    """`value` with what JSON does not know (infinite budgets) made what it does."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

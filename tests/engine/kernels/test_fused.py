@@ -1,0 +1,114 @@
+"""Protects: what is compiled gives the same numbers, and where compiling fails the operations run as they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels import codec, fused
+from engine.kernels.codec import Codec
+from engine.kernels.fused import Fused
+
+
+@pytest.fixture(autouse=True)
+def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is taken for an accelerator."""
+    monkeypatch.setattr(fused, "_KINDS", ("cpu",))
+
+
+def twice(values: torch.Tensor, factor: int) -> torch.Tensor:
+    return values * factor
+
+
+def test_where_compiling_fails_it_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[str] = []
+
+    def refuse(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def compiled(*_: Any) -> torch.Tensor:
+            tried.append(function.__name__)
+            raise RuntimeError("no C compiler\nwas found")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    function = Fused(twice)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert function(torch.ones(2), 2).tolist() == [2, 2]
+    assert tried == ["twice"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "twice runs as several kernels, slower: no C compiler was found"
+    ]
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def exhausted(*_: Any) -> torch.Tensor:
+        calls.append(1)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: exhausted)
+    function = Fused(twice)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            function(torch.ones(2), 2)
+    assert len(calls) == 2
+
+
+def test_nothing_is_compiled_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_KINDS", ("cuda",))
+    monkeypatch.setattr(torch, "compile", None)
+    assert Fused(twice)(torch.ones(2), 3).tolist() == [3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_codes_are_the_same_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
+    """In 16 bits, roundings of steps and leasts included."""
+    groups = (torch.randn(300, 8, 64) * torch.rand(300, 8, 1) * 10 + torch.randn(300, 8, 1)).to(dtype)
+    groups[3, 2] = 0.5
+    encode, decode = Fused(codec._encode), Fused(codec._decode_into)
+    found, expected = encode(groups, bits), codec._encode(groups, bits)
+    for one, other in zip(found, expected, strict=True):
+        assert one.equal(other)
+    codes, steps, leasts = expected
+    mine, yours = torch.empty_like(groups), torch.empty_like(groups)
+    decode(mine, codes, steps, leasts, bits)
+    codec._decode_into(yours, codes, steps, leasts, bits)
+    assert mine.equal(yours)
+    assert encode._compiled is not None
+    assert not encode._fails
+    assert not decode._fails
+
+
+def test_where_a_kernel_cannot_be_had_the_operations_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> Callable[..., torch.Tensor]:
+        raise ImportError("no Triton here")
+
+    function = Fused(twice, make)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert function(torch.ones(2), 2).tolist() == [2, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "twice runs as several kernels, slower: no Triton here"
+    ]
+
+
+@pytest.mark.slow
+def test_a_single_row_needs_no_compiling_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would come in the midst of a job: in the last step of the last sequence."""
+    compiled = Fused(codec._encode)
+    monkeypatch.setattr(codec, "_encode_fast", compiled)
+    rows = torch.randn(7, 128).half()
+    together = Codec(4).encode_rows(rows)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert Codec(4).encode_rows(rows[2:3].clone()).equal(together[2:3])
+    assert not compiled._fails

@@ -1,0 +1,289 @@
+"""Protects: a plan stays within the memory it was made for; what does not fit is refused with what does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from engine import Policy
+from engine.errors import CapacityError
+from engine.planning.hardware import Memory
+from engine.planning.planner import ModelShape, Plan, make_plan
+from engine.policy import Share, parse_bytes
+from engine.schedule.scheduler import Limits
+
+GB = 10**9
+OPT_30B = ModelShape(
+    unit_bytes=(1_233_000_000,) * 48 + (720_000_000,),
+    embedding_bytes=0,
+    outer_bytes=30_000_000,
+    cache_row_bytes=48 * 2 * 7168 * 2,
+    cache_layer_row_bytes=2 * 7168 * 2,
+    hidden_row_bytes=7168 * 2,
+    work_row_bytes=2 * (6 * 7168 + 3 * 4 * 7168 + 4 * 7168),
+)
+T4 = Memory(device=15 * GB, host=200 * GB, disk=0)
+
+
+def used(plan: Plan, shape: ModelShape) -> dict[str, float]:
+    """Bytes that a plan takes on each tier, reckoned anew."""
+    rows = plan.limits.rows_per_sweep * shape.hidden_row_bytes / 100
+    device = shape.weight_bytes * plan.weights.gpu / 100 + plan.activations.gpu * rows + plan.cache_budgets["device"]
+    device += plan.limits.rows_per_batch * shape.work_row_bytes
+    if plan.weights.gpu < 100:  # two layers in transit, and what is copied for good
+        device += 2 * max(shape.unit_bytes) + shape.outer_bytes
+    host = shape.weight_bytes * plan.weights.cpu / 100 + plan.activations.cpu * rows + plan.cache_budgets["host"]
+    host += plan.read_ahead_bytes
+    disk = shape.weight_bytes * plan.weights.disk / 100 + plan.activations.disk * rows + plan.cache_budgets["disk"]
+    return {"device": device, "host": host, "disk": disk}
+
+
+def assert_fits(plan: Plan, shape: ModelShape, memory: Memory) -> None:
+    taken, slack = used(plan, shape), 64
+    assert taken["device"] <= memory.device + slack
+    assert taken["host"] <= memory.host + slack
+    assert taken["disk"] <= memory.disk + slack
+    if memory.shared:
+        assert taken["device"] + taken["host"] <= memory.host + slack
+    assert min(plan.cache_budgets.values()) >= 0
+    assert plan.limits.rows_per_sweep >= 1
+    assert plan.limits.rows_per_batch >= 1
+    assert plan.limits.cached_rows_per_batch >= 1
+
+
+shapes = st.builds(
+    lambda layer, count, head, embedding, row, kv: ModelShape(
+        unit_bytes=(layer,) * count + (head,),
+        embedding_bytes=embedding,
+        outer_bytes=row * 100,
+        cache_row_bytes=kv * count,
+        cache_layer_row_bytes=kv,
+        hidden_row_bytes=row,
+        work_row_bytes=row * 25,
+    ),
+    layer=st.integers(10**6, 2 * GB),
+    count=st.integers(1, 80),
+    head=st.integers(10**6, GB),
+    embedding=st.sampled_from([0, 10**8]),
+    row=st.sampled_from([1024, 16384]),
+    kv=st.sampled_from([512, 28672]),
+)
+percents = st.integers(0, 100).flatmap(lambda gpu: st.tuples(st.just(gpu), st.integers(0, 100 - gpu)))
+shares = percents.map(lambda two: Share(gpu=two[0], cpu=two[1], disk=100 - two[0] - two[1]))
+memories = st.builds(
+    lambda device, host, disk, shared: Memory(
+        device=min(device, host) if shared else device, host=host, disk=disk, shared=shared
+    ),
+    device=st.integers(GB // 2, 80 * GB),
+    host=st.integers(GB, 300 * GB),
+    disk=st.sampled_from([0, 10 * GB, 10_000 * GB]),
+    shared=st.booleans(),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    shape=shapes,
+    memory=memories,
+    weights=st.none() | shares,
+    kv_cache=st.none() | shares,
+    activations=st.none() | shares,
+    on_cpu=st.booleans(),
+)
+def test_a_plan_fits_or_is_refused_with_one_that_does(
+    shape: ModelShape,
+    memory: Memory,
+    weights: Share | None,
+    kv_cache: Share | None,
+    activations: Share | None,
+    on_cpu: bool,
+) -> None:
+    policy = Policy(
+        weights=weights, kv_cache=kv_cache, activations=activations, offload_dir="/disk" if memory.disk else None
+    )
+    assume(memory.disk or not policy.uses_disk)
+    try:
+        plan = make_plan(shape, policy, memory, on_cpu=on_cpu)
+    except CapacityError as error:
+        message = str(error)
+    else:
+        assert_fits(plan, shape, memory)
+        for asked, given_ in ((weights, plan.weights), (kv_cache, plan.kv_cache), (activations, plan.activations)):
+            assert asked is None or asked == given_
+        return
+    assert "\n" not in message
+    assert re.search(r"\d GB|\d MB", message)
+    heeded = heed(message, policy, memory)
+    if heeded is None:
+        return
+    try:
+        assert_fits(make_plan(shape, heeded[0], heeded[1], on_cpu=on_cpu), shape, heeded[1])
+    except CapacityError as error:  # a larger device alone may not help; but it is large enough then
+        if "raise gpu-memory" not in message or "device memory" in str(error):
+            raise
+
+
+def heed(message: str, policy: Policy, memory: Memory) -> tuple[Policy, Memory] | None:
+    """The policy and memory that a refusal asks for; None where it says that nothing fits."""
+    if match := re.search(r"weights: \{gpu: ([\d.]+), cpu: ([\d.]+), disk: ([\d.]+)\}", message):
+        gpu, cpu, disk = map(float, match.groups())
+        assert gpu + cpu + disk == pytest.approx(100)
+        if disk:
+            assert policy.offload_dir or "offload-dir" in message
+            policy, memory = replace(policy, offload_dir="/disk"), replace(memory, disk=memory.disk or 10_000 * GB)
+        return replace(policy, weights=Share(gpu=gpu, cpu=cpu, disk=disk)), memory
+    if match := re.search(r"raise gpu-memory to ([\d.]+ [GM]B)", message):
+        if memory.shared:
+            return None
+        device = parse_bytes(match[1], "gpu-memory")
+        return policy, replace(memory, device=device)
+    if "set offload-dir" in message:
+        return replace(policy, offload_dir="/disk"), replace(memory, disk=10_000 * GB)
+    assert "all tiers together hold" in message
+    return None
+
+
+def test_a_published_policy_fits_its_machine() -> None:
+    plan = make_plan(OPT_30B, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+    assert_fits(plan, OPT_30B, T4)
+    assert plan.weights == Share(gpu=20, cpu=80, disk=0)
+    assert (plan.limits.sequences_per_batch, plan.limits.batches) == (48, 3)
+    assert plan.cache_budgets["host"] > 70 * GB
+
+
+def test_auto_fills_the_device_first_then_the_host_then_the_disk() -> None:
+    def weights(memory: Memory, offload_dir: str | None = None) -> Share:
+        plan = make_plan(OPT_30B, Policy(offload_dir=offload_dir), memory, on_cpu=False)
+        assert_fits(plan, OPT_30B, memory)
+        return plan.weights
+
+    assert weights(Memory(device=80 * GB, host=200 * GB, disk=0)) == Share(gpu=100, cpu=0, disk=0)
+    small = weights(T4)
+    assert 5 < small.gpu < 25
+    assert small.disk == 0
+    tiny = weights(Memory(device=15 * GB, host=20 * GB, disk=1000 * GB), "/disk")
+    assert tiny.gpu == small.gpu
+    assert 20 < tiny.cpu < 34
+    assert tiny.disk > 40
+
+
+def test_auto_without_room_asks_for_a_disk() -> None:
+    with pytest.raises(CapacityError, match=r"offload-dir.*%"):
+        make_plan(OPT_30B, Policy(), Memory(device=15 * GB, host=20 * GB, disk=0), on_cpu=False)
+
+
+def test_a_refusal_names_weights_and_memory() -> None:
+    with pytest.raises(CapacityError, match=r"weights 59\.9 GB x 100 %.*15\.0 GB of device memory") as caught:
+        make_plan(OPT_30B, Policy(weights=Share(gpu=100, cpu=0)), T4, on_cpu=False)
+    assert "nearest that fits" in str(caught.value)
+    with pytest.raises(CapacityError, match=r"59\.9 GB x 100 % = 59\.9 GB exceed the 30\.0 GB of host memory"):
+        make_plan(OPT_30B, Policy(weights=Share(gpu=0, cpu=100)), replace(T4, host=30 * GB), on_cpu=False)
+    disk = Policy(weights=Share(gpu=0, cpu=0, disk=100), offload_dir="/disk")
+    with pytest.raises(CapacityError, match=r"59\.9 GB exceed the 20\.0 GB free in offload-dir /disk"):
+        make_plan(OPT_30B, disk, replace(T4, disk=20 * GB), on_cpu=False)
+
+
+def test_on_the_cpu_both_tiers_are_one_memory() -> None:
+    memory = Memory(device=64 * GB, host=64 * GB, disk=0, shared=True)
+    for activations in (Share(gpu=100, cpu=0), Share(gpu=50, cpu=50)):
+        for cache in (Share(gpu=100, cpu=0), Share(gpu=0, cpu=100), Share(gpu=50, cpu=50), None):
+            policy = Policy(weights=Share(gpu=0, cpu=100), kv_cache=cache, activations=activations)
+            assert_fits(make_plan(OPT_30B, policy, memory, on_cpu=True), OPT_30B, memory)
+
+
+def test_sizes_of_the_policy_are_upper_bounds() -> None:
+    policy = Policy(gpu_batch_size=7, num_gpu_batches=2)
+    limits = make_plan(OPT_30B, policy, T4, on_cpu=False).limits
+    assert (limits.sequences_per_batch, limits.batches) == (7, 2)
+
+
+def test_drafts_ride_where_the_link_sets_the_pace() -> None:
+    """Rows are free while their arithmetic hides behind the transfer; on a T4, 5,400 do when all weights are sent."""
+
+    def free_rows(gpu: float, *, on_cpu: bool = False) -> int:
+        policy = Policy(weights=Share(gpu=gpu, cpu=100 - gpu))
+        return make_plan(OPT_30B, policy, replace(T4, device=80 * GB), on_cpu=on_cpu).limits.free_rows
+
+    assert 3000 <= free_rows(0) <= 5400
+    assert free_rows(50) == free_rows(0) // 2
+    assert 0 < free_rows(100) <= 200
+    assert free_rows(0, on_cpu=True) == 0
+
+
+def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
+    """For as many bytes as all 16-bit weights have, the same rows, whatever crosses; none are held back elsewhere."""
+
+    def limits(policy: Policy, shape: ModelShape = OPT_30B, *, on_cpu: bool = False, disk: int = 0) -> Limits:
+        return make_plan(shape, policy, replace(T4, device=80 * GB, disk=disk), on_cpu=on_cpu).limits
+
+    half = limits(Policy(weights=Share(gpu=50, cpu=50)))
+    assert half.admission is not None
+    rows = 2 * half.admission.rows_beside_weights
+    per_row = OPT_30B.cache_row_bytes / OPT_30B.weight_bytes
+    assert half.admission.rows_beside_cached_row == pytest.approx(rows * per_row)
+    coded = replace(OPT_30B, coded_layer_row_bytes=OPT_30B.cache_layer_row_bytes // 4)
+    fewer = limits(Policy(weights=Share(gpu=50, cpu=50)), coded).admission
+    assert fewer is not None
+    assert fewer.rows_beside_cached_row == pytest.approx(rows * per_row / 4)
+    assert fewer.rows_beside_weights == half.admission.rows_beside_weights
+    weights_of_a_layer = OPT_30B.weight_bytes / 2 / len(OPT_30B.unit_bytes)
+    assert half.rows_between_fetches is not None
+    assert half.rows_between_fetches * 2 * weights_of_a_layer == pytest.approx(2.5e12, rel=1e-3)
+    huge = replace(OPT_30B, unit_bytes=tuple(3 * size for size in OPT_30B.unit_bytes))
+    assert limits(Policy(weights=Share(gpu=0, cpu=100)), huge).rows_between_fetches == 1024
+    on_host = limits(Policy(cpu_cache_compute=True))
+    assert (on_host.admission, on_host.rows_between_fetches) == (None, None)
+    plain = replace(OPT_30B, is_plain=True)
+    assert limits(Policy(cpu_cache_compute=True), plain).reads_on_host
+    assert not limits(Policy(), plain).reads_on_host
+    assert not on_host.reads_on_host  # the family's own attention gathers
+    on_cpu = limits(Policy(), on_cpu=True)
+    assert (on_cpu.admission, on_cpu.rows_between_fetches) == (None, None)
+    from_disk = limits(Policy(weights=Share(gpu=0, cpu=50, disk=50), offload_dir="there"), disk=80 * GB)
+    assert from_disk.admission is None
+
+
+def test_what_attention_gathers_is_reckoned_with_its_copies() -> None:
+    """By hand: four staging buffers, numbers for what is encoded, and what is collected where it is not in place."""
+    row, coded = OPT_30B.cache_layer_row_bytes, 8064
+    shapes = {
+        4 * row: replace(OPT_30B, reads_in_place=True),
+        5 * row: OPT_30B,
+        4 * coded + row: replace(OPT_30B, reads_in_place=True, coded_layer_row_bytes=coded),
+        4 * coded + 2 * row: replace(OPT_30B, coded_layer_row_bytes=coded),
+    }
+    limits = {size: make_plan(shape, Policy(), T4, on_cpu=False).limits for size, shape in shapes.items()}
+    taken = [size * each.cached_rows_per_batch for size, each in limits.items()]
+    assert max(taken) - min(taken) <= max(limits)  # but for what is no whole row
+    assert [each.gap_rows for each in limits.values()] == [18, 18, 65, 65]  # of 512 KiB
+
+
+def test_hidden_states_that_the_device_has_no_room_for_are_on_the_host() -> None:
+    """The device keeps them as long as it holds those of a micro-batch; a policy that says where is obeyed."""
+    memory = Memory(device=16 * GB, host=100 * GB, disk=0)
+
+    def plan(gpu: int, activations: Share | None = None) -> Plan | None:
+        policy = Policy(weights=Share(gpu=gpu, cpu=100 - gpu), activations=activations)
+        try:
+            return make_plan(OPT_30B, policy, memory, on_cpu=False)
+        except CapacityError:
+            return None
+
+    plans = [each for each in map(plan, range(100)) if each is not None]
+    assert 10 < len(plans) < 40
+    places = [each.activations.gpu for each in plans]
+    assert places == sorted(places, reverse=True)
+    assert set(places) == {0, 100}
+    assert all(each.limits.rows_per_sweep >= each.limits.rows_per_batch for each in plans)
+    assert max(each.limits.rows_per_sweep for each in plans) <= 1 << 17
+    half = Policy(weights=Share(gpu=len(plans) - 1, cpu=50, disk=51 - len(plans)), offload_dir="there")
+    full = replace(memory, host=int(0.5 * OPT_30B.weight_bytes), disk=1000 * GB)
+    assert make_plan(OPT_30B, half, full, on_cpu=False).activations.gpu == 100  # the host has still less room
+    said = plan(len(plans) - 1, Share(gpu=100, cpu=0))
+    assert said is not None
+    assert said.activations.gpu == 100
+    assert said.limits.rows_per_sweep < said.limits.rows_per_batch

@@ -1,0 +1,132 @@
+"""One engine per model directory and policy in a process: loaded once, when needed, and closed again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+
+from engine import EngineError, Job, Policy
+from engine.errors import CapacityError
+from flexgen_helm.helm.engines import EngineRegistry
+
+
+class Loader:
+    """Counts what it loads."""
+
+    def __init__(self) -> None:
+        self.engines: list[FakeEngine] = []
+        self.seconds = 0.0
+        self.failure: Exception | None = None
+        self.attempts = 0
+
+    def __call__(self, path: str, policy: Policy) -> FakeEngine:
+        from transformers import AutoTokenizer
+
+        self.attempts += 1
+        time.sleep(self.seconds)
+        if self.failure is not None:
+            raise self.failure
+        self.engines.append(FakeEngine(AutoTokenizer.from_pretrained(path)))
+        return self.engines[-1]
+
+
+JOBS = [Job(prompt=[20], max_new_tokens=2)]
+
+
+def test_one_engine_for_all_names_of_a_directory(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tiny_llama)
+    registry = EngineRegistry(Loader())
+    served = registry.served(str(tiny_llama), Policy())
+    assert registry.served(str(tmp_path / "link"), Policy.load("auto")) is served
+    assert registry.served(str(tiny_llama / ".." / tiny_llama.name), Policy()) is served
+    assert registry.served(str(tiny_llama), Policy(gpu_batch_size=2)) is not served
+
+
+def test_threads_that_come_together_load_it_once(tiny_llama: Path) -> None:
+    load = Loader()
+    load.seconds = 0.2
+    registry = EngineRegistry(load)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: list(registry.served(str(tiny_llama), Policy()).stream(JOBS)), range(8)))
+    assert len(load.engines) == 1
+    assert {done.completion for (done,) in results} == {load.engines[0].answer(JOBS[0])}
+
+
+def test_describing_and_identifying_a_model_loads_nothing(tiny_llama: Path) -> None:
+    load = Loader()
+    served = EngineRegistry(load).served(str(tiny_llama), Policy(device="cpu"))
+    assert served.description.window == 512
+    assert served.identity["dtype"] == "float32"
+    assert load.attempts == 0
+
+
+@pytest.mark.parametrize("failure", [CapacityError("too large"), RuntimeError("two\nlines")])
+def test_what_cannot_be_loaded_is_tried_once(tiny_llama: Path, failure: Exception) -> None:
+    load = Loader()
+    load.failure = failure
+    registry = EngineRegistry(load)
+    messages = []
+    for _ in range(3):
+        with pytest.raises(EngineError) as caught:
+            list(registry.served(str(tiny_llama), Policy()).stream(JOBS))
+        messages.append(str(caught.value))
+    assert load.attempts == 1
+    assert len(set(messages)) == 1
+    assert "\n" not in messages[0]
+
+
+def test_an_idle_engine_gives_its_memory_to_the_next_one(tiny_llama: Path) -> None:
+    load = Loader()
+    registry = EngineRegistry(load)
+    first, second = (registry.served(str(tiny_llama), Policy(gpu_batch_size=size)) for size in (1, 2))
+    list(first.stream(JOBS))
+    list(second.stream(JOBS))
+    assert [engine.closed for engine in load.engines] == [True, False]
+    list(first.stream(JOBS))
+    assert [engine.closed for engine in load.engines] == [True, True, False]
+
+
+def test_an_engine_at_work_is_not_closed(tiny_llama: Path) -> None:
+    load = Loader()
+    registry = EngineRegistry(load)
+    first, second = (registry.served(str(tiny_llama), Policy(gpu_batch_size=size)) for size in (1, 2))
+    running = first.stream(JOBS)
+    next(running)
+    list(second.stream(JOBS))
+    assert [engine.closed for engine in load.engines] == [False, False]
+    running.close()
+    list(registry.served(str(tiny_llama), Policy(gpu_batch_size=3)).stream(JOBS))
+    assert [engine.closed for engine in load.engines] == [True, True, False]
+
+
+def test_engines_are_closed_and_no_thread_is_left_when_the_process_ends(tiny_llama: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).resolve().parents[3])]!r}
+from engine import Job
+from engine.policy import Policy
+from fake_engine import FakeEngine
+from transformers import AutoTokenizer
+from flexgen_helm.helm.engines import engines
+class Speaking(FakeEngine):
+    def close(self):
+        print("closed")
+engines.load = lambda path, policy: Speaking(AutoTokenizer.from_pretrained(path))
+served = engines.served({str(tiny_llama)!r}, Policy(device="cpu"))
+print(len(served.batcher.ask([Job(prompt=[20])]).completions))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["1", "closed"], "")
+
+
+def test_nothing_of_ours_runs_in_the_background_before_a_job(tiny_llama: Path) -> None:
+    before = threading.active_count()
+    EngineRegistry(Loader()).served(str(tiny_llama), Policy())
+    assert threading.active_count() == before

@@ -1,0 +1,232 @@
+"""A model's HELM entries follow from its files, and reach a user's YAML without touching what stands there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helm.benchmark import model_deployment_registry, model_metadata_registry, tokenizer_config_registry
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import Policy
+from engine.errors import CheckpointError, ConfigError
+from flexgen_helm.runs.registration import Entries, entries_for, merge_into_local_path, register_in_process
+from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
+
+FILES = {"model_metadata": "models", "tokenizer_configs": "tokenizer_configs", "model_deployments": "model_deployments"}
+
+
+def read(local_path: Path, file: str) -> Any:
+    return yaml.safe_load((local_path / f"{file}.yaml").read_text())
+
+
+@pytest.fixture
+def entries(tiny_llama: Path) -> Entries:
+    return entries_for(str(tiny_llama), policy={"percent": [20, 80, 0, 100, 0, 100]})
+
+
+def test_entries_of_a_directory(tiny_llama: Path, entries: Entries) -> None:
+    assert entries.model.name == "local/tiny-llama" == entries.tokenizer.name == entries.deployment.tokenizer_name
+    assert entries.deployment.name == "flexgen/tiny-llama"
+    assert entries.deployment.max_sequence_length == 512
+    assert entries.deployment.client_spec.class_name == "flexgen_helm.client.FlexGenClient"
+    assert entries.deployment.client_spec.args == {
+        "pretrained_model_name_or_path": str(tiny_llama),
+        "policy": {"percent": [20, 80, 0, 100, 0, 100]},
+    }
+    assert (entries.tokenizer.end_of_text_token, entries.tokenizer.prefix_token) == ("</s>", "</s>")
+
+
+def test_entries_as_they_are_asked_for(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_llama.parent)
+    (tiny_llama.parent / "policy.yaml").write_text("gpu-batch-size: 4")
+    entries = entries_for(
+        "tiny-llama", name="me/mine", policy="policy.yaml", max_sequence_length=100, apply_chat_template=False, top_k=5
+    )
+    assert (entries.model.name, entries.deployment.name) == ("me/mine", "flexgen/mine")
+    assert entries.deployment.max_sequence_length == 100
+    assert entries.deployment.client_spec.args == {
+        "pretrained_model_name_or_path": str(tiny_llama),  # whatever directory HELM is run from
+        "policy": str(tiny_llama.parent / "policy.yaml"),
+        "apply_chat_template": False,
+        "top_k": 5,
+    }
+    policy = Policy.load({"gpu-batch-size": 4})
+    assert entries_for("tiny-llama", policy=policy).deployment.client_spec.args["policy"] == {"gpu-batch-size": 4}
+    assert entries_for("tiny-llama", policy=Policy()).deployment.client_spec.args["policy"] == "auto"
+
+
+def test_a_directory_name_that_helm_could_not_parse_is_rewritten(tiny_llama: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(tiny_llama, tmp_path / "my model, v=2")
+    assert entries_for(str(odd)).model.name == "local/my-model-v-2"
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"name": "no-slash"}, "organization/model"),
+        ({"name": "a/b,c"}, "organization/model"),
+        ({"policy": "no-such-policy"}, "no-such-policy"),
+        ({"max_sequence_length": 513}, "513 .* its window, 512"),
+        ({"max_sequence_length": 0}, "max_sequence_length 0 .* below 1"),
+    ],
+)
+def test_wrong_wishes_are_one_line(tiny_llama: Path, fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        entries_for(str(tiny_llama), **fields)
+
+
+def test_a_directory_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing-here"):
+        entries_for(str(tmp_path / "nothing-here"))
+
+
+# In this process
+
+
+def test_registering_makes_the_deployment_the_one_to_run_and_keeps_model_and_tokenizer(tiny_llama: Path) -> None:
+    first = entries_for(str(tiny_llama), name="test/registering", policy="auto")
+    second = entries_for(str(tiny_llama), name="test/registering", policy={"gpu-batch-size": 2})
+    register_in_process(first)
+    register_in_process(second)
+    registered = model_deployment_registry.get_model_deployment("flexgen/registering")
+    assert registered.client_spec.args["policy"] == {"gpu-batch-size": 2}
+    names = [each.name for each in model_deployment_registry.ALL_MODEL_DEPLOYMENTS]
+    assert names.count("flexgen/registering") == 1
+    assert model_deployment_registry.get_default_model_deployment_for_model("test/registering") == registered.name
+    assert tokenizer_config_registry.get_tokenizer_config("test/registering") is first.tokenizer
+    models = [each.name for each in model_metadata_registry.ALL_MODELS_METADATA]
+    assert models.count("test/registering") == 1
+
+
+# In a user's files
+
+
+def test_helm_reads_back_what_was_written(entries: Entries, tmp_path: Path) -> None:
+    assert merge_into_local_path(entries, tmp_path / "new" / "prod_env") == []
+    local_path = tmp_path / "new" / "prod_env"
+    model_metadata_registry.register_model_metadata_from_path(str(local_path / "model_metadata.yaml"))
+    tokenizer_config_registry.register_tokenizer_configs_from_path(str(local_path / "tokenizer_configs.yaml"))
+    model_deployment_registry.register_model_deployments_from_path(str(local_path / "model_deployments.yaml"))
+    assert model_deployment_registry.get_model_deployment("flexgen/tiny-llama") == entries.deployment
+    assert tokenizer_config_registry.get_tokenizer_config("local/tiny-llama") == entries.tokenizer
+    read_back = model_metadata_registry.get_model_metadata("local/tiny-llama")
+    assert (read_back.display_name, read_back.tags) == (entries.model.display_name, entries.model.tags)
+
+
+def test_merging_again_changes_nothing(entries: Entries, tmp_path: Path) -> None:
+    merge_into_local_path(entries, tmp_path)
+    before = {file: (tmp_path / f"{file}.yaml").read_bytes() for file in FILES}
+    assert merge_into_local_path(entries, tmp_path) == []
+    assert before == {file: (tmp_path / f"{file}.yaml").read_bytes() for file in FILES}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{file}.yaml" for file in FILES)
+
+
+def test_an_entry_of_the_user_is_kept_and_named(tiny_llama: Path, entries: Entries, tmp_path: Path) -> None:
+    merge_into_local_path(entries, tmp_path)
+    before = (tmp_path / "model_deployments.yaml").read_bytes()
+    (notice,) = merge_into_local_path(entries_for(str(tiny_llama), policy="auto"), tmp_path)
+    assert "model_deployments.yaml has another entry flexgen/tiny-llama" in notice
+    assert (tmp_path / "model_deployments.yaml").read_bytes() == before
+
+
+def test_models_and_tokenizers_that_helm_ships_are_left_to_helm(tiny_llama: Path, tmp_path: Path) -> None:
+    merge_into_local_path(entries_for(str(tiny_llama), name="meta/opt-66b"), tmp_path / "a")
+    assert sorted(path.stem for path in (tmp_path / "a").iterdir()) == ["model_deployments", "tokenizer_configs"]
+    merge_into_local_path(entries_for(str(tiny_llama), name="facebook/opt-66b"), tmp_path / "b")
+    assert sorted(path.stem for path in (tmp_path / "b").iterdir()) == ["model_deployments", "model_metadata"]
+
+
+ENTRY = {"name": "new/one", "args": {"percent": [1, 2], "text": "a: b # c"}}
+USERS_FILES = [
+    "",
+    "# only a comment\n",
+    "# head\nthings:\n  # about a\n  - name: a/b  # why\n    args: {x: 1}\n\n  - name: c/d\n# tail\n",
+    "things:\n- name: a/b\n  note: |\n    text\n    more\n- name: c/d\nother: 1\n",
+    "things:\nother: [1]\n",
+    "things: []  # none yet\nother: 1\n",
+    "things: [\n]\nother: 1\n",
+    "things: [{name: a/b}, {name: c/d}]\n",
+    "other: {a: 1}",
+    "{things: [{name: a/b}], other: 1}\n",
+    "---\nthings:\n    - name: a/b\n",
+    '{"things": [{"name": "a/b"}]}',
+    "things:\n  - {name: a/b, deep: {x: [1, 2]}}\n  - &anchor\n    name: c/d\n  - <<: *anchor\n    name: e/f\n",
+    "things:",
+    "# ü\nthings:\n  - name: ü/b\r\n",
+]
+
+
+@pytest.mark.parametrize("text", USERS_FILES)
+def test_adding_keeps_every_line_of_the_user(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_bytes(text.encode())
+    before = yaml.safe_load(text) or {}
+    assert add_to_yaml_lists([(path, "things", ENTRY)]) == []
+    after = yaml.safe_load(path.read_text())
+    assert after.pop("things") == [ENTRY, *(before.pop("things", None) or [])]
+    assert after == before
+    new = path.read_text()
+    for comment in [line[line.index("#") :] for line in text.splitlines() if "#" in line]:
+        assert comment in new
+    kept = iter(new.replace("\n", ""))
+    assert all(letter in kept for letter in text.replace("\r", "").replace("\n", ""))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    names=st.lists(st.text("abc/-", min_size=1, max_size=6), unique=True, max_size=6),
+    indent=st.integers(0, 4),
+    comments=st.booleans(),
+)
+def test_any_number_of_entries_can_be_added(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], indent: int, comments: bool
+) -> None:
+    path = tmp_path_factory.mktemp("lists") / "file.yaml"
+    blank = " " * indent
+    lines = [f"{blank}# {name}\n{blank}- name: '{name}'\n" for name in names]
+    path.write_text("things:\n" + "".join(lines))
+    for count in range(3):
+        add_to_yaml_lists([(path, "things", {"name": f"new {count}"})])
+    expected = ["new 2", "new 1", "new 0", *names]
+    assert [entry["name"] for entry in yaml.safe_load(path.read_text())["things"]] == expected
+    assert "".join(lines) in path.read_text()
+
+
+@pytest.mark.parametrize("text", ["things: {a: 1}\n", "- a\n", "things: [\n", "{a: 1}\n", "just words\n"])
+def test_a_file_that_cannot_be_extended_is_left_alone(entries: Entries, tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_deployments.yaml").write_text(text.replace("things", "model_deployments"))
+    with pytest.raises(ConfigError, match=r"model_deployments.yaml") as caught:
+        merge_into_local_path(entries, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model_deployments.yaml"]
+    assert (tmp_path / "model_deployments.yaml").read_text() == text.replace("things", "model_deployments")
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(entries: Entries, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot (read|write) .*file"):
+        merge_into_local_path(entries, tmp_path / "file" / "prod_env")
+
+
+def test_a_crash_leaves_the_old_file_whole(entries: Entries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model_metadata.yaml"
+    path.write_text("models:\n- name: a/b\n")
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        merge_into_local_path(entries, tmp_path)
+    assert path.read_text() == "models:\n- name: a/b\n"
+    assert [each.name for each in tmp_path.iterdir()] == ["model_metadata.yaml"]
+
+
+def test_a_link_stays_a_link(entries: Entries, tmp_path: Path) -> None:
+    (tmp_path / "real.yaml").write_text("models:\n- name: a/b\n")
+    (tmp_path / "model_metadata.yaml").symlink_to("real.yaml")
+    merge_into_local_path(entries, tmp_path)
+    assert (tmp_path / "model_metadata.yaml").is_symlink()
+    assert len(read(tmp_path, "real")["models"]) == 2

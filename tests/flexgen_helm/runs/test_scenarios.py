@@ -1,0 +1,170 @@
+"""Protects: each kind of shipped entry runs, and where it can be told, scores are those of HELM's own client."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dataset_cache
+import pytest
+import scenario_data
+import yaml
+from scenario_cases import CASES, Case
+from stats import NEVER_COMPARED, ZERO_IN_THE_REFERENCE, assert_alike, read, stats_of, texts_of
+from tiny_models import ours, random_llama, save_tiny_model, write_entries
+
+WINDOW = 2048
+FETCHING = ("DisinformationHumanEvalMetrics",)
+"""Metrics that fetch a file for every run: what people said of other models' texts."""
+NUM_INSTANCES = 2
+RANKED_BY_THEM = [
+    "exact_match",
+    "predicted_index",
+    "*@*",
+    "ref*_rank",
+]  # log-probabilities that are all 0.0 rank nothing
+REFERENCE, OURS = "helm.benchmark.runner.Runner", "flexgen_helm.runner.FlexGenRunner"
+
+
+def wide_llama(tokenizer: Any) -> Any:
+    """`random_llama` with room for examples and for HELM's longest answers."""
+    model = random_llama(tokenizer)
+    model.config.max_position_embeddings = WINDOW
+    return model
+
+
+@pytest.fixture(scope="module")
+def prod_env(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with HELM's entries for one tiny model with two deployments, ours and the reference."""
+    folder = tmp_path_factory.mktemp("scenarios")
+    model = save_tiny_model(folder / "tiny-wide", wide_llama)
+    reference = {
+        "class_name": "helm.clients.huggingface_client.HuggingFaceClient",
+        "args": {"pretrained_model_name_or_path": str(model), "device": "cpu", "torch_dtype": "torch.float32"},
+    }
+    write_entries(folder / "prod_env", "local/scenarios", model, ours=ours(model), reference=reference)
+    deployments = folder / "prod_env" / "model_deployments.yaml"
+    content = yaml.safe_load(deployments.read_text())
+    for deployment in content["model_deployments"]:
+        deployment["max_sequence_length"] = WINDOW
+    deployments.write_text(yaml.safe_dump(content))
+    return folder / "prod_env"
+
+
+@pytest.fixture(scope="module")
+def data(helm_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """HELM's output directory with all data that the cases need, NLTK's words among them."""
+    import datasets
+    import nltk
+    from helm.benchmark.augmentations.dialect_perturbation import DialectPerturbation
+    from helm.benchmark.augmentations.person_name_perturbation import PersonNamePerturbation
+
+    folder = tmp_path_factory.mktemp("libraries")
+    dataset_cache.place_datasets(helm_data, folder / "datasets")
+    scenario_data.place_punkt(folder / "nltk")
+    scenario_data.place_by_hand(folder)
+    split_into_sentences = nltk.tokenize._get_punkt_tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+        patch.setattr(nltk.data, "path", [str(folder / "nltk"), *nltk.data.path])
+        for perturbation in (DialectPerturbation, PersonNamePerturbation):  # which look where HELM wrote when imported
+            patch.setattr(perturbation, "OUTPUT_PATH", str(helm_data / "perturbations" / perturbation.name))
+        split_into_sentences.cache_clear()
+        yield helm_data
+    split_into_sentences.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def run(prod_env: Path, data: Path, register_helms_configs: Callable[[], None]) -> Iterator[Callable[..., Path]]:
+    """Run a case on one deployment, once; returns its directory."""
+    from helm.benchmark import config_registry, runner
+    from helm.benchmark.run import run_benchmarking
+    from helm.common.authentication import Authentication
+
+    import flexgen_helm.plugin  # noqa: F401 - registers our run entries
+    from flexgen_helm.helm.engines import engines
+    from flexgen_helm.helm.preflight import find_unusable_metrics
+    from flexgen_helm.runs.entries import Target, assign_models, build_run_specs, read_entries
+    from flexgen_helm.runs.flags import parse_run_flags
+
+    register_helms_configs()
+    config_registry.register_configs_from_directory(str(prod_env))
+    runner.set_benchmark_output_path(str(data))
+    done: dict[tuple[Case, str, str], Path] = {}
+
+    def run(case: Case, host: str, suite: str = "scenarios") -> Path:
+        if (case, host, suite) in done:
+            return done[case, host, suite]
+        args = parse_run_flags(["-r", case.entry, "-m", str(NUM_INSTANCES)])
+        target = Target(model="local/scenarios", model_deployment=f"{host}/scenarios")
+        entries = assign_models(read_entries(args), ["local/scenarios"], lambda _: target, skip_others=False)
+        run_spec = build_run_specs(entries, args)[0]
+        usable = [metric for metric in run_spec.metric_specs
+                  if not metric.class_name.endswith(FETCHING)
+                  and not find_unusable_metrics([dataclasses.replace(run_spec, metric_specs=[metric])])]  # fmt: skip
+        lacking = {metric.class_name.split(".")[-1] for metric in run_spec.metric_specs if metric not in usable}
+        assert lacking <= case.extra_metrics
+        run_benchmarking(
+            run_specs=[dataclasses.replace(run_spec, metric_specs=usable)],
+            auth=Authentication(""),
+            url=None,
+            local_path=str(prod_env),
+            num_threads=1,
+            output_path=str(data),
+            suite=suite,
+            dry_run=False,
+            skip_instances=False,
+            cache_instances=False,
+            cache_instances_only=False,
+            skip_completed_runs=False,
+            exit_on_error=True,
+            runner_class_name=OURS if host == "ours" else REFERENCE,
+            disable_cache=True,
+        )
+        done[case, host, suite] = data / "runs" / suite / run_spec.name
+        return done[case, host, suite]
+
+    yield run
+    engines.close()
+
+
+def named(*cases: Case) -> list[Any]:
+    return [pytest.param(case, id=case.entry, marks=[] if case.quick else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case", named(*(case for case in CASES if not case.is_sampled)))
+def test_scores_are_those_of_helms_own_client(run: Callable[..., Path], case: Case) -> None:
+    mine, reference = run(case, "ours"), run(case, "reference")
+    assert texts_of(mine) == texts_of(reference)
+    assert len(texts_of(mine)) >= NUM_INSTANCES
+    left_out = NEVER_COMPARED + ([] if case.only_scores else ZERO_IN_THE_REFERENCE)
+    if read(mine, "run_spec.json")["adapter_spec"]["method"] == "ranking_binary":
+        left_out += RANKED_BY_THEM
+    expected, told = stats_of(reference, left_out=left_out), stats_of(mine, left_out=left_out)
+    assert_alike(told, expected)
+    assert len(told) > 5
+
+
+@pytest.mark.parametrize("case", named(*(case for case in CASES if case.is_sampled)))
+def test_samples_are_scored_and_can_be_drawn_again(run: Callable[..., Path], case: Case) -> None:
+    mine, again, reference = run(case, "ours"), run(case, "ours", "again"), run(case, "reference")
+    assert texts_of(mine) == texts_of(again)
+    assert len(texts_of(mine)) == len(texts_of(reference))
+    for state in read(mine, "scenario_state.json")["request_states"]:
+        completions = [completion["text"] for completion in state["result"]["completions"]]
+        assert len(completions) == state["request"]["num_completions"]
+        assert len(set(completions)) > 1 or len(completions) == 1
+    told = stats_of(mine, left_out=NEVER_COMPARED)
+    assert told.keys() == stats_of(reference, left_out=NEVER_COMPARED).keys()
+    assert all(math.isfinite(stat.get("mean", 0.0)) for stat in told.values())
+
+
+@pytest.mark.parametrize("case", named(*CASES))
+def test_cases_say_what_they_are(run: Callable[..., Path], case: Case) -> None:
+    adapter = read(run(case, "ours"), "run_spec.json")["adapter_spec"]
+    assert case.is_sampled == (adapter["temperature"] > 0)
+    assert case.only_scores == (adapter["max_tokens"] == 0)

@@ -1,0 +1,585 @@
+"""Protects: a sweep's runs are those of single runs, in few passes; what fails leaves the others alone."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from question_data import MMLU_SUBJECTS
+from scenario_files import table
+from sweeping import SUITE_FILES, differences, final_files
+from tiny_models import ours, write_entries
+
+from flexgen_helm.run import main
+from flexgen_helm.runs import launch
+from flexgen_helm.sweeps import record as sweep_record
+
+EASY = "synthetic_reasoning_natural:difficulty=easy"
+SUBJECTS = [f"mmlu:subject={subject}" for subject in MMLU_SUBJECTS]
+Cli = Callable[..., int]
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    helm_data: Path,
+    register_helms_configs: Callable[[], None],
+) -> Iterator[Cli]:
+    """Run a command line in a directory that has HELM's data."""
+    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
+    folder = tmp_path / "here"
+    (folder / "benchmark_output").mkdir(parents=True)
+    (folder / "benchmark_output" / "scenarios").symlink_to(helm_data / "scenarios")
+    monkeypatch.chdir(folder)
+    handler = logging.NullHandler()
+    logging.getLogger("helm").addHandler(handler)
+    yield lambda *arguments: main([str(argument) for argument in arguments])
+    logging.getLogger("helm").removeHandler(handler)
+
+
+def suite(name: str) -> Path:
+    return Path("benchmark_output/runs") / name
+
+
+def record_of(name: str) -> sweep_record.SweepRecord:
+    found = sweep_record.read(suite(name))
+    assert found is not None
+    return found
+
+
+def conf(*entries: str, name: str = "suite.conf") -> str:
+    Path(name).write_text("entries: [" + "\n".join(f'{{description: "{each}", priority: 1}}' for each in entries) + "]")
+    return name
+
+
+def test_a_suite_is_what_its_runs_are_one_by_one(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = (*SUBJECTS, EASY, "commonsense:dataset=hellaswag,method=multiple_choice_separate_original")
+    sampled = "mmlu:subject=anatomy,model=text,data_augmentation=misspelling_mild,num_train_trials=1"
+    common = ("--model", tiny_llama, "-m", 4, "--disable-cache")
+    for entry in (*entries, sampled):
+        assert cli("run", "-r", entry, *common, "--suite", "alone", "-n", 1) == 0
+    capsys.readouterr()
+    assert cli("sweep", conf(*entries, sampled), *common, "--suite", "together") == 0
+    out = capsys.readouterr().out
+    assert "suite together: 6 done, 0 failed, 0 skipped" in out
+    assert len(out.splitlines()) < 15
+    assert differences(suite("together"), suite("alone")) == []
+    assert len(final_files(suite("together"))) == 6 * len(SUITE_FILES)
+    assert not Path("benchmark_output/runs/together.partial").exists()
+
+    found = record_of("together")
+    assert found.finished is not None
+    assert [run.status for run in found.runs] == ["done"] * 6
+    (model,) = found.models
+    assert (model.deployment, model.cached) == ("flexgen/tiny-llama", 0)
+    assert model.requests == sum(run.requests for run in found.runs)
+    assert 0 < model.computed <= model.requests
+    assert sum(point.prefill_rows for point in model.timeline) + model.prefix_tokens_saved <= model.prompt_tokens
+    assert model.prefix_tokens_saved > model.prompt_tokens / 2
+    split = model.time_split
+    assert split.load + split.prefill + split.decode + split.host == pytest.approx(model.seconds, rel=0.02)
+    assert model.plan["limits"]["sequences_per_batch"] > 0
+
+    helm = Path(sys.executable).parent
+    made = subprocess.run([helm / "helm-summarize", "--suite", "together"], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert len(json.loads((suite("together") / "runs.json").read_text())) == 6
+    assert len(served_runs(helm / "helm-server", "together")) == 6
+
+
+def served_runs(helm_server: Path, name: str) -> list[Any]:
+    """What helm-server shows of a suite's runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([helm_server, "--port", str(port), "--suite", name], stderr=subprocess.DEVNULL)
+    try:
+        while server.poll() is None:
+            with suppress(OSError):
+                address = f"http://127.0.0.1:{port}/benchmark_output/runs/{name}/runs.json"
+                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address) as answer:
+                    return list(json.load(answer))
+            time.sleep(0.1)
+    finally:
+        server.kill()
+        server.wait()
+    raise AssertionError(f"helm-server ended with {server.returncode}")
+
+
+def test_helms_run_one_is_the_one_that_was_halved() -> None:
+    """If this fails, HELM has changed: bring `TwoStepRunner` in line with it, then change the number."""
+    from helm.benchmark.runner import Runner
+
+    lines = inspect.getsource(Runner.run_one)
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "171912e4753e8ce6"
+
+
+def test_a_suite_is_one_call_and_what_is_there_twice_is_computed_once(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Groups make another run of an entry, which asks the same."""
+    asked, easy = f'description: "{SUBJECTS[0]}"', f'description: "{EASY}"'
+    entries = (asked, f"{asked}, groups: [again]", easy, easy)
+    Path("twins.conf").write_text("entries: [" + ", ".join(f"{{{entry}}}" for entry in entries) + "]")
+    assert cli("sweep", "twins.conf", "--model", tiny_llama, "-m", 3, "--suite", "twins") == 0
+    ((jobs,),) = [engine.calls for engine in fake_engines]
+    found = record_of("twins")
+    assert [run.requests for run in found.runs] == [3, 3, 3]
+    assert (found.models[0].requests, found.models[0].computed, len(jobs)) == (9, 6, 6)
+    assert "1 run entries are there twice" in capsys.readouterr().out
+    one, two = (json.loads((suite("twins") / run.name / "stats.json").read_text()) for run in found.runs[:2])
+    assert one == two
+
+
+def test_runs_of_other_clients_are_run_as_helm_runs_them(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    simple = {"class_name": "helm.clients.simple_client.SimpleClient"}
+    write_entries(Path("prod_env"), "local/both", tiny_llama, ours=ours(tiny_llama), simple=simple)
+    entries = [f"{SUBJECTS[0]},model=local/both,model_deployment={host}/both" for host in ("ours", "simple")]
+    assert cli("sweep", "-r", *entries, "-m", 3, "--suite", "both") == 0
+    assert "2 done, 0 failed" in capsys.readouterr().out
+    assert [model.deployment for model in record_of("both").models] == ["ours/both"]
+    assert cli("run", "-r", entries[1], "-m", 3, "--suite", "helms", "--disable-cache") == 0
+    shutil.rmtree(next(suite("both").glob("*ours_both*")))
+    assert differences(suite("both"), suite("helms")) == []
+
+
+def test_a_prompt_is_tokenized_once_for_helm_and_once_for_us(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HELM's adapter asks whether it fits and its metrics how long it is; its cache of tokens is not written."""
+    from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+
+    encoded: list[str] = []
+    make = HuggingFaceTokenizer._tokenize_do_it
+
+    def watched(self: Any, request: dict[str, Any]) -> dict[str, Any]:
+        encoded.extend([request["text"]] if request["encode"] else [])
+        return make(self, request)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "_tokenize_do_it", watched)
+    assert cli("sweep", "-r", SUBJECTS[0], "--model", tiny_llama, "-m", 3, "--suite", "once") == 0
+    (state,) = [json.loads(file.read_text()) for file in suite("once").glob("*/scenario_state.json")]
+    prompts = [each["request"]["prompt"] for each in state["request_states"]]
+    assert [encoded.count(prompt) for prompt in prompts] == [1] * len(prompts)
+    assert {file.name for file in Path("prod_env/cache").iterdir() if file.is_file()} == {"flexgen.sqlite"}
+
+
+def test_several_models_take_turns_the_one_that_shares_most_first(
+    cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine]
+) -> None:
+    for model in (tiny_llama, tiny_gpt2):
+        assert cli("register", model) == 0
+    few, many = "model=local/tiny-llama", "model=local/tiny-gpt2"
+    assert cli("sweep", "-r", f"{SUBJECTS[0]},{few}", *(f"{each},{many}" for each in SUBJECTS), "-m", 3,
+               "--suite", "two") == 0  # fmt: skip
+    assert [model.deployment for model in record_of("two").models] == ["flexgen/tiny-gpt2", "flexgen/tiny-llama"]
+    assert [len(engine.calls) for engine in fake_engines] == [1, 1]
+
+
+def test_57_subjects_take_no_more_passes_than_one_of_as_many_requests(
+    cli: Cli, tiny_llama: Path, tmp_path: Path
+) -> None:
+    Path("benchmark_output/scenarios").unlink()
+    data = Path("benchmark_output/scenarios/mmlu/data")
+    dice = random.Random(1)
+    subjects = [f"subject_{n}" for n in range(57)]
+    for subject in (*subjects, "all_in_one"):
+        for split, count in (("dev", 5), ("val", 1), ("test", 4 if subject != "all_in_one" else 4 * 57)):
+            rows = []
+            for _ in range(count):
+                a, b = dice.randint(2, 999), dice.randint(2, 999)
+                rows.append([f"{subject}: {a} plus {b}?", a + b, a - b, a * b, a, "A"])
+            table(data / split / f"{subject}_{split}.csv", rows)
+    policy = ("--gpu-batch-size", 16, "--num-gpu-batches", 2)
+    common = ("--model", tiny_llama, "--disable-cache", *policy)
+    assert cli("sweep", "-r", "mmlu:subject=all_in_one", *common, "--suite", "one") == 0
+    entries = conf(*(f"mmlu:subject={subject}" for subject in subjects))
+    assert cli("sweep", entries, *common, "--suite", "all") == 0
+    one, (model,) = record_of("one").models[0], record_of("all").models
+    assert model.computed == 57 * 5
+    assert one.computed == 4 * 57 + 1
+    per_request = one.sweeps / one.computed
+    assert model.sweeps / model.computed <= 1.2 * per_request
+    alone = ("--suite", "alone", "--runner-class-name", "flexgen_helm.runner.FlexGenRunner", "-n", 1)
+    assert cli("run", "-c", entries, *common, *alone) == 0
+    assert differences(suite("all"), suite("alone")) == []
+
+
+# What fails
+
+
+def error_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("flexgen-helm: error: ")]
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_run_again(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Missing data, a metric without its package, and prompts that do not fit."""
+    broken = (
+        "custom_mcqa:path=nowhere.jsonl,num_train_instances=0",
+        "summarization_xsum_sampled:temperature=0.3,device=cpu",
+    )
+    command = ("sweep", "-r", EASY, *broken, SUBJECTS[0], "--model", tiny_llama, "-m", 2, "--suite", "some")
+    assert cli(*command) == 1
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if "error" in line and "run " not in line]
+    assert line.startswith("flexgen-helm: error: 2 of 4 runs failed: ")
+    assert "Traceback" not in captured.err + captured.out
+    assert "suite some: 2 done, 2 failed, 0 skipped" in captured.out
+    assert len([line for line in captured.out.splitlines() if line.startswith("failed: ")]) == 2
+    assert "nowhere.jsonl" in captured.out
+    statuses = {run.name.split(",")[0].split(":")[0]: run.status for run in record_of("some").runs}
+    assert statuses["synthetic_reasoning_natural"] == statuses["mmlu"] == "done"
+    assert sorted(statuses.values()) == ["done", "done", "failed", "failed"]
+    assert not list(suite("some").glob("custom_mcqa*"))
+
+    assert cli(*command, "--skip-completed-runs") == 1
+    assert "suite some: 0 done, 2 failed, 2 skipped" in capsys.readouterr().out
+
+
+def test_a_prompt_that_does_not_fit_fails_its_run_only(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("sweep", "-r", "simple_mcqa:max_train_instances=0", EASY, "--model", tiny_llama, "-m", 1)
+    assert cli(*command, "--pad-to-seq-len", 200, "--suite", "padded") == 1
+    out = capsys.readouterr().out
+    assert "1 done, 1 failed" in out
+    assert "more than pad-to-seq-len 200" in out
+
+
+def test_a_fault_of_the_engine_keeps_what_was_answered(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine],
+    failing_engines: Callable[..., AbstractContextManager[None]], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from engine import EngineError
+
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 3, "--suite", "faulty")
+    with failing_engines(EngineError("the card fell off"), 5):
+        assert cli(*command) == 1
+    assert "1 done, 2 failed" in capsys.readouterr().out
+    assert {run.error for run in record_of("faulty").runs} == {None, "the card fell off"}
+    assert cli(*command) == 0
+    assert "3 done, 0 failed" in capsys.readouterr().out
+    assert [len(jobs) for engine in fake_engines for jobs in engine.calls] == [9, 4]
+    assert record_of("faulty").models[0].cached == 5
+
+
+def test_an_error_that_nobody_expected_leaves_the_other_models_alone(
+    cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from flexgen_helm.helm.client import FlexGenClient
+
+    for model in (tiny_llama, tiny_gpt2):
+        assert cli("register", model) == 0
+    respond = FlexGenClient._response
+
+    def response(self: FlexGenClient, *args: Any) -> Any:
+        if self._model == str(tiny_gpt2):
+            raise IndexError("odd")
+        return respond(self, *args)
+
+    monkeypatch.setattr(FlexGenClient, "_response", response)
+    entries = [f"{SUBJECTS[0]},model=local/{name}" for name in ("tiny-llama", "tiny-gpt2")]
+    entries.append(f"{SUBJECTS[1]},model=local/tiny-gpt2")  # this model comes first
+    assert cli("sweep", "-r", *entries, "-m", 3, "--suite", "odd") == 1
+    captured = capsys.readouterr()
+    assert "1 done, 2 failed" in captured.out
+    assert "Traceback" not in captured.err + captured.out
+    found = record_of("odd")
+    assert found.finished is not None
+    assert [run.error for run in found.runs] == [None, "IndexError: odd", "IndexError: odd"]
+    assert "Traceback" in (suite("odd") / "flexgen_sweep.log").read_text()
+
+
+def test_the_first_error_is_its_runs_own_where_it_ends_the_sweep(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from engine import EngineError
+    from flexgen_helm.sweeps.runner import SweepRunner
+
+    def finish(self: Any, *args: Any) -> None:
+        raise EngineError("no such number")
+
+    monkeypatch.setattr(SweepRunner, "finish", finish)
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "first", "--exit-on-error")
+    assert cli(*command) == 1
+    assert error_lines(capsys) == ["flexgen-helm: error: no such number"]
+    assert [run.error for run in record_of("first").runs] == ["no such number"]
+
+
+def test_a_run_whose_statistics_were_torn_has_no_score(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As HELM leaves them when it is killed; all its files are there, so it counts as completed."""
+    command = ("sweep", "-r", *SUBJECTS[:2], "--model", tiny_llama, "-m", 2, "--suite", "torn", "--skip-completed-runs")
+    assert cli(*command) == 0
+    next(suite("torn").glob("*/stats.json")).write_text('[{"na')
+    capsys.readouterr()
+    assert cli(*command) == 0
+    out = capsys.readouterr().out
+    assert "0 done, 0 failed, 2 skipped" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("mmlu:")].count("none") == 1
+
+
+def test_an_output_directory_that_fills_up_stops_the_sweep(
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+
+    from flexgen_helm.helm import two_step_runner
+
+    write, written = two_step_runner.write, []
+
+    def full(path: str, content: str) -> None:
+        written.append(path)
+        write(path, content[: len(content) // 2 if len(written) > 7 else None])
+        if len(written) > 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(two_step_runner, "write", full)
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "full", "--skip-completed-runs")
+    assert cli(*command) == 1
+    captured = capsys.readouterr()
+    assert "No space left on device" in captured.err
+    assert "MB are free" in captured.err
+    assert "1 done" in captured.out
+    assert len(final_files(suite("full"))) == len(SUITE_FILES)  # of one run, whole
+    assert record_of("full").finished is None
+    monkeypatch.setattr(two_step_runner, "write", write)
+    assert cli(*command) == 0
+    assert "2 done, 0 failed, 1 skipped" in capsys.readouterr().out
+    assert len(final_files(suite("full"))) == 3 * len(SUITE_FILES)
+
+
+def test_a_sweep_stopped_by_hand_keeps_the_sweep_under_way(
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flexgen_helm.sweeps.runner import SweepRunner
+
+    def interrupted(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "stopped", "--gpu-batch-size", 2,
+               "--num-gpu-batches", 1)  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(SweepRunner, "finish", interrupted)
+        assert cli(*command) == 130
+    assert "goes on from there" in capsys.readouterr().err
+    assert cli(*command) == 0
+    model = record_of("stopped").models[0]
+    assert model.cached >= 2
+    assert model.cached + model.computed == model.requests
+
+
+def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import Completion, EngineError, Job
+    from flexgen_helm.helm.engines import engines
+    from flexgen_helm.sweeps.runner import SweepRunner
+
+    answered: list[int] = []
+
+    class SlowEngine(FakeEngine):
+        """Takes half a second for each job, until it is closed."""
+
+        def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
+            for index, job in enumerate(list(jobs)):
+                time.sleep(0.5)
+                if self.closed:
+                    raise EngineError("the engine is closed")
+                answered.append(index)
+                yield [(index, self.answer(job))]
+
+    load = engines.load
+
+    def slowly(path: str, policy: Any) -> SlowEngine:
+        time.sleep(0.5)
+        return SlowEngine(load(path, policy).tokenizer)  # type: ignore[attr-defined]
+
+    def interrupted(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ("sweep", "--model", tiny_llama, "-m", 2, "--suite", "early", "-r")
+    assert cli(*command, SUBJECTS[0]) == 0
+    engines.close()
+    monkeypatch.setattr(engines, "load", slowly)
+    monkeypatch.setattr(SweepRunner, "finish", interrupted)  # of the run that is known
+    assert cli(*command, *SUBJECTS) == 130
+    assert len(answered) <= 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "flexgen-sweep"]
+
+
+# One at a time
+
+
+def test_a_second_sweep_on_a_suite_is_told_who_holds_it(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flexgen_helm.sweeps.lock import SuiteLock
+
+    command = ("sweep", "-r", EASY, "--model", tiny_llama, "-m", 1, "--suite", "held")
+    program = f"""
+import sys, time
+from pathlib import Path
+from flexgen_helm.sweeps.lock import SuiteLock
+with SuiteLock(Path({str(suite("held").absolute())!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    root = str(Path(__file__).resolve().parents[3])
+    environment = {**os.environ, "PYTHONPATH": root}
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        before = sorted(Path().rglob("*"))
+        assert cli(*command) == 2
+        (line,) = error_lines(capsys)
+        assert f"another sweep is at work on suite held: process {holder.pid} on " in line
+        assert ", since 20" in line
+        assert sorted(Path().rglob("*")) == before
+        assert cli(*command, "--suite", "other") == 0
+    finally:
+        holder.kill()
+        holder.wait()
+    with SuiteLock(suite("held")):  # its owner is dead
+        pass
+    assert cli(*command) == 0
+
+
+@pytest.mark.parametrize("refusal", ["the same suite", "a log that cannot be written", "an unknown scenario"])
+def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
+    refusal: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin where nothing is; one is quicker."""
+    from flexgen_helm.commands import sweep
+    from flexgen_helm.sweeps.lock import SuiteLock
+
+    prepare, other = sweep.prepare, SuiteLock(suite("same" if "suite" in refusal else "other"))
+    kept = Path("prod_env/model_metadata.yaml")
+
+    def meanwhile(*args: Any) -> Any:
+        try:
+            return prepare(*args)
+        finally:
+            kept.parent.mkdir()
+            kept.write_text("models: []")
+            other.__enter__()
+
+    monkeypatch.setattr(sweep, "prepare", meanwhile)
+    more = ("--json-log", "no/such/log") if "log" in refusal else ()
+    entry = "no_such_scenario" if "unknown" in refusal else EASY
+    assert cli("sweep", "-r", entry, "--model", tiny_llama, "-m", 1, "--suite", "same", *more) == 2
+    assert kept.read_text().startswith("models:")
+    assert other._path.exists()
+    other.__exit__(None, None, None)
+
+
+# Bad input
+
+
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "nothing": ([], ["name a file of run entries"]),
+    "unknown entries and models": (
+        ["-r", "mmul:subject=anatomy", EASY, "simple_mcqa:model=no/such", "synthetic_reasoning:mode=sideways",
+         "simple_mcqa:model=no/such,max_train_instances=1"],
+        ["4 things are wrong", "(1) HELM has no run entry 'mmul'", "model no/such", "sideways"],
+    ),
+    "an empty file": (["empty.conf"], ["empty.conf has no run entries"]),
+    "a file of nothing": (["nothing.conf"], ["nothing.conf is not a file of run entries"]),
+    "a path as suite": (["-r", EASY, "--suite", "a/b"], ["suite 'a/b' is no name of a directory"]),
+    "a suite above": (["-r", EASY, "--suite", ".."], ["suite '..' is no name"]),
+    "a line end in the suite": (["-r", EASY, "--suite", "a\nb"], ["suite 'a\\nb' is no name", "printed"]),
+    "a nothing in the suite": (["-r", EASY, "--suite", "a\0b"], ["is no name of a directory"]),
+    "a long suite": (["-r", EASY, "--suite", "é" * 124], ["has 248 bytes; take one of at most 247"]),
+    "a suite of scratch": (["-r", EASY, "--suite", "a.partial"], ["leave .partial out"]),
+    "no suite": (["-r", EASY, "--suite", ""], ["name the suite"]),
+    "a dry run": (["-r", EASY, "--dry-run"], ["--dry-run is not for sweeps"]),
+    "a log that cannot be written": (["-r", EASY, "--json-log", "no/such/log"], ["--json-log no/such/log cannot"]),
+    "different runs of one name": (
+        ["-r", "simple_mcqa:temperature=0.1", "simple_mcqa:temperature=0.2"],
+        ["different runs of one name"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input(case: str, cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.conf").write_text("entries: []")
+    Path("nothing.conf").write_text("")
+    arguments, said = BAD[case]
+    before = sorted(path for path in Path().rglob("*") if "scenarios" not in path.parts)
+    code = cli("sweep", "--model", tiny_llama, *(["--suite", "bad"] if "--suite" not in arguments else []), *arguments)
+    (line,) = error_lines(capsys)
+    assert code == 2
+    for part in said:
+        assert part in line
+    assert sorted(path for path in Path().rglob("*") if "scenarios" not in path.parts) == before
+
+
+def test_a_cache_without_a_directory(cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prod_env").mkdir()
+    Path("prod_env/cache").write_text("")
+    assert cli("sweep", "-r", EASY, "--model", tiny_llama, "-m", 1, "--suite", "bad") == 2
+    assert error_lines(capsys) == ["flexgen-helm: error: HELM's cache prod_env/cache cannot be made: File exists"]
+    assert not suite("bad").exists()
+
+
+def test_a_corrupt_cache_is_set_aside_and_the_suite_computed_anew(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("sweep", "-r", EASY, "--model", tiny_llama, "-m", 2, "--suite", "corrupt")
+    assert cli(*command) == 0
+    cache = Path("prod_env/cache/flexgen.sqlite")
+    cache.write_bytes(b"no database at all" * 999)
+    assert cli(*command) == 0
+    assert record_of("corrupt").models[0].computed == 2
+    (aside,) = cache.parent.glob("flexgen.sqlite.corrupt-*")
+    assert str(aside) in (suite("corrupt") / "flexgen_sweep.log").read_text()
+    assert cli(*command) == 0
+    assert record_of("corrupt").models[0].cached == 2
+
+
+def test_a_cache_that_another_process_has_locked_stops_before_a_weight_is_read(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import sqlite3
+
+    from flexgen_helm.helm import client
+    from flexgen_helm.helm.request_cache import RequestCache
+
+    monkeypatch.setattr(client, "RequestCache", lambda config: RequestCache(config, wait_s=0.05))
+    Path("prod_env/cache").mkdir(parents=True)
+    other = sqlite3.connect("prod_env/cache/flexgen.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    assert cli("sweep", "-r", EASY, "--model", tiny_llama, "-m", 2, "--suite", "locked") == 1
+    assert "flexgen.sqlite is locked by another process" in capsys.readouterr().out
+    assert fake_engines == []
+    other.close()

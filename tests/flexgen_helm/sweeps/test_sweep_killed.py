@@ -1,0 +1,119 @@
+"""Protects: a sweep that is killed at any moment goes on where it was, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from killed_sweeps import ENTRIES, kept
+from sweeping import differences
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_sweeps_lose_no_request(number: int, tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, Path(__file__).parents[1] / "killed_sweeps.py", helm_data, tiny_llama, tmp_path]
+    done = subprocess.run(
+        [*map(str, program), str(number), str(number)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["kills"]) == number
+    for index, kill in enumerate(found["kills"]):
+        assert kill["code"] == -9, kill
+        lost = sum(kill["delivered"]) - kill["kept"]
+        assert lost <= sum(sorted(kill["delivered"])[-1:]), kill  # at most the answers of one sweep
+        assert kill["second_code"] == 0, (tmp_path / f"killed{index}" / "out").read_text()[-3000:]
+        assert kill["second_delivered"] == found["total"] - kill["kept"], kill  # nothing that was kept is asked again
+        assert kill["kept_in_the_end"] == found["total"]
+        suites = (tmp_path / name / "benchmark_output/runs/s" for name in (f"killed{index}", "undisturbed"))
+        assert differences(*suites) == [], kill
+
+
+SLOW = """
+import sys
+from killed_sweeps import watch_deliveries
+watch_deliveries()
+from flexgen_helm.run import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
+    """SIGTERM, twice, as `timeout` sends it: the pass at hand ends, its answers are kept, and the command says so."""
+    (tmp_path / "benchmark_output").mkdir()
+    (tmp_path / "benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", SLOW, "sweep", "-r", *ENTRIES, "-m", "4", "--model", str(tiny_llama), "--suite",
+               "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1", "--percent", "50", "0", "0", "0", "100", "0",
+               "--offload-dir", "offload"]  # fmt: skip
+    log = tmp_path / "delivered"
+
+    def begin() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+
+    with begin() as process:
+        end = time.monotonic() + 120
+        while not log.exists() or not log.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.splitlines()[-1] == (
+        "flexgen-helm: error: terminated; answers so far are kept, the same command goes on from there"
+    )
+    assert "Traceback" not in said
+    assert list((tmp_path / "offload").iterdir()) == []
+    answers = kept(tmp_path)
+    assert answers == sum(map(int, log.read_text().split()))
+    with begin() as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert kept(tmp_path) - answers == sum(map(int, log.read_text().split())) > 0
+
+
+FORKING = """
+import os, signal, sys, time
+from flexgen_helm import run
+
+def fork(command, rest):
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(tell, b".")
+        while True:
+            time.sleep(0.01)
+    os.read(ready, 1)
+    os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+run._run_command = fork
+before = {"default": signal.SIG_DFL, "ignored": signal.SIG_IGN}[sys.argv[1]]
+signal.signal(signal.SIGTERM, before)
+if before == signal.SIG_IGN:
+    run._run_command = lambda command, rest: os.kill(os.getpid(), signal.SIGTERM) or 0
+print(run.main(["sweep"]), signal.getsignal(signal.SIGTERM) == before)
+"""
+
+
+@pytest.mark.parametrize(("before", "code"), [("default", -signal.SIGTERM), ("ignored", 0)])
+def test_sigterm_ends_forks_at_once_and_is_ignored_where_it_was(before: str, code: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", FORKING, before]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{int(code)} True\n", "")
