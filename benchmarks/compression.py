@@ -43,7 +43,7 @@ def score(model: str, policy: dict[str, Any], texts: list[str], window: int) -> 
     with Engine.from_pretrained(model, policy=policy) as engine:
         prompts = [engine.tokenizer(text)["input_ids"][:window] for text in texts]
         done = engine.run([Job(prompt=prompt, max_new_tokens=0, prompt_logprobs=True) for prompt in prompts])
-        stored = sum(sum(tiers.values()) for tiers in engine._weights.placed_bytes().values())
+        stored = sum(sum(tiers.values()) for tiers in engine.parts.weights.placed_bytes().values())
     for completion in done:
         if completion.error is not None:
             raise SystemExit(str(completion.error))

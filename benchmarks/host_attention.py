@@ -21,7 +21,6 @@ from engine.kernels.codec import Codec
 from engine.measuring.rates import HEAD_DIM, host_read_rate
 from engine.memory import accelerator
 from engine.memory.arena import Arena
-from engine.model.attention import host_attention
 from engine.planning.hardware import resolve_device
 from flexgen_helm.planning.record import write_record
 
@@ -72,7 +71,7 @@ def main() -> int:
         }
         if not bits:
             seen = table.view(options.sequences, rows, 2, options.heads, HEAD_DIM)[:, : options.length]
-            calls["torch"] = partial(host_attention.by_torch, query, *seen.permute(2, 0, 3, 1, 4), 0.1)
+            calls["torch"] = partial(host_kernel.by_torch, query, *seen.permute(2, 0, 3, 1, 4), 0.1)
         for name, call in calls.items():
             row = {"dtype": str(dtype).removeprefix("torch."), "bits": bits, "form": name, "bytes": num_bytes}
             call()

@@ -87,7 +87,7 @@ def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
             timed(engine, load.rehearsal(engine.plan.limits.seats), seed=1)
             row["seconds"], row["sweeps"] = min(timed(engine, load) for _ in range(2))
             row["placed_bytes"] = engine.placed_bytes()
-            row["device_reserved_bytes"] = accelerator.peak_memory(engine._arena.device)
+            row["device_reserved_bytes"] = accelerator.peak_memory(engine.parts.arena.device)
     except (EngineError, RunFailed) as error:
         row["error"] = str(error)
     gc.collect()

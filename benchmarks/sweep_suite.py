@@ -31,7 +31,7 @@ def ask(engine: Engine, load: Workload) -> dict[str, Any]:
     """Run all requests in one call; returns seconds of each run and of everything, and what the sweeps were."""
     timings: list[SweepTiming] = []
     engine.observer = timings.append
-    jobs = load.jobs(engine._model.vocab_size)
+    jobs = load.jobs(engine.parts.model.vocab_size)
     left = [load.num_jobs] * load.num_runs
     ended: list[float] = [0.0] * load.num_runs
     start = time.perf_counter()

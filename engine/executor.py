@@ -1,10 +1,8 @@
-"""Runs sweeps: all micro-batches through one layer, then the next layer; then logits only where somebody asked."""
+"""Runs sweeps: all micro-batches through one layer, then the next layer; then logits only where they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -13,16 +11,16 @@ from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
 from engine.model.causal_model import CausalModel, LayerCall
 from engine.model.padded import PaddedBatch
-from engine.planning.planner import LOGITS_BYTES
+from engine.planning.limits import LOGITS_BYTES, Limits
 from engine.sampling import choose
-from engine.schedule.scheduler import Limits, Segment
+from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
 from engine.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
-class _Ask:
-    """Logits that somebody wants: those of one row of one span."""
+class Ask:
+    """A row of one span whose logits are asked for."""
 
     span: Span
     row: int
@@ -33,11 +31,22 @@ class _Ask:
     num_before: int = 0
     """How many tokens the sequence had."""
 
-    @property
-    def counts(self) -> bool:
-        """Whether the row was computed on what really came before it."""
-        had = self.span.tokens[self.num_before :]
-        return not self.drafted or (had == list(self.drafted) and not cast(Sequence, self.span).is_done)
+
+@dataclass(frozen=True)
+class Answer:
+    """What the logits of one row say."""
+
+    ask: Ask
+    token: int
+    """The target, or the token that was chosen."""
+    logprob: float
+    """Natural log of its probability under the model's unmodified distribution."""
+    greedy: int
+    """The token that greedy choice takes; -1 where nobody compares with it."""
+    is_finite: bool
+    """Whether all logits of the row are numbers."""
+    next_logprobs: torch.Tensor | None = None
+    """float32 `[vocabulary]` on the host, only behind the last token of a scored prefix."""
 
 
 class Executor:
@@ -61,12 +70,8 @@ class Executor:
         self._hidden.close()
 
     @torch.no_grad()
-    def sweep(self, batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
-        """Compute every segment; then call `advance(sequence, token, logprob)` for each sequence's next token.
-
-        Log-probabilities of prompts, and which of their tokens are greedy, are added to their spans; spans whose logits
-        are not all numbers are marked so and not advanced.
-        """
+    def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
+        """Compute every segment and answer what its span asks for, in the order of the rows; changes no span."""
         model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
         micro: list[MicroBatch | PaddedBatch] = [
             PaddedBatch(segments, model.device, model.sweeping)
@@ -94,12 +99,13 @@ class Executor:
                 hidden.put(index, model.layer(layer, states, calls[index][layer]))
             weights.release(layer)
         weights.acquire(len(model.layers))
-        self._answer(batches, advance)
+        answers = self._answer(batches)
         weights.release(len(model.layers))
         self.num_sweeps += 1
+        return answers
 
-    def _answer(self, batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
-        asks: list[_Ask] = []
+    def _answer(self, batches: list[list[Segment]]) -> list[Answer]:
+        asks: list[Ask] = []
         states: list[torch.Tensor] = []
         for index, segments in enumerate(batches):
             wanted = [ask for segment in segments for ask in _asks(segment)]
@@ -107,15 +113,13 @@ class Executor:
             if wanted:
                 states.append(last[torch.tensor([ask.row for ask in wanted], device=last.device)])
                 asks += wanted
-            for segment in segments:
-                segment.span.cached += segment.num_rows - len(segment.draft)
+        answers: list[Answer] = []
         for first in range(0, len(asks), self._chunk):
             part = asks[first : first + self._chunk]
-            self._answer_chunk(part, _take_rows(states, len(part)), advance)
+            answers += self._answer_chunk(part, _take_rows(states, len(part)))
+        return answers
 
-    def _answer_chunk(
-        self, asks: list[_Ask], states: torch.Tensor, advance: Callable[[Sequence, int, float], None]
-    ) -> None:
+    def _answer_chunk(self, asks: list[Ask], states: torch.Tensor) -> list[Answer]:
         logits = self._model.head(states)
         logprobs = logits.log_softmax(dim=-1)
         tokens = torch.tensor([ask.target or 0 for ask in asks], device=logits.device)
@@ -126,32 +130,26 @@ class Executor:
             tokens[rows] = choose(
                 logits if len(choosing) == len(asks) else logits[rows],
                 [sequence.job.sampling for sequence in sequences],
-                [sequence.rng.random() for sequence in sequences],
+                [sequence.draw() for sequence in sequences],
                 [sequence.generated for sequence in sequences],
             )
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
         greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
-        for i, ask in enumerate(asks):
-            if ask.target is None and isinstance(ask.span, Prefix):
-                ask.span.next_logprobs = logprobs[i].to("cpu", copy=True)  # a view would keep the whole chunk
-                ask.span.next_greedy = greedy[i]
         finite = torch.isfinite(logits).all(dim=-1)
-        answers = zip(asks, tokens.tolist(), chosen.tolist(), greedy, finite.tolist(), strict=True)
-        for ask, token, logprob, best, is_finite in answers:
-            span = ask.span
-            if not ask.counts:
-                continue
-            span.cached += bool(ask.drafted)
-            span.is_finite &= is_finite
-            if ask.target is not None:
-                span.prompt_logprobs.append(logprob)
-                span.prompt_greedy.append(token == best)
-            elif isinstance(span, Sequence) and span.is_finite:
-                advance(span, token, logprob)
+        values = zip(asks, tokens.tolist(), chosen.tolist(), greedy, finite.tolist(), strict=True)
+        return [
+            Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs[row]))
+            for row, (ask, token, logprob, best, is_finite) in enumerate(values)
+        ]
 
 
-def _asks(segment: Segment) -> list[_Ask]:
+def _kept(ask: Ask, logprobs: torch.Tensor) -> torch.Tensor | None:
+    """What follows a scored prefix, for sequences that continue it later; a view would keep the whole chunk."""
+    return logprobs.to("cpu", copy=True) if ask.target is None and isinstance(ask.span, Prefix) else None
+
+
+def _asks(segment: Segment) -> list[Ask]:
     """What `segment` wants of the logits, in the order of its rows."""
     span = segment.span
     last = segment.first + segment.num_rows - 1
@@ -164,10 +162,10 @@ def _asks(segment: Segment) -> list[_Ask]:
     asks = []
     if scored:
         known = min(segment.num_rows + 1, len(span.tokens))
-        asks = [_Ask(span, segment.first + i - 1, span.tokens[i]) for i in range(1, known)]
+        asks = [Ask(span, segment.first + i - 1, span.tokens[i]) for i in range(1, known)]
     if chooses:
         num_drafted, before = len(segment.draft), len(span.tokens)
-        asks += [_Ask(span, last - num_drafted + i, None, segment.draft[:i], before) for i in range(num_drafted + 1)]
+        asks += [Ask(span, last - num_drafted + i, None, segment.draft[:i], before) for i in range(num_drafted + 1)]
     return asks
 
 

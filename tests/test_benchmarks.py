@@ -28,9 +28,9 @@ from benchmarks import (
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
 from engine.errors import ConfigError
+from engine.planning.limits import Limits
 from engine.planning.planner import Plan
 from engine.policy import Share
-from engine.schedule.scheduler import Limits
 from flexgen_helm.commands.bench import CURVE, ROWS, bench_policy, table_line, workloads
 from flexgen_helm.planning.dummy import SHAPES, _random_block, open_dummy, random_model, shape_config
 from flexgen_helm.planning.record import write_record
@@ -265,8 +265,8 @@ def test_encoded_dummy_weights_are_those_that_are_encoded_on_loading(opt: str) -
     policy = Policy.from_mapping({"device": "cpu", "compress-weight": 4})
     with open_dummy(opt, policy) as engine:
         store, (name, *_) = (
-            engine._weights,
-            sorted(name for placed in engine._weights._placed.values() for name in placed.coded),
+            engine.parts.weights,
+            sorted(name for placed in engine.parts.weights._placed.values() for name in placed.coded),
         )
         placed, extent = store._extent_of[name]
         found = store._bytes(placed, extent, store._outer).clone()

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch.micro_batch import Rows
+from engine.batch.rows import Rows
 from engine.memory import accelerator
 from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows, Fetch
-from engine.memory.layout import TIERS, Tier
+from engine.memory.tiers import TIERS, Tier
 from engine.policy import Share
 
 

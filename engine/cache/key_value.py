@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from engine.batch.micro_batch import DecodeGroup, MicroBatch, Rows, Scatter
+from engine.batch.decode_group import DecodeGroup
+from engine.batch.micro_batch import MicroBatch
+from engine.batch.rows import Rows, Scatter
 from engine.cache.shape import KVShape
 from engine.cache.transfer import KVTransfer, put_rows
 from engine.errors import CapacityError
@@ -17,8 +19,8 @@ from engine.kernels.codec import GROUP, Codec
 from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows, Fetch
 from engine.memory.free_rows import Extents
-from engine.memory.layout import TIERS, Tier, percents
-from engine.planning.planner import STAGING_BUFFERS
+from engine.memory.tiers import TIERS, Tier, percents
+from engine.planning.limits import STAGING_BUFFERS
 from engine.policy import Share
 from engine.schedule.block import Block
 from engine.schedule.sequence import Prefix, Span

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine.memory import accelerator
-from engine.planning.planner import STAGING_BUFFERS
+from engine.planning.limits import STAGING_BUFFERS
 
 
 class KVTransfer:

@@ -20,7 +20,7 @@ import torch
 
 from engine.kernels.codec import GROUP
 from engine.memory import accelerator
-from engine.planning.hardware_profile import cache_directory
+from engine.memory.paths import cache_directory
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("host_attention.c")
@@ -175,3 +175,24 @@ def _cpu_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def by_torch(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by torch's own kernel, which in 16 bits is fast only on CPUs with AMX.
+
+    query `[sequences, steps, heads, dim]`, keys, values `[sequences, kv heads, length, dim]`, the new rows included.
+    Returns `[sequences, steps, heads, dim]` and float32 log-sum-exps `[sequences, steps, heads]`.
+    """
+    steps, copies = query.shape[1], query.shape[2] // keys.shape[1]
+    if copies > 1:
+        keys, values = keys.repeat_interleave(copies, dim=1), values.repeat_interleave(copies, dim=1)
+    mask = None
+    if steps > 1:
+        seen = torch.ones(steps, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - steps)
+        mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -math.inf)
+    result, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.transpose(1, 2), keys, values, 0.0, False, attn_mask=mask, scale=scaling
+    )
+    return result.transpose(1, 2), logsumexp.transpose(1, 2)

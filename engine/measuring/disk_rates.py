@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from engine.errors import CapacityError, ConfigError, EngineError
 from engine.memory.disk.file import PIECE_BYTES, READERS, DiskFile
-from engine.planning.hardware import existing_parent, free_disk
+from engine.memory.paths import existing_parent
+from engine.planning.hardware import free_disk
 
 _Place = TypeVar("_Place")
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from engine.kernels import host_kernel
 from engine.memory import accelerator
 from engine.memory.arena import Arena
-from engine.model.attention import host_attention
 
 HEADS, HEAD_DIM = 32, 128
 _CPU = torch.device("cpu")
@@ -183,7 +182,7 @@ def host_attention_rate(
     def attend() -> None:
         dims = HEADS, HEAD_DIM, HEAD_DIM
         if host_kernel.attend(table, firsts, lengths, query, dims, dtype, 0, 1.0) is None:
-            host_attention.by_torch(query, keys, values, 1.0)
+            host_kernel.by_torch(query, keys, values, 1.0)
 
     return table.nbytes / median_seconds(attend, _CPU, seconds=seconds, prepare=prepare)
 

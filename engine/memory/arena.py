@@ -18,8 +18,8 @@ from engine.errors import CapacityError, ConfigError
 from engine.memory import accelerator
 from engine.memory.disk.file import BLOCK, DiskFile
 from engine.memory.disk.io import DiskIO
-from engine.memory.layout import TIERS, Tier
-from engine.planning.hardware import existing_parent, network_file_system
+from engine.memory.paths import existing_parent, network_file_system
+from engine.memory.tiers import TIERS, Tier
 
 _TOUCH_BYTES = 64 << 20
 

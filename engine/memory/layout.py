@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from engine.memory.tiers import Tier
 from engine.policy import Share
-
-Tier = Literal["device", "host", "disk"]
-TIERS: tuple[Tier, ...] = ("device", "host", "disk")
-
 
 ALIGNMENT = 64
 """Bytes to which parameters and tier borders are aligned inside a unit."""
-
-
-def percents(share: Share) -> dict[Tier, float]:
-    """The percents of a share by tier."""
-    return {"device": share.gpu, "host": share.cpu, "disk": share.disk}
 
 
 def align(num_bytes: int) -> int:

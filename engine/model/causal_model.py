@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
 from engine.cache.shape import KVShape
 from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.packed_parts import find_packed
-from engine.errors import CheckpointError, UnsupportedError
+from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
-from engine.model.attention.interface import ATTENTION_NAME, probe_kv_shape
+from engine.model.attention.interface import probe_kv_shape
+from engine.model.build import _build, _decoder_layers
 from engine.model.padded import CacheView, ProbingView
 from engine.model.sweep_context import Sweeping
+from engine.model.unit import Unit
 
 _NO_ATTENTION = (
     "its layers show no keys and values, neither to transformers' attention interface nor to a cache; state-space "
     "models and the like cannot be run here"
 )
-_PATCHING = threading.Lock()
-"""Held while `nn.Module` is patched, which is one for all threads."""
-
-Owner = tuple[nn.Module, str]
-"""A parameter's module and its name there."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +36,6 @@ class LayerCall:
     """Sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Inside, modules of this thread get parameters without storage, but real buffers (rotary tables and the like)."""
-    thread = threading.get_ident()
-    with _PATCHING:
-        register = nn.Module.register_parameter
-
-        def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-            if param is not None and threading.get_ident() == thread:
-                param = nn.Parameter(param.to("meta"), requires_grad=False)
-            register(self, name, param)
-
-        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Stand(nn.Module):
@@ -97,16 +70,6 @@ class _Tape:
     inject: torch.Tensor | None = None
     as_tuple: bool = False
     """Whether the model expects a tuple of its layers, hidden states first."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Parameters that are placed, and brought to the device, as one."""
-
-    name: str
-    """"embedding", "outer", "layer.N" or "head"."""
-    owners: dict[str, Owner]
-    """By full parameter name."""
 
 
 class CausalModel:
@@ -311,58 +274,3 @@ class CausalModel:
     @property
     def _family(self) -> str:
         return f"{type(self.module).__name__} ({self.config.model_type})"
-
-
-def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(path)
-        model = _on_meta(config, dtype, ATTENTION_NAME)
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot build this model: {' '.join(str(error).split())}") from None
-    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
-    if model._is_stateful:
-        raise UnsupportedError(
-            f"{type(model).__name__} ({config.model_type}): its layers keep a state beside keys and values; "
-            "state-space and hybrid models cannot be run here; take a model with attention alone"
-        )
-    _keep_precision(model, dtype)
-    model.eval()
-    return model
-
-
-def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Widen what the family keeps in float32 in half precision, as `from_pretrained` does (its `_get_dtype_plan`)."""
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return
-    pattern, by_group, _ = build_glob_alternation(list(plan))
-    for prefix, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
-            for attribute, tensor in table.items():
-                found = pattern.search(f"{prefix}.{attribute}" if prefix else attribute)
-                if tensor is not None and tensor.is_floating_point() and found and found.lastgroup:
-                    kept = tensor.to(plan[by_group[found.lastgroup]])
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    table[attribute] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
-
-
-def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    try:
-        with parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
-    except KeyError as error:
-        if error.args != (ATTENTION_NAME,):
-            raise
-        return _on_meta(config, dtype, "eager")  # a family with a table of its own attentions
-    return model
-
-
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UnsupportedError(f"{type(model).__name__}: no list of {count} decoder layers found")

@@ -8,10 +8,10 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from engine.batch.micro_batch import Rows
+from engine.batch.rows import Rows
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
-from engine.schedule.scheduler import Segment
+from engine.schedule.segment import Segment
 
 if TYPE_CHECKING:
     from engine.model.sweep_context import Sweeping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from engine.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from engine.batch.micro_batch import Rows
+    from engine.batch.rows import Rows
     from engine.cache.key_value import KVCache
     from engine.cache.shape import KVShape
 

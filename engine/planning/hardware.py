@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 from engine.errors import ConfigError, InstallationError
+from engine.memory.paths import existing_parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,27 +143,3 @@ def free_disk(directory: str) -> int:
     """Bytes free where `directory` is, or will be made."""
     stats = os.statvfs(existing_parent(directory))
     return stats.f_bavail * stats.f_frsize
-
-
-def existing_parent(directory: str) -> str:
-    """`directory`, or the nearest above it that exists."""
-    path = os.path.abspath(os.path.expanduser(directory))
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
-
-
-_NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "beegfs", "gpfs", "glusterfs", "afs", "fuse.sshfs", "fuse.s3")
-
-
-def network_file_system(directory: str) -> str | None:
-    """The kind of network file system that `directory` is on, or will be; None for others and where nobody says."""
-    device = os.stat(existing_parent(directory)).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8") as stream:
-            mounts = [line.split() for line in stream]
-    except OSError:
-        return None
-    kinds = [words[words.index("-") + 1] for words in mounts if words[2] == number]
-    return kinds[-1] if kinds and kinds[-1].startswith(_NETWORK) else None

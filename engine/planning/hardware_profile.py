@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError, did_you_mean
+from engine.memory.paths import cache_directory
 from engine.planning.hardware import host_memory, processor_name
 
 HOST_DTYPES = ("bfloat16", "float16", "float32")
@@ -176,11 +177,6 @@ def this_machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         host_memory_bytes=host_memory(),
     )
-
-
-def cache_directory() -> Path:
-    """Where profiles are kept: `XDG_CACHE_HOME`, or ~/.cache, and our name."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexgen-helm"
 
 
 def kept_path(machine: Machine) -> Path:

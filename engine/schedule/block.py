@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.memory.layout import Tier
+from engine.memory.tiers import Tier
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ class Sequence(Span):
     """How many of `tokens` are prompt."""
     generated_logprobs: list[float] = field(default_factory=list)
     rng: random.Random = field(default_factory=random.Random)
+    draws: list[float] = field(default_factory=list)
+    """Uniform numbers in [0, 1) that the generated tokens were chosen by, and the one for the next token."""
     finish_reason: FinishReason | None = None
     end_token: int | None = None
     error: EngineError | None = None
@@ -93,7 +95,8 @@ class Sequence(Span):
     def restart_alone(self) -> None:
         """Be as before anything was computed, but alone from now on; its prefixes and block must have been left."""
         assert self.block is None
-        self.tokens, self.num_prompt, self.rng = list(self.job.prompt), len(self.job.prompt), _rng(self.job)
+        self.tokens, self.num_prompt = list(self.job.prompt), len(self.job.prompt)
+        self.rng, self.draws = _rng(self.job), []
         self.parent, self.cached = None, 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.is_alone, self.drafter = True, True, None
@@ -103,6 +106,12 @@ class Sequence(Span):
     def generated(self) -> list[int]:
         """Generated tokens so far."""
         return self.tokens[self.num_prompt :]
+
+    def draw(self) -> float:
+        """The number that chooses the next token; a sweep that is repeated gets the same one."""
+        while len(self.draws) <= len(self.generated_logprobs):
+            self.draws.append(self.rng.random())
+        return self.draws[-1]
 
     def draft(self) -> tuple[int, ...]:
         """Tokens that may come next, for the model to check in the same sweep; only greedy choices can be checked.
@@ -146,7 +155,7 @@ class Sequence(Span):
         return self.num_prompt + max(0, self.job.max_new_tokens - 1)
 
     @property
-    def saw_only_numbers(self) -> bool:
+    def is_finite_with_prefixes(self) -> bool:
         """Whether neither its own logits nor those of its prefixes were anything but finite."""
         return self.is_finite and all(prefix.is_finite for prefix in self.chain)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.schedule.scheduler import Segment
+    from engine.schedule.segment import Segment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ import transformers
 
 from engine.checkpoint.identity import NUMERICS_VERSION, weights_state
 from engine.memory import accelerator
-from engine.planning.hardware_profile import cache_directory
+from engine.memory.paths import cache_directory
 from engine.weights.read_ahead import Step
 from engine.weights.store import WeightStore
 from engine.weights.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.memory.disk.file import DiskFile, Span
-from engine.memory.layout import Extent, Split, Tier
-from engine.model.causal_model import Unit
+from engine.memory.layout import Extent, Split
+from engine.memory.tiers import Tier
+from engine.model.unit import Unit
 
 
 @dataclass(frozen=True)

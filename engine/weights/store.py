@@ -17,9 +17,11 @@ from engine.memory import accelerator
 from engine.memory.arena import Arena
 from engine.memory.disk.file import BLOCK
 from engine.memory.disk.io import wait_for
-from engine.memory.layout import Extent, Tier, align, lay_out, split_bytes, streamed_from
-from engine.model.causal_model import CausalModel, Unit
-from engine.planning.planner import READ_AHEAD_BYTES
+from engine.memory.layout import Extent, align, lay_out, split_bytes, streamed_from
+from engine.memory.tiers import Tier
+from engine.model.causal_model import CausalModel
+from engine.model.unit import Unit
+from engine.planning.limits import READ_AHEAD_BYTES
 from engine.policy import Share
 from engine.weights.placed_unit import Place, PlacedUnit
 from engine.weights.stored_form import encoded_names, stored_sizes, whole_sizes

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from engine.kernels.codec import GROUP, Codec
-from engine.model.causal_model import CausalModel, Unit
+from engine.model.causal_model import CausalModel
+from engine.model.unit import Unit
+from engine.planning.model_shape import ModelShape
 
 _CODED_PART = 0.01
 """Of a unit's numbers, what a parameter must have to be encoded: routers and norms are small, and matter."""
+_SCORE_COPIES = 3
+"""Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
 
 
 def coded_names(model: CausalModel, unit: Unit) -> frozenset[str]:
@@ -44,3 +48,39 @@ def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[st
 def whole_sizes(model: CausalModel, unit: Unit) -> dict[str, int]:
     """Bytes of each parameter of a unit, as it is computed with."""
     return {name: model.state[name].numel() * model.state[name].element_size() for name in unit.owners}
+
+
+def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
+    """Sizes that the planner needs, with weights kept as `codec` has them, keys and values as `cache_codec` has."""
+    config = model.config.get_text_config()
+    sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
+    coded = [unit for unit in model.units if encoded_names(model, unit, codec)]
+    whole = {unit.name: sum(whole_sizes(model, unit).values()) for unit in coded}
+    layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
+    head = sizes["embedding"] if model.is_tied else sizes["head"]
+    inner = next(
+        (getattr(config, key) for key in ("intermediate_size", "ffn_dim", "n_inner") if getattr(config, key, None)),
+        4 * model.hidden_size,
+    )
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    heads = config.num_attention_heads
+    widest = max(model.kv_shapes, key=lambda shape: shape.width)
+    attention = heads * (2 * widest.key_dim + 2 * widest.value_dim)
+    item = model.dtype.itemsize
+    return ModelShape(
+        unit_bytes=(*layers, head),
+        # Half bytes of a matrix are spread over whole ones before they become numbers.
+        expanded_bytes=max(whole.values(), default=0) * 3 // 2,
+        stored_part=1.0 if not whole else sum(sizes[name] for name in whole) / sum(whole.values()),
+        embedding_bytes=0 if model.is_tied else sizes["embedding"],
+        outer_bytes=sizes["outer"],
+        cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
+        cache_layer_row_bytes=widest.width * item,
+        coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width, model.dtype),
+        hidden_row_bytes=model.hidden_size * item,
+        is_padded=model.is_padded,
+        score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
+        is_plain=model.is_plain,
+        reads_in_place=model.reads_in_place,
+        work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
+    )

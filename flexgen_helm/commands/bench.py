@@ -189,7 +189,7 @@ def time_row(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
 
 def timed(engine: Engine, load: Workload, seed: int = 0) -> tuple[float, int]:
     """Seconds and sweeps of one call; `RunFailed` when a request does not end as it was asked to."""
-    jobs = load.jobs(engine._model.vocab_size, seed)
+    jobs = load.jobs(engine.parts.model.vocab_size, seed)
     before, start = engine.num_sweeps, time.perf_counter()
     try:
         done = engine.run(jobs)
@@ -208,4 +208,4 @@ def _device_reserved(engine: Engine) -> int:
     """The most that torch has held on the device since the rates were measured."""
     from engine.memory import accelerator
 
-    return accelerator.peak_memory(engine._arena.device)
+    return accelerator.peak_memory(engine.parts.arena.device)

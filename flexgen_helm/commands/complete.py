@@ -68,7 +68,7 @@ def complete(arguments: Sequence[str]) -> int:
         raise InstallationError(problem)
     from engine.checkpoint.files import describe
     from engine.checkpoint.identity import result_identity
-    from engine.engine import load_tokenizer
+    from engine.opening import load_tokenizer
 
     description = describe(args.model)
     tokenizer = load_tokenizer(Path(description.path))

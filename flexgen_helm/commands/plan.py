@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from engine.errors import ConfigError
-from engine.memory.layout import TIERS
+from engine.memory.tiers import TIERS
 from engine.policy import Policy, parse_bytes
 from flexgen_helm.planning.roofline import Workload
 from flexgen_helm.terminal.parser import Parser

@@ -186,7 +186,7 @@ def random_model(shape: str) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from engine.model.causal_model import parameters_on_meta
+    from engine.model.build import parameters_on_meta
 
     config = shape_config(shape)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")

@@ -14,9 +14,11 @@ from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from engine.errors import CapacityError
-from engine.memory.layout import TIERS, Tier, percents, split_bytes
+from engine.memory.layout import split_bytes
+from engine.memory.tiers import TIERS, Tier, percents
 from engine.planning.hardware import Memory, memory_within
-from engine.planning.planner import ModelShape, Plan, make_plan
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy, Share
 from flexgen_helm.planning.overlap import Overlap
 from flexgen_helm.planning.roofline import (
@@ -118,8 +120,8 @@ def search(
     Raises `CapacityError`, with what is missing, when none fits.
     """
     from engine.cache.key_value import unencodable_layer
-    from engine.engine import shape_of
     from engine.kernels.codec import codec_of
+    from engine.weights.stored_form import shape_of
 
     found: list[Estimate] = []
     tight: list[Estimate] = []

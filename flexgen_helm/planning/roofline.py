@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.engine import Engine
-    from engine.memory.layout import Tier
+    from engine.memory.tiers import Tier
     from engine.model.causal_model import CausalModel
     from engine.planning.planner import Plan
     from engine.policy import Policy
@@ -148,7 +148,7 @@ class Rates:
 
 def sizes_of(engine: Engine) -> Sizes:
     """Sizes of an open engine's model as it is placed."""
-    return sizes_of_model(engine._model, engine._weights.placed_bytes(), engine.policy)
+    return sizes_of_model(engine.parts.model, engine.parts.weights.placed_bytes(), engine.policy)
 
 
 def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:

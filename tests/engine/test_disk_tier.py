@@ -51,12 +51,12 @@ def values(done: list[Completion]) -> list[Any]:
 
 
 def disk_bytes(engine: Engine) -> int:
-    return sum(held["disk"] for held in engine._weights.placed_bytes().values())
+    return sum(held["disk"] for held in engine.parts.weights.placed_bytes().values())
 
 
 def own_bytes(engine: Engine) -> int:
     """Bytes in files of our own."""
-    return engine._arena.num_bytes["disk"]
+    return engine.parts.arena.num_bytes["disk"]
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def test_weights_are_read_from_the_checkpoint_where_they_lie(
         assert values(engine.run(JOBS)) == expected(family)
         assert engine.placed_bytes()["disk"] == pytest.approx(disk_bytes(engine), abs=4096)
         assert own_bytes(engine) == 0
-        assert engine._weights.adopted_bytes > 0.5 * sum(map(sum, ([*h.values()] for h in held_by(engine))))
+        assert engine.parts.weights.adopted_bytes > 0.5 * sum(map(sum, ([*h.values()] for h in held_by(engine))))
 
 
 def held_by(engine: Engine) -> list[dict[Any, int]]:
-    return list(engine._weights.placed_bytes().values())
+    return list(engine.parts.weights.placed_bytes().values())
 
 
 def to_bin(source: Path, target: Path) -> Path:
@@ -103,8 +103,8 @@ def test_what_cannot_stay_there_is_copied(
     with open_engine(directory, tmp_path, percent=WEIGHTS, **changes) as engine:
         assert values(engine.run(JOBS)) == resident
         assert own_bytes(engine) > 0.2 * disk_bytes(engine)
-        assert own_bytes(engine) + engine._weights.adopted_bytes == pytest.approx(disk_bytes(engine), rel=0.01)
-        assert (engine._weights.adopted_bytes > 0) == (why in ("converted experts", "encoded"))
+        assert own_bytes(engine) + engine.parts.weights.adopted_bytes == pytest.approx(disk_bytes(engine), rel=0.01)
+        assert (engine.parts.weights.adopted_bytes > 0) == (why in ("converted experts", "encoded"))
 
 
 def resident_pages(handle: int, size: int) -> int:
@@ -120,7 +120,7 @@ def resident_pages(handle: int, size: int) -> int:
 def test_nothing_of_it_is_in_the_page_cache(build: Callable[[str], Path], tmp_path: Path) -> None:
     with open_engine(build("opt"), tmp_path, percent=DISK, dtype="bfloat16") as engine:
         engine.run(JOBS)
-        files = engine._arena._files
+        files = engine.parts.arena._files
         if not all(file.is_direct for file in files):
             pytest.skip("this file system knows no direct access")
         sizes = {os.fstat(file._handle).st_size for file in files}
@@ -310,7 +310,7 @@ def test_keys_and_values_on_disk_are_read_once_for_all_who_share_them(
         before = engine.num_sweeps
         engine.run(jobs)
         sweeps = engine.num_sweeps - before
-        layers = len(engine._model.layers)
+        layers = len(engine.parts.model.layers)
         assert layers <= len(runs) <= (sweeps - 1) * layers
 
 
@@ -320,7 +320,7 @@ def test_a_sweep_reads_no_keys_that_are_still_being_written(
     """The last layer's writes end only when somebody waits for them (or after a second)."""
     with open_engine(build("opt"), tmp_path, percent=[100, 0, 0, 0, 100, 0]) as engine:
         disk, awaited = cache_of(engine)._disk, threading.Event()
-        settle, write = disk.settle, engine._arena.io.write
+        settle, write = disk.settle, engine.parts.arena.io.write
 
         def waiting() -> None:
             awaited.set()
@@ -333,7 +333,7 @@ def test_a_sweep_reads_no_keys_that_are_still_being_written(
             write(file, *arguments)
 
         monkeypatch.setattr(disk, "settle", waiting)
-        monkeypatch.setattr(engine._arena.io, "write", late)
+        monkeypatch.setattr(engine.parts.arena.io, "write", late)
         for found, (tokens, logprobs, _) in zip(engine.run(JOBS), expected("opt"), strict=True):
             assert found.tokens == tokens
             assert found.logprobs == pytest.approx(logprobs, abs=1e-5, rel=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,12 @@ def test_greedy_rows_equal_transformers(
     alike = {"attention_mask": mask, "max_new_tokens": new, "do_sample": False, "pad_token_id": PAD}
     free = plain.generate(ids, **alike, eos_token_id=-1)
     eos = int(free.flatten()[-1 - end % free.numel()])
-    kept = engine._text
+    kept = engine.parts
     try:
-        engine._text = type(kept)(kept.tokenizer, frozenset([eos]))
+        engine._worker._parts = replace(kept, text=replace(kept.text, end_of_text=frozenset([eos])))
         ours = engine.generate(ids, mask, max_new_tokens=new, pad_token_id=PAD)
     finally:
-        engine._text = kept
+        engine._worker._parts = kept
     theirs = plain.generate(ids, **alike, eos_token_id=eos)
     assert ours.dtype == theirs.dtype
     assert ours.tolist() == theirs.tolist()
@@ -96,12 +97,12 @@ def test_defaults_and_padding_are_the_model_s(engine: Engine, model: PreTrainedM
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     ours = engine.generate(ids)
     eos = int(plain.generate(ids, do_sample=False, max_new_tokens=3, eos_token_id=-1)[0, -1])
-    kept = engine._text
+    kept = engine.parts
     try:
-        engine._text = type(kept)(kept.tokenizer, frozenset([eos]))
+        engine._worker._parts = replace(kept, text=replace(kept.text, end_of_text=frozenset([eos])))
         ours = engine.generate(ids)
     finally:
-        engine._text = kept
+        engine._worker._parts = kept
     pad = plain.generation_config.pad_token_id
     theirs = plain.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=eos, pad_token_id=pad)
     assert ours.tolist() == theirs.tolist()
@@ -199,7 +200,7 @@ def test_calls_of_bad_jobs_leave_nothing(engine: Engine) -> None:
     for _ in range(20):
         assert list(engine.stream([])) == []
         list(engine.stream([Job(prompt=[])]))
-    assert engine._abandoned == []
+    assert engine._worker._abandoned == []
 
 
 JOBS = [Job(prompt=list(range(5, 9 + i)), max_new_tokens=1 + i, sampling=Sampling(seed=i)) for i in range(6)]
@@ -261,7 +262,7 @@ def test_a_cancelled_coroutine_drops_its_jobs(engine: Engine) -> None:
     asyncio.run(main())
     asyncio.run(leave())
     assert engine.run(JOBS[:1])[0].error is None
-    assert not engine._owner
+    assert not engine._worker._owner
 
 
 def test_a_closed_engine_tells_the_coroutine(build: Callable[[str], Path]) -> None:

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from watch import Watch, cache_of
 
 from engine import Engine, Job
-from engine.batch.micro_batch import Rows
+from engine.batch.rows import Rows
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
 from engine.cache.shape import KVShape
 from engine.errors import CapacityError, CheckpointError, ConfigError
 from engine.memory.arena import Arena
-from engine.memory.layout import TIERS, Tier
+from engine.memory.tiers import TIERS, Tier
 from engine.policy import Share
-from engine.schedule.scheduler import Segment
+from engine.schedule.segment import Segment
 from engine.schedule.sequence import Sequence
 
 PERCENTS = {
@@ -80,7 +80,7 @@ def test_every_unit_follows_the_percents(name: str, tied: bool, wide: Callable[[
     expected = tiers(PERCENTS[name], 0)
     with open_engine(wide(tied), tmp_path, percent=PERCENTS[name]) as engine:
         engine.wait_until_loaded()
-        units = engine._weights.placed_bytes()
+        units = engine.parts.weights.placed_bytes()
         layer = sum(units["layer.0"].values())
         parameters = sum(p.numel() * 4 for p in models.load_reference(wide(tied)).parameters())
         assert sum(sum(held.values()) for held in units.values()) == pytest.approx(parameters, rel=1e-3)
@@ -103,7 +103,7 @@ def test_cache_and_activations_follow_the_percents_to_one_sequence(
     name: str, build: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with open_engine(build("llama"), tmp_path, percent=PERCENTS[name], **{"share-prefix": False}) as engine:
-        cache, hidden = cache_of(engine), engine._executor._hidden
+        cache, hidden = cache_of(engine), engine.parts.executor._hidden
         watch = Watch(engine, lambda: (dict(cache.num_blocks), dict(hidden.num_spans)))
         engine.wait_until_loaded()
         before = engine.placed_bytes()

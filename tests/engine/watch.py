@@ -9,8 +9,8 @@ from torch import nn
 
 from engine import Engine
 from engine.cache.key_value import KVCache
-from engine.schedule.scheduler import Segment
-from engine.schedule.sequence import Sequence
+from engine.executor import Answer
+from engine.schedule.segment import Segment
 
 
 class Watch:
@@ -28,13 +28,13 @@ class Watch:
             self.batches.setdefault(engine.num_sweeps, []).append(args[0].shape[:2].numel())
             self.seen.append(look())
 
-        def sweep(batches: list[list[Segment]], advance: Callable[[Sequence, int, float], None]) -> None:
+        def sweep(batches: list[list[Segment]]) -> list[Answer]:
             self.tokens.append(sum(segment.num_rows for batch in batches for segment in batch))
-            run(batches, advance)
+            return run(batches)
 
-        run = engine._executor.sweep
-        engine._executor.sweep = sweep  # type: ignore[method-assign]
-        engine._model.layers[0].register_forward_pre_hook(note)
+        run = engine.parts.executor.sweep
+        engine.parts.executor.sweep = sweep  # type: ignore[method-assign]
+        engine.parts.model.layers[0].register_forward_pre_hook(note)
 
     @property
     def rows(self) -> list[int]:
@@ -44,4 +44,4 @@ class Watch:
 
 def cache_of(engine: Engine) -> KVCache:
     """The engine's KV cache."""
-    return engine._executor._cache
+    return engine.parts.executor._cache

@@ -56,14 +56,15 @@ def sweep(folder: Path, data: Path, model: Path, more: list[str]) -> int:
 
 def watch_deliveries() -> None:
     """Make sweeps slow, and write down how many answers each has delivered, at once."""
-    from engine import engine
+    from engine.executor import Executor
+    from engine.worker import Worker
 
     log = os.open("delivered", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    pass_over, deliver = engine.Executor.sweep, engine.Engine._deliver
+    pass_over, deliver = Executor.sweep, Worker._deliver
 
-    def slowly(self: Any, *args: Any) -> None:
+    def slowly(self: Any, *args: Any) -> Any:
         time.sleep(SWEEP_S)
-        pass_over(self, *args)
+        return pass_over(self, *args)
 
     def noted(self: Any, done: Any) -> None:
         done = list(done)
@@ -71,8 +72,8 @@ def watch_deliveries() -> None:
         if done:
             os.write(log, f"{len(done)}\n".encode())
 
-    engine.Executor.sweep = slowly  # type: ignore[method-assign]
-    engine.Engine._deliver = noted  # type: ignore[method-assign]
+    Executor.sweep = slowly  # type: ignore[method-assign]
+    Worker._deliver = noted  # type: ignore[method-assign]
 
 
 def killed(child: int, after_s: float) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.job import Sampling
-from engine.planning.planner import LOGITS_BYTES
+from engine.planning.limits import LOGITS_BYTES
 from engine.sampling import choose
 
 pytestmark = pytest.mark.gpu

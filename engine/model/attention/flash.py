@@ -11,7 +11,8 @@ from engine.memory.accelerator import has_flash_attention
 from engine.model.attention import host_attention
 
 if TYPE_CHECKING:
-    from engine.batch.micro_batch import DecodeGroup, MicroBatch
+    from engine.batch.decode_group import DecodeGroup
+    from engine.batch.micro_batch import MicroBatch
     from engine.model.attention.rule import Scores
     from engine.model.sweep_context import Sweeping
 

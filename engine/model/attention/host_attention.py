@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from engine.kernels import host_kernel
+from engine.kernels.host_kernel import by_torch
 from engine.memory import accelerator
 
 if TYPE_CHECKING:
-    from engine.batch.micro_batch import DecodeGroup
+    from engine.batch.decode_group import DecodeGroup
     from engine.cache.key_value import KVCache
     from engine.model.attention.rule import Scores
 
@@ -41,24 +41,3 @@ def attend(
             output[one], logsumexp[one] = by_torch(query[one], keys[None], values[None], scores.scaling)
     is_kept = accelerator.has_streams(device)  # until the copy has been made
     return output.flatten(0, 1).to(device, non_blocking=is_kept), logsumexp.flatten(0, 1).T
-
-
-def by_torch(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by torch's own kernel, which in 16 bits is fast only on CPUs with AMX.
-
-    query `[sequences, steps, heads, dim]`, keys, values `[sequences, kv heads, length, dim]`, the new rows included.
-    Returns `[sequences, steps, heads, dim]` and float32 log-sum-exps `[sequences, steps, heads]`.
-    """
-    steps, copies = query.shape[1], query.shape[2] // keys.shape[1]
-    if copies > 1:
-        keys, values = keys.repeat_interleave(copies, dim=1), values.repeat_interleave(copies, dim=1)
-    mask = None
-    if steps > 1:
-        seen = torch.ones(steps, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - steps)
-        mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -math.inf)
-    result, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.transpose(1, 2), keys, values, 0.0, False, attn_mask=mask, scale=scaling
-    )
-    return result.transpose(1, 2), logsumexp.transpose(1, 2)

@@ -9,7 +9,8 @@ import torch
 from engine.model.attention.flash import merge
 
 if TYPE_CHECKING:
-    from engine.batch.micro_batch import MicroBatch, PrefillGroup
+    from engine.batch.micro_batch import MicroBatch
+    from engine.batch.prefill_group import PrefillGroup
     from engine.model.attention.rule import Scores
     from engine.model.sweep_context import Sweeping
 

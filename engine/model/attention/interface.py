@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from engine.batch.micro_batch import DecodeGroup, MicroBatch, PrefillGroup
+from engine.batch.decode_group import DecodeGroup
+from engine.batch.micro_batch import MicroBatch
+from engine.batch.prefill_group import PrefillGroup
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
 from engine.model.attention import flash, host_attention, host_flash

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from engine import Engine, Job
 from engine.checkpoint.packed_parts import find_packed
-from engine.engine import shape_of
 from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import EightBitRows, FourBitBlocks, PackedMatrix
+from engine.weights.stored_form import shape_of
 
 RECORDS = json.loads((Path(__file__).parent / "packed_matrices.json").read_text())
 """Matrices that the formats' own libraries packed or read, with what they make of them."""
@@ -69,8 +69,8 @@ def run(directory: Path, tmp_path: Path, policy: str, **settings: Any) -> tuple[
     """Completions of the jobs, and one of the packed matrices."""
     settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path / "off"), **settings}
     with Engine.from_pretrained(str(directory), policy=settings) as engine:
-        assert engine._model.packed
-        return engine.run(JOBS), next(iter(engine._model.packed.values()))
+        assert engine.parts.model.packed
+        return engine.run(JOBS), next(iter(engine.parts.model.packed.values()))
 
 
 INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True}
@@ -158,8 +158,8 @@ def test_packed_bytes_are_what_is_kept_and_planned(tmp_path: Path) -> None:
     state = load_file(directory / "model.safetensors")
     with Engine.from_pretrained(str(directory), policy={**POLICIES["host"], "device": "cpu"}) as engine:
         engine.wait_until_loaded()
-        store, shape = engine._weights, shape_of(engine._model)
-        for name, matrix in engine._model.packed.items():
+        store, shape = engine.parts.weights, shape_of(engine.parts.model)
+        for name, matrix in engine.parts.model.packed.items():
             placed, extent = store._extent_of[name]
             memory = store.stored_bytes(placed.unit.name, extent.first, extent.end)
             for part, form in matrix.parts.items():

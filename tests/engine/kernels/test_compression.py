@@ -21,13 +21,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine import Engine, Policy
-from engine.engine import shape_of
 from engine.errors import CapacityError
 from engine.kernels.codec import GROUP, Codec, codec_of
 from engine.planning.hardware import Memory
 from engine.planning.planner import make_plan
 from engine.policy import Share
-from engine.weights.stored_form import coded_names
+from engine.weights.stored_form import coded_names, shape_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,9 +111,9 @@ def test_equals_transformers_with_the_same_weights(
     with Engine.from_pretrained(str(build(family)), policy={**settings, "compress-weight": bits}) as engine:
         done = engine.run(JOBS)
         again = engine.run(JOBS)
-        names = {name for unit in engine._model.units for name in coded_names(engine._model, unit)}
-        stored = sum(sum(tiers.values()) for tiers in engine._weights.placed_bytes().values())
-        whole = sum(tensor.numel() * tensor.element_size() for tensor in engine._model.state.values())
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit)}
+        stored = sum(sum(tiers.values()) for tiers in engine.parts.weights.placed_bytes().values())
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in engine.parts.model.state.values())
     assert names
     assert not any("norm" in name or "embed" in name or name.endswith("bias") for name in names)
     assert stored < whole
@@ -220,7 +219,7 @@ def test_codes_take_less_room_off_the_device(build: Callable[[str], Path], tmp_p
 def test_what_is_encoded(build: Callable[[str], Path]) -> None:
     """All of a layer's matrices, experts among them; neither routers nor embeddings nor the head."""
     with Engine.from_pretrained(str(build("qwen3-moe")), policy={"device": "cpu", "compress-weight": 4}) as engine:
-        names = {name for unit in engine._model.units for name in coded_names(engine._model, unit)}
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit)}
     kinds = {name.split("layers.0.")[1] for name in names if "layers.0." in name}
     attention = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
     assert kinds == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
@@ -233,7 +232,7 @@ def test_the_whole_is_a_third_in_16_bits(tmp_path: Path) -> None:
     for bits in (None, 8, 4):
         policy = {"device": "cpu", "dtype": "bfloat16", "compress-weight": bits}
         with Engine.from_pretrained(str(path), policy=policy) as engine:
-            placed = engine._weights.placed_bytes()
+            placed = engine.parts.weights.placed_bytes()
             sizes[bits] = sum(sum(tiers.values()) for name, tiers in placed.items() if name.startswith("layer."))
     assert sizes[4] == pytest.approx(4.5 / 16 * sizes[None], rel=0.02)
     assert sizes[8] == pytest.approx(8.5 / 16 * sizes[None], rel=0.02)
@@ -244,7 +243,7 @@ def test_encoded_layers_hide_less_arithmetic(build: Callable[[str], Path]) -> No
     shapes = {}
     for bits in (None, 4):
         with Engine.from_pretrained(str(build("opt")), policy={"device": "cpu"}) as engine:
-            shapes[bits] = shape_of(engine._model, codec_of(bits))
+            shapes[bits] = shape_of(engine.parts.model, codec_of(bits))
     assert shapes[None].stored_part == 1.0
     assert 5 / 32 < shapes[4].stored_part < 0.2  # 5 bits of 32, and biases
     memory = Memory(device=10**9, host=10**9, disk=0)
@@ -261,8 +260,8 @@ def test_memory_to_expand_layers_is_planned_for(tmp_path: Path) -> None:
     policy = {"device": "cpu", "compress-weight": 4, "percent": [100, 0, 100, 0, 100, 0]}
     with Engine.from_pretrained(str(path), policy=policy) as engine:
         placed = engine.placed_bytes()["device"]
-        expanded = engine._weights._expanded.numel()
-        stored = sum(tiers["device"] for tiers in engine._weights.placed_bytes().values())
+        expanded = engine.parts.weights._expanded.numel()
+        stored = sum(tiers["device"] for tiers in engine.parts.weights.placed_bytes().values())
     assert placed >= stored + expanded
     with pytest.raises(CapacityError, match="two layers and one expanded"):
         Engine.from_pretrained(str(path), policy={**policy, "gpu-memory": f"{(stored + expanded // 2) // 1000}kB"})

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from engine.kernels import host_kernel
 from engine.kernels.codec import Codec
-from engine.model.attention import host_attention
 
 _DRIVER = r"""
 #include "%s"
@@ -147,7 +146,7 @@ def test_by_torch(sequences: int, steps: int, kv_heads: int, copies: int, past: 
     query = torch.randn(sequences, steps, kv_heads * copies, 16, generator=generator).to(dtype)
     rows = torch.randn(sequences, past + steps, 2 * kv_heads * 16, generator=generator).to(dtype)
     keys, values = rows.unflatten(-1, (2, kv_heads, 16)).permute(2, 0, 3, 1, 4)
-    result, logsumexp = host_attention.by_torch(query, keys, values, 0.3)
+    result, logsumexp = host_kernel.by_torch(query, keys, values, 0.3)
     right, right_logsumexp = expected(query, keys, values, 0.3)
     bound = 8 * torch.finfo(dtype).eps
     assert result.dtype == dtype

@@ -19,7 +19,8 @@ from engine import Engine, Job
 from engine.executor import Executor
 from engine.memory import accelerator
 from engine.planning.admission import Admission
-from engine.schedule.scheduler import Scheduler, Segment
+from engine.schedule.scheduler import Scheduler
+from engine.schedule.segment import Segment
 
 
 @pytest.fixture
@@ -98,10 +99,10 @@ def test_prompts_that_are_computed_between_fetches_change_no_result(
     monkeypatch.setattr(Scheduler, "next_sweep", note)
     settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path), "gpu-memory": "1GB"}
     with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
-        scheduler = engine._scheduler
+        scheduler = engine.parts.scheduler
         pace = Admission(rows_beside_weights=0, rows_beside_cached_row=0.15)
         scheduler.limits = replace(scheduler.limits, admission=pace, rows_between_fetches=24)
-        engine._executor._limits = scheduler.limits
+        engine.parts.executor._limits = scheduler.limits
         done = engine.run(JOBS)
     assert max(mixed) >= 2
     assert sum(count > 0 for count in mixed) >= 3
@@ -116,10 +117,11 @@ def test_host_memory_goes_only_when_the_device_is_done_with_it(
     at_work, unlocked = False, 0
     sweep, unlock = Executor.sweep, accelerator.unlock_pages
 
-    def busy(self: Executor, *arguments: Any) -> None:
+    def busy(self: Executor, *arguments: Any) -> Any:
         nonlocal at_work
-        sweep(self, *arguments)
+        answers = sweep(self, *arguments)
         at_work = True
+        return answers
 
     def wait(device: torch.device) -> None:
         nonlocal at_work
@@ -137,7 +139,7 @@ def test_host_memory_goes_only_when_the_device_is_done_with_it(
     with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
         for length in (9, 90):
             assert engine.run([Job(prompt=[*range(9, 9 + length)], max_new_tokens=2)])[0].error is None
-        assert unlocked == 1 + len(engine._model.layers)  # of hidden states, and of the cache
+        assert unlocked == 1 + len(engine.parts.model.layers)  # of hidden states, and of the cache
 
 
 def test_padded_families_take_the_same_paths(

@@ -23,7 +23,7 @@ from engine.errors import CapacityError, ConfigError, EngineError
 from engine.memory.disk.file import BLOCK, DiskFile, Request, Span, requests_of
 from engine.memory.disk.io import DiskIO, wait_for
 from engine.memory.disk.rows import DiskRows
-from engine.planning.hardware import network_file_system
+from engine.memory.paths import network_file_system
 from engine.weights.sweep_reader import SweepReader, piece_bytes
 
 SIZE = 3 << 20

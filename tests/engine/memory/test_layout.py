@@ -7,7 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.memory.layout import ALIGNMENT, TIERS, align, lay_out, split_bytes, streamed_from
+from engine.memory.layout import ALIGNMENT, align, lay_out, split_bytes, streamed_from
+from engine.memory.tiers import TIERS
 from engine.policy import Share
 
 parts = st.integers(0, 100).flatmap(lambda gpu: st.tuples(st.just(gpu), st.integers(0, 100 - gpu)))

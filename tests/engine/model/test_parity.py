@@ -50,8 +50,8 @@ def test_equals_transformers(
 ) -> None:
     settings = {**POLICIES[policy], "pad-to-seq-len": PADDINGS[padding], "device": "cpu", "offload-dir": str(tmp_path)}
     with Engine.from_pretrained(str(build(family)), policy=settings) as engine:
-        has_interface = family in models.FAMILIES or engine._model.module._supports_attention_backend
-        assert engine._model.is_padded != has_interface
+        has_interface = family in models.FAMILIES or engine.parts.model.module._supports_attention_backend
+        assert engine.parts.model.is_padded != has_interface
         watch = Watch(engine)
         done = engine.run(JOBS)
     assert parity.differences(expected(family), done)[0] == []

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from engine import Policy
 from engine.errors import CapacityError
 from engine.planning.hardware import Memory
-from engine.planning.planner import ModelShape, Plan, make_plan
+from engine.planning.limits import Limits
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import Plan, make_plan
 from engine.policy import Share, parse_bytes
-from engine.schedule.scheduler import Limits
 
 GB = 10**9
 OPT_30B = ModelShape(

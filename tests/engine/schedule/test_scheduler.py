@@ -12,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Job
-from engine.batch.micro_batch import DecodeGroup, MicroBatch
+from engine.batch.decode_group import DecodeGroup
+from engine.batch.micro_batch import MicroBatch
 from engine.errors import CapacityError
 from engine.memory.free_rows import Extents
 from engine.planning.admission import Admission
+from engine.planning.limits import Limits
 from engine.schedule.block import Block
-from engine.schedule.scheduler import Limits, Scheduler, Segment, padded_length
+from engine.schedule.cutting import padded_length
+from engine.schedule.scheduler import Scheduler
+from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence
 
 

@@ -56,7 +56,7 @@ def test_a_layer_computes_before_the_next_one_has_arrived(
     before_put(act)
     settings: dict[str, Any] = {"device": "cpu", "offload-dir": str(tmp_path), **POLICIES[policy]}
     with Engine.from_pretrained(str(build(family)), policy=settings) as engine:
-        for layer, event in zip(engine._model.layers, computed, strict=True):
+        for layer, event in zip(engine.parts.model.layers, computed, strict=True):
             layer.register_forward_hook(lambda *_, event=event: event.set())
         (done,) = engine.run([JOB])
         engine.wait_until_loaded()

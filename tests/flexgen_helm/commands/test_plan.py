@@ -15,7 +15,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.engine import shape_of
 from engine.errors import CapacityError
 from engine.kernels.codec import codec_of
 from engine.model.causal_model import CausalModel
@@ -23,6 +22,7 @@ from engine.planning.hardware import Memory
 from engine.planning.hardware_profile import HardwareProfile, Machine
 from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy, Share
+from engine.weights.stored_form import shape_of
 from flexgen_helm.commands import plan
 from flexgen_helm.planning.policy_search import Estimate, best_of, estimate, gemm_rate_at, memory_of, search
 from flexgen_helm.planning.roofline import Workload, sizes_of_model, work_of

@@ -1,0 +1,118 @@
+"""Decode steps of a micro-batch that are attended together, and where their keys and values lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from engine.memory.tiers import Tier
+from engine.schedule.block import Block
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """Neighbouring rows of a table that are brought to the device at once, with what lies between blocks."""
+
+    first: int
+    end: int
+
+
+class DecodeGroup:
+    """New rows of running sequences, equally many of each, that continue the same chain of prefixes (or none)."""
+
+    def __init__(self, segments: list[Segment], device: torch.device, gap_rows: int = 0) -> None:
+        self.chain: tuple[Prefix, ...] = segments[0].span.chain
+        self.segments = segments
+        self.first, self.end = segments[0].first, segments[-1].end
+        self.steps = segments[0].num_rows
+        """New rows of each sequence: its last token, and what is drafted to follow."""
+        past = torch.tensor([segment.past for segment in segments])
+        self.length = int(past.max()) + self.steps
+        self.past = past.to(device)
+        self.own_lengths = (past + self.steps).to(device, torch.int32)
+        borders = torch.arange(len(segments) + 1, dtype=torch.int32)
+        self.row_borders = (borders * self.steps).to(device)
+        """Where each sequence's queries begin: int32 `[sequences + 1]`."""
+        blocks = [segment.span.block for segment in segments if segment.span.block is not None]
+        self.tier: Tier = blocks[0].tier
+        """Where all own tokens are."""
+        self.stored_runs: list[StoredRun] = []
+        """Rows of its table, if not on the device, that hold the own tokens and room for the new ones: staged rows are
+        these, one behind the other."""
+        firsts = [block.first for block in blocks]
+        if not self.is_on_device:
+            self.stored_runs, firsts = _stored_runs(
+                blocks, [segment.past + self.steps for segment in segments], gap_rows
+            )
+        self.own_borders = torch.tensor([*firsts, firsts[-1]], dtype=torch.int32).to(device)
+        """Where each sequence's own tokens begin, in the device's table or among the staged rows: int32
+        `[sequences + 1]`."""
+        self._start = segments[0].span.start
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether all own tokens are in the device's table."""
+        return self.tier == "device"
+
+    @cached_property
+    def own_index(self) -> torch.Tensor:
+        """Rows, in the device's table or among the staged ones, that hold the own tokens, `[sequences * length]`.
+
+        Beyond a sequence's length the index stays on its last row: written, and masked.
+        """
+        ends = self.past[:, None] + self.steps - 1
+        own = torch.minimum(torch.arange(self.length, device=ends.device), ends)
+        return (self.own_borders[:-1, None] + own).flatten()
+
+    @cached_property
+    def new_index(self) -> torch.Tensor:
+        """The same of the new rows only, `[sequences * steps]`."""
+        new = self.past[:, None] + torch.arange(self.steps, device=self.past.device)
+        return (self.own_borders[:-1, None] + new).flatten()
+
+    @cached_property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first row of each sequence in its table, and how many it has with the new ones: int64 on the host."""
+        spots = [(s.span.block.first, s.past + self.steps) for s in self.segments if s.span.block is not None]
+        firsts, lengths = torch.tensor(spots).T.contiguous()
+        return firsts, lengths
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """What to add to the scores, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
+        if window not in self._masks:
+            device = self.past.device
+            past = (self.past[:, None] + torch.arange(self.steps, device=device))[:, :, None]
+            own = torch.arange(self.length, device=device)
+            seen = own <= past
+            prefix = torch.arange(self._start, device=device)
+            seen_prefix = torch.ones(*past.shape[:2], self._start, dtype=torch.bool, device=device)
+            if window is not None:
+                seen &= past - own < window
+                seen_prefix &= self._start + past - prefix < window
+            seen = torch.cat((seen_prefix, seen), dim=2)
+            mask = torch.zeros(seen.shape, device=device)
+            self._masks[window] = mask.masked_fill_(~seen, float("-inf"))
+        return self._masks[window]
+
+
+def _stored_runs(blocks: list[Block], lengths: list[int], gap_rows: int) -> tuple[list[StoredRun], list[int]]:
+    """The runs that hold the first rows of each block, and where among their rows each block begins.
+
+    A copy of its own costs more than that of `gap_rows` rows: neighbours that lie so near are one run.
+    """
+    runs: list[StoredRun] = []
+    firsts, before = [], 0
+    for block, length in zip(blocks, lengths, strict=True):
+        last = runs[-1] if runs else None
+        if last is not None and 0 <= block.first - last.end <= gap_rows:
+            runs[-1] = StoredRun(last.first, block.first + length)
+        else:
+            before += last.end - last.first if last is not None else 0
+            runs.append(StoredRun(block.first, block.first + length))
+        firsts.append(before + block.first - runs[-1].first)
+    return runs, firsts

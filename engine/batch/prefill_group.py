@@ -1,0 +1,46 @@
+"""New spans of a micro-batch that are attended together, and their mask."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix
+
+
+class PrefillGroup:
+    """Neighbouring segments of new spans that continue the same chain of prefixes (or none)."""
+
+    def __init__(self, segments: list[Segment], device: torch.device, chain: tuple[Prefix, ...]) -> None:
+        self.chain = chain
+        """The prefixes that its mask covers, too."""
+        self.first, self.end = segments[0].first, segments[-1].end
+        sizes = {segment.end - segment.first for segment in segments}
+        self.num_parts = 1 if self.chain or len(sizes) > 1 else len(segments)
+        """Parts of equal length that attend to nothing of each other; in a single part, the mask sees to that."""
+        self._device = device
+        self._segments = segments if self.num_parts == 1 else segments[:1]
+        self.is_causal = not self.chain and len(self._segments) == 1
+        """Whether all that its mask hides are later rows."""
+        self._masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype, copies: int) -> torch.Tensor:
+        """What to add to the scores of a part, 0 or -inf: `[copies * rows, prefix + rows]`, a copy per query group."""
+        key = window, dtype, copies
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(window, dtype).repeat(copies, 1)
+        return self._masks[key]
+
+    def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        # Order counts padding on, so that real rows, which come first, never see it.
+        start = sum(len(prefix.tokens) for prefix in self.chain)
+        sizes = [segment.num_rows + segment.num_pad for segment in self._segments]
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        order = torch.cat([torch.arange(start, start + size) for size in sizes])
+        key_owner = torch.cat((torch.full((start,), -1), owner))
+        key_order = torch.cat((torch.arange(start), order))
+        seen = ((key_owner == -1) | (key_owner == owner[:, None])) & (key_order <= order[:, None])
+        if window is not None:
+            seen &= order[:, None] - key_order < window
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+        return mask.to(self._device)

@@ -1,0 +1,35 @@
+"""Directories: the nearest that exists, what kind of file system it is on, and where this project keeps its files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def existing_parent(directory: str) -> str:
+    """`directory`, or the nearest above it that exists."""
+    path = os.path.abspath(os.path.expanduser(directory))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+_NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "beegfs", "gpfs", "glusterfs", "afs", "fuse.sshfs", "fuse.s3")
+
+
+def network_file_system(directory: str) -> str | None:
+    """The kind of network file system that `directory` is on, or will be; None for others and where nobody says."""
+    device = os.stat(existing_parent(directory)).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8") as stream:
+            mounts = [line.split() for line in stream]
+    except OSError:
+        return None
+    kinds = [words[words.index("-") + 1] for words in mounts if words[2] == number]
+    return kinds[-1] if kinds and kinds[-1].startswith(_NETWORK) else None
+
+
+def cache_directory() -> Path:
+    """Where profiles are kept: `XDG_CACHE_HOME`, or ~/.cache, and our name."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexgen-helm"

@@ -1,0 +1,183 @@
+"""From a model directory and a policy to everything that a loop of sweeps works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from engine.cache.hidden import HiddenStates
+from engine.cache.key_value import KVCache, unencodable_layer
+from engine.checkpoint.files import ModelDescription
+from engine.completion import Text
+from engine.errors import CapacityError, CheckpointError, EngineError, UnsupportedError
+from engine.executor import Executor
+from engine.kernels.codec import GROUP, codec_of
+from engine.memory import accelerator
+from engine.memory.arena import Arena
+from engine.model.causal_model import CausalModel
+from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
+from engine.planning.planner import Plan, make_plan
+from engine.policy import Policy
+from engine.schedule.scheduler import Scheduler
+from engine.weights.kept import KeptWeights
+from engine.weights.loading import load_checkpoint
+from engine.weights.store import WeightStore
+from engine.weights.stored_form import shape_of
+
+Fill = Callable[[WeightStore], Iterator[None]]
+"""Checks that weights fit a store, and returns an iterator that puts a parameter in place at each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A model opened by a policy: what a loop of sweeps works with."""
+
+    policy: Policy
+    plan: Plan
+    model: CausalModel
+    weights: WeightStore
+    scheduler: Scheduler
+    executor: Executor
+    arena: Arena
+    tokenizer: PreTrainedTokenizerBase
+    text: Text
+    window: int | None
+    """Most positions of a sequence; None when the model sets no limit."""
+    pad_token: int
+    loading: Iterator[None]
+    """Brings a parameter to its place at each step; sweeps wait for those that are not there yet."""
+
+    def close(self) -> None:
+        """Free page-locked memory and offload files; nothing may be under way any more."""
+        self.weights.close()
+        self.executor.close()
+        self.arena.close()
+        accelerator.release_memory(self.arena.device)
+        accelerator.limit_memory(self.arena.device, None)
+
+
+def fill_from(description: ModelDescription, policy: Policy) -> Fill:
+    """What fills a store from the described checkpoint, or from its encoded weights where they were kept."""
+    path, bits = Path(description.path), policy.compress_weight
+
+    def fill(store: WeightStore) -> Iterator[None]:
+        return load_checkpoint(path, store, KeptWeights(path, store, bits) if bits and store.has_codes else None)
+
+    return fill
+
+
+def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Parts:
+    """Open the described model with weights that `fill` puts in place.
+
+    Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or `CapacityError` when the policy does not fit the
+    memory at hand.
+    """
+    device_name = resolve_device(policy.device)
+    device = accelerator.indexed(torch.device(device_name))
+    dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
+    path = Path(description.path)
+    tokenizer = load_tokenizer(path)
+    model = CausalModel(path, dtype, device)
+    end_of_text = _special_token("eos_token_id", path, model, tokenizer)
+    memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+    codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
+    if cache_codec is not None:
+        _check_cache_codec(model)
+    if codec is not None and model.packed:
+        raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
+    plan = make_plan(shape_of(model, codec, cache_codec), policy, memory, on_cpu=device.type == "cpu")
+    if policy.gpu_memory is not None:
+        accelerator.limit_memory(device, policy.gpu_memory)
+    arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
+    store = None
+    try:
+        if plan.uses_disk:
+            arena.check_offload_dir()
+        store = WeightStore(
+            model,
+            plan.weights,
+            arena,
+            codec=codec,
+            overlap=policy.overlap,
+            read_ahead_bytes=plan.read_ahead_bytes,
+        )
+        loading = fill(store)
+        store.claim_disk()
+        cache = KVCache(
+            model.kv_shapes,
+            dtype,
+            arena,
+            plan.cache_budgets,
+            plan.kv_cache,
+            codec=cache_codec,
+            compute_on_host=policy.cpu_cache_compute,
+        )
+        hidden = HiddenStates(arena, plan.activations, model.hidden_size, dtype)
+        return Parts(
+            policy=policy,
+            plan=plan,
+            model=model,
+            weights=store,
+            scheduler=Scheduler(plan.limits, cache, share_prefix=policy.share_prefix),
+            executor=Executor(model, store, cache, hidden, plan.limits),
+            arena=arena,
+            tokenizer=tokenizer,
+            text=Text(tokenizer, frozenset(end_of_text)),
+            window=description.window,
+            pad_token=[*_special_token("pad_token_id", path, model, tokenizer), *end_of_text, 0][0],
+            loading=loading,
+        )
+    except BaseException as error:
+        if store is not None:
+            store.close()
+        arena.close()
+        accelerator.limit_memory(device, None)
+        raise explained(error, policy) from error
+
+
+def _check_cache_codec(model: CausalModel) -> None:
+    layer = unencodable_layer(model.kv_shapes)
+    if layer is not None:
+        raise UnsupportedError(
+            f"compress-cache: keys and values of layer {layer} are {model.kv_shapes[layer].width} numbers a token, no "
+            f"multiple of {GROUP}; leave it out"
+        )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; `CheckpointError` if it cannot be loaded."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    return tokenizer
+
+
+def _special_token(name: str, path: Path, model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a special token such as "eos_token_id", as `transformers`' generate finds them; empty if there is none."""
+    ids: Any = None
+    if (path / "generation_config.json").is_file():
+        ids = getattr(GenerationConfig.from_pretrained(path), name)
+    if ids is None:
+        ids = getattr(model.config.get_text_config(), name, None)
+    if ids is None:
+        ids = getattr(tokenizer, name)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def explained(error: BaseException, policy: Policy) -> BaseException:
+    """`error` as one of the engine, in one line, unless it is one or ends the process."""
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).split(". ")[0]
+        return CapacityError(
+            f"the device ran out of memory ({' '.join(reason.split())}); lower gpu-batch-size"
+            f"{'' if policy.gpu_batch_size is None else f' {policy.gpu_batch_size}'} or the gpu percents"
+        )
+    if isinstance(error, EngineError | KeyboardInterrupt | SystemExit):
+        return error
+    return EngineError(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")

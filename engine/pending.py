@@ -1,0 +1,89 @@
+"""Jobs of one call that have not ended, and the way their completions take from the engine's thread to the caller."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from engine.job import Completion
+from engine.schedule.sequence import Sequence
+
+Finished = list[tuple[int, Completion]]
+"""What one sweep finished of a call: positions of jobs and their completions."""
+
+Result = Finished | BaseException
+"""What a sweep finished, or the fault that ends the call."""
+
+
+@dataclass(eq=False)
+class Call:
+    """What the worker knows of a call."""
+
+    sequences: dict[int, Sequence]
+    """What has not ended, by its position among the jobs; the worker removes what it delivers."""
+    put: Callable[[Result], None]
+    """Takes the next result, in the worker's thread; neither waits nor fails."""
+
+
+class Pending(Iterator[Finished]):
+    """The completions of one call, by sweep; closing it, or letting go of it, drops what has not ended."""
+
+    def __init__(self, sequences: dict[int, Sequence], bad: Finished, abandon: Callable[[Call], None]) -> None:
+        """`bad`: completions of jobs that cannot run, which come first; `abandon` tells the worker to drop the rest."""
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self.call = Call(sequences, self._results.put)
+        self._left = len(sequences)
+        self._bad = bad
+        self._abandon = abandon
+        self._is_closed = False
+
+    def __next__(self) -> Finished:
+        """What the next sweep finishes; waits for it. Raises the fault that ends the call."""
+        if self._bad and not self._is_closed:
+            bad, self._bad = self._bad, []
+            return bad
+        if not self._left or self._is_closed:
+            self.close()
+            raise StopIteration
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            self.close()
+            raise result
+        self._left -= len(result)
+        return result
+
+    def close(self) -> None:
+        """Drop what has not ended."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._abandon(self.call)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AsyncPending:
+    """The same for a coroutine, completion by completion; to be made in a running asyncio loop."""
+
+    def __init__(self, sequences: dict[int, Sequence]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._results: asyncio.Queue[Result] = asyncio.Queue()
+        self.call = Call(sequences, self._put)
+        self._left = len(sequences)
+
+    def _put(self, item: Result) -> None:
+        with suppress(RuntimeError):  # a loop that was closed awaits nothing any more
+            self._loop.call_soon_threadsafe(self._results.put_nowait, item)
+
+    async def completions(self) -> AsyncIterator[tuple[int, Completion]]:
+        """Yield (position, completion) until none is left; raises the fault that ends the call."""
+        while self._left:
+            result = await self._results.get()
+            if isinstance(result, BaseException):
+                raise result
+            self._left -= len(result)
+            for index, completion in result:
+                yield index, completion

@@ -1,0 +1,115 @@
+"""How many bytes the parts of a run take of each tier, under a policy (pure)."""
+
+from __future__ import annotations
+
+from engine.memory.disk.file import BLOCK, align_up
+from engine.memory.tiers import Tier, percents
+from engine.planning.hardware import Memory
+from engine.planning.limits import LOGITS_BYTES, READ_AHEAD_BYTES, STAGING_BUFFERS
+from engine.planning.model_shape import ModelShape
+from engine.policy import Policy, Share
+
+_ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
+_WORK_FRACTION = 0.3
+"""Of the device memory that weights leave, how much a micro-batch's temporaries may take."""
+_LOGITS_COPIES = 3
+_FRAGMENTATION = 0.04
+"""Of the device memory, what the allocator may hold without being able to use it."""
+_MOST_HIDDEN_ROWS = 1 << 17
+"""Of a sweep: ten times as many as are computed while all weights come. More would save next to nothing of them."""
+_BEHIND_DISK = 4
+"""Micro-batches on their way to the disk or from it."""
+LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
+"""Rows of the smallest micro-batch that a plan is made for, and of the one that a greedy plan leaves room for."""
+
+
+class Demand:
+    """What a model, its working memory and its buffers take under a policy, and the room that a tier has for them."""
+
+    def __init__(self, shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool) -> None:
+        self.shape, self.policy, self.memory, self.on_cpu = shape, policy, memory, on_cpu
+
+    def read_ahead(self, weights: Share) -> int:
+        """Staging memory for weights on disk; no more than they are, nor than half of what others leave."""
+        left = max(0, self.rooms(weights.gpu)["host"] - self.part(weights.cpu))
+        return min(READ_AHEAD_BYTES, left // 2 // BLOCK * BLOCK, align_up(self.part(weights.disk)))
+
+    def part(self, percent: float) -> int:
+        return round(self.shape.weight_bytes * percent / 100)
+
+    def slots(self, weights: Share) -> int:
+        if weights.gpu >= 100:
+            return 0
+        # A parameter cut by the border passes through the slot whole: at most one per unit, so at most a unit.
+        return 2 * max(self.shape.unit_bytes)
+
+    def device_weights(self, weights: Share) -> int:
+        outer = self.shape.outer_bytes if weights.gpu < 100 else 0
+        return self.part(weights.gpu) + self.slots(weights) + outer + self.shape.expanded_bytes
+
+    def work(self, rows: int) -> int:
+        return rows * self.shape.work_row_bytes + _LOGITS_COPIES * self.logits_bytes()
+
+    def needed(self, rows: int) -> int:
+        """What micro-batches of so many rows take of the device besides weights."""
+        return self.work(rows) + self.overhead(rows)
+
+    def staged(self, rows: int) -> int:
+        """What the keys and values of a micro-batch's decode steps may take on the device."""
+        return max(self.work(rows) // 2, min(64 << 20, self.memory.device // 16))
+
+    def stored_row_bytes(self) -> int:
+        """Of a layer's row of the KV cache off the device."""
+        return self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes
+
+    def gathered_row_bytes(self) -> int:
+        """What a row that attention gathers takes: in staging buffers, decoded, and collected."""
+        shape = self.shape
+        num_copies = (shape.coded_layer_row_bytes > 0) + (not shape.reads_in_place)
+        return max(1, STAGING_BUFFERS * self.stored_row_bytes() + num_copies * shape.cache_layer_row_bytes)
+
+    def overhead(self, rows: int) -> int:
+        """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""
+        return 0 if self.on_cpu else self.staged(rows) + int(_FRAGMENTATION * self.memory.device)
+
+    def behind_disk(self, rows: int) -> int:
+        """Host memory for what goes to and comes from the disk of the cache and of hidden states.
+
+        Micro-batches each way, in blocks that an allocator rounds up to powers of two.
+        """
+        cache, hidden = self.policy.kv_cache, self.policy.activations
+        may_be_there = self.policy.offload_dir is not None and (cache is None or cache.disk > 0)
+        kept = self.staged(rows) if may_be_there else 0
+        if hidden is not None and hidden.disk > 0:
+            kept += rows * self.shape.hidden_row_bytes
+        return _BEHIND_DISK * kept
+
+    def logits_bytes(self) -> int:
+        return min(LOGITS_BYTES, max(self.memory.device // 16, 1 << 20))
+
+    @staticmethod
+    def with_logits(num_bytes: int) -> int:
+        """The least device memory that holds `num_bytes` besides the logits, which grow with it up to a limit."""
+        growing = max(num_bytes * 16 // (16 - _LOGITS_COPIES) + 1, num_bytes + (_LOGITS_COPIES << 20))
+        return min(growing, num_bytes + _LOGITS_COPIES * LOGITS_BYTES)
+
+    def rows_per_batch(self, left: int) -> int:
+        choices = _ROWS["cpu" if self.on_cpu else "other"]
+        fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
+        return fitting[0] if fitting else choices[-1]
+
+    def hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
+        fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}
+        rows = [
+            max(0, left[tier]) * fraction[tier] / (self.shape.hidden_row_bytes * percent / 100)
+            for tier, percent in percents(activations).items()
+            if percent > 0
+        ]
+        return max(1, int(min([*rows, _MOST_HIDDEN_ROWS])))
+
+    def rooms(self, gpu: float) -> dict[Tier, int]:
+        """Bytes of weights that each tier can take when `gpu` percent of them are on the device."""
+        memory, transit = self.memory, self.device_weights(Share(gpu=gpu, cpu=100 - gpu)) - self.part(gpu)
+        work = self.work(LEAST_BATCH_ROWS)
+        host = memory.host - (self.part(gpu) + transit + work if memory.shared else 0)
+        return {"device": memory.device - transit - work, "host": host, "disk": memory.disk}

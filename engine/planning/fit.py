@@ -1,0 +1,88 @@
+"""Whether weights fit the tiers; if not, a one-line reason that names the nearest shares that do (pure)."""
+
+from __future__ import annotations
+
+import math
+
+from engine.errors import CapacityError
+from engine.planning.demand import LEAST_BATCH_ROWS, Demand
+from engine.policy import Share
+
+
+class Fit:
+    """Checks shares of weights against the memory of the tiers."""
+
+    def __init__(self, demand: Demand) -> None:
+        self._demand = demand
+
+    def check_weights(self, weights: Share) -> None:
+        """Raise `CapacityError` for weights that do not fit, with the nearest shares that do."""
+        need = self._demand
+        total, memory, rooms = need.shape.weight_bytes, need.memory, need.rooms(weights.gpu)
+        work = need.work(LEAST_BATCH_ROWS)
+        parts = {
+            "device": need.part(weights.gpu),
+            "host": need.part(weights.cpu),
+            "disk": need.part(weights.disk),
+        }
+        transit = memory.device - rooms["device"] - work
+        self.check_transit(weights)
+        if parts["device"] > rooms["device"]:
+            raise CapacityError(
+                f"weights {gb(total)} x {weights.gpu:g} % + layers in transit {gb(transit)} + work {gb(work)} "
+                f"exceed the {gb(memory.device)} of device memory; {self._advice(weights)}"
+            )
+        if parts["host"] > rooms["host"]:
+            raise CapacityError(
+                f"weights {gb(total)} x {weights.cpu:g} % = {gb(parts['host'])} exceed the {gb(rooms['host'])} "
+                f"of host memory; {self._advice(weights)}"
+            )
+        if parts["disk"] > rooms["disk"]:
+            raise CapacityError(
+                f"weights {gb(total)} x {weights.disk:g} % = {gb(parts['disk'])} exceed the {gb(memory.disk)} "
+                f"free in offload-dir {need.policy.offload_dir}; {self._advice(weights)}"
+            )
+
+    def check_transit(self, weights: Share) -> None:
+        """Raise `CapacityError` when the device cannot even hold layers in transit and the work on them."""
+        need = self._demand
+        if need.rooms(0)["device"] >= 0 or need.part(weights.gpu) <= need.rooms(weights.gpu)["device"]:
+            return
+        layers = "two layers" + (" and one expanded" if need.shape.expanded_bytes else "")
+        slots, work = need.device_weights(Share(gpu=0, cpu=100)), need.work(LEAST_BATCH_ROWS)
+        enough = need.with_logits(need.device_weights(weights) + LEAST_BATCH_ROWS * need.shape.work_row_bytes)
+        raise CapacityError(
+            f"even with no weights on the device, {layers} ({gb(slots)}) and the work on them ({gb(work)}) "
+            f"exceed the {gb(need.memory.device)} of device memory; raise gpu-memory to {_rounded_up(enough)}"
+        )
+
+    def _advice(self, weights: Share) -> str:
+        """Name the nearest shares that fit, in whole percents; what a tier cannot take goes to memory before disk."""
+        need = self._demand
+        percent = {tier: self._percent(room) for tier, room in need.rooms(0).items()}
+        gpu = min(int(weights.gpu), percent["device"])
+        host = self._percent(need.rooms(gpu)["host"])
+        disk = int(weights.disk) if need.policy.offload_dir is None else min(int(weights.disk), percent["disk"])
+        cpu = min(100 - gpu - disk, host)
+        gpu = min(100 - cpu - disk, percent["device"]) if not need.memory.shared else gpu
+        disk = 100 - gpu - cpu
+        if need.policy.offload_dir is not None and disk > percent["disk"]:
+            return (
+                f"all tiers together hold {gpu + cpu + percent['disk']} % of them; name an offload-dir with more room"
+            )
+        advice = f"the nearest that fits is weights: {{gpu: {gpu}, cpu: {cpu}, disk: {disk}}}"
+        return advice + (" with an offload-dir" if disk and need.policy.offload_dir is None else "")
+
+    def _percent(self, num_bytes: int) -> int:
+        """Whole percents of the weights that fit into this many bytes."""
+        return max(0, min(100, int(100 * num_bytes / self._demand.shape.weight_bytes)))
+
+
+def _rounded_up(num_bytes: float) -> str:
+    unit = 1e8 if num_bytes >= 1e8 else 1e5
+    return gb(math.ceil(num_bytes / unit) * unit)
+
+
+def gb(num_bytes: float) -> str:
+    """`num_bytes` in gb, or in megabytes below a tenth of one."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,58 @@
+"""How large sweeps and micro-batches may be, and the sizes of the buffers between tiers (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.planning.admission import Admission
+from engine.policy import PadMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How large sweeps and micro-batches may be."""
+
+    sequences_per_batch: int
+    batches: int
+    rows_per_batch: int
+    """Rows (tokens, padding included) in a micro-batch; a single longer prompt still gets one of its own."""
+    cached_rows_per_batch: int
+    """Rows of the KV cache that attention may gather for decode steps at once, and that a rectangle may have."""
+    reads_in_place: bool = False
+    """Attention reads keys and values of decode steps where they lie on the device, instead of gathering them."""
+    reads_on_host: bool = False
+    """Attention reads the host's keys and values of decode steps where they lie, on the host."""
+    gap_rows: int = 0
+    """Rows of a layer's KV cache that are sooner brought to the device than left out of a copy."""
+    rows_per_sweep: int
+    """Rows whose hidden states the activation memory holds."""
+    free_rows: int = 0
+    """Rows of a sweep that cost next to nothing beside the transfer of the weights: so many may be drafts."""
+    admission: Admission | None = None
+    """How many rows of prompts that will decode a sweep lets in; None for as many as it has room for."""
+    rows_between_fetches: int | None = None
+    """Rows of prompts that are computed between decode steps whose keys and values come from another tier, so that
+    those come meanwhile; None where they do not come beside the computation."""
+    pad: PadMode = None
+    rectangular: bool = False
+    """Micro-batches are rectangles, for families that carry their own attention."""
+    scores_per_batch: int | None = None
+    """Attention scores, in new rows times keys, that a rectangle may have; a sequence with more of its own fails."""
+
+    @property
+    def seats(self) -> int:
+        """Sequences that run at once, at most."""
+        return self.sequences_per_batch * self.batches
+
+
+LOGITS_BYTES = 128 << 20
+"""Size of one chunk of float32 logits; sampling holds a few such at once."""
+
+
+STAGING_BUFFERS = 4
+"""For offloaded keys and values: one is computed with, two are full, and one is filled. The link is not idle while
+other work is computed."""
+
+
+READ_AHEAD_BYTES = 256 << 20
+"""Staging memory for what the sweep reads of weights on disk: an eighth of a second of a fast disk."""

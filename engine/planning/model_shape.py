@@ -1,0 +1,44 @@
+"""Sizes of a model, as the planner needs them (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a model, in bytes of the dtype it runs in."""
+
+    unit_bytes: tuple[int, ...]
+    """Of the decoder layers and of what streams behind them (the head)."""
+    embedding_bytes: int
+    """Of the token embedding, unless it is among `unit_bytes` (tied)."""
+    outer_bytes: int
+    """Of what is needed throughout: norms, position tables; it is copied to the device for good."""
+    cache_row_bytes: int
+    """Of a token's keys and values, all layers."""
+    cache_layer_row_bytes: int
+    """The same in the widest layer."""
+    coded_layer_row_bytes: int = 0
+    """The same off the device, encoded; 0 without a codec."""
+    hidden_row_bytes: int
+    work_row_bytes: int
+    """Temporaries of one row inside a layer, about."""
+
+    is_padded: bool = False
+    """The family carries its own attention and runs in padded micro-batches."""
+    is_plain: bool = False
+    """Attention is a softmax over all tokens before: no caps, sinks, windows, nor code of the family's own."""
+    reads_in_place: bool = False
+    """Attention reads keys and values on the device where they lie."""
+    stored_part: float = 1.0
+    """Of the bytes that layers have as numbers, what they have as they are stored and moved."""
+    expanded_bytes: int = 0
+    """Device memory that encoded layers are expanded into, in turn, and what that takes besides; 0 without a codec."""
+    score_bytes: int = 0
+    """Of one row's attention to one key, all heads and their copies, where a family keeps them; else 0."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights, once."""
+        return sum(self.unit_bytes) + self.embedding_bytes + self.outer_bytes

@@ -1,0 +1,128 @@
+"""Cuts the work of a sweep into micro-batches, and says how long a padded prompt is (pure)."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from engine.planning.limits import Limits
+from engine.policy import PadMode
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix, Sequence
+
+BUCKET_TOKENS = 64
+"""Padding "bucket" rounds a prompt up to a power of two times this."""
+
+
+def padded_length(rows: int, pad: PadMode) -> int:
+    """Rows of a prompt of `rows` tokens, padding included."""
+    if pad is None:
+        return rows
+    if pad == "bucket":
+        size = BUCKET_TOKENS
+        while size < rows:
+            size *= 2
+        return size
+    return max(rows, pad)
+
+
+def _size(segment: Segment) -> int:
+    return segment.num_rows + segment.num_pad
+
+
+def _is_alone(segment: Segment) -> bool:
+    return isinstance(segment.span, Sequence) and segment.span.is_alone
+
+
+def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
+    decode = [segment for segment in segments if segment.is_decode]
+    decode.sort(key=lambda segment: _decode_order(segment, limits.reads_in_place))
+    new = [segment for segment in segments if not segment.is_decode]
+    return [batch for part in _interleaved(decode, new, limits) for batch in _cut(part, limits)]
+
+
+def _interleaved(decode: list[Segment], new: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Parts of decode steps with parts of the new spans behind them; a single one where nothing comes meanwhile."""
+    most = limits.rows_between_fetches
+    if most is None or all(segment.is_on_device for segment in decode):
+        return [decode + new]
+    most, num_steps = min(most, limits.rows_per_batch), sum(map(_size, decode))
+    count = math.ceil((num_steps + sum(map(_size, new))) / most)
+    room = most - math.ceil(num_steps / count)
+    parts: list[list[Segment]] = [[]]
+    rows = 0
+    for segment in new:
+        if parts[-1] and rows + _size(segment) > room:
+            parts.append([])
+            rows = 0
+        parts[-1].append(segment)
+        rows += _size(segment)
+    borders = [len(decode) * part // len(parts) for part in range(len(parts) + 1)]
+    return [decode[first:end] + part for (first, end), part in zip(pairwise(borders), parts, strict=True)]
+
+
+def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    batches: list[list[Segment]] = []
+    rows = count = 0
+    for segment in segments:
+        size = _size(segment)
+        is_sequence = isinstance(segment.span, Sequence)
+        if not batches or (
+            rows + size > limits.rows_per_batch
+            or count + is_sequence > limits.sequences_per_batch
+            or _is_alone(segment)
+            or _is_alone(batches[-1][0])
+        ):
+            batches.append([])
+            rows = count = 0
+        segment.first = rows
+        batches[-1].append(segment)
+        rows, count = rows + size, count + is_sequence
+    return batches
+
+
+def _decode_order(segment: Segment, in_place: bool) -> tuple[Any, ...]:
+    """Of one prefix, one place and one number of rows together, then as they are stored: neighbours are one copy.
+
+    Before that, of about one length, where all are padded to the longest.
+    """
+    block = segment.span.block
+    assert block is not None
+    length = 0 if in_place else segment.past
+    return id(segment.span.parent), block.tier, segment.num_rows, length, block.first
+
+
+def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+    """Cut segments into rectangular micro-batches of one kind each: decode steps, prefixes (first), sequences."""
+
+    def kind(segment: Segment) -> int:
+        return 0 if segment.is_decode else 1 if isinstance(segment.span, Prefix) else 2
+
+    batches: list[list[Segment]] = []
+    columns = keys = 0
+    for segment in sorted(segments, key=kind):  # stable: prefixes stay before those that continue them
+        size = _size(segment)
+        reach = segment.span.start + segment.past + segment.num_rows
+        count = len(batches[-1]) + 1 if batches else 1
+        if (
+            not batches
+            or kind(batches[-1][0]) != kind(segment)
+            or _is_alone(segment)
+            or _is_alone(batches[-1][0])
+            or count > limits.sequences_per_batch
+            or count * max(columns, size) > limits.rows_per_batch
+            or count * max(keys, reach) > limits.cached_rows_per_batch
+            or count * max(columns, size) * max(keys, reach, columns, size) > (limits.scores_per_batch or math.inf)
+        ):
+            batches.append([])
+            columns = keys = 0
+        batches[-1].append(segment)
+        columns, keys = max(columns, size), max(keys, reach)
+    for batch in batches:
+        columns = max(map(_size, batch))
+        for index, segment in enumerate(batch):
+            segment.lead, segment.num_pad = columns - segment.num_rows, 0
+            segment.first = index * columns + segment.lead
+    return batches

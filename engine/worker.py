@@ -1,0 +1,179 @@
+"""The engine's thread: takes jobs in, runs one sweep after the other, and delivers what each has finished."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from engine.advance import advance
+from engine.completion import completion_of
+from engine.errors import EngineError, NumericsError
+from engine.job import Completion
+from engine.opening import Parts, explained
+from engine.pending import Call, Finished
+from engine.schedule.sequence import Sequence
+from engine.schedule.timing import SweepTiming, count_rows
+from engine.unreadable import unreadable
+
+
+class Worker:
+    """Serves calls of any thread together: jobs that arrive while a sweep runs join the next one."""
+
+    def __init__(self, parts: Parts, observe: Callable[[SweepTiming], None]) -> None:
+        """`observe` is called in the engine's thread after each sweep, before its completions are delivered."""
+        self._parts = parts
+        self._observe = observe
+        self._owner: dict[int, tuple[Call, int]] = {}
+        """By the identity of a sequence in work: its call and its position there."""
+        self._inbox: list[tuple[Call, dict[int, Sequence]]] = []
+        self._abandoned: list[Call] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._loaded = math.inf
+        """When all weights were in place, by `time.perf_counter`."""
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
+        self._loader = threading.Thread(target=self._load, name="flexgen-load", daemon=True)
+        self._loader.start()
+        self._thread.start()
+
+    def submit(self, call: Call) -> None:
+        """Take in a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
+        with self._changed:
+            if self._fault is not None:
+                raise self._fault.with_traceback(None)  # else it would grow, and keep frames, with every call
+            if self._closing:
+                raise EngineError("the engine is closed")
+            if call.sequences:
+                self._inbox.append((call, dict(call.sequences)))
+                self._changed.notify_all()
+
+    def abandon(self, call: Call) -> None:
+        """Drop what of `call` has not ended."""
+        if not call.sequences:
+            return
+        with self._changed:
+            self._abandoned.append(call)
+            self._changed.notify_all()
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs in work."""
+        return len(self._owner)
+
+    def close(self) -> bool:
+        """Stop serving; waiting calls fail. Returns when the threads have ended; False if it was closed before."""
+        with self._changed:
+            if self._closing:
+                return False
+            self._closing = True
+            self._changed.notify_all()
+        self._parts.weights.give_up(EngineError("the engine was closed before all weights were in place"))
+        self._loader.join()
+        self._thread.join()
+        return True
+
+    def _load(self) -> None:
+        try:
+            for _ in self._parts.loading:
+                if self._closing:
+                    return
+            self._loaded = time.perf_counter()
+        except BaseException as error:
+            self._parts.weights.give_up(explained(error, self._parts.policy))
+
+    def _serve(self) -> None:
+        try:
+            while self._receive():
+                self._step()
+        except BaseException as error:
+            self._fault = explained(error, self._parts.policy)
+        finally:
+            with self._changed:
+                calls = {id(call): call for call, _ in [*self._owner.values(), *self._inbox]}
+                self._inbox.clear()
+            for call in calls.values():
+                call.put(self._fault or EngineError("the engine was closed while this job was waiting"))
+
+    def _receive(self) -> bool:
+        """Take in what arrived; wait when there is nothing to do. False when the engine closes."""
+        scheduler = self._parts.scheduler
+        with self._changed:
+            while scheduler.is_idle and not self._inbox and not self._closing:
+                self._changed.wait()
+            if self._closing:
+                return False
+            inbox, self._inbox = self._inbox, []
+            abandoned, self._abandoned = self._abandoned, []
+        for call, sequences in inbox:  # all of them before anything can fail: a fault is told to the owners
+            self._owner.update({id(sequence): (call, index) for index, sequence in sequences.items()})
+        for _, sequences in inbox:
+            scheduler.add(sequences.values())
+        for call in abandoned:
+            left = [sequence for sequence in call.sequences.values() if id(sequence) in self._owner]
+            for sequence in left:
+                del self._owner[id(sequence)]
+            if left:
+                scheduler.drop(left)
+        return True
+
+    def _step(self) -> None:
+        """Run one sweep: schedule, compute, advance, deliver."""
+        scheduler, text = self._parts.scheduler, self._parts.text
+        begun = time.perf_counter()
+        batches = scheduler.next_sweep()
+        self._deliver([(sequence, self._completion_of(sequence)) for sequence in scheduler.take_failed()])
+        if not batches:
+            return
+        num_sequences = len(scheduler.running)
+        scheduled = time.perf_counter()
+        answers = self._parts.executor.sweep(batches)
+        swept = time.perf_counter()
+        advance(batches, answers, text)
+        done, suspects = [], []
+        for sequence in scheduler.running:
+            if not sequence.is_finite_with_prefixes and not sequence.is_alone:
+                suspects.append(sequence)
+                continue
+            if not sequence.is_finite_with_prefixes:
+                sequence.error = self._not_finite()
+            if sequence.is_done:
+                done.append((sequence, self._completion_of(sequence)))
+        scheduler.finish(sequence for sequence, _ in done)
+        scheduler.isolate(suspects)
+        prefill_rows, decode_rows = count_rows(batches)
+        self._observe(
+            SweepTiming(
+                begun=begun,
+                host_s=scheduled - begun + time.perf_counter() - swept,
+                load_s=max(0.0, min(swept, self._loaded) - scheduled),
+                sweep_s=swept - scheduled,
+                prefill_rows=prefill_rows,
+                decode_rows=decode_rows,
+                num_sequences=num_sequences,
+            )
+        )
+        self._deliver(done)  # last: whoever sees the result finds the room free
+
+    def _not_finite(self) -> NumericsError:
+        return NumericsError(
+            f"the model's logits for this prompt are not finite in {self._parts.model.dtype}; "
+            "take a dtype with a wider range (bfloat16, float32), or check the weights"
+        )
+
+    def _completion_of(self, sequence: Sequence) -> Completion:
+        try:
+            return completion_of(sequence, self._parts.text)
+        except Exception as error:  # tokenizers raise whatever they meet
+            return Completion(error=unreadable(sequence, self._parts.text, error))
+
+    def _deliver(self, done: Iterable[tuple[Sequence, Completion]]) -> None:
+        finished: dict[int, tuple[Call, Finished]] = {}
+        for sequence, completion in done:
+            call, index = self._owner.pop(id(sequence))
+            call.sequences.pop(index)
+            finished.setdefault(id(call), (call, []))[1].append((index, completion))
+        for call, results in finished.values():
+            call.put(results)
