@@ -15,7 +15,7 @@ from engine.planning.limits import LOGITS_BYTES, Limits
 from engine.sampling import choose
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
-from engine.weights.store import WeightStore
+from engine.weights.stream import WeightStream
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Executor:
     """Takes micro-batches of segments through the model once."""
 
     def __init__(
-        self, model: CausalModel, weights: WeightStore, cache: KVCache, hidden: HiddenStates, limits: Limits
+        self, model: CausalModel, weights: WeightStream, cache: KVCache, hidden: HiddenStates, limits: Limits
     ) -> None:
         self._model = model
         self._limits = limits

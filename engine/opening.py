@@ -28,6 +28,7 @@ from engine.weights.kept import KeptWeights
 from engine.weights.loading import load_checkpoint
 from engine.weights.store import WeightStore
 from engine.weights.stored_form import shape_of
+from engine.weights.stream import WeightStream
 
 Fill = Callable[[WeightStore], Iterator[None]]
 """Checks that weights fit a store, and returns an iterator that puts a parameter in place at each step."""
@@ -41,6 +42,7 @@ class Parts:
     plan: Plan
     model: CausalModel
     weights: WeightStore
+    stream: WeightStream
     scheduler: Scheduler
     executor: Executor
     arena: Arena
@@ -54,6 +56,7 @@ class Parts:
 
     def close(self) -> None:
         """Free page-locked memory and offload files; nothing may be under way any more."""
+        self.stream.close()
         self.weights.close()
         self.executor.close()
         self.arena.close()
@@ -94,7 +97,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     if policy.gpu_memory is not None:
         accelerator.limit_memory(device, policy.gpu_memory)
     arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
-    store = None
+    store = stream = None
     try:
         if plan.uses_disk:
             arena.check_offload_dir()
@@ -103,11 +106,10 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             plan.weights,
             arena,
             codec=codec,
-            overlap=policy.overlap,
-            read_ahead_bytes=plan.read_ahead_bytes,
         )
         loading = fill(store)
         store.claim_disk()
+        stream = WeightStream(store, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
         cache = KVCache(
             model.kv_shapes,
             dtype,
@@ -123,8 +125,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             plan=plan,
             model=model,
             weights=store,
+            stream=stream,
             scheduler=Scheduler(plan.limits, cache, share_prefix=policy.share_prefix),
-            executor=Executor(model, store, cache, hidden, plan.limits),
+            executor=Executor(model, stream, cache, hidden, plan.limits),
             arena=arena,
             tokenizer=tokenizer,
             text=Text(tokenizer, frozenset(end_of_text)),
@@ -133,6 +136,8 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             loading=loading,
         )
     except BaseException as error:
+        if stream is not None:
+            stream.close()
         if store is not None:
             store.close()
         arena.close()

@@ -264,14 +264,12 @@ def test_encoded_dummy_weights_are_those_that_are_encoded_on_loading(opt: str) -
     """The random block is encoded once, and repeated."""
     policy = Policy.from_mapping({"device": "cpu", "compress-weight": 4})
     with open_dummy(opt, policy) as engine:
-        store, (name, *_) = (
-            engine.parts.weights,
-            sorted(name for placed in engine.parts.weights._placed.values() for name in placed.coded),
-        )
+        store, stream = engine.parts.weights, engine.parts.stream
+        name = min(name for placed in store.placed.values() for name in placed.coded)
         placed, extent = store._extent_of[name]
-        found = store._bytes(placed, extent, store._outer).clone()
+        found = stream._bytes(placed, extent, stream._outer.memory).clone()
         store.put(name, _random_block()[: store.model.state[name].numel()])
-        assert found.equal(store._bytes(placed, extent, store._outer))
+        assert found.equal(stream._bytes(placed, extent, stream._outer.memory))
         assert found.any()
 
 

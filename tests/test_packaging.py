@@ -100,9 +100,6 @@ def test_what_is_shipped_is_found_beside_the_installed_package(wheel: zipfile.Zi
 
 
 LIGHT = ["flexgen_helm", *(f"flexgen_helm.{name}" for name in ("plugin", "run", "commands.doctor"))]
-    "flexgen_helm",
-    *(f"flexgen_helm.{name}" for name in ("plugin", "run", "commands.doctor", "commands.profiling")),
-]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -78,10 +78,6 @@ class MicroBatch(Rows):
         ids = self.ids.to(self._positions.device)
         return {"input_ids": ids, "position_ids": self._positions, "use_cache": False}
 
-    def decode_group_at(self, row: int) -> DecodeGroup | None:
-        """The decode group that a row belongs to, if it is a decode step."""
-        return next((group for group in self.decode_groups if group.first <= row < group.end), None)
-
 
 def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
     """Neighbours of the same chain; decode steps apart from new spans, by their numbers of rows, and by their place."""
