@@ -82,7 +82,7 @@ class Executor:
         hidden.begin(micro)
         calls: list[list[LayerCall]] = []
         model.sweeping.cache = cache
-        cache.begin_sweep(micro)
+        cache.stage_ahead(micro)
         for layer in range(len(model.layers)):
             weights.acquire(layer)
             model.sweeping.layer = layer

@@ -126,7 +126,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             model=model,
             weights=store,
             stream=stream,
-            scheduler=Scheduler(plan.limits, cache, share_prefix=policy.share_prefix),
+            scheduler=Scheduler(plan.limits, cache.room, share_prefix=policy.share_prefix),
             executor=Executor(model, stream, cache, hidden, plan.limits),
             arena=arena,
             tokenizer=tokenizer,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,24 +11,20 @@ import torch
 from engine.batch.decode_group import DecodeGroup
 from engine.batch.micro_batch import MicroBatch
 from engine.batch.rows import Rows, Scatter
+from engine.cache.layer_memory import LayerMemory
 from engine.cache.shape import KVShape
+from engine.cache.tables import Tables, cache_row_bytes
 from engine.cache.transfer import KVTransfer, put_rows
-from engine.errors import CapacityError
 from engine.kernels.codec import GROUP, Codec
 from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows, Fetch
-from engine.memory.free_rows import Extents
-from engine.memory.tiers import TIERS, Tier, percents
+from engine.memory.tiers import Tier
 from engine.planning.limits import STAGING_BUFFERS
 from engine.policy import Share
-from engine.schedule.block import Block
 from engine.schedule.sequence import Prefix, Span
 
-_GROWTH = 1.5
-_ALLOCATING_THREADS = 8
 
-
-class KVCache:
+class KVCache(LayerMemory):
     """Keys and values of spans, as rows `[keys | values]` of one table per layer and tier.
 
     With a codec, every row is rounded to what its code stands for as soon as it is computed, and host and disk hold the
@@ -55,108 +50,22 @@ class KVCache:
         self.bits = 0 if codec is None else codec.bits
         """Of the codes off the device; 0 for none."""
         self._codec = codec
-        self.row_bytes = cache_row_bytes(shapes, dtype, codec)
-        """Bytes of one token over all layers, by tier."""
         self._arena = arena
-        self._share = share
-        self._percents = dict.fromkeys(TIERS, 100.0) if share is None else percents(share)
         self._compute_on_host = compute_on_host
-        self._max_rows = {tier: budgets[tier] // self.row_bytes[tier] for tier in TIERS}
-        self._extents = {tier: Extents() for tier in TIERS}
-        self._tables: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
-        self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        """Spans that have a block, by tier."""
-        self._expected = 0
         self._fresh: dict[int, torch.Tensor] = {}
         self._fresh_layer = -1
         self._transfer = KVTransfer(arena.device)
+        row_bytes = [cache_row_bytes([shape], dtype, codec)["disk"] for shape in shapes]
+        self._disk = DiskRows(arena, row_bytes)
+        self.room = Tables(shapes, dtype, arena, budgets, share, codec, self._disk, self._transfer.settle)
+        """Where rows lie, and which of them are free."""
         self._stages = self._transfer.is_asynchronous and not compute_on_host
         """Whether own tokens off the device are brought there ahead of their turn."""
         self._coming: Iterator[tuple[int, DecodeGroup]] = iter(())
         self._staged: deque[tuple[int, DecodeGroup, tuple[torch.Tensor, Any] | Fetch]] = deque()
         """Layer and group whose own tokens are under way: from the host with the event of arrival, or from disk."""
-        self._disk = DiskRows(arena, [self._row_bytes(shape, "disk") for shape in shapes])
 
-    def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
-        """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
-        rows = memory.view(-1, self._row_bytes(shape, tier))
-        return self._as_stored(rows, tier)
-
-    def _as_stored(self, rows: torch.Tensor, tier: Tier) -> torch.Tensor:
-        return rows if self._codec is not None and tier != "device" else rows.view(self.dtype)
-
-    def _row_bytes(self, shape: KVShape, tier: Tier) -> int:
-        return cache_row_bytes([shape], self.dtype, self._codec)[tier]
-
-    def expect(self, num_rows: int) -> None:
-        """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
-        self._expected = max(self._expected, num_rows)
-
-    def num_off_device(self, num_rows: int) -> int:
-        """How many of so many rows of spans would lie off the device."""
-        on_device = self._max_rows["device"] if self._share is None else round(num_rows * self._share.gpu / 100)
-        return max(0, min(num_rows - on_device, self._max_rows["host"] + self._max_rows["disk"]))
-
-    def allocate(self, num_rows: int) -> Block | None:
-        """Room for a span of `num_rows` tokens; None when the tier it belongs to (or every tier) is full."""
-        for tier in self._tiers_in_turn():
-            first = self._extents[tier].take(num_rows)
-            if first is None and self._grow(tier, num_rows):
-                first = self._extents[tier].take(num_rows)
-            if first is not None:
-                self._expected = max(0, self._expected - num_rows)
-                self.num_blocks[tier] += 1
-                return Block(tier, first, num_rows)
-        return None
-
-    def free(self, block: Block) -> None:
-        """Give a block back."""
-        self._extents[block.tier].give(block.first, block.num_rows)
-        self.num_blocks[block.tier] -= 1
-
-    def _tiers_in_turn(self) -> list[Tier]:
-        if self._share is None:
-            return list(TIERS)
-        total = sum(self.num_blocks.values()) + 1
-        wanted = {tier: total * percent / 100 for tier, percent in self._percents.items() if percent > 0}
-        lacking = {tier: count - self.num_blocks[tier] for tier, count in wanted.items()}
-        return [max(lacking, key=lambda tier: lacking[tier])]
-
-    def _grow(self, tier: Tier, num_rows: int) -> bool:
-        extents = self._extents[tier]
-        needed = extents.capacity - extents.tail_free() + num_rows
-        if needed > self._max_rows[tier]:
-            return False
-        expected = needed + int(self._expected * self._percents[tier] / 100)
-        capacity = min(self._max_rows[tier], max(expected, int(extents.capacity * _GROWTH)))
-        if tier == "disk":
-            try:
-                self._disk.grow(capacity)
-            except CapacityError as error:  # it speaks of one layer's file
-                size = capacity * self.row_bytes[tier] / 1e9
-                raise CapacityError(
-                    f"the KV cache cannot grow to {capacity} tokens, {size:.1f} GB on disk: {error}"
-                ) from None
-            extents.grow(capacity)
-            return True
-        self._transfer.settle()  # what is still under way to a table must not miss its copy
-        tables = self._tables[tier]
-        sizes = [capacity * self._row_bytes(shape, tier) for shape in self.shapes]
-        if not tables:  # page-locking takes its time: all layers at once
-            with ThreadPoolExecutor(_ALLOCATING_THREADS) as pool:
-                blocks = list(pool.map(lambda size: self._arena.empty(size, tier), sizes))
-            tables += [self._table(block, shape, tier) for block, shape in zip(blocks, self.shapes, strict=True)]
-        else:
-            for layer, (size, shape) in enumerate(zip(sizes, self.shapes, strict=True)):
-                # One layer after the other, so that little is held twice.
-                new, old = self._arena.empty(size, tier), tables[layer]
-                new[: old.numel() * old.element_size()].copy_(old.flatten().view(torch.uint8))
-                tables[layer] = self._table(new, shape, tier)
-                self._arena.free(old)
-        extents.grow(capacity)
-        return True
-
-    def begin_sweep(self, batches: Sequence[Rows]) -> None:
+    def stage_ahead(self, batches: Sequence[Rows]) -> None:
         """To be called before a sweep over micro-batches: from now on it may read what the sweep before wrote."""
         self._transfer.settle()
         self._disk.settle()
@@ -186,15 +95,14 @@ class KVCache:
 
     def _stored_rows(self, layer: int, group: DecodeGroup) -> list[torch.Tensor]:
         """What is stored of a group on the host, run by run."""
-        return [self._tables["host"][layer][run.first : run.end] for run in group.stored_runs]
+        return [self.room.by_tier["host"][layer][run.first : run.end] for run in group.stored_runs]
 
-    def write(
-        self, layer: int, batch: Rows, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a micro-batch's new keys and values `[rows, heads, dim]` of a layer in their blocks.
+    def write(self, layer: int, batch: Rows, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a micro-batch's `new` keys and values `[rows, heads, dim]` of a layer in their blocks.
 
         Returns them as they will be read later: to attend to anything else would make results depend on who does when.
         """
+        key, value = new
         coded = None
         if self._codec is not None:
             coded = self._codec.encode_rows(pack(key, value))
@@ -204,7 +112,7 @@ class KVCache:
         if batch.device_slots is not None:
             kept = batch.device_rows
             rows = pack(key, value) if kept is None else pack(key.index_select(0, kept), value.index_select(0, kept))
-            self._tables["device"][layer].index_copy_(0, batch.device_slots, rows)
+            self.room.by_tier["device"][layer].index_copy_(0, batch.device_slots, rows)
         if batch.scattered is not None:
             self._scatter(layer, batch.scattered, key, value, coded)
         packed = pack(key, value) if batch.offloaded and coded is None else coded
@@ -220,7 +128,7 @@ class KVCache:
             if block.tier == "disk":
                 to_disk.append((first, stored))
             else:
-                stores.append((stored, self._tables["host"][layer][first : first + segment.num_rows]))
+                stores.append((stored, self.room.by_tier["host"][layer][first : first + segment.num_rows]))
         if stores:
             self._transfer.store(stores)
         if to_disk:
@@ -233,7 +141,7 @@ class KVCache:
     def _scatter(
         self, layer: int, scatter: Scatter, key: torch.Tensor, value: torch.Tensor, coded: torch.Tensor | None
     ) -> None:
-        taken, table = scatter.rows, self._tables["host"][layer]
+        taken, table = scatter.rows, self.room.by_tier["host"][layer]
         if coded is not None:
             rows = coded if taken is None else coded.index_select(0, taken)
         else:
@@ -243,12 +151,12 @@ class KVCache:
         else:
             self._transfer.scatter(rows, table, scatter.slots)
 
-    def prefix(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def fork(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
-        parts = [self.stored(layer, prefix, len(prefix.tokens)) for prefix in chain]
+        parts = [self.read(layer, prefix, len(prefix.tokens)) for prefix in chain]
         return self.unpack(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def stored(self, layer: int, span: Span, num_rows: int) -> torch.Tensor:
+    def read(self, layer: int, span: Span, num_rows: int) -> torch.Tensor:
         """The first rows `[num_rows, width]` of a span, on the device."""
         fresh = self._fresh.get(id(span)) if layer == self._fresh_layer else None
         if fresh is not None:  # just computed: it has no other place, or is still under way to it
@@ -256,9 +164,9 @@ class KVCache:
         block = span.block
         assert block is not None
         if block.tier == "disk":
-            rows = self._as_stored(self._disk.fetch(layer, [(block.first, num_rows)]).rows(), "disk")
+            rows = self.room.as_stored(self._disk.fetch(layer, [(block.first, num_rows)]).rows(), "disk")
         else:
-            rows = self._tables[block.tier][layer][block.first : block.first + num_rows]
+            rows = self.room.by_tier[block.tier][layer][block.first : block.first + num_rows]
         if block.tier == "device":
             return rows
         is_kept = block.tier != "disk" or self._transfer.is_asynchronous  # until the copy has been made
@@ -279,7 +187,7 @@ class KVCache:
 
     def host_table(self, layer: int) -> torch.Tensor:
         """Rows of a layer's keys and values on the host, `[rows, …]`: numbers, or their codes."""
-        return self._tables["host"][layer]
+        return self.room.by_tier["host"][layer]
 
     def own(
         self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
@@ -305,7 +213,7 @@ class KVCache:
     def _own_table(self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Rows `[…, width]` in which the group's own tokens begin at its `own_borders`."""
         if group.is_on_device:
-            return self._tables["device"][layer]
+            return self.room.by_tier["device"][layer]
         if not self._is_ahead(group):  # the new rows are there already
             runs = self._stored_rows(layer, group)
             return self.decoded(layer, runs[0] if len(runs) == 1 else torch.cat(runs))
@@ -313,7 +221,7 @@ class KVCache:
         assert of_layer == layer
         assert of_group is group
         if isinstance(fetched, Fetch):
-            staged = self._as_stored(fetched.rows(), "disk")
+            staged = self.room.as_stored(fetched.rows(), "disk")
             staged = staged.to(key.device, non_blocking=self._transfer.is_asynchronous)
         else:
             staged = fetched[0]
@@ -339,15 +247,8 @@ class KVCache:
         """Let go of the tables; the arena frees them."""
         self._transfer.close()
         self._disk.close()
-        self._tables = {tier: [] for tier in TIERS}
+        self.room.close()
         self._fresh = {}
-
-
-def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | None) -> dict[Tier, int]:
-    """Bytes of a token's keys and values in all layers, by tier: off the device, as `codec` encodes them."""
-    numbers = sum(shape.width for shape in shapes) * dtype.itemsize
-    coded = numbers if codec is None else sum(codec.row_bytes(shape.width, dtype) for shape in shapes)
-    return {"device": numbers, "host": coded, "disk": coded}
 
 
 def unencodable_layer(shapes: list[KVShape]) -> int | None:

@@ -73,9 +73,9 @@ class PaddedBatch(Rows):
             new = slice(segment.first, segment.first + segment.num_rows)
             end = put(index, self.num_keys, (key[new].transpose(0, 1), value[new].transpose(0, 1)))
             if segment.past:
-                end = put(index, end, cache.unpack(layer, cache.stored(layer, segment.span, segment.past)))
+                end = put(index, end, cache.unpack(layer, cache.read(layer, segment.span, segment.past)))
             for prefix in reversed(segment.span.chain):
-                end = put(index, end, cache.unpack(layer, cache.stored(layer, prefix, len(prefix.tokens))))
+                end = put(index, end, cache.unpack(layer, cache.read(layer, prefix, len(prefix.tokens))))
         return keys, values
 
 

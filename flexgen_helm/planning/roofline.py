@@ -153,7 +153,7 @@ def sizes_of(engine: Engine) -> Sizes:
 
 def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
     """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
-    from engine.cache.key_value import cache_row_bytes
+    from engine.cache.tables import cache_row_bytes
     from engine.kernels.codec import codec_of
     from engine.weights.stored_form import coded_names, whole_sizes
 

@@ -191,7 +191,7 @@ def test_a_cache_that_finds_no_room_to_grow_says_how_much_it_needs(
     """Of all layers: those that were given room before the disk was full are no longer seen in what is free."""
     with open_engine(build("opt"), tmp_path, percent=[100, 0, 0, 0, 100, 0]) as engine:
         cache = cache_of(engine)
-        cache.row_bytes["disk"] = 2 * 10**7  # as large models have them, in all layers
+        cache.room.row_bytes["disk"] = 2 * 10**7  # as large models have them, in all layers
         failing("posix_fallocate", errno.ENOSPC)
         with pytest.raises(CapacityError) as caught:
             engine.run([Job(prompt=[*range(9, 109)], max_new_tokens=2)])

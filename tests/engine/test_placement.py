@@ -104,7 +104,7 @@ def test_cache_and_activations_follow_the_percents_to_one_sequence(
 ) -> None:
     with open_engine(build("llama"), tmp_path, percent=PERCENTS[name], **{"share-prefix": False}) as engine:
         cache, hidden = cache_of(engine), engine.parts.executor._hidden
-        watch = Watch(engine, lambda: (dict(cache.num_blocks), dict(hidden.num_spans)))
+        watch = Watch(engine, lambda: (dict(cache.room.num_blocks), dict(hidden.num_spans)))
         engine.wait_until_loaded()
         before = engine.placed_bytes()
         engine.run(JOBS)
@@ -115,9 +115,9 @@ def test_cache_and_activations_follow_the_percents_to_one_sequence(
             assert abs(spans[tier] - len(JOBS) * tiers(PERCENTS[name], 4)[tier] / 100) <= 1
         after = engine.placed_bytes()
         for tier in TIERS:  # the bytes are there too: rows of the blocks, and hidden rows off the device
-            rows = cache._extents[tier].capacity
+            rows = cache.room._free_rows[tier].capacity
             assert (rows > 0) == (blocks[tier] > 0)
-            taken = after[tier] - before[tier] - rows * cache.row_bytes[tier]
+            taken = after[tier] - before[tier] - rows * cache.room.row_bytes[tier]
             assert (taken > 0) == (tier != "device" and spans[tier] > 0)
 
 
@@ -132,7 +132,7 @@ def test_blocks_follow_the_percents_at_every_moment_of_filling(percent: tuple[in
     cache = KVCache([KVShape(1, 2, 1, 2)], torch.float32, arena, dict.fromkeys(TIERS, 10**4), share)
     held = Counter[str]()
     for number in range(1, count + 1):
-        block = cache.allocate(2)
+        block = cache.room.allocate(2)
         assert block is not None
         held[block.tier] += 1
         for tier, part in (("device", share.gpu), ("host", share.cpu), ("disk", share.disk)):
@@ -143,10 +143,10 @@ def test_blocks_follow_the_percents_at_every_moment_of_filling(percent: tuple[in
 def test_without_a_cache_share_the_device_fills_first(tmp_path: Path) -> None:
     arena = Arena(torch.device("cpu"), offload_dir=str(tmp_path))
     cache = KVCache([KVShape(1, 2, 1, 2)] * 2, torch.float32, arena, {"device": 320, "host": 160, "disk": 64}, None)
-    assert set(cache.row_bytes.values()) == {32}
-    found = [block.tier if (block := cache.allocate(3)) else None for _ in range(6)]
+    assert set(cache.room.row_bytes.values()) == {32}
+    found = [block.tier if (block := cache.room.allocate(3)) else None for _ in range(6)]
     assert found == ["device"] * 3 + ["host"] + [None] * 2
-    small = [block.tier if (block := cache.allocate(1)) else None for _ in range(6)]
+    small = [block.tier if (block := cache.room.allocate(1)) else None for _ in range(6)]
     assert small == ["device", "host", "host", "disk", "disk", None]
     assert arena.num_bytes == {"device": 320, "host": 160, "disk": 64}
 
@@ -157,7 +157,7 @@ def test_what_of_a_cache_would_lie_off_the_device(tmp_path: Path) -> None:
     budgets: dict[Tier, int] = {"device": 320, "host": 1600, "disk": 320}
     for share, expected in ((None, [0, 2, 42, 60]), (Share(gpu=25, cpu=75), [6, 9, 39, 60])):
         cache = KVCache([KVShape(1, 2, 1, 2)] * 2, torch.float32, arena, budgets, share)
-        assert [cache.num_off_device(rows) for rows in (8, 12, 52, 500)] == expected
+        assert [cache.room.num_off_device(rows) for rows in (8, 12, 52, 500)] == expected
     arena.close()
 
 

@@ -58,10 +58,10 @@ def assert_nothing_held(engine: Engine) -> None:
     """No sequence, prefix or block is left, and the free rows of the cache are in one piece."""
     scheduler, cache = engine.parts.scheduler, cache_of(engine)
     wait_until(lambda: scheduler.is_idle)
-    assert set(cache.num_blocks.values()) == {0}
+    assert set(cache.room.num_blocks.values()) == {0}
     assert scheduler._prefixes == []
     assert engine._worker._owner == {}
-    for extents in cache._extents.values():
+    for extents in cache.room._free_rows.values():
         assert extents.num_free == extents.tail_free() == extents.capacity
 
 
@@ -119,9 +119,9 @@ def test_nothing_is_held_after_runs(engine: Engine) -> None:
     for _ in range(2):
         engine.run([Job(prompt=[*PREFIX, 50 + i], max_new_tokens=i % 4 + 1) for i in range(12)])
         assert_nothing_held(engine)
-    rows = {tier: extents.capacity for tier, extents in cache_of(engine)._extents.items()}
+    rows = {tier: extents.capacity for tier, extents in cache_of(engine).room._free_rows.items()}
     engine.run([Job(prompt=[*PREFIX, 50 + i], max_new_tokens=i % 4 + 1) for i in range(12)])
-    assert rows == {tier: extents.capacity for tier, extents in cache_of(engine)._extents.items()}
+    assert rows == {tier: extents.capacity for tier, extents in cache_of(engine).room._free_rows.items()}
 
 
 def test_a_sweep_begins_without_rows_of_the_one_before(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_what_is_not_finite_stays_with_its_job_among_sharers_of_a_prefix(
 
 def shrink_cache(engine: Engine, rows: int) -> None:
     """Leave room for this many tokens in the cache."""
-    cache_of(engine)._max_rows = {"device": rows, "host": 0, "disk": 0}
+    cache_of(engine).room._max_rows = {"device": rows, "host": 0, "disk": 0}
 
 
 def test_a_full_cache_makes_sequences_wait(engine: Engine, build: Callable[[str], Path]) -> None:

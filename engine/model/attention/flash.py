@@ -74,7 +74,7 @@ def attend(
             put(rows, _varlen(query[rows], key[rows], value[rows], borders, batch.longest_prefill, scores))
     for first, end, chain in batch.chain_runs:
         rows = slice(first, end)
-        prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in kv_cache.prefix(layer, chain))
+        prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in kv_cache.fork(layer, chain))
         shared, shared_logsumexp = _dense(query[rows][None], prefix_key, prefix_value, scores)
         merge(output[rows], logsumexp[:, rows], shared, shared_logsumexp)
     return output

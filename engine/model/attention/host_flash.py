@@ -42,7 +42,7 @@ def prefill(
         if first < batch.prefill_first:
             continue
         rows = slice(first, end)
-        prefix_key, prefix_value = sweeping.cache.prefix(sweeping.layer, chain)  # [kv heads, length, dim]
+        prefix_key, prefix_value = sweeping.cache.fork(sweeping.layer, chain)  # [kv heads, length, dim]
         shared, shared_logsumexp = _dense(query[rows], prefix_key, prefix_value, scores)
         merge(output[rows], logsumexp[:, rows], shared, shared_logsumexp)
 

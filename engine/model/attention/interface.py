@@ -132,7 +132,7 @@ def _prefill(
         output[rows] = result.transpose(1, 2).flatten(0, 1)
         return
     if group.chain:
-        prefix_key, prefix_value = sweeping.cache.prefix(sweeping.layer, group.chain)
+        prefix_key, prefix_value = sweeping.cache.fork(sweeping.layer, group.chain)
         key, value = torch.cat((prefix_key[None], key), dim=2), torch.cat((prefix_value[None], value), dim=2)
     # The heads of one group of queries share keys and values: they become further rows, and nothing is copied.
     query = query.unflatten(1, (heads, groups)).flatten(2, 3)
@@ -168,7 +168,7 @@ def _decode(
     dots = query @ key.mT
     start = 0
     if group.chain:
-        prefix = sweeping.cache.prefix(sweeping.layer, group.chain)
+        prefix = sweeping.cache.fork(sweeping.layer, group.chain)
         prefix_key, prefix_value = (x.to(device) for x in prefix)  # [kv heads, prefix, dim]
         start = prefix_key.shape[1]
         # All sequences against the one prefix: [kv heads, sequences * groups * steps, dim] @ [kv heads, dim, prefix].
