@@ -118,7 +118,8 @@ def test_every_flag_in_the_text_exists() -> None:
 
     known = sweep_parser().format_help() + complete_parser().format_help()
     known += "".join(
-        (ROOT / "flexgen_helm" / name).read_text() for name in ("register.py", "doctor.py", "report.py", "compare.py")
+        (ROOT / "flexgen_helm" / "commands" / name).read_text()
+        for name in ("register.py", "doctor.py", "report.py", "compare.py")
     )
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}

@@ -14,6 +14,7 @@ from engine.batch.prefill_group import PrefillGroup
 from engine.batch.rows import Rows
 from engine.planning.limits import Limits
 from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix
 
 if TYPE_CHECKING:
     pass
@@ -54,12 +55,10 @@ class MicroBatch(Rows):
         self.longest_prefill = max((b - a for a, b in pairwise(borders)), default=0)
         self.longest = max(positions) + 1
         """Tokens of the longest context."""
-        self.chain_runs = [
-            (run[0].first, run[-1].end, run[0].span.chain)
-            for run in _runs_of_one_chain(segments)
-            if run[0].span.parent is not None
-        ]
-        """(first row, end row, prefixes) of neighbours that continue the same chain."""
+        self.decode_chains = _chains(segments[: len(decode)])
+        """(first row, end row, prefixes) of neighbouring decode steps that continue the same chain."""
+        self.prefill_chains = _chains(segments[len(decode) :])
+        """The same of new spans."""
 
     @cached_property
     def prefill_groups(self) -> list[PrefillGroup]:
@@ -77,6 +76,11 @@ class MicroBatch(Rows):
         """What the model's forward is called with."""
         ids = self.ids.to(self._positions.device)
         return {"input_ids": ids, "position_ids": self._positions, "use_cache": False}
+
+
+def _chains(segments: list[Segment]) -> list[tuple[int, int, tuple[Prefix, ...]]]:
+    runs = _runs_of_one_chain(segments)
+    return [(run[0].first, run[-1].end, run[0].span.chain) for run in runs if run[0].span.parent is not None]
 
 
 def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:

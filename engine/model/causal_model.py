@@ -16,10 +16,10 @@ from engine.checkpoint.packed_parts import find_packed
 from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
-from engine.model.attention.interface import probe_kv_shape
+from engine.model.attention.probe import probe_kv_shape
 from engine.model.build import _build, _decoder_layers
 from engine.model.padded import CacheView, ProbingView
-from engine.model.sweep_context import Sweeping
+from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
 
 _NO_ATTENTION = (
@@ -83,7 +83,7 @@ class CausalModel:
         self.device, self.dtype = device, dtype
         self.module = _build(path, dtype)
         self.config = self.module.config
-        self.sweeping = Sweeping()
+        self.sweeping = SweepContext()
         """Tells our attention function, called from inside the layers, what it works on."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
         """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""

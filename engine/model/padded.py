@@ -14,7 +14,7 @@ from engine.errors import UnsupportedError
 from engine.schedule.segment import Segment
 
 if TYPE_CHECKING:
-    from engine.model.sweep_context import Sweeping
+    from engine.model.sweep_context import SweepContext
 
 
 class PaddedBatch(Rows):
@@ -24,7 +24,7 @@ class PaddedBatch(Rows):
     mask (ALiBi's distances, for one) comes out as for a single sequence.
     """
 
-    def __init__(self, segments: list[Segment], device: torch.device, sweeping: Sweeping) -> None:
+    def __init__(self, segments: list[Segment], device: torch.device, sweeping: SweepContext) -> None:
         super().__init__(segments, device)
         self.num_columns = self.num_rows // len(segments)
         reach = max(segment.span.start + segment.past + segment.num_rows for segment in segments)
@@ -54,7 +54,7 @@ class PaddedBatch(Rows):
         }
 
     def assemble(
-        self, layer: int, sweeping: Sweeping, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, sweeping: SweepContext, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of each sequence `[segments, heads, keys, dim]` from the cache and the new rows.
 
@@ -82,7 +82,7 @@ class PaddedBatch(Rows):
 class _LayerView(CacheLayerMixin):
     """One layer of a micro-batch's cache."""
 
-    def __init__(self, sweeping: Sweeping, batch: PaddedBatch) -> None:
+    def __init__(self, sweeping: SweepContext, batch: PaddedBatch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sweeping = sweeping
         self._batch = batch
@@ -141,7 +141,7 @@ class CacheView(Cache):
 class ProbingView(CacheLayerMixin):
     """Stands in for a layer's cache while shapes are found out; it holds nothing."""
 
-    def __init__(self, sweeping: Sweeping) -> None:
+    def __init__(self, sweeping: SweepContext) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sweeping = sweeping
 

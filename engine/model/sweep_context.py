@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Sweeping:
+class SweepContext:
     """What the attention function needs to know of the sweep in hand; the executor sets it before each layer call."""
 
     layer: int = 0

@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
+from engine.batch.decode_group import DecodeGroup
 from engine.memory.accelerator import has_flash_attention
 from engine.model.attention import host_attention
-
-if TYPE_CHECKING:
-    from engine.batch.decode_group import DecodeGroup
-    from engine.batch.micro_batch import MicroBatch
-    from engine.model.attention.rule import Scores
-    from engine.model.sweep_context import Sweeping
+from engine.model.attention.backend import Attending, AttentionBackend
+from engine.model.attention.rule import AttentionRule
+from engine.schedule.sequence import Prefix
 
 _MAX_HEAD_DIM = 256
 
 
-def is_usable(query: torch.Tensor, value: torch.Tensor, scores: Scores, batch: MicroBatch) -> bool:
-    """Whether the kernels can do it: CUDA from sm80 on, 16 bits, plain softmax, no window that cuts anything off."""
-    has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
-    return has_them and scores.is_stock_within(batch.longest)
+class Flash(AttentionBackend):
+    """Plain softmax on CUDA from sm80 on, in 16 bits.
+
+    Own tokens first; then, per chain of prefixes, its rows against the prefix; the two are merged by their
+    log-sum-exps, which is exact.
+    """
+
+    def can(self, asked: Attending) -> bool:
+        """Where the card has kernels for these heads, plain softmax, no window that cuts anything off."""
+        query, value = asked.query, asked.value
+        has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
+        return has_them and asked.rule.is_stock_within(asked.batch.longest)
+
+    def prefill(self, asked: Attending) -> torch.Tensor:
+        """All new spans in one call, then their prefixes."""
+        batch, start = asked.batch, asked.batch.prefill_first
+        query, key, value = (x[start:] for x in (asked.query, asked.key, asked.value))
+        output, logsumexp = _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, asked.rule)
+        _merge_prefixes(asked, batch.prefill_chains, output, logsumexp, start)
+        return output
+
+    def decode(self, asked: Attending) -> torch.Tensor:
+        """Each group's own tokens, wherever those are, then their prefixes."""
+        batch, query = asked.batch, asked.query
+        if len(batch.decode_groups) == 1:
+            output, logsumexp = _own(asked, batch.decode_groups[0])
+        else:
+            output = query.new_empty(batch.prefill_first, *query.shape[1:])
+            logsumexp = torch.empty(query.shape[1], len(output), dtype=torch.float32, device=query.device)
+            for group in batch.decode_groups:
+                rows = slice(group.first, group.end)
+                output[rows], of_group = _own(asked, group)
+                if batch.decode_chains:
+                    logsumexp[:, rows] = of_group.to(query.device, non_blocking=True)
+        _merge_prefixes(asked, batch.decode_chains, output, logsumexp, 0)
+        return output
 
 
 @cache
@@ -36,48 +65,21 @@ def has_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_di
     )
 
 
-def attend(
-    batch: MicroBatch,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sweeping: Sweeping,
-    scores: Scores,
-) -> torch.Tensor:
-    """Attend a micro-batch: query, key, value `[rows, heads, dim]` -> `[rows, heads, dim]`.
-
-    Own tokens first, all new spans in one call; then, per chain of prefixes, its rows against the prefix; the two are
-    merged by their log-sum-exps, which is exact.
-    """
-    kv_cache, layer = sweeping.cache, sweeping.layer
-    if not batch.chain_runs:  # often there is nothing to put together
-        if not batch.decode_groups:
-            return _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, scores)[0]
-        if len(batch.decode_groups) == 1 and batch.prefill_first == len(query):
-            return _own(batch.decode_groups[0], query, key, value, sweeping, scores)[0]
-    if not batch.decode_groups:
-        output, logsumexp = _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, scores)
-    else:
-        output = query.new_empty(query.shape)
-        logsumexp = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
-
-        def put(rows: slice, result: tuple[torch.Tensor, torch.Tensor]) -> None:
-            output[rows] = result[0]
-            if batch.chain_runs:
-                logsumexp[:, rows] = result[1].to(query.device, non_blocking=True)
-
-        for group in batch.decode_groups:
-            rows = slice(group.first, group.end)
-            put(rows, _own(group, query[rows], key[rows], value[rows], sweeping, scores))
-        if batch.prefill_first < len(query):
-            rows, borders = slice(batch.prefill_first, len(query)), batch.prefill_borders
-            put(rows, _varlen(query[rows], key[rows], value[rows], borders, batch.longest_prefill, scores))
-    for first, end, chain in batch.chain_runs:
-        rows = slice(first, end)
-        prefix_key, prefix_value = (x.transpose(0, 1)[None] for x in kv_cache.fork(layer, chain))
-        shared, shared_logsumexp = _dense(query[rows][None], prefix_key, prefix_value, scores)
-        merge(output[rows], logsumexp[:, rows], shared, shared_logsumexp)
-    return output
+def _merge_prefixes(
+    asked: Attending,
+    chains: list[tuple[int, int, tuple[Prefix, ...]]],
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    start: int,
+) -> None:
+    """Add to `output`, whose first row is row `start` of the micro-batch, what its rows attend to of their prefixes."""
+    if chains:
+        logsumexp = logsumexp.to(output.device, non_blocking=True)  # that of attention on the host is there
+    for first, end, chain in chains:
+        place = slice(first - start, end - start)
+        key, value = (x.transpose(0, 1)[None] for x in asked.cache.fork(asked.layer, chain))
+        shared, shared_logsumexp = _whole(asked.query[first:end][None], key, value, asked.rule)
+        merge(output[place], logsumexp[:, place], shared, shared_logsumexp)
 
 
 def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> None:
@@ -89,22 +91,16 @@ def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, s
     output.lerp_(shared, weight.to(output.dtype))
 
 
-def _own(
-    group: DecodeGroup,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sweeping: Sweeping,
-    scores: Scores,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _own(asked: Attending, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tensor]:
     """A decode group's rows against their own tokens, wherever those are: `[rows, heads, dim]`, `[heads, rows]`.
 
     The second result is where the keys and values are.
     """
-    if sweeping.cache.is_attended_on_host(group):
-        return host_attention.attend(group, query, sweeping.cache, sweeping.layer, scores)
-    key, value = sweeping.cache.own_flat(sweeping.layer, group, key, value)
-    return _decode(query, key, value, group, scores)
+    rows = slice(group.first, group.end)
+    if asked.cache.is_attended_on_host(group):
+        return host_attention.attend(group, asked.query[rows], asked.cache, asked.layer, asked.rule)
+    key, value = asked.cache.own_flat(asked.layer, group, asked.key[rows], asked.value[rows])
+    return _decode(asked.query[rows], key, value, group, asked.rule)
 
 
 def _varlen(
@@ -113,16 +109,16 @@ def _varlen(
     value: torch.Tensor,
     borders: torch.Tensor,
     longest: int,
-    scores: Scores,
+    rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     result = torch.ops.aten._flash_attention_forward(
-        query, key, value, borders, borders, longest, longest, 0.0, True, False, scale=scores.scaling
+        query, key, value, borders, borders, longest, longest, 0.0, True, False, scale=rule.scaling
     )
     return result[0], result[1]
 
 
 def _decode(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: DecodeGroup, scores: Scores
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: DecodeGroup, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New rows of each sequence against its own tokens: key, value `[rows, heads, dim]`, from its `own_borders` on.
 
@@ -139,18 +135,18 @@ def _decode(
         0.0,
         group.steps > 1,
         False,
-        scale=scores.scaling,
+        scale=rule.scaling,
         seqused_k=group.own_lengths,
     )
     return result[0], result[1]
 
 
-def _dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+def _whole(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows `[1, rows, heads, dim]` against all of a prefix `[1, length, heads, dim]`."""
     rows, length = query.shape[1], key.shape[1]
     result = torch.ops.aten._flash_attention_forward(
-        query, key, value, None, None, rows, length, 0.0, False, False, scale=scores.scaling
+        query, key, value, None, None, rows, length, 0.0, False, False, scale=rule.scaling
     )
     return result[0][0], result[1][0]

@@ -13,11 +13,11 @@ from engine.memory import accelerator
 if TYPE_CHECKING:
     from engine.batch.decode_group import DecodeGroup
     from engine.cache.key_value import KVCache
-    from engine.model.attention.rule import Scores
+    from engine.model.attention.rule import AttentionRule
 
 
 def attend(
-    group: DecodeGroup, query: torch.Tensor, cache: KVCache, layer: int, scores: Scores
+    group: DecodeGroup, query: torch.Tensor, cache: KVCache, layer: int, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend the new rows of a decode group to their own tokens, by plain softmax, without windows.
 
@@ -29,7 +29,7 @@ def attend(
     dims = shape.key_heads, shape.key_dim, shape.value_dim
     query = query.cpu().unflatten(0, (-1, group.steps))  # [sequences, steps, heads, dim]
     table, (firsts, lengths) = cache.host_table(layer), group.places
-    found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, scores.scaling, device)
+    found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, rule.scaling, device)
     if found is not None:
         output, logsumexp = found
     else:
@@ -38,6 +38,6 @@ def attend(
         for index, (first, length) in enumerate(zip(firsts.tolist(), lengths.tolist(), strict=True)):
             one, rows = slice(index, index + 1), cache.decoded(layer, table[first : first + length])
             keys, values = cache.unpack(layer, rows)  # [kv heads, length, dim]
-            output[one], logsumexp[one] = by_torch(query[one], keys[None], values[None], scores.scaling)
+            output[one], logsumexp[one] = by_torch(query[one], keys[None], values[None], rule.scaling)
     is_kept = accelerator.has_streams(device)  # until the copy has been made
     return output.flatten(0, 1).to(device, non_blocking=is_kept), logsumexp.flatten(0, 1).T

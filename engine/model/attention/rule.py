@@ -8,13 +8,16 @@ import torch
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionRule:
     """How a layer turns queries and keys into attention weights."""
 
     scaling: float
     window: int | None
+    """Tokens that a token attends to at most, itself included; None for all before it."""
     softcap: float | None
+    """Gemma-2's cap of the scores."""
     sinks: torch.Tensor | None
+    """GPT-OSS's further score of each head `[heads]`, which no value belongs to."""
 
     @property
     def is_stock(self) -> bool:
@@ -26,8 +29,8 @@ class Scores:
         return self.is_stock and (self.window is None or length <= self.window)
 
     def weights(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Scores `[…, heads, rows, keys]` (unscaled) and what to add to them -> float32 weights of the same shape."""
-        scores = scores.float() * self.scaling
+        """float32 scores `[…, heads, rows, keys]` (unscaled) and what to add to them -> float32 weights."""
+        scores = scores * self.scaling
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         scores = scores + mask
@@ -35,3 +38,17 @@ class Scores:
             return torch.softmax(scores, dim=-1)
         sinks = self.sinks.to(scores.device, torch.float32).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
+
+
+def products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Scores float32 `[…, rows, keys]` of query `[…, rows, dim]` and key `[…, keys, dim]`, of any dtype.
+
+    Never in 16 bits: products of queries and keys exceed float16's 65504 in models with large biases (Qwen2), and lose
+    digits in bfloat16.
+    """
+    if query.dtype == torch.float32:
+        return query @ key.mT
+    if query.device.type == "cuda" and torch.version.hip is None:  # at the rate of 16 bits
+        flat = torch.bmm(query.flatten(0, -3), key.flatten(0, -3).mT, out_dtype=torch.float32)
+        return flat.view(*query.shape[:-1], key.shape[-2])
+    return query.float() @ key.float().mT

@@ -1,0 +1,50 @@
+"""What every way to compute attention is asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from engine.batch.micro_batch import MicroBatch
+from engine.cache.key_value import KVCache
+from engine.model.attention.rule import AttentionRule
+
+
+@dataclass(frozen=True)
+class Attending:
+    """One layer's attention over a packed micro-batch: [prefix | own past | new] for the rows of each span."""
+
+    batch: MicroBatch
+    query: torch.Tensor
+    """Rotated, `[rows, heads, dim]`."""
+    key: torch.Tensor
+    """Of the new rows, as the cache will give them back: `[rows, KV heads, dim]`."""
+    value: torch.Tensor
+    """The same, `[rows, KV heads, value dim]`."""
+    cache: KVCache
+    layer: int
+    rule: AttentionRule
+
+    @cached_property
+    def groups(self) -> int:
+        """Query heads that share a head of keys and values."""
+        return self.query.shape[1] // self.key.shape[1]
+
+
+class AttentionBackend(ABC):
+    """One way to compute attention; decode steps are the first rows of a micro-batch, new spans the others."""
+
+    @abstractmethod
+    def can(self, asked: Attending) -> bool:
+        """Whether it computes this layer's rule, on this device, for these sizes."""
+
+    @abstractmethod
+    def prefill(self, asked: Attending) -> torch.Tensor:
+        """The result for the rows of new spans, `[rows, heads, value dim]`."""
+
+    @abstractmethod
+    def decode(self, asked: Attending) -> torch.Tensor:
+        """The result for the rows of decode steps, `[rows, heads, value dim]`."""

@@ -1,0 +1,43 @@
+"""What a decoder layer shows of its attention when it is called without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.cache.shape import KVShape
+from engine.errors import UnsupportedError
+from engine.model.sweep_context import SweepContext
+
+
+def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
+    """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does.
+
+    Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
+    """
+    context: SweepContext = layer.__dict__["sweeping"]
+    context.probed = None
+
+    def on_meta(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to("meta")
+        if isinstance(value, tuple | list):
+            return type(value)(on_meta(item) for item in value)
+        return value
+
+    buffers = [(module, dict(module._buffers)) for module in layer.modules()]
+    try:
+        layer.to("meta")
+        with torch.no_grad(), torch.device("meta"):
+            layer(on_meta(hidden), *on_meta(args), **{key: on_meta(value) for key, value in kwargs.items()})
+    except UnsupportedError:
+        raise
+    except Exception:  # what comes after its attention may need real numbers
+        if context.probed is None:
+            raise
+    finally:
+        for module, before in buffers:
+            module._buffers.update(before)
+    return context.probed
