@@ -117,10 +117,8 @@ def test_every_flag_in_the_text_exists() -> None:
     from flexgen_helm.commands.sweep import sweep_parser
 
     known = sweep_parser().format_help() + complete_parser().format_help()
-    known += "".join(
-        (ROOT / "flexgen_helm" / "commands" / name).read_text()
-        for name in ("register.py", "doctor.py", "report.py", "compare.py")
-    )
+    commands = ROOT / "flexgen_helm" / "commands"
+    known += "".join((commands / f"{name}.py").read_text() for name in ("register", "doctor", "report", "compare"))
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}
     assert flags

@@ -38,7 +38,8 @@ def parameters_on_meta() -> Iterator[None]:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a directory, parameters on `meta`; `CheckpointError` or `UnsupportedError` where there is none."""
     try:
         config = AutoConfig.from_pretrained(path)
         model = _on_meta(config, dtype, ATTENTION_NAME)
@@ -85,7 +86,8 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Pr
     return model
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of the decoder layers, in the order in which they are called."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

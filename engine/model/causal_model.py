@@ -17,7 +17,7 @@ from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
 from engine.model.attention.probe import probe_kv_shape
-from engine.model.build import _build, _decoder_layers
+from engine.model.build import build, decoder_layers
 from engine.model.padded import CacheView, ProbingView
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -81,7 +81,7 @@ class CausalModel:
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device, self.dtype = device, dtype
-        self.module = _build(path, dtype)
+        self.module = build(path, dtype)
         self.config = self.module.config
         self.sweeping = SweepContext()
         """Tells our attention function, called from inside the layers, what it works on."""
@@ -95,7 +95,7 @@ class CausalModel:
         """Full name of the head's weight."""
         self.is_tied = self.head_name in self.module.all_tied_weights_keys
         """Whether the head's weight is the token embedding's."""
-        slots = _decoder_layers(self.module)
+        slots = decoder_layers(self.module)
         self.layers = list(slots)
         self.units = self._find_units()
         self.packed: dict[str, PackedMatrix] = self._find_packed(path)

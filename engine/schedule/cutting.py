@@ -27,7 +27,8 @@ def padded_length(rows: int, pad: PadMode) -> int:
     return max(rows, pad)
 
 
-def _size(segment: Segment) -> int:
+def rows_of(segment: Segment) -> int:
+    """Rows of a segment, padding included."""
     return segment.num_rows + segment.num_pad
 
 
@@ -35,7 +36,7 @@ def _is_alone(segment: Segment) -> bool:
     return isinstance(segment.span, Sequence) and segment.span.is_alone
 
 
-def _micro_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+def packed_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
     decode = [segment for segment in segments if segment.is_decode]
     decode.sort(key=lambda segment: _decode_order(segment, limits.reads_in_place))
@@ -48,17 +49,17 @@ def _interleaved(decode: list[Segment], new: list[Segment], limits: Limits) -> l
     most = limits.rows_between_fetches
     if most is None or all(segment.is_on_device for segment in decode):
         return [decode + new]
-    most, num_steps = min(most, limits.rows_per_batch), sum(map(_size, decode))
-    count = math.ceil((num_steps + sum(map(_size, new))) / most)
+    most, num_steps = min(most, limits.rows_per_batch), sum(map(rows_of, decode))
+    count = math.ceil((num_steps + sum(map(rows_of, new))) / most)
     room = most - math.ceil(num_steps / count)
     parts: list[list[Segment]] = [[]]
     rows = 0
     for segment in new:
-        if parts[-1] and rows + _size(segment) > room:
+        if parts[-1] and rows + rows_of(segment) > room:
             parts.append([])
             rows = 0
         parts[-1].append(segment)
-        rows += _size(segment)
+        rows += rows_of(segment)
     borders = [len(decode) * part // len(parts) for part in range(len(parts) + 1)]
     return [decode[first:end] + part for (first, end), part in zip(pairwise(borders), parts, strict=True)]
 
@@ -67,7 +68,7 @@ def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     batches: list[list[Segment]] = []
     rows = count = 0
     for segment in segments:
-        size = _size(segment)
+        size = rows_of(segment)
         is_sequence = isinstance(segment.span, Sequence)
         if not batches or (
             rows + size > limits.rows_per_batch
@@ -94,7 +95,7 @@ def _decode_order(segment: Segment, in_place: bool) -> tuple[Any, ...]:
     return id(segment.span.parent), block.tier, segment.num_rows, length, block.first
 
 
-def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
+def rectangular_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     """Cut segments into rectangular micro-batches of one kind each: decode steps, prefixes (first), sequences."""
 
     def kind(segment: Segment) -> int:
@@ -103,7 +104,7 @@ def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     batches: list[list[Segment]] = []
     columns = keys = 0
     for segment in sorted(segments, key=kind):  # stable: prefixes stay before those that continue them
-        size = _size(segment)
+        size = rows_of(segment)
         reach = segment.span.start + segment.past + segment.num_rows
         count = len(batches[-1]) + 1 if batches else 1
         if (
@@ -121,7 +122,7 @@ def _rectangles(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
         batches[-1].append(segment)
         columns, keys = max(columns, size), max(keys, reach)
     for batch in batches:
-        columns = max(map(_size, batch))
+        columns = max(map(rows_of, batch))
         for index, segment in enumerate(batch):
             segment.lead, segment.num_pad = columns - segment.num_rows, 0
             segment.first = index * columns + segment.lead

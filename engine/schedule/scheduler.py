@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import CapacityError
 from engine.planning.limits import Limits
-from engine.schedule.cutting import _micro_batches, _rectangles, _size, padded_length
+from engine.schedule.cutting import packed_batches, padded_length, rectangular_batches, rows_of
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
@@ -92,7 +92,7 @@ class Scheduler:
                 self._waiting.popleft()
                 self._fail(sequence, "the KV cache", "the cache more memory (gpu-memory, cpu-memory, or a disk share)")
                 continue
-            size = sum(map(_size, new))
+            size = sum(map(rows_of, new))
             if sequence.needs_cache and admitted and most_admitted is None:  # who waits may be many: not before
                 most_admitted = self._most_admitted(capacity)
             is_late = sequence.needs_cache and most_admitted is not None and admitted + size > most_admitted
@@ -106,7 +106,7 @@ class Scheduler:
             self.running.append(sequence)
         self._spare_blocks(segments)
         self._add_drafts(segments, rows)
-        return (_rectangles if self.limits.rectangular else _micro_batches)(segments, self.limits)
+        return (rectangular_batches if self.limits.rectangular else packed_batches)(segments, self.limits)
 
     def _most_admitted(self, capacity: int) -> float:
         """Rows of sequences that will decode, and of their prefixes, that the next sweep lets in."""

@@ -1,0 +1,4 @@
+"""Weights: placed on the tiers, loaded from a checkpoint, streamed to the device, kept encoded on disk.
+
+It imports memory, kernels, planning, checkpoint and model.
+"""

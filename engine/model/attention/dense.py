@@ -66,7 +66,8 @@ def _prefill(asked: Attending, group: PrefillGroup) -> torch.Tensor:
         dots = products(query, key).unflatten(2, (groups, -1)).flatten(1, 2)  # sinks differ from head to head
         weights = rule.weights(dots, group.mask(rule.window, torch.float32, 1)).to(value.dtype)
         result = weights.unflatten(1, (heads, groups)).flatten(2, 3) @ value
-    return result.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    unfolded: torch.Tensor = result.unflatten(2, (groups, -1)).flatten(1, 2)
+    return unfolded.transpose(1, 2).flatten(0, 1)
 
 
 def _decode(asked: Attending, group: DecodeGroup) -> torch.Tensor:
