@@ -10,7 +10,7 @@ from typing import Any, Literal, Unpack, overload
 
 import torch
 
-from engine.checkpoint.files import ModelDescription, describe
+from engine.checkpoint.description import ModelDescription, describe
 from engine.errors import EngineError, JobError
 from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
 from engine.job import Completion, Job, is_whole

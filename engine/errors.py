@@ -53,3 +53,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

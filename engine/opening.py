@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache, unencodable_layer
-from engine.checkpoint.files import ModelDescription
+from engine.checkpoint.description import ModelDescription
 from engine.completion import Text
 from engine.errors import CapacityError, CheckpointError, EngineError, UnsupportedError
 from engine.executor import Executor

@@ -53,7 +53,8 @@ LIGHT_FILES = (
     "engine.memory.paths",
     "engine.memory.tiers",
     "engine.measuring.disk_rates",
-    "engine.checkpoint.files",
+    "engine.checkpoint.description",
+    "engine.checkpoint.tensors",
     "engine.checkpoint.identity",
 )
 HEAVY = {"torch", "transformers", "helm", "flexgen_helm", "safetensors", "numpy"}

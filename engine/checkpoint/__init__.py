@@ -1,4 +1,4 @@
-"""What a model directory holds: which files are the model, the names of its tensors, packed parts, its identity.
+"""A model directory: where it is, which files are its weights, what its tensors are called, and what identifies it.
 
 It imports memory, kernels and planning.
 """

@@ -6,7 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.checkpoint.files import SIDE_FILES, TOKENIZER_FILES, describe, read_safetensors_header, weight_files
+from engine.checkpoint.description import describe
+from engine.checkpoint.safetensors_header import read_safetensors_header
+from engine.checkpoint.side_files import SIDE_FILES, TOKENIZER_FILES
+from engine.checkpoint.weight_files import weight_files
 from engine.planning.hardware import resolve_device, resolve_dtype
 from engine.policy import Policy
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoint.files import tensors
+from engine.checkpoint.tensors import tensors
 from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import (
     EightBitRows,

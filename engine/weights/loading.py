@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
-from engine.checkpoint.files import tensor_places, tensors
 from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError
 from engine.weights.kept import KeptWeights
 from engine.weights.read_ahead import Step, run_steps

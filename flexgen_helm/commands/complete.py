@@ -66,7 +66,7 @@ def complete(arguments: Sequence[str]) -> int:
     found = _read(args)
     if problem := model_problem():
         raise InstallationError(problem)
-    from engine.checkpoint.files import describe
+    from engine.checkpoint.description import describe
     from engine.checkpoint.identity import result_identity
     from engine.opening import load_tokenizer
 

@@ -62,7 +62,7 @@ def plan(arguments: Sequence[str]) -> int:
         cpu_memory=None if args.cpu_memory is None else parse_bytes(args.cpu_memory, "--cpu-memory"),
         offload_dir=args.offload_dir,
     )
-    from engine.checkpoint.files import window_of
+    from engine.checkpoint.window import window_of
     from engine.planning.hardware_profile import HardwareProfile
     from flexgen_helm.planning.dummy import shape_config
     from flexgen_helm.planning.policy_search import best_of, memory_of, search

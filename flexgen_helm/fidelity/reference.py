@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint.files import ModelDescription, read_config
+from engine.checkpoint.config import read_config
+from engine.checkpoint.description import ModelDescription
 from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.job import Completion, FinishReason, Job
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype

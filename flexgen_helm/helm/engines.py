@@ -13,7 +13,7 @@ from typing import Protocol
 
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
-from engine.checkpoint.files import ModelDescription, describe
+from engine.checkpoint.description import ModelDescription, describe
 from engine.checkpoint.identity import result_identity
 from engine.errors import EngineError
 from engine.job import Completion, Job

@@ -138,7 +138,7 @@ def write_model_directory(shape: str, folder: Path) -> None:
 
 def open_dummy(shape: str, policy: Policy) -> Engine:
     """An engine over random weights of `shape`, all in place."""
-    from engine.checkpoint.files import ModelDescription
+    from engine.checkpoint.description import ModelDescription
     from engine.engine import Engine
 
     config = shape_config(shape)

@@ -10,7 +10,7 @@ from helm.benchmark.model_deployment_registry import ALL_MODEL_DEPLOYMENTS, Clie
 from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, register_tokenizer_config
 
-from engine.checkpoint.files import describe
+from engine.checkpoint.description import describe
 from engine.errors import ConfigError, EngineError
 from flexgen_helm.runs.entries import Target
 from flexgen_helm.runs.flags import PolicySpec

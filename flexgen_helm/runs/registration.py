@@ -30,7 +30,7 @@ from helm.benchmark.tokenizer_config_registry import (
     register_tokenizer_config,
 )
 
-from engine.checkpoint.files import ModelDescription, describe
+from engine.checkpoint.description import ModelDescription, describe
 from engine.errors import CheckpointError, ConfigError
 from engine.policy import Policy
 from flexgen_helm.helm.translate import Translator

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from engine import Engine, EngineError, Job, Policy
-from engine.checkpoint.files import describe
+from engine.checkpoint.description import describe
 from engine.checkpoint.identity import result_identity
 from engine.errors import CheckpointError, UnsupportedError
 

@@ -14,7 +14,7 @@ from check_family import tiny_config
 from safetensors.torch import save_file
 
 from engine import Engine
-from engine.checkpoint.files import describe
+from engine.checkpoint.description import describe
 from engine.errors import UnsupportedError
 
 _MAMBA = {"num_heads": 4, "head_dim": 32, "n_groups": 1, "state_size": 8}

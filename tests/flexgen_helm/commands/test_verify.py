@@ -336,7 +336,7 @@ def test_a_reference_whose_library_is_missing_is_refused_beforehand(
 
 def test_where_the_reference_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is too small is left out; a half-width dtype takes half the memory."""
-    from engine.checkpoint.files import describe
+    from engine.checkpoint.description import describe
     from flexgen_helm.fidelity import reference
     from flexgen_helm.fidelity.reference import Place, find_place
 
@@ -354,7 +354,7 @@ def test_where_the_reference_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPa
 
 
 def load_reference(path: Path) -> Any:
-    from engine.checkpoint.files import describe
+    from engine.checkpoint.description import describe
     from flexgen_helm.fidelity.reference import Place, Reference
 
     return Reference.load(describe(str(path)), Place("cpu", "float32"))
