@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -56,5 +57,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line and not too long."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What an error says, on one line and not too long, without characters that a terminal takes for commands."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def shown(value: object) -> str:
+    """A value from outside as a message may show it: on one line, and not too long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        text = short.repr(value)
+    except ValueError:  # a number of more digits than Python writes out
+        text = f"a {type(value).__name__} of very many digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from engine.errors import ConfigError, did_you_mean
+from engine.errors import ConfigError, did_you_mean, shown
+from engine.reading import expand_home, find_file, read_yaml
 
 PadMode = Literal["bucket"] | int | None
 Bits = Literal[4, 8] | None
@@ -18,6 +17,8 @@ Bits = Literal[4, 8] | None
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
+_LARGEST = 1 << 60
+"""Of a memory, in bytes."""
 _UNITS = {
     f"{prefix}{infix}b": base ** (power + 1)
     for power, prefix in enumerate("kmgt")
@@ -27,13 +28,18 @@ _UNITS = {
 
 def parse_bytes(value: Any, where: str) -> int:
     """Bytes of `"16GB"`, `"16GiB"` or a bare number of GiB; `ConfigError` otherwise."""
-    match = None if isinstance(value, bool) else _SIZE.fullmatch(str(value))
+    # Of YAML's whole numbers, those beyond any memory cannot even be written as text.
+    is_size = isinstance(value, str | float) or (type(value) is int and abs(value) <= _LARGEST)
+    match = _SIZE.fullmatch(str(value)) if is_size else None
     if match is None:
-        raise ConfigError(f'{where}: {value!r} is not a size; write "16GB", "16GiB" or a number of GiB')
+        raise ConfigError(f'{where}: {shown(value)} is not a size; write "16GB", "16GiB" or a number of GiB')
     number, unit = match.groups()
-    size = round(float(number) * (_UNITS[unit.lower()] if unit else 1024**3))
+    exact = float(number) * (_UNITS[unit.lower()] if unit else 1024**3)
+    if exact > _LARGEST:
+        raise ConfigError(f"{where}: {shown(value)} is more than any machine has")
+    size = round(exact)
     if size <= 0:
-        raise ConfigError(f"{where}: {value!r} is no memory at all")
+        raise ConfigError(f"{where}: {shown(value)} is no memory at all")
     return size
 
 
@@ -49,10 +55,10 @@ class Share:
     def parse(cls, value: Any, where: str) -> Share:
         """Read `{gpu: 20, cpu: 80, disk: 0}`; what is left out is 0."""
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {value!r} is not a mapping such as {{gpu: 20, cpu: 80, disk: 0}}")
+            raise ConfigError(f"{where}: {shown(value)} is not a mapping such as {{gpu: 20, cpu: 80, disk: 0}}")
         for key in value:
             if key not in ("gpu", "cpu", "disk"):
-                raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), ('gpu', 'cpu', 'disk'))}")
+                raise ConfigError(f"{where}: unknown key {shown(key)}{did_you_mean(str(key), ('gpu', 'cpu', 'disk'))}")
         parts = {key: _percent(value.get(key, 0), f"{where}.{key}") for key in ("gpu", "cpu", "disk")}
         total = sum(parts.values())
         if abs(total - 100.0) > 1e-6:
@@ -66,9 +72,9 @@ class Share:
 
 def _percent(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{where}: {value!r} is not a number of percents")
+        raise ConfigError(f"{where}: {shown(value)} is not a number of percents")
     if not 0 <= value <= 100:
-        raise ConfigError(f"{where}: {value:g} percent is not between 0 and 100")
+        raise ConfigError(f"{where}: {shown(value)} percent is not between 0 and 100")
     return float(value)
 
 
@@ -133,7 +139,7 @@ class Policy:
         known = {field.name.replace("_", "-") for field in fields(cls)} | {"percent"}
         for key in mapping:
             if key not in known:
-                raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
+                raise ConfigError(f"{where}: unknown key {shown(key)}{did_you_mean(str(key), known)}")
         if "percent" in mapping and {"weights", "kv-cache", "activations"} & set(mapping):
             raise ConfigError(f"{where}: give either percent or weights/kv-cache/activations, not both")
         values = {key.replace("-", "_"): value for key, value in mapping.items() if key != "percent"}
@@ -150,7 +156,7 @@ class Policy:
             if key in values:
                 values[key] = _bits(values[key], f"{where}: {key.replace('_', '-')}")
         if values.get("offload_dir") is not None:
-            values["offload_dir"] = str(Path(str(values["offload_dir"])).expanduser())
+            values["offload_dir"] = str(expand_home(str(values["offload_dir"]), ConfigError, f"{where}: offload-dir"))
         policy = cls(**values)
         policy.check(where)
         return policy
@@ -159,22 +165,32 @@ class Policy:
         """Raise `ConfigError` for values that cannot be meant."""
         for name in ("gpu_batch_size", "num_gpu_batches"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{where}: {name.replace('_', '-')} {value!r} is not a whole number of at least 1")
+            if value is not None and not _is_count(value):
+                key = name.replace("_", "-")
+                raise ConfigError(f"{where}: {key} {shown(value)} is not a whole number of at least 1 and below 2^31")
         pad = self.pad_to_seq_len
-        if pad is not None and pad != "bucket" and (isinstance(pad, bool) or not isinstance(pad, int) or pad < 1):
-            raise ConfigError(f'{where}: pad-to-seq-len {pad!r} is neither null, "bucket" nor a number of tokens')
+        if pad is not None and pad != "bucket" and not _is_count(pad):
+            raise ConfigError(f'{where}: pad-to-seq-len {shown(pad)} is neither null, "bucket" nor a number of tokens')
         for name in ("cpu_cache_compute", "pin_weight", "overlap", "share_prefix"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{where}: {name.replace('_', '-')} {getattr(self, name)!r} is not true or false")
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{where}: {name.replace('_', '-')} {shown(value)} is not true or false")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"{where}: unknown dtype {self.dtype!r}{did_you_mean(str(self.dtype), DTYPES)}")
+            raise ConfigError(f"{where}: unknown dtype {shown(self.dtype)}{did_you_mean(str(self.dtype), DTYPES)}")
         if not isinstance(self.device, str):
-            raise ConfigError(f"{where}: device {self.device!r}: lists of devices are not supported yet; name one")
+            raise ConfigError(f"{where}: device {shown(self.device)}: lists of devices are not supported yet; name one")
         if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"{where}: device {self.device!r} is none of auto, cpu, cuda, cuda:N, mps, xpu")
+            raise ConfigError(f"{where}: device {shown(self.device)} is none of auto, cpu, cuda, cuda:N, mps, xpu")
         if self.offload_dir is None and self.uses_disk:
             raise ConfigError(f"{where}: a share is on disk but there is no offload-dir; name a directory for it")
+
+    def check_window(self, window: int | None) -> None:
+        """Raise `ConfigError` for what a model of this window cannot be run with; None is no limit."""
+        pad = self.pad_to_seq_len
+        if isinstance(pad, int) and window is not None and pad > window:
+            raise ConfigError(
+                f"pad-to-seq-len {pad} is more than the model's window of {window}; give {window} or less"
+            )
 
     @property
     def uses_disk(self) -> bool:
@@ -195,6 +211,10 @@ class Policy:
         return mapping
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
 def _bits(value: Any, where: str) -> Bits:
     if value is None or value is False:
         return None
@@ -202,7 +222,7 @@ def _bits(value: Any, where: str) -> Bits:
         return 4
     if value == 8:
         return 8
-    raise ConfigError(f"{where}: {value!r} is none of false, 4, 8")
+    raise ConfigError(f"{where}: {shown(value)} is none of false, 4, 8")
 
 
 def policy_directories() -> list[Path]:
@@ -213,19 +233,14 @@ def policy_directories() -> list[Path]:
 
 def read_policy_yaml(spec: str | Path) -> Mapping[str, Any]:
     """Read a policy file, or the shipped policy of that name; `ConfigError` if there is neither."""
-    path = Path(spec).expanduser()
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+    path = expand_home(spec, ConfigError, "policy")
+    if path.suffix not in (".yaml", ".yml") and not find_file(path, ConfigError):
         shipped = {file.stem: file for folder in policy_directories() for file in folder.glob("*.yaml")}
         if str(spec) not in shipped:
             known = [*shipped, "auto"]
-            raise ConfigError(f"no policy file or shipped policy {str(spec)!r}{did_you_mean(str(spec), known)}")
+            raise ConfigError(f"no policy file or shipped policy {shown(str(spec))}{did_you_mean(str(spec), known)}")
         path = shipped[str(spec)]
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read policy {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"policy {path} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, ConfigError, what="policy")
     if content == "auto":
         return {}
     if not isinstance(content, Mapping):

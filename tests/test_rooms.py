@@ -39,7 +39,7 @@ ROOMS = {
     ),
 }
 """In this order: a room imports only rooms before it, and the ground. The files beside the rooms import all of them."""
-GROUND = {"engine": ("errors", "job", "policy"), "flexgen_helm": ()}
+GROUND = {"engine": ("errors", "reading", "job", "policy"), "flexgen_helm": ()}
 """Files beside the rooms that every room may import; they import no room but the first."""
 LIGHT_ROOMS = ("engine.planning", "engine.schedule")
 LIGHT_FILES = (
@@ -47,6 +47,7 @@ LIGHT_FILES = (
     "engine.errors",
     "engine.job",
     "engine.policy",
+    "engine.reading",
     "engine.memory.disk.file",
     "engine.memory.free_rows",
     "engine.memory.layout",

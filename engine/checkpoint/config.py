@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, UnsupportedError, one_line
+from engine.errors import CheckpointError, UnsupportedError, one_line, shown
+from engine.reading import find_file, read_json_object
+
+_MAX_BYTES = 16 << 20
+_LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "n_layers": 10_000, "num_layers": 10_000}
+_LARGEST_COUNT = 100_000_000
+"""Of anything that a model is built from in a loop or a table: more is a slip, and building it would not end."""
+_COUNTS = ("_size", "_dim", "_heads", "_layers", "_embd", "_experts", "_head", "_layer", "_inner")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config.json; `CheckpointError` when there is none."""
+    """The model's config.json; `CheckpointError` when there is none, or when its fields cannot be meant."""
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {one_line(error)}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not find_file(file, CheckpointError):
+        raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face model directory")
+    config = read_json_object(file, CheckpointError, limit=_MAX_BYTES)
+    if "model_type" not in config:
         raise CheckpointError(f"{file} names no model_type; it is not a Hugging Face model")
+    _expect(file, config, "model_type", str)
+    for key in ("architectures", "quantization_config", "text_config", "dtype", "torch_dtype"):
+        kind = list if key == "architectures" else str if key.endswith("dtype") else dict
+        if config.get(key) is not None:
+            _expect(file, config, key, kind)
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise CheckpointError(f"{file}: architectures is {shown(config['architectures'])}; names are expected there")
+    for part in (config, config.get("text_config") or {}):
+        _check_numbers(file, part)
     return config
+
+
+def _expect(file: Path, config: Mapping[str, Any], key: str, kind: type) -> None:
+    words: dict[type, str] = {str: "a text", dict: "an object", list: "a list"}
+    if not isinstance(config[key], kind):
+        raise CheckpointError(f"{file}: {key} is {shown(config[key])}; {words[kind]} is expected there")
+
+
+def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for sizes that no model has."""
+    for key, value in config.items():
+        is_count = key.startswith(("num_", "n_")) or key.endswith(_COUNTS)
+        largest = _LARGEST.get(key, _LARGEST_COUNT)
+        if is_count and isinstance(value, int | float) and not -largest <= value <= largest:
+            raise CheckpointError(f"{file}: {key} is {shown(value)}; at most {largest:,} is expected there")
+    told = [key for key in _LAYER_KEYS if key in config]
+    for key in [key for key in told if config[key] is not None] or told:
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{file}: {key} is {shown(value)}; a whole number of at least 1 is expected there")
+
+
+def num_layers(config: Mapping[str, Any]) -> int:
+    """Decoder layers by a config.json; 0 where it leaves that to the family."""
+    text = text_config(config)
+    return next((int(text[key]) for key in _LAYER_KEYS if text.get(key) is not None), 0)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -35,7 +74,7 @@ def check_causal(path: Path, config: Mapping[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type, architectures = config["model_type"], list(config.get("architectures") or [])
-    named = architectures[0] if architectures else model_type
+    named = _printable(architectures[0] if architectures else model_type)
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(f"{named} in {path} is an encoder-decoder; only causal (decoder-only) models run here")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -45,6 +84,23 @@ def check_causal(path: Path, config: Mapping[str, Any]) -> None:
     bare_decoder = all(name.endswith("Model") for name in architectures) and not _is_encoder_family(model_type)
     if not bare_decoder and not (causal & set(architectures) and not _encoder_without_decoder(config)):
         raise UnsupportedError(f"{named} in {path} is not a causal language model; only decoder-only models run here")
+
+
+def is_rotary(path: Path) -> bool:
+    """Whether a model's positions are rotary, by its family's config; `CheckpointError` where that cannot be made."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever fields of another kind lead to in the family's code
+        raise CheckpointError(
+            f"{path / 'config.json'} cannot be meant: transformers says {type(error).__name__}: {one_line(error)}"
+        ) from None
+    return getattr(config.get_text_config(), "rope_parameters", None) is not None
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 100 else shown(name)
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:

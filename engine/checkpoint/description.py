@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.checkpoint.config import check_causal, read_config, text_config
+from engine.checkpoint.config import check_causal, is_rotary, num_layers, read_config, text_config
 from engine.checkpoint.hub import resolve
-from engine.checkpoint.side_files import TOKENIZER_FILES
+from engine.checkpoint.side_files import check_side_files
 from engine.checkpoint.weight_files import checked_weight_bytes
-from engine.checkpoint.window import window_of
-from engine.errors import CheckpointError
+from engine.checkpoint.window import longest_window, window_of
+from engine.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class ModelDescription:
     """As in its config.json, e.g. "opt"."""
     window: int | None
     """Most positions of a sequence; None when the model sets no limit."""
+    longest_window: int | None = None
+    """The largest window that it may be given instead; None when there is no limit."""
     dtype: str
     """The checkpoint's, e.g. "float16"."""
     weight_bytes: int
@@ -40,18 +42,32 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     path = resolve(model, download_weights=download_weights)
     config = read_config(path)
     check_causal(path, config)
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    check_side_files(path)
     is_local = Path(model).expanduser().is_dir()
     weight_bytes = checked_weight_bytes(path) if download_weights or is_local else 0
     text = text_config(config)
-    layers = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), 0)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
     return ModelDescription(
         path=str(path),
         model_type=str(config["model_type"]),
         window=window_of(config),
+        longest_window=longest_window(config, is_rotary=is_rotary(path)),
         dtype=dtype.removeprefix("torch."),
         weight_bytes=weight_bytes,
-        num_layers=int(layers),
+        num_layers=num_layers(config),
     )
+
+
+def with_window(description: ModelDescription, window: int | None) -> ModelDescription:
+    """The description with another window, or as it is for None; `ConfigError` for one that cannot be run."""
+    if window is None:
+        return description
+    longest = description.longest_window
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ConfigError(f"window {shown(window)} is not a number of at least 1")
+    if longest is not None and window > longest:
+        raise ConfigError(
+            f"window {window} of {description.path} is more than {longest}, where its positions end or would change "
+            f"with the longest sequence of a call; give {longest} or less"
+        )
+    return replace(description, window=window)

@@ -1,42 +1,160 @@
-"""Where a model is: a directory, or a repository of the hub, which is downloaded on first use."""
+"""Where a model is: a directory, or a repository of the hub, of which just the model's files are downloaded."""
 
 from __future__ import annotations
 
+import glob
+import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
-from engine.errors import CheckpointError, one_line
+from engine.checkpoint.weight_files import CHOICES, named_weights, weight_map
+from engine.errors import CheckpointError, one_line, shown
+from engine.reading import expand_home, find_file
+
+_ANSWER_S = 10.0
+"""How long the hub may take to say what a repository holds."""
+_NAMES_S = 20.0
+"""The same with the resolution of its name, which has no limit of its own."""
+_SIDE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+_TEMPLATES = "additional_chat_templates/"
+
+_log = logging.getLogger(__name__)
 
 
 def resolve(model: str, *, download_weights: bool = True) -> Path:
     """Return the local directory of `model`, a directory or a hub id (downloaded on first use)."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    path = expand_home(model, CheckpointError, "model")
+    try:
+        if path.is_dir():
+            return path
+        is_something = path.exists()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model {shown(model)} cannot be looked up: {one_line(error)}") from None
+    if is_something:
         raise CheckpointError(f"model {model!r} is a file; name the directory that holds config.json and the weights")
     if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
-        raise CheckpointError(f"model directory {model!r} does not exist")
-    return _download(model, weights=download_weights)
+        raise CheckpointError(f"model directory {_whole(model)} does not exist")
+    return _from_hub(model, weights=download_weights)
 
 
-def _download(model: str, *, weights: bool) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _whole(model: str) -> str:
+    return repr(model) if len(model) < 500 else shown(model)
 
-    side = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+def _from_hub(model: str, *, weights: bool) -> Path:
+    """The model's directory in the hub's cache, brought up to date where the hub answers."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    cached = _cached(model)
+    if constants.HF_HUB_OFFLINE:
+        if cached is None:
+            raise CheckpointError(
+                f"model {model!r} is neither a directory nor in the local hub cache, and HF_HUB_OFFLINE keeps it from "
+                "being fetched; name a directory, or unset HF_HUB_OFFLINE"
+            )
+        return cached
     try:
-        try:
-            files = HfApi().list_repo_files(model)
-        except OSError:  # no network: what the cache has must do
-            return Path(snapshot_download(model, local_files_only=True))
+        info = _in_time(lambda: HfApi().model_info(model, timeout=_ANSWER_S))
+        names = [each.rfilename for each in info.siblings or ()]
+        side = [name for name in names if _is_side_file(name)]
+        path = Path(snapshot_download(model, allow_patterns=_patterns(side)))
         if not weights:
-            return Path(snapshot_download(model, allow_patterns=side))
-        kind = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
-        return Path(snapshot_download(model, allow_patterns=[*side, kind]))
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"model {model!r} is neither a directory nor in the local hub cache, and the hub cannot be reached; "
-            "name a directory, or download it where there is a network"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"model {model!r} cannot be had from the hub: {one_line(error)}") from None
+            return path
+        return Path(snapshot_download(model, allow_patterns=_patterns([*side, *_weight_names(path, names)])))
+    except CheckpointError:
+        raise
+    except Exception as error:  # of the hub's client, of what carries it, and of an answer that is none
+        why = _why(model, error)
+        if cached is None:
+            raise CheckpointError(why) from None
+        _log.warning("flexgen-helm: %s; running what the local hub cache has of it", why)
+        return cached
+
+
+def _cached(model: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True, allow_patterns=["config.json"]))
+    except (OSError, ValueError):  # not there, or not whole
+        return None
+
+
+def _in_time(ask: Callable[[], Any]) -> Any:
+    """What `ask` returns or raises; `TimeoutError` when it takes longer than any time limit of its own allows for."""
+    answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, name="flexgen-hub", daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=_NAMES_S)
+    except Exception:  # queue.Empty
+        raise TimeoutError(f"no answer within {_NAMES_S:.0f} s") from None
+    if error is not None:
+        raise error
+    return answer
+
+
+def _is_side_file(name: str) -> bool:
+    """Whether it is a small file of the model itself: config, tokenizer, templates, indices of weights."""
+    return name.endswith(_SIDE_SUFFIXES) and ("/" not in name or name.startswith(_TEMPLATES))
+
+
+def _weight_names(path: Path, names: list[str]) -> list[str]:
+    """The weight files among a repository's `names` that `transformers` loads; `path` has its small files."""
+    chosen = named_weights(path) or next((name for name in CHOICES if name in names), None)
+    if chosen is None or not chosen.endswith(".index.json"):
+        return [chosen] if chosen else []
+    return sorted(set(weight_map(path / chosen).values())) if find_file(path / chosen, CheckpointError) else []
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """Patterns of the hub's client that match just these names."""
+    return [glob.escape(name) for name in names]
+
+
+def _why(model: str, error: Exception) -> str:
+    """One line on why the hub does not give `model`, and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, HFValidationError):
+        return f"model {shown(model)} is neither a directory nor a hub id: {one_line(error)}"
+    hub = constants.ENDPOINT
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, GatedRepoError):
+        return f"model {model!r} is gated: accept its terms at {hub}/{model}, and {login}"
+    if isinstance(error, DisabledRepoError):
+        return f"model {model!r} is disabled by the hub {hub}"
+    if isinstance(error, RepositoryNotFoundError) and status != 403:
+        return f"model {model!r} is no directory, and not on the hub {hub}; if it is private there, {login}"
+    if status in (401, 403):
+        return f"the hub {hub} does not allow you to read model {model!r} (HTTP {status}); {login}"
+    if status is not None:
+        return f"the hub {hub} answers HTTP {status} for model {model!r}; try again later, or name a directory"
+    if isinstance(error, ValueError | KeyError | TypeError | AttributeError | AssertionError):
+        return (
+            f"the hub {hub} answers for model {model!r} with something else than a hub does ({type(error).__name__}: "
+            f"{one_line(error)[:100]}); check HF_ENDPOINT, and whether a proxy asks to log in"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"model {model!r} cannot be written to the hub cache: {error.filename}: {error.strerror}"
+    return (
+        f"model {model!r} is no directory, and the hub {hub} cannot be reached ({type(error).__name__}: "
+        f"{one_line(error)[:100]}); name a directory, or download it where there is a network"
+    )

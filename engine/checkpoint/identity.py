@@ -8,10 +8,12 @@ from pathlib import Path
 
 from engine.checkpoint.description import describe
 from engine.checkpoint.safetensors_header import read_safetensors_header
-from engine.checkpoint.side_files import SIDE_FILES, TOKENIZER_FILES
+from engine.checkpoint.side_files import MAX_SIDE_BYTES, SIDE_FILES, TOKENIZER_FILES
 from engine.checkpoint.weight_files import weight_files
+from engine.errors import CheckpointError
 from engine.planning.hardware import resolve_device, resolve_dtype
 from engine.policy import Policy
+from engine.reading import find_file, open_file, read_bytes
 
 NUMERICS_VERSION = 2
 """Raised by hand whenever a change of the engine can change a result beyond rounding."""
@@ -43,8 +45,9 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     for name in sorted({*TOKENIZER_FILES, *SIDE_FILES}):
         file = path / name
-        if file.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        if find_file(file, CheckpointError):
+            content = read_bytes(file, CheckpointError, limit=MAX_SIDE_BYTES)
+            digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
     for file in weight_files(path):
         digest.update(_file_digest(file))
     return digest.hexdigest()
@@ -55,7 +58,7 @@ def weights_state(path: Path) -> str:
 
     As `fingerprint`, but a weight file outside the hub's cache counts as changed as soon as its time of writing does.
     """
-    digest = hashlib.sha256((path / "config.json").read_bytes())
+    digest = hashlib.sha256(read_bytes(path / "config.json", CheckpointError, limit=MAX_SIDE_BYTES))
     for file in weight_files(path):
         digest.update(_file_digest(file))
         if not _is_blob(file):
@@ -73,7 +76,7 @@ def _file_digest(file: Path) -> bytes:
     if _is_blob(file):
         digest.update(file.resolve().name.encode())
     else:
-        with file.open("rb") as stream:
+        with open_file(file, CheckpointError) as stream:
             for offset in _sample_offsets(file):
                 stream.seek(offset)
                 digest.update(stream.read(256))
@@ -86,7 +89,7 @@ def _sample_offsets(file: Path) -> Iterator[int]:
         yield from range(0, size, max(size // 1024, 256))
         return
     header = read_safetensors_header(file)
-    with file.open("rb") as stream:
+    with open_file(file, CheckpointError) as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
     yield from range(0, data, 256)
     for entry in header.values():

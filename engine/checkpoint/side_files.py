@@ -1,4 +1,11 @@
-"""Names of the files of a model directory that hold no weights."""
+"""The files of a model directory that hold no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import CheckpointError
+from engine.reading import find_file, open_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -9,6 +16,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+MAX_SIDE_BYTES = 1 << 30
+"""Of each; vocabularies are the largest, of some tens of megabytes."""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -18,3 +27,15 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+def check_side_files(path: Path) -> None:
+    """Raise `CheckpointError` unless there is a tokenizer, and all that is there besides weights can be opened.
+
+    Libraries open these files by themselves: one that waits for a writer at the other end of a pipe would hang them.
+    """
+    found = {name for name in (*SIDE_FILES, *TOKENIZER_FILES) if find_file(path / name, CheckpointError)}
+    if not found & {*TOKENIZER_FILES}:
+        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    for name in sorted(found):
+        open_file(path / name, CheckpointError).close()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.safetensors_header import read_safetensors_header
 from engine.checkpoint.weight_files import weight_files
-from engine.errors import CheckpointError, one_line
+from engine.errors import CheckpointError, one_line, shown
+from engine.reading import open_file
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +22,16 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
     `.bin` files are opened by `torch.load(weights_only=True, mmap=True)` only, never as an open pickle.
     """
+    file_of: dict[str, Path] = {}
     for file in weight_files(path):
-        if file.suffix == ".safetensors":
-            yield from _safetensors(file)
-        else:
-            yield from _bin(file)
+        for name, load in _safetensors(file) if file.suffix == ".safetensors" else _bin(file):
+            if name in file_of:
+                raise CheckpointError(
+                    f"{path}: {shown(name)} is in {file_of[name].name} and in {file.name}; which one is meant "
+                    "cannot be told; fetch the model again"
+                )
+            file_of[name] = file
+            yield name, load
 
 
 def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:
@@ -54,15 +61,19 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]
 def _bin(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     import torch
 
+    open_file(file, CheckpointError).close()
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Files of before torch 1.6 are no zip archives and cannot be mapped: they are read into memory.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{file} holds more than tensors, and loading it could run code: torch refuses it with weights_only; "
             "convert it to safetensors with a program that you trust, or take a safetensors checkpoint"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be mapped: {one_line(error)}; fetch it again") from None
+    except Exception as error:  # of a damaged file, torch raises what its reader happens to: KeyError, TypeError, …
+        raise CheckpointError(f"{file} cannot be loaded: {one_line(error)}; fetch it again") from None
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}; a mapping of names to tensors is expected there")
     for name, tensor in state.items():
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
             yield name, lambda tensor=tensor: tensor  # type: ignore[misc]

@@ -1,40 +1,87 @@
-"""Which files of a model directory are its weights, and whether they are whole."""
+"""Which files of a model directory are its weights, in `transformers`' own order, and whether they are whole."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from engine.checkpoint.config import read_config
 from engine.checkpoint.safetensors_header import read_safetensors_header
-from engine.errors import CheckpointError, one_line
+from engine.errors import CheckpointError, shown
+from engine.reading import find_file, open_file, read_json_object
+
+CHOICES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The first of these that is there is the checkpoint, unless config.json names a file itself."""
+_INDEX = ".index.json"
+_NAMED = "transformers_weights"
+"""Key of config.json."""
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a directory: safetensors if there are any, else `.bin`; complete by their index."""
-    for pattern, index_name in (
-        ("*.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
-    ):
-        index = path / index_name
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index} cannot be read: {one_line(error)}") from None
-            missing = [name for name in names if not (path / name).is_file()]
-            if missing:
-                raise CheckpointError(f"{path} lacks {len(missing)} of {len(names)} weight files, e.g. {missing[0]}")
-            return [path / name for name in names]
-        files = sorted(path.glob(pattern))
-        if files:
-            return files
-    raise CheckpointError(f"{path} has no weights (no *.safetensors, no pytorch_model*.bin)")
+    """The files that hold the model's weights, as `transformers` chooses them; other files beside them are not read."""
+    chosen = chosen_name(path)
+    if chosen is None:
+        raise CheckpointError(f"{path} has no weights: none of {', '.join(CHOICES)}{_others(path)}")
+    if not chosen.endswith(_INDEX):
+        return [path / chosen]
+    names = sorted(set(weight_map(path / chosen).values()))
+    missing = [name for name in names if not find_file(path / name, CheckpointError)]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of {len(names)} weight files that {chosen} lists, e.g. {missing[0]}"
+        )
+    return [path / name for name in names]
+
+
+def chosen_name(path: Path) -> str | None:
+    """The weight file, or the index of weight files, of a model directory; None where there is none."""
+    named = named_weights(path)
+    if named is not None and not find_file(path / named, CheckpointError):
+        raise CheckpointError(f"{path} has no {named}, which its config.json names as {_NAMED}")
+    return named or next((name for name in CHOICES if find_file(path / name, CheckpointError)), None)
+
+
+def named_weights(path: Path) -> str | None:
+    """The weight file or index that config.json names itself, if it does."""
+    named = read_config(path).get(_NAMED)
+    if named is None:
+        return None
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(
+            f"{path / 'config.json'}: {_NAMED} is {shown(named)}; a *.safetensors file or its index is expected there"
+        )
+    _check_inside(named, path / "config.json")
+    return named
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by an index of weight files."""
+    listed = read_json_object(index, CheckpointError).get("weight_map")
+    suffix = ".safetensors" if index.name.endswith(".safetensors.index.json") else ".bin"
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(
+            f"{index}: weight_map is {shown(listed)}; an object is expected there, with the file of each tensor"
+        )
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or not name.endswith(suffix):
+            raise CheckpointError(
+                f"{index}: the file of {shown(tensor)} is {shown(name)}; the name of a *{suffix} file is expected there"
+            )
+    for name in set(listed.values()):
+        _check_inside(name, index)
+    return listed
 
 
 def checked_weight_bytes(path: Path) -> int:
-    """Size of the weights; raises `CheckpointError` when files are missing or truncated."""
+    """Size of the weights; raises `CheckpointError` when files are missing, truncated or cannot be opened."""
     files = weight_files(path)
     if files[0].suffix != ".safetensors":
+        for file in files:
+            open_file(file, CheckpointError).close()
         return sum(file.stat().st_size for file in files)
     headers = [read_safetensors_header(file) for file in files]
     _check_index(path, {name for header in headers for name in header})
@@ -42,11 +89,24 @@ def checked_weight_bytes(path: Path) -> int:
 
 
 def _check_index(path: Path, present: set[str]) -> None:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        if missing := sorted(listed - present):
-            raise CheckpointError(
-                f"{path}: its index lists {len(missing)} tensors that its shards lack, e.g. {missing[0]}; "
-                "fetch it again"
-            )
+    chosen = chosen_name(path)
+    if chosen is None or not chosen.endswith(_INDEX):
+        return
+    if missing := sorted(weight_map(path / chosen).keys() - present):
+        raise CheckpointError(
+            f"{path}: its index lists {len(missing)} tensors that its shards lack, e.g. {missing[0]}; fetch it again"
+        )
+
+
+def _check_inside(name: str, source: Path) -> None:
+    """Raise `CheckpointError` for the name of a weight file that leads out of the model's directory."""
+    inner = PurePosixPath(name)
+    if inner.is_absolute() or ".." in inner.parts or "\0" in name or len(name) > 1000:
+        raise CheckpointError(f"{source} names {shown(name)}, which is no file inside the model's directory")
+
+
+def _others(path: Path) -> str:
+    """What lies there instead, as far as it looks like weights."""
+    suffixes = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack")
+    found = sorted(file.name for file in path.iterdir() if file.name.endswith(suffixes))
+    return f"; of {', '.join(map(shown, found[:3]))}{' ...' if len(found) > 3 else ''} none is read" if found else ""

@@ -1,4 +1,4 @@
-"""The window: how many positions a sequence may have, by a model's config.json."""
+"""The window: how many positions a sequence may have, by a model's config.json, and what it may be set to."""
 
 from __future__ import annotations
 
@@ -8,23 +8,56 @@ from typing import Any
 from engine.checkpoint.config import text_config
 
 _WINDOW_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_NO_WINDOW = 10**9
+"""What some configs write for "any length"."""
+_LONG = ("longrope", "su")
 
 
 def window_of(config: Mapping[str, Any]) -> int | None:
-    """Most positions of a sequence by a config.json; None when it sets no limit."""
-    text = text_config(config)
-    window = next((text[key] for key in _WINDOW_KEYS if isinstance(text.get(key), int)), None)
-    return _without_switching(window, text) if window is not None and window < 10**9 else None
+    """Most positions of a sequence by a config.json; None when it sets no limit.
 
-
-def _without_switching(window: int, text: Mapping[str, Any]) -> int:
-    """The window up to which rotary tables do not depend on the longest sequence in the call.
-
-    LongRoPE (Phi-3's long variants) takes other tables for all sequences of a call as soon as one is longer than the
-    original window: a result would depend on its company.
+    Scaled rotary tables reach further than the positions that the model was first trained for: linear ones by their
+    factor, YaRN's by their factor beyond `original_max_position_embeddings`, as far as the config does not name the
+    longer window itself (Llama 3's always does). Those that change with the longest sequence of a call end where they
+    would change, since a result would depend on its company: dynamic ones at the config's window, LongRoPE (Phi-3's
+    long variants) at the original one.
     """
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su"):
-        return window
-    original = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    return min(window, int(original)) if original else window
+    text = text_config(config)
+    window: int | None = next((text[key] for key in _WINDOW_KEYS if _is_length(text.get(key))), None)
+    if window is None or window >= _NO_WINDOW:
+        return None
+    longest = window
+    for rope in _ropes(text):
+        kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
+        original = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        told: int | None = original if _is_length(original) else None
+        if kind in _LONG and told is not None:
+            return min(window, told)
+        # A table for one kind of layer only says nothing of the others: their config names the whole window.
+        is_whole = rope is text.get("rope_parameters") or rope is text.get("rope_scaling")
+        if is_whole and kind in ("linear", "yarn") and isinstance(factor, int | float) and 1 <= factor < _NO_WINDOW:
+            longest = max(longest, int((told or window) * factor))
+    return longest
+
+
+def longest_window(config: Mapping[str, Any], *, is_rotary: bool) -> int | None:
+    """The largest window that a model may be given by hand; None where there is no limit.
+
+    is_rotary: positions are rotary, by tables that are computed as far as a sequence reaches. Learned positions end
+    with their table, and rotary ones where they would change with the longest sequence of a call.
+    """
+    kinds = {rope.get("rope_type") or rope.get("type") for rope in _ropes(text_config(config))}
+    return None if is_rotary and not kinds & {"dynamic", *_LONG} else window_of(config)
+
+
+def _ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How rotary tables are made: one way for all layers, or one for each kind of layer."""
+    told = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(told, Mapping):
+        return []
+    each = [part for part in told.values() if isinstance(part, Mapping)]
+    return each or [told]
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from engine.errors import ConfigError
+from engine.reading import expand_home
+
 
 def existing_parent(directory: str) -> str:
     """`directory`, or the nearest above it that exists."""
@@ -32,4 +35,4 @@ def network_file_system(directory: str) -> str | None:
 
 def cache_directory() -> Path:
     """Where profiles are kept: `XDG_CACHE_HOME`, or ~/.cache, and our name."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexgen-helm"
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", ConfigError, "XDG_CACHE_HOME") / "flexgen-helm"

@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from engine.errors import ConfigError, did_you_mean
+from engine.errors import ConfigError, did_you_mean, shown
 from engine.memory.paths import cache_directory
 from engine.planning.hardware import host_memory, processor_name
+from engine.reading import expand_home, find_file, read_yaml
 
 HOST_DTYPES = ("bfloat16", "float16", "float32")
 """Number formats that attention on the host is measured in."""
@@ -106,7 +107,7 @@ class HardwareProfile:
             return cls.from_mapping(_read(path), where=f"hardware profile {path.name}")
         here = this_machine()
         path = kept_path(here)
-        if not path.is_file():
+        if not find_file(path, ConfigError):
             raise ConfigError(_nothing_kept(here))
         profile = cls.from_mapping(_read(path), where=f"hardware profile {path}")
         if profile.machine.key != here.key:
@@ -201,8 +202,8 @@ def _not_kept(path: Path, error: OSError) -> str:
 
 def _named(spec: str | Path) -> Path:
     """The file `spec` names, or the shipped profile of that name: inside the installed package first, beside second."""
-    path = Path(spec).expanduser()
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    path = expand_home(spec, ConfigError, "hardware profile")
+    if path.suffix in (".yaml", ".yml") or find_file(path, ConfigError):
         return path
     root = Path(__file__).resolve().parents[2]
     folders = (root / "flexgen_helm" / "configs" / "hardware", root / "configs" / "hardware")
@@ -213,13 +214,7 @@ def _named(spec: str | Path) -> Path:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read hardware profile {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2026-13-13
-        raise ConfigError(f"hardware profile {path} is not YAML: {' '.join(str(error).split())}") from None
-    return _mapping(content, f"hardware profile {path}")
+    return _mapping(read_yaml(path, ConfigError, what="hardware profile"), f"hardware profile {path}")
 
 
 def _key(name: str) -> str:
@@ -239,25 +234,25 @@ def _values(kind: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any
 
 def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: {_shown(value)} is not a mapping of keys to values")
+        raise ConfigError(f"{where}: {shown(value)} is not a mapping of keys to values")
     return value
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{where}: {_shown(value)} is not a text")
+        raise ConfigError(f"{where}: {shown(value)} is not a text")
     return value
 
 
 def _names(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise ConfigError(f"{where}: {_shown(value)} is not a list of names")
+        raise ConfigError(f"{where}: {shown(value)} is not a list of names")
     return tuple(_text(name, where) for name in value)
 
 
 def _count(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{where}: {_shown(value)} is not a whole number of at least 1")
+        raise ConfigError(f"{where}: {shown(value)} is not a whole number of at least 1")
     return value
 
 
@@ -269,7 +264,7 @@ def _rate(value: Any, where: str) -> float:
                 return rate
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ConfigError(f"{where}: {_shown(value)} is not a positive number per second")
+    raise ConfigError(f"{where}: {shown(value)} is not a positive number per second")
 
 
 def _by_rows(value: Any, where: str) -> dict[int, float]:
@@ -287,8 +282,3 @@ def _by_dtype(value: Any, where: str) -> dict[str, float]:
     if missing := [name for name in HOST_DTYPES if name not in mapping]:
         raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
     return {name: _rate(mapping[name], f"{where}: {name}") for name in HOST_DTYPES}
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

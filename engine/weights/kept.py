@@ -22,8 +22,10 @@ import torch
 import transformers
 
 from engine.checkpoint.identity import NUMERICS_VERSION, weights_state
+from engine.errors import CheckpointError
 from engine.memory import accelerator
 from engine.memory.paths import cache_directory
+from engine.reading import read_json_object
 from engine.weights.read_ahead import Step
 from engine.weights.store import WeightStore
 from engine.weights.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit
@@ -31,6 +33,7 @@ from engine.weights.unit_file import PARTIAL, DamagedFileError, open_unit, write
 _LAYOUT_VERSION = 1
 """Of the directory and of what is in the files; raised whenever an older one must not be read."""
 _MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 1 << 20
 _USED_PART = 0.9
 """Of the free space, what may be taken: runs write their results to the same disk, as a rule."""
 _CURE = "XDG_CACHE_HOME names another directory"
@@ -176,11 +179,18 @@ class KeptWeights:
         if needed > free * _USED_PART:
             raise OSError(f"they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         manifest = self.folder / _MANIFEST
-        if not manifest.is_file():
+        if not self._is_told_by(manifest):
             partial = self.folder / f".{_MANIFEST}.partial"
             partial.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, manifest)
         return True
+
+    def _is_told_by(self, manifest: Path) -> bool:
+        """Whether the file says what it must; one that is damaged is written anew."""
+        try:
+            return read_json_object(manifest, CheckpointError, limit=_MANIFEST_BYTES) == self.manifest
+        except CheckpointError:
+            return False
 
     def _undo(self) -> None:
         """Take away what this process wrote, and the directory unless others' files are in it."""
@@ -199,7 +209,7 @@ def _drop_superseded(folder: Path, manifest: dict[str, Any]) -> None:
     """Remove what was kept of the same source, in the same form, when it was another one or made by other versions."""
     for found in weights_directory().glob(f"*/{_MANIFEST}"):
         try:
-            other = json.loads(found.read_text(encoding="utf-8"))
+            other = read_json_object(found, CheckpointError, limit=_MANIFEST_BYTES)
             same = all(other[key] == manifest[key] for key in ("source", "compress-weight", "dtype"))
             if not same or found.parent == folder:
                 continue
@@ -210,7 +220,7 @@ def _drop_superseded(folder: Path, manifest: dict[str, Any]) -> None:
             os.close(lock)
             why = "changed" if other["weights"] != manifest["weights"] else "were encoded by other versions"
             _notice(f"weights of {manifest['source']} {why} since they were kept; encoding them anew")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, OSError, KeyError):
             continue  # not ours, or not ours to remove
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
 from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.tensors import tensor_places, tensors
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, UnsupportedError, shown
 from engine.weights.kept import KeptWeights
 from engine.weights.read_ahead import Step, run_steps
 from engine.weights.store import WeightStore
+
+_log = logging.getLogger(__name__)
 
 Load = Callable[[], torch.Tensor]
 Source = tuple[str, str, Load]
@@ -39,20 +44,45 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
         part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
     }
     merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
+    unexpected: set[str] = set()
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
         if name in packed:
             plan.add_packed(*packed[name], load)
             continue
         target, pattern = names.target(name)
         if target not in model.state:
-            continue  # e.g. attention masks that old checkpoints stored
+            unexpected.add(target)
+            continue
         if pattern is None:
             plan.add(target, load, name)
         else:
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
-    return plan.run(kept)
+    steps = plan.run(kept)
+    _tell_unexpected(path, model.module, unexpected)
+    return steps
+
+
+def _tell_unexpected(path: Path, module: PreTrainedModel, names: set[str]) -> None:
+    """Tell of tensors that the model has no parameter for, but for those that the family knows and leaves out."""
+    told: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=names)
+    module._adjust_missing_and_unexpected_keys(told)
+    if left := sorted(told.unexpected_keys):
+        family, some = type(module).__name__, ", ".join(map(shown, left[:3]))
+        _log.warning(
+            "flexgen-helm: %s: %d tensors are not %s's and are not read, e.g. %s", path, len(left), family, some
+        )
+
+
+def _check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.dtype) -> None:
+    """Raise `UnsupportedError` for the codes of a quantized matrix where plain numbers are wanted."""
+    if expected.is_floating_point and not (stored.is_floating_point and stored.itemsize > 1):
+        raise UnsupportedError(
+            f"{path}: {name} is stored as {str(stored).removeprefix('torch.')} in the weight files, and the "
+            "quantization_config of config.json does not say what that stands for; take a checkpoint with plain "
+            "numbers, or one whose config.json tells how it is quantized"
+        )
 
 
 def _rounds(converter: WeightConverter, sources: list[Source]) -> list[list[Source]]:
@@ -85,6 +115,7 @@ class _Plan:
         """Plan to put a whole parameter, `source` in the checkpoint; a buffer is put at once."""
         model = self._store.model
         tensor = load()  # mapped, not read
+        _check_numbers(self._path, source, tensor.dtype, model.state[name].dtype)
         self._check_shape(name, tensor.shape)
         if name in self._unit_of:
             self._steps[name] = self._step(name, tensor, source)
@@ -124,6 +155,8 @@ class _Plan:
 
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
+        for _, source, load in sources:
+            _check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
         rounds = _rounds(converter, sources)
         for name, tensor in self._convert(target, converter, rounds[0], meta=True):
             self._is_by_unit &= self._unit_of.get(name) == self._unit_of[target]

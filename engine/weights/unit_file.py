@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.reading import MAX_JSON_BYTES, find_file, open_file, parse_json
 from engine.weights.read_ahead import PIECE_BYTES
 
 _TENSOR = "bytes"
@@ -56,14 +57,17 @@ def write_unit(file: Path, layout: str, num_bytes: int, read: Callable[[int, int
 def open_unit(file: Path, layout: str, num_bytes: int) -> tuple[torch.Tensor, list[int]]:
     """The mapped bytes uint8 `[num_bytes]` of a file, and the CRC-32 that each piece of them must have.
 
-    Raises `FileNotFoundError`, and `DamagedFileError` for a file of another size or with another header.
+    Raises `FileNotFoundError`, and `DamagedFileError` for what is no file, cannot be read, or has another size or
+    another header.
     """
-    with file.open("rb") as stream:
+    if not find_file(file, DamagedFileError):
+        raise FileNotFoundError(file)
+    with open_file(file, DamagedFileError) as stream:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(8)
-        text = stream.read(min(int.from_bytes(start, "little"), size))
+        text = stream.read(min(int.from_bytes(start, "little"), size, MAX_JSON_BYTES))
     try:
-        code = json.loads(text)["__metadata__"]["crc32"]
+        code = parse_json(text, str(file), DamagedFileError)["__metadata__"]["crc32"]
         sums = [int(code[at : at + 8], 16) for at in range(0, len(code), 8)]
     except (ValueError, KeyError, TypeError):
         raise DamagedFileError(str(file)) from None

@@ -68,7 +68,7 @@ def complete(arguments: Sequence[str]) -> int:
         raise InstallationError(problem)
     from engine.checkpoint.description import describe
     from engine.checkpoint.identity import result_identity
-    from engine.opening import load_tokenizer
+    from engine.checkpoint.tokenizer import load_tokenizer
 
     description = describe(args.model)
     tokenizer = load_tokenizer(Path(description.path))

@@ -288,6 +288,16 @@ def write(name: str, content: str) -> Callable[[Path], None]:
     return overwrite
 
 
+def write_index(content: str) -> Callable[[Path], None]:
+    """In place of a single file, which would be taken before any index."""
+
+    def overwrite(directory: Path) -> None:
+        (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+        (directory / "model.safetensors.index.json").write_text(content)
+
+    return overwrite
+
+
 BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (remove("config.json"), ["config.json"]),
     "config is not JSON": (write("config.json", "{"), ["config.json", "cannot be read"]),
@@ -303,11 +313,8 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing shard": (lose_shard, ["lacks 1 of", "model-00001-of-"]),
     "truncated shard": (cut_shard, ["truncated", "bytes instead of"]),
     "index lists more": (list_what_is_not_there, ["1 tensors", "model.layers.9.mlp.up_proj.weight"]),
-    "index is not JSON": (write("model.safetensors.index.json", "{"), ["model.safetensors.index.json"]),
-    "index without a map": (
-        write("model.safetensors.index.json", '{"weight_map": 3}'),
-        ["model.safetensors.index.json"],
-    ),
+    "index is not JSON": (write_index("{"), ["model.safetensors.index.json"]),
+    "index without a map": (write_index('{"weight_map": 3}'), ["model.safetensors.index.json", "weight_map is 3"]),
     "other shapes": (other_shapes, ["[64, 128]", "[64, 96]", "down_proj.weight", "config.json"]),
     "missing tensors": (more_layers, ["lack 18 of 48", "model.layers.3"]),
     "missing tensor": (drop_tensor, ["lack 1 of 30", "model.layers.1.self_attn.q_proj.weight"]),

@@ -1,0 +1,173 @@
+"""Reads files that come from outside: regular files only, of bounded size, depth and numbers, told in one line if not.
+
+Every reader of JSON and YAML goes through here. What is wrong is raised as the kind of error that the caller names: a
+model's file as `CheckpointError`, a policy as `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from engine.errors import one_line, shown
+
+MAX_JSON_BYTES = 100_000_000
+"""As safetensors bounds its headers; the indices of the largest models take a tenth of it."""
+MAX_YAML_BYTES = 1 << 20
+_MAX_DEPTH = 100
+_MAX_JSON_VALUES = 10_000_000
+_MAX_YAML_VALUES = 200_000
+"""Once aliases are written out."""
+_MAX_DIGITS = 40
+"""Tokenizers write 10^30 for a length without a limit."""
+
+
+def find_file(path: Path, kind: type[Exception]) -> bool:
+    """Whether `path` is a regular file, or leads to one; False where there is nothing.
+
+    Raises `kind` for what is there and is no file (a directory, a pipe, a device), and for what cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise kind(f"{_named(path)} cannot be read: {reason(error)}") from None
+    if not stat.S_ISREG(mode):
+        raise kind(f"{_named(path)} is {_what(mode)}; a regular file is expected there")
+    return True
+
+
+def open_file(path: Path, kind: type[Exception], *, where: str | None = None) -> IO[bytes]:
+    """Open a regular file to read its bytes; raises `kind` for anything else, without waiting at a pipe."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise kind(f"{where or _named(path)} cannot be read: {reason(error)}") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise kind(f"{where or _named(path)} is {_what(mode)}; a regular file is expected there")
+    return open(handle, "rb")
+
+
+def read_bytes(path: Path, kind: type[Exception], *, limit: int, where: str | None = None) -> bytes:
+    """All bytes of a regular file of at most `limit` bytes; `where` names it in messages, else its path does."""
+    try:
+        with open_file(path, kind, where=where) as stream:
+            content = stream.read(limit + 1)
+    except OSError as error:
+        raise kind(f"{where or _named(path)} cannot be read: {reason(error)}") from None
+    if len(content) > limit:
+        raise kind(f"{where or _named(path)} has more than {limit:,} bytes, which no such file needs")
+    return content
+
+
+def read_json(path: Path, kind: type[Exception], *, limit: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file."""
+    return parse_json(read_bytes(path, kind, limit=limit), _named(path), kind)
+
+
+def read_json_object(path: Path, kind: type[Exception], *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The content of a JSON file that holds an object."""
+    content = read_json(path, kind, limit=limit)
+    if not isinstance(content, dict):
+        raise kind(f"{_named(path)} holds {shown(content)}; a JSON object is expected there")
+    return content
+
+
+def parse_json(text: bytes, where: str, kind: type[Exception]) -> Any:
+    """The content of JSON text in UTF-8; `where` names it in messages."""
+    try:
+        content = json.loads(text.decode("utf-8"), parse_int=_whole)
+    except RecursionError:
+        _too_deep(where, kind)
+    except ValueError as error:  # no UTF-8, no JSON, or a number without end
+        raise kind(f"{where} cannot be read: {one_line(error)}") from None
+    _check(content, where, kind, _MAX_JSON_VALUES)
+    return content
+
+
+def read_yaml(path: Path, kind: type[Exception], *, what: str = "", limit: int = MAX_YAML_BYTES) -> Any:
+    """The content of a YAML file, of plain values only; messages call it `what`."""
+    where = f"{what} {_named(path)}".lstrip()
+    return parse_yaml(read_bytes(path, kind, where=where, limit=limit), where, kind)
+
+
+def parse_yaml(text: bytes, where: str, kind: type[Exception]) -> Any:
+    """The content of YAML text in UTF-8; `where` names it in messages."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(text.decode("utf-8"))
+    except RecursionError:
+        _too_deep(where, kind)
+    except Exception as error:  # PyYAML raises what its constructors happen to: KeyError, AttributeError, ValueError, …
+        raise kind(f"{where} is not YAML: {one_line(error)}") from None
+    _check(content, where, kind, _MAX_YAML_VALUES)
+    return content
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, without its name."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def expand_home(path: str | Path, kind: type[Exception], where: str) -> Path:
+    """`path` with `~` written out; raises `kind` for the home of a user that there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise kind(f"{where}: {shown(str(path))} begins with the home of a user that there is not") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check(content: Any, where: str, kind: type[Exception], most: int) -> None:
+    """Raise `kind` for content that is nested too deeply, has more than `most` values, or is no Unicode text."""
+    level, depth, count = [content], 0, 0
+    while level:
+        depth, count = depth + 1, count + len(level)
+        if depth > _MAX_DEPTH:
+            _too_deep(where, kind)
+        if count > most:
+            raise kind(f"{where} holds more than {most:,} values")
+        following: list[Any] = []
+        for value in level:
+            if isinstance(value, Mapping):
+                following.extend(value.keys())
+                following.extend(value.values())
+            elif isinstance(value, list | tuple | set):
+                following.extend(value)
+            elif isinstance(value, str) and not value.isascii() and any("\ud800" <= each <= "\udfff" for each in value):
+                raise kind(f"{where} holds {shown(value)}, which is no Unicode text (half of a surrogate pair)")
+            elif isinstance(value, int) and value.bit_length() > 200:
+                raise kind(f"{where} holds a number of {value.bit_length()} bits")
+            if len(following) > most:
+                raise kind(f"{where} holds more than {most:,} values")
+        level = following
+
+
+def _too_deep(where: str, kind: type[Exception]) -> NoReturn:
+    raise kind(f"{where} is nested more than {_MAX_DEPTH} levels deep") from None
+
+
+def _named(path: Path) -> str:
+    text = str(path)
+    if len(text) > 300:
+        text = f"{text[:150]}...{text[-100:]}"
+    return text if text.isprintable() else ascii(text)
+
+
+def _what(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "no file"

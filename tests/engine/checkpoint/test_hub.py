@@ -1,0 +1,248 @@
+"""Protects: of a hub's repository only the model is fetched; its answers are told apart; what is cached runs offline.
+
+The hub is a small HTTP server on this machine, asked by the hub's own client in a process of its own, since
+its settings are read when it is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SHA = "0123456789abcdef0123456789abcdef01234567"
+MODEL = "org/tiny"
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub's interface as fetching a model takes."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+        """Names of files whose content was sent."""
+        self.answer: Callable[[_Handler], None] | None = None
+        """Given to every request, if any."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if self.server.answer is not None:
+            self.server.answer(self)
+            return
+        path = self.path.partition("?")[0]
+        tree, resolve = f"/api/models/{MODEL}/tree/{SHA}", f"/{MODEL}/resolve/{SHA}/"
+        if path in (f"/api/models/{MODEL}", f"/api/models/{MODEL}/revision/main"):
+            self.reply({"id": MODEL, "sha": SHA, "siblings": [{"rfilename": name} for name in self.server.files]})
+        elif path == tree:
+            self.reply(
+                [{"type": "file", "path": n, "size": len(c), "oid": _oid(c)} for n, c in self.server.files.items()]
+            )
+        elif path.startswith(resolve) and path.removeprefix(resolve) in self.server.files:
+            name = path.removeprefix(resolve)
+            content = self.server.files[name]
+            if self.command == "GET":
+                self.server.fetched.append(name)
+            headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": SHA, "Content-Type": "application/octet-stream"}
+            self.send(200, content, headers)
+        else:
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+    def reply(self, value: Any) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(url: str, home: Path, call: str = "resolve(MODEL)", **settings: str) -> tuple[int, str, float]:
+    """Exit code, last line and seconds of a process that asks the hub at `url` with an empty or a filled cache."""
+    code = f"""
+import sys
+from engine.checkpoint.hub import resolve
+from engine.errors import EngineError
+MODEL = {MODEL!r}
+try:
+    print({call})
+except EngineError as error:
+    print(error)
+    sys.exit(2)
+"""
+    environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin", **settings}
+    begin = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "Traceback" not in run.stderr, run.stderr
+    return run.returncode, run.stdout.rstrip("\n"), time.perf_counter() - begin
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return weights(models.save_model(tmp_path_factory.mktemp("tiny"), "llama"))
+
+
+SIDE = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+EXTRA = dict.fromkeys(
+    (
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "README.md",
+        "modeling_tiny.py",
+    ),
+    b"much",
+)
+SHARDS = {"model-00001-of-00002.safetensors": b"1", "model-00002-of-00002.safetensors": b"2"}
+INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": [*SHARDS][1]}})
+REPOSITORIES: dict[str, tuple[dict[str, bytes], set[str]]] = {
+    "one file": ({"model.safetensors": b"w"}, {"model.safetensors"}),
+    "shards": (
+        {**SHARDS, "model.safetensors.index.json": INDEX.encode()},
+        {*SHARDS, "model.safetensors.index.json"},
+    ),
+    "a bin": ({}, {"pytorch_model.bin"}),
+}
+
+
+@pytest.mark.parametrize("kind", REPOSITORIES)
+def test_only_the_model_is_fetched(kind: str, hub: Hub, tiny: dict[str, bytes], tmp_path: Path) -> None:
+    more, chosen = REPOSITORIES[kind]
+    side = {name: content for name, content in tiny.items() if name in SIDE}
+    hub.files = {**side, **EXTRA, **more}
+    status, line, _ = ask(hub.url, tmp_path)
+    assert status == 0, line
+    assert {*hub.fetched} == {*side, *chosen}
+    assert {file.name for file in Path(line).iterdir()} == {*side, *chosen}
+
+
+def test_weights_are_fetched_only_when_they_are_wanted(hub: Hub, tiny: dict[str, bytes], tmp_path: Path) -> None:
+    hub.files = tiny
+    status, line, _ = ask(hub.url, tmp_path, "resolve(MODEL, download_weights=False)")
+    assert status == 0, line
+    assert "model.safetensors" not in hub.fetched
+    assert "config.json" in hub.fetched
+
+
+def text(status: int, content: str, **headers: str) -> Callable[[_Handler], None]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda handler: handler.send(status, content.encode(), named)
+
+
+ANSWERS: dict[str, tuple[Callable[[_Handler], None], list[str]]] = {
+    "not there": (text(404, "", X_Error_Code="RepoNotFound"), ["not on the hub", "log in"]),
+    "private": (text(401, "", X_Error_Message="Invalid username or password."), ["HTTP 401", "log in"]),
+    "gated": (text(403, "", X_Error_Code="GatedRepo"), ["is gated", "accept its terms at", "/org/tiny"]),
+    "gated, no token": (text(401, "", X_Error_Code="GatedRepo"), ["is gated", "hf auth login"]),
+    "forbidden": (text(403, "no"), ["does not allow", "HTTP 403"]),
+    "a fault": (text(500, "oops"), ["answers HTTP 500", "try again later"]),
+    "too many": (text(429, "slow down"), ["answers HTTP 429"]),
+    "a login page": (text(200, "<html>log in</html>", Content_Type="text/html"), ["something else", "proxy"]),
+    "garbage": (text(200, "\x00\x01", Content_Type="application/json"), ["something else"]),
+    "JSON of something else": (text(200, "[1]", Content_Type="application/json"), ["something else"]),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_are_told_apart(kind: str, hub: Hub, tmp_path: Path) -> None:
+    hub.answer, parts = ANSWERS[kind]
+    status, line, seconds = ask(hub.url, tmp_path)
+    assert status == 2
+    assert "\n" not in line
+    assert MODEL in line
+    assert [part for part in parts if part not in line] == []
+    assert "cannot be reached" not in line
+    assert seconds < 30
+
+
+UNREACHABLE = {"no such name": "http://hub.invalid", "nobody listens": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize("kind", UNREACHABLE)
+def test_a_hub_that_cannot_be_reached_is_told_soon(kind: str, tmp_path: Path) -> None:
+    status, line, seconds = ask(UNREACHABLE[kind], tmp_path)
+    assert status == 2
+    assert "\n" not in line
+    assert "cannot be reached" in line
+    assert seconds < 30
+
+
+@pytest.mark.parametrize("kind", [*UNREACHABLE, "offline", "a fault", "a login page"])
+def test_what_is_cached_runs_without_the_hub(kind: str, hub: Hub, tiny: dict[str, bytes], tmp_path: Path) -> None:
+    hub.files = {**tiny, "README.md": b"never fetched"}
+    status, path, _ = ask(hub.url, tmp_path)
+    assert status == 0, path
+    if kind in ANSWERS:
+        hub.answer = ANSWERS[kind][0]
+    offline = {"HF_HUB_OFFLINE": "1"} if kind == "offline" else {}
+    status, again, seconds = ask(UNREACHABLE.get(kind, hub.url), tmp_path, **offline)
+    assert (status, again) == (0, path)
+    assert seconds < 15
+
+
+def test_offline_without_a_cache_is_told(tmp_path: Path) -> None:
+    status, line, seconds = ask("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
+    assert status == 2
+    assert "nor in the local hub cache, and HF_HUB_OFFLINE" in line
+    assert seconds < 10
+
+
+@pytest.mark.slow
+def test_a_hub_that_never_answers_is_given_up(hub: Hub, tmp_path: Path) -> None:
+    hub.answer = lambda _: time.sleep(60)
+    status, line, seconds = ask(hub.url, tmp_path)
+    assert status == 2
+    assert "cannot be reached" in line
+    assert seconds < 30
