@@ -10,7 +10,7 @@ from typing import Any, Literal, Unpack, overload
 
 import torch
 
-from engine.checkpoint.description import ModelDescription, describe
+from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import EngineError, JobError
 from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
 from engine.job import Completion, Job, is_whole
@@ -43,15 +43,18 @@ class Engine:
         self._worker = Worker(parts, self._observe)
 
     @classmethod
-    def from_pretrained(cls, model: str, policy: Policy | str | Path | Mapping[str, Any] = "auto") -> Engine:
+    def from_pretrained(
+        cls, model: str, policy: Policy | str | Path | Mapping[str, Any] = "auto", *, window: int | None = None
+    ) -> Engine:
         """Load `model`, a hub id or directory, as `policy` says.
 
-        policy: the name of a shipped one, a YAML file, a mapping, or "auto". Raises `ConfigError`, `CheckpointError`,
-        `UnsupportedError`, or `CapacityError` when the policy does not fit the memory at hand. Returns when the
-        checkpoint is known to fit the model; its weights are read while the first jobs run.
+        policy: the name of a shipped one, a YAML file, a mapping, or "auto". window: most positions of a sequence, in
+        place of what the model's files tell. Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or
+        `CapacityError` when the policy does not fit the memory at hand. Returns when the checkpoint is known to fit the
+        model; its weights are read while the first jobs run.
         """
         policy = Policy.load(policy)
-        description = describe(model)
+        description = with_window(describe(model), window)
         return cls.open(description, policy, fill_from(description, policy))
 
     @classmethod

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache, unencodable_layer
 from engine.checkpoint.description import ModelDescription
+from engine.checkpoint.tokenizer import load_tokenizer, special_token
 from engine.completion import Text
-from engine.errors import CapacityError, CheckpointError, EngineError, UnsupportedError
+from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
 from engine.memory import accelerator
@@ -80,13 +80,14 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or `CapacityError` when the policy does not fit the
     memory at hand.
     """
+    policy.check_window(description.window)
     device_name = resolve_device(policy.device)
     device = accelerator.indexed(torch.device(device_name))
     dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
     path = Path(description.path)
     tokenizer = load_tokenizer(path)
     model = CausalModel(path, dtype, device)
-    end_of_text = _special_token("eos_token_id", path, model, tokenizer)
+    end_of_text = special_token("eos_token_id", path, model.config, tokenizer)
     memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
     codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
     if cache_codec is not None:
@@ -132,7 +133,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             tokenizer=tokenizer,
             text=Text(tokenizer, frozenset(end_of_text)),
             window=description.window,
-            pad_token=[*_special_token("pad_token_id", path, model, tokenizer), *end_of_text, 0][0],
+            pad_token=[*special_token("pad_token_id", path, model.config, tokenizer), *end_of_text, 0][0],
             loading=loading,
         )
     except BaseException as error:
@@ -152,27 +153,6 @@ def _check_cache_codec(model: CausalModel) -> None:
             f"compress-cache: keys and values of layer {layer} are {model.kv_shapes[layer].width} numbers a token, no "
             f"multiple of {GROUP}; leave it out"
         )
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; `CheckpointError` if it cannot be loaded."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return tokenizer
-
-
-def _special_token(name: str, path: Path, model: CausalModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a special token such as "eos_token_id", as `transformers`' generate finds them; empty if there is none."""
-    ids: Any = None
-    if (path / "generation_config.json").is_file():
-        ids = getattr(GenerationConfig.from_pretrained(path), name)
-    if ids is None:
-        ids = getattr(model.config.get_text_config(), name, None)
-    if ids is None:
-        ids = getattr(tokenizer, name)
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def explained(error: BaseException, policy: Policy) -> BaseException:

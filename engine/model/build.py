@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from engine.errors import CheckpointError, UnsupportedError
+from engine.errors import CheckpointError, UnsupportedError, one_line
 from engine.model.attention.interface import ATTENTION_NAME
 
 _PATCHING = threading.Lock()
@@ -41,10 +41,13 @@ def parameters_on_meta() -> Iterator[None]:
 def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a directory, parameters on `meta`; `CheckpointError` or `UnsupportedError` where there is none."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = _on_meta(config, dtype, ATTENTION_NAME)
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot build this model: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever values of another kind or size lead to in the family's code
+        raise CheckpointError(
+            f"{path}: transformers cannot build this model from its config.json: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from None
     if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
     if model._is_stateful:

@@ -13,6 +13,7 @@ from torch import nn
 from engine.cache.shape import KVShape
 from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.packed_parts import find_packed
+from engine.checkpoint.tied_head import is_tied
 from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
@@ -93,7 +94,7 @@ class CausalModel:
             raise UnsupportedError(f"{type(self.module).__name__} has no output embedding; it cannot be run here")
         self.head_name = next(name for name, module in self.module.named_modules() if module is self.output) + ".weight"
         """Full name of the head's weight."""
-        self.is_tied = self.head_name in self.module.all_tied_weights_keys
+        self.is_tied = is_tied(path, self.module, self.state, self.head_name)
         """Whether the head's weight is the token embedding's."""
         slots = decoder_layers(self.module)
         self.layers = list(slots)
