@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint.tensors import tensors
-from engine.errors import UnsupportedError
+from engine.errors import UnsupportedError, shown
 from engine.kernels.packed_matrix import (
     EightBitRows,
     FourBitBlocks,
@@ -29,6 +29,35 @@ Name = Callable[[str], str | None]
 """From a parameter's name in the checkpoint to the model's; None where that is not one to one."""
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 _CURE = "take the unquantized checkpoint, or one that is {known}"
+_LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+"""Of compressed-tensors, as `packed_matrix` reads them."""
+_FIELDS = (
+    "quant_method",
+    "format",
+    "version",
+    "config_groups",
+    "ignore",
+    "quantization_status",
+    "global_compression_ratio",
+    "sparsity_config",
+)
+_GROUP_FIELDS = ("targets", "weights", "input_activations", "output_activations", "format")
+_WEIGHT_FIELDS = (
+    "num_bits",
+    "type",
+    "symmetric",
+    "group_size",
+    "strategy",
+    "dynamic",
+    "block_structure",
+    "actorder",
+    "observer",
+    "observer_kwargs",
+    "scale_dtype",
+    "zp_dtype",
+)
+_SCALES = ("weight_scale", "input_scale", "scales", "SCB")
+_WORDS = ("weight_packed", "qweight", "qzeros")
 _KNOWN = ("bitsandbytes", "compressed-tensors", "gptq", "awq")
 
 
@@ -81,6 +110,8 @@ def find_packed(
             )
         try:
             scale = parts.pop("input_scale", _nothing)() if rounding and rounding.is_static else None
+            if scale is not None:
+                _check_dtype("input_scale", scale.dtype)
             found[parameter] = _packed(kind, module, parts, owner.weight.shape)
             if rounding is not None:
                 rounding.attach(owner, scale)
@@ -115,11 +146,20 @@ def _packed(make: Any, module: str, parts: Mapping[str, Load], shape: torch.Size
     for part in (*kind.names, *kind.optional):
         if part in parts:
             tensor = parts[part]()
+            _check_dtype(part, tensor.dtype)
             forms[part] = PartForm(f"{module}.{part}", tensor.dtype, tensor.shape)
     if kind is FourBitBlocks:
         return FourBitBlocks(shape, forms, bytes(parts[states[0]]().tolist()))
     matrix: PackedMatrix = make(shape, forms)
     return matrix
+
+
+def _check_dtype(part: str, dtype: torch.dtype) -> None:
+    """Raise `ValueError` for scales that are codes themselves, and for words of another length."""
+    if part in _SCALES and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f"{part} is {str(dtype).removeprefix('torch.')}, no plain numbers")
+    if part in _WORDS and dtype != torch.int32:
+        raise ValueError(f"{part} is {str(dtype).removeprefix('torch.')}, not int32")
 
 
 def _kind_of(method: str, quantization: Mapping[str, Any], parts: Iterable[str]) -> Any:
@@ -140,6 +180,19 @@ def _kind_of(method: str, quantization: Mapping[str, Any], parts: Iterable[str])
 
 
 def _compressed_tensors_problem(quantization: Mapping[str, Any]) -> str | None:
+    told = quantization.get("config_groups") or {}
+    if not isinstance(told, Mapping) or not all(isinstance(group, Mapping) for group in told.values()):
+        return f"config_groups {shown(told)}"
+    for holder in (quantization, *told.values()):
+        layout, known = holder.get("format"), (*_LAYOUTS, "mixed-precision") if holder is quantization else _LAYOUTS
+        if layout is not None and layout not in known:
+            return f"the format {shown(layout)}"
+    for group in told.values():
+        weights = group.get("weights") or {}
+        if strange := _strange(group, _GROUP_FIELDS) or _strange(weights, _WEIGHT_FIELDS):
+            return strange
+        if weights.get("dynamic"):
+            return "weights that are scaled anew at every use"
     groups = [*(quantization.get("config_groups") or {}).values()]
     for group in groups:
         inputs = group.get("input_activations")
@@ -152,12 +205,23 @@ def _compressed_tensors_problem(quantization: Mapping[str, Any]) -> str | None:
             return "outputs in fewer bits"
     if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
         return "sparse weights"
-    return next((key for key in ("kv_cache_scheme", "transform_config") if quantization.get(key)), None)
+    return _strange(quantization, _FIELDS)
+
+
+def _strange(holder: Mapping[str, Any], known: tuple[str, ...]) -> str | None:
+    """A field that says something, and is none of those whose meaning is honoured, or makes no difference here."""
+    strange = next((key for key, value in holder.items() if value and key not in known), None)
+    return None if strange is None else f"the field {shown(strange)}"
 
 
 def _gptq_problem(quantization: Mapping[str, Any]) -> str | None:
     layout = quantization.get("checkpoint_format") or "gptq"
-    return f"the layout {layout}" if layout not in ("gptq", "gptq_v2") or quantization.get("is_marlin_format") else None
+    if layout not in ("gptq", "gptq_v2") or quantization.get("is_marlin_format"):
+        return f"the layout {shown(layout)}"
+    words = quantization.get("pack_dtype") or "int32"
+    if str(words).removeprefix("torch.") != "int32":
+        return f"words of {shown(words)}"
+    return next((f"the field {key}" for key in ("rotation", "adapter") if quantization.get(key)), None)
 
 
 def _awq_problem(quantization: Mapping[str, Any]) -> str | None:

@@ -47,7 +47,7 @@ def chosen_name(path: Path) -> str | None:
 
 def named_weights(path: Path) -> str | None:
     """The weight file or index that config.json names itself, if it does."""
-    named = read_config(path).get(_NAMED)
+    named = read_config(path).get(_NAMED) if find_file(path / "config.json", CheckpointError) else None
     if named is None:
         return None
     if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):

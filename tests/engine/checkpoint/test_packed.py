@@ -241,29 +241,34 @@ def move(where: str) -> Callable[[Path], None]:
     return edit_state(lambda state: state.update({f"{where}.{part}": state.pop(f"{Q}.{part}") for part in parts}))
 
 
+def instead(**told: Any) -> Callable[[Path], None]:
+    """Say that it is of compressed-tensors, and this of it."""
+    return lambda directory: edit_config(
+        directory, quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized", **told}
+    )
+
+
 REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "fp8": (tell(quant_method="fp8"), ("by fp8", "unquantized", "gptq or awq")),
     "mxfp4": (tell(quant_method="mxfp4"), ("by mxfp4",)),
     "no method": (tell(quant_method=None), ("an unnamed method",)),
-    "marlin": (tell(checkpoint_format="marlin"), ("gptq", "the layout marlin")),
+    "marlin": (tell(checkpoint_format="marlin"), ("gptq", "the layout 'marlin'")),
     "AWQ by columns": (tell(quant_method="awq", version="gemv"), ("awq", "the layout gemv")),
-    "sparse": (tell(quant_method="compressed-tensors", sparsity_config={"format": "2:4"}), ("sparse weights",)),
-    "cache": (tell(quant_method="compressed-tensors", kv_cache_scheme={"num_bits": 8}), ("kv_cache_scheme",)),
+    "sparse": (instead(sparsity_config={"format": "2:4"}), ("sparse weights",)),
+    "cache": (instead(kv_cache_scheme={"num_bits": 8}), ("kv_cache_scheme",)),
     "inputs in groups": (
-        tell(
-            quant_method="compressed-tensors",
+        instead(
             config_groups={"a": {"weights": INT4, "input_activations": {**TOKEN, "strategy": "group"}}},
         ),
         ("inputs in 8 bits by group (dynamic)",),
     ),
     "inputs of some layers": (
-        tell(
-            quant_method="compressed-tensors",
+        instead(
             config_groups={"a": {"input_activations": TOKEN}, "b": {"input_activations": None}},
         ),
         ("inputs in 8 bits by token (dynamic)",),
     ),
-    "another method's tensors": (tell(quant_method="compressed-tensors"), ("holds no such tensors",)),
+    "another method's tensors": (instead(), ("holds no such tensors",)),
     "no zeros": (lose("qzeros"), (Q, "qzeros is missing")),
     "a part of another shape": (cut("scales"), (Q, "instead of")),
     "something unknown": (
@@ -272,6 +277,30 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "the embedding": (move("model.embed_tokens"), ("model.embed_tokens", "only linear layers")),
     "experts": (move("model.layers.1.mlp.experts.0.up_proj"), ("experts.0.up_proj", "only linear layers")),
+    "a cache of another kind": (
+        instead(transform_config={"a": 1}),
+        ("transform_config",),
+    ),
+    "a field to come": (instead(block_rotation=4), ("the field 'block_rotation'",)),
+    "weights' field to come": (
+        instead(config_groups={"a": {"weights": {**INT4, "codebook": "e8"}}}),
+        ("the field 'codebook'",),
+    ),
+    "a group's format": (
+        instead(config_groups={"a": {"weights": INT4, "format": "mxfp8-quantized"}}),
+        ("the format 'mxfp8-quantized'",),
+    ),
+    "groups as a list": (instead(config_groups=[INT4]), ("config_groups [",)),
+    "words of 8 bits": (tell(pack_dtype="int8"), ("gptq", "words of 'int8'")),
+    "rotated": (tell(rotation="hadamard"), ("gptq", "rotation")),
+    "scales as codes": (
+        edit_state(lambda state: state.update({f"{Q}.scales": state[f"{Q}.scales"].to(torch.uint8)})),
+        (Q, "scales is uint8, no plain numbers"),
+    ),
+    "words of 64 bits": (
+        edit_state(lambda state: state.update({f"{Q}.qweight": state[f"{Q}.qweight"].long()})),
+        (Q, "qweight is int64, not int32"),
+    ),
     "3 bits": (
         edit_state(lambda state: state.update({f"{Q}.qweight": torch.zeros(6, 64, dtype=torch.int32)})),
         (Q, "3 bits a number"),
@@ -289,6 +318,30 @@ def test_what_cannot_be_run_is_refused_by_name(name: str, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
     assert str(directory) in str(caught.value)
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+RUN = {"int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"}
+
+
+def test_every_format_of_the_library_is_run_or_refused_by_name(tmp_path: Path) -> None:
+    from compressed_tensors import CompressionFormat
+
+    directory = quantized.save_compressed(tmp_path / "model", "llama", INT8, "int-quantized")
+    names = {each.value for each in CompressionFormat}
+    assert names > RUN
+    for name in names - RUN:
+        tell(format=name)(directory)
+        with pytest.raises(UnsupportedError, match=f"compressed-tensors with the format '{name}'"):
+            Engine.from_pretrained(str(directory), policy={"device": "cpu"})
+
+
+def test_exponents_are_no_scales(tmp_path: Path) -> None:
+    """MXFP8's scales are exponents in one byte each: taken for numbers, they are off by a factor of 237,568."""
+    directory = quantized.save_compressed(tmp_path / "model", "llama", FLOAT8, "naive-quantized")
+    scales = {f"{Q}.weight_scale": torch.full((64, 2), 116, dtype=torch.uint8)}
+    edit_state(lambda state: state.update(scales))(directory)
+    with pytest.raises(UnsupportedError, match="weight_scale is uint8, no plain numbers"):
+        Engine.from_pretrained(str(directory), policy={"device": "cpu"})
 
 
 def test_blocks_of_float8_are_refused(tmp_path: Path) -> None:

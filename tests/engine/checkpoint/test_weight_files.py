@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from engine import Engine, Job
 from engine.checkpoint.description import describe
 from engine.errors import CheckpointError, UnsupportedError
+from engine.model.causal_model import CausalModel
 
 Build = Callable[[str], Path]
 State = dict[str, torch.Tensor]
@@ -271,3 +272,12 @@ def test_weights_of_the_config_are_inside(directory: Path) -> None:
     edit_config(directory, transformers_weights="../x.safetensors")
     with pytest.raises(CheckpointError, match=r"config.json names '../x.safetensors'"):
         describe(str(directory))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss", "llama"])
+def test_what_a_family_keeps_in_float32_stays_so(family: str, dtype: torch.dtype, build: Build) -> None:
+    """Norms in float16 and routers in either, by the family's own lists: as `from_pretrained` has them."""
+    reference = AutoModelForCausalLM.from_pretrained(build(family), dtype=dtype).state_dict()
+    state = CausalModel(build(family), dtype, torch.device("cpu")).state
+    assert {name: each.dtype for name, each in state.items()} == {name: each.dtype for name, each in reference.items()}
