@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import islice
 
-from transformers import PreTrainedTokenizerBase
-
+from engine.errors import EngineError, JobError
 from engine.job import Completion
 from engine.schedule.sequence import Sequence
+from engine.text import Text as Text
 
-_MARGIN = 8
-"""Characters at the beginning of a piece of text that may be other than in the whole: a space, half a character."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Turns tokens into text, and knows which tokens end it."""
-
-    tokenizer: PreTrainedTokenizerBase
-    end_of_text: frozenset[int]
-
-    def decode(self, tokens: list[int]) -> str:
-        """Text of generated tokens, special ones spelled out."""
-        text = self.tokenizer.decode(tokens)
-        assert isinstance(text, str)
-        return text
+_INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_UNREADABLE = "\ufffd"
+"""Stands for bytes that are no character; other bytes may change whether they are one."""
 
 
 def advance(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
-    """Add a generated token to `sequence`, or end it."""
+    """Add a generated token to `sequence`, or end it; never raises: a fault in its text becomes its `error`."""
+    try:
+        _advance(sequence, token, logprob, text)
+    except _INTERRUPTS:
+        raise
+    except BaseException as error:  # tokenizers raise whatever they meet; a panic of theirs is no Exception
+        sequence.error = _fault(sequence, error, text)
+
+
+def _advance(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
     if token in text.end_of_text:
         sequence.finish_reason, sequence.end_token = "endoftext", token
         return
@@ -41,39 +37,43 @@ def advance(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
 
 
 def _stopped(sequence: Sequence, text: Text) -> bool:
-    generated = sequence.generated
-    strings = [stop for stop in sequence.job.stop if isinstance(stop, str)]
-    if any(_ends_with(generated, stop) for stop in sequence.job.stop):
+    if _num_stop_ids(sequence):
         return True
-    if not strings or not any(stop in _tail(generated, strings, text) for stop in strings):
+    strings = [stop for stop in sequence.job.stop if isinstance(stop, str)]
+    if not strings:
         return False
-    written = text.decode(generated)
+    if not any(_UNREADABLE in stop for stop in strings):  # else any byte may change what was found before
+        tail = text.tail(sequence.tokens, sequence.num_prompt, max(map(len, strings)))
+        if not any(stop in tail for stop in strings):
+            return False
+    written = text.decode(sequence.generated)
     return any(stop in written for stop in strings)
 
 
-def _tail(tokens: list[int], stops: list[str], text: Text) -> str:
-    """Text of the last tokens: enough of them to show any of `stops` that the newest token may have completed.
-
-    Decoding all of them at every step would take time that grows with the square of their number.
-    """
-    longest = max(map(len, stops))
-    enough = longest + len(text.decode(tokens[-1:])) + _MARGIN
-    count = longest + _MARGIN
-    while True:
-        tail = text.decode(tokens[-count:])
-        if count >= len(tokens) or len(tail) >= enough:
-            return tail
-        count *= 2
-
-
-def _ends_with(tokens: list[int], stop: object) -> bool:
-    return not isinstance(stop, str) and list(stop) == tokens[-len(list(stop)) :]  # type: ignore[call-overload]
+def _num_stop_ids(sequence: Sequence) -> int:
+    """Length of the longest stop of token ids that the generated tokens end with; 0 if there is none."""
+    tokens, num_generated = sequence.tokens, len(sequence.tokens) - sequence.num_prompt
+    found = 0
+    for stop in sequence.job.stop:
+        size = len(stop)
+        if not isinstance(stop, str) and found < size <= num_generated and list(stop) == tokens[-size:]:
+            found = size
+    return found
 
 
 def completion_of(sequence: Sequence, text: Text) -> Completion:
-    """The completion of a sequence that is done."""
+    """The completion of a sequence that is done; never raises: a fault in its text becomes its error."""
     if sequence.error is not None:
         return Completion(error=sequence.error)
+    try:
+        return _completion_of(sequence, text)
+    except _INTERRUPTS:
+        raise
+    except BaseException as error:
+        return Completion(error=_fault(sequence, error, text))
+
+
+def _completion_of(sequence: Sequence, text: Text) -> Completion:
     tokens, written = _cut(sequence, text)
     logprobs, greedy = _prompt_scores(sequence) if sequence.job.prompt_logprobs else (None, None)
     return Completion(
@@ -88,20 +88,24 @@ def completion_of(sequence: Sequence, text: Text) -> Completion:
 
 
 def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str]:
-    """Tokens and text before the stop, if one ended the sequence; the last token may reach past the text's end."""
+    """Tokens and text before the stop, if one ended the sequence; the last token may reach past the text's end.
+
+    Of several stops the one that leaves the fewest tokens cuts, and of those the one that leaves the least text.
+    """
     tokens = sequence.generated
     written = text.decode(tokens) if tokens else ""
     if sequence.finish_reason != "stop":
         return tokens, written
-    by_ids = max((len(stop) for stop in sequence.job.stop if _ends_with(tokens, stop)), default=0)
-    before = text.decode(tokens[: len(tokens) - by_ids]) if by_ids else written
+    ends: list[tuple[int, str]] = []
     found = [written.find(stop) for stop in sequence.job.stop if isinstance(stop, str) and stop in written]
-    if by_ids and len(before) <= min(found, default=len(written)):
-        return tokens[: len(tokens) - by_ids], before
-    written = written[: min(found)]
-    while tokens and (not written or text.decode(tokens[:-1]).startswith(written)):
-        tokens = tokens[:-1]
-    return tokens, written
+    if found:
+        before = written[: min(found)]
+        ends.append((text.num_spelling(tokens, before), before))
+    if by_ids := _num_stop_ids(sequence):
+        count = len(tokens) - by_ids
+        ends.append((count, text.decode(tokens[:count]) if count else ""))
+    count, written = min(ends, key=lambda end: (end[0], len(end[1])))
+    return tokens[:count], written
 
 
 def _prompt_scores(sequence: Sequence) -> tuple[tuple[float | None, ...], tuple[bool | None, ...]]:
@@ -116,3 +120,28 @@ def _prompt_scores(sequence: Sequence) -> tuple[tuple[float | None, ...], tuple[
         logprobs += [*prefix.prompt_logprobs, float(prefix.next_logprobs[token])]
         greedy += [*prefix.prompt_greedy, prefix.next_greedy == token]
     return (*logprobs, *sequence.prompt_logprobs), (*greedy, *sequence.prompt_greedy)
+
+
+def _fault(sequence: Sequence, error: BaseException, text: Text) -> EngineError:
+    """The error of a sequence whose completion could not be made for `error`; names tokens that cannot be decoded."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    generated = sequence.generated
+    bad = list(islice((token for token in dict.fromkeys(generated) if not _is_readable([token], text)), 11))
+    if not bad and _is_readable(generated, text):
+        return EngineError(f"the completion of this job could not be made ({reason}); please report it with the job")
+    named = bad or generated
+    return JobError(
+        f"the tokenizer cannot decode generated token ids {', '.join(map(str, named[:10]))}"
+        f"{' ...' if len(named) > 10 else ''} ({reason}); the tokenizer and the model do not belong together, use the "
+        "tokenizer that the model was trained with"
+    )
+
+
+def _is_readable(tokens: list[int], text: Text) -> bool:
+    try:
+        text.decode(tokens)
+    except _INTERRUPTS:
+        raise
+    except BaseException:
+        return False
+    return True
