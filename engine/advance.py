@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.completion import Text
-from engine.completion import advance as add_token
+from engine.completion import add_token
 from engine.executor import Answer
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence
-from engine.unreadable import unreadable
+from engine.text import Text
 
 
 def advance(batches: Iterable[Iterable[Segment]], answers: Iterable[Answer], text: Text) -> None:
@@ -43,7 +42,4 @@ def _take(answer: Answer, text: Text) -> None:
     elif isinstance(span, Prefix):
         span.next_logprobs, span.next_greedy = answer.next_logprobs, answer.greedy
     elif isinstance(span, Sequence) and span.is_finite:
-        try:
-            add_token(span, answer.token, answer.logprob, text)
-        except Exception as error:  # tokenizers raise whatever they meet
-            span.error = unreadable(span, text, error)
+        add_token(span, answer.token, answer.logprob, text)

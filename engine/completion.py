@@ -7,24 +7,24 @@ from itertools import islice
 from engine.errors import EngineError, JobError
 from engine.job import Completion
 from engine.schedule.sequence import Sequence
-from engine.text import Text as Text
+from engine.text import Text
 
 _INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _UNREADABLE = "\ufffd"
 """Stands for bytes that are no character; other bytes may change whether they are one."""
 
 
-def advance(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
+def add_token(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
     """Add a generated token to `sequence`, or end it; never raises: a fault in its text becomes its `error`."""
     try:
-        _advance(sequence, token, logprob, text)
+        _add_token(sequence, token, logprob, text)
     except _INTERRUPTS:
         raise
     except BaseException as error:  # tokenizers raise whatever they meet; a panic of theirs is no Exception
         sequence.error = _fault(sequence, error, text)
 
 
-def _advance(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
+def _add_token(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
     if token in text.end_of_text:
         sequence.finish_reason, sequence.end_token = "endoftext", token
         return

@@ -13,7 +13,6 @@ from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache, unencodable_layer
 from engine.checkpoint.description import ModelDescription
 from engine.checkpoint.tokenizer import load_tokenizer, special_token
-from engine.completion import Text
 from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
@@ -24,6 +23,7 @@ from engine.planning.hardware import available_memory, resolve_device, resolve_d
 from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy
 from engine.schedule.scheduler import Scheduler
+from engine.text import Text
 from engine.weights.kept import KeptWeights
 from engine.weights.loading import load_checkpoint
 from engine.weights.store import WeightStore

@@ -15,7 +15,6 @@ from engine.opening import Parts, explained
 from engine.pending import Call, Finished
 from engine.schedule.sequence import Sequence
 from engine.schedule.timing import SweepTiming, count_rows
-from engine.unreadable import unreadable
 
 
 class Worker:
@@ -124,7 +123,7 @@ class Worker:
         scheduler, text = self._parts.scheduler, self._parts.text
         begun = time.perf_counter()
         batches = scheduler.next_sweep()
-        self._deliver([(sequence, self._completion_of(sequence)) for sequence in scheduler.take_failed()])
+        self._deliver([(sequence, completion_of(sequence, text)) for sequence in scheduler.take_failed()])
         if not batches:
             return
         num_sequences = len(scheduler.running)
@@ -140,7 +139,7 @@ class Worker:
             if not sequence.is_finite_with_prefixes:
                 sequence.error = self._not_finite()
             if sequence.is_done:
-                done.append((sequence, self._completion_of(sequence)))
+                done.append((sequence, completion_of(sequence, text)))
         scheduler.finish(sequence for sequence, _ in done)
         scheduler.isolate(suspects)
         prefill_rows, decode_rows = count_rows(batches)
@@ -162,12 +161,6 @@ class Worker:
             f"the model's logits for this prompt are not finite in {self._parts.model.dtype}; "
             "take a dtype with a wider range (bfloat16, float32), or check the weights"
         )
-
-    def _completion_of(self, sequence: Sequence) -> Completion:
-        try:
-            return completion_of(sequence, self._parts.text)
-        except Exception as error:  # tokenizers raise whatever they meet
-            return Completion(error=unreadable(sequence, self._parts.text, error))
 
     def _deliver(self, done: Iterable[tuple[Sequence, Completion]]) -> None:
         finished: dict[int, tuple[Call, Finished]] = {}

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from engine import Completion, Engine, Job, Sampling
-from engine.completion import Text, advance
+from engine.completion import add_token
 from engine.schedule.sequence import Sequence as AdvancingSequence
+from engine.text import Text
 
 COUNT = 14
 Stop = str | list[int]
@@ -201,7 +202,7 @@ def test_a_stop_is_seen_at_the_very_token_that_completes_it(
     sequence = AdvancingSequence.of(Job(prompt=[3], max_new_tokens=len(tokens) + 1, stop=[stop]))
     completed = next(count for count in range(1, len(tokens) + 1) if stop in decode(tokens[:count]))
     for count, token in enumerate(tokens, start=1):
-        advance(sequence, token, 0.0, Text(tokenizer, frozenset()))
+        add_token(sequence, token, 0.0, Text(tokenizer, frozenset()))
         assert (sequence.finish_reason == "stop") == (count == completed)
         if count == completed:
             break

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from engine import Completion, Job
-from engine.completion import advance, completion_of
+from engine.completion import add_token, completion_of
 from engine.errors import JobError
 from engine.schedule.sequence import Sequence as AdvancingSequence
 from engine.text import Text
@@ -34,7 +34,7 @@ def complete(tokens: Sequence[int], stops: Sequence[Stop], tokenizer: PreTrained
     sequence = AdvancingSequence.of(Job(prompt=[0], max_new_tokens=len(tokens), stop=stops))
     text = Text(tokenizer, frozenset())
     for token in tokens:
-        advance(sequence, token, 0.0, text)
+        add_token(sequence, token, 0.0, text)
         if sequence.is_done:
             break
     return completion_of(sequence, text)
