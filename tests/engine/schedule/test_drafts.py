@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -39,12 +41,36 @@ def draft_by_hand(tokens: list[int], room: int) -> tuple[int, ...]:
     return ()
 
 
-@given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 40), st.integers(0, 9))
+TOKENS = st.integers(0, 3) | st.sampled_from([1, 256, 257, 65_536, 16_777_216])
+"""Few, so that they recur; among them those whose bytes look alike side by side."""
+
+
+@given(st.lists(st.integers(0, 3), max_size=40) | st.lists(TOKENS, max_size=40), st.integers(0, 40), st.integers(0, 9))
 def test_a_draft_is_what_followed_the_last_occurrence(tokens: list[int], cut: int, room: int) -> None:
     drafter = Drafter(tokens[:cut])
     drafter.extend(tokens[cut:])
     assert len(drafter) == len(tokens)
     assert drafter.draft(room) == draft_by_hand(tokens, room)
+
+
+def test_drafting_takes_less_than_a_millisecond_and_little_memory() -> None:
+    rng = random.Random(3)
+    tokens = [rng.randrange(32_000) for _ in range(4_000)]
+
+    def seconds() -> float:
+        begun = time.perf_counter()
+        assert Drafter(tokens).draft(9) == ()
+        return time.perf_counter() - begun
+
+    assert min(seconds() for _ in range(9)) < 1e-3
+    tracemalloc.start()
+    try:
+        drafter = Drafter(tokens)
+        num_bytes = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(drafter) == 4_000
+    assert num_bytes < 32_000
 
 
 def jobs() -> list[Job]:
