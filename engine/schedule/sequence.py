@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
@@ -19,8 +20,12 @@ class Span:
     """Consecutive tokens whose keys and values are computed together and kept in one block."""
 
     tokens: list[int]
-    parent: Prefix | None = None
-    """The prefix that these tokens continue."""
+    parent: Prefix | None = field(default=None, repr=False)
+    """The prefix that these tokens continue; `_follow` sets it."""
+    start: int = field(init=False)
+    """Position of the first token."""
+    chain: tuple[Prefix, ...] = field(init=False, repr=False)
+    """The prefixes before this span, the first one first."""
     cached: int = 0
     """How many of `tokens` have their keys and values in `block`."""
     block: Block | None = None
@@ -31,15 +36,14 @@ class Span:
     is_finite: bool = True
     """Whether all logits so far were numbers; else it, or a neighbour of its micro-batch, is at fault."""
 
-    @property
-    def start(self) -> int:
-        """Position of the first token."""
-        return 0 if self.parent is None else self.parent.start + len(self.parent.tokens)
+    def __post_init__(self) -> None:
+        self._follow(self.parent)
 
-    @property
-    def chain(self) -> tuple[Prefix, ...]:
-        """The prefixes before this span, the first one first."""
-        return () if self.parent is None else (*self.parent.chain, self.parent)
+    def _follow(self, parent: Prefix | None) -> None:
+        """Continue `parent`, whose tokens and parent are final: position and chain are computed here, once."""
+        self.parent = parent
+        self.start = 0 if parent is None else parent.start + len(parent.tokens)
+        self.chain = () if parent is None else (*parent.chain, parent)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -97,7 +101,8 @@ class Sequence(Span):
         assert self.block is None
         self.tokens, self.num_prompt = list(self.job.prompt), len(self.job.prompt)
         self.rng, self.draws = _rng(self.job), []
-        self.parent, self.cached = None, 0
+        self._follow(None)
+        self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.is_alone, self.drafter = True, True, None
         self.finish_reason, self.end_token, self.error = None, None, None
@@ -130,7 +135,7 @@ class Sequence(Span):
         ):
             return ()
         if self.drafter is None:
-            self.drafter = Drafter(token for prefix in self.chain for token in prefix.tokens)
+            self.drafter = Drafter(chain.from_iterable(prefix.tokens for prefix in self.chain))
         self.drafter.extend(self.tokens[len(self.drafter) - self.start :])
         return self.drafter.draft(room)
 
@@ -165,21 +170,25 @@ class Sequence(Span):
         return self.finish_reason is not None or self.error is not None
 
     def continue_from(self, prefix: Prefix) -> None:
-        """Leave the first own tokens, which must equal those of `prefix`, to `prefix`, a child of `parent`."""
+        """Leave the first own tokens to `prefix`, and to those prefixes before it that do not come before this yet.
+
+        These tokens must be equal, and the prefixes must continue this sequence's parent.
+        """
         assert self.cached == 0
-        assert prefix.parent is self.parent
-        assert self.tokens[: len(prefix.tokens)] == prefix.tokens
+        assert prefix.chain[: len(self.chain)] == self.chain
+        size = prefix.start + len(prefix.tokens) - self.start
+        assert self.tokens[size - len(prefix.tokens) : size] == prefix.tokens
         if self.parent is not None:
             self.parent.num_users -= 1
-        self.tokens = self.tokens[len(prefix.tokens) :]
-        self.num_prompt -= len(prefix.tokens)
-        self.parent = prefix
+        self.tokens = self.tokens[size:]
+        self.num_prompt -= size
+        self._follow(prefix)
         prefix.num_users += 1
 
     def take_back(self, shared: list[int]) -> None:
         """Own again the tokens that were left to a chain of prefixes: this sequence then shares nothing."""
         assert self.cached == 0
-        self.parent = None
+        self._follow(None)
         self.tokens = shared + self.tokens
         self.num_prompt += len(shared)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Job
 from engine.schedule.prefix import MIN_SHARED_TOKENS, common_length, share_prefixes
+from engine.schedule.scheduler import Limits, Scheduler, Segment
 from engine.schedule.sequence import Prefix, Sequence
 
 
@@ -172,3 +175,65 @@ def test_many_prompts_are_quick() -> None:
     sequences = sequences_of(prompts)
     share_prefixes(sequences)
     assert num_computed(sequences) <= 57 * 450 + 5_000 * 50
+
+
+@dataclass
+class Block:
+    """Room in a cache that counts."""
+
+    num_rows: int
+    tier: str = "device"
+    first: int = 0
+
+
+@dataclass
+class Cache:
+    """A cache room of a given size on the device."""
+
+    room: int
+
+    def allocate(self, num_rows: int) -> Any:
+        """A block, while there is room."""
+        if num_rows > self.room:
+            return None
+        self.room -= num_rows
+        return Block(num_rows)
+
+    def free(self, block: Any) -> None:
+        """Give room back."""
+        self.room += block.num_rows
+
+    def expect(self, num_rows: int) -> None:
+        """Be told of what comes."""
+
+    def num_off_device(self, num_rows: int) -> int:
+        """Nothing lies off the device."""
+        return 0
+
+
+def compute(scheduler: Scheduler, batches: list[list[Segment]]) -> int:
+    """What an executor and an engine do after a sweep; all sequences end with it. Returns the rows computed."""
+    for segment in (segment for batch in batches for segment in batch):
+        segment.span.cached += segment.num_rows
+    scheduler.finish(list(scheduler.running))
+    return sum(segment.num_rows for batch in batches for segment in batch)
+
+
+def test_prompts_that_grow_step_by_step_nest_as_deep_as_they_are_many() -> None:
+    """1,200 prompts, each the one before it and 16 tokens more, as of an agent's steps: 1,199 prefixes in a row."""
+    tokens = words(0, 1_200 * MIN_SHARED_TOKENS)
+    prompts = [tokens[: size * MIN_SHARED_TOKENS] for size in range(1, 1_201)]
+    cache = Cache(2 * len(tokens))
+    limits = Limits(
+        sequences_per_batch=400, batches=3, rows_per_batch=10**6, cached_rows_per_batch=10**6, rows_per_sweep=10**6
+    )
+    scheduler = Scheduler(limits, cache)
+    sequences = [Sequence.of(Job(prompt=prompt, max_new_tokens=2)) for prompt in prompts]
+    scheduler.add(sequences)
+    assert max(len(sequence.chain) for sequence in sequences) > 1_150
+    assert_consistent(sequences)
+    assert [whole(sequence) for sequence in sequences[::97]] == prompts[::97]
+    assert "tokens" in repr(sequences[-1])
+    assert compute(scheduler, scheduler.next_sweep()) == num_computed(sequences)
+    assert scheduler.is_idle
+    assert cache.room == 2 * len(tokens)
