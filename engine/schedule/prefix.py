@@ -32,10 +32,12 @@ def share_prefixes(sequences: Iterable[Sequence], live: Iterable[Prefix] = ()) -
     logits are the sequence's own; a job that only scores keeps two, since its last one is never computed.
     """
     by_parent: dict[Prefix | None, list[Sequence]] = {}
-    live = list(live)
+    children: dict[Prefix | None, list[Prefix]] = {}
+    for prefix in live:
+        children.setdefault(prefix.parent, []).append(prefix)
     for sequence in sequences:
-        while (prefix := _continued(sequence, live)) is not None:
-            sequence.continue_from(prefix)
+        if (last := _last_continued(sequence, children)) is not None:
+            sequence.continue_from(last)
         by_parent.setdefault(sequence.parent, []).append(sequence)
     ordered: list[Sequence] = []
     for parent, group in by_parent.items():
@@ -45,31 +47,36 @@ def share_prefixes(sequences: Iterable[Sequence], live: Iterable[Prefix] = ()) -
     return ordered
 
 
-def _continued(sequence: Sequence, live: list[Prefix]) -> Prefix | None:
-    own = sequence.tokens
-    for prefix in live:
-        size = len(prefix.tokens)
-        if prefix.parent is sequence.parent and size <= sequence.num_shareable and own[:size] == prefix.tokens:
-            return prefix
-    return None
+def _last_continued(sequence: Sequence, children: dict[Prefix | None, list[Prefix]]) -> Prefix | None:
+    """The last of the prefixes in use, by parent, that `sequence` can continue one after the other."""
+    own, begin, last = sequence.tokens, 0, sequence.parent
+    while True:
+        for prefix in children.get(last, ()):
+            end = begin + len(prefix.tokens)
+            if end <= sequence.num_shareable and own[begin:end] == prefix.tokens:
+                begin, last = end, prefix
+                break
+        else:
+            return last if last is not sequence.parent else None
 
 
 def _cluster(group: list[Sequence], parent: Prefix | None) -> None:
     """Make nested prefixes for `group`, sorted by own tokens: the intervals of its common-prefix array, top down."""
     shared = [_shareable(left, right) for left, right in pairwise(group)]
+    outer = parent
     work = [(0, len(group), 0, parent)]
     while work:
         first, end, depth, parent = work.pop()
         if end - first < 2:
+            if first < end and parent is not outer and parent is not None:
+                group[first].continue_from(parent)  # once, however many prefixes nest
             continue
         size = min(shared[first : end - 1])
         borders = [first, *(i + 1 for i in range(first, end - 1) if shared[i] == size), end]
         if (size - depth) * (len(borders) - 2) >= MIN_SHARED_TOKENS:
-            prefix = Prefix(tokens=group[first].tokens[: size - depth], parent=parent)
+            prefix = Prefix(tokens=group[first].tokens[depth:size], parent=parent)
             if parent is not None:
                 parent.num_users += 1
-            for sequence in group[first:end]:
-                sequence.continue_from(prefix)
             depth, parent = size, prefix
         work += [(left, right, depth, parent) for left, right in pairwise(borders)]
 
