@@ -25,7 +25,8 @@ from engine.policy import Policy, parse_bytes
 from flexgen_helm.commands.bench import timed
 from flexgen_helm.commands.plan import _model
 from flexgen_helm.planning.dummy import open_dummy
-from flexgen_helm.planning.policy_search import Estimate, best_of, search
+from flexgen_helm.planning.estimate import Estimate
+from flexgen_helm.planning.policy_search import best_of, search
 from flexgen_helm.planning.record import write_record
 from flexgen_helm.planning.roofline import Workload
 from flexgen_helm.terminal.errors import RunFailed

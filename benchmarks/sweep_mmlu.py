@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.helm_client import count_tokens, gemm_seconds, place_data, predictions
 from flexgen_helm.planning.record import write_record
-from flexgen_helm.sweeps import record as sweep_record
+from flexgen_helm.sweeps.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = "mmlu"
@@ -102,7 +102,7 @@ def main() -> None:
         print(f"killed after {parts[-1]['seconds']:.0f} s with {parts[-1]['kept']} of {total} answers", flush=True)
     parts.append(run(command, work, None))
     print(f"resumed: {parts[-1]['seconds']:.0f} s, exit code {parts[-1]['exit']}", flush=True)
-    found = sweep_record.read(output / "runs" / SUITE)
+    found = read_record(output / "runs" / SUITE)
     assert found is not None
     tokens = count_tokens(options.model, predictions(output / "runs" / SUITE))
     limit_s = gemm_seconds(options.model, int(tokens["computed_tokens"]), int(tokens["answer_tokens"]))

@@ -99,10 +99,9 @@ def test_what_is_shipped_is_found_beside_the_installed_package(wheel: zipfile.Zi
     ]
 
 
-LIGHT = ["flexgen_helm", *(f"flexgen_helm.{name}" for name in ("plugin", "run", "commands.doctor"))]
-
-
-@pytest.mark.parametrize("module", LIGHT)
+@pytest.mark.parametrize(
+    "module", [f"flexgen_helm{name}" for name in ("", ".plugin", ".run", ".commands.doctor", ".commands.profiling")]
+)
 def test_importing_it_loads_neither_torch_nor_helm_run(module: str) -> None:
     program = f"import sys, {module}; print([name for name in ('torch', 'helm.benchmark.run') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -22,7 +22,7 @@ from flexgen_helm.terminal.parser import Parser
 
 if TYPE_CHECKING:
     from engine.model.causal_model import CausalModel
-    from flexgen_helm.planning.policy_search import Estimate
+    from flexgen_helm.planning.estimate import Estimate
 
 _REACHED = 0.9
 """Of the least time's rate, about what sweeps have reached on cards (0.86 to 0.99, benchmarks/results)."""

@@ -23,9 +23,10 @@ from engine.errors import ConfigError, EngineError
 from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.fidelity import drift as fidelity
-from flexgen_helm.fidelity.drift import Comparison, Fidelity, compare
+from flexgen_helm.fidelity.comparison import Comparison, compare
+from flexgen_helm.fidelity.record import write_record
 from flexgen_helm.fidelity.reference import Reference, find_place
+from flexgen_helm.fidelity.verdict import Fidelity, table, verdict
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.engines import RunningEngine, Served, engines
 from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor
@@ -57,8 +58,8 @@ def verify(arguments: Sequence[str]) -> int:
     args.runner_class_name = f"{VerifyingRunner.__module__}.{VerifyingRunner.__name__}"
     found: list[Fidelity] = []
     VerifyingRunner.found = found
-    carry_out(args, show=lambda scores: fidelity.table(found))
-    print(fidelity.verdict(found))
+    carry_out(args, show=lambda scores: table(found))
+    print(verdict(found))
     return 0
 
 
@@ -177,7 +178,7 @@ class VerifyingRunner(CommandLineRunner):
                 "versions": {name: version(name) for name in ("torch", "transformers", "crfm-helm", "flexgen-helm")},
                 **found.figures(),
             }
-            fidelity.write_record(Path(self._get_run_path(run_spec)), record)
+            write_record(Path(self._get_run_path(run_spec)), record)
 
     def _score(self, answered: Answered, comparison: Comparison, ours: Score) -> float | None:
         """The metric of our score, computed by HELM from the reference's results."""

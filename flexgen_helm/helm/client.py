@@ -24,13 +24,8 @@ from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.asked import Answer, Asked, Work, raise_first  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
-from flexgen_helm.helm.translate import (  # noqa: E402
-    Response,
-    Timing,
-    Translator,
-    failure,
-    result,
-)
+from flexgen_helm.helm.results import Response, Timing, failure, result  # noqa: E402
+from flexgen_helm.helm.translate import Translator  # noqa: E402
 
 Progress = Callable[[int, int, int], None]
 """Called with (requests done, requests in all, tokens that the engine worked through for those done)."""

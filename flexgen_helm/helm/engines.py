@@ -21,7 +21,7 @@ from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
 from flexgen_helm.planning.auto_policy import choose
-from flexgen_helm.planning.policy_search import Estimate
+from flexgen_helm.planning.estimate import Estimate
 
 Identity = dict[str, str | int | None]
 

@@ -1,23 +1,22 @@
-"""From HELM's vocabulary to the engine's and back: the only file that knows both."""
+"""From HELM's requests to the engine's jobs, and to the keys of HELM's cache."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
+from helm.common.request import Request
 
-from engine.errors import EngineError, JobError, NumericsError, UnsupportedError
+from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job, Sampling
+from flexgen_helm.helm.rendering import Rendering
+from flexgen_helm.helm.results import PromptError, Response, Timing, response
+from flexgen_helm.helm.tokenizer import adds_bos, sha256_of, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
-    from transformers import PreTrainedTokenizerBase
 
 _PROBES = ("a", " a", "1", ".", "a\n")
 """Short prompts that meet a template's text in different ways."""
@@ -26,24 +25,6 @@ _NO_LIMIT = 1_000_000
 """transformers writes 10**30 where a tokenizer sets no limit."""
 
 Key = dict[str, Any]
-Response = dict[str, Any]
-"""What HELM's cache keeps of a request; JSON types only."""
-
-
-class PromptError(JobError):
-    """A prompt that this model cannot take; the other requests of a run are not to blame for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """How long a request took, and in what company."""
-
-    seconds: float
-    """From the beginning of the engine call that answered it to the answer."""
-    started: float
-    """When that call began, in seconds since the Epoch."""
-    num_requests: int
-    """Requests that the engine worked on together."""
 
 
 class Translator:
@@ -73,9 +54,8 @@ class Translator:
         self._end_of_text_token = end_of_text_token or None
         self._top_k = top_k
         with tokenizer as hf_tokenizer:
-            chat_template = hf_tokenizer.chat_template
             self._bos_token = str(hf_tokenizer.bos_token or "")
-            self._adds_bos = _adds_bos(hf_tokenizer)
+            self._adds_bos = adds_bos(hf_tokenizer)
             tokenizer_limit = limit if (limit := int(hf_tokenizer.model_max_length)) < _NO_LIMIT else None
             end_of_text_id = hf_tokenizer.get_vocab().get(end_of_text_token or "")
         self.window = window if window is not None else tokenizer_limit
@@ -83,8 +63,7 @@ class Translator:
         self._end_of_text: list[str | list[int]] = [] if end_of_text_id is None else [[int(end_of_text_id)]]
         if self._end_of_text_token:
             self._end_of_text.append(self._end_of_text_token)
-        self._applies_chat_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
-        self._chat_template = _sha256(chat_template) if self._applies_chat_template else None
+        self._rendering = Rendering(tokenizer, model=model, apply_chat_template=apply_chat_template)
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._numbers: dict[int, int] = {}
 
@@ -108,24 +87,7 @@ class Translator:
 
     def render(self, request: Request) -> str:
         """The text that the model will see."""
-        _refuse_what_is_not_text(request)
-        if not self._applies_chat_template:
-            if request.messages:
-                raise UnsupportedError(
-                    f"the request has messages, but {self._model} is run without a chat template; "
-                    "set apply_chat_template: true if it is a chat model"
-                )
-            return request.prompt
-        messages = request.messages or [{"role": "user", "content": request.prompt}]
-        try:
-            with self._tokenizer as tokenizer:
-                return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UnsupportedError(
-                f"the chat template of {self._model} refuses the request: {reason}; set apply_chat_template: false "
-                "if it is no chat model"
-            ) from None
+        return self._rendering.text(request)
 
     def key(self, request: Request, text: str, identity: Mapping[str, str | int | None]) -> Key:
         """Everything that can change the result of a request whose rendered prompt is `text`."""
@@ -133,7 +95,7 @@ class Translator:
             "client": "flexgen_helm",
             "identity": dict(identity),
             "tokenizer": self._fingerprint,
-            "chat_template": self._chat_template,
+            "chat_template": self._rendering.digest,
             "end_of_text_token": self._end_of_text_token,
             "num_completions": request.num_completions,
             **self._what_is_asked(request, text),
@@ -231,143 +193,13 @@ class Translator:
         """Tokens to generate: no more than there are positions for; the last one needs none."""
         return max_tokens if self.window is None else min(max_tokens, self.window - len(ids) + 1)
 
-    # Results
-
     def response(
         self, request: Request, ids: Sequence[int], completions: Sequence[Completion], timing: Timing
     ) -> Response:
         """What the cache keeps; raises the error of a completion that failed."""
-        for completion in completions:
-            if completion.error is not None:
-                raise completion.error
-        if len(completions) < request.num_completions:
-            completions = [completions[0]] * request.num_completions
-        with self._tokenizer as tokenizer:
-            response: Response = {
-                "completions": [
-                    {
-                        "text": _continuation(tokenizer, ids, completion) if request.echo_prompt else completion.text,
-                        "tokens": [tokenizer.decode(token) for token in completion.tokens],
-                        "logprobs": list(completion.logprobs),
-                        "finish_reason": completion.finish_reason,
-                    }
-                    for completion in completions
-                ],
-                "request_time": timing.seconds,
-                "request_datetime": int(timing.started),
-            }
-            if request.echo_prompt:
-                response["prompt"] = {
-                    "text": tokenizer.decode(list(ids)),
-                    "tokens": [tokenizer.decode(token) for token in ids],
-                    "logprobs": [logprob or 0.0 for logprob in completions[0].prompt_logprobs or ()],
-                }
-        if timing.num_requests > 1:
-            response["batch_size"] = timing.num_requests
-            response["batch_request_time"] = timing.seconds
-        return response
-
-
-def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Completion) -> str:
-    """Text of a completion as it stands behind its prompt, where a tokenizer like Llama's keeps its first space.
-
-    Where the completion changes what the prompt is (half a character makes its neighbours unreadable), its text alone.
-    """
-    if not completion.tokens:
-        return completion.text
-    prompt, whole = str(tokenizer.decode(list(ids))), str(tokenizer.decode([*ids, *completion.tokens]))
-    if not whole.startswith(prompt):
-        return completion.text
-    num_cut = len(tokenizer.decode(list(completion.tokens))) - len(completion.text)  # from the stop on
-    return whole[len(prompt) : len(whole) - num_cut]
-
-
-def result(response: Response, *, cached: bool) -> RequestResult:
-    """HELM's result of a response, new or from the cache."""
-    prompt = response.get("prompt", {"text": "", "tokens": [], "logprobs": []})
-    return RequestResult(
-        success=True,
-        embedding=[],
-        completions=[_generated_output(prompt, completion) for completion in response["completions"]],
-        cached=cached,
-        request_time=response["request_time"],
-        request_datetime=response["request_datetime"],
-        batch_size=response.get("batch_size"),
-        batch_request_time=response.get("batch_request_time"),
-    )
-
-
-def _generated_output(prompt: Response, completion: Response) -> GeneratedOutput:
-    texts = [*prompt["tokens"], *completion["tokens"]]
-    logprobs = [*prompt["logprobs"], *completion["logprobs"]]
-    tokens = [Token(text=text, logprob=logprob) for text, logprob in zip(texts, logprobs, strict=True)]
-    return GeneratedOutput(
-        text=prompt["text"] + completion["text"],
-        logprob=sum(logprobs),
-        tokens=tokens,
-        finish_reason={"reason": completion["finish_reason"]},
-    )
-
-
-def failure(request: Request, error: EngineError) -> RequestResult:
-    """HELM's result of a request that failed; never to be retried, since HELM would sleep 150 s over it.
-
-    HELM scores a failure that is not fatal as an empty completion. That is the lot of a prompt that the model cannot
-    take, or has no finite answer to; but where log-probabilities of the prompt are scored, an empty completion would
-    have the best of all (0), so there, and for every fault that is not the prompt's, HELM is told to give up the run.
-    """
-    fatal = request.echo_prompt or not isinstance(error, PromptError | NumericsError)
-    return RequestResult(
-        success=False,
-        embedding=[],
-        completions=[],
-        cached=False,
-        error=f"{type(error).__name__}: {error}",
-        error_flags=ErrorFlags(is_retriable=False, is_fatal=fatal),
-    )
-
-
-def _refuse_what_is_not_text(request: Request) -> None:
-    asked = {
-        "an embedding": request.embedding,
-        "a multimodal prompt": request.multimodal_prompt,
-        "an image": request.image_generation_parameters,
-        "a response format": request.response_format,
-    }
-    for what, value in asked.items():
-        if value:
-            raise UnsupportedError(f"the request asks for {what}; flexgen_helm serves plain text requests only")
-    if request.prompt and request.messages:
-        raise UnsupportedError("the request has both prompt and messages; set one of them")
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    plain, special = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
-    return tokenizer.bos_token_id is not None and special[:1] == [tokenizer.bos_token_id] != plain[:1]
-
-
-_fingerprints: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-
-
-def tokenizer_fingerprint(wrapped: WrappedPreTrainedTokenizer) -> str:
-    """Hex digest of all that decides which ids a text becomes; a tokenizer's name would not tell."""
-    with wrapped as tokenizer:  # its lock also keeps two threads from computing this twice
-        if wrapped not in _fingerprints:
-            backend = getattr(tokenizer, "backend_tokenizer", None)
-            if backend is None:
-                state: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
-            else:
-                backend.no_truncation()  # left over from HELM's own calls
-                backend.no_padding()
-                state = backend.to_str()
-            _fingerprints[wrapped] = _sha256(state)
-        return _fingerprints[wrapped]
+        return response(self._tokenizer, request, ids, completions, timing)
 
 
 def _seed(asked: Key, index: int) -> int:
     """Seed of completion `index`: the same in every process, whatever other completions are asked for."""
-    return int(_sha256([asked, index])[:15], 16)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return int(sha256_of([asked, index])[:15], 16)

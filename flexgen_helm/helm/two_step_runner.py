@@ -41,7 +41,7 @@ from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from helm.tokenizers.tokenizer import Tokenizer
 
 from engine.errors import EngineError
-from flexgen_helm.helm.helm_json import dumps
+from flexgen_helm.helm.dataclass_json import dumps
 from flexgen_helm.helm.runner import FlexGenRunner
 
 _LAST_FILE = "per_instance_stats.json"

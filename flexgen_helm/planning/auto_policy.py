@@ -15,7 +15,8 @@ from engine.policy import Policy
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.sequence import Prefix
 from engine.schedule.sequence import Sequence as Running
-from flexgen_helm.planning.policy_search import Estimate, best_of, is_host, search
+from flexgen_helm.planning.estimate import Estimate, is_host
+from flexgen_helm.planning.policy_search import best_of, search
 from flexgen_helm.planning.roofline import Workload
 
 

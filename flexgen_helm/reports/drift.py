@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError
-from flexgen_helm.fidelity import drift as fidelity
+from flexgen_helm.fidelity.record import FILE_NAME
 from flexgen_helm.suites.suite import Run, Suite, key_of, read_suite, score_like, without_model
 
 
@@ -69,15 +69,15 @@ class References:
             if key == run.key or (self._is_one_model and without_model(key) == without_model(run.key)):
                 return found
         if self._suite is not None and (other := self._suite.counterpart(run, any_model=True)) is not None:
-            found_there = _read_drift(other.path / fidelity.FILE_NAME)
+            found_there = _read_drift(other.path / FILE_NAME)
             if found_there is not None:
                 return found_there
-        return _read_drift(run.path / fidelity.FILE_NAME)
+        return _read_drift(run.path / FILE_NAME)
 
     def score(self, run: Run, drift: Drift | None) -> tuple[float | None, float | None]:
         """The reference's score of the run, and how much ours is above it."""
         other = self._suite.counterpart(run, any_model=True) if self._suite else None
-        if other is not None and run.score is not None and not (other.path / fidelity.FILE_NAME).is_file():
+        if other is not None and run.score is not None and not (other.path / FILE_NAME).is_file():
             value = score_like(run, other.path.parent, name=other.name)
             if value is not None:
                 return value, None if run.value is None else run.value - value

@@ -10,7 +10,7 @@ from flexgen_helm.reports.data import Report
 from flexgen_helm.reports.head import header, notices
 from flexgen_helm.reports.markup import Markup, join, tag, text
 from flexgen_helm.reports.models import models_section
-from flexgen_helm.reports.scores import drift_section, scores_section, trends_section
+from flexgen_helm.reports.tables import drift_section, scores_section, trends_section
 
 
 def page(report: Report) -> str:

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from engine.errors import ConfigError
 from flexgen_helm.helm.scores import FALLBACK_METRICS, Score, choose, is_plain, main_metric
-from flexgen_helm.sweeps import record as sweep_record
-from flexgen_helm.sweeps.record import ModelRecord, RunRecord, SweepRecord
+from flexgen_helm.sweeps.record import FILE_NAME, ModelRecord, RunRecord, SweepRecord, read_record
 
 Status = Literal["done", "failed", "skipped", "unfinished"]
 
@@ -126,12 +125,12 @@ def read_suite(path: Path) -> Suite:
     A run whose own files cannot be read is a failed one.
     """
     path = path.resolve()
-    record = sweep_record.read(path)
+    record = read_record(path)
     recorded = {run.name: run for run in record.runs} if record else {}
     folders = {folder.name: folder for folder in sorted(path.iterdir()) if _is_run(folder)}
     names = sorted({*folders, *recorded})
     if not names and record is None:
-        raise ConfigError(f"{path} holds no runs of HELM and no {sweep_record.FILE_NAME}; name a suite's directory")
+        raise ConfigError(f"{path} holds no runs of HELM and no {FILE_NAME}; name a suite's directory")
     runs = {name: _read_run(path / name, recorded.get(name), is_there=name in folders) for name in names}
     models = {run.model.replace("/", "_"): run.model for run in runs.values()}  # the name of a run holds the former
     models |= {run.model.replace("/", "_"): run.model for run in runs.values() if "/" in run.model}
@@ -272,7 +271,7 @@ def earlier_suites(suite: Suite) -> list[tuple[Path, SweepRecord]]:
         if folder == suite.path or folder.is_symlink() or not folder.is_dir():  # HELM links the latest suite
             continue
         try:
-            record = sweep_record.read(folder)
+            record = read_record(folder)
         except ConfigError:
             continue
         if record is not None and datetime.fromisoformat(record.started) < suite.started:

@@ -15,12 +15,11 @@ from helm.benchmark.run_spec import RunSpec
 
 from flexgen_helm.helm.asked import Answer
 from flexgen_helm.helm.scores import short_name
-from flexgen_helm.planning import record
-from flexgen_helm.sweeps import record as sweep_record
+from flexgen_helm.planning.record import commit
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
-from flexgen_helm.sweeps.record import Hardware, ModelRecord, RunRecord, RunStatus, SweepRecord
+from flexgen_helm.sweeps.record import Hardware, ModelRecord, RunRecord, RunStatus, SweepRecord, write_record
 from flexgen_helm.terminal.installation import version
 
 
@@ -42,13 +41,13 @@ class SweepDiary:
         self._requests: dict[str, PendingRun] = {}
         self._started = _now()
         self._hardware = _hardware()
-        self._commit = None if (commit := record.commit()) == "unknown" else commit
+        self._commit = None if (found := commit()) == "unknown" else found
         self._json_log = json_log
         self._progress = SweepProgress(Standing(len(run_specs)), json_log, self._speed, stream)
 
     def __enter__(self) -> SweepDiary:
         """Begin: the record says that the sweep runs. Raises `OSError` where it cannot be written."""
-        sweep_record.write(self._suite_path, self.record())
+        write_record(self._suite_path, self.record())
         runs = len(self._deployments)
         logger.info("sweep of %d runs begins, process %d on %s", runs, os.getpid(), socket.gethostname())
         self._json_log.write("start", suite=self._suite_path.name, runs=list(self._deployments))
@@ -199,7 +198,7 @@ class SweepDiary:
 
     def _write(self, finished: str | None = None) -> None:
         try:
-            sweep_record.write(self._suite_path, self.record(finished))
+            write_record(self._suite_path, self.record(finished))
         except OSError as error:  # the runs matter more
             logger.warning("the record of the sweep cannot be written: %s", error.strerror)
 

@@ -143,7 +143,7 @@ def _together(points: Sequence[TimelinePoint]) -> TimelinePoint:
     )
 
 
-def write(suite_path: Path, record: SweepRecord) -> Path:
+def write_record(suite_path: Path, record: SweepRecord) -> Path:
     """Write `flexgen_sweep.json` into a suite's directory, made if need be; whole or not at all. Returns its path.
 
     Raises `OSError` where the file cannot be written, `ValueError` for a number that is not finite.
@@ -167,7 +167,7 @@ def replace_text(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def read(suite_path: Path) -> SweepRecord | None:
+def read_record(suite_path: Path) -> SweepRecord | None:
     """The record in a suite's directory; None where there is none, `ConfigError` where it is not one."""
     path = suite_path / FILE_NAME
     try:

@@ -13,7 +13,7 @@ from engine.planning.hardware_profile import HardwareProfile
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.asked import Answer
 from flexgen_helm.helm.engines import RunningEngine
-from flexgen_helm.planning.policy_search import resource_seconds
+from flexgen_helm.planning.estimate import resource_seconds
 from flexgen_helm.planning.roofline import Sizes, Work, sizes_of
 from flexgen_helm.sweeps.record import MOST_POINTS, TimelinePoint, TimeSplit, thinned
 

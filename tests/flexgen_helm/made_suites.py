@@ -16,7 +16,7 @@ from flexgen_helm.sweeps.record import (
     SweepRecord,
     TimelinePoint,
     TimeSplit,
-    write,
+    write_record,
 )
 
 DEPLOYMENT = "flexgen/tiny"
@@ -110,7 +110,7 @@ def make_suite(
             "models": (MODEL,),
             "runs": (*done, *broken),
         }
-        write(suite, SweepRecord(**{**fields, **record}))
+        write_record(suite, SweepRecord(**{**fields, **record}))
     return suite
 
 

@@ -24,7 +24,8 @@ from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy, Share
 from engine.weights.stored_form import shape_of
 from flexgen_helm.commands import plan
-from flexgen_helm.planning.policy_search import Estimate, best_of, estimate, gemm_rate_at, memory_of, search
+from flexgen_helm.planning.estimate import Estimate, estimate, gemm_rate_at
+from flexgen_helm.planning.policy_search import best_of, memory_of, search
 from flexgen_helm.planning.roofline import Workload, sizes_of_model, work_of
 from flexgen_helm.run import main
 

@@ -428,7 +428,8 @@ def test_a_reference_that_is_not_finite_is_no_oracle(tiny_llama: Path) -> None:
 
 
 def fidelity(dtype: str, *, ours: float = -1.0, reference: float = -1.0, margin: float = 0.0) -> Any:
-    from flexgen_helm.fidelity.drift import Compared, Comparison, Difference, Fidelity
+    from flexgen_helm.fidelity.comparison import Compared, Comparison, Difference
+    from flexgen_helm.fidelity.verdict import Fidelity
     from flexgen_helm.helm.scores import Score
 
     difference = Difference(
@@ -456,7 +457,7 @@ def fidelity(dtype: str, *, ours: float = -1.0, reference: float = -1.0, margin:
     ],
 )
 def test_what_counts_as_drift(dtype: str, arguments: dict[str, float], has_drifted: bool) -> None:
-    from flexgen_helm.fidelity.drift import verdict
+    from flexgen_helm.fidelity.verdict import verdict
 
     found = fidelity(dtype, **arguments)
     assert found.has_drifted == has_drifted
@@ -473,7 +474,8 @@ def test_a_failed_request_is_asked_of_the_reference(
     from helm.benchmark.scenarios.scenario import Input, Instance
     from helm.common.request import Request, RequestResult
 
-    from flexgen_helm.fidelity.drift import compare, verdict
+    from flexgen_helm.fidelity.comparison import compare
+    from flexgen_helm.fidelity.verdict import verdict
 
     client, reference = make_client(policy={"device": "cpu"}), load_reference(tiny_llama)
     if fails_there:

@@ -109,7 +109,7 @@ def test_an_engine_at_work_is_not_closed(tiny_llama: Path) -> None:
 def test_engines_are_closed_and_no_thread_is_left_when_the_process_ends(tiny_llama: Path, tmp_path: Path) -> None:
     program = f"""
 import sys
-sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).resolve().parents[3])]!r}
+sys.path[:0] = {[str(Path(__file__).resolve().parents[at]) for at in (1, 3)]!r}
 from engine import Job
 from engine.policy import Policy
 from fake_engine import FakeEngine

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from engine import Completion
 from engine.errors import JobError, UnsupportedError
-from flexgen_helm.helm.translate import PromptError, Timing, Translator, result
+from flexgen_helm.helm.results import PromptError, Timing, result
+from flexgen_helm.helm.translate import Translator
 
 ALONE = Timing(seconds=0.5, started=1000.0, num_requests=1)
 

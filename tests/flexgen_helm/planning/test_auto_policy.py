@@ -23,7 +23,8 @@ from flexgen_helm.helm import engines
 from flexgen_helm.planning import auto_policy
 from flexgen_helm.planning.auto_policy import Chosen, choose, workload_of
 from flexgen_helm.planning.dummy import write_model_directory
-from flexgen_helm.planning.policy_search import Estimate, search
+from flexgen_helm.planning.estimate import Estimate
+from flexgen_helm.planning.policy_search import search
 from flexgen_helm.planning.roofline import Workload
 
 GB = 10**9

@@ -20,7 +20,7 @@ from flexgen_helm.commands.report import write_report
 from flexgen_helm.helm.scores import distinct_names
 from flexgen_helm.reports.words import MINUS
 from flexgen_helm.run import main
-from flexgen_helm.sweeps.record import FILE_NAME, RunRecord, SweepRecord, write
+from flexgen_helm.sweeps.record import FILE_NAME, RunRecord, SweepRecord, write_record
 
 
 def night(day: int, hour: int = 1) -> str:
@@ -205,7 +205,7 @@ def test_a_sweep_that_has_not_finished(make: Callable[..., Path]) -> None:
 
 
 def test_a_sweep_of_which_nothing_is_there_yet(tmp_path: Path) -> None:
-    write(
+    write_record(
         tmp_path / "suite",
         SweepRecord(suite="suite", started=night(21), finished=None, versions={}, commit=None, hardware=HARDWARE),
     )

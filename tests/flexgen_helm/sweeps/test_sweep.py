@@ -29,7 +29,7 @@ from tiny_models import ours, write_entries
 
 from flexgen_helm.run import main
 from flexgen_helm.runs import launch
-from flexgen_helm.sweeps import record as sweep_record
+from flexgen_helm.sweeps.record import SweepRecord, read_record
 
 EASY = "synthetic_reasoning_natural:difficulty=easy"
 SUBJECTS = [f"mmlu:subject={subject}" for subject in MMLU_SUBJECTS]
@@ -59,8 +59,8 @@ def suite(name: str) -> Path:
     return Path("benchmark_output/runs") / name
 
 
-def record_of(name: str) -> sweep_record.SweepRecord:
-    found = sweep_record.read(suite(name))
+def record_of(name: str) -> SweepRecord:
+    found = read_record(suite(name))
     assert found is not None
     return found
 

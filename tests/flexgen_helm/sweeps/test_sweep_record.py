@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from flexgen_helm.sweeps import record as sweep_record
 from flexgen_helm.sweeps.record import (
     FILE_NAME,
     Hardware,
@@ -22,9 +21,9 @@ from flexgen_helm.sweeps.record import (
     SweepRecord,
     TimelinePoint,
     TimeSplit,
-    read,
+    read_record,
     thinned,
-    write,
+    write_record,
 )
 
 MODEL = ModelRecord(
@@ -68,42 +67,42 @@ RECORD = SweepRecord(
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "runs" / "nightly", RECORD)
+    path = write_record(tmp_path / "runs" / "nightly", RECORD)
     assert path.name == FILE_NAME
-    assert read(path.parent) == RECORD
+    assert read_record(path.parent) == RECORD
     assert [each.name for each in path.parent.iterdir()] == [FILE_NAME]
-    write(path.parent, replace(RECORD, finished="2026-11-22T02:00:00+00:00"))
-    assert read(path.parent) == replace(RECORD, finished="2026-11-22T02:00:00+00:00")
+    write_record(path.parent, replace(RECORD, finished="2026-11-22T02:00:00+00:00"))
+    assert read_record(path.parent) == replace(RECORD, finished="2026-11-22T02:00:00+00:00")
 
 
 def test_who_reads_while_it_is_written_reads_it_whole(tmp_path: Path) -> None:
-    write(tmp_path, RECORD)
+    write_record(tmp_path, RECORD)
     with (tmp_path / FILE_NAME).open() as reader:
         beginning = reader.read(20)
-        write(tmp_path, replace(RECORD, suite="another one"))
+        write_record(tmp_path, replace(RECORD, suite="another one"))
         assert json.loads(beginning + reader.read())["suite"] == RECORD.suite
 
 
 def test_no_record_is_none(tmp_path: Path) -> None:
-    assert read(tmp_path) is None
+    assert read_record(tmp_path) is None
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, RECORD)
+    write_record(tmp_path, RECORD)
 
     def no_space(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(OSError, match="No space"):
-        write(tmp_path, replace(RECORD, suite="other"))
-    assert read(tmp_path) == RECORD
+        write_record(tmp_path, replace(RECORD, suite="other"))
+    assert read_record(tmp_path) == RECORD
     assert [each.name for each in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def changed(**changes: Any) -> Any:
     """The record as JSON, each `path__to__field` of `changes` set to something else."""
-    written = json.loads(json.dumps(sweep_record.asdict(RECORD)))
+    written = json.loads(json.dumps(asdict(RECORD)))
     for name, value in changes.items():
         *way, last = [int(part) if part.isdigit() else part for part in name.split("__")]
         place = written
@@ -141,7 +140,7 @@ def changed(**changes: Any) -> Any:
 def test_anything_else_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
     (tmp_path / FILE_NAME).write_text(json.dumps(changed(**changes)))
     with pytest.raises(ConfigError, match=line) as caught:
-        read(tmp_path)
+        read_record(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path / FILE_NAME) in str(caught.value)
 
@@ -150,12 +149,12 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, changes: dict[str, Any
 def test_what_is_no_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE_NAME).write_bytes(content)
     with pytest.raises(ConfigError, match=FILE_NAME):
-        read(tmp_path)
+        read_record(tmp_path)
 
 
 def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write(tmp_path, replace(RECORD, models=(replace(MODEL, seconds=float("inf")),)))
+        write_record(tmp_path, replace(RECORD, models=(replace(MODEL, seconds=float("inf")),)))
     assert list(tmp_path.iterdir()) == []
 
 

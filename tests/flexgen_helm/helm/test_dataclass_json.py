@@ -15,7 +15,7 @@ from helm.common.general import asdict_without_nones
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_helm.helm.helm_json import dumps
+from flexgen_helm.helm.dataclass_json import dumps
 
 
 @dataclass

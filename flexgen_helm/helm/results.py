@@ -1,0 +1,133 @@
+"""What HELM is told of a request: the response that its cache keeps, and the result made of that or of an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
+
+from engine.errors import EngineError, JobError, NumericsError
+from engine.job import Completion
+
+if TYPE_CHECKING:
+    from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Response = dict[str, Any]
+"""What HELM's cache keeps of a request; JSON types only."""
+
+
+class PromptError(JobError):
+    """A prompt that this model cannot take; the other requests of a run are not to blame for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long a request took, and in what company."""
+
+    seconds: float
+    """From the beginning of the engine call that answered it to the answer."""
+    started: float
+    """When that call began, in seconds since the Epoch."""
+    num_requests: int
+    """Requests that the engine worked on together."""
+
+
+def response(
+    wrapped: WrappedPreTrainedTokenizer,
+    request: Request,
+    ids: Sequence[int],
+    completions: Sequence[Completion],
+    timing: Timing,
+) -> Response:
+    """What the cache keeps; raises the error of a completion that failed."""
+    for completion in completions:
+        if completion.error is not None:
+            raise completion.error
+    if len(completions) < request.num_completions:
+        completions = [completions[0]] * request.num_completions
+    with wrapped as tokenizer:
+        response: Response = {
+            "completions": [
+                {
+                    "text": _continuation(tokenizer, ids, completion) if request.echo_prompt else completion.text,
+                    "tokens": [tokenizer.decode(token) for token in completion.tokens],
+                    "logprobs": list(completion.logprobs),
+                    "finish_reason": completion.finish_reason,
+                }
+                for completion in completions
+            ],
+            "request_time": timing.seconds,
+            "request_datetime": int(timing.started),
+        }
+        if request.echo_prompt:
+            response["prompt"] = {
+                "text": tokenizer.decode(list(ids)),
+                "tokens": [tokenizer.decode(token) for token in ids],
+                "logprobs": [logprob or 0.0 for logprob in completions[0].prompt_logprobs or ()],
+            }
+    if timing.num_requests > 1:
+        response["batch_size"] = timing.num_requests
+        response["batch_request_time"] = timing.seconds
+    return response
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Completion) -> str:
+    """Text of a completion as it stands behind its prompt, where a tokenizer like Llama's keeps its first space.
+
+    Where the completion changes what the prompt is (half a character makes its neighbours unreadable), its text alone.
+    """
+    if not completion.tokens:
+        return completion.text
+    prompt, whole = str(tokenizer.decode(list(ids))), str(tokenizer.decode([*ids, *completion.tokens]))
+    if not whole.startswith(prompt):
+        return completion.text
+    num_cut = len(tokenizer.decode(list(completion.tokens))) - len(completion.text)  # from the stop on
+    return whole[len(prompt) : len(whole) - num_cut]
+
+
+def result(response: Response, *, cached: bool) -> RequestResult:
+    """HELM's result of a response, new or from the cache."""
+    prompt = response.get("prompt", {"text": "", "tokens": [], "logprobs": []})
+    return RequestResult(
+        success=True,
+        embedding=[],
+        completions=[_generated_output(prompt, completion) for completion in response["completions"]],
+        cached=cached,
+        request_time=response["request_time"],
+        request_datetime=response["request_datetime"],
+        batch_size=response.get("batch_size"),
+        batch_request_time=response.get("batch_request_time"),
+    )
+
+
+def _generated_output(prompt: Response, completion: Response) -> GeneratedOutput:
+    texts = [*prompt["tokens"], *completion["tokens"]]
+    logprobs = [*prompt["logprobs"], *completion["logprobs"]]
+    tokens = [Token(text=text, logprob=logprob) for text, logprob in zip(texts, logprobs, strict=True)]
+    return GeneratedOutput(
+        text=prompt["text"] + completion["text"],
+        logprob=sum(logprobs),
+        tokens=tokens,
+        finish_reason={"reason": completion["finish_reason"]},
+    )
+
+
+def failure(request: Request, error: EngineError) -> RequestResult:
+    """HELM's result of a request that failed; never to be retried, since HELM would sleep 150 s over it.
+
+    HELM scores a failure that is not fatal as an empty completion. That is the lot of a prompt that the model cannot
+    take, or has no finite answer to; but where log-probabilities of the prompt are scored, an empty completion would
+    have the best of all (0), so there, and for every fault that is not the prompt's, HELM is told to give up the run.
+    """
+    fatal = request.echo_prompt or not isinstance(error, PromptError | NumericsError)
+    return RequestResult(
+        success=False,
+        embedding=[],
+        completions=[],
+        cached=False,
+        error=f"{type(error).__name__}: {error}",
+        error_flags=ErrorFlags(is_retriable=False, is_fatal=fatal),
+    )

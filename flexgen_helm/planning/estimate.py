@@ -1,0 +1,247 @@
+"""What a workload takes under one policy on a profiled machine: seconds of each resource, and bytes of each tier."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from engine.errors import CapacityError
+from engine.memory.layout import split_bytes
+from engine.memory.tiers import TIERS, Tier, percents
+from engine.planning.planner import Plan
+from engine.policy import Policy, Share
+from flexgen_helm.planning.overlap import Overlap
+from flexgen_helm.planning.roofline import (
+    Sizes,
+    Work,
+    Workload,
+    cache_rows,
+    num_at_once,
+    num_off_device,
+    sizes_of_model,
+    work_of,
+)
+
+if TYPE_CHECKING:
+    from engine.model.causal_model import CausalModel
+    from engine.planning.hardware_profile import HardwareProfile
+
+_CALL_S = 0.7e-3
+"""That the host takes to ask a device for one layer's work on one micro-batch. 96 resident sequences of OPT-6.7B took
+2.04 s, of which arithmetic explains 0.92 and reading weights, keys and values 0.42; the rest is spread over 31 steps of
+32 layers (benchmarks/results/rivals-opt-6.7b.json)."""
+_HOST_ATTENTION_CALL_S = 2.5e-3
+"""The same where the host attends: it waits for the device before, and the device for it. 64 sequences of OPT-1.3B took
+4 ms a layer on an H100, of which the host attended for 1.8; 100 of them 7 instead of 4.3."""
+_STORE_S = 30e-6
+"""That the host takes to ask for the transfer of one sequence's new keys and values of one layer."""
+_ELEMENTWISE_PASSES = 26
+"""Of a token's hidden state in a layer, how often something as large is read or written by what is no matrix product,
+counted in OPT: norms 4, residuals 6, the activation 8 (four times as wide), keys and values 4, attention 4."""
+_REQUEST_S = 0.55e-3
+"""What a request takes while neither device nor link is busy: it comes, is sampled and leaves. 1000 of them took
+OPT-1.3B and OPT-6.7B about that much more than all else here (benchmarks/results/planner-*-choice.json)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a workload takes under a policy."""
+
+    policy: Policy
+    plan: Plan
+    weights: Mapping[Tier, int]
+    """Bytes of weights, as stored."""
+    held: Mapping[Tier, int]
+    """Bytes at the fullest, besides what computing takes: weights, layers in transit, keys, values, hidden states."""
+    at_once: int
+    """Sequences that run at once."""
+    sweeps: int
+    prefill_s: Mapping[str, float]
+    """Seconds that each resource needs until every prompt is computed; they work side by side."""
+    decode_s: Mapping[str, float]
+    """The same for all tokens but the first of each request."""
+    between_s: float = 0.0
+    """Seconds in which requests come and go, and nothing else is done."""
+    hidden_s: float = 0.0
+    """Seconds of the transfers of decode steps that pass while prompts are computed, where those come in a few at a
+    time."""
+
+    @property
+    def seconds(self) -> float:
+        """The least time: in each phase, that of the resource that is busy longest; no less than it is in both."""
+        busiest = max(self.prefill_s[resource] + self.decode_s.get(resource, 0.0) for resource in self.prefill_s)
+        left = {**self.decode_s, "to device": self.decode_s["to device"] - self.hidden_s}
+        return self.between_s + max(busiest, max(self.prefill_s.values()) + max(left.values()))
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that is busy longest in the longer phase."""
+        phase = max(self.prefill_s, self.decode_s, key=lambda times: max(times.values()))
+        return max(phase, key=lambda resource: phase[resource])
+
+
+def is_host(profile: HardwareProfile) -> bool:
+    """Whether the machine has no accelerator, so that the device tier is host memory."""
+    return not profile.machine.accelerators
+
+
+def _check_room(load: Workload, sizes: Sizes, plan: Plan) -> None:
+    """Raise `CapacityError` when no tier holds the keys and values of one sequence."""
+    room, needed = max(cache_rows(sizes, plan).values()), load.shared + load.own + load.new - 1
+    if load.new > 1 and room < needed:  # one token needs none
+        raise CapacityError(
+            f"the KV cache has room for {room} tokens on its largest tier, and a sequence has {needed}; "
+            "give it more memory (gpu-memory, cpu-memory, or an offload-dir)"
+        )
+
+
+def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, policy: Policy, plan: Plan) -> Estimate:
+    """What `load` takes under a plan; `CapacityError` when that has no room for a sequence of it."""
+    placed = _placed(model, policy, plan.weights)
+    sizes = sizes_of_model(model, placed, policy)
+    _check_room(load, sizes, plan)
+    crosses = not policy.cpu_cache_compute
+    whole = work_of(load, sizes, plan, cache_crosses=crosses)
+    prefill = work_of(replace(load, new=1), sizes, plan)
+    at_once, limits = num_at_once(load, sizes, plan), plan.limits
+    decode = Work(
+        sweeps=whole.sweeps - prefill.sweeps,
+        flop=whole.flop - prefill.flop,
+        to_device_bytes=whole.to_device_bytes - prefill.to_device_bytes,
+        from_device_bytes=0.0,  # keys and values of prompts leave while those are computed
+        device_bytes=whole.device_bytes - prefill.device_bytes,
+    )
+    prefill = replace(prefill, from_device_bytes=whole.from_device_bytes)
+    batches = (
+        math.ceil(load.prefill_tokens / limits.rows_per_batch),
+        decode.sweeps * math.ceil(at_once / min(limits.sequences_per_batch, limits.rows_per_batch)),
+    )
+    asking = (
+        _CALL_S * batches[0] + _STORE_S * num_off_device(load, sizes, plan),
+        (_CALL_S if crosses else _HOST_ATTENTION_CALL_S) * batches[1],
+    )
+    calls = [0.0 if is_host(profile) else sizes.num_layers * seconds for seconds in asking]
+    decode_s = resource_seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
+    prefill_s = resource_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]}
+    pass_s = sizes.num_layers * _ELEMENTWISE_PASSES * sizes.hidden_row_bytes / profile.device_bytes_s
+    prefill_s["arithmetic"] += pass_s * load.prefill_tokens
+    decode_s["arithmetic"] += pass_s * load.num_requests * (load.new - 1)
+    sweeps, hidden_s = whole.sweeps, 0.0
+    overlap = _overlap(load, sizes, plan, profile, max(prefill_s.values()), decode)
+    if overlap is not None:  # who comes in later leaves later
+        sweeps = max(sweeps, math.ceil(overlap.houses) * load.new + overlap.sweeps - 1)
+        decode_s["to device"] += (sweeps - whole.sweeps) * overlap.weights_s
+        hidden_s = min(overlap.hidden_s, decode_s["to device"])
+    if not crosses:
+        attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
+        decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)
+    weights = {tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS}
+    in_transit = 2 * max(sum(tiers.values()) for tiers in placed.values()) if sizes.streamed_bytes else 0
+    return Estimate(
+        policy=policy,
+        plan=plan,
+        weights=weights,
+        held=_held(load, sizes, plan, weights | {"device": weights["device"] + in_transit}, at_once),
+        at_once=at_once,
+        sweeps=sweeps,
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        between_s=0.0 if is_host(profile) else _REQUEST_S * load.num_requests,
+        hidden_s=hidden_s,
+    )
+
+
+def _held(load: Workload, sizes: Sizes, plan: Plan, weights: Mapping[Tier, int], at_once: int) -> dict[Tier, int]:
+    """`weights`, those in transit included, and besides them keys, values and hidden states."""
+    held = dict(weights)
+    rows = at_once * load.kept + min(load.num_runs, math.ceil(at_once / load.num_jobs)) * load.shared
+    for tier, room in cache_rows(sizes, plan).items():
+        there = min(rows, room)
+        held[tier] += there * (sizes.device_cache_row_bytes if tier == "device" else sizes.cache_row_bytes)
+        rows -= there
+    hidden = min(plan.limits.rows_per_sweep, load.prefill_tokens) * sizes.hidden_row_bytes
+    for tier, percent in percents(plan.activations).items():
+        held[tier] += round(hidden * percent / 100) if tier != "device" else 0  # those are computed with
+    return held
+
+
+def _overlap(
+    load: Workload, sizes: Sizes, plan: Plan, profile: HardwareProfile, prefill_s: float, decode: Work
+) -> Overlap | None:
+    """How prompts come in beside decode steps; None where all that have room come in at once."""
+    admission, at_once = plan.limits.admission, num_at_once(load, sizes, plan)
+    if admission is None or load.new == 1:
+        return None
+    streamed = decode.sweeps * sizes.streamed_bytes
+    cached = (decode.to_device_bytes - streamed) / decode.sweeps / sizes.cache_row_bytes  # of a full house
+    most = admission.most_rows(round(cached))
+    if most is None:
+        return None
+    most = min(most, plan.limits.rows_per_sweep)
+    sweeps = math.ceil(at_once / max(1, int(most * load.num_requests / load.prefill_tokens)))
+    full_s = cached * sizes.cache_row_bytes / profile.to_device_bytes_s
+    return Overlap(
+        sweeps=sweeps,
+        houses=load.num_requests / at_once,
+        prefill_s=prefill_s,
+        weights_s=sizes.streamed_bytes / profile.to_device_bytes_s,
+        cache_s=full_s * min(1.0, load.new / sweeps),
+    )
+
+
+def _host_attention(
+    attended: float, streamed: float, others: Mapping[str, float], profile: HardwareProfile, policy: Policy
+) -> dict[str, float]:
+    """Seconds of attention on the host over so many bytes, while so many are streamed to the device.
+
+    The device waits for it, layer by layer, and it for the device; host memory serves it and the link, so that it is
+    slower as long as that is busy.
+    """
+    dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
+    alone, beside = profile.host_attention_bytes_s[dtype], profile.host_attention_beside_copy_bytes_s[dtype]
+    waiting = max(others["arithmetic"], others["device memory"], others["host"])
+    busy = min(attended / beside, others["to device"])
+    return {
+        "host attention": busy + (attended - busy * beside) / alone + waiting,
+        "host memory": (attended + streamed) / profile.host_bytes_s + waiting,
+    }
+
+
+def _placed(model: CausalModel, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
+    from engine.kernels.codec import codec_of
+    from engine.weights.stored_form import stored_sizes
+
+    codec = codec_of(policy.compress_weight)
+    placed: dict[str, dict[Tier, int]] = {}
+    for unit in model.units:
+        if unit.owners:
+            split = split_bytes(sum(stored_sizes(model, unit, codec).values()), share)
+            placed[unit.name] = {"device": split.device, "host": split.host, "disk": split.disk}
+    return placed
+
+
+def resource_seconds(work: Work, profile: HardwareProfile, rows: int, disk_bytes: int) -> dict[str, float]:
+    """Seconds that each resource needs for `work`, whose products have so many rows."""
+    return {
+        "arithmetic": work.flop / gemm_rate_at(profile.gemm_flop_s, rows),
+        "to device": work.to_device_bytes / profile.to_device_bytes_s,
+        "from device": work.from_device_bytes / profile.from_device_bytes_s,
+        "device memory": work.device_bytes / profile.device_bytes_s,
+        "disk": work.sweeps * disk_bytes / profile.disk_read_bytes_s,
+    }
+
+
+def gemm_rate_at(rates: Mapping[int, float], rows: int) -> float:
+    """Operations per second of products of `rows` rows: between measured ones, in proportion on both logarithms."""
+    known = sorted(rates)
+    at = bisect.bisect_left(known, rows)
+    if at == 0:
+        return rates[known[0]] * rows / known[0]  # the weights are read as often, for less
+    if at == len(known):
+        return rates[known[-1]]
+    low, high = known[at - 1], known[at]
+    part = math.log(rows / low) / math.log(high / low)
+    return float(rates[low] * (rates[high] / rates[low]) ** part)
