@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -24,7 +25,7 @@ from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.asked import Answer, Asked, Work, raise_first  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
-from flexgen_helm.helm.results import Response, Timing, failure, result  # noqa: E402
+from flexgen_helm.helm.results import Response, Timing, failure, is_outdated, result  # noqa: E402
 from flexgen_helm.helm.translate import Translator  # noqa: E402
 
 Progress = Callable[[int, int, int], None]
@@ -38,9 +39,9 @@ class FlexGenClient(CachingClient):
     and the engine is shared by all clients of the same model and policy.
 
     `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `apply_chat_template` is, if
-    left out, whether the tokenizer has one. `top_k` restricts sampling (HELM's `top_k_per_token` asks for candidates
-    and never does). `window` is the most positions the model takes, where its files do not tell. Everything that HELM
-    injects is told by the parameters' names.
+    left out, whether the tokenizer has one; prompts that are only scored never go through it. `top_k` restricts
+    sampling (HELM's `top_k_per_token` asks for candidates and never does). `window` is the most positions the model
+    takes, where its files do not tell. Everything that HELM injects is told by the parameters' names.
     """
 
     def __init__(
@@ -105,6 +106,25 @@ class FlexGenClient(CachingClient):
             raise ConfigError(f"window {self._window} of {self._model} exceeds the {own} of its config; leave it out")
         return own if self._window is None else self._window
 
+    @property
+    def notes(self) -> list[str]:
+        """What shapes the answers beyond what requests say, a line each: to be told in the first lines of a run."""
+        return self._translator.notes
+
+    @property
+    def applies_chat_template(self) -> bool:
+        """Whether prompts that are answered go through the tokenizer's chat template."""
+        return self._translator.applies_chat_template
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template asks for the date."""
+        return self._translator.writes_date
+
+    def begin(self, moment: datetime) -> None:
+        """Let chat templates take `moment` for now, in place of when the first request came."""
+        self._translator.begin(moment)
+
     def close(self) -> None:
         """Close the engine, if it is loaded, after the sweep at hand; calls that wait for it fail."""
         if "_served" in self.__dict__:
@@ -135,6 +155,8 @@ class FlexGenClient(CachingClient):
                 text = self._translator.render(request)
                 key = self._translator.key(request, text, self._served.identity)
                 response, cached = self.cache.get(key, compute)
+                if cached and is_outdated(response):
+                    response, cached = compute(), False
         except EngineError as error:
             return failure(request, error)
         return result(response, cached=cached)
@@ -238,7 +260,7 @@ class FlexGenClient(CachingClient):
 def _known(stored: Response | None) -> RequestResult | None:
     """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
     try:
-        return None if stored is None else result(stored, cached=True)
+        return None if stored is None or is_outdated(stored) else result(stored, cached=True)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from helm.common.request import Request
 
@@ -13,38 +14,96 @@ if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
 
 
+_DATED = """{%- macro strftime_now(format) -%}
+{%- set dated = namespace(text=format | replace("%%", "\x00")) -%}
+{%- for directive, written in moment_written | items -%}
+{%- set dated.text = dated.text | replace(directive, written) -%}
+{%- endfor -%}
+{{- dated.text | replace("\x00", "%") -}}
+{%- endmacro %}
+"""
+"""In front of a template, what writes the date of `moment_written` where the template would write today's: transformers
+gives templates the clock and no way to set it. The line end is the one that transformers takes away behind a block."""
+_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVFTDRehntkl" for flag in ("", "-")]
+
+
 class Rendering:
-    """Renders for one deployment; `apply_chat_template` None applies one where the tokenizer has one."""
+    """Renders for one deployment; `apply_chat_template` None applies a template where the tokenizer has one.
+
+    A prompt that is only scored (`echo_prompt` and no tokens to generate) is text whose log-probability is asked for,
+    not something that a user says: it is rendered as it is.
+    """
 
     def __init__(self, tokenizer: WrappedPreTrainedTokenizer, *, model: str, apply_chat_template: bool | None) -> None:
         self._tokenizer = tokenizer
         self._model = model
+        self._is_given = apply_chat_template is not None
         with tokenizer as hf_tokenizer:
             chat_template = hf_tokenizer.chat_template
-        self._applies_chat_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
-        self.digest = sha256_of(chat_template) if self._applies_chat_template else None
-        """Of the template that is applied; None where none is."""
+            used = hf_tokenizer.get_chat_template() if chat_template else ""
+        self.applies_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
+        """Whether prompts that are answered go through the chat template."""
+        self._digest = sha256_of(chat_template)
+        self._dated = _DATED + used if "strftime_now" in used and self.applies_template else None
+        self.moment = datetime.now()
+        """What a template takes for now: fixed, lest a suite has two dates."""
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template asks for the date."""
+        return self._dated is not None
+
+    @property
+    def note(self) -> str:
+        """Whether the chat template is applied, and why, in one line."""
+        why = "as apply_chat_template says" if self._is_given else "apply_chat_template is left out"
+        if self.applies_template:
+            why = why if self._is_given else f"the tokenizer has one and {why}"
+            told = (
+                f"the chat template of {self._model} is applied to prompts, but for those that are only scored ({why})"
+            )
+            return f"{told}; it writes {self.moment:%Y-%m-%d}, when the suite began" if self.writes_date else told
+        why = why if self._is_given else f"the tokenizer has none and {why}"
+        return f"no chat template is applied to the prompts of {self._model} ({why})"
 
     def text(self, request: Request) -> str:
         """The text that the model will see."""
         _refuse_what_is_not_text(request)
-        if not self._applies_chat_template:
-            if request.messages:
-                raise UnsupportedError(
-                    f"the request has messages, but {self._model} is run without a chat template; "
-                    "set apply_chat_template: true if it is a chat model"
-                )
+        if not self.applies_template and request.messages:
+            raise UnsupportedError(
+                f"the request has messages, but {self._model} is run without a chat template; "
+                "set apply_chat_template: true if it is a chat model"
+            )
+        if not self._is_templated(request):
             return request.prompt
         messages = request.messages or [{"role": "user", "content": request.prompt}]
         try:
             with self._tokenizer as tokenizer:
-                return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+                return str(
+                    tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True, **self._date_of_suite()
+                    )
+                )
         except Exception as error:
             reason = " ".join(str(error).split())
             raise UnsupportedError(
                 f"the chat template of {self._model} refuses the request: {reason}; set apply_chat_template: false "
                 "if it is no chat model"
             ) from None
+
+    def _date_of_suite(self) -> dict[str, Any]:
+        if self._dated is None:
+            return {}
+        written = {directive: self.moment.strftime(directive) for directive in _DIRECTIVES}
+        return {"chat_template": self._dated, "moment_written": written}
+
+    def digest(self, request: Request) -> str | None:
+        """Of the template that the request goes through; None where it goes through none."""
+        return self._digest if self._is_templated(request) else None
+
+    def _is_templated(self, request: Request) -> bool:
+        is_only_scored = request.echo_prompt and request.max_tokens == 0
+        return self.applies_template and (bool(request.messages) or not is_only_scored)
 
 
 def _refuse_what_is_not_text(request: Request) -> None:

@@ -10,6 +10,7 @@ from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestRes
 
 from engine.errors import EngineError, JobError, NumericsError
 from engine.job import Completion
+from flexgen_helm.helm.tokenizer import Spelling
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
@@ -37,6 +38,7 @@ class Timing:
 
 def response(
     wrapped: WrappedPreTrainedTokenizer,
+    spelling: Spelling,
     request: Request,
     ids: Sequence[int],
     completions: Sequence[Completion],
@@ -48,12 +50,13 @@ def response(
             raise completion.error
     if len(completions) < request.num_completions:
         completions = [completions[0]] * request.num_completions
+    before = list(ids) if request.echo_prompt else []
     with wrapped as tokenizer:
         response: Response = {
             "completions": [
                 {
                     "text": _continuation(tokenizer, ids, completion) if request.echo_prompt else completion.text,
-                    "tokens": [tokenizer.decode(token) for token in completion.tokens],
+                    "tokens": spelling.texts([*before, *completion.tokens])[len(before) :],
                     "logprobs": list(completion.logprobs),
                     "finish_reason": completion.finish_reason,
                 }
@@ -65,13 +68,27 @@ def response(
         if request.echo_prompt:
             response["prompt"] = {
                 "text": tokenizer.decode(list(ids)),
-                "tokens": [tokenizer.decode(token) for token in ids],
+                "tokens": spelling.texts(ids),
+                "spelled": True,
                 "logprobs": [logprob or 0.0 for logprob in completions[0].prompt_logprobs or ()],
             }
     if timing.num_requests > 1:
         response["batch_size"] = timing.num_requests
         response["batch_request_time"] = timing.seconds
     return response
+
+
+def is_outdated(response: Response) -> bool:
+    """Whether a response of an earlier release has tokens of the prompt that do not spell it: `Spelling` was not there.
+
+    HELM takes bits per byte from them.
+    """
+    prompt = response.get("prompt")
+    return (
+        prompt is not None
+        and "spelled" not in prompt
+        and ("\ufffd" in prompt["text"] or "".join(prompt["tokens"]) != prompt["text"])
+    )
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Completion) -> str:

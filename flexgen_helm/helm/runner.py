@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from helm.benchmark.adaptation.request_state import RequestState
 from helm.benchmark.adaptation.scenario_state import ScenarioState
@@ -22,6 +23,7 @@ from flexgen_helm import require_engine
 require_engine()
 
 from engine.errors import EngineError  # noqa: E402 - after the line that says whose engine this is
+from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
 
@@ -74,11 +76,16 @@ class FlexGenRunner(Runner):
             skip_completed_runs,
             exit_on_error,
         )
-        self.executor = WholeRunExecutor(self.executor, self._report)
+        self.beginning = Beginning(Path(self.runs_path))
+        self.executor = WholeRunExecutor(self.executor, self._report, self.tell, self.beginning)
 
     def _report(self, done: int, total: int, tokens: int) -> None:
         if self.progress is not None:
             self.progress(done, total, tokens)
+
+    def tell(self, line: str) -> None:
+        """Say something of a model before its first requests are answered; to HELM's log, if nobody overrides this."""
+        hlog(line)
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Run everything that can be run; raises `RunsFailed` at the end if something failed.
@@ -114,10 +121,25 @@ class FlexGenRunner(Runner):
 class WholeRunExecutor(Executor):
     """Executes a run's requests by one call of our client; those of other clients as HELM does."""
 
-    def __init__(self, stock: Executor, progress: Progress) -> None:
+    def __init__(
+        self,
+        stock: Executor,
+        progress: Progress,
+        tell: Callable[[str], None] = hlog,
+        beginning: Beginning | None = None,
+    ) -> None:
+        """`tell` is called with each line that is to be read before a model's first answers.
+
+        `beginning` is the suite's, by default that of `stock` if it has one.
+        """
+        self.beginning: Beginning | None = beginning or (
+            stock.beginning if isinstance(stock, WholeRunExecutor) else None
+        )
         self.execution_spec = stock.execution_spec
         self.context = stock.context  # with its clients and caches, shared with HELM's services
         self._progress = progress
+        self._tell = tell
+        self._told: set[FlexGenClient] = set()
         self.failed: list[str] = []
         """Why requests of the run that was executed last failed which now count as empty answers."""
 
@@ -135,6 +157,12 @@ class WholeRunExecutor(Executor):
         requests = [state.request for state in states]
         with htrack_block(f"{type(self).__name__}.execute"):
             client.check(requests)
+            if self.beginning is not None and client.writes_date:
+                self.beginning.keep()
+            if client not in self._told:
+                self._told.add(client)
+                for line in client.notes:
+                    self._tell(line)
             results = client.make_requests(requests, self._progress)
             hlog(f"Processed {len(results)} requests")
         request_states = settled(states, results)
@@ -154,6 +182,8 @@ class WholeRunExecutor(Executor):
             return None
         client = self.context.client._get_client(deployment)
         assert isinstance(client, FlexGenClient)
+        if self.beginning is not None:
+            client.begin(self.beginning.moment)
         return client
 
 

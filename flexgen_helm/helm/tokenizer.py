@@ -1,15 +1,132 @@
-"""What is asked of a tokenizer: how it begins a text, and a digest of all that decides which ids a text becomes."""
+"""What is asked of a tokenizer: what each token spells, how texts begin, and a digest of what makes ids of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
     from transformers import PreTrainedTokenizerBase
+
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""How tokenizers with byte fallback write a byte that they have no piece for."""
+_SPACE = "▁"
+_BYTES = "bytes:"
+"""How HELM marks a token that is no text by itself (`get_num_bytes`)."""
+
+
+class Spelling:
+    """What each token of a text spells, so that the tokens together have the bytes of the text.
+
+    A token decoded by itself may lose its space, and a part of a character is unreadable. Use it while the tokenizer is
+    held: HELM lends it to one thread at a time.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        r"""One for each token, as HELM wants them: "bytes:\xf0\x9f" where a token is part of a character.
+
+        Special tokens in front of a text are not part of it: what follows them is spelled as if it came first.
+        """
+        special = set(self._tokenizer.all_special_ids)
+        first = next((place for place, token in enumerate(ids) if token not in special), len(ids))
+        before = [str(self._tokenizer.decode([token])) for token in ids[:first]]
+        return before + self._spelled(list(ids[first:]))
+
+    def _spelled(self, ids: list[int]) -> list[str]:
+        if not ids:
+            return []
+        if self._is_byte_wise is None:
+            return self._by_decoding(ids)
+        parts = [self._bytes_of(token) for token in ids]
+        joined, text = b"".join(parts).decode(errors="replace"), str(self._tokenizer.decode(ids))
+        if joined != text and joined[:1] == " " and (joined[1:2] == " ") == (text[:1] == " "):
+            place = next(place for place, part in enumerate(parts) if part)  # a space that every text begins with
+            parts[place], joined = parts[place][1:], joined[1:]
+        if joined != text and "\ufffd" not in text:
+            return self._by_decoding(ids)
+        return [_as_helm_has_it(part) for part in parts]
+
+    @cached_property
+    def _is_byte_wise(self) -> bool | None:
+        """Whether tokens are written in byte-level BPE's alphabet; None where only decoding tells what they spell."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        decoder = getattr(backend, "decoder", None)
+        if decoder is None:
+            return None
+        kinds = set(_types(json.loads(decoder.__getstate__())))
+        if "ByteLevel" in kinds:
+            return True
+        return False if kinds & {"ByteFallback", "Metaspace"} else None
+
+    @cached_property
+    def _alphabet(self) -> dict[str, int]:
+        """The byte that each character of a byte-level BPE's tokens stands for."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        return {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def _bytes_of(self, token: int) -> bytes:
+        if token not in self._known:
+            self._known[token] = self._spell(token)
+        return self._known[token]
+
+    def _spell(self, token: int) -> bytes:
+        piece = cast("str | None", self._tokenizer.convert_ids_to_tokens(token))
+        if piece is None:  # padding rows of an embedding
+            return b""
+        if token in self._tokenizer.added_tokens_decoder:
+            return piece.encode()
+        if self._is_byte_wise:
+            known = self._alphabet
+            return bytes(map(known.__getitem__, piece)) if all(map(known.__contains__, piece)) else piece.encode()
+        if found := _BYTE.fullmatch(piece):
+            return bytes([int(found[1], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def _by_decoding(self, ids: list[int]) -> list[str]:
+        """What each token adds to the text; all of a character at its last token."""
+        texts: list[str] = []
+        begin = read = 0
+        for end in range(1, len(ids) + 1):
+            before, now = (str(self._tokenizer.decode(ids[begin:to])) if to > begin else "" for to in (read, end))
+            if now.endswith("\ufffd") and end - read < 4 and end < len(ids):
+                texts.append("")
+                continue
+            kept = next(
+                (at for at, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), len(before)
+            )
+            if kept < len(before) and texts:  # a mark at the end of a text, such as "@@", that is gone when it goes on
+                texts[-1] = texts[-1][: kept - len(before)]
+            texts.append(now[kept:])
+            begin, read = read, end
+        return texts
+
+
+def _as_helm_has_it(part: bytes) -> str:
+    try:
+        text = part.decode()
+    except UnicodeDecodeError:
+        text = _BYTES
+    return _BYTES + "".join(f"\\x{byte:02x}" for byte in part) if text.startswith(_BYTES) else text
+
+
+def _types(decoder: Any) -> Iterator[str]:
+    """Of a decoder and those that it is made of."""
+    if isinstance(decoder, Mapping):
+        yield str(decoder.get("type"))
+        for each in decoder.get("decoders") or ():
+            yield from _types(each)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job, Sampling
 from flexgen_helm.helm.rendering import Rendering
 from flexgen_helm.helm.results import PromptError, Response, Timing, response
-from flexgen_helm.helm.tokenizer import adds_bos, sha256_of, tokenizer_fingerprint
+from flexgen_helm.helm.tokenizer import Spelling, adds_bos, sha256_of, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
@@ -56,6 +57,7 @@ class Translator:
         with tokenizer as hf_tokenizer:
             self._bos_token = str(hf_tokenizer.bos_token or "")
             self._adds_bos = adds_bos(hf_tokenizer)
+            self._spelling = Spelling(hf_tokenizer)
             tokenizer_limit = limit if (limit := int(hf_tokenizer.model_max_length)) < _NO_LIMIT else None
             end_of_text_id = hf_tokenizer.get_vocab().get(end_of_text_token or "")
         self.window = window if window is not None else tokenizer_limit
@@ -85,6 +87,25 @@ class Translator:
 
     # Requests
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the deployment shapes its answers beyond what a request says, a line each."""
+        return [self._rendering.note]
+
+    @property
+    def applies_chat_template(self) -> bool:
+        """Whether prompts that are answered go through the chat template."""
+        return self._rendering.applies_template
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template asks for the date."""
+        return self._rendering.writes_date
+
+    def begin(self, moment: datetime) -> None:
+        """Let chat templates take `moment` for now."""
+        self._rendering.moment = moment
+
     def render(self, request: Request) -> str:
         """The text that the model will see."""
         return self._rendering.text(request)
@@ -95,7 +116,7 @@ class Translator:
             "client": "flexgen_helm",
             "identity": dict(identity),
             "tokenizer": self._fingerprint,
-            "chat_template": self._rendering.digest,
+            "chat_template": self._rendering.digest(request),
             "end_of_text_token": self._end_of_text_token,
             "num_completions": request.num_completions,
             **self._what_is_asked(request, text),
@@ -197,7 +218,7 @@ class Translator:
         self, request: Request, ids: Sequence[int], completions: Sequence[Completion], timing: Timing
     ) -> Response:
         """What the cache keeps; raises the error of a completion that failed."""
-        return response(self._tokenizer, request, ids, completions, timing)
+        return response(self._tokenizer, self._spelling, request, ids, completions, timing)
 
 
 def _seed(asked: Key, index: int) -> int:

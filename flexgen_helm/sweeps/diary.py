@@ -112,6 +112,8 @@ class SweepDiary:
             f"{model.deployment}: {len(model.runs)} runs, {model.num_requests} requests, {model.cached} of them from "
             f"the cache, {len(model.asked.todo)} to compute"
         )
+        for line in model.client.notes:
+            self._progress.say(f"{model.deployment}: {line}")
 
     def answered(self, model: ModelSweep, answer: Answer) -> None:
         """The engine has answered."""
@@ -221,6 +223,7 @@ def _model_record(model: ModelSweep) -> ModelRecord:
         sweeps=tally.num_sweeps,
         time_split=tally.split(seconds),
         timeline=tally.timeline(),
+        chat_template=model.client.applies_chat_template,
     )
 
 

@@ -19,6 +19,9 @@ VERSION = 1
 MOST_POINTS = 500
 """Of a timeline, so that a record stays small however long the sweep was."""
 
+_SINCE = {"may be missing": True}
+"""Of a field that records of earlier releases do not have: it then has its default."""
+
 RunStatus = Literal["done", "failed", "skipped"]
 
 
@@ -87,6 +90,8 @@ class ModelRecord:
     time_split: TimeSplit
     timeline: tuple[TimelinePoint, ...] = ()
     """In order; at most about `MOST_POINTS`, see `thinned`."""
+    chat_template: bool | None = field(default=None, metadata=_SINCE)
+    """Whether prompts that are answered, not only scored, went through the tokenizer's chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +230,14 @@ def _decode_fields(kind: Any, value: Any, where: str) -> Any:
     hints, given = get_type_hints(kind), _expect(dict, value, where or "the file")
     names = [each.name for each in fields(kind)]
     inside = f"{where}." if where else ""
+    optional = {each.name for each in fields(kind) if each.metadata.get("may be missing")}
     for name in names:
-        if name not in given:
+        if name not in given and name not in optional:
             raise ValueError(f"{inside}{name} is missing")
     for name in given:
         if name not in names:
             raise ValueError(f"{inside}{name} is unknown")
-    return kind(**{name: _decode(hints[name], given[name], f"{inside}{name}") for name in names})
+    return kind(**{name: _decode(hints[name], given[name], f"{inside}{name}") for name in names if name in given})
 
 
 def _expect(kind: Any, value: Any, where: str) -> Any:

@@ -93,6 +93,8 @@ class SweepRunner(TwoStepRunner):
 
     def _sweep(self, model: ModelSweep) -> None:
         """Answer a model's requests and finish its runs; a fault on the way to an answer fails those that are left."""
+        if model.client.writes_date:
+            self.beginning.keep()
         self.diary.begin(model)
         waiting = {run.name: run for run in model.runs}
 

@@ -64,8 +64,12 @@ class Reference:
     # Prompts
 
     def render(self, request: Request) -> str:
-        """The text that the model sees: with a chat template, a prompt is what the user says."""
-        if self.tokenizer.chat_template is None:
+        """The text that the model sees: with a chat template, a prompt is what the user says.
+
+        But for a prompt that is only scored: "for evaluating perplexity of the prompt", which is the prompt alone.
+        """
+        is_only_scored = request.echo_prompt and request.max_tokens == 0 and not request.messages
+        if self.tokenizer.chat_template is None or is_only_scored:
             return request.prompt
         messages = request.messages or [{"role": "user", "content": request.prompt}]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -201,6 +205,14 @@ def seed(request: Request, text: str, index: int, top_k: int | None) -> int:
         "random": request.random,
     }
     return int(hashlib.sha256(json.dumps([asked, index], sort_keys=True).encode()).hexdigest()[:15], 16)
+
+
+def is_spelling_of(text: str, alone: str) -> bool:
+    """Whether `text` is what a token adds to a text, where `alone` is what it is by itself."""
+    goes_on = alone.removesuffix("@@")  # CTRL's mark of a token that does not end its word
+    return text.removeprefix(" ") in (alone.removeprefix(" "), goes_on) or (
+        text.startswith("bytes:") and "\ufffd" in alone
+    )
 
 
 # Beside each other

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helm.common.request import GeneratedOutput, Request, RequestResult
+from helm.benchmark.metrics.basic_metrics import convert_tokens_to_text, get_num_bytes
+from helm.common.request import GeneratedOutput, Request, RequestResult, Token
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
-from reference import Answer, Bench, Generation, benches_of, our_client
+from reference import Answer, Bench, Generation, benches_of, is_spelling_of, our_client
 from tiny_models import WINDOW, random_llama, save_tiny_model, train_sentencepiece
 from watch import Watch
 
@@ -70,22 +71,34 @@ def assert_told(bench: Bench, request: Request, result: RequestResult, answer: A
 def _assert_output(
     bench: Bench, request: Request, output: GeneratedOutput, answer: Answer, generation: Generation
 ) -> None:
-    decode = bench.reference.tokenizer.decode
     ids = [*(answer.prompt if request.echo_prompt else ()), *generation.tokens]
     logprobs = [*answer.prompt_logprobs, *generation.logprobs]
     told = [token.text for token in output.tokens]
     if generation.sure is None:
         assert output.text == bench.reference.whole_text(answer, generation, echo=request.echo_prompt), request
-        assert told == [decode(token) for token in ids], request
+        assert_spelled(bench, told, ids)
         assert output.finish_reason == {"reason": generation.finish_reason}, request
     else:
         num_sure = min(len(ids) - len(generation.tokens) + generation.sure, len(told))
         ids, logprobs, told = ids[:num_sure], logprobs[:num_sure], told[:num_sure]
-        assert told == [decode(token) for token in ids], request
+        assert_spelled(bench, told, ids)
     assert [token.logprob for token in output.tokens[: len(told)]] == pytest.approx(
         logprobs, abs=LOGPROB_TOLERANCE, rel=0
     ), request
     assert output.logprob == pytest.approx(sum(token.logprob for token in output.tokens), abs=1e-9)
+
+
+def assert_spelled(bench: Bench, told: list[str], ids: list[int]) -> None:
+    """Each token is told as HELM's client tells it, but for spaces and bytes; together they are a text."""
+    tokenizer = bench.reference.tokenizer
+    assert len(told) == len(ids)
+    assert all(is_spelling_of(text, tokenizer.decode([token])) for text, token in zip(told, ids, strict=True))
+    first = next((place for place, token in enumerate(ids) if token not in tokenizer.all_special_ids), len(ids))
+    text = bench.reference.decode(ids[first:])
+    if "\ufffd" not in text:
+        tokens = [Token(text=each, logprob=0.0) for each in told[first:]]
+        assert "".join(group["text"] for group in convert_tokens_to_text(tokens)) == text
+        assert get_num_bytes(tokens) == len(text.encode())
 
 
 def helm_is_right(bench: Bench, request: Request, answer: Answer) -> bool:
@@ -98,6 +111,7 @@ def helm_is_right(bench: Bench, request: Request, answer: Answer) -> bool:
     unreadable_prompt = request.echo_prompt and any(
         not decode((*answer.prompt, *each.tokens)).startswith(decode(answer.prompt)) for each in answer.generations
     )
+    scores_a_template = bool(tokenizer.chat_template) and request.max_tokens == 0 and not request.messages
     stops = [tokenizer(stop, add_special_tokens=False)["input_ids"] for stop in request.stop_sequences]
     overlong_stop = max(map(len, stops), default=0) > len(answer.prompt) + 1
     drops_tokens_of_its_text = any(
@@ -112,6 +126,7 @@ def helm_is_right(bench: Bench, request: Request, answer: Answer) -> bool:
         and len(answer.prompt) + request.max_tokens <= WINDOW
         and all(generation.sure is None for generation in answer.generations)
         and not (doubled_bos or scores_several or overlong_stop or unreadable_prompt or drops_tokens_of_its_text)
+        and not scores_a_template
         and not (keeps_what_follows and request.max_tokens > 0)
     )
 
@@ -125,7 +140,8 @@ def assert_helm_says_so(bench: Bench, request: Request, result: RequestResult) -
         texts, helms_texts = [token.text for token in ours.tokens], [token.text for token in helms.tokens]
         if ours.finish_reason == {"reason": "stop"}:  # it drops tokens only where one begins with a stop
             helms_texts = helms_texts[: len(texts)]
-        assert texts == helms_texts, request
+        assert len(texts) == len(helms_texts), request
+        assert all(map(is_spelling_of, texts, helms_texts)), request
         if request.max_tokens == 0:
             assert [token.logprob for token in ours.tokens] == pytest.approx(
                 [token.logprob for token in helms.tokens], abs=LOGPROB_TOLERANCE, rel=0

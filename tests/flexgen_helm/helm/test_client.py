@@ -18,6 +18,7 @@ from sqlitedict import encode  # type: ignore[import-untyped]
 
 from engine import EngineError
 from engine.errors import CapacityError, CheckpointError, ConfigError, JobError
+from flexgen_helm.helm.request_cache import RequestCache
 
 Clients = Callable[..., Any]
 
@@ -73,6 +74,32 @@ def test_what_is_kept_and_is_no_answer_is_computed_anew(
         again = make_client().make_requests(asked)
         assert [each.cached for each in again] == cached
         assert [outputs(each) for each in again] == [outputs(each) for each in whole]
+
+
+def test_a_scored_prompt_kept_by_an_earlier_release_is_computed_anew_where_its_tokens_do_not_spell_it(
+    make_client: Clients, fake_engines: list[FakeEngine]
+) -> None:
+    asked = [request(text, echo_prompt=True, max_tokens=0) for text in ("plain", "naïve")]
+    client = make_client()
+    expected = [result.completions for result in client.make_requests(asked)]
+    with RequestCache(client.cache.config) as cache:
+        translator = client._translator
+        keys = [translator.key(each, translator.render(each), client._served.identity) for each in asked]
+        kept = [cache.get(key) for key in keys]
+        for response in kept:
+            assert response is not None
+            prompt = response["prompt"]
+            del prompt["spelled"]
+            prompt["tokens"] = [
+                token if token.isascii() and "\\" not in token else "\ufffd" for token in prompt["tokens"]
+            ]
+        cache.put(zip(keys, kept, strict=True))
+    results = make_client().make_requests(asked)
+    assert [result.completions for result in results] == expected
+    assert [result.cached for result in results] == [True, False]
+    alone = make_client().make_request(asked[1])
+    assert (alone.cached, alone.completions) == (True, expected[1])
+    assert sum(len(jobs) for jobs in fake_engines[0].calls) == 3
 
 
 def test_equal_requests_are_computed_once(make_client: Clients, fake_engines: list[FakeEngine]) -> None:

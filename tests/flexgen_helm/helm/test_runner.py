@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from helm.common.authentication import Authentication
 from tiny_models import ours, write_entries
 
 from engine import EngineError
-from engine.errors import CapacityError, InstallationError, JobError
+from engine.errors import CapacityError, ConfigError, InstallationError, JobError
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed
 
 RUNNER = "flexgen_helm.runner.FlexGenRunner"
@@ -270,6 +273,8 @@ def test_errors_are_fatal_or_empty_completions_as_in_helms_executor(
         def check(self, requests: Any) -> None:
             pass
 
+        notes = ()
+        writes_date = False
         make_requests = staticmethod(client.make_requests)
 
     whole = Unchecked()
@@ -291,3 +296,44 @@ def test_errors_are_fatal_or_empty_completions_as_in_helms_executor(
     assert mine[1].result.completions[0].text == ""
     with pytest.raises(ExecutorError, match=r"1 of 2 requests failed; the first \(instance id1\): PromptError"):
         runner.executor.execute(ScenarioState(spec.adapter_spec, states(echo_prompt=True)))
+
+
+def test_a_suite_has_one_date_whatever_day_it_goes_on(tmp_path: Path) -> None:
+    from flexgen_helm.helm.beginning import FILE_NAME, Beginning
+
+    first = Beginning(tmp_path / "suite")
+    assert not (tmp_path / "suite").exists()  # until something depends on it
+    first.keep()
+    (tmp_path / "suite" / FILE_NAME).write_text('{"began": "2026-11-28T23:59:30"}')
+    again = Beginning(tmp_path / "suite")
+    again.keep()
+    assert again.moment == datetime(2026, 11, 28, 23, 59, 30)
+    assert [path.name for path in (tmp_path / "suite").iterdir()] == [FILE_NAME]
+    (tmp_path / "suite" / FILE_NAME).write_text('{"began": 7}')
+    with pytest.raises(ConfigError, match="does not say when the suite began"):
+        Beginning(tmp_path / "suite")
+
+
+def test_a_run_that_goes_on_after_midnight_finds_its_answers(
+    helm_run: Run, deployed: list[FakeEngine], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The template writes the date, which was another one when the suite began."""
+    from transformers.utils import chat_template_utils
+
+    from flexgen_helm.helm import beginning
+
+    dated = shutil.copytree(tiny_llama, tmp_path / "dated")
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    write_entries(tmp_path / "prod_env", "local/dated", dated, late=ours(dated))
+
+    def run(clock: datetime) -> list[Any]:
+        told = SimpleNamespace(now=lambda: clock, fromisoformat=datetime.fromisoformat)
+        monkeypatch.setattr(beginning, "datetime", told)
+        monkeypatch.setattr(chat_template_utils, "datetime", told)
+        runs = helm_run("-r", entry("late", "dated"), "-m", "2", "--runner-class-name", RUNNER, suite="night")
+        states = read(runs, "scenario_state.json", "late")["request_states"]
+        return [(state["result"]["cached"], state["result"]["completions"][0]["text"]) for state in states]
+
+    before, after = run(datetime(2026, 11, 28, 23, 59)), run(datetime(2026, 11, 29, 0, 1))
+    assert [cached for cached, _ in before] == [False, False]
+    assert after == [(True, text) for _, text in before]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from helm.common.request import Request
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import is_spelling_of
 
 from engine import Completion
 from engine.errors import JobError, UnsupportedError
@@ -51,6 +53,53 @@ def test_prompts_are_rendered_as_the_reference_renders_them(tiny_chat: Path, app
     assert translator(tiny_chat, apply_chat_template=apply).render(request) == reference(
         tiny_chat, apply_chat_template=apply
     ).get_prompt(request)
+
+
+@pytest.mark.parametrize(
+    ("fields", "applies", "told"),
+    [
+        ({}, True, "is applied to prompts, but for those that are only scored"),
+        ({"apply_chat_template": True}, True, "is applied to prompts, but for those that are only scored"),
+        ({"apply_chat_template": False}, False, "no chat template is applied"),
+    ],
+)
+def test_whether_a_chat_template_is_applied_is_told(
+    tiny_chat: Path, fields: dict[str, Any], applies: bool, told: str
+) -> None:
+    translated = translator(tiny_chat, **fields)
+    assert translated.applies_chat_template == applies
+    assert told in translated.notes[0]
+    assert ("left out" in translated.notes[0]) == (not fields)
+
+
+DATED = """
+{{ bos_token }}{% set now = strftime_now('%d %b %Y') if strftime_now is defined %}
+[{{ now }}, 100%] {{ messages[0].content }}"""
+
+
+def test_a_template_writes_the_date_of_the_suite(tiny_chat: Path) -> None:
+    """As transformers renders it, for the moment that is set."""
+    wrapped = HuggingFaceTokenizer(BlackHoleCacheConfig(), f"dated{tiny_chat}", str(tiny_chat)).get_wrapped_tokenizer()
+    with wrapped as tokenizer:
+        tokenizer.chat_template = DATED
+        expected = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    translated = Translator(
+        wrapped,
+        model="local/tiny",
+        window=512,
+        pad_to=None,
+        end_of_text_token=None,
+        apply_chat_template=None,
+        top_k=None,
+    )
+    request = Request(prompt="Hi", model="local/tiny")
+    assert translated.writes_date
+    translated.begin(datetime.now())
+    assert translated.render(request) == expected
+    translated.begin(datetime(2026, 11, 29, 23, 59))
+    assert translated.render(request) == "\n</s>[29 Nov 2026, 100%] Hi"
+    assert "writes 2026-11-29, when the suite began" in translated.notes[0]
+    assert not translator(tiny_chat).writes_date
 
 
 def test_messages_are_rendered_as_the_reference_renders_them(tiny_chat: Path) -> None:
@@ -237,7 +286,16 @@ def test_a_generation_is_told_token_by_token(tiny_llama: Path) -> None:
     assert (told.success, told.cached, told.request_time, told.request_datetime) == (True, True, 0.5, 1000)
     assert (told.batch_size, told.batch_request_time) == (None, None)
     assert output.text == "Paris is naïve"
-    assert [token.text for token in output.tokens] == [tokenizer.decode(token) for token in tokens]
+    assert [token.text for token in output.tokens] == [
+        "P",
+        "aris",
+        " is",
+        " n",
+        "a",
+        r"bytes:\xc3",
+        r"bytes:\xaf",
+        "ve",
+    ]
     assert output.logprob == -0.5 * len(tokens)
     assert output.finish_reason == {"reason": "stop"}
 
@@ -293,4 +351,6 @@ def test_results_equal_the_references(
         )
         (told,) = round_trip(translator(model), request, [completion]).completions
         assert len(ids) > 3
-        assert replace(told, finish_reason=None) == expected
+        pairs = zip(told.tokens, expected.tokens, strict=True)
+        assert all(is_spelling_of(ours.text, helms.text) for ours, helms in pairs)
+        assert replace(told, finish_reason=None, tokens=expected.tokens) == expected

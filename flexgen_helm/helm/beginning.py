@@ -1,0 +1,51 @@
+"""When a suite began: the date that chat templates write, the same in every command that goes on with the suite."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+
+from engine.errors import ConfigError
+
+FILE_NAME = "flexgen_suite.json"
+
+
+class Beginning:
+    """Of the suite in a directory: what an earlier command has kept there, or now.
+
+    Raises `ConfigError` for a file that cannot be used.
+    """
+
+    def __init__(self, suite_path: Path) -> None:
+        self._file = suite_path / FILE_NAME
+        self.moment = self._kept() or datetime.now().replace(microsecond=0)
+        """Local time, as `transformers` gives it to templates."""
+
+    def _kept(self) -> datetime | None:
+        try:
+            return datetime.fromisoformat(json.loads(self._file.read_text(encoding="utf-8"))["began"])
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"{self._file} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ConfigError(
+                f'{self._file} does not say when the suite began ({{"began": "2026-11-29T23:50:00"}} is expected); '
+                "remove it, and the suite begins now"
+            ) from None
+
+    def keep(self) -> None:
+        """Write the moment down, if nobody has: whole or not at all. Call it when something depends on it."""
+        if self._file.exists():
+            return
+        scratch = self._file.with_name(f".{FILE_NAME}.{os.getpid()}")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(json.dumps({"began": self.moment.isoformat()}) + "\n", encoding="utf-8")
+            scratch.replace(self._file)
+        except OSError as error:
+            raise ConfigError(f"{self._file} cannot be written: {error.strerror}") from None
+        finally:
+            scratch.unlink(missing_ok=True)
