@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import inspect
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import engine
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Sampling
+from engine.memory import accelerator
 from engine.policy import Policy
 
 try:
@@ -27,6 +29,10 @@ except ImportError as error:
 _Names = Sequence[tuple[str, ...]]
 _Pair = tuple[list[int], list[int]]
 _SUPPORTED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+_MEANT = {"stop": "until", "stop_sequences": "until", "max_length": "max_gen_toks", "seed": "--seed of the harness"}
+"""Of generation arguments that others have, what the harness calls them."""
+_DEFAULT_DEVICE = "cuda:0"
+"""What the harness asks for where nobody names a device."""
 
 
 class FlexGenLM(TemplateLM):
@@ -34,8 +40,10 @@ class FlexGenLM(TemplateLM):
 
     `policy` is "auto", the name of a shipped policy, a YAML file or a mapping; `dtype` and `device` override it.
     `max_length` is the window in tokens, the model's own if left out. `add_bos_token`, `prefix_token_id`,
-    `think_end_token` (text) and `chat_template_args` are HFLM's. The harness gives every model batch sizes, which mean
-    nothing here: the policy sizes sweeps. Raises `EngineError`; that of a bad request names it and ends the evaluation.
+    `think_end_token` (text, or a token's id), `enable_thinking` and `chat_template_args` are HFLM's; so is the rule for
+    a device that is not there: the harness's default is then the policy's, or the CPU. The harness gives every model
+    batch sizes, which mean nothing here: the policy sizes sweeps. Raises `EngineError`; that of a bad request names it
+    and ends the evaluation.
     """
 
     def __init__(
@@ -47,18 +55,27 @@ class FlexGenLM(TemplateLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
-        think_end_token: str | None = None,
+        think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None,
         chat_template_args: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
         known = inspect.signature(FlexGenLM).parameters.keys() - {"others"}
         for name in others.keys() - {"batch_size", "max_batch_size"}:
-            raise ConfigError(f"model_args: unknown argument {name!r}{did_you_mean(name, known)}")
+            if name == "trust_remote_code":
+                raise ConfigError("trust_remote_code: code of a model's directory is never run; leave it out")
+            nearest = did_you_mean(name, known)
+            template = (
+                "" if "did you mean" in nearest else "; what a chat template is told goes into chat_template_args"
+            )
+            raise ConfigError(f"model_args: unknown argument {name!r}{nearest}{template}")
+        if enable_thinking and think_end_token is None:
+            raise ConfigError("model_args: enable_thinking needs think_end_token, lest thoughts are taken for answers")
         if not pretrained:
             raise ConfigError("model_args name no model; write pretrained=, a hub id or a directory")
         named = Policy.load(policy)
-        loaded = dataclasses.replace(named, dtype=dtype or named.dtype, device=device or named.device)
+        loaded = dataclasses.replace(named, dtype=dtype or named.dtype, device=_device(device, named.device))
         loaded.check("model_args")
         self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
         atexit.register(self.engine.close)
@@ -71,8 +88,11 @@ class FlexGenLM(TemplateLM):
             raise ConfigError(f"model_args: max_length {max_length} is not within the model's window of {window}")
         self.max_length: int = max_length or window or utils.resolve_max_length(None, self.tokenizer)
         self._pretrained, self._add_bos_token = pretrained, add_bos_token
-        self._prefix_token_id, self._think_end_token = prefix_token_id, think_end_token
-        self._chat_template_args = dict(chat_template_args or {})
+        self._prefix_token_id, self._enable_thinking = prefix_token_id, enable_thinking
+        is_id = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self._think_end_token = int(think_end_token) if think_end_token is not None and is_id else think_end_token
+        thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._chat_template_args = {**(chat_template_args or {}), **thinking}
 
     @property
     def eot_token_id(self) -> int | None:
@@ -111,6 +131,14 @@ class FlexGenLM(TemplateLM):
         except TemplateError:
             rest = [message for message in chat_history if message["role"] != "system"]
             return str(self.tokenizer.apply_chat_template(rest, **options))
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, whether it is greedy) of each (context, continuation); not for models that are to think."""
+        if self._enable_thinking:
+            names = ", ".join(sorted({str(name) for each in requests if (name := getattr(each, "task_name", None))}))
+            raise ConfigError(f"enable_thinking is for tasks that generate; {names or 'this one'} scores continuations")
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return scores
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -166,7 +194,8 @@ class FlexGenLM(TemplateLM):
         top_p, top_k = kwargs.pop("top_p", 1.0), kwargs.pop("top_k", None) or None  # 0 of transformers is no cut, too
         for name, value in kwargs.items():
             if (name, value) != ("num_beams", 1):
-                raise ConfigError(f"generation argument {name}={value}: not supported{did_you_mean(name, _SUPPORTED)}")
+                meant = f"; did you mean {_MEANT[name]!r}?" if name in _MEANT else did_you_mean(name, _SUPPORTED)
+                raise ConfigError(f"generation argument {name}={value}: not supported{meant}")
         if (room := self.max_length - count) < 1:
             raise ConfigError(f"{_name((context,))}: max_gen_toks {count} leave no room in {self.max_length}; lower it")
         prompt = self._encode(context, self.tokenizer.bos_token)[-room:]
@@ -176,12 +205,16 @@ class FlexGenLM(TemplateLM):
 
     def _text(self, done: Completion, until: Sequence[Any]) -> str:
         """The completion's text without special tokens, which the engine spells out."""
-        tokens = list(done.tokens)
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens, thought = list(done.tokens), self._think_end_token
         beyond = len(self.tokenizer.decode(tokens)) - len(done.text)  # of the last token, where a stop begins inside it
-        if beyond and tokens[-1] not in self.tokenizer.all_special_ids:
+        if isinstance(thought, int) and thought in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(thought) :]
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if beyond and text != self.tokenizer.decode(tokens[:-1], skip_special_tokens=True):  # else it is a special one
             text = text[:-beyond]
-        return str(utils.postprocess_generated_text(text, list(until), self._think_end_token))
+        if isinstance(thought, int):
+            text, thought = text.lstrip(), None
+        return str(utils.postprocess_generated_text(text, list(until), thought))
 
     def _run(self, jobs: Sequence[Job], names: _Names, quiet: bool) -> Iterator[tuple[int, Completion]]:
         """Yield (place, completion) as they come; all jobs go to the engine in one call."""
@@ -192,6 +225,16 @@ class FlexGenLM(TemplateLM):
 
 
 model_registry.register("flexgen", target=FlexGenLM)
+
+
+def _device(asked: str | None, of_policy: str) -> str:
+    """The device to run on: a harness's default that nobody may have asked for yields, as HFLM lets it."""
+    if asked is None or (asked == _DEFAULT_DEVICE and of_policy != "auto"):
+        return of_policy
+    if asked.startswith("cuda") and not accelerator.is_available("cuda"):
+        logging.getLogger("lm_eval").warning("flexgen: there is no %s here; the model runs on the CPU", asked)
+        return "cpu"
+    return asked
 
 
 def _name(texts: tuple[str, ...]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -21,9 +23,10 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 from engine.errors import ConfigError, JobError
-from engine.job import Job
+from engine.job import Completion, Job
 from flexgen_helm.adapters.lm_eval import FlexGenLM
 from flexgen_helm.run import main
 
@@ -224,6 +227,79 @@ def test_thoughts_are_cut_off_as_hf_does(make: Callable[..., Pair]) -> None:
     ours, theirs = make("llama", think_end_token="e")
     requests = [request(f"What {i}", {"until": [], "max_gen_toks": 20}) for i in range(6)]
     assert ours.generate_until(requests, disable_tqdm=True) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+def test_a_stop_inside_a_special_token_takes_nothing_of_the_answer(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is special in the tokenizer's files only, as some chat models' ends of turns are."""
+    from tokenizers import AddedToken
+
+    path = shutil.copytree(directories["llama"], tmp_path / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer("The answer is 42")["input_ids"]
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
+    tokenizer.save_pretrained(path)
+    ours = FlexGenLM(str(path), policy={"device": "cpu"})
+    theirs = HFLM(str(path), device="cpu", batch_size=1)
+    end = ours.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said = [*ids, end]
+    monkeypatch.setattr(theirs, "_model_generate", lambda context, **_: torch.tensor([[*context[0].tolist(), *said]]))
+    for stop, text in (("|", "The answer is 42<"), ("end", "The answer is 42<|im_"), ("42", "The answer is ")):
+        tokens = tuple(said) if stop != "42" else tuple(ids)
+        done = Completion(text=text, tokens=tokens, finish_reason="stop")
+        monkeypatch.setattr(ours.engine, "stream", lambda jobs, done=done: [(0, done)])
+        asked = [request("What", {"until": [stop], "max_gen_toks": 20})]
+        assert ours.generate_until(asked, disable_tqdm=True) == theirs.generate_until(asked, disable_tqdm=True)
+    ours.engine.close()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_thoughts_end_at_a_token_given_by_its_id_as_with_hf(make: Callable[..., Pair], as_text: bool) -> None:
+    plain, _ = make("llama")
+    contexts = [f"What {i}" for i in range(6)]
+    jobs = [Job(prompt=plain.tok_encode(context), max_new_tokens=20) for context in contexts]
+    frequent = Counter(token for done in plain.engine.run(jobs) for token in done.tokens).most_common(1)[0][0]
+    ours, theirs = make("llama", think_end_token=str(frequent) if as_text else frequent)
+    requests = [request(context, {"until": [], "max_gen_toks": 20}) for context in contexts]
+    found = ours.generate_until(requests, disable_tqdm=True)
+    assert found == theirs.generate_until(requests, disable_tqdm=True)
+    assert found != plain.generate_until(requests, disable_tqdm=True)
+
+
+def test_the_template_is_told_whether_to_think_as_hf_tells_it(directories: dict[str, Path], tmp_path: Path) -> None:
+    path = shutil.copytree(directories["llama"], tmp_path / "llama")
+    (path / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}{{ style }}"
+    )
+    chat = [{"role": "user", "content": "Hi"}]
+    for args in ({"enable_thinking": True}, {"enable_thinking": False}, {"chat_template_args": {"style": "terse"}}):
+        args = {"think_end_token": "</think>", **args}
+        ours, theirs = FlexGenLM(str(path), policy={"device": "cpu"}, **args), HFLM(str(path), device="cpu", **args)
+        assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+        ours.engine.close()
+    assert "terse" in ours.apply_chat_template(chat)
+    with pytest.raises(ConfigError, match="enable_thinking needs think_end_token"):
+        FlexGenLM(str(path), enable_thinking=True)
+    thinking = FlexGenLM(str(path), policy={"device": "cpu"}, enable_thinking=True, think_end_token="</think>")
+    with pytest.raises(ConfigError, match="is for tasks that generate"):
+        thinking.loglikelihood([request("a", "b")])
+    thinking.engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_harnesses_device_is_the_cpu_where_there_is_no_gpu(directories: dict[str, Path]) -> None:
+    path = str(directories["llama"])
+    ours, theirs = FlexGenLM(path, device="cuda:0"), HFLM(path, device="cuda:0")
+    assert str(theirs.device) == ours.engine.policy.device == "cpu"
+    ours.engine.close()
+
+
+@pytest.mark.parametrize("argument", ["stop", "stop_sequences"])
+def test_a_generation_argument_of_others_is_told_its_name_here(make: Callable[..., Pair], argument: str) -> None:
+    ours, _ = make("llama")
+    with pytest.raises(ConfigError, match="not supported; did you mean 'until'"):
+        ours.generate_until([request("What", {"until": [], argument: ["x"], "max_gen_toks": 4})])
 
 
 TASKS = {
