@@ -141,7 +141,7 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.commands.lm_eval import lm_eval
 
             return lm_eval(rest)
-        from flexgen_helm.runs.launch import run
+        from flexgen_helm.commands.run import run
 
         return run(rest)
     except (EngineError, RunFailed) as error:

@@ -14,7 +14,7 @@ import engine
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Sampling
 from engine.memory import accelerator
-from engine.policy import Policy
+from engine.policy import Policy, parse_bytes
 
 try:
     from jinja2 import TemplateError
@@ -38,7 +38,8 @@ _DEFAULT_DEVICE = "cuda:0"
 class FlexGenLM(TemplateLM):
     """Answers as `lm_eval.models.huggingface.HFLM` does, by an engine whose model may be larger than the GPU.
 
-    `policy` is "auto", the name of a shipped policy, a YAML file or a mapping; `dtype` and `device` override it.
+    `policy` is "auto", the name of a shipped policy, a YAML file or a mapping; `dtype`, `device`, `gpu_memory` and
+    `cpu_memory` ("16GB", "16GiB" or a number of GiB) override it.
     `max_length` is the window in tokens, the model's own if left out. `add_bos_token`, `prefix_token_id`,
     `think_end_token` (text, or a token's id), `enable_thinking` and `chat_template_args` are HFLM's; so is the rule for
     a device that is not there: the harness's default is then the policy's, or the CPU. The harness gives every model
@@ -58,6 +59,8 @@ class FlexGenLM(TemplateLM):
         think_end_token: str | int | None = None,
         enable_thinking: bool | None = None,
         chat_template_args: Mapping[str, Any] | None = None,
+        gpu_memory: str | float | None = None,
+        cpu_memory: str | float | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -75,7 +78,13 @@ class FlexGenLM(TemplateLM):
         if not pretrained:
             raise ConfigError("model_args name no model; write pretrained=, a hub id or a directory")
         named = Policy.load(policy)
-        loaded = dataclasses.replace(named, dtype=dtype or named.dtype, device=_device(device, named.device))
+        loaded = dataclasses.replace(
+            named,
+            dtype=dtype or named.dtype,
+            device=_device(device, named.device),
+            gpu_memory=_limit(gpu_memory, "gpu_memory", named.gpu_memory),
+            cpu_memory=_limit(cpu_memory, "cpu_memory", named.cpu_memory),
+        )
         loaded.check("model_args")
         self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
         atexit.register(self.engine.close)
@@ -235,6 +244,10 @@ def _device(asked: str | None, of_policy: str) -> str:
         logging.getLogger("lm_eval").warning("flexgen: there is no %s here; the model runs on the CPU", asked)
         return "cpu"
     return asked
+
+
+def _limit(size: str | float | None, name: str, otherwise: int | None) -> int | None:
+    return otherwise if size is None else parse_bytes(size, f"model_args: {name}")
 
 
 def _name(texts: tuple[str, ...]) -> str:

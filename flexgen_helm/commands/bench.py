@@ -40,27 +40,36 @@ _COLUMNS = (
 )
 
 
+EXAMPLES = (
+    "flexgen-helm bench --shape opt-6.7b --gpu-memory 16GB",
+    "flexgen-helm bench --shape ./my-model --policy all-on-cpu --rows 1x100x400+100:1 --curve 1 16 256",
+)
+
+
 def bench_parser() -> Parser:
     """The command line of `flexgen-helm bench`."""
     from flexgen_helm.planning.dummy import SHAPES
 
-    parser = Parser(prog="flexgen-helm bench", description=__doc__)
-    parser.add_argument(
+    parser = Parser(prog="flexgen-helm bench", description=__doc__, examples=EXAMPLES)
+    parser.group("model").add_argument(
         "--shape", default="opt-30b", help=f"{', '.join(SHAPES)}, or a model directory or config.json (its shape only)"
     )
-    parser.add_argument("--rows", nargs="+", metavar="RUNSxJOBSxSHARED+OWN:NEW", help="workloads to time, one row each")
-    parser.add_argument(
+    work = parser.group("what to run")
+    work.add_argument("--rows", nargs="+", metavar="RUNSxJOBSxSHARED+OWN:NEW", help="workloads to time, one row each")
+    work.add_argument(
         "--curve",
         nargs="*",
         type=int,
         metavar="N",
         help=f"a row of 512 in, 32 out for each number of sequences ({' '.join(map(str, CURVE))})",
     )
-    parser.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU, such as 16GB")
-    parser.add_argument("--percent", nargs=6, type=int, metavar="P", help="FlexGen's six numbers, over the policy's")
-    parser.add_argument("--out", type=Path, default=Path("benchmark_output/bench"), help="directory of the JSON record")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    policy = parser.group("policy")
+    policy.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
+    policy.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU, such as 16GB")
+    policy.add_argument("--percent", nargs=6, type=int, metavar="P", help="FlexGen's six numbers, over the policy's")
+    output = parser.group("output")
+    output.add_argument("--out", type=Path, default=Path("benchmark_output/bench"), help="directory of the JSON record")
+    output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -25,6 +25,10 @@ Compare suite B with an earlier suite A. Exit code 0: nothing is worse. 1: a sco
 run is missing, failed or without score, or a model computes fewer tokens a second on the same hardware for the same
 work, by more than the threshold. 2: bad input. What has become better is shown and is no failure.
 """
+EXAMPLES = (
+    "flexgen-helm compare 2026-11-28 2026-11-29",
+    "flexgen-helm compare benchmark_output/runs/before benchmark_output/runs/after --slowdown 0.1 --json change.json",
+)
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -47,7 +51,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 def parse_compare_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raises `UsageError`."""
-    parser = Parser(prog="flexgen-helm compare", description=DESCRIPTION)
+    parser = Parser(prog="flexgen-helm compare", description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("before", metavar="A", help="a suite's directory, or its name in --output-path")
     parser.add_argument("after", metavar="B", help="the later one")
     parser.add_argument(

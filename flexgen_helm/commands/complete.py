@@ -14,7 +14,7 @@ from engine.job import Completion, Job, Sampling
 from engine.policy import Policy
 from flexgen_helm.commands.answers import Answers, Place
 from flexgen_helm.commands.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
-from flexgen_helm.runs.flags import add_policy_flags, policy_from_flags
+from flexgen_helm.runs.flags import POLICY, add_policy_flags, policy_from_flags
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
@@ -26,35 +26,41 @@ if TYPE_CHECKING:
 _SHOWN = 20
 """Bad prompts that are named, at most."""
 
-_EXAMPLES = """\
+_FORMAT = """\
+
 a line of JSON in: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you like "id",
 "metadata", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "num_completions";
 out: index, sample, what was given, completion, finish_reason, num_tokens, logprob (natural, summed) or error.
 """
+EXAMPLES = (
+    "flexgen-helm complete --model facebook/opt-30b --policy opt-30b-t4 -i prompts.txt -o answers.jsonl",
+    "flexgen-helm complete --model ./my-model --gpu-memory 16GB --chat 'Name three rivers.'",
+)
 
 
 def complete_parser() -> Parser:
     """The command line of `flexgen-helm complete`."""
-    parser = Parser(prog="flexgen-helm complete", description=__doc__, epilog=_EXAMPLES)
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
-    parser.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
-    parser.add_argument("--jsonl", action="store_true", help="the input is JSONL, whatever it is called")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL, gone on with if it is there")
-    parser.add_argument("--chat", action="store_true", help="every prompt is a user's message for the chat template")
-    parser.add_argument("--skip-bad", action="store_true", help="ask the others when some prompts cannot be asked")
-    parser.add_argument("--max-new-tokens", type=int, default=Settings.max_new_tokens, metavar="N", help="(64)")
-    parser.add_argument("--temperature", type=float, default=Settings.temperature, metavar="T", help="0 is greedy (0)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    parser.add_argument("--top-p", type=float, default=Settings.top_p, metavar="P", help="nucleus sampling (1)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of a prompt's first sample; drawn if left out")
-    parser.add_argument(
+    parser = Parser(prog="flexgen-helm complete", description=__doc__, epilog=_FORMAT, examples=EXAMPLES)
+    parser.group("model").add_argument("--model", required=True, help="hub id or directory of the model")
+    asked = parser.group("what to ask")
+    asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
+    asked.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
+    asked.add_argument("--jsonl", action="store_true", help="the input is JSONL, whatever it is called")
+    asked.add_argument("--chat", action="store_true", help="every prompt is a user's message for the chat template")
+    asked.add_argument("--skip-bad", action="store_true", help="ask the others when some prompts cannot be asked")
+    asked.add_argument("-n", "--num-completions", type=int, default=1, metavar="N", help="of each prompt (1)")
+    asked.add_argument("--max-new-tokens", type=int, default=Settings.max_new_tokens, metavar="N", help="(64)")
+    asked.add_argument("--temperature", type=float, default=Settings.temperature, metavar="T", help="0 is greedy (0)")
+    asked.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    asked.add_argument("--top-p", type=float, default=Settings.top_p, metavar="P", help="nucleus sampling (1)")
+    asked.add_argument("--seed", type=int, metavar="N", help="of a prompt's first sample; drawn if left out")
+    asked.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help=r"ends a completion; \n is a new line; repeatable"
     )
-    parser.add_argument("-n", "--num-completions", type=int, default=1, metavar="N", help="of each prompt (1)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    group = parser.add_argument_group("FlexGen", "the model and where it lives; the flags override --policy")
-    group.add_argument("--model", required=True, help="hub id or directory of the model")
-    add_policy_flags(group)
+    add_policy_flags(parser.group("policy", POLICY))
+    output = parser.group("output")
+    output.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL, gone on with if it is there")
+    output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -167,7 +167,8 @@ def _gb(size: int) -> str:
 
 def doctor(arguments: list[str]) -> int:
     """Print the findings, or measure; 1 if something essential is broken."""
-    parser = Parser(prog="flexgen-helm doctor", description=__doc__)
+    examples = ("flexgen-helm doctor", "flexgen-helm doctor --profile --offload-dir /data/offload")
+    parser = Parser(prog="flexgen-helm doctor", description=__doc__, examples=examples)
     parser.add_argument("--offload-dir", default=".", help="directory of the disk tier to look at (default: here)")
     parser.add_argument(
         "--profile", action="store_true", help="measure device, link, host and disk instead, and keep what was measured"

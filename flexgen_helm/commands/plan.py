@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.memory.tiers import TIERS
 from engine.policy import Policy, parse_bytes
 from flexgen_helm.planning.roofline import Workload
+from flexgen_helm.runs.flags import add_memory_flags
 from flexgen_helm.terminal.parser import Parser
 
 if TYPE_CHECKING:
@@ -31,25 +32,34 @@ _NEAR = 10
 """Percents of the weights on the device: policies that differ by less are hardly others."""
 
 
+EXAMPLES = (
+    "flexgen-helm plan --shape opt-30b --hardware t4 --work 57x100x400+100:1",
+    "flexgen-helm plan --shape ./my-model --gpu-memory 16GB --cpu-memory 48GB --write my-policy.yaml",
+)
+
+
 def plan_parser() -> Parser:
     """The command line of `flexgen-helm plan`."""
     from flexgen_helm.planning.dummy import SHAPES
 
-    parser = Parser(prog="flexgen-helm plan", description=__doc__)
-    parser.add_argument(
+    parser = Parser(prog="flexgen-helm plan", description=__doc__, examples=EXAMPLES)
+    parser.group("model").add_argument(
         "--shape", required=True, help=f"a model directory, its config.json, or one of {', '.join(SHAPES)}"
     )
-    parser.add_argument("--work", default="1x100x400+100:1", metavar="RUNSxJOBSxSHARED+OWN:NEW", help="the workload")
-    parser.add_argument(
+    parser.group("what to run").add_argument(
+        "--work", default="1x100x400+100:1", metavar="RUNSxJOBSxSHARED+OWN:NEW", help="the workload"
+    )
+    limits = parser.group("policy", "the machine, and what of it may be used")
+    limits.add_argument(
         "--hardware", metavar="PROFILE", help="a shipped profile's name or a file (default: this machine's)"
     )
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU, such as 16GB")
-    parser.add_argument("--cpu-memory", metavar="SIZE", help="what may be placed in host memory")
-    parser.add_argument("--offload-dir", metavar="DIR", help="let weights and caches go to disk, there")
-    parser.add_argument("--disk", default="1TB", metavar="SIZE", help="room on that disk (1TB)")
-    parser.add_argument("--allow-compression", action="store_true", help="codes of 8 and 4 bits too: scores change")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the policy, for --policy")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_memory_flags(limits)
+    limits.add_argument("--offload-dir", metavar="DIR", help="let weights and caches go to disk, there")
+    limits.add_argument("--disk", default="1TB", metavar="SIZE", help="room on that disk (1TB)")
+    limits.add_argument("--allow-compression", action="store_true", help="codes of 8 and 4 bits too: scores change")
+    output = parser.group("output")
+    output.add_argument("--write", type=Path, metavar="FILE", help="write the policy, for --policy")
+    output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

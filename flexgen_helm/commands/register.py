@@ -6,28 +6,37 @@ import sys
 from collections.abc import Sequence
 
 from engine.errors import InstallationError
-from flexgen_helm.runs.flags import add_length_flag, checked_policy
+from flexgen_helm.runs.flags import add_length_flag, add_memory_flags, policy_from_flags
 from flexgen_helm.terminal.footprint import Footprint
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
 
+EXAMPLES = (
+    "flexgen-helm register facebook/opt-30b --policy opt-30b-t4",
+    "flexgen-helm register ./my-model --name local/my-model --gpu-memory 16GB --cpu-memory 48GB",
+)
+
 
 def register_parser() -> Parser:
     """The command line of `flexgen-helm register`."""
-    parser = Parser(prog="flexgen-helm register", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="hub id or directory of the model")
-    parser.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
-    parser.add_argument("--local-path", default="prod_env", help="HELM's --local-path (default: prod_env)")
-    parser.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
-    add_length_flag(parser)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser = Parser(prog="flexgen-helm register", description=__doc__, examples=EXAMPLES)
+    model = parser.group("model")
+    model.add_argument("model", metavar="MODEL", help="hub id or directory of the model")
+    model.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
+    add_length_flag(model)
+    policy = parser.group("policy", "written into the deployment; the limits override what --policy says")
+    policy.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
+    add_memory_flags(policy)
+    output = parser.group("output")
+    output.add_argument("--local-path", default="prod_env", metavar="DIR", help="HELM's --local-path (prod_env)")
+    output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def register(arguments: Sequence[str]) -> int:
     """Write the entries and say how to use them; `EngineError` for bad input."""
     args = register_parser().parse_args(arguments)
-    policy = checked_policy(args.policy)
+    policy = policy_from_flags(args) or "auto"
     Footprint().watch([args.local_path])
     if problem := model_problem():
         raise InstallationError(problem)

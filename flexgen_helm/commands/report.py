@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
-from flexgen_helm.reports.data import JSON_NAME, gather
-from flexgen_helm.reports.page import page
 from flexgen_helm.suites.suite import find_suite, read_suite
 from flexgen_helm.sweeps.record import replace_text
 from flexgen_helm.terminal.parser import Parser
@@ -20,6 +18,10 @@ Write report.html, a page that needs nothing else, and report.json into a suite'
 previous suite's and a reference's, speed, where the time went, drift, failed runs, and the trend of the last suites.
 A sweep does so at its end; the suites of plain helm-run and unfinished ones have a report, too.
 """
+EXAMPLES = (
+    "flexgen-helm report 2026-11-29",
+    "flexgen-helm report benchmark_output/runs/mine --previous benchmark_output/runs/yesterday",
+)
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -36,7 +38,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def parse_report_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raises `UsageError`."""
-    parser = Parser(prog="flexgen-helm report", description=DESCRIPTION)
+    parser = Parser(prog="flexgen-helm report", description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("suite", metavar="SUITE", help="a suite's directory, or its name in --output-path")
     parser.add_argument(
         "--previous", metavar="DIR", help="suite to compare with (default: the latest earlier sweep beside it)"
@@ -55,6 +57,9 @@ def write_report(suite_path: Path, *, previous: Path | None = None, reference: P
     Raises `ConfigError` where `suite_path` or `previous` holds no runs, a record cannot be read, `reference` is neither
     a suite's directory nor a fidelity.json, or the files cannot be written.
     """
+    from flexgen_helm.reports.data import JSON_NAME, gather
+    from flexgen_helm.reports.page import page
+
     found = gather(read_suite(suite_path), read_suite(previous) if previous else None, reference)
     told = json.dumps(found.mapping(), indent=1, allow_nan=False) + "\n"
     shown = page(found)

@@ -6,29 +6,20 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from helm.benchmark.executor import ExecutionSpec, ExecutorError
-from helm.benchmark.run_spec import RunSpec
-from helm.common.authentication import Authentication
-from helm.common.cache_backend_config import MongoCacheBackendConfig, SqliteCacheBackendConfig
-from helm.proxy.services.service import CACHE_DIR
-
-from engine.errors import ConfigError, EngineError, InstallationError
-from flexgen_helm.commands.report import write_report
-from flexgen_helm.helm.runner import RunsFailed
-from flexgen_helm.helm.scores import read_scores, short_name
-from flexgen_helm.helm.two_step_runner import SCRATCH
-from flexgen_helm.runs.flags import parse_run_flags, policy_from_flags, run_parser
-from flexgen_helm.runs.launch import Prepared, names_entries, prepare, set_up_logging
-from flexgen_helm.sweeps.diary import SweepDiary
-from flexgen_helm.sweeps.lock import SuiteHeld, SuiteLock
-from flexgen_helm.sweeps.log import JsonLog, suite_log
-from flexgen_helm.sweeps.runner import SweepRunner
-from flexgen_helm.sweeps.summary import summary
+from engine.errors import ConfigError, EngineError
+from flexgen_helm.helm.scratch import SCRATCH
+from flexgen_helm.runs.flags import names_entries, parse_run_flags, policy_from_flags, run_parser
 from flexgen_helm.terminal.errors import RunFailed
-from flexgen_helm.terminal.footprint import Footprint
-from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
+
+if TYPE_CHECKING:
+    from helm.benchmark.executor import ExecutionSpec
+    from helm.benchmark.run_spec import RunSpec
+
+    from flexgen_helm.runs.launch import Prepared
+    from flexgen_helm.sweeps.log import JsonLog
 
 DESCRIPTION = """
 Run the entries of files as one suite: the requests of all runs of a model go to the engine together, each run's
@@ -36,6 +27,10 @@ scores are written as soon as its last answer is there, and every answer is kept
 Killed at any moment, the same command goes on where it was. Runs that fail leave the others alone; they are listed at
 the end.
 """
+EXAMPLES = (
+    "flexgen-helm sweep nightly --suite 2026-11-29 --model facebook/opt-30b --policy opt-30b-t4",
+    "flexgen-helm sweep my.conf --suite mine --model ./my-model --gpu-memory 16GB --cpu-memory 48GB -m 100",
+)
 _REFUSED = ("server_url", "runner_class_name", "dry_run", "skip_instances", "cache_instances", "cache_instances_only")
 """Of HELM's flags, those that a sweep has no use for."""
 _LONGEST_NAME = 255
@@ -43,11 +38,14 @@ _LONGEST_NAME = 255
 
 
 def sweep_parser() -> Parser:
-    """The command line of `sweep`; imports HELM."""
-    parser = run_parser("flexgen-helm sweep", DESCRIPTION)
-    parser.add_argument("conf", nargs="*", metavar="CONF", help="files of run entries, or names of shipped ones; as -c")
-    parser.add_argument("--suite", help="name of the suite (required): the directory of its runs")
-    parser.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
+    """The command line of `sweep`; imports neither HELM nor torch."""
+    parser = run_parser("flexgen-helm sweep", DESCRIPTION, EXAMPLES)
+    parser.usage = "flexgen-helm sweep CONF ... --suite SUITE [FLAGS]"
+    told = "files of run entries, or names of shipped ones; as -c"
+    parser.group("what to run").add_argument("conf", nargs="*", metavar="CONF", help=told)
+    output = parser.group("output")
+    output.add_argument("--suite", help="name of the suite (required): the directory of its runs")
+    output.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
     # HELM's adapters and metrics are Python: more threads make them slower.
     parser.set_defaults(num_threads=1, suite=None)
     return parser
@@ -60,8 +58,11 @@ def sweep(arguments: Sequence[str]) -> int:
     """
     args = parse_sweep_flags(arguments)
     policy = policy_from_flags(args)
-    if problem := model_problem():
-        raise InstallationError(problem)
+    from flexgen_helm.runs.launch import prepare, set_up_logging
+    from flexgen_helm.sweeps.lock import SuiteHeld, SuiteLock
+    from flexgen_helm.sweeps.log import JsonLog
+    from flexgen_helm.terminal.footprint import Footprint
+
     set_up_logging(args)
     suite_path = Path(args.output_path) / "runs" / args.suite
     footprint = Footprint()
@@ -109,6 +110,13 @@ def _check_suite_name(name: str) -> None:
 
 
 def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_log: JsonLog) -> int:
+    from flexgen_helm.commands.report import write_report
+    from flexgen_helm.helm.scores import read_scores
+    from flexgen_helm.sweeps.diary import SweepDiary
+    from flexgen_helm.sweeps.log import suite_log
+    from flexgen_helm.sweeps.runner import SweepRunner
+    from flexgen_helm.sweeps.summary import summary
+
     run_specs = prepared.run_specs
     failure: Exception | None = None
     with suite_log(suite_path):
@@ -145,6 +153,11 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
 
 def _execution_spec(args: argparse.Namespace) -> ExecutionSpec:
     """As HELM makes it of its flags; `ConfigError` where its cache has no directory."""
+    from helm.benchmark.executor import ExecutionSpec
+    from helm.common.authentication import Authentication
+    from helm.common.cache_backend_config import MongoCacheBackendConfig, SqliteCacheBackendConfig
+    from helm.proxy.services.service import CACHE_DIR
+
     sqlite = mongo = None
     if args.mongo_uri and not args.disable_cache:
         mongo = MongoCacheBackendConfig(args.mongo_uri)
@@ -166,6 +179,11 @@ def _execution_spec(args: argparse.Namespace) -> ExecutionSpec:
 
 
 def _verdict(failure: Exception, run_specs: Sequence[RunSpec]) -> str:
+    from helm.benchmark.executor import ExecutorError
+
+    from flexgen_helm.helm.runner import RunsFailed
+    from flexgen_helm.helm.scores import short_name
+
     if not isinstance(failure, RunsFailed):
         is_told = isinstance(failure, EngineError | ExecutorError)
         return str(failure) if is_told else f"{type(failure).__name__}: {' '.join(str(failure).split())}"

@@ -43,11 +43,10 @@ from helm.tokenizers.tokenizer import Tokenizer
 from engine.errors import EngineError
 from flexgen_helm.helm.dataclass_json import dumps
 from flexgen_helm.helm.runner import FlexGenRunner
+from flexgen_helm.helm.scratch import SCRATCH
 
 _LAST_FILE = "per_instance_stats.json"
 """What HELM writes last: a run that has all files counts as completed."""
-SCRATCH = ".partial"
-"""What the directory of unfinished files has behind the suite's name."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 

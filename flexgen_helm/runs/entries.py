@@ -115,7 +115,6 @@ def build_run_specs(
     problems: dict[str, EngineError] = {}
     for entry in entries:
         try:
-            check_run_spec_names([entry])
             for assigned in assign(entry):
                 for run_spec in _build(assigned, args):
                     first = origins.setdefault(run_spec.name, assigned.description)
@@ -127,11 +126,8 @@ def build_run_specs(
                         )
         except EngineError as error:
             problems.setdefault(str(error), error)  # a model that is missing is missing in every entry
-    if len(problems) == 1:
-        raise next(iter(problems.values()))
     if problems:
-        listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
-        raise ConfigError(f"{len(problems)} things are wrong with the run entries: {listed}")
+        raise _all_of(list(problems.values()))
     if not run_specs:
         raise ConfigError("no runs: --groups-to-run, --priority and --models-to-run left nothing of the run entries")
     return list(run_specs.values())
@@ -158,17 +154,29 @@ def _build(entry: RunEntry, args: argparse.Namespace) -> list[RunSpec]:
 
 
 def check_run_spec_names(entries: Iterable[RunEntry]) -> None:
-    """Raise `ConfigError` for an entry of whose name HELM has no run spec function."""
+    """Raise `ConfigError`, which names them all, for entries of whose names HELM has no run spec functions."""
     from helm.benchmark import run_spec as registry
 
     registry.discover_run_spec_functions()
     known = registry._REGISTERED_RUN_SPEC_FUNCTIONS
-    for entry in entries:
-        name = entry.description.split(":", 1)[0]
-        if name not in known:
-            nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-            hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "; HELM's documentation lists them"
-            raise ConfigError(f"HELM has no run entry {name!r}{hint}")
+    names = dict.fromkeys(entry.description.split(":", 1)[0] for entry in entries)
+    problems = [_no_such_entry(name, list(known)) for name in names if name not in known]
+    if problems:
+        raise _all_of([ConfigError(problem) for problem in problems])
+
+
+def _no_such_entry(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "; HELM's documentation lists them"
+    return f"HELM has no run entry {name!r}{hint}"
+
+
+def _all_of(problems: Sequence[EngineError]) -> EngineError:
+    """The only problem, or one that lists them."""
+    if len(problems) == 1:
+        return problems[0]
+    listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
+    return ConfigError(f"{len(problems)} things are wrong with the run entries: {listed}")
 
 
 def _parse(description: str) -> dict[str, object]:

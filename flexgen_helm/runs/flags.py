@@ -1,4 +1,4 @@
-"""The command line of `flexgen-helm run`: HELM's own flags, FlexGen's, and those that name model and policy."""
+"""The command line of `flexgen-helm run`: flags that name the model and its policy, FlexGen's, and HELM's own."""
 
 from __future__ import annotations
 
@@ -9,60 +9,70 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.policy import Policy, read_policy_yaml
+from flexgen_helm.runs.helm_flags import add_helm_flags
 from flexgen_helm.terminal.parser import Parser
 
+POLICY = "where the model lives; these flags override what --policy says"
 PolicySpec = str | dict[str, Any]
 """A policy as a deployment's `args` have it: a name, a file, or the mapping itself."""
+
+
+RUN_EXAMPLES = (
+    "flexgen-helm run --model facebook/opt-30b --policy opt-30b-t4 -r mmlu:subject=anatomy -m 100",
+    "flexgen-helm run --model ./my-model --gpu-memory 16GB -c quick -m 10 --suite first",
+    "flexgen-helm run    # no entries: the demo",
+)
 
 
 def run_parser(
     prog: str = "flexgen-helm run",
     description: str = "Run HELM entries through the offloading engine; with no entries, the demo.",
+    examples: Sequence[str] = RUN_EXAMPLES,
 ) -> Parser:
-    """HELM's own parser with FlexGen's flags added; imports HELM."""
-    from helm.benchmark.run import build_parser
-
-    helm = build_parser()  # type: ignore[no-untyped-call]
+    """FlexGen's flags and ours in groups, HELM's after them; imports neither HELM nor torch."""
     parser = Parser(
         prog=prog,
+        usage=f"{prog} [FLAGS]",
         description=description,
-        parents=[helm],
+        examples=examples,
         conflict_handler="resolve",
-        epilog="Flags that are not under FlexGen are HELM's own, with HELM's defaults.",
     )
-    for flags, what in (
-        (("-r", "--run-entries"), "run entries"),
-        (("-c", "--conf-paths"), "files of run entries, or names of shipped ones such as quick"),
-    ):
-        parser.add_argument(*flags, nargs="+", action="extend", default=[], help=f"{what}; any number, may be repeated")
-    parser.add_argument("-m", "--max-eval-instances", type=int, help="evaluate at most this many instances of a run")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and HELM's own log")
+    _add_model_flags(parser.group("model"))
+    _add_entry_flags(parser.group("what to run"))
+    add_policy_flags(parser.group("policy", POLICY))
+    output = parser.group("output")
     # None tells what was not given: the demo has a place of its own.
-    parser.set_defaults(output_path=None)
-    _add_model_flags(parser)
+    output.add_argument("-o", "--output-path", metavar="DIR", help="where suites are written (benchmark_output)")
+    output.add_argument("--run-path", dest="output_path", metavar="DIR", default=argparse.SUPPRESS, help="same as -o")
+    output.add_argument("--suite", default="default", help="directory of the runs, in DIR/runs (default: default)")
+    output.add_argument("--debug", action="store_true", help="show tracebacks and HELM's own log")
+    add_helm_flags(parser.group("HELM", "HELM's own flags, with HELM's defaults"))
     return parser
 
 
-def _add_model_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("FlexGen", "the model and where it lives; the flags override --policy")
-    group.add_argument(
-        "--description",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ENTRY",
-        help="run entries; whatever model they name, --model is meant",
-    )
+def _add_model_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--model", help="hub id or directory of the model")
     group.add_argument("--path", help="where the weights are, if not under --model")
-    group.add_argument("--run-path", dest="output_path", metavar="DIR", default=argparse.SUPPRESS, help="same as -o")
     add_length_flag(group)
-    add_policy_flags(group)
+
+
+def _add_entry_flags(group: argparse._ActionsContainer) -> None:
+    for flags, metavar, what in (
+        (("-r", "--run-entries"), "ENTRY", "run entries, such as mmlu:subject=anatomy"),
+        (("-c", "--conf-paths"), "CONF", "files of run entries, or names of shipped ones such as quick"),
+        (("--description",), "ENTRY", "run entries; whatever model they name, --model is meant"),
+    ):
+        told = f"{what}; any number, may be repeated"
+        group.add_argument(*flags, nargs="+", action="extend", default=[], metavar=metavar, help=told)
+    group.add_argument(
+        "-m", "--max-eval-instances", type=int, metavar="N", help="evaluate at most this many instances of a run"
+    )
 
 
 def add_policy_flags(group: argparse._ActionsContainer) -> None:
     """Add what `policy_from_flags` reads."""
     group.add_argument("--policy", help="a shipped policy's name, a YAML file, or auto (default)")
+    add_memory_flags(group)
     group.add_argument("--pad-to-seq-len", type=_pad, metavar="N", help="pad every prompt to N tokens, or: bucket")
     group.add_argument("--gpu-batch-size", type=int, metavar="N", help="most sequences in a micro-batch")
     group.add_argument("--num-gpu-batches", type=int, metavar="N", help="most micro-batches in a sweep")
@@ -81,6 +91,15 @@ def add_policy_flags(group: argparse._ActionsContainer) -> None:
         group.add_argument(flag, type=_boolean, nargs="?", const=True, metavar="BOOL", help=what)
     for flag, what in (("--compress-weight", "weights"), ("--compress-cache", "KV cache")):
         group.add_argument(flag, type=_bits, nargs="?", const=True, metavar="BITS", help=f"{what} in 4 or 8 bits")
+    # What the first letters of these two have always meant in FlexGen's scripts, --cpu-memory or not.
+    group.add_argument("--cpu", dest="cpu_cache_compute", type=_boolean, nargs="?", const=True, help=argparse.SUPPRESS)
+    group.add_argument("--gpu", dest="gpu_batch_size", type=int, help=argparse.SUPPRESS)
+
+
+def add_memory_flags(group: argparse._ActionsContainer) -> None:
+    """Add the limits of the two upper tiers, which every command knows by these names."""
+    group.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU: 16GB, 16GiB or 16")
+    group.add_argument("--cpu-memory", metavar="SIZE", help="what may be placed in host memory, written the same")
 
 
 def add_length_flag(parser: argparse._ActionsContainer) -> None:
@@ -94,9 +113,9 @@ def add_length_flag(parser: argparse._ActionsContainer) -> None:
 
 
 def policy_from_flags(args: argparse.Namespace) -> PolicySpec | None:
-    """Return the policy that `--policy` and FlexGen's flags mean, in the form a deployment's `args` take.
+    """Return the policy that `--policy` and the flags over it mean, in the form a deployment's `args` take.
 
-    None if none of them is given. Raises `ConfigError` if it is no policy.
+    None if none of them is given; a command may have a part of them. Raises `ConfigError` if it is no policy.
     """
     overrides = {
         key: value
@@ -110,8 +129,10 @@ def policy_from_flags(args: argparse.Namespace) -> PolicySpec | None:
             "cpu-cache-compute",
             "compress-weight",
             "compress-cache",
+            "gpu-memory",
+            "cpu-memory",
         )
-        if (value := getattr(args, key.replace("-", "_"))) is not None
+        if (value := getattr(args, key.replace("-", "_"), None)) is not None
     }
     if not overrides:
         return None if args.policy is None else checked_policy(args.policy)
@@ -147,6 +168,11 @@ def parse_run_flags(arguments: Sequence[str], parser: Parser | None = None) -> a
     if args.path is not None and args.model is None:
         raise ConfigError("--path says where the weights of --model are; give --model too")
     return args
+
+
+def names_entries(args: argparse.Namespace) -> bool:
+    """Whether the command line names anything to run."""
+    return bool(args.conf_paths or args.run_entries or args.run_specs or args.description)
 
 
 def _boolean(text: str) -> bool:

@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helm.benchmark.config_registry import register_builtin_configs_from_helm_package, register_configs_from_directory
-from helm.benchmark.huggingface_registration import (
-    register_huggingface_hub_model_from_flag_value,
-    register_huggingface_local_model_from_flag_value,
-)
 from helm.benchmark.run import import_user_plugins, load_entry_point_plugins, run_benchmarking
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import set_benchmark_output_path
@@ -26,30 +22,13 @@ from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.helm.scores import Score, read_scores, table
 from flexgen_helm.runs import assets, demo
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
-from flexgen_helm.runs.entries import assign_models, build_run_specs, read_entries
-from flexgen_helm.runs.flags import PolicySpec, parse_run_flags, policy_from_flags
+from flexgen_helm.runs.entries import assign_models, build_run_specs, check_run_spec_names, read_entries
+from flexgen_helm.runs.flags import PolicySpec, policy_from_flags
 from flexgen_helm.runs.models import Models
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.footprint import Footprint
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.progress import Progress
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run the entries of a command line, or the demo; `EngineError` for bad input, `RunFailed` for a failed run."""
-    args = parse_run_flags(arguments)
-    is_demo = not names_entries(args)
-    if is_demo:
-        args.output_path, args.conf_paths = args.output_path or demo.OUTPUT_PATH, ["demo"]
-    carry_out(args, is_demo=is_demo)
-    if is_demo:
-        print(demo.NEXT)
-    return 0
-
-
-def names_entries(args: argparse.Namespace) -> bool:
-    """Whether the command line names anything to run."""
-    return bool(args.conf_paths or args.run_entries or args.run_specs or args.description)
 
 
 def carry_out(
@@ -61,8 +40,6 @@ def carry_out(
     """
     policy = policy_from_flags(args)
     args.output_path = args.output_path or "benchmark_output"
-    if problem := model_problem():
-        raise InstallationError(problem)
     set_up_logging(args)
     footprint = Footprint()
     footprint.watch([args.output_path, args.local_path])
@@ -108,6 +85,10 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     """Check everything that can be checked beforehand; raises `EngineError`."""
     _register_with_helm(args)
     entries = read_entries(args)
+    check_run_spec_names(entries)
+    if problem := model_problem():  # imports torch, which what has been checked up to here does without
+        raise InstallationError(problem)
+    _register_models_of_huggingface(args)
     named = [args.model] if args.model else list(args.models_to_run or [])
     models = Models(
         policy=policy,
@@ -135,12 +116,23 @@ def _register_with_helm(args: argparse.Namespace) -> None:
         register_configs_from_directory(args.local_path)
         load_entry_point_plugins()
         import_user_plugins(args.plugins or [])
-        for name in args.enable_huggingface_models:
-            register_huggingface_hub_model_from_flag_value(name)
-        for name in args.enable_local_huggingface_models:
-            register_huggingface_local_model_from_flag_value(name)
     except Exception as error:  # whatever is in the user's files
         raise ConfigError(f"HELM cannot read {args.local_path} or the plugins: {_named(error)}") from error
+
+
+def _register_models_of_huggingface(args: argparse.Namespace) -> None:
+    """Make HELM know the models that its own client is to run."""
+    if not (args.enable_huggingface_models or args.enable_local_huggingface_models):
+        return
+    from helm.benchmark import huggingface_registration as helm
+
+    try:
+        for name in args.enable_huggingface_models:
+            helm.register_huggingface_hub_model_from_flag_value(name)
+        for name in args.enable_local_huggingface_models:
+            helm.register_huggingface_local_model_from_flag_value(name)
+    except Exception as error:  # whatever the hub or the directory holds
+        raise ConfigError(f"HELM cannot register the model {name}: {_named(error)}") from error
 
 
 def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[[Sequence[Score]], str]) -> None:

@@ -436,6 +436,13 @@ def test_bad_arguments_are_refused_by_name(directories: dict[str, Path], make: C
         ours.generate_until([request("What", {"until": [], "top_kk": 3, "max_gen_toks": 4})])
 
 
+def test_memory_limits_override_the_policys(directories: dict[str, Path], make: Callable[..., Pair]) -> None:
+    limits = {"gpu_memory": "300MB", "cpu_memory": 1}  # the harness makes a number of what looks like one
+    ours = FlexGenLM(pretrained=str(directories["llama"]), policy={"gpu-memory": "200MB"}, device="cpu", **limits)
+    assert (ours.engine.policy.gpu_memory, ours.engine.policy.cpu_memory) == (300 * 10**6, 2**30)
+    ours.engine.close()
+
+
 def test_a_request_that_cannot_be_served_is_named(make: Callable[..., Pair]) -> None:
     ours, _ = make("llama", max_length=40)
     with pytest.raises(JobError, match=r"'What' \+ '…yyy.*.*; each part needs one, the last may have 40"):
@@ -447,9 +454,7 @@ def test_a_request_that_cannot_be_served_is_named(make: Callable[..., Pair]) -> 
 def test_without_the_harness_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("flexgen_helm.lm_eval_adapter", "flexgen_helm.adapters.lm_eval"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert main(["lm-eval", "--model", "flexgen"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("run `pip install 'flexgen-helm[lm-eval]'`")

@@ -70,6 +70,21 @@ def test_compression_takes_bits(line: str, bits: int | None) -> None:
     assert Policy.load(policy("--compress-cache" + line)).compress_cache == bits
 
 
+def test_first_letters_mean_what_they_did_before_there_were_memory_limits() -> None:
+    assert policy("--cpu --gpu 7") == {"cpu-cache-compute": True, "gpu-batch-size": 7}
+    assert policy("--cpu-m 2GB --gpu-m 1GB") == {"cpu-memory": "2GB", "gpu-memory": "1GB"}
+
+
+@pytest.mark.parametrize(("size", "expected"), [("16GB", 16 * 10**9), ("16GiB", 16 * 2**30), ("0.5", 2**29)])
+def test_memory_limits_override_the_policy(size: str, expected: int, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("gpu-memory: 1GB\ncpu-memory: 2GB\ndtype: float32\n")
+    found = Policy.load(policy(f"--policy {file} --gpu-memory {size}"))
+    assert (found.gpu_memory, found.cpu_memory, found.dtype) == (expected, 2 * 10**9, "float32")
+    found = Policy.load(policy(f"--cpu-memory {size}"))
+    assert (found.gpu_memory, found.cpu_memory) == (None, expected)
+
+
 def test_flags_override_the_policy_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("gpu-batch-size: 5\nnum-gpu-batches: 2\nweights: {gpu: 100}\ndtype: float32\n")
@@ -98,6 +113,8 @@ def test_a_policy_file_is_remembered_by_its_absolute_path(tmp_path: Path, monkey
         ("--policy opt-30b-t5", "did you mean 'opt-30b-t4'"),
         ("--gpu-batch-size 0", "gpu-batch-size 0"),
         ("--pad-to-seq-len 0", "pad-to-seq-len 0"),
+        ("--gpu-memory 16XB", "gpu-memory: '16XB' is not a size"),
+        ("--cpu-memory 0GB", "cpu-memory: '0GB' is no memory at all"),
     ],
 )
 def test_flags_that_are_no_policy(line: str, message: str) -> None:
@@ -134,6 +151,29 @@ def test_helms_flags_keep_their_names_and_defaults() -> None:
     assert helm.pop("output_path") == "benchmark_output"
     assert {name: ours[name] for name in helm} == helm
     assert parse("").max_eval_instances is None
+
+
+def test_helms_flags_are_written_as_helm_has_them() -> None:
+    """All but how often, and what is required: ours may be repeated, and the demo needs none."""
+    from helm.benchmark.run import build_parser
+
+    from flexgen_helm.runs.flags import run_parser
+
+    def told(parser: argparse.ArgumentParser) -> dict[str, tuple[Any, ...]]:
+        return {
+            flag: (action.dest, action.option_strings, type(action), action.nargs, action.type, action.const)
+            for action in parser._actions
+            for flag in action.option_strings
+        }
+
+    helm, ours = told(build_parser()), told(run_parser())
+    plain = ("-r", "--run-entries", "-c", "--conf-paths", "-h", "--help")
+    alike = {flag: what for flag, what in helm.items() if flag not in plain}
+    same = {flag: (str if kind is None else kind) for flag, (*_, kind, _) in ours.items()}
+    for flag, (dest, names, action, nargs, kind, const) in alike.items():
+        assert ours[flag][:4] == (dest, names, action, nargs), flag
+        assert (same[flag], ours[flag][5]) == (str if kind is None else kind, const), flag
+    assert set(plain) <= set(ours)
 
 
 def test_entries_may_be_given_any_number_of_times(tmp_path: Path) -> None:

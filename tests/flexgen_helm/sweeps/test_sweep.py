@@ -478,10 +478,10 @@ def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
     refusal: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both begin where nothing is; one is quicker."""
-    from flexgen_helm.commands import sweep
+    from flexgen_helm.runs import launch
     from flexgen_helm.sweeps.lock import SuiteLock
 
-    prepare, other = sweep.prepare, SuiteLock(suite("same" if "suite" in refusal else "other"))
+    prepare, other = launch.prepare, SuiteLock(suite("same" if "suite" in refusal else "other"))
     kept = Path("prod_env/model_metadata.yaml")
 
     def meanwhile(*args: Any) -> Any:
@@ -492,7 +492,7 @@ def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
             kept.write_text("models: []")
             other.__enter__()
 
-    monkeypatch.setattr(sweep, "prepare", meanwhile)
+    monkeypatch.setattr(launch, "prepare", meanwhile)
     more = ("--json-log", "no/such/log") if "log" in refusal else ()
     entry = "no_such_scenario" if "unknown" in refusal else EASY
     assert cli("sweep", "-r", entry, "--model", tiny_llama, "-m", 1, "--suite", "same", *more) == 2
@@ -506,10 +506,14 @@ def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "nothing": ([], ["name a file of run entries"]),
-    "unknown entries and models": (
-        ["-r", "mmul:subject=anatomy", EASY, "simple_mcqa:model=no/such", "synthetic_reasoning:mode=sideways",
+    "unknown entries": (
+        ["-r", "mmul:subject=anatomy", EASY, "mmul", "simple_mcqa:model=no/such", "simpel_mcqa"],
+        ["2 things are wrong", "(1) HELM has no run entry 'mmul'", "did you mean simple_mcqa"],
+    ),
+    "unknown models and arguments": (
+        ["-r", EASY, "simple_mcqa:model=no/such", "synthetic_reasoning:mode=sideways",
          "simple_mcqa:model=no/such,max_train_instances=1"],
-        ["4 things are wrong", "(1) HELM has no run entry 'mmul'", "model no/such", "sideways"],
+        ["3 things are wrong", "model no/such", "sideways"],
     ),
     "an empty file": (["empty.conf"], ["empty.conf has no run entries"]),
     "a file of nothing": (["nothing.conf"], ["nothing.conf is not a file of run entries"]),

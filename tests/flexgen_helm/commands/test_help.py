@@ -1,0 +1,105 @@
+"""Protects: every command reads its flags without HELM and torch, and its help shows command lines that work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm.run import COMMANDS, main
+from flexgen_helm.terminal.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAVY = ("helm", "torch", "transformers", "pandas", "datasets", "lm_eval.evaluator")
+
+WRONG_FLAGS = """
+import sys
+from flexgen_helm.run import COMMANDS, main
+for command in COMMANDS:
+    try:
+        code = main([command, "--bogus"])
+    except SystemExit as ended:  # lm-evaluation-harness refuses its flags itself
+        code = ended.code
+    print(command, code, [name for name in {heavy} if name in sys.modules])
+"""
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_a_wrong_flag_is_refused_before_helm_and_torch_are_imported(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = WRONG_FLAGS.format(heavy=HEAVY)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    light = "[]"
+    assert done.stdout.splitlines() == [f"{command} 2 {light}" for command in COMMANDS], done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_of_every_command_ends_with_examples(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexgen_helm.commands.bench import bench_parser
+    from flexgen_helm.commands.complete import complete_parser
+    from flexgen_helm.commands.plan import plan_parser
+    from flexgen_helm.commands.register import register_parser
+    from flexgen_helm.commands.sweep import sweep_parser
+    from flexgen_helm.runs.flags import run_parser
+
+    monkeypatch.setattr(sys, "argv", [])
+    parsers: dict[str, Callable[[], argparse.ArgumentParser]] = {
+        "run": run_parser,
+        "sweep": sweep_parser,
+        "register": register_parser,
+        "complete": complete_parser,
+        "bench": bench_parser,
+        "plan": plan_parser,
+        "verify": run_parser,
+    }
+    for command in COMMANDS:
+        shown = help_of(command, capsys)
+        _, _, listed = shown.partition("\nexamples:\n")
+        examples = re.findall(r"^  (flexgen-helm .*)$", listed, re.MULTILINE)
+        assert 2 <= len(examples) <= 3, shown
+        for line in examples:
+            name, *words = shlex.split(line, comments=True)[1:]
+            assert name == command
+            if command in parsers:
+                parsers[command]().parse_args(words)
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "verify", "complete", "register", "plan", "lm-eval"])
+def test_memory_limits_are_flags_of_every_command_that_places_a_model(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    shown = help_of(command, capsys)
+    assert "--gpu-memory SIZE" in shown
+    assert "--cpu-memory SIZE" in shown
+
+
+def test_our_flags_come_first_and_helms_after_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "sweep", "verify"):
+        shown = help_of(command, capsys)
+        titles = [line.removesuffix(":") for line in shown.splitlines() if re.fullmatch(r"\S.*:", line)]
+        assert titles == ["options", "model", "what to run", "policy", "output", "HELM", "examples"]
+
+
+def test_a_flag_is_refused_in_one_line_that_names_the_help() -> None:
+    from flexgen_helm.runs.flags import run_parser
+
+    with pytest.raises(UsageError, match=r"--bogus \(see flexgen-helm run --help\)"):
+        run_parser().parse_args(["--bogus"])
