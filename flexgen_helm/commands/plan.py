@@ -24,6 +24,7 @@ from flexgen_helm.terminal.parser import Parser
 if TYPE_CHECKING:
     from engine.model.causal_model import CausalModel
     from flexgen_helm.planning.estimate import Estimate
+    from flexgen_helm.planning.model_sizes import ModelSizes
 
 _REACHED = 0.9
 """Of the least time's rate, about what sweeps have reached on cards (0.86 to 0.99, benchmarks/results)."""
@@ -82,9 +83,7 @@ def plan(arguments: Sequence[str]) -> int:
     if window is not None and longest > window:
         raise ConfigError(f"--work {load}: sequences of {longest} tokens exceed the model's window of {window}")
     memory = memory_of(profile, base, parse_bytes(args.disk, "--disk"))
-    with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
-        model = _model(args.shape, profile.dtype, Path(folder))
-    found = search(model, profile, memory, load, base, compress=args.allow_compression)
+    found = search(_sizes(args.shape, profile.dtype), profile, memory, load, base, compress=args.allow_compression)
     best = best_of(found)
     found = [best, *(each for each in found if each is not best)]
     if args.hardware is not None and base.gpu_memory is None:  # another machine's limit is not found out there
@@ -102,6 +101,16 @@ def plan(arguments: Sequence[str]) -> int:
         except OSError as error:
             raise ConfigError(f"--write {args.write}: {error.strerror}") from None
     return 0
+
+
+def _sizes(shape: str, dtype: str) -> ModelSizes:
+    """Those that are shipped, or those of the model, built for it."""
+    from flexgen_helm.planning.model_sizes import ModelSizes, shipped_sizes
+
+    if found := shipped_sizes(shape, dtype):
+        return found
+    with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
+        return ModelSizes.of(_model(shape, dtype, Path(folder)))
 
 
 def _model(shape: str, dtype: str, folder: Path) -> CausalModel:

@@ -13,6 +13,7 @@ from engine.memory.layout import split_bytes
 from engine.memory.tiers import TIERS, Tier, percents
 from engine.planning.planner import Plan
 from engine.policy import Policy, Share
+from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.overlap import Overlap
 from flexgen_helm.planning.roofline import (
     Sizes,
@@ -21,7 +22,6 @@ from flexgen_helm.planning.roofline import (
     cache_rows,
     num_at_once,
     num_off_device,
-    sizes_of_model,
     work_of,
 )
 
@@ -98,10 +98,13 @@ def _check_room(load: Workload, sizes: Sizes, plan: Plan) -> None:
         )
 
 
-def estimate(model: CausalModel, profile: HardwareProfile, load: Workload, policy: Policy, plan: Plan) -> Estimate:
+def estimate(
+    model: CausalModel | ModelSizes, profile: HardwareProfile, load: Workload, policy: Policy, plan: Plan
+) -> Estimate:
     """What `load` takes under a plan; `CapacityError` when that has no room for a sequence of it."""
-    placed = _placed(model, policy, plan.weights)
-    sizes = sizes_of_model(model, placed, policy)
+    numbers = ModelSizes.of(model)
+    placed = _placed(numbers, policy, plan.weights)
+    sizes = numbers.placed(placed, policy)
     _check_room(load, sizes, plan)
     crosses = not policy.cpu_cache_compute
     whole = work_of(load, sizes, plan, cache_crosses=crosses)
@@ -210,16 +213,11 @@ def _host_attention(
     }
 
 
-def _placed(model: CausalModel, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
-    from engine.kernels.codec import codec_of
-    from engine.weights.stored_form import stored_sizes
-
-    codec = codec_of(policy.compress_weight)
+def _placed(sizes: ModelSizes, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
     placed: dict[str, dict[Tier, int]] = {}
-    for unit in model.units:
-        if unit.owners:
-            split = split_bytes(sum(stored_sizes(model, unit, codec).values()), share)
-            placed[unit.name] = {"device": split.device, "host": split.host, "disk": split.disk}
+    for name, stored in sizes.coded[policy.compress_weight, policy.compress_cache].stored.items():
+        split = split_bytes(stored, share)
+        placed[name] = {"device": split.device, "host": split.host, "disk": split.disk}
     return placed
 
 

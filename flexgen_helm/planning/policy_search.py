@@ -17,6 +17,7 @@ from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_plan
 from engine.policy import Policy, Share
 from flexgen_helm.planning.estimate import Estimate, estimate, is_host
+from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.roofline import Workload
 
 if TYPE_CHECKING:
@@ -42,33 +43,38 @@ def memory_of(profile: HardwareProfile, base: Policy, disk_bytes: int) -> Memory
 
 
 def search(
-    model: CausalModel, profile: HardwareProfile, memory: Memory, load: Workload, base: Policy, *, compress: bool
+    model: CausalModel | ModelSizes,
+    profile: HardwareProfile,
+    memory: Memory,
+    load: Workload,
+    base: Policy,
+    *,
+    compress: bool,
 ) -> list[Estimate]:
     """All policies that fit, the fastest first; of equals, the one that changes least of the numbers comes first.
 
     `base` says what is not searched for: memory limits, directories, and with `compress` false, the bits of codes.
     Raises `CapacityError`, with what is missing, when none fits.
     """
-    from engine.cache.key_value import unencodable_layer
-    from engine.kernels.codec import codec_of
-    from engine.weights.stored_form import shape_of
-
+    sizes = ModelSizes.of(model)
     found: list[Estimate] = []
     tight: list[Estimate] = []
     reason: CapacityError | None = None
-    cache_bits = _BITS if compress and unencodable_layer(model.kv_shapes) is None else (base.compress_cache,)
+    cache_bits = _BITS if compress and sizes.can_encode_cache else (base.compress_cache,)
     places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
     places = places if load.new > 1 else places[:1]  # of one token nothing is kept that could be attended to
     weight_bits = _BITS if compress else (base.compress_weight,)
     for weight, cache, on_host in product(weight_bits, cache_bits, dict.fromkeys(places)):
-        shape = shape_of(model, codec_of(weight), codec_of(cache))
+        if (weight, cache) not in sizes.coded:
+            raise CapacityError(f"compress-cache: no codec takes this model's keys and values in {cache} bits")
+        shape = sizes.coded[weight, cache].shape
         for share in _shares(shape, memory, base):
             policy = replace(
                 base, compress_weight=weight, compress_cache=cache, weights=share, cpu_cache_compute=on_host
             )
             try:
                 plan = make_plan(shape, policy, memory, on_cpu=is_host(profile))
-                (tight if plan.is_tight else found).append(estimate(model, profile, load, policy, plan))
+                (tight if plan.is_tight else found).append(estimate(sizes, profile, load, policy, plan))
             except CapacityError as error:
                 reason = reason or error
     found = found or tight  # the device may run out of memory, but there is nothing better

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from engine.model.causal_model import CausalModel
     from engine.planning.planner import Plan
     from engine.policy import Policy
+    from flexgen_helm.planning.model_sizes import ModelSizes
 
 _EXPANDING_PASSES = 3
 """Times that the numbers of an encoded layer are written or read until they can be multiplied with (codec.py)."""
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 _WORKLOAD = re.compile(r"(\d+)x(\d+)x(\d+)\+(\d+):(\d+)")
 
 
@@ -151,44 +151,11 @@ def sizes_of(engine: Engine) -> Sizes:
     return sizes_of_model(engine.parts.model, engine.parts.weights.placed_bytes(), engine.policy)
 
 
-def sizes_of_model(model: CausalModel, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
+def sizes_of_model(model: CausalModel | ModelSizes, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
     """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
-    from engine.cache.tables import cache_row_bytes
-    from engine.kernels.codec import codec_of
-    from engine.weights.stored_form import coded_names, whole_sizes
+    from flexgen_helm.planning.model_sizes import ModelSizes
 
-    config = model.config.get_text_config()
-    num_experts = next((n for key in _EXPERT_KEYS if (n := getattr(config, key, None))), None)
-    routed = (getattr(config, "num_experts_per_tok", None) or 1) / (num_experts or 1)
-    active = 0.0
-    for unit in model.units:
-        for name in unit.owners if unit.name.startswith("layer.") else ():
-            shape = model.state[name].shape
-            if len(shape) > 1:  # a bias is added
-                is_expert = num_experts is not None and len(shape) == 3 and shape[0] == num_experts
-                active += shape.numel() * (routed if is_expert else 1)
-    head = "embedding" if model.is_tied else "head"
-    swept = [tiers for name, tiers in placed.items() if name.startswith("layer.") or name == head]
-    widths = sum(shape.key_dim + shape.value_dim for shape in model.kv_shapes)
-    row_bytes = cache_row_bytes(model.kv_shapes, model.dtype, codec_of(policy.compress_cache))
-    is_windowed = getattr(config, "sliding_window", None) is not None
-    return Sizes(
-        layer_parameters=round(active),
-        head_parameters=model.vocab_size * model.hidden_size,
-        attention_width=0 if is_windowed else config.num_attention_heads * widths,
-        sweep_bytes=sum(sum(tiers.values()) for tiers in swept),
-        streamed_bytes=sum(tiers["host"] + tiers["disk"] for tiers in swept),
-        disk_bytes=sum(tiers["disk"] for tiers in swept),
-        cache_row_bytes=row_bytes["host"],
-        device_cache_row_bytes=row_bytes["device"],
-        expanded_bytes=sum(
-            sum(whole_sizes(model, unit).values())
-            for unit in model.units
-            if policy.compress_weight and coded_names(model, unit)
-        ),
-        hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
-        num_layers=len(model.layers),
-    )
+    return ModelSizes.of(model).placed(placed, policy)
 
 
 def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = True, most_sweeps: int = 0) -> Work:

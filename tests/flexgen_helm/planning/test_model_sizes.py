@@ -1,0 +1,42 @@
+"""Protects: the sizes that are shipped are those of the models, and planning with them needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm.commands.plan import _model
+from flexgen_helm.planning.dummy import SHAPES
+from flexgen_helm.planning.model_sizes import ModelSizes, shipped_sizes
+
+ROOT = Path(__file__).resolve().parents[3]
+QUICK = ("opt-125m", "opt-30b", "qwen3-30b-a3b")
+"""Few layers, more of them, and experts; the others are of the same families."""
+
+
+@pytest.mark.parametrize(
+    "shape", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SHAPES if each not in QUICK)]
+)
+def test_shipped_sizes_are_those_of_the_model(shape: str, tmp_path: Path) -> None:
+    built = ModelSizes.of(_model(shape, "bfloat16", tmp_path))
+    assert ModelSizes.from_mapping(json.loads(json.dumps(built.as_mapping()))) == built
+    assert shipped_sizes(shape, "bfloat16") == shipped_sizes(shape, "float16") == built
+    assert shipped_sizes(shape, "float32") is None
+
+
+def test_a_plan_for_a_shipped_shape_and_profile_imports_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from flexgen_helm.run import main;"
+        "code = main(['plan', '--shape', 'opt-30b', '--hardware', 't4', '--allow-compression']);"
+        "print(code, [name for name in ('torch', 'transformers', 'helm') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"
