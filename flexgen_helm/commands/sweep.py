@@ -58,27 +58,29 @@ def sweep(arguments: Sequence[str]) -> int:
     """
     args = parse_sweep_flags(arguments)
     policy = policy_from_flags(args)
-    from flexgen_helm.runs.launch import prepare, set_up_logging
-    from flexgen_helm.sweeps.lock import SuiteHeld, SuiteLock
+    from flexgen_helm.runs.launch import prepare, set_up_logging, take_back, watch_folders
+    from flexgen_helm.sweeps.lock import FILE_NAME, SuiteLock
     from flexgen_helm.sweeps.log import JsonLog
     from flexgen_helm.terminal.footprint import Footprint
 
     set_up_logging(args)
     suite_path = Path(args.output_path) / "runs" / args.suite
     footprint = Footprint()
-    footprint.watch([args.output_path, args.local_path, suite_path])
+    watch_folders(args, footprint)
     prepared = prepare(args, policy)
     footprint.settle()
-    try:
-        with SuiteLock(suite_path):
-            prepared.models.write(args.local_path)
+    lock = suite_path / FILE_NAME
+    is_new = not lock.exists()
+    with SuiteLock(suite_path):
+        if is_new:
+            footprint.wrote(lock)
+        try:
+            prepared.models.write(args.local_path, footprint.wrote)
             with JsonLog(args.json_log) as json_log:
                 return _run(args, prepared, suite_path, json_log)
-    except SuiteHeld:
-        raise  # nothing was made: all that is there is the other's
-    except EngineError:
-        footprint.undo(keep=Path(args.output_path) / "scenarios")
-        raise
+        except EngineError:
+            take_back(footprint)  # while the lock is held: its file goes, too
+            raise
 
 
 def parse_sweep_flags(arguments: Sequence[str]) -> argparse.Namespace:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from helm.benchmark.runner import set_benchmark_output_path
 from helm.common.authentication import Authentication
 from helm.common.hierarchical_logger import setup_default_logging
 from helm.proxy.services.remote_service import create_authentication
+from helm.proxy.services.service import CACHE_DIR
 
 from engine.errors import ConfigError, EngineError, InstallationError
 from flexgen_helm.helm.runner import RunsFailed
@@ -25,6 +28,7 @@ from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.entries import assign_models, build_run_specs, check_run_spec_names, read_entries
 from flexgen_helm.runs.flags import PolicySpec, policy_from_flags
 from flexgen_helm.runs.models import Models
+from flexgen_helm.runs.registration import DEPLOYMENTS
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.footprint import Footprint
 from flexgen_helm.terminal.installation import model_problem
@@ -42,23 +46,46 @@ def carry_out(
     args.output_path = args.output_path or "benchmark_output"
     set_up_logging(args)
     footprint = Footprint()
-    footprint.watch([args.output_path, args.local_path])
+    watch_folders(args, footprint)
     prepared = prepare(args, policy, is_demo=is_demo)
     run_specs = prepared.run_specs
     footprint.watch(_run_path(args, run_spec) for run_spec in run_specs)
     footprint.settle()
-    before = _of_others(args, run_specs)
     try:
         if is_demo:
             demo.write_facts(assets.countries(), Path(args.output_path))
-        prepared.models.write(args.local_path)
+        prepared.models.write(args.local_path, footprint.wrote)
+        if not (args.disable_cache or args.mongo_uri):
+            for name in prepared.models.cache_names():
+                footprint.claim(Path(args.local_path) / CACHE_DIR / f"{name}.sqlite")
         _execute(args, run_specs, show)
     except EngineError:
-        spared = [path for path in (_run_path(args, spec) for spec in run_specs) if (path / "stats.json").exists()]
-        if meanwhile := _of_others(args, run_specs) - before:  # at work in the same directories
-            spared += [*meanwhile, Path(args.local_path)]
-        footprint.undo(keep=Path(args.output_path) / "scenarios", spared=spared)
+        take_back(footprint)
         raise
+
+
+def watch_folders(args: argparse.Namespace, footprint: Footprint) -> None:
+    """Note the folders that HELM makes for all runs of a suite; `ConfigError` for one that cannot be written."""
+    output, suite = Path(args.output_path), Path(args.output_path) / "runs" / str(args.suite)
+    footprint.watch_downloads(output / "scenarios")
+    footprint.watch([output / "scenario_instances", suite / "eval_cache", Path(args.local_path) / CACHE_DIR])
+
+
+def take_back(footprint: Footprint) -> None:
+    """Remove what a refused command has made itself; downloads and answers are kept."""
+    footprint.undo(is_spent=lambda file: not _holds_answers(file))
+
+
+def _holds_answers(file: Path) -> bool:
+    """Whether a cache of HELM's, just made for a client of ours, holds anything; those of tokenizers are made again."""
+    if file.stem != DEPLOYMENTS or not file.stat().st_size:
+        return False
+    try:
+        with closing(sqlite3.connect(file)) as cache:
+            tables = [name for (name,) in cache.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            return any(cache.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in tables)
+    except sqlite3.Error:
+        return True
 
 
 def set_up_logging(args: argparse.Namespace) -> None:
@@ -189,14 +216,6 @@ def _verdict(failure: Exception, num_runs: int, *, has_answers: bool) -> Excepti
 
 def _run_path(args: argparse.Namespace, run_spec: RunSpec) -> Path:
     return Path(args.output_path) / "runs" / str(args.suite) / run_spec.name
-
-
-def _of_others(args: argparse.Namespace, run_specs: Sequence[RunSpec]) -> set[Path]:
-    """What of other commands lies beside these runs: suites, and runs of the same suite."""
-    suites = Path(args.output_path) / "runs"
-    own = suites / str(args.suite)
-    beside = {path for path in suites.glob("*") if path != own} | set(own.glob("*"))
-    return beside - {own / "eval_cache", *(_run_path(args, run_spec) for run_spec in run_specs)}
 
 
 def _stamp(args: argparse.Namespace, run_spec: RunSpec) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from helm.benchmark.model_deployment_registry import ALL_MODEL_DEPLOYMENTS, ClientSpec, ModelDeployment
@@ -63,10 +64,21 @@ class Models:
         entries = self._entries[model]
         return Target(model=entries.model.name, model_deployment=entries.deployment.name)
 
-    def write(self, local_path: str) -> None:
-        """Merge the models into HELM's files, which is all that helm-summarize and helm-server read."""
+    def write(self, local_path: str, made: Callable[[Path], None] = lambda file: None) -> None:
+        """Merge the models into HELM's files, which is all that helm-summarize and helm-server read.
+
+        `made` is called with each file that was not there.
+        """
         for entries in self._entries.values():
-            merge_into_local_path(entries, local_path)
+            merge_into_local_path(entries, local_path, made)
+
+    def cache_names(self) -> set[str]:
+        """What HELM calls the files in which it caches requests to these models, and their tokens."""
+        return {
+            name.split("/")[0]
+            for each in self._entries.values()
+            for name in (each.deployment.name, each.tokenizer.name)
+        }
 
     def _known(self, model: str) -> Entries | None:
         """Take a deployment of ours that HELM knows by the model's HELM name, under the policy of this run."""

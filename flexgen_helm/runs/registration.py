@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from flexgen_helm.helm.translate import Translator
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 
 CLIENT = "flexgen_helm.client.FlexGenClient"
+DEPLOYMENTS = "flexgen"
+"""What the names of our deployments begin with; HELM calls the cache of their requests so."""
 TOKENIZER = "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer"
 
 _FILES = (
@@ -99,7 +101,7 @@ def entries_for(
             prefix_token=prefix_token,
         ),
         deployment=ModelDeployment(
-            name=f"flexgen/{helm_name.split('/')[1]}",
+            name=f"{DEPLOYMENTS}/{helm_name.split('/')[1]}",
             model_name=helm_name,
             tokenizer_name=helm_name,
             max_sequence_length=longest,
@@ -207,12 +209,14 @@ def register_in_process(entries: Entries) -> None:
     register_model_deployment(entries.deployment)
 
 
-def merge_into_local_path(entries: Entries, local_path: str | Path) -> list[str]:
+def merge_into_local_path(
+    entries: Entries, local_path: str | Path, made: Callable[[Path], None] = lambda file: None
+) -> list[str]:
     """Add the entries to HELM's three YAML files in `local_path`; return a line for each that was there, but different.
 
     helm-summarize and helm-server know only these files. Nothing that stands in them is changed, and no file is ever
-    half written. Models and tokenizers that HELM ships are left to HELM. Raises `ConfigError` if a file cannot be
-    read or written.
+    half written. Models and tokenizers that HELM ships are left to HELM. `made` is called with each file that was not
+    there. Raises `ConfigError` if a file cannot be read or written.
     """
     directory = Path(local_path).expanduser()
     mappings = [_as_mapping(entries.model), _as_mapping(entries.tokenizer), _as_mapping(entries.deployment)]
@@ -221,7 +225,7 @@ def merge_into_local_path(entries: Entries, local_path: str | Path) -> list[str]
         for (file, key), mapping in zip(_FILES, mappings, strict=True)
         if not _helm_ships(file, mapping["name"])
     ]
-    return add_to_yaml_lists(additions)
+    return add_to_yaml_lists(additions, made)
 
 
 def _as_mapping(entry: ModelMetadata | TokenizerConfig | ModelDeployment) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +19,71 @@ Addition = tuple[Path, str, Mapping[str, Any]]
 """A file, the top-level key whose value is a list, and the entry to add; the entry has a `name`."""
 
 
-def add_to_yaml_lists(additions: Sequence[Addition]) -> list[str]:
+_WAIT_S = 30.0
+"""That another process may take to add its entries, which are a few lines."""
+
+
+def add_to_yaml_lists(additions: Sequence[Addition], made: Callable[[Path], None] = lambda file: None) -> list[str]:
     """Add each entry whose name its list does not have; return one line for each that is there with other content.
 
-    All files are checked before the first is written, each is replaced as a whole. Raises `ConfigError` for a file
-    that cannot be read, extended or written.
+    All files are checked before the first is written, each is replaced as a whole, and processes that do so at once
+    wait for each other. `made` is called with each file that was not there before. Raises `ConfigError` for a file that
+    cannot be read, extended or written.
     """
     notices: list[str] = []
     texts: dict[Path, str] = {}
-    for path, key, entry in additions:
-        text = texts.get(path) if path in texts else _read(path)
-        known = _entries(path, key, text or "")
-        same_name = [other for other in known if isinstance(other, Mapping) and other.get("name") == entry["name"]]
-        if not same_name:
-            texts[path] = _with_entry(path, key, text or "", entry)
-        elif same_name[-1] != entry:
-            notices.append(f"{path} has another entry {entry['name']}; it was kept as it is")
-    for path, text in texts.items():
-        _replace(path, text)
+    with _held({path.parent for path, _, _ in additions}):
+        for path, key, entry in additions:
+            text = texts.get(path) if path in texts else _read(path)
+            known = _entries(path, key, text or "")
+            same_name = [other for other in known if isinstance(other, Mapping) and other.get("name") == entry["name"]]
+            if not same_name:
+                texts[path] = _with_entry(path, key, text or "", entry)
+            elif same_name[-1] != entry:
+                notices.append(f"{path} has another entry {entry['name']}; it was kept as it is")
+        for path, text in texts.items():
+            is_new = not path.exists()
+            _replace(path, text)
+            if is_new:
+                made(path)
     return notices
+
+
+@contextmanager
+def _held(folders: set[Path]) -> Iterator[None]:
+    """Hold the folders, made if need be, against other processes that add entries; `ConfigError` after `_WAIT_S`."""
+    handles: list[int] = []
+    try:
+        for folder in sorted(folders):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handles.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write {folder}: {error.strerror}; name a directory that can be written"
+                ) from None
+            _lock(handles[-1], folder)
+        yield
+    finally:
+        for handle in handles:
+            os.close(handle)  # which gives the lock up
+
+
+def _lock(handle: int, folder: Path) -> None:
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"another process has been adding entries to {folder} for {_WAIT_S:.0f} s; end it, or name another "
+                    "--local-path"
+                ) from None
+            time.sleep(0.02)
+        except OSError:
+            return  # a file system without locks on folders: as good as it gets there
 
 
 def _read(path: Path) -> str:

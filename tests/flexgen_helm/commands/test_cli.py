@@ -7,10 +7,11 @@ import logging
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,50 @@ def test_a_refused_run_leaves_alone_what_another_command_made_meanwhile(
     assert others.exists()
     assert Path("prod_env/cache/others.sqlite").exists()
     assert not [path for path in Path("benchmark_output/runs/mine").glob("*") if path.name != "eval_cache"]
+
+
+@pytest.fixture
+def misfit(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A model whose weights do not fit its config.json, which shows when they are loaded."""
+    folder = tmp_path / tmp_path.name  # HELM remembers models of one name throughout a process
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_run_that_is_refused_when_it_loads_leaves_nothing(
+    cli: Cli, misfit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "do not belong together" in refused(capsys, cli("run", "-r", ENTRY, "--model", misfit, "-m", 1))
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_run_that_is_refused_late_takes_back_its_own_files_only(
+    cli: Cli, misfit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others' answers, keys, entries and notes, made beside its own after it began, are as they were."""
+    from flexgen_helm.helm.engines import engines
+
+    load, theirs = engines.load, dict[str, bytes]()
+
+    def meanwhile(path: str, policy: Any) -> Any:
+        with closing(sqlite3.connect("prod_env/cache/other.sqlite")) as cache:
+            cache.execute("CREATE TABLE unnamed (key TEXT, value BLOB)")
+        Path("prod_env/credentials.conf").write_text("key: 1")
+        with Path("prod_env/model_metadata.yaml").open("a") as file:
+            file.write("# of another\n")
+        Path("benchmark_output/notes.txt").write_text("notes")
+        for name in ("prod_env/cache/other.sqlite", "prod_env/credentials.conf", "prod_env/model_metadata.yaml",
+                     "benchmark_output/notes.txt"):  # fmt: skip
+            theirs[name] = Path(name).read_bytes()
+        return load(path, policy)
+
+    monkeypatch.setattr(engines, "load", meanwhile)
+    assert cli("run", "-r", ENTRY, "--model", misfit, "-m", 1) == 2
+    assert len(theirs) == 4
+    assert {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()} == theirs
 
 
 def test_two_models_of_one_name_are_not_mixed_up(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -150,36 +151,42 @@ def test_the_name_of_a_run_without_its_model(run: str, short: str) -> None:
     assert short_name(run) == short
 
 
-def test_undo_removes_what_was_not_there_before(tmp_path: Path) -> None:
-    old = tmp_path / "old"
+def made(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_undo_removes_the_files_it_was_told_of_and_new_folders_that_are_empty_then(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new" / "deep"
     old.mkdir()
-    (old / "kept").write_text("")
     footprint = Footprint()
-    footprint.watch([old, tmp_path / "new" / "deep", old / "runs" / "mine"])
-    assert not (tmp_path / "new").exists()
-    for folder in (tmp_path / "new" / "deep", old / "runs" / "mine", old / "runs" / "other"):
-        folder.mkdir(parents=True)
-        (folder / "file").write_text("")
-    footprint.undo(keep=old / "scenarios")
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["old", "old/kept"]
+    footprint.watch([old, new, old / "runs" / "mine"])
+    assert made(tmp_path) == ["old"]
+    footprint.settle()
+    for file in (new / "file", old / "runs" / "mine" / "file"):
+        file.parent.mkdir(parents=True)
+        file.write_text("")
+        footprint.wrote(file)
+    footprint.undo()
+    assert made(tmp_path) == ["old"]
 
 
-def test_undo_keeps_downloads_and_finished_runs(tmp_path: Path) -> None:
-    output = tmp_path / "output"
+def test_undo_leaves_every_file_of_others(tmp_path: Path) -> None:
+    """Beside its own, in its own folders, and in place of its own."""
+    folder = tmp_path / "new"
     footprint = Footprint()
-    footprint.watch([output, tmp_path / "finished"])
-    for path in (
-        "output/scenarios/mmlu/data.csv",
-        "output/scenario_instances/x",
-        "output/runs/s/y",
-        "finished/stats.json",
-    ):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("")
-    footprint.undo(keep=output / "scenarios", spared=[tmp_path / "finished"])
-    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(files) == ["finished/stats.json", "output/scenarios/mmlu/data.csv"]
-    assert not (output / "runs").exists()
+    footprint.watch([folder / "runs" / "mine"])
+    footprint.settle()
+    (folder / "runs" / "mine").mkdir(parents=True)
+    mine, replaced, extended = (folder / name for name in ("mine", "replaced", "extended"))
+    for file in (mine, replaced, extended):
+        file.write_text("mine")
+        footprint.wrote(file)
+    (tmp_path / "theirs").write_text("4444")
+    (tmp_path / "theirs").replace(replaced)
+    extended.write_text("mine and theirs")
+    (folder / "notes.txt").write_text("theirs")
+    footprint.undo()
+    assert made(tmp_path) == ["new", "new/extended", "new/notes.txt", "new/replaced"]
 
 
 def test_undo_leaves_what_was_there_when_the_first_folder_was_to_be_made(tmp_path: Path) -> None:
@@ -189,18 +196,39 @@ def test_undo_leaves_what_was_there_when_the_first_folder_was_to_be_made(tmp_pat
     others.mkdir(parents=True)
     footprint.settle()
     mine.mkdir()
-    footprint.undo(keep=tmp_path / "new" / "scenarios")
-    assert [path.name for path in (tmp_path / "new" / "runs").iterdir()] == ["other"]
+    footprint.undo()
+    assert made(tmp_path) == ["new", "new/runs", "new/runs/other"]
 
 
-def test_undo_removes_its_own_beside_what_is_spared(tmp_path: Path) -> None:
-    mine, others = tmp_path / "new" / "runs" / "mine", tmp_path / "new" / "runs" / "other"
+def test_undo_keeps_downloads_and_folders_that_were_there(tmp_path: Path) -> None:
+    scenarios = tmp_path / "output" / "scenarios"
+    (scenarios / "old").mkdir(parents=True)
     footprint = Footprint()
-    footprint.watch([tmp_path / "new", mine])
-    for folder in (mine, others):
-        folder.mkdir(parents=True)
-    footprint.undo(keep=tmp_path / "new" / "scenarios", spared=[others])
-    assert [path.name for path in (tmp_path / "new" / "runs").iterdir()] == ["other"]
+    footprint.watch_downloads(scenarios)
+    footprint.settle()
+    for name in ("mmlu", "synthetic"):
+        (scenarios / name).mkdir()
+    (scenarios / "mmlu" / "data.csv").write_text("")
+    footprint.undo()
+    assert made(scenarios) == ["mmlu", "mmlu/data.csv", "old"]
+
+
+def test_a_claimed_file_goes_only_if_nobody_uses_it(tmp_path: Path) -> None:
+    footprint = Footprint()
+    there = tmp_path / "there"
+    there.write_text("theirs")
+    spent, used, opened = (tmp_path / "new" / name for name in ("spent", "used", "opened"))
+    footprint.watch([tmp_path / "new"])
+    for file in (there, spent, used, opened):
+        footprint.claim(file)
+    spent.write_text("of HELM's")
+    reader = subprocess.Popen(["sleep", "60"], stdin=opened.open("rb"))
+    try:
+        footprint.undo(is_spent=lambda file: file != used)
+    finally:
+        reader.kill()
+        reader.wait()
+    assert made(tmp_path) == ["new", "new/opened", "new/used", "there"]
 
 
 def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:

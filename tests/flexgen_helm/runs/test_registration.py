@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from engine import Policy
 from engine.errors import CheckpointError, ConfigError
+from flexgen_helm.runs import yaml_lists
 from flexgen_helm.runs.registration import Entries, entries_for, merge_into_local_path, register_in_process
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 
@@ -230,3 +234,31 @@ def test_a_link_stays_a_link(entries: Entries, tmp_path: Path) -> None:
     merge_into_local_path(entries, tmp_path)
     assert (tmp_path / "model_metadata.yaml").is_symlink()
     assert len(read(tmp_path, "real")["models"]) == 2
+
+
+def test_processes_that_register_at_once_lose_nothing(tmp_path: Path) -> None:
+    """Eight of them begin together, each with an entry of its own."""
+    program = """
+import sys, time
+from pathlib import Path
+from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
+name, start, folder = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
+time.sleep(max(0.0, start - time.time()))
+add_to_yaml_lists([(folder / "models.yaml", "models", {"name": f"local/{name}-{each}"}) for each in range(5)])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    start = str(time.time() + 2.0)
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, str(number), start, str(tmp_path / "env")], env=environment)
+        for number in range(8)
+    ]
+    assert [writer.wait() for writer in writers] == [0] * 8
+    names = [entry["name"] for entry in yaml.safe_load((tmp_path / "env" / "models.yaml").read_text())["models"]]
+    assert sorted(names) == sorted(f"local/{number}-{each}" for number in range(8) for each in range(5))
+    assert [file.name for file in (tmp_path / "env").iterdir()] == ["models.yaml"]
+
+
+def test_a_register_that_is_kept_waiting_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml_lists, "_WAIT_S", 0.05)
+    with yaml_lists._held({tmp_path}), pytest.raises(ConfigError, match="another process has been adding entries"):
+        yaml_lists.add_to_yaml_lists([(tmp_path / "models.yaml", "models", {"name": "a/b"})])
