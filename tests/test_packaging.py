@@ -45,7 +45,7 @@ def test_every_module_and_data_file_is_in_the_wheel(wheel: zipfile.ZipFile) -> N
         for package in ("engine", "flexgen_helm")
         for path in ROOT.glob(f"{package}/**/*.py")
     }
-    for pattern in ("configs/**/*.yaml", "run_specs/**/*.conf"):
+    for pattern in ("configs/**/*.yaml", "configs/**/*.json", "run_specs/**/*.conf"):
         expected |= {f"flexgen_helm/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob(pattern)}
     assert len(expected) > 10
     assert expected <= set(wheel.namelist())
