@@ -18,8 +18,9 @@ from engine.measuring.disk_rates import disk_rates
 from engine.policy import parse_bytes
 from flexgen_helm.commands.bench import timed
 from flexgen_helm.planning.dummy import open_dummy, shape_name
+from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.record import write_record
-from flexgen_helm.planning.roofline import Workload, sizes_of
+from flexgen_helm.planning.roofline import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, EngineError
 from engine.policy import Policy, read_policy_yaml
-from flexgen_helm.planning.roofline import Workload, least_seconds, measure_rates, sizes_of, work_of
+from flexgen_helm.planning.model_sizes import sizes_of
+from flexgen_helm.planning.roofline import Workload, least_seconds, measure_rates, work_of
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
 

@@ -15,15 +15,8 @@ from engine.planning.planner import Plan
 from engine.policy import Policy, Share
 from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.overlap import Overlap
-from flexgen_helm.planning.roofline import (
-    Sizes,
-    Work,
-    Workload,
-    cache_rows,
-    num_at_once,
-    num_off_device,
-    work_of,
-)
+from flexgen_helm.planning.roofline import Work, Workload, cache_rows, num_at_once, num_off_device, work_of
+from flexgen_helm.planning.sizes import Sizes
 
 if TYPE_CHECKING:
     from engine.model.causal_model import CausalModel

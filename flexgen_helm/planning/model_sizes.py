@@ -12,10 +12,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.engine import Engine
 from engine.memory.tiers import Tier
+from engine.model.causal_model import CausalModel
 from engine.planning.model_shape import ModelShape
 from engine.policy import Bits, Policy
-from flexgen_helm.planning.roofline import Sizes
+from flexgen_helm.planning.sizes import Sizes
 
 if TYPE_CHECKING:
     from engine.model.causal_model import CausalModel
@@ -175,3 +177,15 @@ def _unpacked(mapping: Mapping[str, Any]) -> Coded:
     units = tuple(size for size, count in mapping["shape"]["unit_bytes"] for _ in range(count))
     shape = ModelShape(**{**mapping["shape"], "unit_bytes": units})
     return Coded(**{**mapping, "stored": stored, "shape": shape})
+
+
+def sizes_of(engine: Engine) -> Sizes:
+    """Sizes of an open engine's model as it is placed."""
+    return sizes_of_model(engine.parts.model, engine.parts.weights.placed_bytes(), engine.policy)
+
+
+def sizes_of_model(model: CausalModel | ModelSizes, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
+    """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
+    from flexgen_helm.planning.model_sizes import ModelSizes
+
+    return ModelSizes.of(model).placed(placed, policy)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from engine.job import Job, Sampling
+from flexgen_helm.planning.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.engine import Engine
     from engine.memory.tiers import Tier
-    from engine.model.causal_model import CausalModel
     from engine.planning.planner import Plan
-    from engine.policy import Policy
-    from flexgen_helm.planning.model_sizes import ModelSizes
 
 _EXPANDING_PASSES = 3
 """Times that the numbers of an encoded layer are written or read until they can be multiplied with (codec.py)."""
@@ -98,31 +94,6 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """A placed model, as far as it decides what a sweep moves and computes."""
-
-    layer_parameters: int
-    """Matrix elements of all layers that a token is multiplied with (of experts: those it is routed to)."""
-    head_parameters: int
-    attention_width: int
-    """Query heads x (key + value elements of a head), summed over the layers; 0 where layers see a window only."""
-    sweep_bytes: int
-    """Weights of layers and head, on any tier."""
-    streamed_bytes: int
-    """Those of them that are not on the device."""
-    disk_bytes: int
-    """Those of them that are on disk."""
-    cache_row_bytes: int
-    """Keys and values of one token, all layers, off the device."""
-    device_cache_row_bytes: int
-    """The same on the device."""
-    expanded_bytes: int
-    """Of encoded layers, what a sweep expands; 0 without a codec."""
-    hidden_row_bytes: int
-    num_layers: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a workload takes at least, under a plan."""
 
@@ -144,18 +115,6 @@ class Rates:
     from_device_bytes_s: float
     device_bytes_s: float
     """Bytes read and written per second by a large copy within device memory."""
-
-
-def sizes_of(engine: Engine) -> Sizes:
-    """Sizes of an open engine's model as it is placed."""
-    return sizes_of_model(engine.parts.model, engine.parts.weights.placed_bytes(), engine.policy)
-
-
-def sizes_of_model(model: CausalModel | ModelSizes, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
-    """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
-    from flexgen_helm.planning.model_sizes import ModelSizes
-
-    return ModelSizes.of(model).placed(placed, policy)
 
 
 def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = True, most_sweeps: int = 0) -> Work:

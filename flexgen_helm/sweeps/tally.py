@@ -14,7 +14,9 @@ from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.asked import Answer
 from flexgen_helm.helm.engines import RunningEngine
 from flexgen_helm.planning.estimate import resource_seconds
-from flexgen_helm.planning.roofline import Sizes, Work, sizes_of
+from flexgen_helm.planning.model_sizes import sizes_of
+from flexgen_helm.planning.roofline import Work
+from flexgen_helm.planning.sizes import Sizes
 from flexgen_helm.sweeps.record import MOST_POINTS, TimelinePoint, TimeSplit, thinned
 
 if TYPE_CHECKING:

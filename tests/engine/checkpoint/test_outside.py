@@ -41,7 +41,7 @@ def test_a_generation_config_that_is_no_json_is_left_out(content: bytes, directo
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.generation_config.eos_token_id == 17
     with Engine.from_pretrained(str(directory), policy=POLICY) as engine:
-        assert engine._text.end_of_text == {17}
+        assert engine.parts.text.end_of_text == {17}
 
 
 @pytest.mark.parametrize("content", ['["a"]', "3", '{"cache_implementation": "none such"}', '{"eos_token_id": "601"}'])

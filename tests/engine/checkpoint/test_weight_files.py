@@ -193,7 +193,7 @@ def test_two_tables_that_are_the_same_in_the_model_s_dtype_are_tied(tmp_path: Pa
     for dtype in ("float32", "bfloat16"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         with Engine.from_pretrained(str(path), policy={"device": "cpu", "dtype": dtype}) as engine:
-            assert engine._model.is_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+            assert engine.parts.model.is_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
 
 
 def test_two_tables_are_placed_as_two(tmp_path: Path) -> None:

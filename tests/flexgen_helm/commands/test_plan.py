@@ -25,8 +25,9 @@ from engine.policy import Policy, Share
 from engine.weights.stored_form import shape_of
 from flexgen_helm.commands import plan
 from flexgen_helm.planning.estimate import Estimate, estimate, gemm_rate_at
+from flexgen_helm.planning.model_sizes import sizes_of_model
 from flexgen_helm.planning.policy_search import best_of, memory_of, search
-from flexgen_helm.planning.roofline import Workload, sizes_of_model, work_of
+from flexgen_helm.planning.roofline import Workload, work_of
 from flexgen_helm.run import main
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"

@@ -1,0 +1,30 @@
+"""Sizes of a model as it is placed: what a sweep moves and multiplies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A placed model, as far as it decides what a sweep moves and computes."""
+
+    layer_parameters: int
+    """Matrix elements of all layers that a token is multiplied with (of experts: those it is routed to)."""
+    head_parameters: int
+    attention_width: int
+    """Query heads x (key + value elements of a head), summed over the layers; 0 where layers see a window only."""
+    sweep_bytes: int
+    """Weights of layers and head, on any tier."""
+    streamed_bytes: int
+    """Those of them that are not on the device."""
+    disk_bytes: int
+    """Those of them that are on disk."""
+    cache_row_bytes: int
+    """Keys and values of one token, all layers, off the device."""
+    device_cache_row_bytes: int
+    """The same on the device."""
+    expanded_bytes: int
+    """Of encoded layers, what a sweep expands; 0 without a codec."""
+    hidden_row_bytes: int
+    num_layers: int
