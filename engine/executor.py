@@ -9,8 +9,9 @@ import torch
 from engine.batch.micro_batch import MicroBatch
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
-from engine.model.causal_model import CausalModel, LayerCall
+from engine.model.causal_model import CausalModel
 from engine.model.padded import PaddedBatch
+from engine.model.stub import LayerCall
 from engine.planning.limits import LOGITS_BYTES, Limits
 from engine.sampling import choose
 from engine.schedule.segment import Segment

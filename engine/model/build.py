@@ -76,7 +76,7 @@ def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
                     table[attribute] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
 
 
-def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     try:
         with parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -85,7 +85,7 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Pr
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
             raise
-        return _on_meta(config, dtype, "eager")  # a family with a table of its own attentions
+        return _on_meta(config, dtype, None)  # a family with a table of its own attentions gets its default one
     return model
 
 

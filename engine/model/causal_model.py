@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +16,18 @@ from engine.checkpoint.tied_head import is_tied
 from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
+from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import probe_kv_shape
 from engine.model.build import build, decoder_layers
 from engine.model.padded import CacheView, ProbingView
-from engine.model.sweep_context import SweepContext
+from engine.model.stub import CallRecorder, LayerCall, LayerStub
+from engine.model.sweep_context import SweepContext, UndrivableError
 from engine.model.unit import Unit
 
 _NO_ATTENTION = (
     "its layers show no keys and values, neither to transformers' attention interface nor to a cache; state-space "
     "models and the like cannot be run here"
 )
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """How the model itself calls one of its layers, but for the hidden states."""
-
-    shape: tuple[int, int]
-    """Sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Stand(nn.Module):
-    """Stands in for a decoder layer: notes how it is called, and passes on its input, or the state to inject."""
-
-    def __init__(self, layer: nn.Module, tape: _Tape) -> None:
-        super().__init__()
-        self.__dict__.update(layer=layer, tape=tape)
-
-    def __getattr__(self, name: str) -> Any:  # models read attributes of their layers (the kind of attention, …)
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        tape: _Tape = self.__dict__["tape"]
-        if hidden.ndim != 3:
-            raise TypeError("a layer's output was not taken for what it is")
-        if tape.inject is not None:
-            hidden = tape.inject
-        else:
-            if not tape.calls:
-                tape.first_hidden = hidden
-            tape.calls.append(LayerCall((hidden.shape[0], hidden.shape[1]), args, kwargs))
-        return (hidden, None, None) if tape.as_tuple else hidden
-
-
-@dataclass
-class _Tape:
-    """What the stands of one model share."""
-
-    calls: list[LayerCall]
-    first_hidden: torch.Tensor | None = None
-    inject: torch.Tensor | None = None
-    as_tuple: bool = False
-    """Whether the model expects a tuple of its layers, hidden states first."""
 
 
 class CausalModel:
@@ -101,9 +58,9 @@ class CausalModel:
         self.units = self._find_units()
         self.packed: dict[str, PackedMatrix] = self._find_packed(path)
         """Parameters that the checkpoint holds packed."""
-        self._tape = _Tape([])
+        self._recorder = CallRecorder(len(self.layers))
         for index, layer in enumerate(self.layers):
-            slots[index] = _Stand(layer, self._tape)
+            slots[index] = LayerStub(index, layer, self._recorder)
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
         self._forward_names = frozenset(inspect.signature(self.module.base_model.forward).parameters)
@@ -144,7 +101,14 @@ class CausalModel:
         return has_kernels and self.is_plain
 
     def _find_units(self) -> list[Unit]:
-        layer_of = {id(module): index for index, layer in enumerate(self.layers) for module in layer.modules()}
+        layer_of: dict[int, int] = {}
+        for index, layer in enumerate(self.layers):
+            for module in layer.modules():
+                if layer_of.setdefault(id(module), index) != index and any(True for _ in module.parameters()):
+                    raise UnsupportedError(
+                        f"{self._family}: layers {layer_of[id(module)]} and {index} share a {type(module).__name__}; "
+                        "every layer needs weights of its own here"
+                    )
         units = {name: Unit(name, {}) for name in ("embedding", "outer")}
         units.update({f"layer.{index}": Unit(f"layer.{index}", {}) for index in range(len(self.layers))})
         units["head"] = Unit("head", {})
@@ -191,13 +155,10 @@ class CausalModel:
 
         Needs the embedding and the outer parameters bound.
         """
-        tape = self._tape
-        tape.calls, tape.first_hidden = [], None
+        self._recorder.begin()
         named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
         self.module.base_model(**{key: value for key, value in named.items() if key in self._forward_names})
-        calls, hidden = tape.calls, tape.first_hidden
-        tape.calls, tape.first_hidden = [], None
-        assert hidden is not None
+        hidden, calls = self._recorder.taken()
         return hidden.flatten(0, 1), calls
 
     @torch.no_grad()
@@ -214,12 +175,12 @@ class CausalModel:
         # Something must be embedded; the injected states take its place after the layers.
         width = self.state[self.embedding_name].shape[1]
         inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
-        self._tape.inject = hidden[None]
+        self._recorder.inject = hidden[None]
         try:
             given = {"position_ids": positions} if "position_ids" in self._forward_names else {}
             output = self.module(inputs_embeds=inputs, use_cache=False, **given)
         finally:
-            self._tape.inject = None
+            self._recorder.inject = None
         logits: torch.Tensor = output.logits[0]
         return logits.float()
 
@@ -229,20 +190,25 @@ class CausalModel:
         Tries the family as one that uses the attention interface, then as one that carries its own attention.
         """
         width = self.state[self.embedding_name].shape[1]
-        inputs: dict[str, Any] = {
-            "inputs_embeds": torch.zeros(1, 1, width, dtype=self.dtype),
-            "position_ids": torch.zeros(1, 1, dtype=torch.long),
-        }
-        packed = {**inputs, "use_cache": False}
-        mask = torch.ones(1, 1, dtype=torch.long)
-        padded = {**inputs, "use_cache": True, "cache": CacheView(ProbingView(self.sweeping)), "attention_mask": mask}
+
+        def inputs(rows: int) -> dict[str, Any]:
+            embeds = torch.zeros(1, rows, width, dtype=self.dtype)
+            return {"inputs_embeds": embeds, "position_ids": torch.arange(rows)[None]}
+
+        # Two rows, since some families make no mask for one.
+        packed = {**inputs(2), "use_cache": False}
+        mask, cache = torch.ones(1, 1, dtype=torch.long), CacheView(ProbingView(self.sweeping))
+        padded = {**inputs(1), "use_cache": True, "cache": cache, "attention_mask": mask}
         failure: Exception | None = None
         for self.is_padded, given in ((False, packed), (True, padded)):
             if self.is_padded:
-                self.config._attn_implementation = "eager"  # the setter refuses families without the interface
-            for self._tape.as_tuple in (False, True):
+                # What `from_pretrained` takes; the setter refuses families without the interface.
+                self.config._attn_implementation = "sdpa" if self.module._supports_sdpa else "eager"
+            for self._recorder.as_tuple in (False, True):
                 try:
                     shapes = self._probe_layers(given)
+                except UndrivableError as error:
+                    raise UnsupportedError(f"{self._family} cannot be run here: {error}") from None
                 except Exception as error:
                     failure = failure if isinstance(failure, UnsupportedError) else error
                 else:
@@ -259,16 +225,15 @@ class CausalModel:
             zeros = torch.zeros(self.state[name].shape, dtype=self.state[name].dtype)
             module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
         try:
-            hidden, calls = self.record(inputs)
+            with noting_masks() as self.sweeping.masks:
+                hidden, calls = self.record(inputs)
         finally:
             for name, (module, attribute) in outer.owners.items():
                 module._parameters[attribute] = nn.Parameter(self.state[name], requires_grad=False)
-        if len(calls) != len(self.layers):
-            raise TypeError(f"its forward calls {len(calls)} of its {len(self.layers)} layers")
-        shapes = [
-            probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs)
-            for layer, call in zip(self.layers, calls, strict=True)
-        ]
+        shapes = []
+        for index, (layer, call) in enumerate(zip(self.layers, calls, strict=True)):
+            self.sweeping.layer = index
+            shapes.append(probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs))
         known = [shape for shape in shapes if shape is not None]
         return known if len(known) == len(shapes) else None
 

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from engine.batch.rows import Rows
     from engine.cache.key_value import KVCache
     from engine.cache.shape import KVShape
+    from engine.model.attention.mask import MaskNotes
+
+
+class UndrivableError(UnsupportedError):
+    """A family computes what no way of driving its layers gives; there is nothing else to try."""
 
 
 @dataclass
@@ -22,11 +27,17 @@ class SweepContext:
     """Found out by `probe_kv_shape` since the layer in hand was called."""
     is_plain: bool = True
     """Whether no layer that was probed has caps, sinks or a window."""
+    windows: dict[int, int | None] = field(default_factory=dict)
+    """Of each layer, how many tokens a token attends to at most; None for all before it."""
+    masks: MaskNotes = field(init=False)
+    """Those that the model made for the layers that are probed."""
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
 
-    def note(self, shape: KVShape) -> None:
+    def note(self, shape: KVShape, window: int | None = None, *, is_plain: bool = False) -> None:
         """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""
         if self.probed is not None:
             raise UnsupportedError("its layers attend more than once")
         self.probed = shape
+        self.windows[self.layer] = window
+        self.is_plain &= is_plain

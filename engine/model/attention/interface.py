@@ -15,8 +15,9 @@ from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.dense import Dense
 from engine.model.attention.flash import Flash
 from engine.model.attention.host_flash import HostFlash
+from engine.model.attention.mask import make_mask
 from engine.model.attention.rule import AttentionRule
-from engine.model.sweep_context import SweepContext
+from engine.model.sweep_context import SweepContext, UndrivableError
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""
@@ -46,17 +47,19 @@ def attention(
     """
     context: SweepContext = module.__dict__["sweeping"]
     if query.device.type == "meta":
-        strange = sorted(k for k, v in others.items() if v is not None and k not in _IGNORED)
-        if attention_mask is not None or strange:
-            raise UnsupportedError(f"its attention takes {', '.join(strange) or 'a mask of its own'}")
-        context.is_plain &= sliding_window is None and softcap is None and s_aux is None
-        context.note(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]))
+        if strange := sorted(k for k, v in others.items() if v is not None and k not in _IGNORED):
+            raise UnsupportedError(f"its attention takes {', '.join(strange)}")
+        window = _window(module, context, attention_mask, sliding_window, others.get("is_causal"))
+        is_plain = window is None and softcap is None and s_aux is None
+        context.note(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]), window, is_plain=is_plain)
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
     batch = context.batch
     assert isinstance(batch, MicroBatch)
+    if attention_mask is not None:
+        raise UnsupportedError("its attention got a mask that it did not get when the model was opened")
     rule = AttentionRule(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
+        window=context.windows[context.layer],
         softcap=softcap,
         sinks=s_aux,
     )
@@ -70,6 +73,28 @@ def attention(
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
+def _window(
+    module: nn.Module,
+    context: SweepContext,
+    mask: torch.Tensor | None,
+    sliding_window: int | None,
+    is_causal: bool | None,
+) -> int | None:
+    """The window of a layer that is called with these arguments: what transformers' default attention would compute.
+
+    That follows the mask; without one it attends to all tokens before, whatever `sliding_window` says.
+    """
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise UndrivableError("its tokens attend to later ones (is_causal is False)")
+    if mask is None:
+        if sliding_window is not None:
+            raise UnsupportedError(f"it has a sliding window of {sliding_window} tokens and no mask that follows it")
+        return None
+    rule = context.masks.rule_of(mask)
+    if rule is None:
+        raise UnsupportedError("its attention takes a mask of its own")
+    return rule.window
+
+
 AttentionInterface.register(ATTENTION_NAME, attention)
-# No mask is made: causality, windows and padding are told by the segments of the micro-batch.
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(ATTENTION_NAME, make_mask)

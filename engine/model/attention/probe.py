@@ -22,7 +22,7 @@ def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
 
     def on_meta(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to("meta")
+            return value if context.masks.knows(value) else value.to("meta")
         if isinstance(value, tuple | list):
             return type(value)(on_meta(item) for item in value)
         return value

@@ -1,0 +1,134 @@
+"""What a family's masks hide: found out by evaluating its own mask functions, never taken on trust."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from engine.model.sweep_context import UndrivableError
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+"""(sequence, head, position of the query, position of the key) -> whether the one attends to the other."""
+
+_NEAR = 10
+"""All positions below it are compared with each other."""
+_FAR = 18
+"""Positions around powers of two up to this one are compared, too: no window of a model is longer."""
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """Causal attention, to the last `window` tokens (the own one included) or to all."""
+
+    window: int | None
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether positions `query` attend to positions `key`."""
+        seen = key <= query
+        return seen if self.window is None else seen & (query - key < self.window)
+
+
+@dataclass(eq=False)
+class MaskNotes:
+    """The masks that a model's forward made for its layers, each known by a tensor that stands for it."""
+
+    made: list[tuple[torch.Tensor, MaskFunction]] = field(default_factory=list)
+
+    def stand_for(self, mask_function: MaskFunction) -> torch.Tensor:
+        """A tensor that the model hands to its layers as the mask."""
+        mask = torch.zeros(1, 1, 1, 1)
+        self.made.append((mask, mask_function))
+        return mask
+
+    def knows(self, mask: object) -> bool:
+        """Whether a value stands for one of these masks."""
+        return any(known is mask for known, _ in self.made)
+
+    def rule_of(self, mask: object) -> MaskRule | None:
+        """What a tensor stands for; None for one that is not of these masks.
+
+        Raises `UndrivableError` for a mask that is neither causal nor a causal window: only here, because families make
+        masks that none of their layers takes.
+        """
+        function = next((function for known, function in self.made if known is mask), None)
+        if function is None:
+            return None
+        with torch.device("cpu"):  # layers are probed on `meta`
+            return rule_of(function)
+
+
+_notes: ContextVar[MaskNotes | None] = ContextVar("mask notes", default=None)
+
+
+@contextmanager
+def noting_masks() -> Iterator[MaskNotes]:
+    """Inside, masks that this thread's models make are evaluated and noted; elsewhere none is made."""
+    notes = MaskNotes()
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def make_mask(*_: Any, mask_function: MaskFunction, **__: Any) -> torch.Tensor | None:
+    """The function registered with `transformers.AttentionMaskInterface`.
+
+    While a model is opened it returns what stands for the mask; afterwards None, because the segments of a micro-batch
+    tell who attends to whom.
+    """
+    notes = _notes.get()
+    return None if notes is None else notes.stand_for(mask_function)
+
+
+def rule_of(mask_function: MaskFunction) -> MaskRule:
+    """The rule that a mask function follows on a grid of positions; `UndrivableError` for any other function."""
+    positions = sorted({*range(_NEAR), *(2**power + step for power in range(3, _FAR) for step in (-1, 0, 1))})
+    window = _window_of(mask_function, positions)
+    if window is not None:
+        borders = {window * times + step for times in (1, 2, 3) for step in (-2, -1, 0, 1)}
+        positions = sorted({*positions, *(at for at in borders if at >= 0)})
+    rule = MaskRule(window)
+    query, key = (at.flatten() for at in torch.meshgrid(*[torch.tensor(positions)] * 2, indexing="ij"))
+    if not _evaluate(mask_function, query, key).equal(rule.sees(query, key)):
+        kind = "tokens attend to later ones" if _looks_ahead(mask_function) else "a mask of its own"
+        raise UndrivableError(f"its attention is neither causal nor a causal window: {kind}")
+    return rule
+
+
+def _window_of(mask_function: MaskFunction, positions: list[int]) -> int | None:
+    """How many tokens the last of `positions` attends to, itself included; None for all before it."""
+    last = positions[-1]
+
+    def sees(at: int) -> bool:
+        return bool(_evaluate(mask_function, torch.tensor([last]), torch.tensor([at]))[0])
+
+    if sees(0) or not sees(last):
+        return None
+    hidden, seen = 0, last
+    while seen - hidden > 1:
+        middle = (hidden + seen) // 2
+        hidden, seen = (hidden, middle) if sees(middle) else (middle, seen)
+    return last - seen + 1
+
+
+def _evaluate(mask_function: MaskFunction, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The function at pairs of positions: bool of the shape of `query` and `key`."""
+    zero = torch.zeros((), dtype=torch.long)
+    try:
+        found = torch.func.vmap(lambda at, of: torch.as_tensor(mask_function(zero, zero, at, of)))(query, key)
+    except Exception as error:  # it looks up something of the text at these positions
+        reason = " ".join(str(error).split())[:100]
+        raise UndrivableError(
+            f"its attention mask depends on more than positions ({type(error).__name__}: {reason})"
+        ) from None
+    return found.bool()
+
+
+def _looks_ahead(mask_function: MaskFunction) -> bool:
+    return bool(_evaluate(mask_function, torch.tensor([0]), torch.tensor([1]))[0])

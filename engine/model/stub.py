@@ -1,0 +1,85 @@
+"""What stands in for decoder layers while the model's own forward is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.model.sweep_context import UndrivableError
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model itself calls one of its layers, but for the hidden states."""
+
+    shape: tuple[int, int]
+    """Sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class CallRecorder:
+    """What the stubs of one model share: the calls that were made of them, or the state that they are to inject."""
+
+    num_layers: int
+    as_tuple: bool = False
+    """Whether the model expects a tuple of its layers, hidden states first."""
+    calls: list[LayerCall] = field(default_factory=list)
+    hidden: torch.Tensor | None = None
+    """What the model handed to its first layer, and must hand to all others."""
+    inject: torch.Tensor | None = None
+    """Hidden states `[1, rows, width]` that every stub returns, instead of recording."""
+
+    def begin(self) -> None:
+        """Forget the calls of a forward."""
+        self.calls, self.hidden = [], None
+
+    def note(self, index: int, hidden: torch.Tensor, call: LayerCall) -> None:
+        """Keep how layer `index` is called.
+
+        Layers are driven one after the other, each with the output of the one before. Raises `UndrivableError` for a
+        model that does anything else between them: it would be skipped without a word.
+        """
+        if index != len(self.calls):
+            raise UndrivableError(
+                f"it calls layer {index} where layer {len(self.calls)} comes next: its layers do not run once each, in "
+                "their order"
+            )
+        if self.hidden is not None and hidden is not self.hidden:
+            raise UndrivableError(f"it changes the hidden states between layers {index - 1} and {index}")
+        self.hidden = hidden
+        self.calls.append(call)
+
+    def taken(self) -> tuple[torch.Tensor, list[LayerCall]]:
+        """The hidden states before the first layer, and the call of every layer; forgets them."""
+        calls, hidden = self.calls, self.hidden
+        self.begin()
+        if hidden is None or len(calls) != self.num_layers:
+            raise UndrivableError(f"its forward calls {len(calls)} of its {self.num_layers} layers")
+        return hidden, calls
+
+
+class LayerStub(nn.Module):
+    """Stands in for a decoder layer: notes how it is called, and passes on its input, or the state to inject."""
+
+    def __init__(self, index: int, layer: nn.Module, recorder: CallRecorder) -> None:
+        super().__init__()
+        self.__dict__.update(index=index, layer=layer, recorder=recorder)
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their layers (the kind of attention, …)
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return `hidden` `[sequences, rows, width]` in the form in which the model expects a layer's output."""
+        recorder: CallRecorder = self.__dict__["recorder"]
+        if hidden.ndim != 3:
+            raise TypeError("a layer's output was not taken for what it is")
+        if recorder.inject is not None:
+            hidden = recorder.inject
+        else:
+            recorder.note(self.__dict__["index"], hidden, LayerCall((hidden.shape[0], hidden.shape[1]), args, kwargs))
+        return (hidden, None, None) if recorder.as_tuple else hidden
