@@ -21,7 +21,7 @@ from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.terminal.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from engine.prompt import PromptTokenizer
 
 _SHOWN = 20
 """Bad prompts that are named, at most."""
@@ -75,9 +75,10 @@ def complete(arguments: Sequence[str]) -> int:
     from engine.checkpoint.description import describe
     from engine.checkpoint.identity import result_identity
     from engine.checkpoint.tokenizer import load_tokenizer
+    from engine.prompt import PromptTokenizer
 
     description = describe(args.model)
-    tokenizer = load_tokenizer(Path(description.path))
+    tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)))
     jobs, bad = _jobs(found, tokenizer, description.window, chat=args.chat)
     for prompt in bad[:_SHOWN]:
         print(f"{prompt.where}: {prompt.reason}", file=sys.stderr)
@@ -144,7 +145,7 @@ def _unescaped(text: str) -> str:
 
 
 def _jobs(
-    found: list[Prompt | BadPrompt], tokenizer: PreTrainedTokenizerBase, window: int | None, *, chat: bool
+    found: list[Prompt | BadPrompt], tokenizer: PromptTokenizer, window: int | None, *, chat: bool
 ) -> tuple[dict[Place, tuple[Prompt, Job]], list[BadPrompt]]:
     """The jobs of the prompts that can be asked, and what cannot, by place."""
     jobs: dict[Place, tuple[Prompt, Job]] = {}
@@ -161,19 +162,18 @@ def _jobs(
     return jobs, sorted(bad, key=lambda prompt: prompt.index)
 
 
-def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> list[int]:
+def _tokens(prompt: Prompt, tokenizer: PromptTokenizer, *, chat: bool) -> list[int]:
     messages = prompt.messages
     if messages is None and chat:
         messages = ({"role": "user", "content": prompt.text},)
     if messages is None:
-        return list(tokenizer(prompt.text)["input_ids"])
-    if not tokenizer.chat_template:
+        return tokenizer.plain(prompt.text)
+    if not tokenizer.tokenizer.chat_template:
         raise ConfigError("the model has no chat template; give 'prompt', without --chat")
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return tokenizer.chat(messages)
     except Exception as error:  # templates raise what they like
         raise ConfigError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _jobs_of(prompt: Prompt, tokens: list[int], window: int | None) -> list[Job]:

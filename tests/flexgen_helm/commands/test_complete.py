@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import models
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from engine import Engine, Job, Sampling
@@ -111,6 +113,37 @@ def test_jsonl_lines_have_settings_of_their_own(complete: Complete, model: Path,
 def test_chat_puts_prompts_into_the_template(complete: Complete, model: Path) -> None:
     _, lines, _ = complete("hi", "--chat", "--max-new-tokens", "5")
     assert [line["completion"] for line in lines] == expected(model, ["<user>hi<assistant>"], max_new_tokens=5)
+
+
+def test_special_tokens_stand_once_before_a_prompt_and_never_behind(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a tokenizer that puts a beginning before each text and an end behind; a template gets neither."""
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    plain = {text: tokenizer(text)["input_ids"] for text in ("hello", "\n", "<user>hi<assistant>")}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(directory)
+    begin = [tokenizer.bos_token_id]
+    asked = {
+        "hello": [*begin, *plain["hello"]],
+        "<s>hello": [*begin, *plain["hello"]],
+        "\n<s>hello": [*plain["\n"], *begin, *plain["hello"]],
+        "hello</s>": [*begin, *plain["hello"], tokenizer.eos_token_id],
+        "hi": plain["<user>hi<assistant>"],
+    }
+    found = []
+    for arguments in ([*list(asked)[:-1]], ["hi", "--chat"]):
+        assert main(["complete", "--model", str(directory), *arguments, "--max-new-tokens", "8"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+        found += sorted(lines, key=lambda line: line["index"])
+    with Engine.from_pretrained(str(directory)) as engine:
+        done = engine.run([Job(prompt=ids, max_new_tokens=8) for ids in asked.values()])
+    assert [line["completion"] for line in found] == [each.text for each in done]
+    assert [line["logprob"] for line in found] == pytest.approx([sum(each.logprobs) for each in done], abs=1e-4)
 
 
 def test_stops_fire(complete: Complete, model: Path) -> None:

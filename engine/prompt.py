@@ -1,0 +1,74 @@
+"""Token ids of prompts: one rule for the special tokens around a text, wherever the text came from. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBE = "a"
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Makes token ids of prompts.
+
+    A chat template spells all special tokens itself, so nothing is added to what it wrote. Before any other text stands
+    what the tokenizer puts there (a BOS, or GLM's `[gMASK]<sop>`), unless the text spells one of these tokens itself at
+    its beginning, white space aside. What the tokenizer puts behind a text (an EOS) is left out: the text goes on.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prefix: tuple[int, ...]
+    """What the tokenizer puts before a text."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> PromptTokenizer:
+        """The one of a tokenizer; `UnsupportedError` if special tokens change how it cuts the text itself."""
+        whole, own = tokenizer.encode(_PROBE), tokenizer.encode(_PROBE, add_special_tokens=False)
+        for at in range(len(whole) - len(own) + 1):
+            if whole[at : at + len(own)] == own:
+                return cls(tokenizer, tuple(whole[:at]))
+        raise UnsupportedError(
+            f"the tokenizer makes {whole} of {_PROBE!r} with special tokens and {own} without, so what it adds cannot "
+            "be told from the text; use a tokenizer that puts special tokens around a text only"
+        )
+
+    def plain(self, text: str, room: int | None = None) -> list[int]:
+        """Ids of a text that no template wrote.
+
+        `room`: where the prefix alone would make them more than this, it is left out.
+        """
+        own = self.rendered(text)
+        if self._begins_itself(own) or (room is not None and len(own) <= room < len(self.prefix) + len(own)):
+            return own
+        return [*self.prefix, *own]
+
+    def rendered(self, text: str) -> list[int]:
+        """Ids of what a chat template wrote: those that the text spells."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Ids of a conversation by the tokenizer's chat template, up to where the answer begins.
+
+        `variables` go to the template. Raises whatever the template raises.
+        """
+        conversation = [dict(message) for message in messages]
+        ids = self.tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
+        )
+        return list(ids)
+
+    def _begins_itself(self, ids: Sequence[int]) -> bool:
+        """Whether the first of `ids` that is no white space is a token of the prefix."""
+        for token in ids:
+            if token in self.prefix:
+                return True
+            if str(self.tokenizer.decode([token])).strip():
+                return False
+        return False
