@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine import Completion, Job
 from engine.completion import add_token, completion_of
-from engine.errors import JobError
+from engine.errors import EngineError, JobError
 from engine.schedule.sequence import Sequence as AdvancingSequence
 from engine.text import Text
 
@@ -163,6 +163,25 @@ def test_a_fault_in_the_text_of_a_job_is_its_error(fault: BaseException, stops: 
     assert isinstance(done.error, JobError)
     assert str(done.error).startswith(f"the tokenizer cannot decode generated token ids 7 ({type(fault).__name__}: ")
     assert "\n" not in str(done.error)
+
+
+def test_a_fault_that_is_not_the_tokens_is_the_error_of_the_job_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> str:
+        raise ZeroDivisionError("by chance")
+
+    monkeypatch.setattr(Text, "tail", fail)
+    done = complete([5, 9], ["x"], family_tokenizer("gpt-2"))
+    assert isinstance(done.error, EngineError)
+    assert str(done.error).startswith("the completion of this job could not be made (ZeroDivisionError: by chance)")
+
+
+def test_an_interrupt_is_no_fault_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Text, "decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        complete([5, 9], ["x"], family_tokenizer("gpt-2"))
 
 
 @pytest.mark.parametrize("name", ["llama-2", "gpt-2"])
