@@ -45,6 +45,11 @@ class CausalModel:
         """Tells our attention function, called from inside the layers, what it works on."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
         """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
+        self._buffer_owners = {
+            f"{prefix}.{name}" if prefix else name: (module, name)
+            for prefix, module in self.module.named_modules()
+            for name in module._buffers
+        }
         self.embedding: nn.Module = self.module.get_input_embeddings()
         self.output: nn.Module | None = self.module.get_output_embeddings()
         if self.output is None:
@@ -72,6 +77,13 @@ class CausalModel:
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
+
+    def put_buffer(self, name: str, values: torch.Tensor) -> None:
+        """Fill a persistent buffer of the model or of one of its layers."""
+        module, attribute = self._buffer_owners[name]
+        buffer = module._buffers[attribute]
+        assert buffer is not None
+        buffer.copy_(values)
 
     @property
     def vocab_size(self) -> int:

@@ -126,7 +126,7 @@ class _Plan:
                 self._steps.setdefault(pair, self._step(pair, tensor, source))
                 self._missing.discard(pair)
         else:
-            model.module.get_buffer(name).copy_(tensor)
+            model.put_buffer(name, tensor)
 
     def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
         """Put a whole parameter, but for what may stay where it is."""
