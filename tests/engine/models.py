@@ -55,15 +55,37 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("llama", {**_GQA, "rope_parameters": {"rope_type": "yarn", **_EXTENDED}}),
     "qwen2": ("qwen2", _GQA),
     "qwen2-moe": ("qwen2_moe", {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen2-moe-window": (  # the mask alone tells of the windows
+        "qwen2_moe",
+        {
+            **_GQA,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 32,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+        },
+    ),
     "qwen3": ("qwen3", _HEAD16),
     "qwen3-moe": ("qwen3_moe", {**_HEAD16, **_EXPERTS}),
     "mistral": ("mistral", {**_GQA, "sliding_window": 8}),
     "mixtral": ("mixtral", {**_GQA, "num_local_experts": 4}),
     "gemma": ("gemma", _HEAD16),
     "gemma2": ("gemma2", {**_HEAD16, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
+    "gemma4": (  # a buffer on every layer, heads of two sizes
+        "gemma4_text",
+        {
+            **_HEAD16,
+            **_WINDOWS,
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+        },
+    ),
     "gemma3": ("gemma3_text", {**_HEAD16, **_WINDOWS}),  # rotary tables of two kinds
     "phi": ("phi", _FFN),
     "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),
+    "phimoe": ("phimoe", {**_GQA, **_LOCAL_EXPERTS, "sliding_window": 8}),  # the mask alone tells of the windows
     "gpt-neox": ("gpt_neox", _FFN),
     "gpt2": ("gpt2", _GPT2),
     "gpt-bigcode": ("gpt_bigcode", _GPT2),
@@ -200,6 +222,10 @@ def save_random(directory: Path, config: PreTrainedConfig) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform, so that an error shows
             parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.mul_(0.9)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 1
     model.save_pretrained(directory)
@@ -208,8 +234,8 @@ def save_random(directory: Path, config: PreTrainedConfig) -> Path:
 
 
 def load_reference(directory: Path) -> PreTrainedModel:
-    """The same model in plain `transformers`, float32, eager attention."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    """The same model in plain `transformers`, float32, as `from_pretrained` makes it by default."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return model.eval()
 
 

@@ -101,7 +101,7 @@ def from_state(directory: Path, state: dict[str, torch.Tensor]) -> PreTrainedMod
 
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     model.tie_weights()
     return model.eval()

@@ -57,7 +57,7 @@ class Reference:
         self.window = window
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self._end_of_text_token = end_of_text_token
-        self._plain = AutoModelForCausalLM.from_pretrained(model, dtype="float32", attn_implementation="eager").eval()
+        self._plain = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
         self._end = self._plain.generation_config.eos_token_id
         self._known: dict[tuple[int, ...], np.ndarray] = {}
 

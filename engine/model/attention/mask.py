@@ -17,7 +17,7 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
 _NEAR = 10
 """All positions below it are compared with each other."""
-_FAR = 18
+_FAR = 23
 """Positions around powers of two up to this one are compared, too: no window of a model is longer."""
 
 
