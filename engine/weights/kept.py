@@ -163,6 +163,8 @@ class KeptWeights:
             return self._weights.stored_bytes(name, first, end)
 
         layout, num_bytes = self._weights.stored_form(name)
+        if self._file(name).is_dir():  # which no file can replace; one that holds something is left to its owner
+            self._file(name).rmdir()
         write_unit(self._file(name), layout, num_bytes, read)
         self._written.append(self._file(name))
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
 from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, shown
 from engine.weights.kept import KeptWeights
@@ -38,6 +39,7 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     `CheckpointError` when parameters are missing or have another shape.
     """
     model = store.model
+    store.source = source = OpenedWeights(path)
     plan = _Plan(path, store)
     names = CheckpointNames(model.module, model.state)
     packed = {
@@ -60,8 +62,17 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
     steps = plan.run(kept)
+    source.check_names()
     _tell_unexpected(path, model.module, unexpected)
-    return steps
+    return _watched(steps, store, source)
+
+
+def _watched(steps: Iterator[None], store: WeightStore, source: OpenedWeights) -> Iterator[None]:
+    """Iterate `steps`; then the weight files must be as they were, and are let go of unless the store reads them on."""
+    yield from steps
+    source.check()
+    if not store.adopted_bytes:
+        source.close()
 
 
 def _tell_unexpected(path: Path, module: PreTrainedModel, names: set[str]) -> None:

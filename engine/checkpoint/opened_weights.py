@@ -1,0 +1,59 @@
+"""The weight files of a model as they were when they were opened, to notice when one is written to while it is read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from engine.checkpoint.weight_files import weight_files
+from engine.errors import CheckpointError
+from engine.reading import open_file
+
+_State = tuple[int, int, int]
+
+
+class OpenedWeights:
+    """Holds the weight files of a model directory open.
+
+    A file that is replaced or deleted does no harm, once whoever reads it has opened it, too: what is open stays as it
+    was. One that is written to in its place gives other numbers from then on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """To be made before the files are opened to be read. Raises `CheckpointError`."""
+        self._lock = threading.Lock()
+        self._files = [(file, open_file(file, CheckpointError)) for file in weight_files(path)]
+        self._states = [_state(os.fstat(stream.fileno())) for _, stream in self._files]
+
+    def check_names(self) -> None:
+        """Raise `CheckpointError` if a name leads to another file by now; to be called when all readers have opened."""
+        with self._lock:
+            for (file, _), state in zip(self._files, self._states, strict=False):
+                try:
+                    is_same = _state(file.stat())[0] == state[0]
+                except OSError:
+                    is_same = False
+                if not is_same:
+                    raise CheckpointError(f"{file} was replaced while it was being opened; start again")
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if a file has been written to since it was opened."""
+        with self._lock:
+            for (file, stream), state in zip(self._files, self._states, strict=False):
+                if _state(os.fstat(stream.fileno())) != state:
+                    raise CheckpointError(
+                        f"{file} was written to while the engine reads its weights; what was computed since is dropped; "
+                        "start again when nothing writes there any more"
+                    )
+
+    def close(self) -> None:
+        """Let go of the files; `check` finds nothing from then on."""
+        with self._lock:
+            for _, stream in self._files:
+                stream.close()
+            self._files = []
+
+
+def _state(status: os.stat_result) -> _State:
+    return status.st_ino, status.st_size, status.st_mtime_ns
