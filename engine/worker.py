@@ -129,6 +129,7 @@ class Worker:
         num_sequences = len(scheduler.running)
         scheduled = time.perf_counter()
         answers = self._parts.executor.sweep(batches)
+        self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
         swept = time.perf_counter()
         advance(batches, answers, text)
         done, suspects = [], []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.opened_weights import OpenedWeights
 from engine.kernels.codec import GROUP, Codec
 from engine.memory import accelerator
 from engine.memory.arena import Arena
@@ -47,6 +48,8 @@ class WeightStore:
         self._extent_of = {
             extent.name: (placed, extent) for placed in self.placed.values() for extent in placed.extents
         }
+        self.source: OpenedWeights | None = None
+        """The checkpoint's files, while they are read."""
         self._fault: BaseException | None = None
 
     def placed_bytes(self) -> dict[str, dict[Tier, int]]:
@@ -252,6 +255,12 @@ class WeightStore:
         """Return when every parameter is in place; raises the fault that kept one from arriving."""
         for placed in list(self.placed.values()):
             self.wait_for(placed)
+        self.check_source()
+
+    def check_source(self) -> None:
+        """Raise `CheckpointError` if the checkpoint was written to while it is read; to be asked after each sweep."""
+        if self.source is not None:
+            self.source.check()
 
     def wait_for(self, placed: PlacedUnit) -> None:
         """The same of one unit."""
@@ -261,6 +270,8 @@ class WeightStore:
 
     def close(self) -> None:
         """Let go of the weights; the arena frees the memory."""
+        if self.source is not None:
+            self.source.close()
         for placed in self.placed.values():
             for module, attribute in placed.unit.owners.values():
                 module._parameters[attribute] = None
