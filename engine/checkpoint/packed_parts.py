@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint.tensors import tensors
-from engine.errors import UnsupportedError, shown
+from engine.errors import UnsupportedError, one_line, shown
 from engine.kernels.packed_matrix import (
     EightBitRows,
     FourBitBlocks,
@@ -95,9 +95,13 @@ def find_packed(
         module, part = _cut(name)
         by_module.setdefault(module, {})[part] = load
     found: dict[str, PackedMatrix] = {}
-    rounding = _input_rounding(quantization)
+    rounding = _input_rounding(quantization) if method == "compressed-tensors" else None
     for module, parts in by_module.items():
-        kind = _kind_of(method, quantization, parts)
+        try:
+            kind = _kind_of(method, quantization, parts)
+        except (ValueError, TypeError):
+            group = shown(quantization.get("group_size"))
+            raise UnsupportedError(f"{path} is quantized by {method} with the group_size {group}; {_cure()}") from None
         if kind is None:
             continue
         parameter = name_of(f"{module}.weight")
@@ -115,8 +119,8 @@ def find_packed(
             found[parameter] = _packed(kind, module, parts, owner.weight.shape)
             if rounding is not None:
                 rounding.attach(owner, scale)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # whatever fields and shapes of another kind lead to
+            reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
             raise UnsupportedError(f"{path}: {module} is quantized by {method}: {reason}; {_cure()}") from None
     if not found:
         raise UnsupportedError(f"{path} is quantized by {method} by its config.json, but holds no such tensors")
@@ -189,6 +193,9 @@ def _compressed_tensors_problem(quantization: Mapping[str, Any]) -> str | None:
             return f"the format {shown(layout)}"
     for group in told.values():
         weights = group.get("weights") or {}
+        for key in ("weights", "input_activations"):
+            if not isinstance(group.get(key) or {}, Mapping):
+                return f"{key} {shown(group[key])}"
         if strange := _strange(group, _GROUP_FIELDS) or _strange(weights, _WEIGHT_FIELDS):
             return strange
         if weights.get("dynamic"):
@@ -203,7 +210,8 @@ def _compressed_tensors_problem(quantization: Mapping[str, Any]) -> str | None:
             return f"inputs in {inputs.get('num_bits')} bits by {inputs.get('strategy')} ({kind})"
         if group.get("output_activations"):
             return "outputs in fewer bits"
-    if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    sparsity = quantization.get("sparsity_config") or {}
+    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
         return "sparse weights"
     return _strange(quantization, _FIELDS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,27 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def special_token(name: str, path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a special token such as "eos_token_id", as `transformers`' generate finds them; empty if there is none."""
-    ids = getattr(_generation_config(path), name, None)
-    if ids is None:
-        ids = getattr(config.get_text_config(), name, None)
-    if ids is None:
-        ids = getattr(tokenizer, name)
-    listed = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
-    for each in listed:
-        if isinstance(each, bool) or not isinstance(each, int):
-            raise CheckpointError(f"{path}: {name} is {shown(ids)}; a token id or a list of them is expected there")
-    return list(listed)
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of tokens that mean something to whoever generates; empty where there are none."""
+
+    end_of_text: list[int]
+    padding: list[int]
+
+
+def special_tokens(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """The special tokens of a model directory, as `transformers`' generate finds them."""
+    sources = (_generation_config(path), config.get_text_config(), tokenizer)
+
+    def ids_of(name: str) -> list[int]:
+        ids = next((found for source in sources if (found := getattr(source, name, None)) is not None), None)
+        listed = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+        for each in listed:
+            if isinstance(each, bool) or not isinstance(each, int):
+                raise CheckpointError(f"{path}: {name} is {shown(ids)}; a token id or a list of them is expected there")
+        return list(listed)
+
+    return SpecialTokens(ids_of("eos_token_id"), ids_of("pad_token_id"))
 
 
 def _generation_config(path: Path) -> Any:
@@ -53,8 +63,8 @@ def _generation_config(path: Path) -> Any:
         return None
     try:
         return GenerationConfig.from_pretrained(path)
-    except OSError as error:
-        _log.warning("flexgen-helm: %s is left out, as transformers leaves it out: %s", file, one_line(error))
+    except OSError:
+        _log.warning("flexgen-helm: %s is no JSON and left out, as transformers leaves it out", file)
     except Exception as error:  # values that it cannot mean: transformers does not load such a model either
         raise CheckpointError(
             f"{file} cannot be meant: {type(error).__name__}: {one_line(error)}; mend it or take it away"

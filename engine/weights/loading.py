@@ -80,10 +80,8 @@ def _tell_unexpected(path: Path, module: PreTrainedModel, names: set[str]) -> No
     told: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=names)
     module._adjust_missing_and_unexpected_keys(told)
     if left := sorted(told.unexpected_keys):
-        family, some = type(module).__name__, ", ".join(map(shown, left[:3]))
-        _log.warning(
-            "flexgen-helm: %s: %d tensors are not %s's and are not read, e.g. %s", path, len(left), family, some
-        )
+        text = "flexgen-helm: the weight files in %s hold %d tensors that %s does not know; they are not read, e.g. %s"
+        _log.warning(text, path, len(left), type(module).__name__, ", ".join(map(shown, left[:3])))
 
 
 def _check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.dtype) -> None:

@@ -216,7 +216,7 @@ def test_unexpected_tensors_are_told_in_a_line(directory: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING, logger="engine"):
         assert_as_transformers(directory)
     (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("engine")]
-    assert "1 tensors are none of LlamaForCausalLM" in told
+    assert "hold 1 tensors that LlamaForCausalLM does not know" in told
     assert "q_proj.bias" in told
     assert "inv_freq" not in told
     assert str(directory) in told
