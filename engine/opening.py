@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache, unencodable_layer
 from engine.checkpoint.description import ModelDescription
-from engine.checkpoint.tokenizer import load_tokenizer, special_token
+from engine.checkpoint.tokenizer import load_tokenizer, special_tokens
 from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
@@ -87,7 +87,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     path = Path(description.path)
     tokenizer = load_tokenizer(path)
     model = CausalModel(path, dtype, device)
-    end_of_text = special_token("eos_token_id", path, model.config, tokenizer)
+    special = special_tokens(path, model.config, tokenizer)
     memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
     codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
     if cache_codec is not None:
@@ -131,9 +131,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             executor=Executor(model, stream, cache, hidden, plan.limits),
             arena=arena,
             tokenizer=tokenizer,
-            text=Text(tokenizer, frozenset(end_of_text)),
+            text=Text(tokenizer, frozenset(special.end_of_text)),
             window=description.window,
-            pad_token=[*special_token("pad_token_id", path, model.config, tokenizer), *end_of_text, 0][0],
+            pad_token=[*special.padding, *special.end_of_text, 0][0],
             loading=loading,
         )
     except BaseException as error:

@@ -43,8 +43,8 @@ class OpenedWeights:
             for (file, stream), state in zip(self._files, self._states, strict=False):
                 if _state(os.fstat(stream.fileno())) != state:
                     raise CheckpointError(
-                        f"{file} was written to while the engine reads its weights; what it computed since is lost; "
-                        "start again when nothing writes there any more"
+                        f"{file} was written to while the engine reads its weights; what it computed since is "
+                        "lost; start again when nothing writes there any more"
                     )
 
     def close(self) -> None:
