@@ -18,11 +18,14 @@ from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, shown
+from engine.reading import find_file
 from engine.weights.kept import KeptWeights
 from engine.weights.read_ahead import Step, run_steps
 from engine.weights.store import WeightStore
 
 _log = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
 
 Load = Callable[[], torch.Tensor]
 Source = tuple[str, str, Load]
@@ -63,7 +66,7 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
         plan.add_converted(target, converter, sources)
     steps = plan.run(kept)
     source.check_names()
-    _tell_unexpected(path, model.module, unexpected)
+    _tell_unread(path, model.module, unexpected)
     return _watched(steps, store, source)
 
 
@@ -75,8 +78,10 @@ def _watched(steps: Iterator[None], store: WeightStore, source: OpenedWeights) -
         source.close()
 
 
-def _tell_unexpected(path: Path, module: PreTrainedModel, names: set[str]) -> None:
-    """Tell of tensors that the model has no parameter for, but for those that the family knows and leaves out."""
+def _tell_unread(path: Path, module: PreTrainedModel, names: set[str]) -> None:
+    """Tell of what is not read: an adapter, and tensors without a parameter that the family does not leave out."""
+    if find_file(path / _ADAPTER, CheckpointError):
+        _log.warning("flexgen-helm: the adapter that %s tells of is not applied; merge it to run it", path / _ADAPTER)
     told: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=names)
     module._adjust_missing_and_unexpected_keys(told)
     if left := sorted(told.unexpected_keys):

@@ -222,6 +222,16 @@ def test_unexpected_tensors_are_told_in_a_line(directory: Path, caplog: pytest.L
     assert str(directory) in told
 
 
+def test_an_adapter_that_is_not_applied_is_told(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As `from_pretrained` leaves it out where the peft package is not installed."""
+    (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(directory)}))
+    save({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 64)}, directory / "adapter_model.safetensors")
+    with caplog.at_level(logging.WARNING, logger="engine"):
+        assert_as_transformers(directory)
+    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("engine")]
+    assert "adapter_config.json tells of is not applied" in told
+
+
 CODES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32, torch.bool]
 
 
