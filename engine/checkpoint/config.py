@@ -10,10 +10,10 @@ from engine.errors import CheckpointError, UnsupportedError, one_line, shown
 from engine.reading import find_file, read_json_object
 
 _MAX_BYTES = 16 << 20
-_LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "n_layers": 10_000, "num_layers": 10_000}
-_LARGEST_COUNT = 100_000_000
-"""Of anything that a model is built from in a loop or a table: more is a slip, and building it would not end."""
+_LARGEST = ((("layers", "layer", "experts"), 10_000), (("heads", "head"), 100_000), ("", 100_000_000))
+"""Of what a model is built from in loops and tables, by the key's end: more is a slip, and building would not end."""
 _COUNTS = ("_size", "_dim", "_heads", "_layers", "_embd", "_experts", "_head", "_layer", "_inner")
+WINDOW_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -47,8 +47,8 @@ def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` for sizes that no model has."""
     for key, value in config.items():
         is_count = key.startswith(("num_", "n_")) or key.endswith(_COUNTS)
-        largest = _LARGEST.get(key, _LARGEST_COUNT)
-        if is_count and isinstance(value, int | float) and not -largest <= value <= largest:
+        largest = next(most for end, most in _LARGEST if key.endswith(end))
+        if is_count and key not in WINDOW_KEYS and isinstance(value, int | float) and not -largest <= value <= largest:
             raise CheckpointError(f"{file}: {key} is {shown(value)}; at most {largest:,} is expected there")
     told = [key for key in _LAYER_KEYS if key in config]
     for key in [key for key in told if config[key] is not None] or told:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.checkpoint.config import text_config
+from engine.checkpoint.config import WINDOW_KEYS, text_config
 
-_WINDOW_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _NO_WINDOW = 10**9
 """What some configs write for "any length"."""
 _LONG = ("longrope", "su")
@@ -23,7 +22,7 @@ def window_of(config: Mapping[str, Any]) -> int | None:
     long variants) at the original one.
     """
     text = text_config(config)
-    window: int | None = next((text[key] for key in _WINDOW_KEYS if _is_length(text.get(key))), None)
+    window: int | None = next((text[key] for key in WINDOW_KEYS if _is_length(text.get(key))), None)
     if window is None or window >= _NO_WINDOW:
         return None
     longest = window

@@ -125,6 +125,11 @@ def test_a_window_may_be_lowered_and_raised(tmp_path: Path) -> None:
     assert done.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_config_may_name_any_length(tmp_path: Path) -> None:
+    path = models.save_model(tmp_path, "llama", max_position_embeddings=10**12)
+    assert describe(str(path)).window is None
+
+
 @pytest.mark.parametrize("window", [0, -1, True, 1.5, "64"])
 def test_a_window_that_is_no_length_is_refused(window: Any, tmp_path: Path) -> None:
     description = describe(str(models.save_model(tmp_path, "llama")))
