@@ -10,7 +10,7 @@ from engine.errors import CheckpointError, UnsupportedError, one_line, shown
 from engine.reading import find_file, read_json_object
 
 _MAX_BYTES = 16 << 20
-_LARGEST = ((("layers", "layer", "experts"), 10_000), (("heads", "head"), 100_000), ("", 100_000_000))
+_LARGEST = ((("layers", "layer"), 10_000), (("heads", "head", "experts"), 100_000), ("", 100_000_000))
 """Of what a model is built from in loops and tables, by the key's end: more is a slip, and building would not end."""
 _COUNTS = ("_size", "_dim", "_heads", "_layers", "_embd", "_experts", "_head", "_layer", "_inner")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -91,12 +91,12 @@ def is_rotary(path: Path) -> bool:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     except Exception as error:  # whatever fields of another kind lead to in the family's code
         raise CheckpointError(
             f"{path / 'config.json'} cannot be meant: transformers says {type(error).__name__}: {one_line(error)}"
         ) from None
-    return getattr(config.get_text_config(), "rope_parameters", None) is not None
+    return getattr(config, "rope_parameters", None) is not None
 
 
 def _printable(name: str) -> str:

@@ -93,7 +93,7 @@ CONFIGS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "layers as a text": ({"num_hidden_layers": "abc"}, "num_hidden_layers is 'abc'"),
     "no layers": ({"num_hidden_layers": None}, "num_hidden_layers is None"),
     "absurd layers": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; at most 10,000"),
-    "absurd experts": ({"num_experts": 10**6}, "num_experts is 1000000; at most 10,000"),
+    "absurd experts": ({"num_experts": 10**6}, "num_experts is 1000000; at most 100,000"),
     "an absurd width": ({"hidden_size": 10**15}, "hidden_size is 1000000000000000; at most"),
     "a family as a list": ({"model_type": ["llama"]}, r"model_type is \['llama'\]; a text is expected"),
     "architectures as a number": ({"architectures": 3}, "architectures is 3; a list is expected"),
