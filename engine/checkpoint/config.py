@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, UnsupportedError, one_line, shown
 from engine.reading import find_file, read_json_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _MAX_BYTES = 16 << 20
 _LARGEST = ((("layers", "layer"), 10_000), (("heads", "head", "experts"), 100_000), ("", 100_000_000))
@@ -86,17 +89,41 @@ def check_causal(path: Path, config: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"{named} in {path} is not a causal language model; only decoder-only models run here")
 
 
-def is_rotary(path: Path) -> bool:
-    """Whether a model's positions are rotary, by its family's config; `CheckpointError` where that cannot be made."""
+def load_family_config(path: Path) -> PreTrainedConfig:
+    """The language model's part of config.json as `transformers` reads it; `CheckpointError` where it cannot."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        text = config.get_text_config()
     except Exception as error:  # whatever fields of another kind lead to in the family's code
         raise CheckpointError(
             f"{path / 'config.json'} cannot be meant: transformers says {type(error).__name__}: {one_line(error)}"
         ) from None
-    return getattr(config, "rope_parameters", None) is not None
+    _check_padding(path / "config.json", config, text)
+    return text
+
+
+def _check_padding(file: Path, config: PreTrainedConfig, text: PreTrainedConfig) -> None:
+    """Raise `CheckpointError` for a padding token beyond the vocabulary, in families whose embedding has a row for it.
+
+    The others run with one. Which is which is known by building the model, without memory for its parameters.
+    """
+    padding, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if not isinstance(padding, int) or not isinstance(vocabulary, int) or padding < vocabulary:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # what else cannot be built is told when the model is opened
+        if "padding_idx" in str(error).lower():
+            raise CheckpointError(
+                f"{file}: pad_token_id is {padding}, and the vocabulary ends at {vocabulary - 1}; transformers "
+                f"cannot build {type(config).__name__} so; give a token of the vocabulary"
+            ) from None
 
 
 def _printable(name: str) -> str:

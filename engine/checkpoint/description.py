@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.checkpoint.config import check_causal, is_rotary, num_layers, read_config, text_config
+from engine.checkpoint.config import check_causal, load_family_config, num_layers, read_config, text_config
 from engine.checkpoint.hub import resolve
 from engine.checkpoint.side_files import check_side_files
 from engine.checkpoint.weight_files import checked_weight_bytes
@@ -46,12 +46,13 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     is_local = Path(model).expanduser().is_dir()
     weight_bytes = checked_weight_bytes(path) if download_weights or is_local else 0
     text = text_config(config)
+    is_rotary = getattr(load_family_config(path), "rope_parameters", None) is not None
     dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
     return ModelDescription(
         path=str(path),
         model_type=str(config["model_type"]),
         window=window_of(config),
-        longest_window=longest_window(config, is_rotary=is_rotary(path)),
+        longest_window=longest_window(config, is_rotary=is_rotary),
         dtype=dtype.removeprefix("torch."),
         weight_bytes=weight_bytes,
         num_layers=num_layers(config),

@@ -146,6 +146,23 @@ def test_what_transformers_cannot_build_is_refused_in_a_line(kind: str, director
     assert str(directory) in str(caught.value)
 
 
+def test_padding_beyond_the_vocabulary_is_refused_before_weights_are_read_where_it_cannot_run(directory: Path) -> None:
+    edit(directory / "config.json", pad_token_id=models.VOCABULARY)
+    with pytest.raises(CheckpointError, match=r"config.json: pad_token_id is 500, and the vocabulary ends at 499"):
+        describe(str(directory))
+
+
+def test_padding_beyond_the_vocabulary_runs_where_transformers_runs(build: Build, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(build("gpt2"), tmp_path / "model"))
+    edit(path / "config.json", pad_token_id=models.VOCABULARY)
+    prompt = [*range(20, 40)]
+    expected = models.reference_logprobs(AutoModelForCausalLM.from_pretrained(path).eval(), prompt)
+    with Engine.from_pretrained(str(path), policy=POLICY) as engine:
+        [done] = engine.run([Job(prompt=prompt, max_new_tokens=0, prompt_logprobs=True)])
+    assert done.prompt_logprobs is not None
+    assert done.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+
+
 NAMES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
 
 
