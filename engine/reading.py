@@ -17,7 +17,7 @@ from engine.errors import one_line, shown
 
 MAX_JSON_BYTES = 100_000_000
 """As safetensors bounds its headers; the indices of the largest models take a tenth of it."""
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 18
 _MAX_DEPTH = 100
 _MAX_JSON_VALUES = 10_000_000
 _MAX_YAML_VALUES = 200_000

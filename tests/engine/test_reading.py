@@ -34,7 +34,7 @@ BAD_YAML: dict[str, tuple[str, str]] = {
     "digits": ("a: 0x" + "f" * 1000, "a number of 4000 bits"),
     "more digits": ("a: " + "9" * 5000, "is not YAML"),
     "half a character": ('a: "\\ud800"', "is not YAML|no Unicode"),
-    "length": ("# " + "x" * (1 << 20), "more than 1,048,576 bytes"),
+    "length": ("# " + "x" * (1 << 18), "more than 262,144 bytes"),
 }
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -90,18 +91,34 @@ def _oid(content: bytes) -> str:
     return hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
 
+@contextmanager
+def running() -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running() as server:
+        yield server
+
+
+def run(code: str, url: str, home: Path, **settings: str) -> tuple[int, str, float]:
+    """Exit code, output and seconds of a process whose hub is at `url`, with what `home` has cached."""
+    environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin", **settings}
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout.rstrip("\n"), time.perf_counter() - begin
 
 
 def ask(url: str, home: Path, call: str = "resolve(MODEL)", **settings: str) -> tuple[int, str, float]:
-    """Exit code, last line and seconds of a process that asks the hub at `url` with an empty or a filled cache."""
+    """`run` with a call that prints where the model is, or why it is not."""
     code = f"""
 import sys
 from engine.checkpoint.hub import resolve
@@ -113,11 +130,7 @@ except EngineError as error:
     print(error)
     sys.exit(2)
 """
-    environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin", **settings}
-    begin = time.perf_counter()
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "Traceback" not in run.stderr, run.stderr
-    return run.returncode, run.stdout.rstrip("\n"), time.perf_counter() - begin
+    return run(code, url, home, **settings)
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -184,7 +197,7 @@ def text(status: int, content: str, **headers: str) -> Callable[[_Handler], None
 ANSWERS: dict[str, tuple[Callable[[_Handler], None], list[str]]] = {
     "not there": (text(404, "", X_Error_Code="RepoNotFound"), ["not on the hub", "log in"]),
     "private": (text(401, "", X_Error_Message="Invalid username or password."), ["HTTP 401", "log in"]),
-    "gated": (text(403, "", X_Error_Code="GatedRepo"), ["is gated", "accept its terms at", "/org/tiny"]),
+    "gated": (text(403, "", X_Error_Code="GatedRepo"), ["is gated", "accept its terms at", "/org/model-"]),
     "gated, no token": (text(401, "", X_Error_Code="GatedRepo"), ["is gated", "hf auth login"]),
     "forbidden": (text(403, "no"), ["does not allow", "HTTP 403"]),
     "a fault": (text(500, "oops"), ["answers HTTP 500", "try again later"]),
@@ -195,16 +208,39 @@ ANSWERS: dict[str, tuple[Callable[[_Handler], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ANSWERS)
-def test_answers_are_told_apart(kind: str, hub: Hub, tmp_path: Path) -> None:
-    hub.answer, parts = ANSWERS[kind]
-    status, line, seconds = ask(hub.url, tmp_path)
-    assert status == 2
-    assert "\n" not in line
-    assert MODEL in line
-    assert [part for part in parts if part not in line] == []
-    assert "cannot be reached" not in line
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one process says of a model for each of the answers."""
+    answers = {f"org/model-{number}": answer for number, (answer, _) in enumerate(ANSWERS.values())}
+
+    def answer(handler: _Handler) -> None:
+        answers[next(name for name in answers if handler.path.endswith(name) or f"{name}/" in handler.path)](handler)
+
+    with running() as server:
+        server.answer = answer
+        code = "\n".join(
+            [
+                "from engine.checkpoint.hub import resolve",
+                "from engine.errors import EngineError",
+                f"for name in {[*answers]}:",
+                "    try:",
+                "        resolve(name)",
+                "    except EngineError as error:",
+                "        print(error)",
+            ]
+        )
+        status, lines, seconds = run(code, server.url, tmp_path_factory.mktemp("answers"))
+    assert status == 0
     assert seconds < 30
+    return dict(zip(ANSWERS, lines.split("\n"), strict=True))
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_are_told_apart(kind: str, told: dict[str, str]) -> None:
+    line = told[kind]
+    assert f"org/model-{[*ANSWERS].index(kind)}" in line
+    assert [part for part in ANSWERS[kind][1] if part not in line] == []
+    assert "cannot be reached" not in line
 
 
 UNREACHABLE = {"no such name": "http://hub.invalid", "nobody listens": "http://127.0.0.1:9"}
