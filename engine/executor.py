@@ -57,7 +57,8 @@ class Executor:
         self, model: CausalModel, weights: WeightStream, cache: KVCache, hidden: HiddenStates, limits: Limits
     ) -> None:
         self._model = model
-        self._limits = limits
+        self.limits = limits
+        """How micro-batches are put together; the scheduler's."""
         self._weights = weights
         self._cache = cache
         self._hidden = hidden
@@ -70,6 +71,11 @@ class Executor:
         self._cache.close()
         self._hidden.close()
 
+    def recover(self) -> None:
+        """Be ready for another sweep after one that ended in an error."""
+        self._weights.release_all()
+        self._hidden.begin(())
+
     @torch.no_grad()
     def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
         """Compute every segment and answer what its span asks for, in the order of the rows; changes no span."""
@@ -77,7 +83,7 @@ class Executor:
         micro: list[MicroBatch | PaddedBatch] = [
             PaddedBatch(segments, model.device, model.sweeping)
             if model.is_padded
-            else MicroBatch(segments, model.device, self._limits)
+            else MicroBatch(segments, model.device, self.limits)
             for segments in batches
         ]
         hidden.begin(micro)

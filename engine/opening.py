@@ -30,6 +30,11 @@ from engine.weights.store import WeightStore
 from engine.weights.stored_form import shape_of
 from engine.weights.stream import WeightStream
 
+
+def _no_limit() -> None:
+    """Nothing is limited."""
+
+
 Fill = Callable[[WeightStore], Iterator[None]]
 """Checks that weights fit a store, and returns an iterator that puts a parameter in place at each step."""
 
@@ -51,6 +56,8 @@ class Parts:
     window: int | None
     """Most positions of a sequence; None when the model sets no limit."""
     pad_token: int
+    end_limit: Callable[[], None]
+    """Ends the limit on what torch reserves on the device, if the policy sets one."""
     loading: Iterator[None]
     """Brings a parameter to its place at each step; sweeps wait for those that are not there yet."""
 
@@ -61,7 +68,7 @@ class Parts:
         self.executor.close()
         self.arena.close()
         accelerator.release_memory(self.arena.device)
-        accelerator.limit_memory(self.arena.device, None)
+        self.end_limit()
 
 
 def fill_from(description: ModelDescription, policy: Policy) -> Fill:
@@ -95,8 +102,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     if codec is not None and model.packed:
         raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
     plan = make_plan(shape_of(model, codec, cache_codec), policy, memory, on_cpu=device.type == "cpu")
-    if policy.gpu_memory is not None:
-        accelerator.limit_memory(device, policy.gpu_memory)
+    end_limit = accelerator.limit_memory(device, policy.gpu_memory) if policy.gpu_memory is not None else _no_limit
     arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
     store = stream = None
     try:
@@ -134,6 +140,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             text=Text(tokenizer, frozenset(special.end_of_text)),
             window=description.window,
             pad_token=[*special.padding, *special.end_of_text, 0][0],
+            end_limit=end_limit,
             loading=loading,
         )
     except BaseException as error:
@@ -142,7 +149,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
         if store is not None:
             store.close()
         arena.close()
-        accelerator.limit_memory(device, None)
+        end_limit()
         raise explained(error, policy) from error
 
 

@@ -7,12 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 from engine.advance import advance
 from engine.completion import completion_of
 from engine.errors import EngineError, NumericsError
+from engine.executor import Answer
 from engine.job import Completion
+from engine.memory import accelerator
 from engine.opening import Parts, explained
 from engine.pending import Call, Finished
+from engine.schedule.segment import Segment
 from engine.schedule.sequence import Sequence
 from engine.schedule.timing import SweepTiming, count_rows
 
@@ -76,6 +81,7 @@ class Worker:
 
     def _load(self) -> None:
         try:
+            accelerator.make_current(self._parts.arena.device)
             for _ in self._parts.loading:
                 if self._closing:
                     return
@@ -85,6 +91,7 @@ class Worker:
 
     def _serve(self) -> None:
         try:
+            accelerator.make_current(self._parts.arena.device)
             while self._receive():
                 self._step()
         except BaseException as error:
@@ -128,7 +135,7 @@ class Worker:
             return
         num_sequences = len(scheduler.running)
         scheduled = time.perf_counter()
-        answers = self._parts.executor.sweep(batches)
+        batches, answers = self._sweep(batches)
         self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
         swept = time.perf_counter()
         advance(batches, answers, text)
@@ -141,6 +148,7 @@ class Worker:
                 sequence.error = self._not_finite()
             if sequence.is_done:
                 done.append((sequence, completion_of(sequence, text)))
+        done += [(sequence, completion_of(sequence, text)) for sequence in scheduler.take_failed()]
         scheduler.finish(sequence for sequence, _ in done)
         scheduler.isolate(suspects)
         prefill_rows, decode_rows = count_rows(batches)
@@ -156,6 +164,23 @@ class Worker:
             )
         )
         self._deliver(done)  # last: whoever sees the result finds the room free
+
+    def _sweep(self, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
+        """What was computed of a sweep, and its answers.
+
+        A sweep changes no span, so one for which the device has too little memory is computed again, in smaller parts.
+        """
+        executor, scheduler, device = self._parts.executor, self._parts.scheduler, self._parts.arena.device
+        while batches:
+            try:
+                return batches, executor.sweep(batches)
+            except torch.OutOfMemoryError as error:
+                reason = str(explained(error, self._parts.policy))
+            executor.recover()
+            accelerator.release_memory(device)
+            batches = scheduler.cut_smaller(batches, reason)
+            executor.limits = scheduler.limits
+        return [], []
 
     def _not_finite(self) -> NumericsError:
         return NumericsError(

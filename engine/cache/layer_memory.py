@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from engine.batch.rows import Rows
-from engine.schedule.scheduler import CacheRoom
+from engine.schedule.cache_room import CacheRoom
 from engine.schedule.sequence import Prefix, Span
 
 

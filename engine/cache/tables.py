@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import torch
 
@@ -53,6 +54,10 @@ class Tables:
         self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         """Spans that have a block, by tier."""
         self._expected = 0
+        self._refused: set[Tier] = set()
+        """Tiers that could not grow; they are tried again when there are new jobs, not for every sequence that waits."""
+        self.refusal: str | None = None
+        """Why a tier could not grow the last time that it should have; None if it could."""
 
     def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
         """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
@@ -70,6 +75,7 @@ class Tables:
     def expect(self, num_rows: int) -> None:
         """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
         self._expected = max(self._expected, num_rows)
+        self._refused.clear()
 
     def num_off_device(self, num_rows: int) -> int:
         """How many of so many rows of spans would lie off the device."""
@@ -77,7 +83,7 @@ class Tables:
         return max(0, min(num_rows - on_device, self._max_rows["host"] + self._max_rows["disk"]))
 
     def allocate(self, num_rows: int) -> Block | None:
-        """Room for a span of `num_rows` tokens; None when the tier it belongs to (or every tier) is full."""
+        """Room for a span of `num_rows` tokens; None when every tier that may hold it is full."""
         for tier in self._tiers_in_turn():
             first = self._free_rows[tier].take(num_rows)
             if first is None and self._grow(tier, num_rows):
@@ -99,41 +105,60 @@ class Tables:
         total = sum(self.num_blocks.values()) + 1
         wanted = {tier: total * percent / 100 for tier, percent in self._percents.items() if percent > 0}
         lacking = {tier: count - self.num_blocks[tier] for tier, count in wanted.items()}
-        return [max(lacking, key=lambda tier: lacking[tier])]
+        return sorted(lacking, key=lambda tier: -lacking[tier])  # the others only where the first has no room
 
     def _grow(self, tier: Tier, num_rows: int) -> bool:
         free_rows = self._free_rows[tier]
         needed = free_rows.capacity - free_rows.tail_free() + num_rows
-        if needed > self._max_rows[tier]:
+        if needed > self._max_rows[tier] or tier in self._refused:
             return False
         expected = needed + int(self._expected * self._percents[tier] / 100)
         capacity = min(self._max_rows[tier], max(expected, int(free_rows.capacity * _GROWTH)))
-        if tier == "disk":
+        for size in dict.fromkeys((capacity, needed)):  # a smaller step may do where the larger finds no memory
             try:
-                self._disk.grow(capacity)
-            except CapacityError as error:  # it speaks of one layer's file
-                size = capacity * self.row_bytes[tier] / 1e9
-                raise CapacityError(
-                    f"the KV cache cannot grow to {capacity} tokens, {size:.1f} GB on disk: {error}"
-                ) from None
-            free_rows.grow(capacity)
-            return True
+                self._make_room(tier, size)
+            except (CapacityError, MemoryError, RuntimeError) as error:  # torch's own errors of memory are the last
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                num_bytes = size * self.row_bytes[tier] / 1e9
+                self.refusal = f"the KV cache cannot grow to {size} tokens, {num_bytes:.1f} GB on {tier}: {reason}"
+            else:
+                self.refusal = None
+                free_rows.grow(size)
+                return True
+        self._refused.add(tier)
+        return False
+
+    def _make_room(self, tier: Tier, capacity: int) -> None:
+        """Let the tables of a tier have `capacity` rows; what they hold stays."""
+        if tier == "disk":
+            self._disk.grow(capacity)
+            return
         self._settle()  # what is still under way to a table must not miss its copy
         tables = self.by_tier[tier]
         sizes = [capacity * self.layer_row_bytes(shape, tier) for shape in self._shapes]
-        if not tables:  # page-locking takes its time: all layers at once
-            with ThreadPoolExecutor(_ALLOCATING_THREADS) as pool:
-                blocks = list(pool.map(lambda size: self._arena.empty(size, tier), sizes))
+        if not tables:
+            blocks = self._new_blocks(sizes, tier)
             tables += [self._table(block, shape, tier) for block, shape in zip(blocks, self._shapes, strict=True)]
-        else:
-            for layer, (size, shape) in enumerate(zip(sizes, self._shapes, strict=True)):
-                # One layer after the other, so that little is held twice.
-                new, old = self._arena.empty(size, tier), tables[layer]
-                new[: old.numel() * old.element_size()].copy_(old.flatten().view(torch.uint8))
-                tables[layer] = self._table(new, shape, tier)
-                self._arena.free(old)
-        free_rows.grow(capacity)
-        return True
+            return
+        for layer, (size, shape) in enumerate(zip(sizes, self._shapes, strict=True)):
+            old = tables[layer]
+            if old.numel() * old.element_size() >= size:  # from a growth that failed at a later layer
+                continue
+            new = self._arena.empty(size, tier)  # one layer after the other, so that little is held twice
+            new[: old.numel() * old.element_size()].copy_(old.flatten().view(torch.uint8))
+            tables[layer] = self._table(new, shape, tier)
+            self._arena.free(old)
+
+    def _new_blocks(self, sizes: list[int], tier: Literal["device", "host"]) -> list[torch.Tensor]:
+        """Memory for all layers at once, since page-locking takes its time; all or nothing."""
+        with ThreadPoolExecutor(_ALLOCATING_THREADS) as pool:
+            asked = [pool.submit(self._arena.empty, size, tier) for size in sizes]
+        if failures := [error for future in asked if (error := future.exception()) is not None]:
+            for future in asked:
+                if future.exception() is None:
+                    self._arena.free(future.result())
+            raise failures[0]
+        return [future.result() for future in asked]
 
     def close(self) -> None:
         """Let go of the tables; the arena frees them."""

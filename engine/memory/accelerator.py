@@ -6,12 +6,15 @@ which has no streams to copy beside, nothing could be run where this was written
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 _WITH_STREAMS = ("cuda", "xpu")
+_LIMITS: dict[torch.device, list[int]] = {}
+"""Of each device, what those who limited it asked for: torch has one limit for a process."""
 
 
 def _module(device: torch.device) -> Any:
@@ -73,6 +76,12 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return context
 
 
+def make_current(device: torch.device) -> None:
+    """Let `device` be what this thread launches kernels on."""
+    if has_streams(device):
+        _module(device).set_device(device)
+
+
 def keep_for(tensor: torch.Tensor, stream: Any) -> None:
     """Let the memory of `tensor` not be used anew before `stream` has done what was asked of it until now."""
     tensor.record_stream(stream)
@@ -113,12 +122,29 @@ def memory(device: torch.device) -> tuple[int, int] | None:
     return int(free), int(total)
 
 
-def limit_memory(device: torch.device, num_bytes: int | None) -> None:
-    """Let torch reserve at most `num_bytes` of `device`, or all of it again, where torch can be told so."""
+def limit_memory(device: torch.device, num_bytes: int) -> Callable[[], None]:
+    """Let torch reserve at most `num_bytes` of `device`, where torch can be told so; what is returned ends that.
+
+    Of several limits of one device the lowest holds.
+    """
     if device.type not in _WITH_STREAMS or not hasattr(_module(device), "set_per_process_memory_fraction"):
-        return
+        return lambda: None
+    held = _LIMITS.setdefault(device, [])
+    held.append(num_bytes)
+    _set_limit(device)
+
+    def end() -> None:
+        if num_bytes in held:
+            held.remove(num_bytes)
+            _set_limit(device)
+
+    return end
+
+
+def _set_limit(device: torch.device) -> None:
     total = _module(device).get_device_properties(device).total_memory
-    _module(device).set_per_process_memory_fraction(1.0 if num_bytes is None else min(1.0, num_bytes / total), device)
+    lowest = min(_LIMITS[device], default=total)
+    _module(device).set_per_process_memory_fraction(min(1.0, lowest / total), device)
 
 
 def release_memory(device: torch.device) -> None:

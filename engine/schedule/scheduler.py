@@ -5,34 +5,24 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from engine.errors import CapacityError
 from engine.planning.limits import Limits
+from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, padded_length, rectangular_batches, rows_of
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
 
 if TYPE_CHECKING:
-    from engine.schedule.block import Block
+    pass
 
 
-class CacheRoom(Protocol):
-    """What the scheduler needs of the KV cache."""
-
-    def allocate(self, num_rows: int) -> Block | None:
-        """Room for `num_rows` tokens, or None."""
-
-    def free(self, block: Block) -> None:
-        """Give room back."""
-
-    def expect(self, num_rows: int) -> None:
-        """Tell that room for `num_rows` tokens will be asked for, so that it can grow once instead of many times."""
-
-    def num_off_device(self, num_rows: int) -> int:
-        """How many of so many rows would lie off the device."""
+_LEAST_ROWS = 64
+"""Of a micro-batch: fewer would not save memory worth speaking of."""
 
 
 class Scheduler:
@@ -90,7 +80,8 @@ class Scheduler:
                 if self.running or entered:
                     break
                 self._waiting.popleft()
-                self._fail(sequence, "the KV cache", "the cache more memory (gpu-memory, cpu-memory, or a disk share)")
+                cure = "the cache more memory (gpu-memory, cpu-memory, or a disk share)"
+                self._fail(sequence, "the KV cache", cure, self._cache.refusal)
                 continue
             size = sum(map(rows_of, new))
             if sequence.needs_cache and admitted and most_admitted is None:  # who waits may be many: not before
@@ -106,6 +97,26 @@ class Scheduler:
             self.running.append(sequence)
         self._spare_blocks(segments)
         self._add_drafts(segments, rows)
+        return self._cut(segments)
+
+    def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:
+        """The work of a sweep that found too little memory, in micro-batches of half as many rows, now and from now on.
+
+        Where they cannot be smaller, the largest sequence fails for `reason`, and is among `take_failed`.
+        """
+        segments = [segment for batch in batches for segment in batch]
+        rows = min(self.limits.rows_per_batch, max(sum(map(rows_of, batch)) for batch in batches)) // 2
+        if rows >= _LEAST_ROWS:
+            cached = max(1, self.limits.cached_rows_per_batch // 2)
+            self.limits = replace(self.limits, rows_per_batch=rows, cached_rows_per_batch=cached)
+        else:
+            largest = max(self.running, key=lambda sequence: sequence.num_rows)
+            segments = [segment for segment in segments if segment.span is not largest]
+            self.running.remove(largest)
+            self._fail(largest, "", "", f"{reason}; shorten the prompt of {largest.start + largest.num_rows} tokens")
+        return self._cut(segments) if self.running else []
+
+    def _cut(self, segments: list[Segment]) -> list[list[Segment]]:
         return (rectangular_batches if self.limits.rectangular else packed_batches)(segments, self.limits)
 
     def _most_admitted(self, capacity: int) -> float:
@@ -211,11 +222,10 @@ class Scheduler:
         rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
         return any(rows * keys > limit for rows, keys in rectangles)
 
-    def _fail(self, sequence: Sequence, what: str, cure: str) -> None:
+    def _fail(self, sequence: Sequence, what: str, cure: str, reason: str | None = None) -> None:
         rows = sequence.start + sequence.capacity
-        sequence.error = CapacityError(
-            f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"
-        )
+        told = f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"
+        sequence.error = CapacityError(reason or told)
         self._leave(sequence)
         self.failed.append(sequence)
 

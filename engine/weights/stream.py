@@ -183,6 +183,12 @@ class WeightStream:
         self._free(slot)
         self._prefetch(placed)
 
+    def release_all(self) -> None:
+        """Let all slots be filled anew, after a sweep that ended in an error."""
+        for slot in self._slots:
+            if slot.in_use:
+                self._free(slot)
+
     def _free(self, slot: _Slot) -> None:
         """Let a slot be filled anew, once the computation asked for until now has read it."""
         slot.in_use = False

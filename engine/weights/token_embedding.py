@@ -32,7 +32,9 @@ class TokenEmbedding:
         self._device = arena.device
         self._wait_for = wait_for_unit
         self._has_streams = accelerator.has_streams(arena.device)
-        self._looker = ThreadPoolExecutor(1, thread_name_prefix="flexgen-look-up")
+        self._looker = ThreadPoolExecutor(
+            1, thread_name_prefix="flexgen-look-up", initializer=accelerator.make_current, initargs=(arena.device,)
+        )
         self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._lookup: torch.Tensor | None = None
         if table.num_streamed:

@@ -102,7 +102,7 @@ def test_prompts_that_are_computed_between_fetches_change_no_result(
         scheduler = engine.parts.scheduler
         pace = Admission(rows_beside_weights=0, rows_beside_cached_row=0.15)
         scheduler.limits = replace(scheduler.limits, admission=pace, rows_between_fetches=24)
-        engine.parts.executor._limits = scheduler.limits
+        engine.parts.executor.limits = scheduler.limits
         done = engine.run(JOBS)
     assert max(mixed) >= 2
     assert sum(count > 0 for count in mixed) >= 3

@@ -192,6 +192,8 @@ class Cache:
 
     room: int
 
+    refusal: str | None = None
+
     def allocate(self, num_rows: int) -> Any:
         """A block, while there is room."""
         if num_rows > self.room:

@@ -32,6 +32,8 @@ class Room:
         self.extents = Extents(capacity)
         self.on_device = on_device
 
+    refusal: str | None = None
+
     def allocate(self, num_rows: int) -> Block | None:
         first = self.extents.take(num_rows)
         return None if first is None else Block("device" if first < self.on_device else "host", first, num_rows)

@@ -1,0 +1,27 @@
+"""What the scheduler needs of whatever keeps sequences from one sweep to the next (pure)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from engine.schedule.block import Block
+
+
+class CacheRoom(Protocol):
+    """What the scheduler needs of the KV cache."""
+
+    def allocate(self, num_rows: int) -> Block | None:
+        """Room for `num_rows` tokens, or None."""
+
+    def free(self, block: Block) -> None:
+        """Give room back."""
+
+    refusal: str | None
+    """Why memory for more room could not be had, the last time it was asked for; None if it could."""
+
+    def expect(self, num_rows: int) -> None:
+        """Tell that room for `num_rows` tokens will be asked for, so that it can grow once instead of many times."""
+
+    def num_off_device(self, num_rows: int) -> int:
+        """How many of so many rows would lie off the device."""
