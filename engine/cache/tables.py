@@ -55,7 +55,7 @@ class Tables:
         """Spans that have a block, by tier."""
         self._expected = 0
         self._refused: set[Tier] = set()
-        """Tiers that could not grow; they are tried again when there are new jobs, not for every sequence that waits."""
+        """Tiers that could not grow; they are tried again when there are new jobs, not for each that waits."""
         self.refusal: str | None = None
         """Why a tier could not grow the last time that it should have; None if it could."""
 

@@ -104,8 +104,10 @@ class Reference:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model: Any = AutoModelForCausalLM.from_pretrained(description.path, dtype=getattr(torch, place.dtype))
-        tokenizer = AutoTokenizer.from_pretrained(description.path)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            description.path, dtype=getattr(torch, place.dtype), trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(description.path, trust_remote_code=False)
         return cls(model.to(place.device), tokenizer, window=description.window)
 
     def force(self, job: Job, tokens: Sequence[int]) -> Forced:

@@ -20,6 +20,7 @@ from flexgen_helm.runs.registration import (
     Entries,
     entries_for,
     merge_into_local_path,
+    refuse_code_of_tokenizer,
     register_in_process,
     with_longest_sequence,
 )
@@ -60,6 +61,7 @@ class Models:
             register_in_process(entries)
             if self._path:
                 register_tokenizer_config(entries.tokenizer)  # that of --path, not of the hub
+            refuse_code_of_tokenizer(entries.tokenizer.name)
             self._entries[model] = entries
         entries = self._entries[model]
         return Target(model=entries.model.name, model_deployment=entries.deployment.name)

@@ -39,6 +39,8 @@ from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 CLIENT = "flexgen_helm.client.FlexGenClient"
 DEPLOYMENTS = "flexgen"
 """What the names of our deployments begin with; HELM calls the cache of their requests so."""
+WITHOUT_CODE = {"trust_remote_code": False}
+"""Left out, transformers asks on standard input whether code of a model's directory may run, and takes a `y` for it."""
 TOKENIZER = "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer"
 
 _FILES = (
@@ -96,7 +98,9 @@ def entries_for(
         ),
         tokenizer=TokenizerConfig(
             name=helm_name,
-            tokenizer_spec=TokenizerSpec(class_name=TOKENIZER, args={"pretrained_model_name_or_path": source}),
+            tokenizer_spec=TokenizerSpec(
+                class_name=TOKENIZER, args={"pretrained_model_name_or_path": source, **WITHOUT_CODE}
+            ),
             end_of_text_token=end_of_text_token,
             prefix_token=prefix_token,
         ),
@@ -127,7 +131,7 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
 
     path = description.path
     try:
-        wrapped = HuggingFaceTokenizer.create_tokenizer(path)
+        wrapped = HuggingFaceTokenizer.create_tokenizer(path, **WITHOUT_CODE)
         with wrapped as tokenizer:
             end_of_text_token, prefix_token = tokenizer.eos_token or "", tokenizer.bos_token or ""
         translator = Translator(
@@ -207,6 +211,17 @@ def register_in_process(entries: Entries) -> None:
         register_tokenizer_config(entries.tokenizer)
     ALL_MODEL_DEPLOYMENTS[:] = [known for known in ALL_MODEL_DEPLOYMENTS if known.name != entries.deployment.name]
     register_model_deployment(entries.deployment)
+
+
+def refuse_code_of_tokenizer(name: str) -> None:
+    """Let HELM in this process load a tokenizer without asking whether its directory's code may run."""
+    known = TOKENIZER_NAME_TO_CONFIG[name]
+    spec = known.tokenizer_spec
+    if spec.class_name == TOKENIZER and "trust_remote_code" not in (spec.args or {}):
+        args = {**(spec.args or {}), **WITHOUT_CODE}
+        register_tokenizer_config(
+            dataclasses.replace(known, tokenizer_spec=TokenizerSpec(class_name=spec.class_name, args=args))
+        )
 
 
 def merge_into_local_path(

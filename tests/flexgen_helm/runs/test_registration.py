@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 from helm.benchmark import model_deployment_registry, model_metadata_registry, tokenizer_config_registry
+from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Policy
 from engine.errors import CheckpointError, ConfigError
-from flexgen_helm.runs import yaml_lists
+from flexgen_helm.runs import registration, yaml_lists
 from flexgen_helm.runs.registration import Entries, entries_for, merge_into_local_path, register_in_process
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 
@@ -262,3 +263,11 @@ def test_a_register_that_is_kept_waiting_says_so(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(yaml_lists, "_WAIT_S", 0.05)
     with yaml_lists._held({tmp_path}), pytest.raises(ConfigError, match="another process has been adding entries"):
         yaml_lists.add_to_yaml_lists([(tmp_path / "models.yaml", "models", {"name": "a/b"})])
+
+
+def test_a_tokenizer_of_an_older_file_is_not_asked_about_either(tiny_llama: Path) -> None:
+    spec = TokenizerSpec(class_name=registration.TOKENIZER, args={"pretrained_model_name_or_path": str(tiny_llama)})
+    tokenizer_config_registry.register_tokenizer_config(TokenizerConfig(name="older/tokenizer", tokenizer_spec=spec))
+    registration.refuse_code_of_tokenizer("older/tokenizer")
+    known = tokenizer_config_registry.TOKENIZER_NAME_TO_CONFIG["older/tokenizer"].tokenizer_spec.args
+    assert known == {**(spec.args or {}), "trust_remote_code": False}
