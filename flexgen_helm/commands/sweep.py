@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError, EngineError
-from flexgen_helm.helm.scratch import SCRATCH
 from flexgen_helm.runs.flags import names_entries, parse_run_flags, policy_from_flags, run_parser
+from flexgen_helm.runs.names import check_one_file_system, check_suite_name
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
 
@@ -33,8 +33,6 @@ EXAMPLES = (
 )
 _REFUSED = ("server_url", "runner_class_name", "dry_run", "skip_instances", "cache_instances", "cache_instances_only")
 """Of HELM's flags, those that a sweep has no use for."""
-_LONGEST_NAME = 255
-"""Bytes, on all file systems that are in use."""
 
 
 def sweep_parser() -> Parser:
@@ -65,6 +63,7 @@ def sweep(arguments: Sequence[str]) -> int:
 
     set_up_logging(args)
     suite_path = Path(args.output_path) / "runs" / args.suite
+    check_one_file_system(suite_path)
     footprint = Footprint()
     watch_folders(args, footprint)
     prepared = prepare(args, policy)
@@ -90,25 +89,11 @@ def parse_sweep_flags(arguments: Sequence[str]) -> argparse.Namespace:
     args.output_path = args.output_path or "benchmark_output"
     if not names_entries(args):
         raise ConfigError("nothing to sweep: name a file of run entries, such as nightly")
-    if not args.suite:
-        raise ConfigError("name the suite with --suite")
-    _check_suite_name(args.suite)
+    check_suite_name(args.suite or "")
     for name in _REFUSED:
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is not for sweeps; use flexgen-helm run")
     return args
-
-
-def _check_suite_name(name: str) -> None:
-    if Path(name).name != name or "\\" in name or name in (".", "..") or not name.isprintable():
-        raise ConfigError(
-            f"suite {name!r} is no name of a directory; leave separators and what cannot be printed out of it"
-        )
-    if name.endswith(SCRATCH):
-        raise ConfigError(f"suite {name!r} ends like the directory in which sweeps prepare files; leave {SCRATCH} out")
-    most = _LONGEST_NAME - len(SCRATCH)
-    if len(os.fsencode(name)) > most:
-        raise ConfigError(f"the suite's name has {len(os.fsencode(name))} bytes; take one of at most {most}")
 
 
 def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_log: JsonLog) -> int:

@@ -25,6 +25,7 @@ require_engine()
 from engine.errors import EngineError  # noqa: E402 - after the line that says whose engine this is
 from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
+from flexgen_helm.helm.completed import damaged_files  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
 
 
@@ -113,6 +114,14 @@ class FlexGenRunner(Runner):
                 failures[run_spec.name] = error
         if failures:
             raise RunsFailed(failures)
+
+    def _is_run_completed(self, run_path: str) -> bool:
+        """Whether all files of a run are there and can be read; HELM would only look whether they are there."""
+        if not super()._is_run_completed(run_path):
+            return False
+        if damaged := list(damaged_files(run_path)):
+            hwarn(f"{run_path} is not taken for completed, since {', '.join(damaged)} cannot be read; it is run again")
+        return not damaged
 
     def _is_done(self, run_spec: RunSpec) -> bool:
         return self.skip_completed_runs and self._is_run_completed(self._get_run_path(run_spec))

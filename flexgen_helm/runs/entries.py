@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from helm.benchmark.presentation.run_entry import RunEntry
     from helm.benchmark.run_spec import RunSpec
 
+_MOST_TRIALS = 1000
+"""Draws of in-context examples: HELM makes all prompts of each, and published runs have 1 to 5."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -147,10 +150,16 @@ def _build(entry: RunEntry, args: argparse.Namespace) -> list[RunSpec]:
             priority=args.priority,
         )
         for run_spec in built:
+            _check_trials(run_spec.adapter_spec.num_train_trials)
             create_scenario(run_spec.scenario_spec)  # where many an argument is looked at first
     except Exception as error:  # run spec functions and scenarios raise whatever they meet
         raise ConfigError(f"run entry {entry.description!r}: {_first_line(error)}") from None
     return built
+
+
+def _check_trials(count: int) -> None:
+    if not 1 <= count <= _MOST_TRIALS:
+        raise ValueError(f"num_train_trials {count} is not a number from 1 to {_MOST_TRIALS}")
 
 
 def check_run_spec_names(entries: Iterable[RunEntry]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.policy import Policy, read_policy_yaml
 from flexgen_helm.runs.helm_flags import add_helm_flags
+from flexgen_helm.runs.names import check_suite_name
 from flexgen_helm.terminal.parser import Parser
 
 POLICY = "where the model lives; these flags override what --policy says"
@@ -157,6 +158,8 @@ def checked_policy(name: str) -> str:
 def parse_run_flags(arguments: Sequence[str], parser: Parser | None = None) -> argparse.Namespace:
     """Parse the command line of `run` (or of another `run_parser`); `ConfigError` for what cannot be meant."""
     args = (parser or run_parser()).parse_args(arguments)
+    if args.suite is not None:
+        check_suite_name(args.suite)
     if args.cache_instances_only and not args.cache_instances:
         raise ConfigError("--cache-instances-only needs --cache-instances")
     if args.max_eval_instances is not None and args.max_eval_instances < 1:

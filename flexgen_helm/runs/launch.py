@@ -28,6 +28,7 @@ from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.entries import assign_models, build_run_specs, check_run_spec_names, read_entries
 from flexgen_helm.runs.flags import PolicySpec, policy_from_flags
 from flexgen_helm.runs.models import Models
+from flexgen_helm.runs.names import check_run_names
 from flexgen_helm.runs.registration import DEPLOYMENTS
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.footprint import Footprint
@@ -131,6 +132,7 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
         args,
         lambda entry: assign_models([entry], named, models.target, skip_others=bool(args.models_to_run)),
     )
+    check_run_names(run_spec.name for run_spec in run_specs)
     num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
     notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
     return Prepared(run_specs, models, notes)

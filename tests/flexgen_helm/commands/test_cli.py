@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -553,3 +554,94 @@ def test_help(arguments: list[str], cli: Cli, capsys: pytest.CaptureFixture[str]
 
 def test_an_unknown_command(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'walk'" in refused(capsys, cli("walk"))
+
+
+# What is there already
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{", '[{"name": {}}]', "\xff", "a directory", "cut off"], ids=lambda text: repr(text)[:12]
+)
+@pytest.mark.parametrize("file", ["stats.json", "scenario_state.json"])
+def test_a_run_whose_files_are_damaged_is_not_taken_for_completed(
+    file: str, damage: str, finished_run: Path, tmp_path: Path
+) -> None:
+    from flexgen_helm.helm.completed import damaged_files
+
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    assert list(damaged_files(run)) == []
+    text = (run / file).read_text()
+    (run / file).unlink()
+    if damage == "a directory":
+        (run / file).mkdir()
+    else:
+        (run / file).write_text(text[: len(text) // 2] if damage == "cut off" else damage, encoding="latin-1")
+    assert list(damaged_files(run)) == [file]
+
+
+def test_a_damaged_run_is_run_again_where_completed_ones_are_skipped(cli: Cli, tiny_llama: Path) -> None:
+    command = ("run", "-r", ENTRY, "--model", tiny_llama, "-m", 1, "--skip-completed-runs")
+    assert cli(*command) == 0
+    (stats,) = Path("benchmark_output/runs/default").glob("*/stats.json")
+    whole, written = stats.read_text(), stats.stat().st_mtime_ns
+    assert cli(*command) == 0
+    assert stats.stat().st_mtime_ns == written
+    stats.write_text(whole[: len(whole) // 2])
+    assert cli(*command) == 0
+    assert json.loads(stats.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that ended well."""
+    output = tmp_path_factory.mktemp("finished")
+    where = ("-o", str(output), "--local-path", str(output / "env"))
+    assert main(["run", "-r", ENTRY, "--model", str(tiny_llama), "-m", "2", *where]) == 0
+    (stats,) = output.glob("runs/default/*/stats.json")
+    return stats.parent
+
+
+# Names that no file system takes
+
+
+@pytest.mark.parametrize("suite", ["../x", "/abs", "", "..", "a\nb", "x" * 250, "a.partial"])
+@pytest.mark.parametrize("command", ["run", "verify"])
+def test_a_suite_that_would_not_lie_beside_the_others(
+    command: str, suite: str, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "suite" in refused(capsys, cli(command, "-r", ENTRY, "--model", "m/m", "--suite", suite))
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_run_whose_directory_would_have_too_long_a_name(
+    command: str, cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / ("m" * 120)
+    shutil.copytree(tiny_llama, model)
+    said = refused(capsys, cli(command, "-r", ENTRY, "--model", model, "-m", 1, "--suite", "mine"))
+    assert re.search(r"has \d{3} bytes and a directory's at most 255", said)
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_suite_on_another_file_system_is_refused_before_anything_is_computed(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == Path().stat().st_dev:
+        pytest.skip("needs two file systems")
+    Path("benchmark_output/runs").mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        Path("benchmark_output/runs/linked").symlink_to(folder)
+        said = refused(capsys, cli("sweep", "-r", ENTRY, "--model", tiny_llama, "-m", 1, "--suite", "linked"))
+        assert "is on another file system" in said
+        assert not list(Path(folder).iterdir())
+
+
+def test_a_number_of_trials_that_nobody_waits_for(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, cli("run", "-r", f"{ENTRY},num_train_trials=1000000", "--model", tiny_llama, "-m", 1))
+    assert "num_train_trials 1000000 is not a number from 1 to 1000" in said
+    assert "from 1 to 1000" in refused(capsys, cli("run", "-r", ENTRY, "-t", 0, "--model", tiny_llama, "-m", 1))

@@ -1,0 +1,49 @@
+"""Names of suites and runs, which become names of directories: refused before anything is computed for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from engine.errors import ConfigError
+from flexgen_helm.helm.scratch import SCRATCH
+
+_LONGEST_NAME = 255
+"""Bytes, on all file systems that are in use."""
+
+
+def check_suite_name(name: str) -> None:
+    """Raise `ConfigError` for a suite that would not lie beside the others, or not for long."""
+    if not name:
+        raise ConfigError("name the suite with --suite")
+    if Path(name).name != name or "\\" in name or name in (".", "..") or not name.isprintable():
+        raise ConfigError(
+            f"suite {name!r} is no name of a directory; leave separators and what cannot be printed out of it"
+        )
+    if name.endswith(SCRATCH):
+        raise ConfigError(f"suite {name!r} ends like the directory in which sweeps prepare files; leave {SCRATCH} out")
+    most = _LONGEST_NAME - len(SCRATCH)
+    if len(os.fsencode(name)) > most:
+        raise ConfigError(f"the suite's name has {len(os.fsencode(name))} bytes; take one of at most {most}")
+
+
+def check_run_names(names: Iterable[str]) -> None:
+    """Raise `ConfigError` for a run whose directory no file system can hold."""
+    for name in names:
+        size = len(os.fsencode(name))
+        if size > _LONGEST_NAME:
+            raise ConfigError(
+                f"the name of run {name[:60]}... has {size} bytes and a directory's at most {_LONGEST_NAME}; the "
+                "model's is in it twice: `flexgen-helm register --name` gives it a shorter one, or rename its directory"
+            )
+
+
+def check_one_file_system(suite_path: Path) -> None:
+    """Raise `ConfigError` where a suite's directory lies on another file system than what is prepared beside it."""
+    beside = suite_path.parent
+    if suite_path.exists() and os.stat(suite_path).st_dev != os.stat(beside).st_dev:
+        raise ConfigError(
+            f"{suite_path} is on another file system than {beside}, from which finished runs are moved into it; "
+            "remove the link and name a directory on that file system with -o"
+        )
