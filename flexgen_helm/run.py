@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from flexgen_helm import __version__, engine_problem
 from flexgen_helm.terminal.errors import RunFailed, UsageError
 from flexgen_helm.terminal.parser import Parser
+from flexgen_helm.terminal.signals import heeding_signals
 
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
@@ -35,54 +32,40 @@ COMMANDS = {
 }
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come: of a supervisor, a scheduler, a machine that shuts down."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with _heeding_sigterm():
-            command, rest = _split(arguments)
-            if command == "doctor":
-                from flexgen_helm.commands.doctor import doctor
+    with heeding_signals() as signals:
+        try:
+            code = _main(arguments)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            # What a signal has interrupted may raise something of its own.
+            if signals.received is None and not isinstance(error, KeyboardInterrupt):
+                raise
+        else:
+            if signals.received is None or code:
+                return code
+    end = "terminated" if signals.exit_code == 143 else "interrupted"
+    return _complain(f"{end}; answers so far are kept, the same command goes on from there", signals.exit_code)
 
-                return doctor(rest)
-            if problem := engine_problem():
-                raise UsageError(problem)
-            return _run_command(command, rest)
+
+def _main(arguments: list[str]) -> int:
+    try:
+        command, rest = _split(arguments)
+        if command == "doctor":
+            from flexgen_helm.commands.doctor import doctor
+
+            return doctor(rest)
+        if problem := engine_problem():
+            raise UsageError(problem)
+        return _run_command(command, rest)
     except UsageError as error:
         return _complain(error, 2)
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt as error:
-        end, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
-        return _complain(f"{end}; answers so far are kept, the same command goes on from there", code)
-
-
-@contextmanager
-def _heeding_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what runs inside as Ctrl-C does, unless somebody else heeds it or it is to be ignored."""
-    is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    process = os.getpid()
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == process:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
-            raise Terminated
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork of this process: it has nothing to put in order
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:

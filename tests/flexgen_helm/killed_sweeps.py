@@ -102,7 +102,7 @@ def main() -> None:
     """Kill and repeat."""
     import torch
 
-    from flexgen_helm.commands import sweep as _  # noqa: F401 - imported before the first fork
+    import flexgen_helm.sweeps.runner  # noqa: F401 - imported before the first fork
     from flexgen_helm.runs import launch
 
     torch.set_num_threads(1)

@@ -618,7 +618,7 @@ def test_a_suite_that_would_not_lie_beside_the_others(
 def test_a_run_whose_directory_would_have_too_long_a_name(
     command: str, cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / ("m" * 120)
+    model = tmp_path / (command[0] * 120)
     shutil.copytree(tiny_llama, model)
     said = refused(capsys, cli(command, "-r", ENTRY, "--model", model, "-m", 1, "--suite", "mine"))
     assert re.search(r"has \d{3} bytes and a directory's at most 255", said)
