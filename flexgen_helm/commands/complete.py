@@ -40,7 +40,14 @@ EXAMPLES = (
 
 def complete_parser() -> Parser:
     """The command line of `flexgen-helm complete`."""
-    parser = Parser(prog="flexgen-helm complete", description=__doc__, epilog=_FORMAT, examples=EXAMPLES)
+    parser = Parser(
+        prog="flexgen-helm complete",
+        description=__doc__,
+        epilog=_FORMAT,
+        examples=EXAMPLES,
+        texts=["stop"],
+        prompts=["prompts"],
+    )
     parser.group("model").add_argument("--model", required=True, help="hub id or directory of the model")
     asked = parser.group("what to ask")
     asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")

@@ -207,6 +207,8 @@ def settled(states: Sequence[RequestState], results: Sequence[RequestResult]) ->
         state, result = fatal[0]
         instance = f"instance {state.instance.id}"
         raise ExecutorError(f"{len(fatal)} of {len(states)} requests failed; the first ({instance}): {result.error}")
+    if states and not any(result.success for result in results):  # as scores, empty answers would mean nothing
+        raise ExecutorError(f"all {len(states)} requests failed; the first: {results[0].error}")
     done = []
     for state, result in zip(states, results, strict=True):
         if not result.success:

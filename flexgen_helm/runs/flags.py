@@ -36,6 +36,7 @@ def run_parser(
         usage=f"{prog} [FLAGS]",
         description=description,
         examples=examples,
+        texts=("run_entries", "run_specs", "description", "mongo_uri", "server_url"),
         conflict_handler="resolve",
     )
     _add_model_flags(parser.group("model"))

@@ -392,6 +392,24 @@ def test_a_run_that_is_refused_late_takes_back_its_own_files_only(
     assert {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()} == theirs
 
 
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_run_all_of_whose_requests_failed_is_a_failed_run(
+    command: str, cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every weight is NaN: as scores, so many empty answers would mean nothing."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / f"nan-{command}"
+    shutil.copytree(tiny_llama, model)
+    (weights,) = model.glob("*.safetensors")
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}
+    save_file(broken, weights, metadata={"format": "pt"})
+    assert cli(command, "-r", ENTRY, "--model", model, "-m", 2, "--suite", "broken") == 1
+    assert "all 2 requests failed; the first: " in capsys.readouterr().err
+    assert not list(Path("benchmark_output/runs/broken").glob("*/stats.json"))
+
+
 def test_two_models_of_one_name_are_not_mixed_up(
     cli: Cli, tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,3 +103,51 @@ def test_a_flag_is_refused_in_one_line_that_names_the_help() -> None:
 
     with pytest.raises(UsageError, match=r"--bogus \(see flexgen-helm run --help\)"):
         run_parser().parse_args(["--bogus"])
+
+
+BAD_NAMES = {
+    "a long name": ("x" * 300, "has a name of 300 bytes, and file systems take 255"),
+    "a long name of few letters": ("é" * 128, "has a name of 256 bytes"),
+    "a long path": ("/x" * 3000, "has 6000 bytes, and a path at most 4095"),
+    "nobody's home": ("~nosuchuser/x", "home directory of a user who has none here"),
+    "no UTF-8": ("caf\udce9", "is not UTF-8"),
+}
+FILES = {
+    "run": ("--model", "--path", "--policy", "-c", "-o", "--run-path", "--local-path", "--offload-dir", "--log-config"),
+    "sweep": ("--model", "--policy", "--json-log", "-o", "--suite", ""),
+    "verify": ("--model", "--policy", "-c", "-o"),
+    "complete": ("--model", "--policy", "--input", "--output", "--offload-dir"),
+    "register": ("", "--policy", "--local-path"),
+    "plan": ("--shape", "--hardware", "--write", "--offload-dir"),
+    "bench": ("--shape", "--policy", "--out"),
+    "report": ("", "--previous", "--reference", "-o"),
+    "compare": ("", "--json", "-o"),
+    "doctor": ("--offload-dir",),
+}
+NEEDED = {"complete": ["--model", "m"], "plan": ["--shape", "opt-125m"], "register": ["m/m"], "report": ["s"]}
+
+
+@pytest.mark.parametrize("bad", list(BAD_NAMES))
+@pytest.mark.parametrize("command", list(FILES))
+def test_names_that_no_file_can_have_are_refused_in_one_line(
+    command: str, bad: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, reason = BAD_NAMES[bad]
+    for flag in FILES[command]:
+        named = [flag, name] if flag else [name]
+        needed = ["a", "b"][not flag :] if command == "compare" else [] if not flag else NEEDED.get(command, [])
+        assert main([command, *needed, *named]) == 2, flag
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+        assert line.isascii()
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_may_be_as_long_as_they_are() -> None:
+    from flexgen_helm.commands.complete import complete_parser
+    from flexgen_helm.runs.flags import run_parser
+
+    long = "~" + "x" * 5000
+    assert run_parser().parse_args(["-r", long, "--description", long]).run_entries == [long]
+    assert complete_parser().parse_args(["--model", "m", long, "caf\udce9"]).prompts == [long, "caf\udce9"]
