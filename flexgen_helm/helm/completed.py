@@ -6,24 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helm.benchmark.adaptation.scenario_state import ScenarioState
-from helm.benchmark.metrics.metric import PerInstanceStats
-from helm.benchmark.metrics.statistic import Stat
-from helm.benchmark.run_spec import RunSpec
-from helm.common.codec import from_json
-
-_FILES: dict[str, Any] = {
-    "run_spec.json": RunSpec,
-    "scenario.json": dict[str, Any],
-    "scenario_state.json": ScenarioState,
-    "stats.json": list[Stat],
-    "per_instance_stats.json": list[PerInstanceStats],
-}
-
 
 def damaged_files(run_path: str | Path) -> Iterator[str]:
     """Name the files of a run that HELM could not read; no statistics at all are damage, too."""
-    for name, kind in _FILES.items():
+    from helm.common.codec import from_json  # which imports torch
+
+    for name, kind in _kinds().items():
         try:
             found = from_json((Path(run_path) / name).read_bytes(), kind)
         except Exception:  # a directory, half a file, other bytes, other fields
@@ -31,3 +19,18 @@ def damaged_files(run_path: str | Path) -> Iterator[str]:
             continue
         if name == "stats.json" and not found:
             yield name
+
+
+def _kinds() -> dict[str, Any]:
+    from helm.benchmark.adaptation.scenario_state import ScenarioState
+    from helm.benchmark.metrics.metric import PerInstanceStats
+    from helm.benchmark.metrics.statistic import Stat
+    from helm.benchmark.run_spec import RunSpec
+
+    return {
+        "run_spec.json": RunSpec,
+        "scenario.json": dict[str, Any],
+        "scenario_state.json": ScenarioState,
+        "stats.json": list[Stat],
+        "per_instance_stats.json": list[PerInstanceStats],
+    }

@@ -151,3 +151,18 @@ def test_texts_may_be_as_long_as_they_are() -> None:
     long = "~" + "x" * 5000
     assert run_parser().parse_args(["-r", long, "--description", long]).run_entries == [long]
     assert complete_parser().parse_args(["--model", "m", long, "caf\udce9"]).prompts == [long, "caf\udce9"]
+
+
+def test_a_wrong_entry_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import sys; from flexgen_helm.run import main;"
+        "code = main(['run', '-r', 'mmul:subject=anatomy', '--model', 'm/m']);"
+        "print(code, [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "HELM has no run entry 'mmul'; did you mean" in done.stderr
+    assert done.stdout.splitlines()[-1] == "2 []"
+    assert not list(tmp_path.iterdir())
