@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
@@ -76,6 +77,7 @@ class FlexGenClient(CachingClient):
         self._apply_chat_template = apply_chat_template
         self._top_k = top_k
         self._window = window
+        self._is_cache_locked = False
 
     @cached_property
     def _served(self) -> Served:
@@ -147,6 +149,7 @@ class FlexGenClient(CachingClient):
             started = time.time()
             ids = self._translator.encode(text)
             answer = self._served.batcher.ask(self._translator.jobs(request, text, ids))
+            self._served.check_weights()
             timing = Timing(seconds=answer.seconds, started=started, num_requests=answer.num_requests)
             return self._translator.response(request, ids, answer.completions, timing)
 
@@ -187,7 +190,7 @@ class FlexGenClient(CachingClient):
         """
         translator, identity = self._translator, self._served.identity
         asked = Asked(total=len(requests))
-        with RequestCache(self.cache.config) as cache:
+        with self._open_cache() as cache:
             for place, request in enumerate(requests):
                 try:
                     text = translator.render(request)
@@ -221,7 +224,7 @@ class FlexGenClient(CachingClient):
         jobs, num_requests = [job for work in todo for job in work.jobs], len(todo)
         todo.clear()
         started = time.time()
-        with RequestCache(self.cache.config) as cache:
+        with self._open_cache() as cache:
             for finished in self._served.sweeps(jobs, observe):
                 jobs.clear()  # the engine has them now
                 done: list[tuple[Work, float]] = []
@@ -238,8 +241,22 @@ class FlexGenClient(CachingClient):
                     if not isinstance(response, EngineError):
                         kept.append((work.key, response))
                     answers.append(_answer(work, response))
+                self._served.check_weights()
                 cache.put(kept)
                 yield answers
+
+    @contextmanager
+    def _open_cache(self) -> Iterator[RequestCache]:
+        """HELM's cache; what another process has locked for long is waited for once, not by every run again."""
+        cache = RequestCache(self.cache.config, **({"wait_s": 0.0} if self._is_cache_locked else {}))
+        try:
+            opened = cache.__enter__()
+        except ConfigError:
+            self._is_cache_locked = cache.is_locked
+            raise
+        self._is_cache_locked = False
+        with closing(cache):
+            yield opened
 
     def _jobs(self, request: Request, text: str) -> tuple[tuple[int, ...], list[Job]]:
         """Token ids of a rendered prompt and the checked jobs that answer it."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
@@ -20,6 +21,7 @@ from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
+from flexgen_helm.helm.weights_on_disk import WeightsOnDisk
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
 
@@ -72,14 +74,21 @@ class Served:
         """Of the jobs that the engine was loaded for, until they have been run."""
         self._failure: EngineError | None = None
         self._num_users = 0
+        self._weights: WeightsOnDisk | None = None
 
     @property
     def identity(self) -> Identity:
         """What of model and policy can change a result (`engine.identity.result_identity`)."""
         with self._lock:
             if self._identity is None:
+                self._weights = WeightsOnDisk(Path(self.description.path))  # before they are looked at
                 self._identity = result_identity(self.description.path, self.policy)
             return self._identity
+
+    def check_weights(self) -> None:
+        """Raise `EngineError` if weights were overwritten since `identity` was found: answers belong to no identity."""
+        if self._weights is not None:
+            self._weights.check()
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[Done]:
         """Run jobs, loading the engine if need be; raises `EngineError` for a fault of the engine only."""

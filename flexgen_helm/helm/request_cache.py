@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -30,7 +32,15 @@ _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _AT_A_TIME = 1000
 """Rows that are taken over from a damaged file in one transaction."""
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_TELL_AFTER_S = 3.0
+"""How long to wait for a locked file before saying so."""
+_SUM = b"\x00flexgen-sha256\x00"
+"""Stands, with a digest of key and answer, behind the pickle that HELM reads: a pickle says itself where it ends."""
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+
+class CacheFull(EngineError):
+    """There is no room for answers; what is computed would be lost, in every further run, too."""
 
 
 class RequestCache:
@@ -46,6 +56,8 @@ class RequestCache:
         """`wait_s`: how long to wait for another process that has locked the file."""
         self._config = config
         self._wait_s = wait_s
+        self.is_locked = False
+        """Whether another process had locked the file for so long that it was given up."""
         self._path = Path(config.path) if isinstance(config, SqliteCacheConfig) else None
         self._connection: sqlite3.Connection | None = None
         self._store: KeyValueStore | None = None
@@ -65,8 +77,13 @@ class RequestCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         if self._store is not None:
-            self._store.__exit__(kind, error, trace)
+            self._store.__exit__(None, None, None)
+            self._store = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -78,7 +95,7 @@ class RequestCache:
             return self._store.get(key) or None
         name = request_to_key(key)
         row = self._guarded(lambda: self._sql.execute("SELECT value FROM unnamed WHERE key = ?", (name,)).fetchone())
-        return None if row is None else _read(row[0])
+        return None if row is None else _read(name, row[0])
 
     def put(self, answers: Iterable[tuple[dict[str, Any], Response]]) -> None:
         """Keep answers, all of them or none; they are on the disk when this returns."""
@@ -88,7 +105,7 @@ class RequestCache:
         if self._store is not None:
             self._store.multi_put(answers)
         elif answers:
-            rows = [(request_to_key(key), encode(answer)) for key, answer in answers]
+            rows = [_row(request_to_key(key), answer) for key, answer in answers]
             self._guarded(lambda: self._write(rows))
 
     @property
@@ -100,7 +117,8 @@ class RequestCache:
         assert self._path is not None
         if self._connection is not None:
             self._connection.close()
-        self._connection = sqlite3.connect(self._path, timeout=self._wait_s, check_same_thread=False)
+        timeout = min(self._wait_s, _TELL_AFTER_S)
+        self._connection = sqlite3.connect(self._path, timeout=timeout, check_same_thread=False)
         with self._sql:
             self._sql.execute("BEGIN IMMEDIATE")  # a lock shows now rather than hours later
             self._sql.execute(_TABLE)
@@ -114,14 +132,31 @@ class RequestCache:
         """What `do` returns; a damaged file is set aside first, other troubles are told in one line."""
         try:
             try:
-                return do()
+                return self._waiting(do)
             except sqlite3.DatabaseError as error:
                 if _code(error) not in _BROKEN:
                     raise
                 self._set_aside(str(error))
-                return do()
+                return self._waiting(do)
         except (sqlite3.Error, OSError) as error:
-            raise EngineError(self._trouble(error)) from None
+            self.is_locked = _code(error) in _LOCKED
+            raise (CacheFull if _code(error) in _FULL else EngineError)(self._trouble(error)) from None
+
+    def _waiting(self, do: Callable[[], _T]) -> _T:
+        """What `do` returns, as soon as no other process holds the file; says after a while what it waits for."""
+        until, is_told = time.monotonic() + self._wait_s, False
+        while True:
+            try:
+                return do()
+            except sqlite3.OperationalError as error:
+                if _code(error) not in _LOCKED or time.monotonic() >= until:
+                    raise
+                if not is_told:
+                    is_told = True
+                    hwarn(
+                        f"HELM's cache {self._path} is locked by another process; this one waits up to "
+                        f"{self._wait_s:.0f} s for it"
+                    )
 
     def _trouble(self, error: Exception) -> str:
         code = _code(error)
@@ -175,7 +210,7 @@ def _readable(old: sqlite3.Connection) -> Iterator[tuple[str, Any]]:
     with suppress(sqlite3.Error):
         for name, value in old.execute("SELECT key, value FROM unnamed"):
             with suppress(UnicodeDecodeError):
-                if isinstance(name, bytes) and _read(value) is not None:
+                if isinstance(name, bytes) and _read(name.decode(), value) is not None:
                     yield name.decode(), value
 
 
@@ -184,9 +219,25 @@ def _code(error: Exception) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def _read(value: Any) -> Response | None:
-    """The answer that a row holds; None where it holds none."""
+def _row(name: str, answer: Response) -> tuple[str, bytes]:
+    """A row of the table: the answer as HELM writes it, and a sum that tells whether it is still that."""
+    pickled = bytes(encode(answer))
+    return name, pickled + _SUM + _digest(name, pickled)
+
+
+def _digest(name: str, pickled: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\x00" + pickled).digest()
+
+
+def _read(name: str, value: Any) -> Response | None:
+    """The answer that a row holds; None where it holds none, or one that is not what was written.
+
+    Rows of HELM's own, and of earlier releases, have no sum.
+    """
     try:
+        pickled, mark, digest = bytes(value).rpartition(_SUM)
+        if mark and digest != _digest(name, pickled):
+            return None
         answer = decode(value)
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError):
         return None

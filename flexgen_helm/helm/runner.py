@@ -27,6 +27,8 @@ from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
+from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
+from flexgen_helm.helm.uncached_tokenizer import UncachedTokenizer  # noqa: E402
 
 
 class RunsFailed(RunnerError):
@@ -45,6 +47,11 @@ class RunsFailed(RunnerError):
         return all(
             isinstance(error, EngineError) and type(error) is not EngineError for error in self.failures.values()
         )
+
+
+def failed_requests(failed: Sequence[str]) -> str:
+    """That requests failed and why, in one line."""
+    return f"{len(failed)} requests failed and count as empty answers; the first: {failed[0]}"
 
 
 class FlexGenRunner(Runner):
@@ -77,6 +84,9 @@ class FlexGenRunner(Runner):
             skip_completed_runs,
             exit_on_error,
         )
+        context = self.executor.context
+        if isinstance(context, LocalContext):
+            context.tokenizer = UncachedTokenizer(context.tokenizer.credentials, context.cache_backend_config)
         self.beginning = Beginning(Path(self.runs_path))
         self.executor = WholeRunExecutor(self.executor, self._report, self.tell, self.beginning)
 
@@ -91,8 +101,8 @@ class FlexGenRunner(Runner):
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Run everything that can be run; raises `RunsFailed` at the end if something failed.
 
-        With `exit_on_error`, raises the first error as it is. Run specs whose metrics cannot be made fail before
-        anything runs: HELM would find out after all inference.
+        With `exit_on_error`, raises the first error as it is; `CacheFull` in any case. Run specs whose metrics cannot
+        be made fail before anything runs: HELM would find out after all inference.
         """
         failures: dict[str, Exception] = {}
         if not self.dry_run and not self.cache_instances_only:
@@ -107,7 +117,7 @@ class FlexGenRunner(Runner):
                 with htrack_block(f"Running {run_spec.name}"):
                     self.run_one(run_spec)
             except Exception as error:
-                if self.exit_on_error:
+                if self.exit_on_error or isinstance(error, CacheFull):
                     raise
                 expected = isinstance(error, EngineError | ExecutorError)
                 herror(f"{run_spec.name}: {error if expected else traceback.format_exc()}")
@@ -197,7 +207,10 @@ class WholeRunExecutor(Executor):
 
 
 def settled(states: Sequence[RequestState], results: Sequence[RequestResult]) -> list[RequestState]:
-    """The states with their results, errors treated as `Executor.process` treats them."""
+    """The states with their results, errors treated as `Executor.process` treats them.
+
+    Raises `ExecutorError` for a fatal error, and where nothing was answered: a score of empty answers means nothing.
+    """
     fatal = [
         (state, result)
         for state, result in zip(states, results, strict=True)

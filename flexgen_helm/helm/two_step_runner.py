@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from array import array
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,8 @@ from helm.benchmark.scenarios.scenario import (
     get_scenario_cache_path,
     with_instance_ids,
 )
-from helm.common.cache import BlackHoleCacheConfig, Cache
-from helm.common.cache_backend_config import CacheBackendConfig
 from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block
-from helm.common.local_context import LocalContext
-from helm.tokenizers.auto_tokenizer import AutoTokenizer
-from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
-from helm.tokenizers.tokenizer import Tokenizer
 
 from engine.errors import EngineError
 from flexgen_helm.helm.dataclass_json import dumps
@@ -67,8 +59,7 @@ class TwoStepRunner(FlexGenRunner):
     """Runs `adapt`, and later `finish` on the same with all results: together, what HELM's `run_one` does.
 
     Call both in the main thread: some of HELM's metrics use signals. A run's files are written elsewhere and moved into
-    place when they are whole, so that one that was killed meanwhile does not look completed. Tokens are not looked up
-    in HELM's cache of tokens, which takes longer than making them.
+    place when they are whole, so that one that was killed meanwhile does not look completed.
     """
 
     def __init__(self, execution_spec: ExecutionSpec, output_path: str, suite: str, **flags: bool) -> None:
@@ -77,9 +68,6 @@ class TwoStepRunner(FlexGenRunner):
             execution_spec, output_path, suite, skip_instances=False, cache_instances=False, cache_instances_only=False,
             **flags,
         )  # fmt: skip
-        context = self.executor.context
-        if isinstance(context, LocalContext):
-            context.tokenizer = _UncachedTokenizer(context.tokenizer.credentials, context.cache_backend_config)
 
     def adapt(self, run_spec: RunSpec) -> Adapted:
         """Make a run's requests; raises whatever the scenario does."""
@@ -164,36 +152,3 @@ def _settle(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class _UncachedTokenizer(AutoTokenizer):
-    """HELM's tokenizers, those of Hugging Face without a file."""
-
-    def __init__(self, credentials: Any, cache_backend_config: CacheBackendConfig) -> None:
-        super().__init__(credentials, cache_backend_config)
-
-    def _get_tokenizer(self, tokenizer_name: str) -> Tokenizer:
-        tokenizer = super()._get_tokenizer(tokenizer_name)
-        if isinstance(tokenizer, HuggingFaceTokenizer) and not isinstance(tokenizer.cache, _SecondLook):
-            tokenizer.cache = _SecondLook()
-        return tokenizer
-
-
-class _SecondLook(Cache):
-    """Keeps a text's tokens from the first time they are asked for, to see if it fits, to the second, to count them."""
-
-    def __init__(self) -> None:
-        super().__init__(BlackHoleCacheConfig())
-        self._kept: dict[tuple[Any, ...], array[int]] = {}
-
-    def get(self, request: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """As HELM's."""
-        if not request.get("encode"):
-            return compute(), False
-        key = tuple(request.values())
-        kept = self._kept.pop(key, None)
-        if kept is not None:
-            return {"tokens": kept.tolist(), "request_time": 0.0}, True
-        response = compute()
-        self._kept[key] = array("i", response["tokens"])
-        return response, False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.executor import ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import EngineError
 from flexgen_helm.helm.preflight import find_unusable_metrics
-from flexgen_helm.helm.runner import FlexGenRunner, WholeRunExecutor
+from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.terminal.progress import Progress
 
@@ -19,10 +20,16 @@ class CommandLineRunner(FlexGenRunner):
     """On the class, because HELM makes the runner from the class's name."""
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
-        """Check all, then run all; raises `RunsFailed` at the end if a run failed."""
+        """Check all, then run all; raises `RunsFailed` at the end if a run failed, or requests of it did."""
         if not (self.dry_run or self.skip_instances or self.cache_instances_only):
             self._check([run_spec for run_spec in run_specs if not self._is_done(run_spec)])
-        super().run_all(run_specs)
+        self._incomplete: dict[str, Exception] = {}
+        try:
+            super().run_all(run_specs)
+        except RunsFailed as error:
+            raise RunsFailed({**error.failures, **self._incomplete}) from error
+        if self._incomplete:
+            raise RunsFailed(self._incomplete)
 
     def run_one(self, run_spec: RunSpec) -> None:
         """Run one run spec under its own heading; requests that failed are noted there."""
@@ -31,9 +38,8 @@ class CommandLineRunner(FlexGenRunner):
         super().run_one(run_spec)
         if isinstance(self.executor, WholeRunExecutor) and (failed := self.executor.failed):
             self.executor.failed = []  # a run that is skipped as completed executes nothing
-            self.display.notes.append(
-                f"{name}: {len(failed)} requests failed and count as empty answers; the first: {failed[0]}"
-            )
+            self.display.notes.append(f"{name}: {failed_requests(failed)}")
+            self._incomplete[run_spec.name] = ExecutorError(failed_requests(failed))
 
     @staticmethod
     def progress(done: int, total: int, tokens: int) -> None:

@@ -108,7 +108,7 @@ def compare_suites(
         other = after.counterpart(run)
         if other is not None:
             seen.add(other.name)
-        if other is not None and run.is_scored and other.is_scored:
+        if other is not None and run.is_scored and other.is_scored and not other.failed_requests:
             matched.append((run, other))
         else:
             settled.append(_without_scores(run, other))
@@ -145,6 +145,10 @@ def _without_scores(before: Run | None, after: Run | None) -> ScoreChange:
         )
     if after.status in ("failed", "unfinished"):
         return replace(change, verdict="failed", reason=f"{after.error}{' (as before)' if had_failed else ''}")
+    if after.failed_requests:
+        reason = f"{after.failed_requests} of its requests failed and count as empty answers"
+        as_before = " (as before)" if before is not None and before.failed_requests else ""
+        return replace(change, verdict="failed", reason=f"{reason}{as_before}")
     if not after.is_scored:
         verdict: Verdict = "unscored" if before is not None and before.is_scored else "not compared"
         return replace(change, verdict=verdict, reason=after.error or "no score")

@@ -20,6 +20,8 @@ RATIOS = {"bits_per_byte": ("num_bytes", 1 / math.log(2)), "perplexity": ("num_p
 """Metrics that HELM takes from sums over all instances: minus log-probability per what, times what.
 
 The perplexity is the exponential of that."""
+_UNANSWERED = b'"success": false'
+"""As HELM writes it; in a text, quotes would have backslashes."""
 LOWER_IS_BETTER = frozenset({*RATIOS, "error_rate"})
 """Known without asking the metrics."""
 
@@ -38,7 +40,7 @@ class Run:
     error: str | None = None
     """Why, in one line."""
     failed_requests: int = 0
-    """Requests that count as empty answers."""
+    """Requests that were not answered; where the run is done they count as empty answers."""
     metric_specs: tuple[Mapping[str, Any], ...] = ()
     seconds: float | None = None
 
@@ -174,10 +176,19 @@ def _read_run(path: Path, recorded: RunRecord | None, *, is_there: bool) -> Run:
         deployment=deployment,
         score=score,
         error=error,
-        failed_requests=recorded.failed_requests if recorded else 0,
+        failed_requests=_num_failed(path, recorded),
         metric_specs=specs,
         seconds=recorded.seconds if recorded else None,
     )
+
+
+def _num_failed(path: Path, recorded: RunRecord | None) -> int:
+    """Requests that were not answered: what the run's own file says, which later commands do not repeat."""
+    try:
+        found = (path / "scenario_state.json").read_bytes().count(_UNANSWERED)
+    except OSError:
+        found = 0
+    return max(found, recorded.failed_requests if recorded else 0)
 
 
 def _model_in(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import TextIO
 from helm.benchmark.run_spec import RunSpec
 
 from flexgen_helm.helm.asked import Answer
+from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.planning.record import commit
 from flexgen_helm.sweeps.log import JsonLog, logger
@@ -130,11 +131,8 @@ class SweepDiary:
     def done(self, run: PendingRun, failed: Sequence[str]) -> None:
         """A run's files are written; `failed` says why some of its requests count as empty answers."""
         if failed:
-            self.notes.append(
-                f"{short_name(run.name)}: {len(failed)} requests failed and count as empty answers; "
-                f"the first: {failed[0]}"
-            )
-        self._end(run.name, "done", run, num_failed=len(failed))
+            self.notes.append(f"{short_name(run.name)}: {failed_requests(failed)}")
+        self._end(run.name, "done", run)
 
     def failed(self, name: str, error: Exception, trace: str = "") -> None:
         """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
@@ -159,7 +157,6 @@ class SweepDiary:
         status: RunStatus,
         pending: PendingRun | None = None,
         *,
-        num_failed: int = 0,
         error: str | None = None,
     ) -> None:
         run = self._ended[name] = RunRecord(
@@ -169,14 +166,15 @@ class SweepDiary:
             error=error,
             requests=pending.total if pending else 0,
             cached=pending.cached if pending else 0,
-            failed_requests=num_failed,
+            failed_requests=pending.num_failed if pending else 0,
             new_tokens=pending.new_tokens if pending else 0,
             seconds=self._current.tally.seconds if self._current and pending else 0.0,
         )
         self._requests.pop(run.name, None)
         now = self._progress.standing
         now.runs_ended += 1
-        what = f"{run.status}{f': {run.error}' if run.error else ''}"
+        marked = f", {run.failed_requests} requests failed" if run.failed_requests and not run.error else ""
+        what = f"{run.status}{marked}{f': {run.error}' if run.error else ''}"
         self._progress.say(f"run {now.runs_ended}/{now.num_runs} {short_name(run.name)}: {what}")
         self._json_log.write(
             "run",

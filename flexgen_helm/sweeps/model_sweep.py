@@ -44,6 +44,11 @@ class PendingRun:
         return len(self.results) == self.total
 
     @property
+    def num_failed(self) -> int:
+        """Its requests that the engine could not answer."""
+        return sum(not result.success for result in self.results.values())
+
+    @property
     def states(self) -> list[RequestState]:
         """Its requests, as HELM made them."""
         states: list[RequestState] = self.adapted.state.request_states

@@ -108,7 +108,7 @@ class RunRecord:
     requests: int
     cached: int
     failed_requests: int
-    """Those that count as empty answers."""
+    """Those that were not answered; in a run that is done they count as empty answers."""
     new_tokens: int
     seconds: float
     """From the sweep's start of the model to the run's last file."""

@@ -15,7 +15,8 @@ from helm.benchmark.run_spec import RunSpec
 from engine.errors import EngineError
 from flexgen_helm.helm.asked import Answer
 from flexgen_helm.helm.preflight import find_unusable_metrics
-from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, settled
+from flexgen_helm.helm.request_cache import CacheFull
+from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests, settled
 from flexgen_helm.helm.two_step_runner import Adapted, NoRoom, TwoStepRunner
 from flexgen_helm.sweeps.diary import SweepDiary
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
@@ -38,7 +39,7 @@ class SweepRunner(TwoStepRunner):
         self._failures: dict[str, Exception] = {}
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
-        """Run everything that can be run; raises `RunsFailed` at the end if something failed.
+        """Run everything that can be run; raises `RunsFailed` at the end if something failed, requests included.
 
         Raises `NoRoom` at once where nothing can be written; with `exit_on_error`, the first error as it is.
         """
@@ -107,7 +108,7 @@ class SweepRunner(TwoStepRunner):
                     del waiting[run.name]
                     self._finish(run)
         except Exception as error:
-            if isinstance(error, NoRoom) or (self.exit_on_error and self._failures):
+            if isinstance(error, NoRoom | CacheFull) or (self.exit_on_error and self._failures):
                 raise
             for name in waiting:
                 self._fail(name, error)
@@ -125,7 +126,10 @@ class SweepRunner(TwoStepRunner):
         except Exception as error:
             self._fail(run.name, error)
         else:
-            self.diary.done(run, failed=[str(result.error) for result in results if not result.success])
+            failed = [str(result.error) for result in results if not result.success]
+            self.diary.done(run, failed)
+            if failed:
+                self._failures[run.name] = ExecutorError(failed_requests(failed))
         adapted.state.request_states = []
         adapted.state.request_state_map.clear()
         adapted.state.instances = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import fsum
 from pathlib import Path
@@ -21,7 +21,7 @@ def summary(found: SweepRecord, scores: Sequence[Score], notes: Sequence[str], s
     """Counts, scores, what failed and why, speed, and where the results are."""
     counts = {status: sum(run.status == status for run in found.runs) for status in ("done", "failed", "skipped")}
     lines = [f"suite {found.suite}: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
-    lines += _table(scores)
+    lines += _table(scores, {run.name: run.failed_requests for run in found.runs})
     failed = [run for run in found.runs if run.status == "failed"]
     lines += [f"failed: {short_name(run.name)} ({run.deployment}): {run.error}" for run in failed[:MOST_FAILURES]]
     if len(failed) > MOST_FAILURES:
@@ -43,8 +43,11 @@ def _speed(model: ModelRecord) -> str:
     return f"{model.deployment}: {', '.join(parts)}"
 
 
-def _table(scores: Sequence[Score]) -> list[str]:
-    """A line for each score, or, where those are many, for each scenario, metric and split: their mean."""
+def _table(scores: Sequence[Score], failed: Mapping[str, int]) -> list[str]:
+    """A line for each score, or, where those are many, for each scenario, metric and split: their mean.
+
+    `failed` counts the requests of each run that were not answered; they have a column where there are any.
+    """
 
     def kind(score: Score) -> tuple[str, str, str, str]:
         return score.run.split(":", 1)[0], score.model, score.metric, score.split
@@ -57,12 +60,18 @@ def _table(scores: Sequence[Score]) -> list[str]:
             together = list(group)
             name = key[0] if len(together) == 1 else f"{key[0]}, mean of {len(together)} runs"
             rows.append((name, *key[1:], together))
-    cells = [("run", "model", "metric", "split", "instances", "score")] if rows else []
+    cells: list[tuple[str, ...]] = (
+        [("run", "model", "metric", "split", "instances", "score", "failed requests")] if rows else []
+    )
     for name, model, metric, split, together in rows:
         values = [score.value for score in together if score.value is not None]
         mean = f"{fsum(values) / len(values):.3f}" if values else "none"
-        cells.append((name, model, metric, split, str(sum(score.num_instances for score in together)), mean))
-    widths = [max(len(row[column]) for row in cells) for column in range(6)] if cells else []
+        count = str(sum(score.num_instances for score in together))
+        num_failed = sum(failed.get(score.run, 0) for score in together)
+        cells.append((name, model, metric, split, count, mean, str(num_failed or "")))
+    if not any(failed.get(score.run) for score in scores):
+        cells = [row[:-1] for row in cells]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
     return [
         "  ".join(
             cell.ljust(width) if column < 4 else cell.rjust(width)

@@ -148,7 +148,7 @@ def test_scores_of_an_earlier_command_are_not_shown(
     assert ENTRY in capsys.readouterr().out
 
 
-def test_requests_that_fail_are_told_beside_the_scores(
+def test_a_run_whose_every_request_failed_is_a_failed_run(
     cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -159,9 +159,35 @@ def test_requests_that_fail_are_told_beside_the_scores(
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = float("nan")
     model.save_pretrained(broken)
-    assert cli("run", "-r", ENTRY, "--model", broken, "-m", 3) == 0
-    out = capsys.readouterr().out
-    assert f"{ENTRY}: 3 requests failed and count as empty answers; the first: NumericsError" in out
+    assert cli("run", "-r", ENTRY, "--model", broken, "-m", 3) == 1
+    told = capsys.readouterr()
+    assert ENTRY not in told.out
+    assert "all 3 requests failed; the first: NumericsError" in told.err
+
+
+def test_requests_that_fail_are_told_beside_the_scores_and_fail_the_command(
+    cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token of one of the prompts has no finite embedding."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert cli("run", "-r", ENTRY, "--model", tiny_llama, "-m", 3) == 0
+    (state,) = Path("benchmark_output/runs").glob("**/scenario_state.json")
+    prompts = [each["request"]["prompt"] for each in json.loads(state.read_text())["request_states"]]
+    ids = [set(AutoTokenizer.from_pretrained(tiny_llama)(prompt)["input_ids"]) for prompt in prompts]
+    alone = next(iter(ids[0] - ids[1] - ids[2]))
+    broken = shutil.copytree(tiny_llama, tmp_path / "partly-broken")
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[alone] = float("nan")
+    model.save_pretrained(broken)
+    capsys.readouterr()
+    assert cli("run", "-r", ENTRY, "--model", broken, "-m", 3, "--disable-cache") == 1
+    told = capsys.readouterr()
+    line = "1 requests failed and count as empty answers; the first: NumericsError"
+    assert f"{ENTRY}: {line}" in told.out
+    assert line in told.err
 
 
 def test_a_chat_template_has_room_beside_what_helm_makes(

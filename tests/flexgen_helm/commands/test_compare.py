@@ -14,7 +14,7 @@ from made_suites import DEPLOYMENT, HARDWARE, MODEL, answers, make_suite, run_na
 from tiny_models import ours, write_entries
 
 from flexgen_helm.run import main
-from flexgen_helm.suites.comparison import Comparison, compare_suites
+from flexgen_helm.suites.comparison import Comparison, ScoreChange, compare_suites
 from flexgen_helm.suites.suite import instance_sums, is_lower_better, read_suite
 
 SUBJECTS = ["anatomy", "astronomy", "virology"]
@@ -48,6 +48,23 @@ def make_after(tmp_path: Path) -> Callable[..., Path]:
 
 
 # Scores
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_run_with_failed_requests_fails_however_it_scores(
+    before: Path, make_after: Callable[..., Path], recorded: bool
+) -> None:
+    """As HELM writes them: of plain runs, and of runs that a later sweep skipped as completed, nothing else tells."""
+    after = make_after(recorded=recorded)
+    states = [{"prompt": 'it said "success": false', "result": {"success": each != 1}} for each in range(3)]
+    state = after / run_name("virology") / "scenario_state.json"
+    state.write_text(json.dumps({"request_states": states}, indent=2))
+    comparison = compared(before, after)
+    assert verdicts(comparison) == {"anatomy": "same", "astronomy": "same", "virology": "failed"}
+    (failure,) = [each for each in comparison.failures if isinstance(each, ScoreChange)]
+    assert failure.reason == "1 of its requests failed and count as empty answers"
+    assert main(["compare", str(before), str(after)]) == 1
+    assert verdicts(compared(after, before))["virology"] == "same"
 
 
 def test_equal_suites_pass(before: Path, make_after: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 import time
@@ -100,6 +101,58 @@ def test_a_scored_prompt_kept_by_an_earlier_release_is_computed_anew_where_its_t
     alone = make_client().make_request(asked[1])
     assert (alone.cached, alone.completions) == (True, expected[1])
     assert sum(len(jobs) for jobs in fake_engines[0].calls) == 3
+
+
+@pytest.mark.parametrize(("how", "is_kept"), [("in place", False), ("by another file", True)])
+def test_answers_of_weights_that_are_overwritten_meanwhile_are_not_kept(
+    make_client: Clients, fake_engines: list[FakeEngine], tiny_llama: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, how: str, is_kept: bool,
+) -> None:  # fmt: skip
+    """A training job saves into the directory; a file that takes the other's place is not what the engine has open."""
+    model = shutil.copytree(tiny_llama, tmp_path / "trained")
+    weights, sweeps = model / "model.safetensors", FakeEngine.sweeps
+
+    def meanwhile(self: FakeEngine, jobs: Any) -> Any:
+        changed = bytearray(weights.read_bytes())
+        changed[-1] ^= 1
+        if how == "in place":
+            weights.write_bytes(changed)
+        else:
+            (model / "new").write_bytes(changed)
+            (model / "new").replace(weights)
+        return sweeps(self, jobs)
+
+    monkeypatch.setattr(FakeEngine, "sweeps", meanwhile)
+    client = make_client(model=model)
+    key = client._translator.key(request(), client._translator.render(request()), client._served.identity)
+    if is_kept:
+        assert client.make_requests([request()])[0].success
+    else:
+        with pytest.raises(EngineError, match=r"model\.safetensors was overwritten while .* are not kept; run again"):
+            client.make_requests([request()])
+        assert "was overwritten" in str(client.make_request(request("another")).error)
+    with RequestCache(client.cache.config) as cache:
+        assert (cache.get(key) is not None) is is_kept
+
+
+def test_a_locked_cache_is_waited_for_once(
+    make_client: Clients, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(RequestCache.__init__.__kwdefaults__, "wait_s", 1.0)
+    client = make_client()
+    client.make_requests([request("another")])
+    other = sqlite3.connect(tmp_path / "cache.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    waited = []
+    for _ in range(3):  # runs of one suite
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="is locked by another process"):
+            client.make_requests([request()])
+        waited.append(time.monotonic() - began)
+    assert waited[0] > 0.9
+    assert sum(waited[1:]) < 0.9
+    other.execute("ROLLBACK")
+    assert client.make_requests([request()])[0].success
 
 
 def test_equal_requests_are_computed_once(make_client: Clients, fake_engines: list[FakeEngine]) -> None:

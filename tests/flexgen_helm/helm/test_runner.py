@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -17,10 +18,12 @@ from helm.benchmark import runner as helm_runner
 from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.metrics.metric import MetricSpec
 from helm.common.authentication import Authentication
+from helm.common.cache_backend_config import SqliteCacheBackendConfig
 from tiny_models import ours, write_entries
 
 from engine import EngineError
 from engine.errors import CapacityError, ConfigError, InstallationError, JobError
+from flexgen_helm.helm.request_cache import CacheFull, RequestCache
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed
 
 RUNNER = "flexgen_helm.runner.FlexGenRunner"
@@ -253,6 +256,26 @@ def test_the_other_runs_go_on_after_one_has_failed(
     with pytest.raises(ExecutorError, match="no luck"):
         runner.run_all(specs)
     assert len(order) == 1
+
+
+def test_a_full_disk_below_the_cache_ends_all_runs_at_the_first_answers(
+    registered: list[FakeEngine], tmp_path: Path, helm_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HELM's cache of tokens, which stands still for good on a full disk, is not written at all."""
+
+    def write(self: Any, rows: Any) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    monkeypatch.setattr(RequestCache, "_write", write)
+    cache = tmp_path / "prod_env" / "cache"
+    cache.mkdir()
+    runner = make_runner(tmp_path, helm_data, sqlite_cache_backend_config=SqliteCacheBackendConfig(str(cache)))
+    with pytest.raises(CacheFull, match=r"ours\.sqlite cannot be written .* MB are free there: free some"):
+        runner.run_all(run_specs_of(entry("ours"), entry("ours", scenario=HELLASWAG)))
+    assert [len(engine.calls) for engine in registered] == [1]
+    assert [path.name for path in cache.iterdir()] == ["ours.sqlite"]
 
 
 def test_errors_are_fatal_or_empty_completions_as_in_helms_executor(

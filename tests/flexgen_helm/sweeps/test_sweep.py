@@ -260,6 +260,48 @@ def test_a_run_that_fails_leaves_the_others_alone_and_is_run_again(
     assert "suite some: 0 done, 2 failed, 2 skipped" in capsys.readouterr().out
 
 
+def test_runs_with_failed_requests_are_marked_and_fail_the_sweep(
+    cli: Cli, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one run every request fails, of another some do: a token of theirs has no finite embedding."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    common = ("-m", 3, "--suite", "some")
+    assert cli("sweep", conf(*SUBJECTS[:2]), "--model", tiny_llama, *common) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    asked = [
+        json.loads(file.read_text())["request_states"] for file in sorted(suite("some").glob("*/scenario_state.json"))
+    ]
+    ids = [[set(tokenizer(each["request"]["prompt"])["input_ids"]) for each in states] for states in asked]
+    counts = [{token: sum(token in each for each in of_run) for token in set().union(*of_run)} for of_run in ids]
+    bad = next(
+        token
+        for one, other in (counts, counts[::-1])
+        for token in sorted(one)
+        if one[token] == 3 and 0 < other.get(token, 0) < 3
+    )
+    broken = shutil.copytree(tiny_llama, tmp_path / "half-broken")
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = float("nan")
+    model.save_pretrained(broken)
+    capsys.readouterr()
+    flags = ("-m", 3, "--suite", "broken", "--disable-cache")  # the two models differ in one row
+    assert cli("sweep", conf(*SUBJECTS[:2]), "--model", broken, *flags) == 1
+    told = capsys.readouterr()
+    assert "suite broken: 1 done, 1 failed" in told.out
+    assert "all 3 requests failed; the first: NumericsError" in told.out
+    assert "failed requests" in told.out
+    assert "requests failed and count as empty answers" in told.out
+    assert "2 of 2 runs failed" in told.err
+    (failed, done) = sorted(record_of("broken").runs, key=lambda run: run.status != "failed")
+    assert (failed.failed_requests, done.status) == (3, "done")
+    assert 0 < done.failed_requests < 3
+    assert cli("compare", suite("some"), suite("broken")) == 1
+    assert "requests failed and count as empty" in capsys.readouterr().out
+
+
 def test_a_prompt_that_does_not_fit_fails_its_run_only(
     cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
