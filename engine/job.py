@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.errors import EngineError, JobError
+from engine.logit_rules import LogitRules
 
 FinishReason = Literal["stop", "length", "endoftext"]
 
@@ -28,6 +29,8 @@ class Sampling:
     """Subtracted from the logits of tokens generated before (OpenAI's definition)."""
     frequency_penalty: float = 0.0
     """Subtracted from the logits of tokens generated before, once per occurrence."""
+    rules: LogitRules | None = None
+    """What a checkpoint's generation_config.json says of its texts; nobody takes it unasked."""
 
     def check(self) -> None:
         """Raise `JobError` for a value outside its range."""

@@ -20,6 +20,9 @@ def choose(
     `draws` are uniform numbers in [0, 1), one a row: a row's choice is its distribution's quantile there, so that it
     does not depend on the rows beside it. `generated` are the tokens that penalties look at.
     """
+    if any(sampling.rules is not None for sampling in samplings):
+        rows = zip(logits, samplings, generated, strict=True)
+        logits = torch.stack([row if each.rules is None else each.rules.apply(said, row) for row, each, said in rows])
     if any(sampling.presence_penalty or sampling.frequency_penalty for sampling in samplings):
         logits = _penalized(logits, samplings, generated)
     tokens = logits.argmax(dim=-1)

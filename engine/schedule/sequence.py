@@ -132,6 +132,7 @@ class Sequence(Span):
             or sampling.temperature > 0
             or sampling.presence_penalty
             or sampling.frequency_penalty
+            or sampling.rules is not None
         ):
             return ()
         if self.drafter is None:

@@ -154,6 +154,7 @@ class Reference:
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=False,
+                logits_processor=[] if job.sampling.rules is None else job.sampling.rules.processors(prompt.device),
                 max_new_tokens=job.max_new_tokens,
                 stopping_criteria=[is_done],
             )

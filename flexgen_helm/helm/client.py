@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from helm.clients.client import CachingClient
@@ -22,6 +23,7 @@ require_engine()
 
 from engine.errors import CheckpointError, ConfigError, EngineError  # noqa: E402 - first the line that says whose engine this is
 from engine.job import Job  # noqa: E402
+from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.asked import Answer, Asked, Work, raise_first  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
@@ -100,6 +102,7 @@ class FlexGenClient(CachingClient):
             end_of_text_token=self._end_of_text_token,
             apply_chat_template=self._apply_chat_template,
             top_k=self._top_k,
+            generation_config=read_generation_config(Path(self._served.description.path)),
         )
 
     def _window_of_model(self) -> int | None:

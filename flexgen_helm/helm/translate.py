@@ -12,6 +12,7 @@ from helm.common.request import Request
 
 from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job, Sampling
+from engine.logit_rules import LogitRules, refused_settings
 from flexgen_helm.helm.rendering import Rendering
 from flexgen_helm.helm.results import PromptError, Response, Timing, response
 from flexgen_helm.helm.tokenizer import Spelling, adds_bos, sha256_of, tokenizer_fingerprint
@@ -32,7 +33,7 @@ class Translator:
     """Translates for one deployment; raises `EngineError` for requests that cannot be run.
 
     `window` is the most positions the model takes (if None, what the tokenizer says), `pad_to` the length that the
-    policy pads prompts to, if any.
+    policy pads prompts to, if any. `generation_config` is the checkpoint's: what it forbids a text is followed.
     `end_of_text_token` ends a completion also where the model spells it out in other tokens.
     """
 
@@ -47,7 +48,14 @@ class Translator:
         apply_chat_template: bool | None,
         top_k: int | None,
         is_window_given: bool = False,
+        generation_config: Mapping[str, Any] | None = None,
     ) -> None:
+        settings = generation_config or {}
+        self._refused = refused_settings(settings)
+        found = settings.get("eos_token_id")
+        with tokenizer as hf_tokenizer:
+            found = hf_tokenizer.eos_token_id if found is None else found
+        self._rules = LogitRules.of(settings, [] if found is None else [found] if isinstance(found, int) else found)
         self._tokenizer = tokenizer
         self._given_window = window if is_window_given else None
         self._model = model
@@ -90,7 +98,14 @@ class Translator:
     @property
     def notes(self) -> list[str]:
         """What of the deployment shapes its answers beyond what a request says, a line each."""
-        return [self._rendering.note]
+        notes = [self._rendering.note]
+        if self._rules is not None:
+            told = ", ".join(f"{name} {value}" for name, value in self._rules.told().items())
+            notes.append(
+                f"generation_config.json of {self._model} is followed in {told}, as HELM's client follows it; its "
+                "settings of sampling are not"
+            )
+        return notes
 
     @property
     def applies_chat_template(self) -> bool:
@@ -121,6 +136,8 @@ class Translator:
             "num_completions": request.num_completions,
             **self._what_is_asked(request, text),
         }
+        if self._rules is not None and request.max_tokens > 0:
+            key["generation_config"] = self._rules.told()
         if self._given_window is not None:  # else it follows from the model's files
             key["window"] = self._given_window
         return key if request.random is None else {**key, "random": request.random}
@@ -183,12 +200,23 @@ class Translator:
         """The jobs whose completions make the request's; one is enough where all completions are equal."""
         if request.num_completions < 1:
             raise JobError(f"num_completions {request.num_completions} is below 1")
+        room = self._room(request.max_tokens, ids)
+        if self._refused and request.max_tokens > 0:
+            told = ", ".join(f"{name} {value}" for name, value in self._refused.items())
+            raise UnsupportedError(
+                f"generation_config.json of {self._model} asks for {told}, which is not supported; take it out of that "
+                "file if the model is to be run without"
+            )
+        rules = self._rules
+        if rules is not None and request.max_tokens > 0:
+            rules = replace(rules, prompt=tuple(ids), max_new_tokens=room)
         as_asked = Sampling(
             temperature=float(request.temperature),
             top_k=self._top_k,
             top_p=float(request.top_p),
             presence_penalty=float(request.presence_penalty),
             frequency_penalty=float(request.frequency_penalty),
+            rules=rules if request.max_tokens > 0 else None,
         )
         as_asked.check()
         if request.temperature == 0:  # what would restrict sampling changes nothing, so equal jobs look equal
@@ -202,7 +230,7 @@ class Translator:
         return [
             Job(
                 prompt=ids,
-                max_new_tokens=self._room(request.max_tokens, ids),
+                max_new_tokens=room,
                 sampling=each,
                 stop=[*request.stop_sequences, *self._end_of_text],
                 prompt_logprobs=request.echo_prompt,

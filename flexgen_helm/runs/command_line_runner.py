@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.executor import ExecutorError
 from helm.benchmark.run_spec import RunSpec
@@ -40,6 +42,10 @@ class CommandLineRunner(FlexGenRunner):
             self.executor.failed = []  # a run that is skipped as completed executes nothing
             self.display.notes.append(f"{name}: {failed_requests(failed)}")
             self._incomplete[run_spec.name] = ExecutorError(failed_requests(failed))
+
+    def tell(self, line: str) -> None:
+        """Among the first lines that a run shows."""
+        print(line, file=sys.stderr)
 
     @staticmethod
     def progress(done: int, total: int, tokens: int) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -256,3 +260,49 @@ def test_a_failure_is_not_retried(llama: Bench) -> None:
     helms, ours = llama.helm(request), llama.client.make_request(request)
     assert (helms.success, helms.error_flags) == (False, None)
     assert (ours.success, ours.error_flags.is_retriable) == (False, False)
+
+
+# What is no fault of HELM's client: generation_config.json
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": "first"},
+        {"begin_suppress_tokens": "first"},
+        {"bad_words_ids": "first"},
+        {"min_new_tokens": 25},
+        {"min_length": 60},
+        {"forced_eos_token_id": 5},
+        {"temperature": 0.7, "top_p": 0.5, "top_k": 3, "do_sample": True},
+    ],
+)
+def test_what_a_checkpoint_forbids_its_texts_is_followed_as_helms_client_follows_it(
+    llama: Bench, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    prompts = [PROMPT, "the capital of", "a", "def random(", "naïve"]
+    plain = [llama.client.make_request(llama.request(prompt, max_tokens=30)).completions[0] for prompt in prompts]
+    first = {llama.reference.next_logits(llama.reference.encode(prompt)).argmax().item() for prompt in prompts}
+    if "first" in setting.values():
+        setting = {name: [[each] for each in first] if name == "bad_words_ids" else [*first] for name in setting}
+    model = shutil.copytree(llama.path, tmp_path / f"tiny-{zlib.crc32(repr(setting).encode())}")
+    file = model / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    client, helm = our_client(model), helms_client(model)
+    asked = [Request(model=f"local/{model.name}", prompt=prompt, temperature=0.0, max_tokens=30) for prompt in prompts]
+    ours = [result.completions[0] for result in client.make_requests(asked)]
+    helms = [helm(request).completions[0] for request in asked]
+    assert [each.text for each in ours] == [each.text for each in helms]
+    assert ([each.text for each in ours] != [each.text for each in plain]) is ("temperature" not in setting)
+    assert any(next(iter(setting)) in note for note in client.notes) is ("temperature" not in setting)
+    scored = replace(asked[0], max_tokens=0, echo_prompt=True)
+    assert client.make_request(scored).completions == llama.client.make_request(scored).completions
+
+
+def test_a_setting_of_the_checkpoint_that_cannot_be_followed_is_refused(llama: Bench, tmp_path: Path) -> None:
+    model = shutil.copytree(llama.path, tmp_path / "tiny-beams")
+    (model / "generation_config.json").write_text(json.dumps({"num_beams": 4, "eos_token_id": 0}))
+    result = our_client(model).make_request(llama.request("a", max_tokens=2))
+    assert "asks for num_beams 4, which is not supported" in result.error

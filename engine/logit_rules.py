@@ -1,0 +1,141 @@
+"""What a checkpoint's generation_config.json forbids its own texts, or makes less likely: rules on logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_HAS_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0.0,),
+    "guidance_scale": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "diversity_penalty": (0.0,),
+    "watermarking_config": (),
+    "dola_layers": (),
+    "stop_strings": (),
+    "max_time": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "sequence_bias": (),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "token_healing": (False,),
+}
+"""Keys that would change a text and that nothing here carries out, with the values that change nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitRules:
+    """Carried out by the processors of `transformers`, in its order, before penalties and sampling of a job.
+
+    Settings of sampling (temperature, top_p, top_k and the like) are none of them: a job says these itself.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_length: int = 0
+    """Tokens of prompt and text together before the text may end."""
+    min_new_tokens: int = 0
+    """Tokens of the text before it may end."""
+    forced_eos_token_id: tuple[int, ...] = ()
+    """The last token that there is room for."""
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Not as the first token."""
+    end_of_text: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
+    """Of the job that the rules are given to: some of them look at it."""
+    max_new_tokens: int = 0
+    """Of that job."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], end_of_text: Sequence[int]) -> LogitRules | None:
+        """Those of a generation_config.json; None where it has none."""
+        forced = config.get("forced_eos_token_id")
+        rules = cls(
+            repetition_penalty=float(config.get("repetition_penalty") or 1.0),
+            no_repeat_ngram_size=int(config.get("no_repeat_ngram_size") or 0),
+            bad_words_ids=tuple(map(tuple, config.get("bad_words_ids") or ())),
+            min_length=int(config.get("min_length") or 0),
+            min_new_tokens=int(config.get("min_new_tokens") or 0),
+            forced_eos_token_id=() if forced is None else (forced,) if isinstance(forced, int) else tuple(forced),
+            suppress_tokens=tuple(config.get("suppress_tokens") or ()),
+            begin_suppress_tokens=tuple(config.get("begin_suppress_tokens") or ()),
+        )
+        return None if rules == cls() else cls(**{**asdict(rules), "end_of_text": tuple(end_of_text)})
+
+    def told(self) -> dict[str, Any]:
+        """The rules that there are, by the names of generation_config.json; JSON types."""
+        own = {**asdict(self), "prompt": (), "max_new_tokens": 0, "end_of_text": ()}
+        defaults = asdict(LogitRules())
+        return {
+            name: [list(each) if isinstance(each, tuple) else each for each in value]
+            if isinstance(value, tuple)
+            else value
+            for name, value in own.items()
+            if value != defaults[name]
+        }
+
+    def processors(self, device: torch.device | str) -> list[Any]:
+        """As `transformers` makes them of the same settings."""
+        from transformers.generation import logits_process as g
+
+        end, length = list(self.end_of_text), len(self.prompt)
+        made: list[Any] = []
+        if self.repetition_penalty != 1.0:
+            made.append(g.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.no_repeat_ngram_size:
+            made.append(g.NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        if self.bad_words_ids:
+            made.append(g.NoBadWordsLogitsProcessor([list(word) for word in self.bad_words_ids], end or None))
+        if self.min_length and end:
+            made.append(g.MinLengthLogitsProcessor(self.min_length, end, device=str(device)))
+        if self.min_new_tokens and end:
+            made.append(g.MinNewTokensLengthLogitsProcessor(length, self.min_new_tokens, end, device=str(device)))
+        if self.forced_eos_token_id:
+            most = length + self.max_new_tokens
+            made.append(g.ForcedEOSTokenLogitsProcessor(most, list(self.forced_eos_token_id), device=str(device)))
+        if self.suppress_tokens:
+            made.append(g.SuppressTokensLogitsProcessor(list(self.suppress_tokens), device=str(device)))
+        if self.begin_suppress_tokens:
+            tokens = list(self.begin_suppress_tokens)
+            made.append(g.SuppressTokensAtBeginLogitsProcessor(tokens, length, device=str(device)))
+        return made
+
+    def apply(self, generated: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """Logits `[vocabulary]` of what follows `generated`, under the rules."""
+        import torch
+
+        ids = torch.tensor([[*self.prompt, *generated]], device=logits.device)
+        scores = logits[None]
+        for processor in self.processors(logits.device):
+            scores = processor(ids, scores)
+        return scores[0]
+
+
+def refused_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a generation_config.json would change a text and is not carried out."""
+    return {
+        name: config[name]
+        for name, harmless in _HAS_NO_EFFECT.items()
+        if config.get(name) is not None and config[name] not in harmless
+    }
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """A model directory's generation_config.json, as `transformers` reads it; empty where it reads none."""
+    from transformers import GenerationConfig
+
+    try:
+        return dict(GenerationConfig.from_pretrained(path).to_dict())
+    except Exception:  # not there or broken: transformers loads such a model with no settings of its own
+        return {}
