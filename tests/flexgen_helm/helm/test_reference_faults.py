@@ -6,7 +6,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +306,30 @@ def test_a_setting_of_the_checkpoint_that_cannot_be_followed_is_refused(llama: B
     (model / "generation_config.json").write_text(json.dumps({"num_beams": 4, "eos_token_id": 0}))
     result = our_client(model).make_request(llama.request("a", max_tokens=2))
     assert "asks for num_beams 4, which is not supported" in result.error
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_every_field_of_helms_requests_is_told_of_in_the_documentation() -> None:
+    told = (ROOT / "docs" / "fidelity.md").read_text()
+    assert [field.name for field in fields(Request) if f"`{field.name}`" not in told] == []
+
+
+def test_every_setting_that_changes_a_text_is_told_of_in_the_documentation() -> None:
+    """All keys of generation_config.json are told of, or change no text."""
+    from transformers import GenerationConfig
+
+    told = (ROOT / "docs" / "fidelity.md").read_text()
+    without_effect = {
+        "max_length", "max_new_tokens", "early_stopping", "use_mtp", "use_cache", "cache_implementation",
+        "cache_config", "max_cache_len", "length_penalty", "renormalize_logits", "remove_invalid_values",
+        "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+        "return_dict_in_generate", "pad_token_id", "bos_token_id", "decoder_start_token_id", "is_assistant",
+        "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+        "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile",
+        "continuous_batching_config", "low_memory", "prefill_chunk_size", "_from_model_config", "transformers_version",
+    }  # fmt: skip
+    keys = GenerationConfig().to_dict().keys()
+    assert [key for key in keys - without_effect if f"`{key}`" not in told] == []
