@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from engine.errors import EngineError
 from engine.job import Completion, Job
 from flexgen_helm.fidelity.reference import Forced, Reference
-from flexgen_helm.helm.results import Timing, result
-from flexgen_helm.helm.translate import Translator
+from flexgen_helm.helm.requests.results import Timing, result
+from flexgen_helm.helm.requests.translate import Translator
 
 if TYPE_CHECKING:
     from helm.benchmark.adaptation.request_state import RequestState

@@ -25,11 +25,11 @@ from engine.errors import CheckpointError, ConfigError, EngineError  # noqa: E40
 from engine.job import Job  # noqa: E402
 from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
-from flexgen_helm.helm.asked import Answer, Asked, Work, raise_first  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
-from flexgen_helm.helm.results import Response, Timing, failure, is_outdated, result  # noqa: E402
-from flexgen_helm.helm.translate import Translator  # noqa: E402
+from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
+from flexgen_helm.helm.requests.results import Response, Timing, failure, is_outdated, result  # noqa: E402
+from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
 Progress = Callable[[int, int, int], None]
 """Called with (requests done, requests in all, tokens that the engine worked through for those done)."""

@@ -33,7 +33,7 @@ from helm.benchmark.tokenizer_config_registry import (
 from engine.checkpoint.description import ModelDescription, describe
 from engine.errors import CheckpointError, ConfigError
 from engine.policy import Policy
-from flexgen_helm.helm.translate import Translator
+from flexgen_helm.helm.requests.translate import Translator
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 
 CLIENT = "flexgen_helm.client.FlexGenClient"

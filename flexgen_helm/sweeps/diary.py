@@ -13,7 +13,7 @@ from typing import TextIO
 
 from helm.benchmark.run_spec import RunSpec
 
-from flexgen_helm.helm.asked import Answer
+from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.planning.record import commit

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from helm.benchmark.adaptation.request_state import RequestState
 from helm.common.request import RequestResult
 
-from flexgen_helm.helm.asked import Answer, Asked, raise_first
 from flexgen_helm.helm.client import FlexGenClient
+from flexgen_helm.helm.requests.asked import Answer, Asked, raise_first
 from flexgen_helm.helm.two_step_runner import Adapted
 from flexgen_helm.sweeps.tally import Tally
 

@@ -13,9 +13,9 @@ from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import EngineError
-from flexgen_helm.helm.asked import Answer
 from flexgen_helm.helm.preflight import find_unusable_metrics
 from flexgen_helm.helm.request_cache import CacheFull
+from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests, settled
 from flexgen_helm.helm.two_step_runner import Adapted, NoRoom, TwoStepRunner
 from flexgen_helm.sweeps.diary import SweepDiary

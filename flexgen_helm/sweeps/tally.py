@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.errors import ConfigError
 from engine.planning.hardware_profile import HardwareProfile
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.helm.asked import Answer
 from flexgen_helm.helm.engines import RunningEngine
+from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.planning.estimate import resource_seconds
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.roofline import Work

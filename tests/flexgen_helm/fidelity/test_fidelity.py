@@ -19,8 +19,8 @@ from tiny_models import WINDOW, random_llama, save_tiny_model, train_sentencepie
 from watch import Watch
 
 from engine import Completion
-from flexgen_helm.helm.results import Timing
-from flexgen_helm.helm.results import result as result_of
+from flexgen_helm.helm.requests.results import Timing
+from flexgen_helm.helm.requests.results import result as result_of
 
 LOGPROB_TOLERANCE = 1e-4
 MODELS = ["tiny_llama", "tiny_opt", "tiny_chat", "tiny_pieces", "tiny_pieces_with_bos"]

@@ -113,7 +113,7 @@ def test_the_chat_template_is_in_the_key_where_it_is_applied(make_client: Callab
 def test_truncation_left_over_in_the_tokenizer_is_not_in_the_key(tiny_llama: Path) -> None:
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
-    from flexgen_helm.helm.tokenizer import tokenizer_fingerprint
+    from flexgen_helm.helm.requests.tokenizer import tokenizer_fingerprint
 
     untouched, used = (HuggingFaceTokenizer.create_tokenizer(str(tiny_llama)) for _ in range(2))
     with used as tokenizer:

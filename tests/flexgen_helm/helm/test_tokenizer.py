@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import train_sentencepiece, train_tokenizer
 
-from flexgen_helm.helm.tokenizer import Spelling
+from flexgen_helm.helm.requests.tokenizer import Spelling
 
 TEXTS = [
     "hi 🙂🙂",

@@ -19,8 +19,8 @@ from reference import is_spelling_of
 
 from engine import Completion
 from engine.errors import JobError, UnsupportedError
-from flexgen_helm.helm.results import PromptError, Timing, result
-from flexgen_helm.helm.translate import Translator
+from flexgen_helm.helm.requests.results import PromptError, Timing, result
+from flexgen_helm.helm.requests.translate import Translator
 
 ALONE = Timing(seconds=0.5, started=1000.0, num_requests=1)
 

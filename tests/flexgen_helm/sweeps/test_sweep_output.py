@@ -15,7 +15,7 @@ from helm.common.request import RequestResult
 from engine.errors import ConfigError, EngineError, JobError
 from engine.job import Job
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.helm.asked import Answer, Asked, Work
+from flexgen_helm.helm.requests.asked import Answer, Asked, Work
 from flexgen_helm.helm.scores import Score
 from flexgen_helm.sweeps import log as sweep_log
 from flexgen_helm.sweeps import progress as sweep_progress
@@ -198,7 +198,7 @@ def test_a_summary_stays_short_however_many_runs() -> None:
 
 
 def test_who_asks_for_a_run_that_cannot_be_run_learns_how_many_requests() -> None:
-    from flexgen_helm.helm.asked import raise_first
+    from flexgen_helm.helm.requests.asked import raise_first
 
     raise_first({}, 3)
     bad: dict[int, EngineError] = {2: JobError("too long"), 1: JobError("empty")}

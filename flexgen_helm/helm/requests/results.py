@@ -10,7 +10,7 @@ from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestRes
 
 from engine.errors import EngineError, JobError, NumericsError
 from engine.job import Completion
-from flexgen_helm.helm.tokenizer import Spelling
+from flexgen_helm.helm.requests.tokenizer import Spelling
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer

@@ -11,7 +11,7 @@ from helm.common.request import Request, RequestResult
 from engine.errors import EngineError
 from engine.job import Completion, Job
 from engine.schedule.prefix import common_length
-from flexgen_helm.helm.translate import Key
+from flexgen_helm.helm.requests.translate import Key
 
 
 @dataclass(eq=False, kw_only=True)

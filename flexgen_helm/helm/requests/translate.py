@@ -13,9 +13,9 @@ from helm.common.request import Request
 from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job, Sampling
 from engine.logit_rules import LogitRules, refused_settings
-from flexgen_helm.helm.rendering import Rendering
-from flexgen_helm.helm.results import PromptError, Response, Timing, response
-from flexgen_helm.helm.tokenizer import Spelling, adds_bos, sha256_of, tokenizer_fingerprint
+from flexgen_helm.helm.requests.rendering import Rendering
+from flexgen_helm.helm.requests.results import PromptError, Response, Timing, response
+from flexgen_helm.helm.requests.tokenizer import Spelling, adds_bos, sha256_of, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer

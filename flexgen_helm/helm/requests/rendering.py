@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from helm.common.request import Request
 
 from engine.errors import UnsupportedError
-from flexgen_helm.helm.tokenizer import sha256_of
+from flexgen_helm.helm.requests.tokenizer import sha256_of
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
