@@ -16,12 +16,12 @@ from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
 from engine.checkpoint.description import ModelDescription, describe
 from engine.checkpoint.identity import result_identity
+from engine.checkpoint.opened_weights import OpenedWeights
 from engine.errors import EngineError
 from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
-from flexgen_helm.helm.weights_on_disk import WeightsOnDisk
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
 
@@ -74,14 +74,14 @@ class Served:
         """Of the jobs that the engine was loaded for, until they have been run."""
         self._failure: EngineError | None = None
         self._num_users = 0
-        self._weights: WeightsOnDisk | None = None
+        self._weights: OpenedWeights | None = None
 
     @property
     def identity(self) -> Identity:
         """What of model and policy can change a result (`engine.identity.result_identity`)."""
         with self._lock:
             if self._identity is None:
-                self._weights = WeightsOnDisk(Path(self.description.path))  # before they are looked at
+                self._weights = OpenedWeights(Path(self.description.path))  # before they are looked at
                 self._identity = result_identity(self.description.path, self.policy)
             return self._identity
 
@@ -143,7 +143,10 @@ class Served:
                 if chosen.note:
                     hlog(chosen.note)
                 self._estimate = chosen.estimate
-                return self._registry.load(path, chosen.policy)
+                engine = self._registry.load(path, chosen.policy)
+                if self._weights is not None:
+                    self._weights.check_names()  # else the engine has opened others than those of the identity
+                return engine
         except EngineError as error:
             self._failure = error
         except Exception as error:
