@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.completion import add_token
 from engine.executor import Answer
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence
-from engine.text import Text
+from engine.text.completion import add_token
+from engine.text.decoding import Text
 
 
 def advance(batches: Iterable[Iterable[Segment]], answers: Iterable[Answer], text: Text) -> None:

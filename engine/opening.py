@@ -23,7 +23,7 @@ from engine.planning.hardware import available_memory, resolve_device, resolve_d
 from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy
 from engine.schedule.scheduler import Scheduler
-from engine.text import Text
+from engine.text.decoding import Text
 from engine.weights.kept import KeptWeights
 from engine.weights.loading import load_checkpoint
 from engine.weights.store import WeightStore

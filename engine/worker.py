@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 import torch
 
 from engine.advance import advance
-from engine.completion import completion_of
 from engine.errors import EngineError, NumericsError
 from engine.executor import Answer
 from engine.job import Completion
@@ -20,6 +19,7 @@ from engine.pending import Call, Finished
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Sequence
 from engine.schedule.timing import SweepTiming, count_rows
+from engine.text.completion import completion_of
 
 
 class Worker:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from engine import Completion, Job, Policy
 from engine.advance import advance
 from engine.checkpoint.description import describe
-from engine.completion import completion_of
 from engine.opening import fill_from, open_parts
 from engine.schedule.sequence import Sequence
+from engine.text.completion import completion_of
 
 
 def completions(model: str, policy: Policy, prompts: list[str]) -> Iterator[Completion]:

@@ -18,6 +18,7 @@ ROOMS = {
         "planning",
         "measuring",
         "schedule",
+        "text",
         "batch",
         "checkpoint",
         "cache",
@@ -39,7 +40,7 @@ ROOMS = {
     ),
 }
 """In this order: a room imports only rooms before it, and the ground. The files beside the rooms import all of them."""
-GROUND = {"engine": ("errors", "reading", "job", "policy"), "flexgen_helm": ()}
+GROUND = {"engine": ("errors", "reading", "logit_rules", "job", "policy"), "flexgen_helm": ()}
 """Files beside the rooms that every room may import; they import no room but the first."""
 LIGHT_ROOMS = ("engine.planning", "engine.schedule")
 LIGHT_FILES = (

@@ -21,7 +21,8 @@ from engine.model.attention.probe import probe_kv_shape
 from engine.model.build import build, decoder_layers
 from engine.model.padded import CacheView, ProbingView
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
-from engine.model.sweep_context import SweepContext, UndrivableError
+from engine.model.sweep_context import SweepContext
+from engine.model.undrivable import UndrivableError
 from engine.model.unit import Unit
 
 _NO_ATTENTION = (

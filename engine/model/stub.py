@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.model.sweep_context import UndrivableError
+from engine.model.undrivable import UndrivableError
 
 
 @dataclass(frozen=True)

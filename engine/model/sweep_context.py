@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from engine.model.attention.mask import MaskNotes
 
 
-class UndrivableError(UnsupportedError):
-    """A family computes what no way of driving its layers gives; there is nothing else to try."""
-
-
 @dataclass
 class SweepContext:
     """What the attention function needs to know of the sweep in hand; the executor sets it before each layer call."""

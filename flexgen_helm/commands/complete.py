@@ -21,7 +21,7 @@ from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.terminal.progress import Progress
 
 if TYPE_CHECKING:
-    from engine.prompt import PromptTokenizer
+    from engine.text.prompt import PromptTokenizer
 
 _SHOWN = 20
 """Bad prompts that are named, at most."""
@@ -82,7 +82,7 @@ def complete(arguments: Sequence[str]) -> int:
     from engine.checkpoint.description import describe
     from engine.checkpoint.identity import result_identity
     from engine.checkpoint.tokenizer import load_tokenizer
-    from engine.prompt import PromptTokenizer
+    from engine.text.prompt import PromptTokenizer
 
     description = describe(args.model)
     tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)))

@@ -17,7 +17,8 @@ from engine.model.attention.flash import Flash
 from engine.model.attention.host_flash import HostFlash
 from engine.model.attention.mask import make_mask
 from engine.model.attention.rule import AttentionRule
-from engine.model.sweep_context import SweepContext, UndrivableError
+from engine.model.sweep_context import SweepContext
+from engine.model.undrivable import UndrivableError
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""

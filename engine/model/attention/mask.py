@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine.model.sweep_context import UndrivableError
+from engine.model.undrivable import UndrivableError
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """(sequence, head, position of the query, position of the key) -> whether the one attends to the other."""

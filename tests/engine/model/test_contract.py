@@ -21,7 +21,7 @@ from engine.model.attention.dense import Dense
 from engine.model.attention.mask import MaskRule, rule_of
 from engine.model.attention.rule import products
 from engine.model.causal_model import CausalModel
-from engine.model.sweep_context import UndrivableError
+from engine.model.undrivable import UndrivableError
 
 CPU = torch.device("cpu")
 

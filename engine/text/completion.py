@@ -7,7 +7,7 @@ from itertools import islice
 from engine.errors import EngineError, JobError
 from engine.job import Completion
 from engine.schedule.sequence import Sequence
-from engine.text import Text
+from engine.text.decoding import Text
 
 _INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _UNREADABLE = "\ufffd"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import UnsupportedError
-from engine.prompt import PromptTokenizer
+from engine.text.prompt import PromptTokenizer
 
 PREFIXES = {
     "llama-2": ["<s>"],

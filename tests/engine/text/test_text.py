@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from engine import Completion, Job
-from engine.completion import add_token, completion_of
 from engine.errors import EngineError, JobError
 from engine.schedule.sequence import Sequence as AdvancingSequence
-from engine.text import Text
+from engine.text.completion import add_token, completion_of
+from engine.text.decoding import Text
 
 Stop = str | list[int]
 KANJI = "吾輩は猫である"

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from engine import Completion, Engine, Job, Sampling
-from engine.completion import add_token
 from engine.schedule.sequence import Sequence as AdvancingSequence
-from engine.text import Text
+from engine.text.completion import add_token
+from engine.text.decoding import Text
 
 COUNT = 14
 Stop = str | list[int]

@@ -1,0 +1,4 @@
+"""Text of tokens: special tokens around a prompt, decoding, and where a completion ends.
+
+It imports schedule.
+"""
