@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -182,6 +183,11 @@ GPT-J and CodeGen, whose code is one, do so until transformers 5.23."""
 
 CORE = frozenset({"opt", "opt-post-norm", "llama", "gemma2", "gpt2", "gpt-oss", "deepseek-v3", "bloom"})
 """Those that are run under every policy: the kinds of attention, weights and positions that the others are made of."""
+
+
+def is_known(family: str) -> bool:
+    """Whether the installed transformers has the family's code; newer families come with newer versions."""
+    return (FAMILIES | OWN_ATTENTION)[family][0] in CONFIG_MAPPING
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

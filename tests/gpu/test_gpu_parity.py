@@ -28,7 +28,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bucket": {"percent": [50, 50, 50, 50, 50, 50], "pad-to-seq-len": "bucket", "gpu-batch-size": 2},
 }
 CAP = 2 << 30
-FAMILIES = [*models.FAMILIES, *models.OWN_ATTENTION]
+FAMILIES = [family for family in (*models.FAMILIES, *models.OWN_ATTENTION) if models.is_known(family)]
 FEW = ("device", "20-80", "bucket")
 """Policies of the families outside the core, whose layers are made of the same things."""
 CASES = [(family, policy) for family in FAMILIES for policy in POLICIES if family in models.CORE or policy in FEW]
