@@ -241,7 +241,10 @@ def save_random(directory: Path, config: PreTrainedConfig) -> Path:
 
 def load_reference(directory: Path) -> PreTrainedModel:
     """The same model in plain `transformers`, float32, as `from_pretrained` makes it by default."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(directory)
+    # Older transformers take an attention by default that leaves out the cap of the scores; newer ones do not.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention)
     return model.eval()
 
 

@@ -169,6 +169,23 @@ def test_scores_beyond_the_range_of_float16_fail_no_job(
     assert [done.error for done in scored] == [None] * 3
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_float16_without_flash_attention_is_near_float32(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of cards before sm80, a T4 for one."""
+    monkeypatch.setattr(interface, "BACKENDS", (Dense(),))
+    path = models.save_model(tmp_path, family)
+    reference = models.load_reference(path)
+    prompts = [[*range(5, 29), *range(100 + n, 105 + n)] for n in range(3)]
+    with Engine.from_pretrained(str(path), policy={"device": "cpu", "dtype": "float16"}) as engine:
+        done = engine.run([Job(prompt=prompt, max_new_tokens=6, prompt_logprobs=True) for prompt in prompts])
+    for prompt, completion in zip(prompts, done, strict=True):
+        expected = models.reference_logprobs(reference, [*prompt, *completion.tokens])
+        assert completion.prompt_logprobs is not None
+        assert [*completion.prompt_logprobs[1:], *completion.logprobs] == pytest.approx(expected, abs=2e-2)
+
+
 def test_a_looped_family_is_refused_beforehand(tmp_path: Path) -> None:
     path = models.save_model(tmp_path, "llama")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
