@@ -13,7 +13,7 @@ from engine.errors import CapacityError
 from engine.kernels.codec import Codec
 from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows
-from engine.memory.free_rows import Extents
+from engine.memory.free_rows import FreeRows
 from engine.memory.tiers import TIERS, Tier, percents
 from engine.policy import Share
 from engine.schedule.block import Block
@@ -48,7 +48,7 @@ class Tables:
         self._share = share
         self._percents = dict.fromkeys(TIERS, 100.0) if share is None else percents(share)
         self._max_rows = {tier: budgets[tier] // self.row_bytes[tier] for tier in TIERS}
-        self._free_rows = {tier: Extents() for tier in TIERS}
+        self._free_rows = {tier: FreeRows() for tier in TIERS}
         self.by_tier: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
         """A table `[rows, …]` for each layer; none where nothing lies, nor on disk."""
         self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 
 
-class Extents:
+class FreeRows:
     """Free rows of a table of `capacity` rows; first fit."""
 
     def __init__(self, capacity: int = 0) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.memory.disk.file import DiskFile, Span
+from engine.memory.disk.file import ByteRange, DiskFile
 from engine.memory.layout import Extent, Split
 from engine.memory.tiers import Tier
 from engine.model.unit import Unit
@@ -26,10 +26,10 @@ class Place:
     is_adopted: bool
     """Whether the file is the checkpoint's."""
 
-    def span(self, first: int, end: int, at: int) -> Span:
+    def span(self, first: int, end: int, at: int) -> ByteRange:
         """Bytes `first` to `end` of the unit, as far as they are here; `first` belongs to byte `at` of a memory."""
         low, high = max(first, self.first), min(end, self.end)
-        return Span(self.file, self.at + low - self.first, self.at + high - self.first, at + low - first)
+        return ByteRange(self.file, self.at + low - self.first, self.at + high - self.first, at + low - first)
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class PlacedUnit:
                 pieces.append((tier, low - self.start, self.parts[tier][low - first : end - first]))
         return pieces
 
-    def disk_spans(self, first: int | None = None, end: int | None = None) -> list[Span]:
+    def disk_spans(self, first: int | None = None, end: int | None = None) -> list[ByteRange]:
         """What is on disk of the stored bytes `first` to `end`, to be read to `first`; without them, to the slot."""
         first, end = self.start if first is None else first, self.split.num_bytes if end is None else end
         return [place.span(first, end, 0) for place in self.places.values() if place.first < end and place.end > first]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.memory.disk.file import BLOCK, PIECE_BYTES, READERS, Request, Span, requests_of
+from engine.memory.disk.file import BLOCK, PIECE_BYTES, READERS, ByteRange, Request, requests_of
 from engine.memory.disk.io import DiskIO
 
 _PIECES = 4 * READERS
@@ -43,7 +43,7 @@ class SweepReader:
         self,
         io: DiskIO,
         staging: torch.Tensor,
-        units: list[Callable[[], list[Span]]],
+        units: list[Callable[[], list[ByteRange]]],
         is_ready: Callable[[int], bool],
         *,
         ahead: bool,

@@ -143,7 +143,7 @@ class DiskFile:
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """Bytes of a file, and where in memory they belong."""
 
     file: DiskFile
@@ -170,7 +170,7 @@ class Request:
         return align_up(self.end - self.first)
 
 
-def requests_of(spans: Iterable[Span], most_bytes: int = PIECE_BYTES, gap: int = _GAP_BYTES) -> list[Request]:
+def requests_of(spans: Iterable[ByteRange], most_bytes: int = PIECE_BYTES, gap: int = _GAP_BYTES) -> list[Request]:
     """The requests of at most `most_bytes` (whole blocks) that cover `spans`, joined over gaps of at most `gap` bytes.
 
     With a gap of at least `BLOCK`, no two of them share a block.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.memory.disk.file import BLOCK, READERS, DiskFile, Request, Span, align_up, requests_of
+from engine.memory.disk.file import BLOCK, READERS, ByteRange, DiskFile, Request, align_up, requests_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +32,12 @@ class DiskIO:
         """Let one of the threads do `work`."""
         return self._pool.submit(work, *arguments)
 
-    def read(self, spans: Iterable[Span], memory: torch.Tensor) -> list[Future[None]]:
+    def read(self, spans: Iterable[ByteRange], memory: torch.Tensor) -> list[Future[None]]:
         """Start reading `spans` into host `memory` (uint8 `[bytes]`); it is filled when all the futures are done."""
         flat: Bytes = memory.numpy()
         return [self._pool.submit(self._read, request, flat) for request in requests_of(spans, _SMALL_BYTES)]
 
-    def write(self, file: DiskFile, spans: Iterable[Span], memory: torch.Tensor) -> None:
+    def write(self, file: DiskFile, spans: Iterable[ByteRange], memory: torch.Tensor) -> None:
         """Write `spans` of `file` from host `memory` (uint8 `[bytes]`); returns when the file has them all."""
         flat: Bytes = memory.numpy()
         with file.writing:

@@ -11,7 +11,7 @@ import torch
 
 from engine.memory import accelerator
 from engine.memory.arena import Arena
-from engine.memory.disk.file import DiskFile, Span
+from engine.memory.disk.file import ByteRange, DiskFile
 from engine.memory.disk.io import wait_for
 
 _BEHIND = 2
@@ -59,7 +59,7 @@ class DiskRows:
         size, spans, at = self._row_bytes[table], [], 0
         for first, rows in pieces:
             num_bytes = len(rows) * size
-            spans.append(Span(self._files[table], first * size, first * size + num_bytes, at))
+            spans.append(ByteRange(self._files[table], first * size, first * size + num_bytes, at))
             at += num_bytes
         joined = torch.cat([rows.reshape(-1).view(torch.uint8) for _, rows in pieces])
         copied = None
@@ -78,7 +78,7 @@ class DiskRows:
         """Start reading (first row, rows) runs of a table, one behind the other."""
         size, spans, at = self._row_bytes[table], [], 0
         for first, num_rows in runs:
-            spans.append(Span(self._files[table], first * size, (first + num_rows) * size, at))
+            spans.append(ByteRange(self._files[table], first * size, (first + num_rows) * size, at))
             at += num_rows * size
         memory = accelerator.transit(self._arena.device, at)
         return Fetch(memory.view(-1, size), self._arena.io.read(spans, memory))
@@ -94,7 +94,7 @@ class DiskRows:
         self._behind.clear()
         self._files = []
 
-    def _write(self, file: DiskFile, spans: list[Span], memory: torch.Tensor, copied: Any) -> None:
+    def _write(self, file: DiskFile, spans: list[ByteRange], memory: torch.Tensor, copied: Any) -> None:
         if copied is not None:
             copied.synchronize()
         self._arena.io.write(file, spans, memory)

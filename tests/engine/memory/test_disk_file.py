@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import CapacityError, ConfigError, EngineError
-from engine.memory.disk.file import BLOCK, DiskFile, Request, Span, requests_of
+from engine.memory.disk.file import BLOCK, ByteRange, DiskFile, Request, requests_of
 from engine.memory.disk.io import DiskIO, wait_for
 from engine.memory.disk.rows import DiskRows
 from engine.memory.paths import network_file_system
@@ -91,13 +91,13 @@ def test_bytes_come_back_as_they_were_written(file: DiskFile, io: DiskIO) -> Non
         spans = []
         for number, (first, end) in enumerate(disjoint(wanted)):
             at = (seed * 4099 + number * 77777) % SIZE
-            spans.append(Span(file, first, end, at))
+            spans.append(ByteRange(file, first, end, at))
             oracle[first:end] = source[at : at + end - first]
         io.write(file, spans, source)
         everything, parts = torch.empty(SIZE, dtype=torch.uint8), torch.zeros(SIZE, dtype=torch.uint8)
-        wait_for(io.read([Span(file, 0, SIZE, 0)], everything))
+        wait_for(io.read([ByteRange(file, 0, SIZE, 0)], everything))
         assert torch.equal(everything, oracle)
-        mine = [Span(file, first, end, first) for first, end in disjoint(wanted)]
+        mine = [ByteRange(file, first, end, first) for first, end in disjoint(wanted)]
         wait_for(io.read(mine, parts))
         for span in mine:
             assert torch.equal(parts[span.first : span.end], oracle[span.first : span.end])
@@ -112,7 +112,8 @@ def test_neighbours_written_from_several_threads_keep_their_bytes(file: DiskFile
     def write(part: int) -> None:
         for first in range(part, 4000, 4 * 50):
             spans = [
-                Span(file, row * 100, row * 100 + 100, row * 100) for row in range(first, min(4000, first + 200), 4)
+                ByteRange(file, row * 100, row * 100 + 100, row * 100)
+                for row in range(first, min(4000, first + 200), 4)
             ]
             io.write(file, spans, rows)
 
@@ -122,7 +123,7 @@ def test_neighbours_written_from_several_threads_keep_their_bytes(file: DiskFile
     for thread in threads:
         thread.join()
     found = torch.empty(4000 * 100, dtype=torch.uint8)
-    wait_for(io.read([Span(file, 0, 4000 * 100, 0)], found))
+    wait_for(io.read([ByteRange(file, 0, 4000 * 100, 0)], found))
     assert torch.equal(found, rows)
 
 
@@ -130,7 +131,7 @@ def test_neighbours_written_from_several_threads_keep_their_bytes(file: DiskFile
 @given(wanted=places, most=st.sampled_from([BLOCK, 5 * BLOCK, 1 << 20]), gap=st.sampled_from([BLOCK, 1 << 16]))
 def test_requests_cover_all_and_share_no_block(wanted: list[tuple[int, int]], most: int, gap: int) -> None:
     file: Any = object()
-    spans = [Span(file, first, end, index << 32) for index, (first, end) in enumerate(disjoint(wanted))]
+    spans = [ByteRange(file, first, end, index << 32) for index, (first, end) in enumerate(disjoint(wanted))]
     requests = requests_of(spans, most, gap)
     covered = sorted((r.first + o, r.first + o + n, at) for r in requests for o, at, n in r.parts)
     for span in spans:
@@ -145,11 +146,11 @@ def test_requests_cover_all_and_share_no_block(wanted: list[tuple[int, int]], mo
 
 def test_a_file_grows_and_keeps_what_it_holds(file: DiskFile, io: DiskIO, tmp_path: Path) -> None:
     data = random_bytes(SIZE)
-    io.write(file, [Span(file, 0, SIZE, 0)], data)
+    io.write(file, [ByteRange(file, 0, SIZE, 0)], data)
     file.grow(str(tmp_path), 2 * SIZE)
-    io.write(file, [Span(file, 2 * SIZE - 7, 2 * SIZE, 0)], data)
+    io.write(file, [ByteRange(file, 2 * SIZE - 7, 2 * SIZE, 0)], data)
     found = torch.empty(2 * SIZE, dtype=torch.uint8)
-    wait_for(io.read([Span(file, 0, 2 * SIZE, 0)], found))
+    wait_for(io.read([ByteRange(file, 0, 2 * SIZE, 0)], found))
     assert torch.equal(found[:SIZE], data)
     assert not found[SIZE:-7].any()
     assert torch.equal(found[-7:], data[:7])
@@ -160,10 +161,10 @@ def test_a_file_that_ends_within_a_block_is_read_to_its_end(io: DiskIO, tmp_path
     (tmp_path / "whole").write_bytes(bytes(data.tolist()))
     found = torch.empty(17 + 9, dtype=torch.uint8)
     with closing(DiskFile.open(tmp_path / "whole")) as file:
-        wait_for(io.read([Span(file, 3 * BLOCK - 9, 3 * BLOCK + 17, 0)], found))
+        wait_for(io.read([ByteRange(file, 3 * BLOCK - 9, 3 * BLOCK + 17, 0)], found))
         assert torch.equal(found, data[3 * BLOCK - 9 :])
         with pytest.raises(EngineError, match=f"whole: ends before byte {3 * BLOCK + 18}"):
-            wait_for(io.read([Span(file, 3 * BLOCK, 3 * BLOCK + 18, 0)], found))
+            wait_for(io.read([ByteRange(file, 3 * BLOCK, 3 * BLOCK + 18, 0)], found))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -171,7 +172,7 @@ def test_a_failing_write_says_where(
     code: int, file: DiskFile, io: DiskIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = random_bytes(SIZE)
-    io.write(file, [Span(file, 0, SIZE, 0)], before)
+    io.write(file, [ByteRange(file, 0, SIZE, 0)], before)
     real = os.pwritev
 
     def fail(handle: int, buffers: list[Any], place: int) -> int:
@@ -181,7 +182,7 @@ def test_a_failing_write_says_where(
 
     monkeypatch.setattr(os, "pwritev", fail)
     with pytest.raises(EngineError) as caught:
-        io.write(file, [Span(file, 0, SIZE, 0)], random_bytes(SIZE, 1))
+        io.write(file, [ByteRange(file, 0, SIZE, 0)], random_bytes(SIZE, 1))
     monkeypatch.undo()
     message = str(caught.value)
     assert isinstance(caught.value, CapacityError) == (code != errno.EIO)
@@ -190,7 +191,7 @@ def test_a_failing_write_says_where(
     assert os.strerror(code) in message
     assert "\n" not in message
     rest = torch.empty(1 << 20, dtype=torch.uint8)
-    wait_for(io.read([Span(file, 2 << 20, SIZE, 0)], rest))
+    wait_for(io.read([ByteRange(file, 2 << 20, SIZE, 0)], rest))
     assert torch.equal(rest, before[2 << 20 :])  # what could not be written is as it was
 
 
@@ -200,7 +201,7 @@ def test_a_failing_read_says_where(file: DiskFile, io: DiskIO, monkeypatch: pyte
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(EngineError, match=r"offload file in .*: bytes 8192 to 8200 cannot be read: Input/output error"):
-        wait_for(io.read([Span(file, 8193, 8200, 0)], torch.empty(7, dtype=torch.uint8)))
+        wait_for(io.read([ByteRange(file, 8193, 8200, 0)], torch.empty(7, dtype=torch.uint8)))
 
 
 def test_short_reads_and_writes_go_on(file: DiskFile, io: DiskIO, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +209,8 @@ def test_short_reads_and_writes_go_on(file: DiskFile, io: DiskIO, monkeypatch: p
     monkeypatch.setattr(os, "preadv", lambda handle, buffers, place: read(handle, [buffers[0][: 5 * BLOCK]], place))
     monkeypatch.setattr(os, "pwritev", lambda handle, buffers, place: write(handle, [buffers[0][: 3 * BLOCK]], place))
     data, found = random_bytes(SIZE), torch.empty(SIZE, dtype=torch.uint8)
-    io.write(file, [Span(file, 0, SIZE, 0)], data)
-    wait_for(io.read([Span(file, 0, SIZE, 0)], found))
+    io.write(file, [ByteRange(file, 0, SIZE, 0)], data)
+    wait_for(io.read([ByteRange(file, 0, SIZE, 0)], found))
     assert torch.equal(found, data)
 
 
@@ -236,8 +237,8 @@ def test_a_file_system_that_cannot_claim_is_used_all_the_same(
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with closing(DiskFile.create(str(tmp_path), SIZE)) as file:
         data, found = random_bytes(100), torch.empty(100, dtype=torch.uint8)
-        io.write(file, [Span(file, SIZE - 100, SIZE, 0)], data)
-        wait_for(io.read([Span(file, SIZE - 100, SIZE, 0)], found))
+        io.write(file, [ByteRange(file, SIZE - 100, SIZE, 0)], data)
+        wait_for(io.read([ByteRange(file, SIZE - 100, SIZE, 0)], found))
         assert torch.equal(found, data)
 
 
@@ -317,7 +318,7 @@ def reader(sizes: list[int], pieces: int, ready: set[int], *, ahead: bool = True
     io: Any = Recorder()
     files: list[Any] = [Unit(number) for number in range(len(sizes))]
     units: list[Any] = [
-        lambda f=f, n=n: [Span(f, 0, n * BLOCK, 0)] if n else [] for f, n in zip(files, sizes, strict=True)
+        lambda f=f, n=n: [ByteRange(f, 0, n * BLOCK, 0)] if n else [] for f, n in zip(files, sizes, strict=True)
     ]
     staging = torch.zeros(pieces * BLOCK, dtype=torch.uint8)
     assert piece_bytes(staging.numel()) == BLOCK

@@ -8,15 +8,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.memory.free_rows import Extents
+from engine.memory.free_rows import FreeRows
 
 
 class Rows(RuleBasedStateMachine):
-    """Extents beside a plain list of rows, each free or not."""
+    """FreeRows beside a plain list of rows, each free or not."""
 
     @initialize(capacity=st.integers(0, 40))
     def begin(self, capacity: int) -> None:
-        self.extents = Extents(capacity)
+        self.extents = FreeRows(capacity)
         self.is_free = [True] * capacity
         self.taken: list[tuple[int, int]] = []
 
@@ -56,7 +56,7 @@ TestRows.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 
 def test_all_rows_are_one_piece_again_after_everything_came_back() -> None:
-    rng, extents = random.Random(0), Extents(1000)
+    rng, extents = random.Random(0), FreeRows(1000)
     taken = []
     while (size := rng.randrange(1, 30)) and (first := extents.take(size)) is not None:
         taken.append((first, size))

@@ -15,7 +15,7 @@ from engine import Job
 from engine.batch.decode_group import DecodeGroup
 from engine.batch.micro_batch import MicroBatch
 from engine.errors import CapacityError
-from engine.memory.free_rows import Extents
+from engine.memory.free_rows import FreeRows
 from engine.planning.admission import Admission
 from engine.planning.limits import Limits
 from engine.schedule.block import Block
@@ -29,7 +29,7 @@ class Room:
     """Rows of one table of fixed size, of which the first `on_device` are said to be on the device."""
 
     def __init__(self, capacity: int, on_device: int = 10**9) -> None:
-        self.extents = Extents(capacity)
+        self.extents = FreeRows(capacity)
         self.on_device = on_device
 
     refusal: str | None = None
