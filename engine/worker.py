@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 
@@ -80,14 +80,18 @@ class Worker:
         return True
 
     def _load(self) -> None:
+        loading = self._parts.loading
         try:
             accelerator.make_current(self._parts.arena.device)
-            for _ in self._parts.loading:
+            for _ in loading:
                 if self._closing:
                     return
             self._loaded = time.perf_counter()
         except BaseException as error:
             self._parts.weights.give_up(explained(error, self._parts.policy))
+        finally:
+            if isinstance(loading, Generator):  # it may be writing down encoded weights, out of memory that goes soon
+                loading.close()
 
     def _serve(self) -> None:
         try:

@@ -150,9 +150,8 @@ class WeightStream:
     def acquire(self, step: int) -> None:
         """Wait until layer `step` (or, behind the last layer, the head) can compute, and start fetching the next."""
         placed = self._by_step[step]
-        if step == 0 and self._outer.content is None and "outer" in self._store.placed:
-            self._fetch(self._store.placed["outer"], self._outer)  # once: it is always needed on the device
-            self._await_arrival(self._outer)
+        if step == 0 and "outer" in self._store.placed:
+            self._bring_outer(self._store.placed["outer"])
         self._store.wait_for(placed)
         if not placed.num_streamed:
             if placed.coded:
@@ -209,6 +208,14 @@ class WeightStream:
     def _fetch(self, placed: PlacedUnit, slot: _Slot) -> None:
         slot.content = placed
         slot.arrival = self._fetcher.submit(self._fill, placed, slot)
+
+    def _bring_outer(self, outer: PlacedUnit) -> None:
+        """Bring what is always needed on the device there, once."""
+        if not outer.num_streamed:
+            self._store.wait_for(outer)
+        elif self._outer.content is None:
+            self._fetch(outer, self._outer)
+            self._await_arrival(self._outer)
 
     def _await_arrival(self, slot: _Slot) -> None:
         """Let the computation wait until a slot is filled."""
