@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from dataclasses import fields
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +210,80 @@ def test_nothing_names_the_machine_it_was_made_on() -> None:
     files += [ROOT / name for name in ("README.md", "CHANGELOG.md", "Makefile", "setup.cfg", "pyproject.toml")]
     assert len(files) > 30
     assert [str(path) for path in files if pattern.search(path.read_text(encoding="utf-8"))] == []
+
+
+ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+SOURCES = [file for package in ("engine", "flexgen_helm") for file in sorted((ROOT / package).rglob("*.py"))]
+ROOM = re.compile(r"^\| (`\w+`|beside the rooms) \|[^|]*\|([^|]*)\|([^|]*)\|$", re.MULTILINE)
+"""A row of a table of rooms: the room, what it imports, its files."""
+
+
+@cache
+def defined() -> set[str]:
+    """What the packages define: classes, functions and constants by their names, by `Class.name` and `module.name`."""
+    names: set[str] = set()
+    for file in SOURCES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            own = [target.id for target in targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                own.append(node.name)
+            names |= {*own, *(f"{file.stem}.{name}" for name in own)}
+            if isinstance(node, ast.ClassDef):
+                methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+                names |= {*methods, *(f"{node.name}.{method}" for method in methods)}
+                names |= {f"{file.stem}.{node.name}.{method}" for method in methods}
+    return names
+
+
+def named_in_the_architecture() -> list[str]:
+    text = re.sub(r"```.*?```", "", ROOM.sub("", ARCHITECTURE), flags=re.DOTALL)
+    return sorted(set(re.findall(r"`([^`\n]+)`", text)) | set(re.findall(r"docs/adr/\d{4}", text)))
+
+
+def exists(name: str) -> bool:
+    """Whether what the architecture names is there: a path, a name of ours or of transformers', a word of the code."""
+    if name.startswith("docs/adr/"):
+        return len(list((ROOT / "docs" / "adr").glob(f"{name[-4:]}-*.md"))) == 1
+    if "/" in name:
+        return (ROOT / name).exists()
+    if name.startswith("transformers."):
+        return hasattr(import_module("transformers"), name.partition(".")[2])
+    if name[0].isupper():
+        return name in defined() or hasattr(import_module("transformers"), name)
+    if "." in name:
+        return name in defined()
+    return " " in name or any(name in file.read_text(encoding="utf-8") for file in SOURCES)
+
+
+@pytest.mark.parametrize("name", named_in_the_architecture())
+def test_what_the_architecture_names_exists(name: str) -> None:
+    assert exists(name), f"docs/ARCHITECTURE.md names {name}, which is not there"
+
+
+def test_the_drawing_of_a_sweep_calls_what_there_is() -> None:
+    drawing = next(block for block in re.findall(r"```\n(.*?)```", ARCHITECTURE, re.DOTALL) if "next_sweep" in block)
+    called = re.findall(r"\w+\.(\w+)(?=\(| →|$)", drawing, re.MULTILINE)
+    assert len(called) >= 8
+    assert [name for name in called if name not in defined()] == []
+
+
+@pytest.mark.parametrize("package", ["engine", "flexgen_helm"])
+def test_the_architecture_tells_of_every_room_what_it_holds_and_imports(package: str) -> None:
+    section = ARCHITECTURE.partition(f"### `{package}/`")[2].partition("\n## ")[0].partition("\n### ")[0]
+    rows = {room.strip("`"): (imports, files) for room, imports, files in ROOM.findall(section)}
+    rooms = {file.parent.name for file in (ROOT / package).glob("*/__init__.py")}
+    assert rows.keys() - {"beside the rooms"} == rooms
+    for room, (imports, files) in rows.items():
+        folder = ROOT / package / ("" if room == "beside the rooms" else room)
+        found = folder.glob("*.py") if room == "beside the rooms" else folder.rglob("*.py")
+        held = {file.relative_to(folder).with_suffix("").as_posix() for file in found if file.name != "__init__.py"}
+        assert set(re.findall(r"`([\w/]+)`", files)) == held, f"docs/ARCHITECTURE.md on {package}/{room}"
+        if imports.strip() == "every room":
+            continue
+        told = set(re.findall(r"`(\w+)`", imports))
+        for file in folder.rglob("*.py"):
+            used = re.findall(
+                rf"^\s*(?:from|import) {package}\.(\w+)\.", file.read_text(encoding="utf-8"), re.MULTILINE
+            )
+            assert set(used) & rooms - {room} <= told, f"{file.relative_to(ROOT)} imports more than the page says"
