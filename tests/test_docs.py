@@ -121,7 +121,9 @@ def test_every_flag_in_the_text_exists() -> None:
 
     known = sweep_parser().format_help() + complete_parser().format_help()
     commands = ROOT / "flexgen_helm" / "commands"
-    known += "".join((commands / f"{name}.py").read_text() for name in ("register", "doctor", "report", "compare"))
+    known += "".join(
+        (commands / f"{name}.py").read_text() for name in ("register", "doctor", "report", "compare", "plan")
+    )
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}
     assert flags
