@@ -6,7 +6,6 @@ This is what `engine.Engine` does for its callers. Read it from top to bottom: o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 from engine import Completion, Job, Policy
 from engine.advance import advance
@@ -16,9 +15,9 @@ from engine.schedule.sequence import Sequence
 from engine.text.completion import completion_of
 
 
-def completions(model: str, policy: Policy, prompts: list[str]) -> Iterator[Completion]:
-    """Yield the completion of each prompt, in the order in which they end."""
-    # Open: the plan fits the policy to the memory at hand; nothing of the weights has been read yet.
+def completions(model: str, policy: Policy, prompts: list[str]) -> list[Completion]:
+    """Return the completion of each prompt."""
+    # Open: the plan fits the policy to the memory at hand. No weight has been read yet.
     description = describe(model)
     parts = open_parts(description, policy, fill_from(description, policy))
     try:
@@ -26,22 +25,23 @@ def completions(model: str, policy: Policy, prompts: list[str]) -> Iterator[Comp
         for _ in parts.loading:
             pass
         jobs = [Job(prompt=parts.tokenizer(prompt)["input_ids"], max_new_tokens=8) for prompt in prompts]
-        parts.scheduler.add(Sequence.of(job) for job in jobs)
+        sequences = [Sequence.of(job) for job in jobs]
+        # The scheduler finds the prefixes that the prompts share.
+        parts.scheduler.add(sequences)
         while not parts.scheduler.is_idle:
-            # Schedule: which spans ride in this sweep, cut into micro-batches.
+            # Schedule: decide which rows of which sequences take part in this sweep, and cut them into micro-batches.
             batches = parts.scheduler.next_sweep()
-            # Compute: all micro-batches through one layer, then the next layer; logits only where they are asked for.
+            # Compute: all micro-batches through one layer, then through the next; logits only where they are needed.
             answers = parts.executor.sweep(batches)
-            # Advance: sequences get their next tokens, or end; those that ended leave, and others may enter.
+            # Advance: sequences get their next tokens, or end. Those that ended leave, so that others may enter.
             advance(batches, answers, parts.text)
-            done = [sequence for sequence in parts.scheduler.running if sequence.is_done]
-            parts.scheduler.finish(done)
-            yield from (completion_of(sequence, parts.text) for sequence in done)
+            parts.scheduler.finish([sequence for sequence in parts.scheduler.running if sequence.is_done])
+        return [completion_of(sequence, parts.text) for sequence in sequences]
     finally:
         parts.close()
 
 
 if __name__ == "__main__":
     texts = ["The capital of France is", "The capital of France is not", "1 + 1 ="]
-    for done in completions(sys.argv[1], Policy.load("auto"), texts):
-        print(repr(done.text))
+    for text, done in zip(texts, completions(sys.argv[1], Policy.load("auto"), texts), strict=True):
+        print(f"{text!r} -> {done.text!r}")

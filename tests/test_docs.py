@@ -289,3 +289,14 @@ def test_the_architecture_tells_of_every_room_what_it_holds_and_imports(package:
                 rf"^\s*(?:from|import) {package}\.(\w+)\.", file.read_text(encoding="utf-8"), re.MULTILINE
             )
             assert set(used) & rooms - {room} <= told, f"{file.relative_to(ROOT)} imports more than the page says"
+
+
+def test_the_map_of_the_tests_names_every_folder_and_only_what_is_there() -> None:
+    tests = ROOT / "tests"
+    table, _, text = (tests / "README.md").read_text(encoding="utf-8").partition("Files that are no tests")
+    named = set(re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
+    folders = {file.parent.relative_to(tests).as_posix() for file in tests.rglob("test_*.py")}
+    assert {name.rstrip("/") for name in named - {"tests/"}} == folders - {"."}
+    files = re.findall(r"`([\w/]+\.py)`", text)
+    assert files
+    assert [name for name in files if not (tests / name).exists()] == []
