@@ -50,6 +50,9 @@ class Streams:
     def current_device(self) -> int:
         return 0
 
+    def set_device(self, device: torch.device) -> None:
+        self.called["set_device"] += 1
+
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         return 10**9, 2 * 10**9
 
