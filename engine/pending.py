@@ -29,7 +29,10 @@ class Call:
 
 
 class Pending(Iterator[Finished]):
-    """The completions of one call, by sweep; closing it, or letting go of it, drops what has not ended."""
+    """The completions of one call, by sweep; closing it, or letting go of it, drops what has not ended.
+
+    Any thread may close it: one that waits for the next result then gets no more.
+    """
 
     def __init__(self, sequences: dict[int, Sequence], bad: Finished, abandon: Callable[[Call], None]) -> None:
         """`bad`: completions of jobs that cannot run, which come first; `abandon` tells the worker to drop the rest."""
@@ -52,6 +55,9 @@ class Pending(Iterator[Finished]):
         if isinstance(result, BaseException):
             self.close()
             raise result
+        if not result:  # closed meanwhile by another thread
+            self._results.put(result)  # others may wait, too
+            raise StopIteration
         self._left -= len(result)
         return result
 
@@ -60,6 +66,7 @@ class Pending(Iterator[Finished]):
         if not self._is_closed:
             self._is_closed = True
             self._abandon(self.call)
+            self._results.put([])  # whoever waits for the next result in another thread would wait for ever
 
     def __del__(self) -> None:
         self.close()

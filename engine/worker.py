@@ -59,8 +59,9 @@ class Worker:
         if not call.sequences:
             return
         with self._changed:
-            self._abandoned.append(call)
-            self._changed.notify_all()
+            if self._fault is None and not self._closing:  # else nobody looks at it any more
+                self._abandoned.append(call)
+                self._changed.notify_all()
 
     @property
     def num_jobs(self) -> int:
@@ -69,6 +70,10 @@ class Worker:
 
     def close(self) -> bool:
         """Stop serving; waiting calls fail. Returns when the threads have ended; False if it was closed before."""
+        if threading.current_thread() is self._thread:
+            raise EngineError(
+                "the observer closes the engine, which waits for the observer; close it in another thread"
+            )
         with self._changed:
             if self._closing:
                 return False
