@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 _LEAST_ROWS = 64
-"""Of a micro-batch: fewer would not save memory worth speaking of."""
+"""Of a micro-batch: fewer would not save memory worth speaking of, but for what decode steps gather of the cache."""
 
 
 class Scheduler:
     """Keeps waiting and running sequences; between sweeps finished ones leave and waiting ones enter."""
 
     def __init__(self, limits: Limits, cache: CacheRoom, *, share_prefix: bool = True) -> None:
-        self.limits = limits
+        self.limits = self._planned = limits
         self.running: list[Sequence] = []
         self._cache = cache
         self._share_prefix = share_prefix and not isinstance(limits.pad, int)
@@ -100,20 +100,25 @@ class Scheduler:
         return self._cut(segments)
 
     def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:
-        """The work of a sweep that found too little memory, in micro-batches of half as many rows, now and from now on.
+        """The work of a sweep that found too little memory, in smaller micro-batches, now and from now on.
 
-        Where they cannot be smaller, the largest sequence fails for `reason`, and is among `take_failed`.
+        They have half as many rows and, since what attention gathers of the cache grows with a decode step's context
+        and not with its row, half as many cached ones. Where neither makes anything smaller, the largest sequence fails
+        for `reason`, and is among `take_failed`; the others begin again with micro-batches as large as planned.
         """
         segments = [segment for batch in batches for segment in batch]
+        contexts = [[segment.span.start + segment.past + segment.num_rows for segment in batch] for batch in batches]
         rows = min(self.limits.rows_per_batch, max(sum(map(rows_of, batch)) for batch in batches)) // 2
-        if rows >= _LEAST_ROWS:
-            cached = max(1, self.limits.cached_rows_per_batch // 2)
-            self.limits = replace(self.limits, rows_per_batch=rows, cached_rows_per_batch=cached)
+        cached = min(self.limits.cached_rows_per_batch, max(map(sum, contexts))) // 2
+        if rows >= _LEAST_ROWS or cached >= max(map(max, contexts)):
+            rows = max(rows, min(_LEAST_ROWS, self.limits.rows_per_batch))
+            self.limits = replace(self.limits, rows_per_batch=rows, cached_rows_per_batch=max(1, cached))
         else:
             largest = max(self.running, key=lambda sequence: sequence.num_rows)
             segments = [segment for segment in segments if segment.span is not largest]
             self.running.remove(largest)
             self._fail(largest, "", "", f"{reason}; shorten the prompt of {largest.start + largest.num_rows} tokens")
+            self.limits = self._planned
         return self._cut(segments) if self.running else []
 
     def _cut(self, segments: list[Segment]) -> list[list[Segment]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from engine import Completion, Engine, Job
 from engine.cache.key_value import KVCache
 from engine.cache.shape import KVShape
-from engine.errors import CapacityError
+from engine.errors import CapacityError, EngineError
 from engine.memory import accelerator
 from engine.memory.arena import Arena
+from engine.model.padded import PaddedBatch
 from engine.policy import Share
 
 JOBS = [Job(prompt=[*range(7, 27), 30 + n], max_new_tokens=6, prompt_logprobs=n % 2 == 0) for n in range(8)]
@@ -91,8 +93,38 @@ def test_a_prompt_that_no_memory_is_enough_for_fails_alone(
     assert "the device ran out of memory" in str(done[-1].error)
     assert "70 tokens" in str(done[-1].error)
     assert same([one for one in done if one.error is None], expected[:9])
+    assert engine.parts.scheduler.limits == engine.plan.limits  # what it could not be helped with is no one else's loss
     monkeypatch.undo()
     assert same(engine.run(JOBS[:8]), expected[:8])
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_decode_steps_with_long_contexts_are_cut_before_one_of_them_fails(
+    family: str, build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few rows, so nothing to save there: what runs short is what attention gathers of the cache."""
+    jobs = [Job(prompt=[*range(40 + 30 * n, 70 + 30 * n)], max_new_tokens=6) for n in range(10)]
+    policy = {"device": "cpu", "gpu-batch-size": 10}
+    with Engine.from_pretrained(str(build(family)), policy=policy) as engine:
+        expected = engine.run(jobs)
+    own, assemble = KVCache.own, PaddedBatch.assemble
+
+    def check(is_decode: bool, num_rows: int) -> None:
+        if is_decode and num_rows > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def gather(cache: KVCache, layer: int, group: Any, *new: torch.Tensor) -> Any:
+        check(True, len(group.segments) * group.length)
+        return own(cache, layer, group, *new)
+
+    def pad(batch: PaddedBatch, *given: Any) -> Any:
+        check(batch.segments[0].is_decode, len(batch.segments) * batch.num_keys)
+        return assemble(batch, *given)
+
+    monkeypatch.setattr(KVCache, "own", gather)
+    monkeypatch.setattr(PaddedBatch, "assemble", pad)
+    with Engine.from_pretrained(str(build(family)), policy=policy) as engine:
+        assert same(engine.run(jobs), expected)
 
 
 @pytest.mark.parametrize("percent", [[20, 80, 0, 100, 0, 100], [100, 0, 50, 50, 100, 0]])
@@ -122,6 +154,39 @@ def test_a_share_takes_room_on_another_tier_before_it_fails(tmp_path: Path) -> N
     found = [cache.room.allocate(rows) for rows in (3, 3, 209, 3)]
     assert [block and block.tier for block in found] == ["device", "host", "host", "device"]
     arena.close()
+
+
+def test_closing_pending_jobs_wakes_those_who_wait_for_them(engine: Engine) -> None:
+    swept, going_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        swept.set()
+        assert going_on.wait(20)
+
+    engine.observer = hold
+    pending = engine.sweeps([Job(prompt=[5, 6, 7], max_new_tokens=100)])
+    told: list[list[object]] = []
+    waiting = [threading.Thread(target=lambda: told.append(list(pending)), daemon=True) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    assert swept.wait(20)
+    pending.close()
+    engine.observer = None
+    going_on.set()
+    for thread in waiting:
+        thread.join(20)
+    assert told == [[], []]
+    assert engine.run([Job(prompt=[5, 6, 7], max_new_tokens=2)])[0].error is None
+
+
+def test_an_observer_that_closes_the_engine_is_a_fault_and_memory_is_given_back_later(path: Path) -> None:
+    engine = Engine.from_pretrained(str(path), policy={"device": "cpu"})
+    engine.observer = lambda _: engine.close()
+    with pytest.raises(EngineError, match="the observer closes the engine"):
+        engine.run(JOBS)
+    assert engine.placed_bytes()["device"] > 0
+    engine.close()
+    assert set(engine.placed_bytes().values()) == {0}
 
 
 def test_the_memory_limit_of_one_engine_outlives_another(monkeypatch: pytest.MonkeyPatch) -> None:
