@@ -44,9 +44,6 @@ class Streams:
     def device(self, device: torch.device) -> Any:
         return nullcontext()
 
-    def set_device(self, device: torch.device) -> None:
-        self.called["set_device"] += 1
-
     def current_device(self) -> int:
         return 0
 
