@@ -71,7 +71,7 @@ class DecodeGroup:
 
     @cached_property
     def new_index(self) -> torch.Tensor:
-        """The same of the new rows only, `[sequences * steps]`."""
+        """Index of each sequence's new rows in the gathered table, `[sequences * steps]`."""
         new = self.past[:, None] + torch.arange(self.steps, device=self.past.device)
         return (self.own_borders[:-1, None] + new).flatten()
 

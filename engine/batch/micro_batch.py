@@ -58,7 +58,7 @@ class MicroBatch(Rows):
         self.decode_chains = _chains(segments[: len(decode)])
         """(first row, end row, prefixes) of neighbouring decode steps that continue the same chain."""
         self.prefill_chains = _chains(segments[len(decode) :])
-        """The same of new spans."""
+        """(first row, end row, prefixes) of neighbouring new spans that continue the same chain."""
 
     @cached_property
     def prefill_groups(self) -> list[PrefillGroup]:

@@ -32,7 +32,7 @@ class Rows:
         self.scattered: Scatter | None = None
         """Rows of decode steps that go to the host."""
         self.passing: list[Segment] = []
-        """Prefixes whose keys and values nobody needs beyond the layer in hand."""
+        """Prefixes whose keys and values nobody needs beyond the current layer."""
         self.device_rows: torch.Tensor | None = None
         """Rows whose keys and values stay on the device `[stored]`; None for all, in their order."""
         self.device_slots: torch.Tensor | None = None

@@ -44,7 +44,7 @@ class HiddenStates:
         """By micro-batch: what of it is on disk and not taken yet, or on its way there."""
         self._fetched: dict[int, Fetch] = {}
         self.num_spans: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        """Spans of the sweep in hand, by tier."""
+        """Spans of the current sweep, by tier."""
 
     def begin(self, batches: Sequence[Rows]) -> None:
         """Give every span of a new sweep its tier."""

@@ -100,7 +100,8 @@ class KVCache(LayerMemory):
     def write(self, layer: int, batch: Rows, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a micro-batch's `new` keys and values `[rows, heads, dim]` of a layer in their blocks.
 
-        Returns them as they will be read later: to attend to anything else would make results depend on who does when.
+        Returns keys and values exactly as later steps will read them (after encoding); otherwise results would
+        depend on scheduling.
         """
         key, value = new
         coded = None

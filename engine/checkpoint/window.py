@@ -18,8 +18,8 @@ def window_of(config: Mapping[str, Any]) -> int | None:
     Scaled rotary tables reach further than the positions that the model was first trained for: linear ones by their
     factor, YaRN's by their factor beyond `original_max_position_embeddings`, as far as the config does not name the
     longer window itself (Llama 3's always does). Those that change with the longest sequence of a call end where they
-    would change, since a result would depend on its company: dynamic ones at the config's window, LongRoPE (Phi-3's
-    long variants) at the original one.
+    would change, since a result would depend on the other sequences of the call: dynamic ones at the config's window,
+    LongRoPE (Phi-3's long variants) at the original one.
     """
     text = text_config(config)
     window: int | None = next((text[key] for key in WINDOW_KEYS if _is_length(text.get(key))), None)

@@ -41,7 +41,7 @@ class PackedMatrix(ABC):
     """Parts that every matrix has."""
     optional: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
-    """What a checkpoint may have besides, and says nothing new."""
+    """Further tensors that a checkpoint may contain and that carry no additional information."""
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> None:
         self.rows, self.columns = shape

@@ -15,7 +15,7 @@ _FLOAT_MAX = 448.0
 
 @dataclass(frozen=True)
 class InputRounding:
-    """Rounds rows to a grid of a token's or the layer's own scale; company makes no difference."""
+    """Rounds each row to a grid of its own, or of the layer's, scale; rows do not affect each other."""
 
     is_float: bool
     """float8_e4m3fn instead of whole numbers."""

@@ -1,4 +1,4 @@
-"""What one kind of accelerator has and another has not: streams, memory, page-locking. Nothing else here names CUDA.
+"""Device abstraction: streams, memory and page-locking of CUDA, ROCm, XPU and MPS. Only this file calls torch.cuda.
 
 ROCm's torch calls its devices and functions `cuda`. XPU has the same functions under its own name; of both, and of MPS,
 which has no streams to copy beside, nothing could be run where this was written.
@@ -14,7 +14,7 @@ import torch
 
 _WITH_STREAMS = ("cuda", "xpu")
 _LIMITS: dict[torch.device, list[int]] = {}
-"""Of each device, what those who limited it asked for: torch has one limit for a process."""
+"""Memory limits that were asked for, by device; torch has one limit for the whole process."""
 
 
 def _module(device: torch.device) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SweepContext:
-    """What the attention function needs to know of the sweep in hand; the executor sets it before each layer call."""
+    """What the attention function needs to know of the current sweep; the executor sets it before each layer call."""
 
     layer: int = 0
     probed: KVShape | None = None

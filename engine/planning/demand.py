@@ -11,12 +11,13 @@ from engine.policy import Policy, Share
 
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
 _WORK_FRACTION = 0.3
-"""Of the device memory that weights leave, how much a micro-batch's temporaries may take."""
+"""Share of the device memory left by the weights that a micro-batch's temporaries may take."""
 _LOGITS_COPIES = 3
 _FRAGMENTATION = 0.04
 """Of the device memory, what the allocator may hold without being able to use it."""
 _MOST_HIDDEN_ROWS = 1 << 17
-"""Of a sweep: ten times as many as are computed while all weights come. More would save next to nothing of them."""
+"""Most rows whose hidden states a sweep keeps: ten times as many as are computed while all weights arrive; more would
+save next to nothing."""
 _BEHIND_DISK = 4
 """Micro-batches on their way to the disk or from it."""
 LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]

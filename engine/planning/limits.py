@@ -23,7 +23,7 @@ class Limits:
     reads_on_host: bool = False
     """Attention reads the host's keys and values of decode steps where they lie, on the host."""
     gap_rows: int = 0
-    """Rows of a layer's KV cache that are sooner brought to the device than left out of a copy."""
+    """Largest gap between two cache blocks, in rows, that is cheaper to copy along than to split the transfer."""
     rows_per_sweep: int
     """Rows whose hidden states the activation memory holds."""
     free_rows: int = 0

@@ -10,17 +10,17 @@ class ModelShape:
     """Sizes of a model, in bytes of the dtype it runs in."""
 
     unit_bytes: tuple[int, ...]
-    """Of the decoder layers and of what streams behind them (the head)."""
+    """Bytes of each decoder layer, and of what streams behind them (the head)."""
     embedding_bytes: int
-    """Of the token embedding, unless it is among `unit_bytes` (tied)."""
+    """Bytes of the token embedding; 0 where it is among `unit_bytes` (tied)."""
     outer_bytes: int
-    """Of what is needed throughout: norms, position tables; it is copied to the device for good."""
+    """Bytes of what is needed throughout (norms, position tables), which is copied to the device for good."""
     cache_row_bytes: int
-    """Of a token's keys and values, all layers."""
+    """Bytes of one token's keys and values in all layers."""
     cache_layer_row_bytes: int
-    """The same in the widest layer."""
+    """Bytes of one token's keys and values in the widest layer."""
     coded_layer_row_bytes: int = 0
-    """The same off the device, encoded; 0 without a codec."""
+    """Bytes of one token's keys and values in the widest layer off the device, encoded; 0 without a codec."""
     hidden_row_bytes: int
     work_row_bytes: int
     """Temporaries of one row inside a layer, about."""
@@ -32,7 +32,7 @@ class ModelShape:
     reads_in_place: bool = False
     """Attention reads keys and values on the device where they lie."""
     stored_part: float = 1.0
-    """Of the bytes that layers have as numbers, what they have as they are stored and moved."""
+    """Stored size of the layers divided by their size as plain numbers (the compression ratio)."""
     expanded_bytes: int = 0
     """Device memory that encoded layers are expanded into, in turn, and what that takes besides; 0 without a codec."""
     score_bytes: int = 0

@@ -15,16 +15,16 @@ from engine.planning.model_shape import ModelShape
 from engine.policy import Policy, Share
 
 _CACHE_RESERVE = 0.06
-"""Of the device memory, how much a greedy plan leaves to the KV cache when weights would take everything."""
+"""Share of device memory that a greedy plan leaves to the KV cache when weights would take everything."""
 _FREE_ROWS = 4096
 """Rows whose arithmetic takes less time than the transfer of all weights: accelerators on PCIe multiply 5,000 (T4: 65
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
 _ADMITTED_ROWS = 8000
-"""Rows of prompts that a sweep lets in for as many bytes across the link as all 16-bit weights have: on a card that
-computes 13,000 meanwhile, 0.6 of them. Too few make the start long, too many leave the link idle (docs/adr/0009)."""
+"""Prompt tokens admitted per sweep, per full model's worth of 16-bit weights transferred. An H100 computes about 13,000
+tokens in that time; 60 % of that is admitted. Fewer make the start long, more leave the link idle (docs/adr/0009)."""
 _OPERATIONS_BETWEEN_FETCHES = 2.5e12
-"""Of a layer on prompts, while keys and values of decode steps come: 4 ms of a fast card (650 TFLOP/s), in which a link
-carries about what the staging buffers hold. Less at a time would be more calls than the host can make meanwhile."""
+"""Operations on prompt rows in a layer between two fetches of keys and values: 4 ms of a fast card (650 TFLOP/s), in
+which a link fills about the staging buffers. Fewer would mean more calls than the host can make meanwhile."""
 _LEAST_BETWEEN_FETCHES = 1024
 """Rows of prompts that still multiply at nearly a card's full rate."""
 _FREE_RESIDENT_ROWS = 128
@@ -50,7 +50,7 @@ class Plan:
     """Host memory that weights on disk are read into, ahead of the sweep."""
 
     is_tight: bool = False
-    """Weights leave less of the device than work takes at most: it runs, with luck."""
+    """The weights leave less device memory than the worst-case workspace; the plan may run out of memory."""
 
     @property
     def uses_disk(self) -> bool:

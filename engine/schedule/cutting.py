@@ -85,9 +85,10 @@ def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
 
 
 def _decode_order(segment: Segment, in_place: bool) -> tuple[Any, ...]:
-    """Of one prefix, one place and one number of rows together, then as they are stored: neighbours are one copy.
+    """Sort key of decode steps: same prefix, tier and draft length together, then by position in the cache.
 
-    Before that, of about one length, where all are padded to the longest.
+    So neighbouring blocks travel in one copy. Where attention pads a group to its longest member, steps of similar
+    lengths come together, too.
     """
     block = segment.span.block
     assert block is not None

@@ -136,7 +136,7 @@ class Scheduler:
     def _spare_blocks(self, segments: list[Segment]) -> None:
         """Take back the blocks of new prefixes that nobody needs after this sweep; others may then have a better tier.
 
-        Their keys and values live as long as the layer in hand, if there are not too many of them.
+        Their keys and values live as long as the current layer, if there are not too many of them.
         """
         new = [segment for segment in segments if isinstance(segment.span, Prefix)]
         users: dict[int, int] = {}

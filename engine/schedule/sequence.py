@@ -152,7 +152,7 @@ class Sequence(Span):
 
     @property
     def needs_cache(self) -> bool:
-        """Whether its keys and values outlive the layer in hand: jobs of at most one new token need none."""
+        """Whether keys and values are kept after the layer is computed; jobs of at most one new token need none."""
         return self.job.max_new_tokens > 1
 
     @property

@@ -246,7 +246,7 @@ class WeightStore:
         placed.complete.set()
 
     def give_up(self, fault: BaseException) -> None:
-        """Tell that nothing will arrive any more: whoever waits for a unit that is not complete gets `fault`."""
+        """End loading: threads that wait for an incomplete unit get `fault`."""
         self._fault = fault
         for placed in self.placed.values():
             placed.complete.set()
@@ -263,7 +263,7 @@ class WeightStore:
             self.source.check()
 
     def wait_for(self, placed: PlacedUnit) -> None:
-        """The same of one unit."""
+        """Return when a unit is complete; raises the fault that ended loading."""
         placed.complete.wait()
         if placed.missing and self._fault is not None:
             raise self._fault

@@ -8,7 +8,8 @@ from engine.model.unit import Unit
 from engine.planning.model_shape import ModelShape
 
 _CODED_PART = 0.01
-"""Of a unit's numbers, what a parameter must have to be encoded: routers and norms are small, and matter."""
+"""Smallest share of a unit's numbers that makes a parameter worth encoding; routers and norms are smaller, and stay
+exact."""
 _SCORE_COPIES = 3
 """Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
 

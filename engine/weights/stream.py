@@ -24,7 +24,7 @@ NUM_SLOTS = 2
 _STAGE_BYTES = 64 << 20
 
 _Binding = tuple[nn.Module, str, nn.Parameter]
-"""A module, the name of a parameter of its, and the parameter."""
+"""(module, attribute name, parameter view)."""
 
 
 @dataclass(eq=False)
@@ -263,7 +263,7 @@ class WeightStream:
             target[span.at : span.at + size].copy_(memory[span.at : span.at + size])
 
     def _event(self) -> Any:
-        """Of what was asked of the stream of copies until now; None where there is none."""
+        """An event behind all copies issued so far; None on devices without streams."""
         return None if self._copy_stream is None else accelerator.current_stream(self._device).record_event()
 
     def _copy_staged(self, source: torch.Tensor, target: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ class PromptError(JobError):
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How long a request took, and in what company."""
+    """How long a request took, and how many requests were computed together with it."""
 
     seconds: float
     """From the beginning of the engine call that answered it to the answer."""
