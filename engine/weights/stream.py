@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.memory import accelerator
 from engine.memory.disk.file import BLOCK
 from engine.memory.disk.io import wait_for
 from engine.memory.layout import Extent
 from engine.planning.limits import READ_AHEAD_BYTES
+from engine.weights.binding import Binding, bind, parameter_of
 from engine.weights.placed_unit import PlacedUnit
 from engine.weights.store import WeightStore
 from engine.weights.sweep_reader import SweepReader
@@ -22,9 +22,6 @@ from engine.weights.token_embedding import TokenEmbedding
 
 NUM_SLOTS = 2
 _STAGE_BYTES = 64 << 20
-
-_Binding = tuple[nn.Module, str, nn.Parameter]
-"""(module, attribute name, parameter view)."""
 
 
 @dataclass(eq=False)
@@ -80,7 +77,7 @@ class WeightStream:
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream = accelerator.new_stream(self._device)
         self._stage: list[tuple[torch.Tensor, Any]] = []
-        self._views: dict[int, list[list[_Binding]]] = {}
+        self._views: dict[int, list[list[Binding]]] = {}
         """Of a streamed unit, by slot: an odd number of units visits both slots in turn."""
         self._bind()
         self._embedding = TokenEmbedding(store.model, units["embedding"], arena, store.wait_for)
@@ -89,32 +86,32 @@ class WeightStream:
         for placed in self._store.placed.values():
             if placed.coded:
                 memory = [self._expanded[extent.first : extent.end] for extent in placed.expanded]
-                _set([self._binding(placed, e, m) for e, m in zip(placed.expanded, memory, strict=True)])
+                bind([self._binding(placed, e, m) for e, m in zip(placed.expanded, memory, strict=True)])
             elif placed.unit.name == "outer" or (placed.unit.name != "embedding" and not placed.num_streamed):
-                _set(self._bindings(placed, self._outer.memory))
+                bind(self._bindings(placed, self._outer.memory))
             elif placed.unit.name != "embedding":
                 self._views[id(placed)] = [self._bindings(placed, slot.memory) for slot in self._slots]
-                _set(self._views[id(placed)][0])
+                bind(self._views[id(placed)][0])
         table = self._store.placed["embedding"]
         if table.num_streamed == 0:
-            _set(self._bindings(table, self._outer.memory))
+            bind(self._bindings(table, self._outer.memory))
         if self._model.is_tied:
             output = self._model.output
             assert output is not None
             memories = [slot.memory for slot in self._slots] if table.num_streamed else [self._outer.memory]
-            heads: list[list[_Binding]] = [
-                [(output, "weight", _parameter(self._view(table, table.extents[0], memory)))] for memory in memories
+            heads: list[list[Binding]] = [
+                [(output, "weight", parameter_of(self._view(table, table.extents[0], memory)))] for memory in memories
             ]
-            _set(heads[0])
+            bind(heads[0])
             if table.num_streamed:
                 self._views[id(table)] = heads
 
-    def _bindings(self, placed: PlacedUnit, slot: torch.Tensor) -> list[_Binding]:
+    def _bindings(self, placed: PlacedUnit, slot: torch.Tensor) -> list[Binding]:
         return [self._binding(placed, extent, self._bytes(placed, extent, slot)) for extent in placed.extents]
 
-    def _binding(self, placed: PlacedUnit, extent: Extent, memory: torch.Tensor) -> _Binding:
+    def _binding(self, placed: PlacedUnit, extent: Extent, memory: torch.Tensor) -> Binding:
         like = self._model.state[extent.name]
-        return (*placed.unit.owners[extent.name], _parameter(memory.view(like.dtype).view(like.shape)))
+        return (*placed.unit.owners[extent.name], parameter_of(memory.view(like.dtype).view(like.shape)))
 
     def _view(self, placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
         like = self._model.state[extent.name]
@@ -162,7 +159,7 @@ class WeightStream:
             slot = next(slot for slot in self._slots if not slot.in_use)
             self._fetch(placed, slot)
         if not placed.coded:
-            _set(self._views[id(placed)][slot.index])
+            bind(self._views[id(placed)][slot.index])
         self._await_arrival(slot)
         if placed.coded:
             self._expand(placed, slot.memory)
@@ -292,12 +289,3 @@ class WeightStream:
         self._next.clear()
         for listed in (self._by_step, self._streamed, self._slots, self._stage):
             listed.clear()
-
-
-def _parameter(view: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(view, requires_grad=False)
-
-
-def _set(bindings: list[_Binding]) -> None:
-    for module, attribute, parameter in bindings:
-        module._parameters[attribute] = parameter
