@@ -18,6 +18,8 @@ _LARGEST = ((("layers", "layer"), 10_000), (("heads", "head", "experts"), 100_00
 _COUNTS = ("_size", "_dim", "_heads", "_layers", "_embd", "_experts", "_head", "_layer", "_inner")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "vocab_size")
+"""No table of the model has rows or columns where one of these is 0: families build such a model without a word."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -54,7 +56,8 @@ def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
         if is_count and key not in WINDOW_KEYS and isinstance(value, int | float) and not -largest <= value <= largest:
             raise CheckpointError(f"{file}: {key} is {shown(value)}; at most {largest:,} is expected there")
     told = [key for key in _LAYER_KEYS if key in config]
-    for key in [key for key in told if config[key] is not None] or told:
+    widths = [key for key in _WIDTH_KEYS if config.get(key) is not None]
+    for key in [*([key for key in told if config[key] is not None] or told), *widths]:
         value = config[key]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"{file}: {key} is {shown(value)}; a whole number of at least 1 is expected there")

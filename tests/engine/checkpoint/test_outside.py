@@ -91,6 +91,8 @@ def deep(levels: int = 100_000) -> str:
 
 CONFIGS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "layers as a text": ({"num_hidden_layers": "abc"}, "num_hidden_layers is 'abc'"),
+    "no width": ({"hidden_size": 0}, "hidden_size is 0; a whole number of at least 1"),
+    "no vocabulary": ({"vocab_size": 0}, "vocab_size is 0; a whole number of at least 1"),
     "no layers": ({"num_hidden_layers": None}, "num_hidden_layers is None"),
     "absurd layers": ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; at most 10,000"),
     "absurd experts": ({"num_experts": 10**6}, "num_experts is 1000000; at most 100,000"),
