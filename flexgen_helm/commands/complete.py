@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 """Bad prompts that are named, at most."""
+_MOST_COMPLETIONS = 100_000
+"""Of one prompt: each is held in memory before the first is asked for."""
 
 _FORMAT = """\
 
@@ -187,6 +189,8 @@ def _jobs_of(prompt: Prompt, tokens: list[int], window: int | None) -> list[Job]
     settings = prompt.settings
     if settings.num_completions < 1:
         raise JobError(f"num_completions {settings.num_completions} is below 1")
+    if settings.num_completions > _MOST_COMPLETIONS:
+        raise JobError(f"num_completions {settings.num_completions} is above {_MOST_COMPLETIONS:,}")
     if settings.max_new_tokens < 1:
         raise JobError(f"max_new_tokens {settings.max_new_tokens} is below 1")
     if window is not None and len(tokens) + settings.max_new_tokens - 1 > window:

@@ -247,6 +247,7 @@ def test_skip_bad_asks_the_others_and_counts_every_line(complete: Complete, spoi
         (("a", "--policy", "nosuch"), "nosuch"),
         (("a", "--temperature", "-1"), "temperature -1.0 is not a number >= 0"),
         (("a", "-n", "0"), "num_completions 0 is below 1"),
+        (("a", "-n", "1000000000"), "num_completions 1000000000 is above 100,000"),
     ],
 )
 def test_bad_command_lines(complete: Complete, arguments: tuple[str, ...], message: str) -> None:
