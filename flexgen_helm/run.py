@@ -134,7 +134,9 @@ def _run_command(command: str, rest: list[str]) -> int:
 
 
 def _complain(message: object, code: int) -> int:
-    print(f"flexgen-helm: error: {' '.join(str(message).split())}", file=sys.stderr)
+    text = " ".join(str(message).split())  # a name from outside may hold what a terminal takes for commands
+    told = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    print(f"flexgen-helm: error: {told}", file=sys.stderr)
     return code
 
 

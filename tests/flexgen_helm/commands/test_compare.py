@@ -357,3 +357,11 @@ def test_real_suites_are_compared(real: Path, tmp_path: Path) -> None:
     assert main(["compare", str(real), str(tmp_path / "worse")]) == 0  # the score is as it was; so are its documents
     next((tmp_path / "worse").glob("mmlu*/stats.json")).unlink()
     assert main(["compare", str(real), str(tmp_path / "worse")]) == 1
+
+
+def test_an_error_gives_no_commands_to_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "été\x1b]0;title\x07\x9b", "other"]) == 2
+    assert "no suite été\\x1b]0;title\\x07\\x9b:" in capsys.readouterr().err
