@@ -6,7 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from engine.errors import InstallationError
-from flexgen_helm.runs.flags import add_length_flag, add_memory_flags, policy_from_flags
+from flexgen_helm.runs.flags import (
+    CHAT_TEMPLATE,
+    add_length_flag,
+    add_memory_flags,
+    add_template_flag,
+    policy_from_flags,
+)
 from flexgen_helm.terminal.footprint import Footprint
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
@@ -24,6 +30,7 @@ def register_parser() -> Parser:
     model.add_argument("model", metavar="MODEL", help="hub id or directory of the model")
     model.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
     add_length_flag(model)
+    add_template_flag(model)
     policy = parser.group("policy", "written into the deployment; the limits override what --policy says")
     policy.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
     add_memory_flags(policy)
@@ -42,7 +49,13 @@ def register(arguments: Sequence[str]) -> int:
         raise InstallationError(problem)
     from flexgen_helm.runs.registration import entries_for, merge_into_local_path
 
-    entries = entries_for(args.model, name=args.name, policy=policy, max_sequence_length=args.max_sequence_length)
+    entries = entries_for(
+        args.model,
+        name=args.name,
+        policy=policy,
+        max_sequence_length=args.max_sequence_length,
+        apply_chat_template=CHAT_TEMPLATE[args.apply_chat_template],
+    )
     for notice in merge_into_local_path(entries, args.local_path):
         print(f"flexgen-helm: {notice}", file=sys.stderr)
     names = f"model={entries.model.name},model_deployment={entries.deployment.name}"

@@ -58,7 +58,7 @@ class VerifyingRunner(CommandLineRunner):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._recording = self.executor = _RecordingExecutor(self.executor, self._report)
+        self._recording = self.executor = _RecordingExecutor(self.executor, self._report, self.tell)
         self._answered: list[Answered] = []
 
     def run_all(self, run_specs: list[RunSpec]) -> None:

@@ -16,6 +16,8 @@ from flexgen_helm.terminal.parser import Parser
 POLICY = "where the model lives; these flags override what --policy says"
 PolicySpec = str | dict[str, Any]
 """A policy as a deployment's `args` have it: a name, a file, or the mapping itself."""
+CHAT_TEMPLATE = {"yes": True, "no": False, "auto": None}
+"""A deployment's `apply_chat_template` by the word of the flag; None is left out, and HELM's rule holds."""
 
 
 RUN_EXAMPLES = (
@@ -56,6 +58,7 @@ def _add_model_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--model", help="hub id or directory of the model")
     group.add_argument("--path", help="where the weights are, if not under --model")
     add_length_flag(group)
+    add_template_flag(group)
 
 
 def _add_entry_flags(group: argparse._ActionsContainer) -> None:
@@ -111,6 +114,16 @@ def add_length_flag(parser: argparse._ActionsContainer) -> None:
         type=int,
         metavar="N",
         help="longest prompt and answer together that HELM is to make (default: what the model's files tell)",
+    )
+
+
+def add_template_flag(parser: argparse._ActionsContainer) -> None:
+    """Add the flag whose word `CHAT_TEMPLATE` translates."""
+    parser.add_argument(
+        "--apply-chat-template",
+        choices=tuple(CHAT_TEMPLATE),
+        default="auto",
+        help="put prompts that are answered through the tokenizer's chat template (default: auto, where it has one)",
     )
 
 

@@ -88,11 +88,13 @@ class Models:
         if deployment is None:
             return None
         describe(source_of(deployment))
-        if self._policy is not None:
-            args = {**deployment.client_spec.args, "policy": self._policy}
-            client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
-            deployment = dataclasses.replace(deployment, client_spec=client_spec)
-        if self._max_sequence_length is not None:
+        own = deployment.client_spec.args
+        asked = {"policy": self._policy, "apply_chat_template": self._apply_chat_template}
+        args = {**own, **{name: value for name, value in asked.items() if value is not None}}
+        client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
+        deployment = dataclasses.replace(deployment, client_spec=client_spec)
+        has_other_template = args.get("apply_chat_template") != own.get("apply_chat_template")
+        if self._max_sequence_length is not None or has_other_template:
             deployment = with_longest_sequence(deployment, source_of(deployment), self._max_sequence_length)
         tokenizer = get_tokenizer_config(deployment.tokenizer_name or model)
         if tokenizer is None:

@@ -30,8 +30,8 @@ from helm.benchmark.tokenizer_config_registry import (
     register_tokenizer_config,
 )
 
-from engine.checkpoint.description import ModelDescription, describe
-from engine.errors import CheckpointError, ConfigError
+from engine.checkpoint.description import ModelDescription, describe, with_window
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.policy import Policy
 from flexgen_helm.helm.requests.translate import Translator
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
@@ -143,6 +143,8 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
             apply_chat_template=apply_chat_template,
             top_k=None,
         )
+    except EngineError:
+        raise
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from None
     return end_of_text_token, prefix_token, translator
@@ -178,11 +180,18 @@ def _longest_sequence(
     return given or limit - added, None
 
 
-def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int) -> ModelDeployment:
-    """A deployment of ours of the model `source` with another `max_sequence_length`; `ConfigError` if it cannot be."""
-    description, args = describe(source, download_weights=False), deployment.client_spec.args
+def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int | None) -> ModelDeployment:
+    """A deployment of ours of the model `source` with another `max_sequence_length`; `ConfigError` if it cannot be.
+
+    None keeps the deployment's own, or lowers it where the chat template leaves less room.
+    """
+    args = deployment.client_spec.args
+    description = with_window(describe(source, download_weights=False), args.get("window"))
     _, _, translator = _read_tokenizer(description, args.get("apply_chat_template"))
+    is_asked, own = longest is not None, deployment.max_sequence_length
     longest, window = _longest_sequence(source, longest, description, translator)
+    if not is_asked and own is not None:
+        longest = min(longest, own)
     if window is not None:
         args = {**args, "window": window}
     client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)

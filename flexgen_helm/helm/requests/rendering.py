@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from helm.common.request import Request
 
-from engine.errors import UnsupportedError
+from engine.errors import ConfigError, UnsupportedError
 from flexgen_helm.helm.requests.tokenizer import sha256_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class Rendering:
         with tokenizer as hf_tokenizer:
             chat_template = hf_tokenizer.chat_template
             used = hf_tokenizer.get_chat_template() if chat_template else ""
+        if apply_chat_template and not chat_template:
+            raise ConfigError(
+                f"apply_chat_template is true, but the tokenizer of {model} has no chat template; leave it out"
+            )
         self.applies_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
         """Whether prompts that are answered go through the chat template."""
         self._digest = sha256_of(chat_template)
