@@ -96,7 +96,7 @@ def compare(
         started, is_sampled = time.time(), False
         if state.result is not None and state.result.success:
             text = translator.render(request)
-            ids = translator.encode(text)
+            ids = translator.encode(request, text)
             for job in translator.jobs(request, text, ids):
                 one, answer = _compare_job(state, job, completion_of(job), reference)
                 compared.append(one)
@@ -106,7 +106,7 @@ def compare(
             num_failed += 1
             try:
                 text = translator.render(request)
-                ids = translator.encode(text)
+                ids = translator.encode(request, text)
                 jobs = translator.jobs(request, text, ids)
                 is_sampled = not all(map(_is_greedy, jobs))
                 answers = [] if is_sampled else [_answer(job, reference) for job in jobs]

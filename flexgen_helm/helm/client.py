@@ -150,7 +150,7 @@ class FlexGenClient(CachingClient):
 
         def compute() -> Response:
             started = time.time()
-            ids = self._translator.encode(text)
+            ids = self._translator.encode(request, text)
             answer = self._served.batcher.ask(self._translator.jobs(request, text, ids))
             self._served.check_weights()
             timing = Timing(seconds=answer.seconds, started=started, num_requests=answer.num_requests)
@@ -263,7 +263,7 @@ class FlexGenClient(CachingClient):
 
     def _jobs(self, request: Request, text: str) -> tuple[tuple[int, ...], list[Job]]:
         """Token ids of a rendered prompt and the checked jobs that answer it."""
-        ids = self._translator.encode(text)
+        ids = self._translator.encode(request, text)
         jobs = self._translator.jobs(request, text, ids)
         for job in jobs:
             job.check()

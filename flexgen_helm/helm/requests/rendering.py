@@ -78,7 +78,7 @@ class Rendering:
                 f"the request has messages, but {self._model} is run without a chat template; "
                 "set apply_chat_template: true if it is a chat model"
             )
-        if not self._is_templated(request):
+        if not self.is_templated(request):
             return request.prompt
         messages = request.messages or [{"role": "user", "content": request.prompt}]
         try:
@@ -103,9 +103,10 @@ class Rendering:
 
     def digest(self, request: Request) -> str | None:
         """Of the template that the request goes through; None where it goes through none."""
-        return self._digest if self._is_templated(request) else None
+        return self._digest if self.is_templated(request) else None
 
-    def _is_templated(self, request: Request) -> bool:
+    def is_templated(self, request: Request) -> bool:
+        """Whether the request's prompt goes through the chat template."""
         is_only_scored = request.echo_prompt and request.max_tokens == 0
         return self.applies_template and (bool(request.messages) or not is_only_scored)
 

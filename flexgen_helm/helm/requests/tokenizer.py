@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -129,10 +130,37 @@ def _types(decoder: Any) -> Iterator[str]:
             yield from _types(each)
 
 
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it puts its beginning of text before a text that does not begin with it."""
-    plain, special = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
-    return tokenizer.bos_token_id is not None and special[:1] == [tokenizer.bos_token_id] != plain[:1]
+@dataclass(frozen=True)
+class EarlierRule:
+    """Tells where the rule for special tokens before `PromptTokenizer` made other ids of a prompt.
+
+    It took what the tokenizer makes of a text, less a BOS that the text spelled at its very beginning; templates and
+    what stands behind a text made no difference. Caches hold answers to such prompts.
+    """
+
+    beginnings: tuple[str, ...]
+    """What each token that the tokenizer puts before a text spells."""
+    bos: str | None
+    """The BOS, where that is all that the tokenizer puts before a text."""
+    has_end: bool
+    """Whether the tokenizer puts something behind a text."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int]) -> EarlierRule:
+        """That of a tokenizer which puts `prefix` before a text."""
+        own, whole = (tokenizer.encode("a", add_special_tokens=add) for add in (False, True))
+        return cls(
+            beginnings=tuple(str(tokenizer.decode([token])) for token in prefix),
+            bos=str(tokenizer.bos_token) if list(prefix) == [tokenizer.bos_token_id] else None,
+            has_end=len(whole) > len(prefix) + len(own),
+        )
+
+    def made_others(self, text: str, *, is_templated: bool) -> bool:
+        """Whether it made other ids of `text`."""
+        had_beginning = bool(self.beginnings) and not (self.bos is not None and text.startswith(self.bos))
+        begins_itself = text.lstrip().startswith(self.beginnings)
+        has_beginning = bool(self.beginnings) and not (is_templated or begins_itself)
+        return self.has_end or had_beginning != has_beginning
 
 
 _fingerprints: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

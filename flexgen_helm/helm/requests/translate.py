@@ -13,9 +13,10 @@ from helm.common.request import Request
 from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job, Sampling
 from engine.logit_rules import LogitRules, refused_settings
+from engine.text.prompt import PromptTokenizer
 from flexgen_helm.helm.requests.rendering import Rendering
 from flexgen_helm.helm.requests.results import PromptError, Response, Timing, response
-from flexgen_helm.helm.requests.tokenizer import Spelling, adds_bos, sha256_of, tokenizer_fingerprint
+from flexgen_helm.helm.requests.tokenizer import EarlierRule, Spelling, sha256_of, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
@@ -63,8 +64,8 @@ class Translator:
         self._end_of_text_token = end_of_text_token or None
         self._top_k = top_k
         with tokenizer as hf_tokenizer:
-            self._bos_token = str(hf_tokenizer.bos_token or "")
-            self._adds_bos = adds_bos(hf_tokenizer)
+            self._prompts = PromptTokenizer.of(hf_tokenizer)
+            self._earlier_rule = EarlierRule.of(hf_tokenizer, self._prompts.prefix)
             self._spelling = Spelling(hf_tokenizer)
             tokenizer_limit = limit if (limit := int(hf_tokenizer.model_max_length)) < _NO_LIMIT else None
             end_of_text_id = hf_tokenizer.get_vocab().get(end_of_text_token or "")
@@ -79,19 +80,20 @@ class Translator:
 
     @cached_property
     def num_added(self) -> int:
-        """Tokens by which a prompt grows at most: its chat template and special tokens, but for a BOS that may go.
+        """Tokens by which a prompt grows at most: those of its chat template, which HELM does not count in a window.
 
-        HELM counts none of them when it fills a window.
+        What the tokenizer puts before a prompt that goes through none is left out where there is no room for it.
         """
         try:
             texts = [self.render(Request(prompt=text)) for text in _PROBES]
         except UnsupportedError:  # a template that refuses these refuses all prompts, and says so then
             return 0
-        with self._tokenizer as tokenizer:
-            plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in _PROBES]
-            whole = [tokenizer(text)["input_ids"] for text in texts]
-        grown = max(len(after) - len(before) for after, before in zip(whole, plain, strict=True))
-        return max(0, grown - self._adds_bos)
+        with self._tokenizer:
+            pairs = [
+                (self._prompts.rendered(after), self._prompts.rendered(before))
+                for after, before in zip(texts, _PROBES, strict=True)
+            ]
+        return max(0, *(len(after) - len(before) for after, before in pairs))
 
     # Requests
 
@@ -138,6 +140,8 @@ class Translator:
         }
         if self._rules is not None and request.max_tokens > 0:
             key["generation_config"] = self._rules.told()
+        if self._earlier_rule.made_others(text, is_templated=self._rendering.is_templated(request)):
+            key["special_tokens"] = "once"  # answers to the ids of the earlier rule are in caches under the same key
         if self._given_window is not None:  # else it follows from the model's files
             key["window"] = self._given_window
         return key if request.random is None else {**key, "random": request.random}
@@ -155,32 +159,26 @@ class Translator:
             "frequency_penalty": float(request.frequency_penalty),
         }
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered prompt, with the special tokens that the tokenizer adds; raises `PromptError`.
+    def encode(self, request: Request, text: str) -> tuple[int, ...]:
+        """Token ids of a request whose rendered prompt is `text`, by `PromptTokenizer`; raises `PromptError`.
 
-        The tokenizer's BOS is left out where the prompt brings its own (HELM begins language-modelling prompts with
-        it), and where it alone would overflow the window: HELM fills windows without counting it.
+        HELM begins language-modelling prompts with the tokenizer's own beginning, and fills windows without counting
+        it.
         """
         try:
-            with self._tokenizer as tokenizer:
-                ids = self._one_of_each(tokenizer(text, return_token_type_ids=False)["input_ids"])
+            with self._tokenizer:
+                if self._rendering.is_templated(request):
+                    ids = self._one_of_each(self._prompts.rendered(text))
+                else:
+                    ids = self._one_of_each(self._prompts.plain(text, room=self.window))
         except (TypeError, ValueError) as error:  # lone surrogates, for example
             raise PromptError(f"the prompt cannot be tokenized: {' '.join(str(error).split())}") from None
-        if self._has_one_bos_too_many(text, ids):
-            ids = ids[1:]
         self._check_length(ids)
         return ids
 
     def _one_of_each(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The same numbers as objects that all prompts share: those of a suite hold millions of equal ones."""
         return tuple(map(self._numbers.setdefault, ids, ids))
-
-    def _has_one_bos_too_many(self, text: str, ids: Sequence[int]) -> bool:
-        if not self._adds_bos:
-            return False
-        if text.startswith(self._bos_token):
-            return len(ids) > 1 and ids[1] == ids[0]
-        return self.window is not None and len(ids) == self.window + 1
 
     def _check_length(self, ids: Sequence[int]) -> None:
         if not ids:

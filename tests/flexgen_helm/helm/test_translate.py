@@ -38,6 +38,12 @@ def reference(model: Path, **args: Any) -> Any:
     return HuggingFaceClient(BlackHoleCacheConfig(), tokenizer, str(model), "</s>", **args)
 
 
+def encoded(translated: Translator, text: str) -> list[int]:
+    """Ids of a prompt, through the chat template if there is one."""
+    request = Request(prompt=text, model="local/tiny")
+    return list(translated.encode(request, translated.render(request)))
+
+
 def tokenizer_of(model: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -130,22 +136,22 @@ def test_a_template_that_refuses_a_request_says_so_in_one_line(tiny_chat: Path) 
 def test_prompts_are_tokenized_as_the_reference_does(tiny_llama: Path, tiny_llama_with_bos: Path, text: str) -> None:
     for model in (tiny_llama, tiny_llama_with_bos):
         expected = tokenizer_of(model)(text, return_token_type_ids=False)["input_ids"]
-        assert list(translator(model).encode(text)) == expected
+        assert encoded(translator(model), text) == expected
 
 
 def test_a_bos_that_the_prompt_brings_is_not_doubled(tiny_llama_with_bos: Path) -> None:
     tokenizer, translated = tokenizer_of(tiny_llama_with_bos), translator(tiny_llama_with_bos)
     bos = tokenizer.bos_token_id
     plain = tokenizer("text", add_special_tokens=False)["input_ids"]
-    assert list(translated.encode("text")) == [bos, *plain]
-    assert list(translated.encode("</s>text")) == [bos, *plain]
-    assert list(translated.encode("</s></s>text")) == [bos, bos, *plain]
-    assert list(translated.encode("</s>")) == [bos]
+    assert encoded(translated, "text") == [bos, *plain]
+    assert encoded(translated, "</s>text") == [bos, *plain]
+    assert encoded(translated, "</s></s>text") == [bos, bos, *plain]
+    assert encoded(translated, "</s>") == [bos]
 
 
 def test_without_a_bos_of_the_tokenizer_nothing_is_dropped(tiny_llama: Path) -> None:
     bos = tokenizer_of(tiny_llama).bos_token_id
-    assert list(translator(tiny_llama).encode("</s></s>text"))[:2] == [bos, bos]
+    assert encoded(translator(tiny_llama), "</s></s>text")[:2] == [bos, bos]
 
 
 def test_a_prompt_that_fills_the_window_as_helm_counts_runs_without_the_tokenizers_bos(
@@ -154,14 +160,14 @@ def test_a_prompt_that_fills_the_window_as_helm_counts_runs_without_the_tokenize
     tokenizer = tokenizer_of(tiny_llama_with_bos)
     plain = tokenizer(" x1" * 9, add_special_tokens=False)["input_ids"]
     fits = translator(tiny_llama_with_bos, window=len(plain))
-    assert list(fits.encode(" x1" * 9)) == plain
+    assert encoded(fits, " x1" * 9) == plain
     with pytest.raises(PromptError, match=f"has {len(plain) + 1} tokens, more than the {len(plain) - 1}"):
-        translator(tiny_llama_with_bos, window=len(plain) - 1).encode(" x1" * 9)
+        encoded(translator(tiny_llama_with_bos, window=len(plain) - 1), " x1" * 9)
 
 
 def test_lone_surrogates_fail_as_a_prompt_error(tiny_llama: Path) -> None:
     with pytest.raises(PromptError, match="cannot be tokenized"):
-        translator(tiny_llama).encode("\ud800")
+        encoded(translator(tiny_llama), "\ud800")
 
 
 # Jobs
@@ -184,7 +190,7 @@ requests = st.builds(
 
 def jobs_of(translated: Translator, request: Request) -> list[Any]:
     text = translated.render(request)
-    return translated.jobs(request, text, translated.encode(text))
+    return translated.jobs(request, text, translated.encode(request, text))
 
 
 @settings(max_examples=60, deadline=None)
@@ -241,7 +247,7 @@ def test_a_scoring_request_is_one_job_that_only_scores(tiny_llama: Path) -> None
 
 def test_generation_ends_where_positions_end(tiny_llama: Path) -> None:
     translated = translator(tiny_llama, window=10)
-    ids = translated.encode("x1 x2 x3")
+    ids = encoded(translated, "x1 x2 x3")
     for max_tokens in (1, 100):
         (job,) = translated.jobs(Request(prompt="", temperature=0.0, max_tokens=max_tokens), "", ids)
         assert job.max_new_tokens == min(max_tokens, 10 - len(ids) + 1)
@@ -260,9 +266,7 @@ def test_tokens_that_are_added_to_a_prompt_are_counted(
     assert translator(tiny_llama).num_added == translator(tiny_llama_with_bos).num_added == 0
     chat = translator(tiny_chat, apply_chat_template=None)
     texts = ["Hello", "x = 1\n\n", "\u00e9"]
-    grown = [
-        len(chat.encode(chat.render(Request(prompt=text)))) - len(translator(tiny_llama).encode(text)) for text in texts
-    ]
+    grown = [len(encoded(chat, text)) - len(encoded(translator(tiny_llama), text)) for text in texts]
     assert 5 < max(grown) <= chat.num_added <= max(grown) + 2
 
 
@@ -270,7 +274,7 @@ def test_tokens_that_are_added_to_a_prompt_are_counted(
 
 
 def round_trip(translated: Translator, request: Request, completions: list[Completion], timing: Timing = ALONE) -> Any:
-    ids = translated.encode(translated.render(request))
+    ids = translated.encode(request, translated.render(request))
     response = translated.response(request, ids, completions, timing)
     return result(json.loads(json.dumps(response)), cached=True)
 
@@ -339,7 +343,7 @@ def test_results_equal_the_references(
             max_tokens=0 if echo else 9, echo_prompt=echo, stop_sequences=[] if echo else ["\n"],
         )  # fmt: skip
         expected = reference(model, device="cpu").make_request(request).completions[0]
-        ids = translator(model).encode(request.prompt)
+        ids = translator(model).encode(request, request.prompt)
         vocabulary = {tokenizer_of(model).decode(token): token for token in range(len(tokenizer_of(model)))}
         generated = () if echo else tuple(vocabulary[token.text] for token in expected.tokens)
         completion = Completion(
