@@ -162,7 +162,7 @@ class _RecordingExecutor(WholeRunExecutor):
         """Make every engine that is loaded meanwhile tell its completions, and close it in the end."""
         load = engines.load
         engines.close()  # one that is loaded already would not tell
-        engines.load = lambda path, policy: _Recorded(load(path, policy), self)
+        engines.load = lambda path, policy, window: _Recorded(load(path, policy, window), self)
         try:
             yield
         finally:
@@ -221,4 +221,5 @@ def _served(run_spec: RunSpec) -> Served:
             f"verify is for runs of our engine, and {run_spec.name} is one of {class_name.rsplit('.', 1)[-1]}; "
             "leave model_deployment out of the run entry"
         )
-    return engines.served(source_of(deployment), Policy.load(deployment.client_spec.args.get("policy", "auto")))
+    args = deployment.client_spec.args
+    return engines.served(source_of(deployment), Policy.load(args.get("policy", "auto")), args.get("window"))

@@ -43,8 +43,8 @@ class FlexGenClient(CachingClient):
 
     `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `apply_chat_template` is, if
     left out, whether the tokenizer has one; prompts that are only scored never go through it. `top_k` restricts
-    sampling (HELM's `top_k_per_token` asks for candidates and never does). `window` is the most positions the model
-    takes, where its files do not tell. Everything that HELM injects is told by the parameters' names.
+    sampling (HELM's `top_k_per_token` asks for candidates and never does). `window` is the most positions a
+    sequence has, in place of what the model's files tell. What HELM injects is told by the parameters' names.
     """
 
     def __init__(
@@ -71,8 +71,6 @@ class FlexGenClient(CachingClient):
             )
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k {top_k} of {self._model} is below 1; leave it out to sample among all tokens")
-        if window is not None and window < 1:
-            raise ConfigError(f"window {window} of {self._model} is below 1; leave it out to take the model's own")
         self._tokenizer = tokenizer
         self.policy = Policy.load(policy)
         self._end_of_text_token = end_of_text_token
@@ -83,7 +81,7 @@ class FlexGenClient(CachingClient):
 
     @cached_property
     def _served(self) -> Served:
-        return engines.served(self._model, self.policy)
+        return engines.served(self._model, self.policy, self._window)
 
     @cached_property
     def _translator(self) -> Translator:
@@ -96,7 +94,7 @@ class FlexGenClient(CachingClient):
         return Translator(
             tokenizer,
             model=self._model,
-            window=self._window_of_model(),
+            window=self._served.description.window,
             is_window_given=self._window is not None,
             pad_to=pad if isinstance(pad, int) else None,
             end_of_text_token=self._end_of_text_token,
@@ -105,16 +103,14 @@ class FlexGenClient(CachingClient):
             generation_config=read_generation_config(Path(self._served.description.path)),
         )
 
-    def _window_of_model(self) -> int | None:
-        own = self._served.description.window
-        if self._window is not None and own is not None and self._window > own:
-            raise ConfigError(f"window {self._window} of {self._model} exceeds the {own} of its config; leave it out")
-        return own if self._window is None else self._window
-
     @property
     def notes(self) -> list[str]:
         """What shapes the answers beyond what requests say, a line each: to be told in the first lines of a run."""
-        return self._translator.notes
+        notes, window = self._translator.notes, self._window
+        own = engines.served(self._model, self.policy).description.window if window is not None else None
+        if own is not None and window != own:
+            notes.append(f"sequences of {self._model} have up to {window} positions, as window says, in place of {own}")
+        return notes
 
     @property
     def applies_chat_template(self) -> bool:

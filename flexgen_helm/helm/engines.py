@@ -14,7 +14,7 @@ from typing import Protocol
 
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
-from engine.checkpoint.description import ModelDescription, describe
+from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.checkpoint.identity import result_identity
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.errors import EngineError
@@ -44,15 +44,15 @@ class RunningEngine(Protocol):
         """Give back all memory and files."""
 
 
-Load = Callable[[str, Policy], RunningEngine]
-"""Makes a running engine of a model directory and a policy."""
+Load = Callable[[str, Policy, int | None], RunningEngine]
+"""Makes a running engine of a model directory, a policy, and a window in place of the model's own."""
 
 
-def load_engine(path: str, policy: Policy) -> RunningEngine:
+def load_engine(path: str, policy: Policy, window: int | None = None) -> RunningEngine:
     """Load weights; takes as long as reading them does."""
     from engine import Engine
 
-    engine: RunningEngine = Engine.from_pretrained(path, policy=policy)
+    engine: RunningEngine = Engine.from_pretrained(path, policy=policy, window=window)
     return engine
 
 
@@ -62,8 +62,11 @@ class Served:
     Safe to use from several threads. What failed once fails again at once, with the same error.
     """
 
-    def __init__(self, registry: EngineRegistry, description: ModelDescription, policy: Policy) -> None:
-        self.description = description
+    def __init__(
+        self, registry: EngineRegistry, description: ModelDescription, policy: Policy, window: int | None = None
+    ) -> None:
+        self.description = with_window(description, window)
+        self._window = window
         self.policy = policy
         self.batcher = Batcher(self.stream)
         self._registry = registry
@@ -143,7 +146,7 @@ class Served:
                 if chosen.note:
                     hlog(chosen.note)
                 self._estimate = chosen.estimate
-                engine = self._registry.load(path, chosen.policy)
+                engine = self._registry.load(path, chosen.policy, self._window)
                 if self._weights is not None:
                     self._weights.check_names()  # else the engine has opened others than those of the identity
                 return engine
@@ -158,6 +161,14 @@ class Served:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
+
+    def forget(self) -> None:
+        """Close, and let go of the weight files, too; who asks for the identity again opens them anew."""
+        self.close()
+        with self._lock:
+            if self._weights is not None:
+                self._weights.close()
+            self._weights = self._identity = None
 
     @property
     def is_idle(self) -> bool:
@@ -177,11 +188,14 @@ class EngineRegistry:
         self.loading = threading.Lock()
         """Held while an engine loads; a second one would measure memory that the first is about to take."""
         self._lock = threading.Lock()
-        self._served: dict[tuple[str, Policy], Served] = {}
+        self._served: dict[tuple[str, Policy, int | None], Served] = {}
         self._described: dict[str, ModelDescription | EngineError] = {}
 
-    def served(self, model: str, policy: Policy) -> Served:
-        """The `Served` of a hub id or directory; raises `EngineError` when it is no usable model."""
+    def served(self, model: str, policy: Policy, window: int | None = None) -> Served:
+        """The `Served` of a hub id or directory; raises `EngineError` when it is no usable model.
+
+        window: most positions of a sequence, in place of what the model's files tell.
+        """
         with self._lock:
             if model not in self._described:
                 try:
@@ -191,9 +205,9 @@ class EngineRegistry:
             description = self._described[model]
             if isinstance(description, EngineError):
                 raise description.with_traceback(None)
-            key = (os.path.realpath(description.path), policy)
+            key = (os.path.realpath(description.path), policy, window)
             if key not in self._served:
-                self._served[key] = Served(self, description, policy)
+                self._served[key] = Served(self, description, policy, window)
             return self._served[key]
 
     def close_idle(self) -> None:
@@ -205,7 +219,7 @@ class EngineRegistry:
     def close(self) -> None:
         """Close all engines and forget what is known of the models."""
         for served in self._everyone():
-            served.close()
+            served.forget()
         with self._lock:
             self._served.clear()
             self._described.clear()

@@ -11,8 +11,9 @@ from helm.benchmark.model_deployment_registry import ALL_MODEL_DEPLOYMENTS, Clie
 from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, register_tokenizer_config
 
-from engine.checkpoint.description import describe
+from engine.checkpoint.description import describe, with_window
 from engine.errors import ConfigError, EngineError
+from engine.policy import Policy
 from flexgen_helm.runs.entries import Target
 from flexgen_helm.runs.flags import PolicySpec
 from flexgen_helm.runs.registration import (
@@ -87,7 +88,7 @@ class Models:
         deployment = None if self._path or Path(model).expanduser().is_dir() else our_deployment(model)
         if deployment is None:
             return None
-        describe(source_of(deployment))
+        description = describe(source_of(deployment))
         own = deployment.client_spec.args
         asked = {"policy": self._policy, "apply_chat_template": self._apply_chat_template}
         args = {**own, **{name: value for name, value in asked.items() if value is not None}}
@@ -96,6 +97,8 @@ class Models:
         has_other_template = args.get("apply_chat_template") != own.get("apply_chat_template")
         if self._max_sequence_length is not None or has_other_template:
             deployment = with_longest_sequence(deployment, source_of(deployment), self._max_sequence_length)
+        args = deployment.client_spec.args
+        Policy.load(args.get("policy", "auto")).check_window(with_window(description, args.get("window")).window)
         tokenizer = get_tokenizer_config(deployment.tokenizer_name or model)
         if tokenizer is None:
             raise ConfigError(

@@ -79,6 +79,7 @@ def entries_for(
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
     end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
+    Policy.load(policy).check_window(window or description.window)
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
     if apply_chat_template is not None:
         args["apply_chat_template"] = apply_chat_template
@@ -153,7 +154,7 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
 def _longest_sequence(
     model: str, given: int | None, description: ModelDescription, translator: Translator
 ) -> tuple[int, int | None]:
-    """HELM's max_sequence_length, and the window where it must be told because the model's config does not.
+    """HELM's max_sequence_length, and the window where it must be told because it is not what the model's files tell.
 
     HELM counts a prompt's own tokens only, so that those of a chat template must find room beside them.
     """
@@ -162,21 +163,22 @@ def _longest_sequence(
         raise ConfigError(
             f"max_sequence_length {given} of {model} is below 1; leave it out to take what its files tell"
         )
-    if given is not None and description.window is None:
+    own, limit = description.window, translator.window
+    beside = f" beside the {added} tokens of its chat template" if added else ""
+    if given is not None and (own is None or given + added > own):
+        longest = description.longest_window
+        if longest is not None and given + added > longest:
+            raise ConfigError(
+                f"max_sequence_length {given} of {model} is more than its window, which can be {longest} at most, has "
+                f"room for{beside}; give {longest - added} or less"
+            )
         return given, given + added
-    limit = translator.window
     if limit is None:
         raise ConfigError(
             f"neither config nor tokenizer of {model} tell its longest sequence; give --max-sequence-length N"
         )
-    beside = f" beside the {added} tokens of its chat template" if added else ""
     if limit <= added:
         raise ConfigError(f"the chat template of {model} takes {added} tokens, and its window is {limit}")
-    if given is not None and given > limit - added:
-        raise ConfigError(
-            f"max_sequence_length {given} of {model} is more than its window, {limit}, has room for{beside}; "
-            f"give {limit - added} or less"
-        )
     return given or limit - added, None
 
 

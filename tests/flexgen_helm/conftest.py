@@ -72,7 +72,7 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
 
     loaded: list[FakeEngine] = []
 
-    def load(path: str, policy: object) -> FakeEngine:
+    def load(path: str, policy: object, window: int | None = None) -> FakeEngine:
         loaded.append(FakeEngine(AutoTokenizer.from_pretrained(path)))
         return loaded[-1]
 
@@ -93,8 +93,8 @@ def failing_engines(fake_engines: list[FakeEngine]) -> Callable[[EngineError, in
     def failing(fault: EngineError, after: int) -> Iterator[None]:
         load = engines.load
 
-        def faulty(path: str, policy: Any) -> FakeEngine:
-            engine = load(path, policy)
+        def faulty(path: str, policy: Any, window: int | None) -> FakeEngine:
+            engine = load(path, policy, window)
             assert isinstance(engine, FakeEngine)
             engine.fault, engine.fault_after = fault, after
             return engine

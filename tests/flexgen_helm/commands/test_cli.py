@@ -231,9 +231,11 @@ def test_a_longest_sequence_leaves_room_for_the_chat_template(
     (deployment,) = yaml.safe_load(Path("env/model_deployments.yaml").read_text())["model_deployments"]
     room = deployment["max_sequence_length"]
     capsys.readouterr()
-    register = ("register", tiny_chat, "--local-path", "other", "--max-sequence-length")
-    assert f"give {room} or less" in refused(capsys, cli(*register, room + 1))
-    assert cli(*register, room) == 0
+    for asked, window in ((room, None), (room + 1, 513)):  # rotary positions go on beyond the window of the files
+        env = f"other-{asked}"
+        assert cli("register", tiny_chat, "--local-path", env, "--max-sequence-length", asked) == 0
+        (deployment,) = yaml.safe_load(Path(env, "model_deployments.yaml").read_text())["model_deployments"]
+        assert deployment["client_spec"]["args"].get("window") == window
 
 
 def test_a_failed_run_is_exit_code_1_and_keeps_what_went_well(
@@ -400,7 +402,7 @@ def test_a_run_that_is_refused_late_takes_back_its_own_files_only(
 
     load, theirs = engines.load, dict[str, bytes]()
 
-    def meanwhile(path: str, policy: Any) -> Any:
+    def meanwhile(path: str, policy: Any, window: int | None) -> Any:
         with closing(sqlite3.connect("prod_env/cache/other.sqlite")) as cache:
             cache.execute("CREATE TABLE unnamed (key TEXT, value BLOB)")
         Path("prod_env/credentials.conf").write_text("key: 1")
@@ -410,7 +412,7 @@ def test_a_run_that_is_refused_late_takes_back_its_own_files_only(
         for name in ("prod_env/cache/other.sqlite", "prod_env/credentials.conf", "prod_env/model_metadata.yaml",
                      "benchmark_output/notes.txt"):  # fmt: skip
             theirs[name] = Path(name).read_bytes()
-        return load(path, policy)
+        return load(path, policy, window)
 
     monkeypatch.setattr(engines, "load", meanwhile)
     assert cli("run", "-r", ENTRY, "--model", misfit, "-m", 1) == 2

@@ -338,7 +338,7 @@ def test_an_engine_that_cannot_be_built_is_tried_once_and_fails_every_request(
 
     attempts: list[str] = []
 
-    def load(path: str, policy: object) -> FakeEngine:
+    def load(path: str, policy: object, window: int | None) -> FakeEngine:
         attempts.append(path)
         raise CapacityError("weights 59.2 GB exceed 16.0 GB")
 

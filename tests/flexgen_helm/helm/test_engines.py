@@ -26,7 +26,7 @@ class Loader:
         self.failure: Exception | None = None
         self.attempts = 0
 
-    def __call__(self, path: str, policy: Policy) -> FakeEngine:
+    def __call__(self, path: str, policy: Policy, window: int | None) -> FakeEngine:
         from transformers import AutoTokenizer
 
         self.attempts += 1
@@ -118,7 +118,7 @@ from flexgen_helm.helm.engines import engines
 class Speaking(FakeEngine):
     def close(self):
         print("closed")
-engines.load = lambda path, policy: Speaking(AutoTokenizer.from_pretrained(path))
+engines.load = lambda path, policy, window: Speaking(AutoTokenizer.from_pretrained(path))
 served = engines.served({str(tiny_llama)!r}, Policy(device="cpu"))
 print(len(served.batcher.ask([Job(prompt=[20])]).completions))
 """

@@ -222,7 +222,7 @@ def test_a_model_that_does_not_fit_is_bad_input_and_a_fault_is_not(
 ) -> None:
     from flexgen_helm.helm.engines import engines
 
-    def load(path: str, policy: object) -> Any:
+    def load(path: str, policy: object, window: int | None) -> Any:
         raise errors.pop()
 
     monkeypatch.setattr(engines, "load", load)

@@ -136,7 +136,7 @@ def test_the_engine_is_loaded_with_it_and_the_end_is_compared(
     monkeypatch.setattr(engines, "choose", lambda *_: Chosen(chosen, cast(Estimate, estimate), "auto: a note"))
     loaded: list[Policy] = []
 
-    def load(path: str, policy: Policy) -> FakeEngine:
+    def load(path: str, policy: Policy, window: int | None) -> FakeEngine:
         loaded.append(policy)
         return FakeEngine(AutoTokenizer.from_pretrained(path))
 

@@ -460,9 +460,9 @@ def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
 
     load = engines.load
 
-    def slowly(path: str, policy: Any) -> SlowEngine:
+    def slowly(path: str, policy: Any, window: int | None) -> SlowEngine:
         time.sleep(0.5)
-        return SlowEngine(load(path, policy).tokenizer)  # type: ignore[attr-defined]
+        return SlowEngine(load(path, policy, window).tokenizer)  # type: ignore[attr-defined]
 
     def interrupted(self: Any, *args: Any) -> None:
         raise KeyboardInterrupt
