@@ -251,7 +251,19 @@ def merge_into_local_path(
         for (file, key), mapping in zip(_FILES, mappings, strict=True)
         if not _helm_ships(file, mapping["name"])
     ]
-    return add_to_yaml_lists(additions, made)
+    return add_to_yaml_lists(additions, made, _as_now)
+
+
+def _as_now(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry with `WITHOUT_CODE`, which earlier versions left out and which holds for their entries, too."""
+    spec = entry.get("tokenizer_spec")
+    if (
+        not isinstance(spec, Mapping)
+        or spec.get("class_name") != TOKENIZER
+        or not isinstance(spec.get("args"), Mapping)
+    ):
+        return entry
+    return {**entry, "tokenizer_spec": {**spec, "args": {**WITHOUT_CODE, **spec["args"]}}}
 
 
 def _as_mapping(entry: ModelMetadata | TokenizerConfig | ModelDeployment) -> dict[str, Any]:

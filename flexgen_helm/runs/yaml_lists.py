@@ -23,9 +23,14 @@ _WAIT_S = 30.0
 """That another process may take to add its entries, which are a few lines."""
 
 
-def add_to_yaml_lists(additions: Sequence[Addition], made: Callable[[Path], None] = lambda file: None) -> list[str]:
+def add_to_yaml_lists(
+    additions: Sequence[Addition],
+    made: Callable[[Path], None] = lambda file: None,
+    as_now: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda entry: entry,
+) -> list[str]:
     """Add each entry whose name its list does not have; return one line for each that is there with other content.
 
+    `as_now` says what an entry of a file would be today, where earlier versions wrote the same in another way.
     All files are checked before the first is written, each is replaced as a whole, and processes that do so at once
     wait for each other. `made` is called with each file that was not there before. Raises `ConfigError` for a file that
     cannot be read, extended or written.
@@ -39,7 +44,7 @@ def add_to_yaml_lists(additions: Sequence[Addition], made: Callable[[Path], None
             same_name = [other for other in known if isinstance(other, Mapping) and other.get("name") == entry["name"]]
             if not same_name:
                 texts[path] = _with_entry(path, key, text or "", entry)
-            elif same_name[-1] != entry:
+            elif as_now(same_name[-1]) != entry:
                 notices.append(f"{path} has another entry {entry['name']}; it was kept as it is")
         for path, text in texts.items():
             is_new = not path.exists()

@@ -131,6 +131,25 @@ def test_merging_again_changes_nothing(entries: Entries, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{file}.yaml" for file in FILES)
 
 
+def test_an_entry_of_an_earlier_version_is_the_same_entry(entries: Entries, tmp_path: Path) -> None:
+    """They did not write down that code of a model's directory is refused."""
+    merge_into_local_path(entries, tmp_path)
+    file = tmp_path / "tokenizer_configs.yaml"
+    content = yaml.safe_load(file.read_text())
+    args = content["tokenizer_configs"][0]["tokenizer_spec"]["args"]
+    assert args.pop("trust_remote_code") is False
+    file.write_text(yaml.safe_dump(content))
+    before = file.read_bytes()
+    assert merge_into_local_path(entries, tmp_path) == []
+    for other in ({"trust_remote_code": True}, {"use_fast": False}):
+        content["tokenizer_configs"][0]["tokenizer_spec"]["args"] = {**args, **other}
+        file.write_text(yaml.safe_dump(content))
+        (line,) = merge_into_local_path(entries, tmp_path)
+        assert "has another entry" in line
+    file.write_bytes(before)
+    assert merge_into_local_path(entries, tmp_path) == []
+
+
 def test_an_entry_of_the_user_is_kept_and_named(tiny_llama: Path, entries: Entries, tmp_path: Path) -> None:
     merge_into_local_path(entries, tmp_path)
     before = (tmp_path / "model_deployments.yaml").read_bytes()
