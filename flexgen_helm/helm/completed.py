@@ -1,10 +1,13 @@
-"""Whether a run that has all its files is whole: each is read as HELM's own tools read it."""
+"""Whether a run that has all its files is whole: HELM's own tools can read each, and all requests were answered."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_UNANSWERED = b'"success": false'
+"""As HELM writes it; in a text, quotes would have backslashes."""
 
 
 def damaged_files(run_path: str | Path) -> Iterator[str]:
@@ -19,6 +22,14 @@ def damaged_files(run_path: str | Path) -> Iterator[str]:
             continue
         if name == "stats.json" and not found:
             yield name
+
+
+def num_unanswered(run_path: str | Path) -> int:
+    """Requests of a run that failed, by its own file; none where that cannot be read."""
+    try:
+        return (Path(run_path) / "scenario_state.json").read_bytes().count(_UNANSWERED)
+    except OSError:
+        return 0
 
 
 def _kinds() -> dict[str, Any]:

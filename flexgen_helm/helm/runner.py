@@ -25,7 +25,7 @@ require_engine()
 from engine.errors import EngineError  # noqa: E402 - after the line that says whose engine this is
 from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
-from flexgen_helm.helm.completed import damaged_files  # noqa: E402
+from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
 from flexgen_helm.helm.uncached_tokenizer import UncachedTokenizer  # noqa: E402
@@ -126,12 +126,19 @@ class FlexGenRunner(Runner):
             raise RunsFailed(failures)
 
     def _is_run_completed(self, run_path: str) -> bool:
-        """Whether all files of a run are there and can be read; HELM would only look whether they are there."""
+        """Whether a run's files are there and can be read, and all its requests were answered.
+
+        HELM would only look whether the files are there.
+        """
         if not super()._is_run_completed(run_path):
             return False
         if damaged := list(damaged_files(run_path)):
             hwarn(f"{run_path} is not taken for completed, since {', '.join(damaged)} cannot be read; it is run again")
-        return not damaged
+        elif failed := num_unanswered(run_path):
+            hwarn(f"{run_path} is not taken for completed, since {failed} of its requests failed; it is run again")
+        else:
+            return True
+        return False
 
     def _is_done(self, run_spec: RunSpec) -> bool:
         return self.skip_completed_runs and self._is_run_completed(self._get_run_path(run_spec))

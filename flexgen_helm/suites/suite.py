@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError
+from flexgen_helm.helm.completed import num_unanswered
 from flexgen_helm.helm.scores import FALLBACK_METRICS, Score, choose, is_plain, main_metric
 from flexgen_helm.sweeps.record import FILE_NAME, ModelRecord, RunRecord, SweepRecord, read_record
 
@@ -20,8 +21,6 @@ RATIOS = {"bits_per_byte": ("num_bytes", 1 / math.log(2)), "perplexity": ("num_p
 """Metrics that HELM takes from sums over all instances: minus log-probability per what, times what.
 
 The perplexity is the exponential of that."""
-_UNANSWERED = b'"success": false'
-"""As HELM writes it; in a text, quotes would have backslashes."""
 LOWER_IS_BETTER = frozenset({*RATIOS, "error_rate"})
 """Known without asking the metrics."""
 
@@ -184,11 +183,7 @@ def _read_run(path: Path, recorded: RunRecord | None, *, is_there: bool) -> Run:
 
 def _num_failed(path: Path, recorded: RunRecord | None) -> int:
     """Requests that were not answered: what the run's own file says, which later commands do not repeat."""
-    try:
-        found = (path / "scenario_state.json").read_bytes().count(_UNANSWERED)
-    except OSError:
-        found = 0
-    return max(found, recorded.failed_requests if recorded else 0)
+    return max(num_unanswered(path), recorded.failed_requests if recorded else 0)
 
 
 def _model_in(name: str) -> str:

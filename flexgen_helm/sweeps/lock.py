@@ -32,6 +32,18 @@ class SuiteLock:
         self._handle: int | None = None
 
     def __enter__(self) -> SuiteLock:
+        while True:
+            handle = self._locked()
+            if self._is_named(handle):
+                break
+            os.close(handle)  # a sweep that was refused has removed the file meanwhile: another may hold a new one
+        self._handle = handle
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        return self
+
+    def _locked(self) -> int:
+        """The file, opened and locked."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -51,10 +63,14 @@ class SuiteLock:
             raise ConfigError(
                 f"{self._path} cannot be locked: {error.strerror}; put --output-path on another file system"
             ) from None
-        self._handle = handle
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
-        return self
+        return handle
+
+    def _is_named(self, handle: int) -> bool:
+        """Whether the suite's file is still the one that is open."""
+        try:
+            return os.path.samestat(os.fstat(handle), self._path.stat())
+        except OSError:
+            return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

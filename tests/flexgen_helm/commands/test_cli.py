@@ -390,7 +390,11 @@ def misfit(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_a_run_that_is_refused_when_it_loads_leaves_nothing(
     cli: Cli, misfit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "do not belong together" in refused(capsys, cli("run", "-r", ENTRY, "--model", misfit, "-m", 1))
+    assert cli("run", "-r", ENTRY, "--model", misfit, "-m", 1) == 2
+    note, error = capsys.readouterr().err.splitlines()
+    assert "no chat template" in note
+    assert error.startswith("flexgen-helm: error: ")
+    assert "do not belong together" in error
     assert not list(Path.cwd().iterdir())
 
 
@@ -636,6 +640,31 @@ def test_a_damaged_run_is_run_again_where_completed_ones_are_skipped(cli: Cli, t
     stats.write_text(whole[: len(whole) // 2])
     assert cli(*command) == 0
     assert json.loads(stats.read_text())
+
+
+def test_a_run_with_failed_requests_is_run_again_where_completed_ones_are_skipped(
+    cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine]
+) -> None:
+    """HELM's own reader says of each state whether it was answered."""
+    from helm.benchmark.adaptation.scenario_state import ScenarioState
+    from helm.common.codec import from_json
+
+    def answered() -> list[bool]:
+        (file,) = Path("benchmark_output/runs/default").glob("*/scenario_state.json")
+        return [state.result.success for state in from_json(file.read_bytes(), ScenarioState).request_states]
+
+    command = ("run", "-r", ENTRY, "--model", tiny_llama, "-m", 3, "--skip-completed-runs", "--disable-cache")
+    assert cli(*command) == 0
+    asked = [job.prompt for job in fake_engines[0].calls[0]]
+    assert cli(*command) == 0
+    assert len(fake_engines[0].calls) == 1
+    shutil.rmtree("benchmark_output")
+    fake_engines[0].bad_tokens = set(asked[0]) - set(asked[1]) - set(asked[2])
+    assert cli(*command) == 1
+    assert sorted(answered()) == [False, True, True]
+    fake_engines[0].bad_tokens = set()
+    assert cli(*command) == 0
+    assert answered() == [True, True, True]
 
 
 @pytest.fixture(scope="module")

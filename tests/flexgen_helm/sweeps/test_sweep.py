@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -513,6 +514,27 @@ with SuiteLock(Path({str(suite("held").absolute())!r})):
     with SuiteLock(suite("held")):  # its owner is dead
         pass
     assert cli(*command) == 0
+
+
+def test_a_lock_whose_file_is_gone_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the file and locking it, its holder gives up, removes it, and another makes a new one."""
+    from flexgen_helm.sweeps import lock
+
+    flock, others = fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        if not others:
+            (tmp_path / lock.FILE_NAME).unlink()
+            others.append(os.open(tmp_path / lock.FILE_NAME, os.O_RDWR | os.O_CREAT))
+            flock(others[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(handle, operation)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with pytest.raises(lock.SuiteHeld), lock.SuiteLock(tmp_path):
+        pass
+    os.close(others[0])
+    with lock.SuiteLock(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("refusal", ["the same suite", "a log that cannot be written", "an unknown scenario"])
