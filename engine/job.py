@@ -10,6 +10,9 @@ from typing import Literal
 from engine.errors import EngineError, JobError
 from engine.logit_rules import LogitRules
 
+MOST_COMPLETIONS = 10_000
+"""That anybody may ask for of one prompt: each is a job, and a billion would fill the memory."""
+
 FinishReason = Literal["stop", "length", "endoftext"]
 
 
@@ -65,7 +68,10 @@ class Job:
     def check(self) -> None:
         """Raise `JobError` for a job that no model could run."""
         if isinstance(self.prompt, str):
-            raise JobError("the prompt is text; give token ids, for example engine.tokenizer(text)['input_ids']")
+            raise JobError(
+                "the prompt is text; give token ids, for example those of engine.text.prompt: "
+                "PromptTokenizer.of(engine.tokenizer).plain(text)"
+            )
         if len(self.prompt) == 0:
             raise JobError("the prompt is empty; a model needs at least one token (its BOS, for example)")
         if not is_whole(self.max_new_tokens):
@@ -102,6 +108,12 @@ class Completion:
     """The end-of-text token that ended it, if one did; not among `tokens`."""
     error: EngineError | None = None
     """Set when this job failed; then the other fields are empty."""
+
+
+def check_num_completions(count: int) -> None:
+    """Raise `JobError` for a number of completions of one prompt that is none, or too large."""
+    if not is_whole(count) or not 1 <= count <= MOST_COMPLETIONS:
+        raise JobError(f"num_completions {_shown(count)} is not a number from 1 to {MOST_COMPLETIONS}")
 
 
 def is_whole(value: object) -> bool:

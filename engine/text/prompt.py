@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UnsupportedError
+from engine.errors import JobError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
+_MOST_CHARACTERS = 8_000_000
+"""Of one prompt: tokenizers take 200 bytes a character, and windows of a million tokens take half as many."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class PromptTokenizer:
 
     def rendered(self, text: str) -> list[int]:
         """Ids of what a chat template wrote: those that the text spells."""
+        _check_size(len(text))
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
@@ -59,6 +62,7 @@ class PromptTokenizer:
         `variables` go to the template. Raises whatever the template raises.
         """
         conversation = [dict(message) for message in messages]
+        _check_size(sum(len(str(message.get("content", ""))) for message in conversation))
         ids = self.tokenizer.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
         )
@@ -72,3 +76,9 @@ class PromptTokenizer:
             if str(self.tokenizer.decode([token])).strip():
                 return False
         return False
+
+
+def _check_size(characters: int) -> None:
+    """Raise `JobError` for a prompt that a tokenizer would fill the memory with, which ends the process."""
+    if characters > _MOST_CHARACTERS:
+        raise JobError(f"the prompt has {characters:,} characters, more than {_MOST_CHARACTERS:,}; shorten it")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, InstallationError, JobError
-from engine.job import Completion, Job, Sampling
+from engine.job import Completion, Job, Sampling, check_num_completions
 from engine.policy import Policy
 from flexgen_helm.commands.answers import Answers, Place
 from flexgen_helm.commands.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 """Bad prompts that are named, at most."""
-_MOST_COMPLETIONS = 100_000
-"""Of one prompt: each is held in memory before the first is asked for."""
 
 _FORMAT = """\
 
@@ -38,6 +36,10 @@ EXAMPLES = (
     "flexgen-helm complete --model facebook/opt-30b --policy opt-30b-t4 -i prompts.txt -o answers.jsonl",
     "flexgen-helm complete --model ./my-model --gpu-memory 16GB --chat 'Name three rivers.'",
 )
+
+
+_MOST_BYTES = 1_000_000_000
+"""Of prompts, all of which are in memory together with their tokens."""
 
 
 def complete_parser() -> Parser:
@@ -136,7 +138,13 @@ def _read(args: Any) -> list[Prompt | BadPrompt]:
     try:
         if args.input == "-" and sys.stdin is None:
             raise ConfigError("standard input is closed; name a file with --input")
-        data = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
+        if args.input == "-":
+            data = sys.stdin.buffer.read(_MOST_BYTES + 1)
+        else:
+            with Path(args.input).open("rb") as stream:  # which may be a pipe: a shell's <(...) is one
+                data = stream.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ConfigError(f"--input {name} has more than {_MOST_BYTES:,} bytes; cut it into several files")
         lines = data.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"--input {name} cannot be read: {error.strerror}") from None
@@ -181,16 +189,15 @@ def _tokens(prompt: Prompt, tokenizer: PromptTokenizer, *, chat: bool) -> list[i
         raise ConfigError("the model has no chat template; give 'prompt', without --chat")
     try:
         return tokenizer.chat(messages)
+    except JobError:
+        raise
     except Exception as error:  # templates raise what they like
         raise ConfigError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
 
 
 def _jobs_of(prompt: Prompt, tokens: list[int], window: int | None) -> list[Job]:
     settings = prompt.settings
-    if settings.num_completions < 1:
-        raise JobError(f"num_completions {settings.num_completions} is below 1")
-    if settings.num_completions > _MOST_COMPLETIONS:
-        raise JobError(f"num_completions {settings.num_completions} is above {_MOST_COMPLETIONS:,}")
+    check_num_completions(settings.num_completions)
     if settings.max_new_tokens < 1:
         raise JobError(f"max_new_tokens {settings.max_new_tokens} is below 1")
     if window is not None and len(tokens) + settings.max_new_tokens - 1 > window:

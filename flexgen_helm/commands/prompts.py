@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from engine.errors import ConfigError, did_you_mean
+from engine.reading import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +104,11 @@ def _of_text(text: str, index: int, where: str, settings: Settings) -> Prompt:
 
 
 def _of_json(line: str, index: int, where: str, settings: Settings) -> Prompt:
+    entry = parse_json(line.encode(), "the line", ConfigError)
     try:
-        entry = json.loads(line, parse_constant=_refuse_constant)
-        json.dumps(entry, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ConfigError("its text holds half a surrogate pair, which is no character") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"no JSON ({str(error)[:100]})") from None
+        json.dumps(entry, allow_nan=False)  # which Python's reader takes, and no other
+    except ValueError:
+        raise ConfigError("the line holds NaN or an infinite number, which is no JSON") from None
     if not isinstance(entry, dict):
         raise ConfigError(f'a {type(entry).__name__} instead of an object such as {{"prompt": "..."}}')
     if unknown := sorted(entry.keys() - _KEYS):
@@ -127,10 +126,6 @@ def _of_json(line: str, index: int, where: str, settings: Settings) -> Prompt:
         settings=_with(settings, {key: value for key, value in entry.items() if key in _SETTINGS}),
         given={key: entry[key] for key in ("id", "prompt", "messages", "metadata") if key in entry},
     )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _messages(messages: Any) -> tuple[dict[str, str], ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.reading import read_bytes
 from flexgen_helm.data_wrangling.datasets import NO, YES, Dataset
 
 Row = Mapping[str, str]
@@ -128,16 +130,20 @@ _READERS = {
 }
 
 
+_MOST_BYTES = 1 << 28
+"""Ten times the largest table of these benchmarks."""
+
+
 def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, cells as they are written; `ConfigError` if it lacks one of `columns`."""
+    content = read_bytes(path, ConfigError, limit=_MOST_BYTES)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restval="")
-            present = list(reader.fieldnames or ())
-            if lacking := [column for column in columns if column not in present]:
-                raise ConfigError(f"{path} lacks the columns {', '.join(lacking)}; it has {', '.join(present)}")
-            return [{name: row[name] for name in present} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), restval="")
+        present = list(reader.fieldnames or ())
+        if lacking := [column for column in columns if column not in present]:
+            raise ConfigError(f"{path} lacks the columns {', '.join(lacking)}; it has {', '.join(present)}")
+        return [{name: row[name] for name in present} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 

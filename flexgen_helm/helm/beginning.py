@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.reading import find_file, read_bytes
 
 FILE_NAME = "flexgen_suite.json"
 
@@ -24,12 +25,11 @@ class Beginning:
         """Local time, as `transformers` gives it to templates."""
 
     def _kept(self) -> datetime | None:
-        try:
-            return datetime.fromisoformat(json.loads(self._file.read_text(encoding="utf-8"))["began"])
-        except FileNotFoundError:
+        if not find_file(self._file, ConfigError):
             return None
-        except OSError as error:
-            raise ConfigError(f"{self._file} cannot be read: {error.strerror}") from None
+        content = read_bytes(self._file, ConfigError, limit=1_000)
+        try:
+            return datetime.fromisoformat(json.loads(content)["began"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
                 f'{self._file} does not say when the suite began ({{"began": "2026-11-29T23:50:00"}} is expected); '

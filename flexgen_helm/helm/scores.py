@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import ConfigError
+from engine.reading import read_json
 from flexgen_helm.terminal.columns import columns
 
 if TYPE_CHECKING:
@@ -77,8 +79,8 @@ def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
             metric, split = main_metric(scenario.class_name, json.dumps(scenario.args, sort_keys=True))
             name, model = run_spec.name, run_spec.adapter_spec.model
             try:
-                scores.append(choose(json.loads(file.read_text(encoding="utf-8")), name, model, metric, split))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                scores.append(choose(read_json(file, ConfigError), name, model, metric, split))
+            except (ConfigError, ValueError, KeyError, TypeError, AttributeError):
                 scores.append(choose([], name, model, metric, split))
     return scores
 

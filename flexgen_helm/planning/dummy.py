@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, did_you_mean
+from engine.reading import find_file, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +101,9 @@ def shape_config(shape: str) -> dict[str, Any]:
         return dict(SHAPES[shape])
     path = Path(shape).expanduser()
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    if not find_file(file, ConfigError):
         raise ConfigError(f"no shape {shape!r}{did_you_mean(shape, SHAPES)}, and no such config.json or directory")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    config = read_json(file, ConfigError)
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"{file} names no model_type; it is not a Hugging Face configuration")
     if config.get("quantization_config"):

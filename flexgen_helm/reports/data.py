@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.errors import ConfigError
+from engine.reading import read_json
 from flexgen_helm.reports.drift import Drift, References, compression
 from flexgen_helm.suites.comparison import SLOWDOWN, Comparison, ScoreChange, compare_suites
 from flexgen_helm.suites.speed import difference_of, is_slower, tokens_per_second
@@ -220,7 +221,7 @@ def _model_row(model: ModelRecord, suite: Suite, comparison: Comparison | None, 
 def _told(folder: Path) -> tuple[str, ...]:
     """The regressions that an earlier suite's own report tells; none where there is no such report."""
     try:
-        found = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))["regressions"]
+        found = read_json(folder / JSON_NAME, ConfigError)["regressions"]
         return tuple(each for each in found if isinstance(each, str))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ConfigError, KeyError, TypeError):
         return ()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.reading import read_json
 from flexgen_helm.fidelity.record import FILE_NAME
 from flexgen_helm.suites.suite import Run, Suite, key_of, read_suite, score_like, without_model
 
@@ -87,7 +87,7 @@ class References:
 def _read_drift(path: Path) -> Drift | None:
     """A `fidelity.json`; None where there is none or it is something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, ConfigError)
         logprobs, tokens, score = found["logprobs"], found["tokens"], found["score"]
         return Drift(
             run=str(found["run"]),
@@ -101,7 +101,7 @@ def _read_drift(path: Path) -> Drift | None:
             score=_number(score["ours"]),
             reference_score=_number(score["reference"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError, EngineError
+from engine.reading import read_bytes
 
 if TYPE_CHECKING:
     from helm.benchmark.presentation.run_entry import RunEntry
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 _MOST_TRIALS = 1000
 """Draws of in-context examples: HELM makes all prompts of each, and published runs have 1 to 5."""
+
+
+_MOST_CONF_BYTES = 1 << 18
+"""Eight times the longest list that is shipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ def read_entries(args: argparse.Namespace) -> list[RunEntry]:
     entries: list[RunEntry] = []
     for name in args.conf_paths:
         path = conf_path(name)
+        read_bytes(path, ConfigError, limit=_MOST_CONF_BYTES)  # before HELM does, which would wait at a pipe
         try:
             found = read_run_entries([str(path)]).entries
         except OSError as error:

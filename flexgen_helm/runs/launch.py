@@ -29,7 +29,7 @@ from flexgen_helm.runs.entries import assign_models, build_run_specs, check_run_
 from flexgen_helm.runs.flags import CHAT_TEMPLATE, PolicySpec, policy_from_flags
 from flexgen_helm.runs.models import Models
 from flexgen_helm.runs.names import check_run_names
-from flexgen_helm.runs.registration import DEPLOYMENTS
+from flexgen_helm.runs.registration import DEPLOYMENTS, check_local_path
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.footprint import Footprint
 from flexgen_helm.terminal.installation import model_problem
@@ -141,6 +141,7 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
 def _register_with_helm(args: argparse.Namespace) -> None:
     """Make HELM know what `helm-run` would make it know."""
     register_builtin_configs_from_helm_package()
+    check_local_path(args.local_path)
     try:
         register_configs_from_directory(args.local_path)
         load_entry_point_plugins()

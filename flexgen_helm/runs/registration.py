@@ -33,8 +33,9 @@ from helm.benchmark.tokenizer_config_registry import (
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.policy import Policy
+from engine.reading import find_file, read_bytes
 from flexgen_helm.helm.requests.translate import Translator
-from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
+from flexgen_helm.runs.yaml_lists import MAX_BYTES, add_to_yaml_lists
 
 CLIENT = "flexgen_helm.client.FlexGenClient"
 DEPLOYMENTS = "flexgen"
@@ -233,6 +234,14 @@ def refuse_code_of_tokenizer(name: str) -> None:
         register_tokenizer_config(
             dataclasses.replace(known, tokenizer_spec=TokenizerSpec(class_name=spec.class_name, args=args))
         )
+
+
+def check_local_path(local_path: str | Path) -> None:
+    """Raise `ConfigError` for files of a local path that HELM would wait for, or read for minutes."""
+    for name, _ in _FILES:
+        file = Path(local_path) / name
+        if find_file(file, ConfigError):
+            read_bytes(file, ConfigError, limit=MAX_BYTES)
 
 
 def merge_into_local_path(

@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, one_line
+from engine.reading import find_file, parse_yaml, read_bytes
 
 Addition = tuple[Path, str, Mapping[str, Any]]
 """A file, the top-level key whose value is a list, and the entry to add; the entry has a `name`."""
 
 
+MAX_BYTES = 1 << 21
+"""HELM's own list of all models has a sixth of it."""
 _WAIT_S = 30.0
 """That another process may take to add its entries, which are a few lines."""
 
@@ -92,19 +95,17 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not find_file(path, ConfigError):
         return ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    content = read_bytes(path, ConfigError, limit=MAX_BYTES)
+    try:
+        return content.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def _entries(path: Path, key: str, text: str) -> list[Any]:
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    content = parse_yaml(text.encode(), str(path), ConfigError)
     if content is None:
         return []
     entries = content.get(key) if isinstance(content, Mapping) else content

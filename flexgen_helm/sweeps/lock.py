@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from engine.errors import ConfigError
+from engine.reading import read_json
 
 FILE_NAME = "flexgen_sweep.lock"
 
@@ -92,7 +93,7 @@ class SuiteLock:
 
     def _owner(self) -> str:
         try:
-            owner = json.loads(self._path.read_text(encoding="utf-8"))
+            owner = read_json(self._path, ConfigError, limit=10_000)
             return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ConfigError, KeyError, TypeError):
             return "a process that has not said which"

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from engine.errors import ConfigError
+from engine.reading import MAX_JSON_BYTES, find_file, read_bytes
 
 FILE_NAME = "flexgen_sweep.json"
 VERSION = 1
@@ -175,12 +176,11 @@ def replace_text(path: Path, text: str) -> None:
 def read_record(suite_path: Path) -> SweepRecord | None:
     """The record in a suite's directory; None where there is none, `ConfigError` where it is not one."""
     path = suite_path / FILE_NAME
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not find_file(path, ConfigError):
         return None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_bytes(path, ConfigError, limit=MAX_JSON_BYTES)
+    try:
+        found = json.loads(content)  # halves of surrogate pairs included, which names of runs may have
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); remove it, or run the sweep again") from None
     version = found.get("version") if isinstance(found, dict) else None

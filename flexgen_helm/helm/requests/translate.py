@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from helm.common.request import Request
 
 from engine.errors import JobError, UnsupportedError
-from engine.job import Completion, Job, Sampling
+from engine.job import Completion, Job, Sampling, check_num_completions
 from engine.logit_rules import LogitRules, refused_settings
 from engine.text.prompt import PromptTokenizer
 from flexgen_helm.helm.requests.rendering import Rendering
@@ -171,6 +171,8 @@ class Translator:
                     ids = self._one_of_each(self._prompts.rendered(text))
                 else:
                     ids = self._one_of_each(self._prompts.plain(text, room=self.window))
+        except JobError as error:
+            raise PromptError(str(error)) from None
         except (TypeError, ValueError) as error:  # lone surrogates, for example
             raise PromptError(f"the prompt cannot be tokenized: {' '.join(str(error).split())}") from None
         self._check_length(ids)
@@ -196,8 +198,7 @@ class Translator:
 
     def jobs(self, request: Request, text: str, ids: Sequence[int]) -> list[Job]:
         """The jobs whose completions make the request's; one is enough where all completions are equal."""
-        if request.num_completions < 1:
-            raise JobError(f"num_completions {request.num_completions} is below 1")
+        check_num_completions(request.num_completions)
         room = self._room(request.max_tokens, ids)
         if self._refused and request.max_tokens > 0:
             told = ", ".join(f"{name} {value}" for name, value in self._refused.items())
