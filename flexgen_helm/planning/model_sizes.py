@@ -12,14 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.engine import Engine
 from engine.memory.tiers import Tier
-from engine.model.causal_model import CausalModel
 from engine.planning.model_shape import ModelShape
 from engine.policy import Bits, Policy
 from flexgen_helm.planning.sizes import Sizes
 
 if TYPE_CHECKING:
+    from engine.engine import Engine
     from engine.model.causal_model import CausalModel
 
 _BITS: tuple[Bits, ...] = (None, 8, 4)
