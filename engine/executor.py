@@ -12,7 +12,7 @@ from engine.cache.key_value import KVCache
 from engine.model.causal_model import CausalModel
 from engine.model.padded import PaddedBatch
 from engine.model.stub import LayerCall
-from engine.planning.limits import LOGITS_BYTES, Limits
+from engine.planning.limits import Limits
 from engine.sampling import choose
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
@@ -62,7 +62,6 @@ class Executor:
         self._weights = weights
         self._cache = cache
         self._hidden = hidden
-        self._chunk = max(1, LOGITS_BYTES // (4 * model.vocab_size))
         self.num_sweeps = 0
         """Passes over the layers so far."""
 
@@ -121,8 +120,9 @@ class Executor:
                 states.append(last[torch.tensor([ask.row for ask in wanted], device=last.device)])
                 asks += wanted
         answers: list[Answer] = []
-        for first in range(0, len(asks), self._chunk):
-            part = asks[first : first + self._chunk]
+        chunk = max(1, self.limits.logits_bytes // (4 * self._model.vocab_size))
+        for first in range(0, len(asks), chunk):
+            part = asks[first : first + chunk]
             answers += self._answer_chunk(part, _take_rows(states, len(part)))
         return answers
 
@@ -139,6 +139,7 @@ class Executor:
                 [sequence.job.sampling for sequence in sequences],
                 [sequence.draw() for sequence in sequences],
                 [sequence.generated for sequence in sequences],
+                self.limits.logits_bytes,
             )
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
         # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.

@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 
 from engine.job import Sampling
+from engine.planning.limits import LOGITS_BYTES
 
 _MIN_TEMPERATURE = 1e-20
 """Below it, logits divided by the temperature would overflow; the choice is greedy long before."""
-_LOGITS_AT_ONCE = 2 << 20
-"""How many are sorted and summed up at once: that takes 14 times their bytes, 0.1 GB, whatever the vocabulary."""
+_SORTED_BYTES = 64
+"""What a logit takes, about, where it is sorted and summed up: 14 times its own bytes."""
 
 
 def choose(
-    logits: torch.Tensor, samplings: list[Sampling], draws: list[float], generated: list[list[int]]
+    logits: torch.Tensor,
+    samplings: list[Sampling],
+    draws: list[float],
+    generated: list[list[int]],
+    most_bytes: int = LOGITS_BYTES,
 ) -> torch.Tensor:
     """Next token of each row: float32 logits `[rows, vocabulary]` -> ids `[rows]`, both on the device.
+
+    It takes `most_bytes` more than the logits, about, or what a row takes.
 
     `draws` are uniform numbers in [0, 1), one a row: a row's choice is its distribution's quantile there, so that it
     does not depend on the rows beside it. `generated` are the tokens that penalties look at.
@@ -33,7 +40,7 @@ def choose(
     settings = torch.tensor(
         [(row, *_settings(samplings[row], logits.shape[-1]), draws[row]) for row in sampled], dtype=torch.float64
     ).to(logits.device)
-    for part in settings.split(max(1, _LOGITS_AT_ONCE // logits.shape[-1])):
+    for part in settings.split(max(1, most_bytes // _SORTED_BYTES // logits.shape[-1])):
         rows = part[:, 0].long()
         tokens[rows] = _sample(logits[rows], *part[:, 1:].unbind(1))
     return tokens

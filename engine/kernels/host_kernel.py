@@ -20,6 +20,7 @@ import torch
 
 from engine.kernels.codec import GROUP
 from engine.memory import accelerator
+from engine.memory.cores import usable_cores
 from engine.memory.paths import cache_directory
 
 _LOG = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def _block(sequences: int, dims: tuple[int, int, int], row_bytes: int, bits: int
 
 @cache
 def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 @cache

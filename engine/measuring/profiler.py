@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from engine.measuring import rates
 from engine.measuring.disk_rates import disk_rates
 from engine.memory import accelerator
+from engine.memory.cores import usable_cores
 from engine.planning.hardware import free_host_memory, host_memory, processor_name, resolve_device, resolve_dtype
 from engine.planning.hardware_profile import HOST_DTYPES, HardwareProfile, this_machine
 
@@ -52,7 +52,7 @@ class Effort:
         while width > 64 and cls._product_bytes(width, ring, dtype) > free // 4:
             width //= 2
         # What many cores need to show what they can do takes a few of them too long.
-        host_cache = min(1 << 30, (64 << 20) * len(os.sched_getaffinity(0)), host // 8)
+        host_cache = min(1 << 30, (64 << 20) * usable_cores(), host // 8)
         return cls(
             seconds=0.3,
             copy_bytes=min(1 << (30 if is_fast else 28), free // 16, host // 16) // 4096 * 4096,

@@ -12,7 +12,12 @@ from engine.policy import Policy, Share
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
 _WORK_FRACTION = 0.3
 """Share of the device memory left by the weights that a micro-batch's temporaries may take."""
-_LOGITS_COPIES = 3
+_LOGITS_COPIES = {"cpu": 4, "other": 3}
+"""Chunks of float32 logits that are held at once: as they are, as log-probabilities, and to test or sort them."""
+_MOST_OWN_ROWS = 4096
+"""Of a prompt that is longer than a micro-batch and has one of its own, what the CPU keeps memory for where it can."""
+_BESIDE_ROW_BYTES = 2048
+"""Host memory beside a row's hidden state: its rotary tables, and what is asked and answered of it."""
 _FRAGMENTATION = 0.04
 """Of the device memory, what the allocator may hold without being able to use it."""
 _MOST_HIDDEN_ROWS = 1 << 17
@@ -49,7 +54,11 @@ class Demand:
         return self.part(weights.gpu) + self.slots(weights) + outer + self.shape.expanded_bytes
 
     def work(self, rows: int) -> int:
-        return rows * self.shape.work_row_bytes + _LOGITS_COPIES * self.logits_bytes()
+        return rows * self.shape.work_row_bytes + self._logits_copies * self.logits_bytes()
+
+    @property
+    def _logits_copies(self) -> int:
+        return _LOGITS_COPIES["cpu" if self.on_cpu else "other"]
 
     def needed(self, rows: int) -> int:
         """What micro-batches of so many rows take of the device besides weights."""
@@ -88,16 +97,34 @@ class Demand:
     def logits_bytes(self) -> int:
         return min(LOGITS_BYTES, max(self.memory.device // 16, 1 << 20))
 
-    @staticmethod
-    def with_logits(num_bytes: int) -> int:
+    def with_logits(self, num_bytes: int) -> int:
         """The least device memory that holds `num_bytes` besides the logits, which grow with it up to a limit."""
-        growing = max(num_bytes * 16 // (16 - _LOGITS_COPIES) + 1, num_bytes + (_LOGITS_COPIES << 20))
-        return min(growing, num_bytes + _LOGITS_COPIES * LOGITS_BYTES)
+        copies = self._logits_copies
+        growing = max(num_bytes * 16 // (16 - copies) + 1, num_bytes + (copies << 20))
+        return min(growing, num_bytes + copies * LOGITS_BYTES)
 
     def rows_per_batch(self, left: int) -> int:
         choices = _ROWS["cpu" if self.on_cpu else "other"]
         fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
+
+    def own_rows(self, rows: int, left: int) -> int:
+        """Rows of the largest micro-batch that memory is kept for; `rows` is what it may have if it can be cut."""
+        if not self.on_cpu:
+            return rows
+        most = int(_WORK_FRACTION * max(0, left)) // self.shape.work_row_bytes
+        return max(rows, min(_MOST_OWN_ROWS, most))
+
+    def beside_rows(self, rows: int) -> int:
+        """What the rows of a sweep take of the CPU's memory beside their hidden states."""
+        return rows * _BESIDE_ROW_BYTES if self.on_cpu else 0
+
+    def growing(self, cache_bytes: int) -> int:
+        """What a KV cache may come to be where it may take so many bytes: a layer's table is copied when it grows."""
+        if not self.on_cpu:
+            return cache_bytes
+        shape = self.shape
+        return cache_bytes * shape.cache_row_bytes // (shape.cache_row_bytes + shape.cache_layer_row_bytes)
 
     def hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
         fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}
@@ -106,6 +133,8 @@ class Demand:
             for tier, percent in percents(activations).items()
             if percent > 0
         ]
+        if self.on_cpu:
+            rows.append(max(0, left["device"]) * fraction["device"] / _BESIDE_ROW_BYTES)
         return max(1, int(min([*rows, _MOST_HIDDEN_ROWS])))
 
     def rooms(self, gpu: float) -> dict[Tier, int]:

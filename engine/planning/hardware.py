@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError, InstallationError
 from engine.memory.paths import existing_parent
+from engine.planning.host_limits import host_limits, own_memory
+
+_USABLE_HOST = 0.9
+"""Of the host memory that can be had, what a run may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
     """What may be used: the policy's limits, or 90 % of what is free now on each tier.
 
     Where device and host memory are the same (CPU, MPS), the device tier is a budget like any other; unless limited, it
-    may be all of it.
+    may be all of it. There `cpu_memory` holds for the whole process.
     """
     found = None
     if device != "cpu":
@@ -74,57 +78,78 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
         from engine.memory import accelerator
 
         found = accelerator.memory(torch.device(device))
-    free = None if found is None else found[0]
-    disk = free_disk(offload_dir) if offload_dir else 0
-    return memory_within(free_host_memory(), free, disk, gpu_memory, cpu_memory)
+    limits = host_limits()
+    return memory_within(
+        limits.available,
+        None if found is None else found[0],
+        free_disk(offload_dir) if offload_dir else 0,
+        gpu_memory,
+        cpu_memory,
+        most_host_bytes=limits.group_available,
+        own_bytes=own_memory() if found is None else 0,
+    )
 
 
 def memory_within(
-    host_bytes: int, device_bytes: int | None, disk_bytes: int, gpu_memory: int | None, cpu_memory: int | None
+    host_bytes: int,
+    device_bytes: int | None,
+    disk_bytes: int,
+    gpu_memory: int | None,
+    cpu_memory: int | None,
+    *,
+    most_host_bytes: int | None = None,
+    own_bytes: int = 0,
 ) -> Memory:
-    """What a run may use of so much memory, within a policy's limits; `device_bytes` is None where it is the host's."""
-    host = int(host_bytes * 0.9)
-    limited_host = host if cpu_memory is None else min(cpu_memory, host)
-    if device_bytes is None:
-        # A limit on one tier says nothing about the other; both together cannot exceed what there is.
-        shared = gpu_memory is None or gpu_memory + limited_host > host
-        tier = host if gpu_memory is None else min(gpu_memory, host)
-        return Memory(device=tier, host=limited_host, disk=disk_bytes, shared=shared and cpu_memory is None)
-    tier = int(device_bytes * 0.95)
-    device = tier if gpu_memory is None else min(gpu_memory, tier)
-    return Memory(device=device, host=limited_host, disk=disk_bytes)
+    """What a run may use of so much memory, within a policy's limits; `device_bytes` is None where it is the host's.
+
+    `cpu_memory` holds even where `host_bytes`, what a machine says is available, is less: virtual machines whose memory
+    grows on demand say too little. Beyond `most_host_bytes` the system would end the process. `own_bytes` of host
+    memory are taken by the process already and count against `cpu_memory`.
+    """
+    found = int(host_bytes * _USABLE_HOST)
+    host = found if cpu_memory is None else _limited_host(cpu_memory, own_bytes, host_bytes, most_host_bytes)
+    if device_bytes is not None:
+        tier = int(device_bytes * 0.95)
+        return Memory(device=tier if gpu_memory is None else min(gpu_memory, tier), host=host, disk=disk_bytes)
+    if gpu_memory is None or cpu_memory is None:  # a limit on one tier bounds both
+        device = host if gpu_memory is None else min(gpu_memory, host)
+        return Memory(device=device, host=host, disk=disk_bytes, shared=True)
+    whole = max(found, host)
+    device = min(gpu_memory, whole)
+    if device + host > whole:  # each gives in proportion, so that both together are no more than there is
+        device, host = (whole * part // (device + host) for part in (device, host))
+    return Memory(device=device, host=host, disk=disk_bytes)
+
+
+def _limited_host(cpu_memory: int, own_bytes: int, host_bytes: int, most_host_bytes: int | None) -> int:
+    """What `cpu-memory` leaves to be placed; tells where it is more than what seems to be there."""
+    # A limit below what the process holds can only mean what is placed. From there to twice as much nothing changes.
+    placed = max(cpu_memory - own_bytes, min(cpu_memory, own_bytes))
+    if most_host_bytes is not None and placed > most_host_bytes:
+        usable = int(most_host_bytes * _USABLE_HOST)
+        warnings.warn(
+            f"cpu-memory {cpu_memory / 1e9:.1f} GB exceeds the {most_host_bytes / 1e9:.1f} GB that this process's "
+            f"control group (container, batch job) still allows: using {usable / 1e9:.1f} GB; raise the group's limit",
+            stacklevel=3,
+        )
+        return usable
+    if placed > host_bytes:
+        warnings.warn(
+            f"cpu-memory {cpu_memory / 1e9:.1f} GB exceeds the {host_bytes / 1e9:.1f} GB of host memory that the "
+            "machine says is available: using it all the same; lower cpu-memory unless its memory grows on demand",
+            stacklevel=3,
+        )
+    return placed
 
 
 def free_host_memory() -> int:
     """Bytes of host memory that can be had without swapping (`MemAvailable`, and the container's limit)."""
-    available = 0
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            for line in stream:
-                if line.startswith("MemAvailable:"):
-                    available = int(line.split()[1]) * 1024
-    except OSError:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
-            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
-        ):
-            available = min(available, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):
-        pass
-    return available
+    return host_limits().available
 
 
 def host_memory() -> int:
     """Bytes of host memory there are (the machine's, or the container's limit)."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-            total = min(total, int(limit.read()))
-    except (OSError, ValueError):
-        pass
-    return total
+    return host_limits().total
 
 
 def processor_name() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError, did_you_mean, shown
+from engine.memory.cores import usable_cores
 from engine.memory.paths import cache_directory
 from engine.planning.hardware import host_memory, processor_name
 from engine.reading import expand_home, find_file, read_yaml
@@ -45,9 +46,13 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """A name for files: the device, and a digest of everything."""
+        """A name for files: the device, and a digest of everything but memory.
+
+        A machine's memory may change: by a container's limit, or in a virtual machine whose memory grows on demand.
+        """
         name = re.sub(r"[^a-z0-9]+", "-", (*self.accelerators, self.processor)[0].lower()).strip("-")
-        return f"{name[:40]}-{hashlib.sha256(str(self).encode()).hexdigest()[:8]}"
+        facts = "\n".join((*self.accelerators, self.processor, str(self.cores)))
+        return f"{name[:40]}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +111,7 @@ class HardwareProfile:
             path = _named(spec)
             return cls.from_mapping(_read(path), where=f"hardware profile {path.name}")
         here = this_machine()
-        path = kept_path(here)
-        if not find_file(path, ConfigError):
-            raise ConfigError(_nothing_kept(here))
+        path = _where_kept(here)
         profile = cls.from_mapping(_read(path), where=f"hardware profile {path}")
         if profile.machine.key != here.key:
             raise ConfigError(f"{path} is a profile of another machine: {profile.machine}; {_CURE}")
@@ -175,7 +178,7 @@ def this_machine() -> Machine:
     return Machine(
         accelerators=tuple(accelerator.name_of(device) for device in accelerator.devices()),
         processor=processor_name(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         host_memory_bytes=host_memory(),
     )
 
@@ -185,15 +188,28 @@ def kept_path(machine: Machine) -> Path:
     return cache_directory() / f"hardware-{machine.key}.yaml"
 
 
-def _nothing_kept(here: Machine) -> str:
-    """Why there is no profile of this machine: home directories are shared, and machines change."""
+def _where_kept(here: Machine) -> Path:
+    """The file that keeps the profile of this machine; raises `ConfigError` where there is none.
+
+    Names of files that were kept before held a digest of the memory, too: these are known by what they hold.
+    """
+    path, another = kept_path(here), None
+    if find_file(path, ConfigError):
+        return path
+    found: list[tuple[str, Path]] = []
     for path in sorted(cache_directory().glob("hardware-*.yaml")):
         try:
-            other = HardwareProfile.from_mapping(_read(path)).machine
+            profile = HardwareProfile.from_mapping(_read(path))
         except ConfigError:
             continue
-        return f"profile of another machine: {path} is of {other}, this is {here}; {_CURE}"
-    return f"there is no hardware profile of this machine in {cache_directory()}; {_CURE}"
+        if profile.machine.key == here.key:
+            found.append((profile.date, path))
+        else:
+            another = another or f"profile of another machine: {path} is of {profile.machine}, this is {here}; {_CURE}"
+    if found:
+        return max(found)[1]
+    # Home directories are shared, and machines change.
+    raise ConfigError(another or f"there is no hardware profile of this machine in {cache_directory()}; {_CURE}")
 
 
 def _not_kept(path: Path, error: OSError) -> str:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from engine.planning.admission import Admission
 from engine.policy import PadMode
 
+LOGITS_BYTES = 128 << 20
+"""Most of one chunk of float32 logits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -36,6 +39,8 @@ class Limits:
     pad: PadMode = None
     rectangular: bool = False
     """Micro-batches are rectangles, for families that carry their own attention."""
+    logits_bytes: int = LOGITS_BYTES
+    """Of one chunk of float32 logits; sampling holds a few such at once."""
     scores_per_batch: int | None = None
     """Attention scores, in new rows times keys, that a rectangle may have; a sequence with more of its own fails."""
 
@@ -43,10 +48,6 @@ class Limits:
     def seats(self) -> int:
         """Sequences that run at once, at most."""
         return self.sequences_per_batch * self.batches
-
-
-LOGITS_BYTES = 128 << 20
-"""Size of one chunk of float32 logits; sampling holds a few such at once."""
 
 
 STAGING_BUFFERS = 4

@@ -81,15 +81,19 @@ class _Planner:
             host -= self.demand.device_weights(weights)
             device = min(device, host)
         rows = self.demand.rows_per_batch(device)
-        device -= self.demand.needed(rows)
+        own_rows = self.demand.own_rows(rows, device)
+        device -= self.demand.needed(own_rows)
         if self.memory.shared:
-            host -= self.demand.work(rows)
+            host -= self.demand.work(own_rows)
         if not self.on_cpu:
             host -= min(self.demand.behind_disk(rows), max(0, host) // 4)
         disk = self.memory.disk - self.demand.part(weights.disk)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
         activations = self.policy.activations or self._activations(left, rows)
         hidden_rows = self.demand.hidden_rows(activations, left)
+        left["device"] -= self.demand.beside_rows(hidden_rows)
+        if self.memory.shared:
+            left["host"] -= self.demand.beside_rows(hidden_rows)
         limits = Limits(
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,
@@ -105,6 +109,7 @@ class _Planner:
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
+            logits_bytes=self.demand.logits_bytes(),
         )
         return Plan(
             weights=weights,
@@ -170,6 +175,8 @@ class _Planner:
             rest = int(left["host"] - hidden["device"] - hidden["host"])
             for tier in ("device", "host"):
                 budgets[tier] = min(budgets[tier], rest // max(1, is_used["device"] + is_used["host"]))
+        for tier in ("device", "host"):
+            budgets[tier] = self.demand.growing(budgets[tier])
         return {tier: max(0, budgets[tier]) if is_used[tier] else 0 for tier in TIERS}
 
     def _activations(self, left: dict[Tier, int], rows: int) -> Share:

@@ -111,8 +111,7 @@ def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 40])
-def test_a_row_does_not_depend_on_the_rows_beside_it(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.sampling._LOGITS_AT_ONCE", rows_at_once * 50)
+def test_a_row_does_not_depend_on_the_rows_beside_it(rows_at_once: int) -> None:
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     rows = torch.randn(40, 50, generator=generator) * 3
     samplings = [
@@ -120,7 +119,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rows_at_once: int, monkeypa
         for _ in range(40)
     ]
     draws = [rng.random() for _ in range(40)]
-    together = choose(rows, samplings, draws, [[]] * 40).tolist()
+    together = choose(rows, samplings, draws, [[]] * 40, most_bytes=rows_at_once * 50 * 64).tolist()
     alone = [choose(rows[i : i + 1], [samplings[i]], [draws[i]], [[]]).item() for i in range(40)]
     assert together == alone
 

@@ -9,7 +9,14 @@ import torch
 
 from engine.errors import ConfigError, InstallationError
 from engine.memory import accelerator
-from engine.planning.hardware import available_memory, free_disk, free_host_memory, resolve_device, resolve_dtype
+from engine.planning.hardware import (
+    available_memory,
+    free_disk,
+    free_host_memory,
+    memory_within,
+    resolve_device,
+    resolve_dtype,
+)
 
 GB = 10**9
 
@@ -54,7 +61,51 @@ def test_memory_on_the_cpu() -> None:
     assert everything.disk == 0
     limited = available_memory("cpu", 2**20, 2**21, None)
     assert (limited.device, limited.host, limited.shared) == (2**20, 2**21, False)
-    assert available_memory("cpu", 10**15, 10**15, None).device <= free * 1.1  # more than there is
+    assert available_memory("cpu", 10**15, None, None).device <= free * 1.1  # more than there is
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "device", "host", "together"),
+    [
+        (None, None, 18.0, 18.0, 18.0),
+        (None, 10, 10.0, 10.0, 10.0),
+        (4, None, 4.0, 18.0, 18.0),
+        (4, 10, 4.0, 10.0, 14.0),
+        (18, 18, 9.0, 9.0, 18.0),
+        (12, 9, 18 * 12 / 21, 18 * 9 / 21, 18.0),
+    ],
+)
+def test_on_the_cpu_no_limit_lets_a_run_use_more_than_without(
+    gpu: int | None, cpu: int | None, device: float, host: float, together: float
+) -> None:
+    limits = [None if each is None else each * GB for each in (gpu, cpu)]
+    memory = memory_within(20 * GB, None, 0, *limits)
+    assert (memory.device / GB, memory.host / GB) == pytest.approx((device, host))
+    assert (memory.host if memory.shared else memory.device + memory.host) / GB == pytest.approx(together)
+
+
+def test_cpu_memory_beyond_what_the_machine_says_is_taken_and_told() -> None:
+    with pytest.warns(UserWarning, match=r"cpu-memory 120\.0 GB exceeds the 31\.0 GB of host memory") as told:
+        assert memory_within(31 * GB, 16 * GB, 0, None, 120 * GB).host == 120 * GB
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"cpu-memory 40\.0 GB exceeds the 31\.0 GB"):
+        memory = memory_within(31 * GB, None, 0, None, 40 * GB)
+    assert (memory.device, memory.host, memory.shared) == (40 * GB, 40 * GB, True)
+
+
+@pytest.mark.parametrize("device", [None, 16 * GB])
+def test_cpu_memory_beyond_a_control_group_s_limit_is_cut_and_told(device: int | None) -> None:
+    with pytest.warns(UserWarning, match=r"control group .* still allows: using 9\.0 GB") as told:
+        memory = memory_within(10 * GB, device, 0, None, 12 * GB, most_host_bytes=10 * GB)
+    assert memory.host == 9 * GB
+    assert len(told) == 1
+    assert memory_within(10 * GB, device, 0, None, 10 * GB, most_host_bytes=10 * GB).host == 10 * GB
+
+
+@pytest.mark.parametrize(("limit", "placed"), [(100, 100), (500, 500), (600, 500), (1000, 500), (1100, 600)])
+def test_cpu_memory_holds_for_the_whole_process_where_it_can(limit: int, placed: int) -> None:
+    memory = memory_within(20 * GB, None, 0, None, limit * 10**6, own_bytes=500 * 10**6)
+    assert memory.host == placed * 10**6
 
 
 def test_a_directory_that_is_still_to_be_made_has_its_parent_s_room(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""The control groups of this process, versions 1 and 2, as the kernel's own files tell of them. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+"""Of the file tree that holds proc and whatever it names."""
+
+
+def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int, Path]]:
+    """Version (1 or 2) and directory of every group whose limits on `controller` bind this process.
+
+    That is its own group and all groups around it, as far as they are mounted: a container, a batch system or systemd
+    may set a limit at any level.
+    """
+    mounts = list(_mounts(_text(root / "proc/self/mountinfo")))
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        version = 2 if number == "0" and not names else 1
+        if version == 1 and controller not in names.split(","):
+            continue
+        for mounted_version, options, mount_root, point in mounts:
+            if mounted_version == version and (version == 2 or controller in options):
+                top = root / point.lstrip("/")
+                for directory in _upwards(top, _below(mount_root, path)):
+                    yield version, directory
+
+
+def read_number(path: Path) -> int | None:
+    """The whole number in a file; None where there is none, as in one that says "max"."""
+    try:
+        return int(_text(path))
+    except ValueError:
+        return None
+
+
+def read_fields(path: Path) -> dict[str, int]:
+    """The numbers in a file of lines `name number`; those that cannot be read are left out."""
+    pairs = (line.split() for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) >= 2 and pair[1].isdecimal()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+
+
+def _mounts(text: str) -> Iterator[tuple[int, frozenset[str], str, str]]:
+    """Version, options (the controllers), mounted part and place of each mount in a `mountinfo` file."""
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, of_system = before.split(), after.split()
+        if len(fields) >= 5 and len(of_system) >= 3 and of_system[0] in ("cgroup", "cgroup2"):
+            version = 2 if of_system[0] == "cgroup2" else 1
+            yield version, frozenset(of_system[2].split(",")), _unescaped(fields[3]), _unescaped(fields[4])
+
+
+def _unescaped(name: str) -> str:
+    """A path of `mountinfo`, in which spaces and the like are written as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
+
+
+def _below(mount_root: str, path: str) -> list[str]:
+    """The parts of a group's path below what is mounted; none where it lies elsewhere, as a container's may seem to."""
+    parts, top = path.strip("/").split("/"), mount_root.strip("/").split("/")
+    if top != [""]:
+        parts = parts[len(top) :] if parts[: len(top)] == top else []
+    return [] if ".." in parts else [part for part in parts if part]
+
+
+def _upwards(top: Path, parts: list[str]) -> Iterator[Path]:
+    for count in range(len(parts), -1, -1):
+        yield top.joinpath(*parts[:count])
