@@ -175,8 +175,7 @@ class _Planner:
             rest = int(left["host"] - hidden["device"] - hidden["host"])
             for tier in ("device", "host"):
                 budgets[tier] = min(budgets[tier], rest // max(1, is_used["device"] + is_used["host"]))
-        for tier in ("device", "host"):
-            budgets[tier] = self.demand.growing(budgets[tier])
+        budgets |= {"device": self.demand.growing(budgets["device"]), "host": self.demand.growing(budgets["host"])}
         return {tier: max(0, budgets[tier]) if is_used[tier] else 0 for tier in TIERS}
 
     def _activations(self, left: dict[Tier, int], rows: int) -> Share:
