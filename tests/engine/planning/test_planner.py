@@ -288,3 +288,30 @@ def test_hidden_states_that_the_device_has_no_room_for_are_on_the_host() -> None
     assert said is not None
     assert said.activations.gpu == 100
     assert said.limits.rows_per_sweep < said.limits.rows_per_batch
+
+
+@pytest.mark.parametrize("megabytes", [400, 560, 1000, 3000])
+def test_a_plan_for_the_cpu_holds_all_that_a_sweep_takes(megabytes: int) -> None:
+    """Beside what every device holds, four chunks of logits, made in float32, and 2 KB of answers and tables a row.
+
+    A model of 0.15 GB, and prompts of 1,200 tokens.
+    """
+    row = 4 * 512
+    shape = ModelShape(
+        unit_bytes=(10 * 10**6,) * 2 + (65 * 10**6,),
+        embedding_bytes=65 * 10**6,
+        outer_bytes=10**4,
+        cache_row_bytes=2 * 2 * row,
+        cache_layer_row_bytes=2 * row,
+        hidden_row_bytes=row,
+        work_row_bytes=20 * row,
+    )
+    memory = Memory(device=megabytes * 10**6, host=megabytes * 10**6, disk=0, shared=True)
+    plan = make_plan(shape, Policy(), memory, on_cpu=True)
+    limits = plan.limits
+    taken = shape.weight_bytes + 4 * limits.logits_bytes + 1200 * shape.work_row_bytes
+    taken += limits.rows_per_sweep * (row + 2048)
+    taken += plan.cache_budgets["device"] + plan.cache_budgets["device"] // 2  # one of two layers, copied as it grows
+    assert taken <= memory.host
+    assert plan.cache_budgets["device"] >= 1208 * shape.cache_row_bytes
+    assert limits.logits_bytes == min(128 << 20, memory.device // 16)
