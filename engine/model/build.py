@@ -15,6 +15,8 @@ from transformers.core_model_loading import build_glob_alternation
 from engine.errors import CheckpointError, UnsupportedError, one_line
 from engine.model.attention.interface import ATTENTION_NAME
 
+_PLAIN_KINDS = frozenset({"attention", "full_attention", "sliding_attention"})
+"""Kinds of layers of hybrid families that keep no state."""
 _PATCHING = threading.Lock()
 """Held while `nn.Module` is patched, which is one for all threads."""
 
@@ -50,7 +52,13 @@ def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from None
     if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
-    if model._is_stateful:
+    if getattr(type(config), "is_encoder_decoder", False) is True:
+        raise UnsupportedError(
+            f"{type(model).__name__} ({config.model_type}) cannot be run here: it is the decoder of an "
+            "encoder-decoder; only causal (decoder-only) models run here"
+        )
+    kinds = getattr(config.get_text_config(), "layer_types", None)
+    if model._is_stateful and not (kinds and _PLAIN_KINDS.issuperset(kinds)):
         raise UnsupportedError(
             f"{type(model).__name__} ({config.model_type}): its layers keep a state beside keys and values; "
             "state-space and hybrid models cannot be run here; take a model with attention alone"
@@ -91,8 +99,36 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of the decoder layers, in the order in which they are called."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UnsupportedError(f"{type(model).__name__}: no list of {count} decoder layers found")
+    count = getattr(_text_config(model), "num_hidden_layers", None)
+    root = model.get_decoder() or model.base_model
+    for base in (root, model.base_model):
+        towers = [  # of images or audio, which may have as many layers
+            f"{name}."
+            for name, module in base.named_modules()
+            if name and isinstance(module, PreTrainedModel) and type(module.config) is not type(_text_config(model))
+        ]
+        for name, module in base.named_modules():
+            is_inside = any(name.startswith(tower) for tower in towers)
+            if isinstance(module, nn.ModuleList) and len(module) == count and not is_inside:
+                return module
+    outermost = _outermost_lists(root)
+    if len(outermost) == 1:
+        return next(iter(outermost.values()))
+    told = ", ".join(f"{name} ({len(layers)})" for name, layers in outermost.items()) or "none"
+    raise UnsupportedError(
+        f"{type(model).__name__} ({model.config.model_type}) cannot be run here: its layers are not in one list "
+        f"(its lists: {told})"
+    )
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    config: PreTrainedConfig = model.config.get_text_config()
+    return config
+
+
+def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,11 @@ from engine.checkpoint.tied_head import is_tied
 from engine.errors import UnsupportedError
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
-from engine.model.attention.mask import noting_masks
-from engine.model.attention.probe import probe_kv_shape
 from engine.model.build import build, decoder_layers
-from engine.model.padded import CacheView, ProbingView
+from engine.model.family_probe import probe
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
-from engine.model.undrivable import UndrivableError
 from engine.model.unit import Unit
-
-_NO_ATTENTION = (
-    "its layers show no keys and values, neither to transformers' attention interface nor to a cache; state-space "
-    "models and the like cannot be run here"
-)
 
 
 class CausalModel:
@@ -64,16 +58,19 @@ class CausalModel:
         self.units = self._find_units()
         self.packed: dict[str, PackedMatrix] = self._find_packed(path)
         """Parameters that the checkpoint holds packed."""
-        self._recorder = CallRecorder(len(self.layers))
+        self.recorder = CallRecorder(len(self.layers))
+        """What stands in for the layers while the model's own forward is called."""
         for index, layer in enumerate(self.layers):
-            slots[index] = LayerStub(index, layer, self._recorder)
+            slots[index] = LayerStub(index, layer, self.recorder)
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
-        self._forward_names = frozenset(inspect.signature(self.module.base_model.forward).parameters)
+        parameters = inspect.signature(self.module.base_model.forward).parameters
+        self._forward_names = frozenset(parameters)
+        self._takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
-        self.kv_shapes: list[KVShape] = self._probe()
+        self.kv_shapes: list[KVShape] = probe(self)
         for root in (self.module, *self.layers):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
@@ -168,11 +165,19 @@ class CausalModel:
 
         Needs the embedding and the outer parameters bound.
         """
-        self._recorder.begin()
+        rows = inputs["input_ids"].shape
+        self.recorder.begin((rows[0], rows[1]))
         named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
-        self.module.base_model(**{key: value for key, value in named.items() if key in self._forward_names})
-        hidden, calls = self._recorder.taken()
+        output = self.module.base_model(**{key: value for key, value in named.items() if self.takes(key)})
+        if output[0].shape[:2] != rows:
+            raise TypeError("a layer's output was not taken for what it is")
+        hidden, calls = self.recorder.taken()
         return hidden.flatten(0, 1), calls
+
+    def takes(self, key: str) -> bool:
+        """Whether the model's forward is given an input: what it names, and positions that it may pass on."""
+        is_passed_on = key == "position_ids" and self._takes_others and not self.is_padded
+        return key in self._forward_names or is_passed_on
 
     @torch.no_grad()
     def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
@@ -188,67 +193,24 @@ class CausalModel:
         # Something must be embedded; the injected states take its place after the layers.
         width = self.state[self.embedding_name].shape[1]
         inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
-        self._recorder.inject = hidden[None]
+        self.recorder.inject = hidden[None]
         try:
             given = {"position_ids": positions} if "position_ids" in self._forward_names else {}
-            output = self.module(inputs_embeds=inputs, use_cache=False, **given)
+            with self.embedding_as(lambda ids: inputs):
+                output = self.module(input_ids=positions, use_cache=False, **given)
         finally:
-            self._recorder.inject = None
+            self.recorder.inject = None
         logits: torch.Tensor = output.logits[0]
         return logits.float()
 
-    def _probe(self) -> list[KVShape]:
-        """Shapes of the keys and values of each layer, learned by calling the layers on `meta`.
-
-        Tries the family as one that uses the attention interface, then as one that carries its own attention.
-        """
-        width = self.state[self.embedding_name].shape[1]
-
-        def inputs(rows: int) -> dict[str, Any]:
-            embeds = torch.zeros(1, rows, width, dtype=self.dtype)
-            return {"inputs_embeds": embeds, "position_ids": torch.arange(rows)[None]}
-
-        # Two rows, since some families make no mask for one.
-        packed = {**inputs(2), "use_cache": False}
-        mask, cache = torch.ones(1, 1, dtype=torch.long), CacheView(ProbingView(self.sweeping))
-        padded = {**inputs(1), "use_cache": True, "cache": cache, "attention_mask": mask}
-        failure: Exception | None = None
-        for self.is_padded, given in ((False, packed), (True, padded)):
-            if self.is_padded:
-                # What `from_pretrained` takes; the setter refuses families without the interface.
-                self.config._attn_implementation = "sdpa" if self.module._supports_sdpa else "eager"
-            for self._recorder.as_tuple in (False, True):
-                try:
-                    shapes = self._probe_layers(given)
-                except UndrivableError as error:
-                    raise UnsupportedError(f"{self._family} cannot be run here: {error}") from None
-                except Exception as error:
-                    failure = failure if isinstance(failure, UnsupportedError) else error
-                else:
-                    if shapes is not None:
-                        return shapes
-        if isinstance(failure, UnsupportedError):
-            raise UnsupportedError(f"{self._family} cannot be run here: {failure}")
-        reason = f" ({type(failure).__name__}: {' '.join(str(failure).split())[:200]})" if failure else ""
-        raise UnsupportedError(f"{self._family}: {_NO_ATTENTION}{reason}")
-
-    def _probe_layers(self, inputs: dict[str, Any]) -> list[KVShape] | None:
-        outer = self.units[1]
-        for name, (module, attribute) in outer.owners.items():
-            zeros = torch.zeros(self.state[name].shape, dtype=self.state[name].dtype)
-            module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
+    @contextmanager
+    def embedding_as(self, look_up: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Inside, the token embedding gives what `look_up` makes of ids; it needs no weights then."""
+        self.embedding.__dict__["forward"] = look_up
         try:
-            with noting_masks() as self.sweeping.masks:
-                hidden, calls = self.record(inputs)
+            yield
         finally:
-            for name, (module, attribute) in outer.owners.items():
-                module._parameters[attribute] = nn.Parameter(self.state[name], requires_grad=False)
-        shapes = []
-        for index, (layer, call) in enumerate(zip(self.layers, calls, strict=True)):
-            self.sweeping.layer = index
-            shapes.append(probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs))
-        known = [shape for shape in shapes if shape is not None]
-        return known if len(known) == len(shapes) else None
+            del self.embedding.__dict__["forward"]
 
     @property
     def _family(self) -> str:

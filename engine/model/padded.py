@@ -79,7 +79,23 @@ class PaddedBatch(Rows):
         return keys, values
 
 
-class _LayerView(CacheLayerMixin):
+_CONVOLUTION = "its layers keep the state of a convolution beside keys and values; state-space and hybrid models cannot be run here"
+
+
+class _NotKeptError(UnsupportedError, AttributeError):
+    """A layer asks its cache for more than keys and values; `hasattr` answers no."""
+
+
+class _KeysAndValues(CacheLayerMixin):
+    """A layer's cache that says what else it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise _NotKeptError(f"its layers keep more than keys and values (they ask their cache for {name})")
+
+
+class _LayerView(_KeysAndValues):
     """One layer of a micro-batch's cache."""
 
     def __init__(self, sweeping: SweepContext, batch: PaddedBatch) -> None:
@@ -112,11 +128,18 @@ class _LayerView(CacheLayerMixin):
         return -1
 
 
+class _EveryLayer(list[Any]):
+    """The one view, for every layer that asks."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(0)
+
+
 class CacheView(Cache):
     """What a model takes for its KV cache while it runs a padded micro-batch."""
 
     def __init__(self, view: CacheLayerMixin) -> None:
-        super().__init__(layers=[view])
+        super().__init__(layers=_EveryLayer([view]))
         self._view = view
 
     def update(
@@ -129,6 +152,14 @@ class CacheView(Cache):
         """Refuse what DeepSeek-V3.2 and the like keep besides."""
         raise UnsupportedError("it keeps an index of its keys beside keys and values")
 
+    def get_conv_state(self, *_: Any, **__: Any) -> Any:
+        """Refuse what convolutions keep."""
+        raise UnsupportedError(_CONVOLUTION)
+
+    def update_conv_state(self, *_: Any, **__: Any) -> Any:
+        """Refuse what convolutions keep."""
+        raise UnsupportedError(_CONVOLUTION)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Keys before the new rows."""
         return self._view.get_seq_length()
@@ -138,7 +169,7 @@ class CacheView(Cache):
         return self._view.get_mask_sizes(query_length)
 
 
-class ProbingView(CacheLayerMixin):
+class ProbingView(_KeysAndValues):
     """Stands in for a layer's cache while shapes are found out; it holds nothing."""
 
     def __init__(self, sweeping: SweepContext) -> None:
@@ -152,9 +183,12 @@ class ProbingView(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Note the shapes of keys, values `[1, heads, 1, dim]`, and give them back."""
-        self._sweeping.note(
-            KVShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
-        )
+        if self._sweeping.is_checking:
+            self._sweeping.attended += 1
+        else:
+            self._sweeping.note(
+                KVShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
+            )
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

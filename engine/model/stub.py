@@ -28,15 +28,17 @@ class CallRecorder:
     num_layers: int
     as_tuple: bool = False
     """Whether the model expects a tuple of its layers, hidden states first."""
+    rows: tuple[int, int] = (0, 0)
+    """Sequences and rows of what the model's forward was called with."""
     calls: list[LayerCall] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     """What the model handed to its first layer, and must hand to all others."""
     inject: torch.Tensor | None = None
     """Hidden states `[1, rows, width]` that every stub returns, instead of recording."""
 
-    def begin(self) -> None:
-        """Forget the calls of a forward."""
-        self.calls, self.hidden = [], None
+    def begin(self, rows: tuple[int, int]) -> None:
+        """Forget the calls of a forward, and expect one for `rows` tokens `(sequences, rows)`."""
+        self.calls, self.hidden, self.rows = [], None, rows
 
     def note(self, index: int, hidden: torch.Tensor, call: LayerCall) -> None:
         """Keep how layer `index` is called.
@@ -49,7 +51,10 @@ class CallRecorder:
                 f"it calls layer {index} where layer {len(self.calls)} comes next: its layers do not run once each, in "
                 "their order"
             )
-        if self.hidden is not None and hidden is not self.hidden:
+        if call.shape != self.rows:
+            asked, got = (" x ".join(map(str, shape)) for shape in (self.rows, call.shape))
+            raise UndrivableError(f"its layers get {got} rows for {asked} tokens")
+        if self.hidden is not None and not _is_same(hidden, self.hidden):
             raise UndrivableError(f"it changes the hidden states between layers {index - 1} and {index}")
         self.hidden = hidden
         self.calls.append(call)
@@ -57,10 +62,22 @@ class CallRecorder:
     def taken(self) -> tuple[torch.Tensor, list[LayerCall]]:
         """The hidden states before the first layer, and the call of every layer; forgets them."""
         calls, hidden = self.calls, self.hidden
-        self.begin()
+        self.begin(self.rows)
         if hidden is None or len(calls) != self.num_layers:
             raise UndrivableError(f"its forward calls {len(calls)} of its {self.num_layers} layers")
         return hidden, calls
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one, or a whole view of it: the same memory in the same order."""
+    if one is other:
+        return True
+    is_view = one._base is not None and one._base is (other if other._base is None else other._base)
+    return is_view and (one.shape, one.stride(), one.storage_offset()) == (
+        other.shape,
+        other.stride(),
+        other.storage_offset(),
+    )
 
 
 class LayerStub(nn.Module):
@@ -73,11 +90,15 @@ class LayerStub(nn.Module):
     def __getattr__(self, name: str) -> Any:  # models read attributes of their layers (the kind of attention, …)
         return getattr(self.__dict__["layer"], name)
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return `hidden` `[sequences, rows, width]` in the form in which the model expects a layer's output."""
         recorder: CallRecorder = self.__dict__["recorder"]
-        if hidden.ndim != 3:
-            raise TypeError("a layer's output was not taken for what it is")
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+            if self.__dict__["index"] > 0:
+                raise TypeError("a layer's output was not taken for what it is")
+            shape = list(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            told = f"{shape}" if hidden is not None else f"nothing but {', '.join(kwargs)}"
+            raise UndrivableError(f"its layers get {told} where [sequences, rows, width] of hidden states is expected")
         if recorder.inject is not None:
             hidden = recorder.inject
         else:

@@ -25,6 +25,10 @@ class SweepContext:
     """Whether no layer that was probed has caps, sinks or a window."""
     windows: dict[int, int | None] = field(default_factory=dict)
     """Of each layer, how many tokens a token attends to at most; None for all before it."""
+    is_checking: bool = False
+    """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
+    attended: int = 0
+    """While `is_checking`: how often the layer in hand has attended."""
     masks: MaskNotes = field(init=False)
     """Those that the model made for the layers that are probed."""
     batch: Rows = field(init=False)

@@ -2,8 +2,8 @@
 
 CONFIG is a model directory or its config.json, whose settings are kept but for their sizes, or a model type of
 `transformers`, whose defaults are shrunk. KEY=VALUE sets what shrinking does not know, e.g. `head_dim=16`. Exits with 0
-when every token and log-probability agrees; 1 when not, when agreement of so tiny a model would say nothing, or when
-the engine refuses the family; 2 for bad input.
+when every token and log-probability agrees; 1 when not, when agreement of so tiny a model would say nothing, when
+something that the config turns on was not run, or when the engine refuses the family; 2 for bad input.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +33,43 @@ HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention
 KEY_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
 WIDTH_KEYS = ("hidden_size", "d_model", "n_embd", "embedding_size")
 SMALLER: dict[str, int] = {
-    "vocab_size": models.VOCABULARY,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), models.VOCABULARY),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), models.WINDOW),
     "original_max_position_embeddings": 32,
     **dict.fromkeys(WIDTH_KEYS, 64),
     **dict.fromkeys(HEAD_KEYS, 4),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "intermediate_size_mlp"), 128
+        (
+            *("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "intermediate_size_mlp", "dim_ff"),
+            *("encoder_ffn_dim", "decoder_ffn_dim", "dense_intermediate_size", "expert_ffn_hidden_size"),
+        ),
+        128,
     ),
     "head_dim": 16,
     "rotary_dim": 8,
-    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size"), 8),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "sliding_window_size"), 8),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_decoder_attention_heads", "swa_num_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("swa_head_dim", "dim_head", "linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
     "qk_head_dim": 16,
     "v_head_dim": 12,
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k", "top_k_experts", "moe_topk"), 2),
+    **dict.fromkeys(("topk_group", "first_k_dense_replace"), 1),
+    "n_group": 2,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
 }
 """The most that a setting of this name, in any family, is left at."""
 SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 DROPPED = ("quantization_config", "auto_map", "dtype", "torch_dtype", "_name_or_path", "architectures")
 MOST_PARAMETERS = 20_000_000
+LONGEST = max(len(job.prompt) + job.max_new_tokens for job in parity.JOBS)
+"""Tokens of the longest sequence of the check."""
 
 
 class BadInput(Exception):
@@ -74,6 +88,8 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
             continue
         if key in SPECIAL:
             value = SPECIAL[key]
+        elif key == "per_layer_config" and isinstance(value, dict):
+            value = {layer: shrink(changes) for layer, changes in value.items() if int(layer) < few}
         elif isinstance(value, dict):
             value = shrink(value)
         elif key in LAYER_KEYS and isinstance(value, int):
@@ -94,8 +110,8 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def tiny_config(source: str, changes: dict[str, Any]) -> PreTrainedConfig:
-    """The shrunk config of a directory, a config.json or a model type."""
+def full_config(source: str) -> PreTrainedConfig:
+    """The config of a directory, a config.json or a model type, as it is."""
     path = Path(source).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
@@ -110,10 +126,55 @@ def tiny_config(source: str, changes: dict[str, Any]) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise BadInput(f"{where} {model_type!r} is no model type that this transformers version knows")
     try:
-        full = CONFIG_MAPPING[model_type].from_dict(given) if given else AutoConfig.for_model(model_type)
-        return CONFIG_MAPPING[model_type].from_dict({**shrink(full.to_dict()), **SPECIAL, **changes})
+        return CONFIG_MAPPING[model_type].from_dict(given) if given else AutoConfig.for_model(model_type)
+    except Exception as error:  # whatever a config class finds wrong
+        raise BadInput(f"{model_type}: {_line(error)}") from None
+
+
+def tiny_config(source: str, changes: dict[str, Any]) -> PreTrainedConfig:
+    """The shrunk config of a directory, a config.json or a model type."""
+    full = full_config(source)
+    try:
+        return type(full).from_dict({**shrink(full.to_dict()), **SPECIAL, **changes})
     except Exception as error:  # whatever a config class finds wrong with the sizes
-        raise BadInput(f"{model_type}: {_line(error)}; set what does not fit as KEY=VALUE") from None
+        raise BadInput(f"{full.model_type}: {_line(error)}; set what does not fit as KEY=VALUE") from None
+
+
+def not_run(full: PreTrainedConfig, tiny: PreTrainedConfig) -> list[str]:
+    """What the full config turns on that a model of the tiny one does not do with the jobs of the check."""
+    found = []
+    kinds, small = ({str(kind) for kind in _text(config).get("layer_types") or ()} for config in (full, tiny))
+    found += [f"layers of the kind {kind}" for kind in sorted(kinds - small)]
+    try:
+        large, little = _module_kinds(full), _module_kinds(tiny)
+    except Exception as error:  # at full size something is missing that shrinking gave it
+        found.append(f"what a model of full size is made of could not be compared ({_line(error)})")
+    else:
+        found += [f"modules of the kind {kind}" for kind in sorted(large - little)]
+    for key, value in _settings(_text(tiny)):
+        is_limit = key.endswith(("window", "window_size", "chunk_size", "original_max_position_embeddings"))
+        if is_limit and isinstance(value, int) and value >= LONGEST:
+            found.append(f"{key} {value}, which no prompt of the check reaches ({LONGEST} tokens at most)")
+    return found
+
+
+def _text(config: PreTrainedConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = config.get_text_config().to_dict()
+    return settings
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting, nested ones too."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _settings(value)
+        else:
+            yield key, value
+
+
+def _module_kinds(config: PreTrainedConfig) -> set[str]:
+    with torch.device("meta"):
+        return {type(module).__name__ for module in AutoModelForCausalLM.from_config(config).modules()}
 
 
 def build(directory: Path, config: PreTrainedConfig) -> Path:
@@ -136,8 +197,11 @@ def build(directory: Path, config: PreTrainedConfig) -> Path:
         ) from None
 
 
-def check(config: PreTrainedConfig, folder: Path) -> str:
-    """Compare a model of `config` with plain transformers under several policies; print and tell what came out."""
+def check(config: PreTrainedConfig, folder: Path, unseen: Sequence[str] = ()) -> str:
+    """Compare a model of `config` with plain transformers under several policies; print and tell what came out.
+
+    `unseen` is what such a model does not do: it is not exact then, however it agrees.
+    """
     directory = build(folder / "model", config)
     reference = models.load_reference(directory)
     try:
@@ -157,6 +221,8 @@ def check(config: PreTrainedConfig, folder: Path) -> str:
     says_something, is_exact = reach > parity.REACH, True
     if not says_something:
         print("  too little: agreement would say nothing")
+    for what in unseen:
+        print(f"  not run: {what}")
     for policy, padding in parity.SELECTION:
         settings = {"device": "cpu", "pad-to-seq-len": parity.PADDINGS[padding], "offload-dir": str(folder / "offload")}
         with Engine.from_pretrained(str(directory), policy=settings | parity.POLICIES[policy]) as engine:
@@ -168,7 +234,7 @@ def check(config: PreTrainedConfig, folder: Path) -> str:
         for line in found[:3]:
             print(f"    {line}")
         is_exact &= not found
-    return "DIFFERENT" if not is_exact else "EXACT" if says_something else "UNDECIDED"
+    return "DIFFERENT" if not is_exact else "EXACT" if says_something and not unseen else "UNDECIDED"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -183,7 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             changes = dict(_setting(change) for change in options.changes)
-            verdict = check(tiny_config(options.config, changes), Path(folder))
+            tiny = tiny_config(options.config, changes)
+            verdict = check(tiny, Path(folder), not_run(full_config(options.config), tiny))
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -54,6 +54,10 @@ def attention(
         is_plain = window is None and softcap is None and s_aux is None
         context.note(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]), window, is_plain=is_plain)
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+    if context.is_checking:
+        context.attended += 1
+        rows = (value + key.mean(-1, keepdim=True)).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return (rows + query.mean(-1, keepdim=True)).transpose(1, 2).contiguous(), None
     batch = context.batch
     assert isinstance(batch, MicroBatch)
     if attention_mask is not None:

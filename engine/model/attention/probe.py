@@ -12,13 +12,9 @@ from engine.errors import UnsupportedError
 from engine.model.sweep_context import SweepContext
 
 
-def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
-    """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does.
-
-    Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
-    """
+def call_on_meta(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> Any:
+    """What `layer`, whose parameters are on `meta`, returns without numbers."""
     context: SweepContext = layer.__dict__["sweeping"]
-    context.probed = None
 
     def on_meta(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -31,13 +27,24 @@ def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
     try:
         layer.to("meta")
         with torch.no_grad(), torch.device("meta"):
-            layer(on_meta(hidden), *on_meta(args), **{key: on_meta(value) for key, value in kwargs.items()})
+            return layer(on_meta(hidden), *on_meta(args), **{key: on_meta(value) for key, value in kwargs.items()})
+    finally:
+        for module, before in buffers:
+            module._buffers.update(before)
+
+
+def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
+    """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does.
+
+    Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
+    """
+    context: SweepContext = layer.__dict__["sweeping"]
+    context.probed = None
+    try:
+        call_on_meta(layer, hidden, args, kwargs)
     except UnsupportedError:
         raise
     except Exception:  # what comes after its attention may need real numbers
         if context.probed is None:
             raise
-    finally:
-        for module, before in buffers:
-            module._buffers.update(before)
     return context.probed

@@ -1,0 +1,197 @@
+"""How a family is driven, found out without weights: the form of its layers' outputs, their attention, their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from engine.cache.shape import KVShape
+from engine.errors import UnsupportedError
+from engine.model.attention.mask import noting_masks
+from engine.model.attention.probe import call_on_meta, probe_kv_shape
+from engine.model.padded import CacheView, ProbingView
+from engine.model.rows_apart import check_rows_apart
+from engine.model.stub import LayerCall
+from engine.model.undrivable import UndrivableError
+
+if TYPE_CHECKING:
+    from engine.model.causal_model import CausalModel
+
+_ROWS = 3
+"""Rows of which it is checked that they meet in attention alone."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why one way to drive the family did not work."""
+
+    stage: int
+    """How far it came: 0 in the model's forward, 1 in a layer, 2 through all layers, 3 for a reason with a name."""
+    reason: str
+
+
+def probe(model: CausalModel) -> list[KVShape]:
+    """Shapes of the keys and values of each layer, learned by calling the layers on `meta`.
+
+    Tries the family as one that uses the attention interface, then as one that carries its own attention
+    (`model.is_padded`). Raises `UnsupportedError` with the reason of the attempt that came farthest.
+    """
+    name = f"{type(model.module).__name__} ({model.config.model_type})"
+    failure: _Failure | None = None
+    for model.is_padded in (False, True):
+        if model.is_padded:
+            # What `from_pretrained` takes; the setter refuses families without the interface.
+            model.config._attn_implementation = "sdpa" if model.module._supports_sdpa else "eager"
+        for model.recorder.as_tuple in (False, True):
+            try:
+                found = _attempt(model)
+                if not isinstance(found, _Failure):
+                    _check_rows(model)
+                    return found
+            except UndrivableError as error:
+                raise UnsupportedError(f"{name} cannot be run here: {error}") from None
+            except UnsupportedError as error:
+                found = _Failure(3, str(error))
+            if failure is None or found.stage > failure.stage:
+                failure = found
+    assert failure is not None
+    raise UnsupportedError(f"{name} cannot be run here: {failure.reason}")
+
+
+def _attempt(model: CausalModel) -> list[KVShape] | _Failure:
+    # Two rows, since some families make no mask for one.
+    given = _inputs(model, torch.zeros(1, 1 if model.is_padded else 2, dtype=torch.long))
+    try:
+        with _outer_zeros(model), noting_masks() as model.sweeping.masks:
+            hidden, calls = model.record(given)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        return _Failure(0, _words(model, error))
+    shapes: list[KVShape | None] = []
+    stopped: _Failure | None = None
+    for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
+        model.sweeping.layer = index
+        try:
+            shapes.append(probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs))
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            shapes.append(None)
+            what = "chooses by numbers before it attends, and " if isinstance(error, NotImplementedError) else ""
+            reason = f"layer {index} ({type(layer).__name__}) {what}does not run without weights: {_line(error)}"
+            stopped = stopped or _Failure(1, reason)
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) == len(shapes):
+        return known
+    if not known and stopped is not None:
+        return stopped
+    return _Failure(2 if known or model.is_padded else 0, _without_keys(model, shapes))
+
+
+def _inputs(model: CausalModel, positions: torch.Tensor) -> dict[str, Any]:
+    """Token 0 at `[sequences, rows]` places, for a forward whose embedding is replaced."""
+    count, rows = positions.shape
+    given: dict[str, Any] = {"input_ids": torch.zeros(count, rows, dtype=torch.long)}
+    if not model.is_padded:
+        return {**given, "position_ids": torch.arange(rows)[None] + positions[:, :1], "use_cache": False}
+    mask = torch.ones(count, rows, dtype=torch.long)
+    view = CacheView(ProbingView(model.sweeping))
+    return {**given, "position_ids": positions, "use_cache": True, "cache": view, "attention_mask": mask}
+
+
+def _check_rows(model: CausalModel) -> None:
+    """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    seen = set()
+    model.sweeping.is_checking, model.sweeping.attended = True, 0
+    try:
+        with _outer_zeros(model):
+            rows = torch.zeros(_ROWS, 1, dtype=torch.long) if model.is_padded else torch.zeros(1, _ROWS).long()
+            hidden, together = model.record(_inputs(model, rows))
+            alone = [
+                model.record(_inputs(model, torch.full((1, 1), 0 if model.is_padded else at)))[1] for at in range(_ROWS)
+            ]
+        for index, layer in enumerate(model.layers):
+            kind = (
+                type(layer),
+                kinds[index] if index < len(kinds) else None,
+                tuple((name, type(module)) for name, module in layer.named_modules()),
+            )
+            if kind not in seen:
+                seen.add(kind)
+                model.sweeping.layer = index
+                calls = together[index], [each[index] for each in alone]
+                check_rows_apart(layer, model.sweeping, hidden.shape[-1], calls)
+    finally:
+        model.sweeping.is_checking = False
+
+
+@contextmanager
+def _outer_zeros(model: CausalModel) -> Iterator[None]:
+    """Inside, the parameters outside of layers, embedding and head are zeros, which take no memory to speak of."""
+    outer = model.units[1]
+    for name, (module, attribute) in outer.owners.items():
+        zeros = torch.zeros((), dtype=model.state[name].dtype).expand(model.state[name].shape)
+        module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
+    try:
+        width = model.state[model.embedding_name].shape[1]
+        with model.embedding_as(lambda ids: torch.zeros(*ids.shape, width, dtype=model.dtype)):
+            yield
+    finally:
+        for name, (module, attribute) in outer.owners.items():
+            module._parameters[attribute] = nn.Parameter(model.state[name], requires_grad=False)
+
+
+def _without_keys(model: CausalModel, shapes: list[KVShape | None]) -> str:
+    """What to say of layers that show no keys."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    silent = [index for index, shape in enumerate(shapes) if shape is None]
+    named = sorted({str(kinds[index]) for index in silent if index < len(kinds)})
+    told = f" ({', '.join(named)})" if named else ""
+    which = "its layers" if len(silent) == len(shapes) else f"of its layers, {', '.join(map(str, silent))}"
+    show = "shows" if len(silent) == 1 < len(shapes) else "show"
+    return (
+        f"{which}{told} {show} no keys and values, neither to transformers' attention interface nor to a cache; "
+        "state-space models, convolutions and the like cannot be run here"
+    )
+
+
+def _words(model: CausalModel, error: Exception) -> str:
+    """Why the model's forward cannot be called with stand-ins for its layers."""
+    extra = _handed_on(model, model.recorder.calls)
+    if extra:
+        return extra
+    if not model.takes("input_ids"):
+        return (
+            f"its {type(model.module.base_model).__name__} takes no token ids by name: it wraps a part of another model"
+        )
+    if "unpack" in str(error):
+        return f"its layers hand on more than hidden states ({_line(error)})"
+    if "meta" in str(error):
+        return f"its forward reads weights of its embedding or layers besides calling them ({_line(error)})"
+    return f"its forward does not run with token ids, positions and stand-ins for its layers: {_line(error)}"
+
+
+def _handed_on(model: CausalModel, calls: list[LayerCall]) -> str | None:
+    """What the first layer returns besides hidden states, if that is why stand-ins do not do."""
+    if not calls or model.recorder.hidden is None:
+        return None
+    try:
+        output = call_on_meta(model.layers[0], model.recorder.hidden, calls[0].args, calls[0].kwargs)
+    except Exception:
+        return None
+    if not isinstance(output, tuple | list):
+        return None
+    count = sum(value is not None for value in output)
+    return f"its layers hand on {count} values, not hidden states alone" if count > 1 else None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

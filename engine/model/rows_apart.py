@@ -1,0 +1,158 @@
+"""Whether rows of a layer meet in its attention alone: a layer that mixes them elsewhere is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from engine.errors import UnsupportedError, one_line
+from engine.model.stub import LayerCall
+from engine.model.sweep_context import SweepContext
+
+_WHOLE = 1 << 14
+"""Parameters of at most so many numbers get random ones; multiplications by larger ones are replaced."""
+_SEEDS = 3
+_TOLERANCE = 0.01
+"""Of outputs, relative to the largest: mixed rows differ by far more, and rounding by far less."""
+
+Calls = tuple[LayerCall, list[LayerCall]]
+"""How a layer is called for several rows together, and for each of them alone."""
+
+
+class _NoNumbersError(Exception):
+    """The layer uses a matrix in a way that is not replaced; nothing can be said of it."""
+
+
+class _Sketch(TorchFunctionMode):
+    """Replaces products with matrices that have no storage by cheap ones that keep rows apart.
+
+    A layer of any size then takes milliseconds. Every row of a product is a function of that row and of the sizes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {**(kwargs or {})}
+        tensors = [value for value in (*args, *given.values()) if isinstance(value, torch.Tensor)]
+        if not any(x.is_meta for x in tensors) or all(x.is_meta for x in tensors):
+            return func(*args, **given)
+        name = getattr(func, "__name__", "")
+        if name == "linear":
+            return _product(args[0], (args[1] if len(args) > 1 else given["weight"]).shape[-2])
+        if name in ("matmul", "mm", "bmm", "__matmul__", "_grouped_mm", "grouped_mm") and args[1].is_meta:
+            return _product(args[0], args[1].shape[-1])
+        if name in ("addmm", "baddbmm") and args[2].is_meta:
+            return _product(args[1], args[2].shape[-1])
+        if name == "embedding" and not args[0].is_meta:
+            steps = torch.arange(1, args[1].shape[-1] + 1) * 0.37
+            return torch.sin(args[0][..., None] * steps)
+        if name in ("__get__", "__getitem__", "__set__", "size", "dim", "type_as"):
+            return func(*args, **given)
+        raise _NoNumbersError(name)
+
+
+def _product(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """`[…, n]` -> `[…, width]`, each row from its own numbers."""
+    at, out = torch.arange(rows.shape[-1], dtype=torch.float32), torch.arange(width, dtype=torch.float32)
+    inner = torch.sin(torch.outer(at, torch.tensor([0.7, 1.3, 2.1, 2.9])) + 0.5) / max(rows.shape[-1], 1) ** 0.5
+    outer = torch.sin(torch.outer(torch.tensor([1.1, 1.7, 2.3, 3.1]), out) + 0.25)
+    product: torch.Tensor = rows.float() @ inner @ outer
+    return product.to(rows.dtype)
+
+
+def check_rows_apart(layer: nn.Module, context: SweepContext, width: int, calls: Calls) -> None:
+    """Call `layer` with rows together and alone, attention replaced.
+
+    Raises `UnsupportedError` where its output differs, where it attends more than once, or where it does not run. A
+    layer that uses its matrices in ways that are not replaced is passed: nothing can be said of it.
+    """
+    with _numbers_in(layer), torch.no_grad():
+        for seed in range(_SEEDS):
+            try:
+                if _is_apart(layer, context, width, calls, seed):
+                    return
+            except (UnsupportedError, _NoNumbersError) as error:
+                if isinstance(error, UnsupportedError):
+                    raise
+                return
+            except Exception as error:
+                if "meta" in str(error):  # a matrix without numbers
+                    return
+                raise UnsupportedError(
+                    f"layer {context.layer} ({type(layer).__name__}) does not run: {type(error).__name__}: "
+                    f"{one_line(error)}"
+                ) from None
+    raise UnsupportedError(
+        "its layers mix tokens outside their attention, so that a result would depend on what is computed beside it "
+        f"({type(layer).__name__})"
+    )
+
+
+def _is_apart(layer: nn.Module, context: SweepContext, width: int, calls: Calls, seed: int) -> bool:
+    together, alone = calls
+    count = together.shape[0] * together.shape[1]
+    hidden = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    with _Sketch():
+        context.attended = 0
+        try:
+            whole = _states(layer, hidden.view(*together.shape, width), together)
+        finally:
+            if context.attended > 1:
+                raise UnsupportedError("its layers attend more than once")
+        single = [_states(layer, hidden[i].view(1, 1, width), call) for i, call in enumerate(alone)]
+    apart = whole.reshape(count, -1) - torch.stack(single).reshape(count, -1)
+    return not bool(apart.abs().max() > _TOLERANCE * whole.abs().max())
+
+
+def _states(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    output = layer(hidden, *_mapped(_as_float, call.args), **_mapped(_as_float, call.kwargs))
+    states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+    return states
+
+
+def _as_float(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(change, item) for item in value)
+    return {key: _mapped(change, item) for key, item in value.items()} if type(value) is dict else value
+
+
+@contextmanager
+def _numbers_in(layer: nn.Module) -> Iterator[None]:
+    """Inside, small parameters of `layer` have random numbers, all floating-point numbers are float32, experts loop."""
+    generator = torch.Generator().manual_seed(0)
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in layer.modules()]
+    configs = {id(c): c for m in layer.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    experts = [(config, getattr(config, "_experts_implementation", None)) for config in configs]
+    try:
+        for module, parameters, buffers in before:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = _numbers(parameter, generator)
+            for name, buffer in buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.float()
+        for config, _ in experts:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for config, told in experts:
+            config._experts_implementation = told
+
+
+def _numbers(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    if parameter.numel() > _WHOLE and parameter.ndim > 1:
+        return nn.Parameter(parameter.float(), requires_grad=False)
+    numbers = torch.randn(parameter.shape, generator=generator) / max(parameter.shape[-1:] or [1]) ** 0.5
+    return nn.Parameter(numbers if parameter.ndim > 1 else 1 + 0.1 * numbers, requires_grad=False)
