@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,16 +14,18 @@ from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
 from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
+from engine.model.drivable import Drivable
 from engine.model.padded import CacheView, ProbingView
 from engine.model.rows_apart import check_rows_apart
 from engine.model.stub import LayerCall
 from engine.model.undrivable import UndrivableError
 
-if TYPE_CHECKING:
-    from engine.model.causal_model import CausalModel
-
 _ROWS = 3
 """Rows of which it is checked that they meet in attention alone."""
+
+
+_KEYS = 4
+"""Of a step whose padding is checked: one is padding, the last one is new."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class _Failure:
     reason: str
 
 
-def probe(model: CausalModel) -> list[KVShape]:
+def probe(model: Drivable) -> list[KVShape]:
     """Shapes of the keys and values of each layer, learned by calling the layers on `meta`.
 
     Tries the family as one that uses the attention interface, then as one that carries its own attention
@@ -52,6 +54,8 @@ def probe(model: CausalModel) -> list[KVShape]:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
                     _check_rows(model)
+                    if model.is_padded:
+                        _check_padding(model)
                     return found
             except UndrivableError as error:
                 raise UnsupportedError(f"{name} cannot be run here: {error}") from None
@@ -63,7 +67,7 @@ def probe(model: CausalModel) -> list[KVShape]:
     raise UnsupportedError(f"{name} cannot be run here: {failure.reason}")
 
 
-def _attempt(model: CausalModel) -> list[KVShape] | _Failure:
+def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     # Two rows, since some families make no mask for one.
     given = _inputs(model, torch.zeros(1, 1 if model.is_padded else 2, dtype=torch.long))
     try:
@@ -94,7 +98,7 @@ def _attempt(model: CausalModel) -> list[KVShape] | _Failure:
     return _Failure(2 if known or model.is_padded else 0, _without_keys(model, shapes))
 
 
-def _inputs(model: CausalModel, positions: torch.Tensor) -> dict[str, Any]:
+def _inputs(model: Drivable, positions: torch.Tensor) -> dict[str, Any]:
     """Token 0 at `[sequences, rows]` places, for a forward whose embedding is replaced."""
     count, rows = positions.shape
     given: dict[str, Any] = {"input_ids": torch.zeros(count, rows, dtype=torch.long)}
@@ -105,7 +109,7 @@ def _inputs(model: CausalModel, positions: torch.Tensor) -> dict[str, Any]:
     return {**given, "position_ids": positions, "use_cache": True, "cache": view, "attention_mask": mask}
 
 
-def _check_rows(model: CausalModel) -> None:
+def _check_rows(model: Drivable) -> None:
     """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     seen = set()
@@ -132,8 +136,25 @@ def _check_rows(model: CausalModel) -> None:
         model.sweeping.is_checking = False
 
 
+def _check_padding(model: Drivable) -> None:
+    """Raise `UnsupportedError` where the mask of a step behind a past does not hide padding at the left."""
+    view = CacheView(ProbingView(model.sweeping, _KEYS))
+    mask = torch.ones(1, _KEYS, dtype=torch.long)
+    mask[0, 0] = 0
+    given = _inputs(model, torch.full((1, 1), _KEYS - 2)) | {"cache": view, "attention_mask": mask}
+    with _outer_zeros(model):
+        _, calls = model.record(given)
+    for call in calls:
+        values = [*call.args, *call.kwargs.values()]
+        masks = [x for x in values if isinstance(x, torch.Tensor) and x.ndim == 4 and x.shape[-2:] == (1, _KEYS)]
+        # True means seen to some families and hidden to others; the new row itself is always seen.
+        hides = [bool((x[..., 0].float() - x[..., -1].float()).abs().min() > 0.5) for x in masks]
+        if masks and not any(hides):
+            raise UnsupportedError("its mask does not hide the padding of a sequence that has keys in the cache")
+
+
 @contextmanager
-def _outer_zeros(model: CausalModel) -> Iterator[None]:
+def _outer_zeros(model: Drivable) -> Iterator[None]:
     """Inside, the parameters outside of layers, embedding and head are zeros, which take no memory to speak of."""
     outer = model.units[1]
     for name, (module, attribute) in outer.owners.items():
@@ -148,7 +169,7 @@ def _outer_zeros(model: CausalModel) -> Iterator[None]:
             module._parameters[attribute] = nn.Parameter(model.state[name], requires_grad=False)
 
 
-def _without_keys(model: CausalModel, shapes: list[KVShape | None]) -> str:
+def _without_keys(model: Drivable, shapes: list[KVShape | None]) -> str:
     """What to say of layers that show no keys."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ()
@@ -163,7 +184,7 @@ def _without_keys(model: CausalModel, shapes: list[KVShape | None]) -> str:
     )
 
 
-def _words(model: CausalModel, error: Exception) -> str:
+def _words(model: Drivable, error: Exception) -> str:
     """Why the model's forward cannot be called with stand-ins for its layers."""
     extra = _handed_on(model, model.recorder.calls)
     if extra:
@@ -179,7 +200,7 @@ def _words(model: CausalModel, error: Exception) -> str:
     return f"its forward does not run with token ids, positions and stand-ins for its layers: {_line(error)}"
 
 
-def _handed_on(model: CausalModel, calls: list[LayerCall]) -> str | None:
+def _handed_on(model: Drivable, calls: list[LayerCall]) -> str | None:
     """What the first layer returns besides hidden states, if that is why stand-ins do not do."""
     if not calls or model.recorder.hidden is None:
         return None

@@ -79,7 +79,10 @@ class PaddedBatch(Rows):
         return keys, values
 
 
-_CONVOLUTION = "its layers keep the state of a convolution beside keys and values; state-space and hybrid models cannot be run here"
+_CONVOLUTION = (
+    "its layers keep the state of a convolution beside keys and values; state-space and hybrid models cannot "
+    "be run here"
+)
 
 
 class _NotKeptError(UnsupportedError, AttributeError):
@@ -172,9 +175,10 @@ class CacheView(Cache):
 class ProbingView(_KeysAndValues):
     """Stands in for a layer's cache while shapes are found out; it holds nothing."""
 
-    def __init__(self, sweeping: SweepContext) -> None:
+    def __init__(self, sweeping: SweepContext, num_keys: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sweeping = sweeping
+        self._num_keys = num_keys
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing."""
@@ -192,12 +196,12 @@ class ProbingView(_KeysAndValues):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """One key."""
-        return 1, 0
+        """Length and offset of the keys."""
+        return self._num_keys, 0
 
     def get_seq_length(self) -> int:
-        """Nothing before it."""
-        return 0
+        """Keys before the one new row."""
+        return self._num_keys - 1
 
     def get_max_length(self) -> int:
         """No limit."""

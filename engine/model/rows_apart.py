@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from engine.errors import UnsupportedError, one_line
 from engine.model.stub import LayerCall
 from engine.model.sweep_context import SweepContext
+from engine.model.undrivable import UndrivableError
 
 _WHOLE = 1 << 14
 """Parameters of at most so many numbers get random ones; multiplications by larger ones are replaced."""
@@ -85,7 +86,7 @@ def check_rows_apart(layer: nn.Module, context: SweepContext, width: int, calls:
                     f"layer {context.layer} ({type(layer).__name__}) does not run: {type(error).__name__}: "
                     f"{one_line(error)}"
                 ) from None
-    raise UnsupportedError(
+    raise UndrivableError(
         "its layers mix tokens outside their attention, so that a result would depend on what is computed beside it "
         f"({type(layer).__name__})"
     )

@@ -169,7 +169,7 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _settings(value)
         else:
-            yield key, value
+            yield str(key), value
 
 
 def _module_kinds(config: PreTrainedConfig) -> set[str]:

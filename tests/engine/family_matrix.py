@@ -47,6 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {**_GEMMA4, "hidden_size_per_layer_input": 0},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1, "state_size": 8},
     "ministral": {"head_dim": 16},
@@ -214,7 +215,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Settings that defaults leave off: name -> model type and what its config changes."""
 
 
-_STATE = "keep a state beside keys and values|keep the state of a convolution|show no keys and values.*convolutions"
+_STATE = "keep a state beside keys and values|keep the state of a convolution|shows? no keys and values.*convolutions"
 _REASONS: dict[str, tuple[str, ...]] = {
     _STATE: (
         *("bailing_hybrid", "bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling2_text"),
@@ -249,8 +250,20 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "mix tokens outside their attention": ("doge+moe",),
     "chooses by numbers before it attends": ("jetmoe",),
     "wraps a part of another model": ("trocr",),
+    "does not hide the padding": ("git",),
     "show no keys and values": ("openai-gpt",),
 }
+NOT_BUILT = {
+    "gemma3n": "needs timm",
+    "gemma4_assistant": "drafts for another model, whose keys it takes",
+    "gemma4_unified_assistant": "drafts for another model, whose keys it takes",
+    "dots3_note": "the same class as dots3_note_text",
+    "qwen4_exp": "the same class as qwen4_exp_text",
+    "musicgen": "its config has no decoder's fields",
+    "musicgen_melody": "its config has no decoder's fields",
+    "zamba": "cannot be built with few layers",
+}
+"""Model types that cannot be built small, and why."""
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}
 """Why a case is refused, as a pattern; the others are equal."""
 

@@ -83,6 +83,29 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_global_key_value_heads": 1,
         },
     ),
+    "gemma4-per-layer-inputs": (  # a second table that is looked up by token ids
+        "gemma4_text",
+        {
+            **_HEAD16,
+            **_WINDOWS,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "granite4": (  # a hybrid family with attention alone
+        "granitemoehybrid",
+        {
+            **_GQA,
+            "layer_types": ["attention"] * 3,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 64,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+        },
+    ),
+    "llama4-full": ("llama4_text", {**_HEAD16, "layer_types": ["full_attention"] * 3, "intermediate_size_mlp": 128}),
     "gemma3": ("gemma3_text", {**_HEAD16, **_WINDOWS}),  # rotary tables of two kinds
     "phi": ("phi", _FFN),
     "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),

@@ -131,3 +131,20 @@ def test_bad_input(arguments: list[str], part: str, capsys: pytest.CaptureFixtur
     assert shown.err.startswith("error: ")
     assert part in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_switches_that_were_off_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A window that no prompt reaches and experts that shrinking left out do not count as checked."""
+    assert check_family.main(["mistral", "sliding_window=4096"]) == 1
+    shown = capsys.readouterr().out
+    assert "not run: sliding_window 4096, which no prompt of the check reaches (" in shown
+    assert shown.endswith("UNDECIDED\n")
+
+
+def test_layers_that_shrinking_leaves_out_are_told() -> None:
+    experts = {"num_experts": 4, "num_hidden_layers": 3, "hidden_size": 64, "moe_intermediate_size": 32}
+    full, tiny = (
+        check_family.CONFIG_MAPPING["qwen3_moe"](**experts, mlp_only_layers=layers) for layers in ([0, 1], [0, 1, 2])
+    )
+    assert any("Qwen3MoeSparseMoeBlock" in what for what in check_family.not_run(full, tiny))
+    assert check_family.not_run(full, full) == []

@@ -193,3 +193,44 @@ def test_a_looped_family_is_refused_beforehand(tmp_path: Path) -> None:
     config.save_pretrained(path)
     with pytest.raises(UnsupportedError, match="do not run once each"):
         CausalModel(path, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(("rows_meet", "told"), [(False, None), (True, "mix tokens outside their attention")])
+def test_rows_meet_in_attention_alone(
+    rows_meet: bool, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever mixes rows beside attention would make results depend on what is computed in the same call."""
+
+    class Centred(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden - hidden.mean(1, keepdim=True) if rows_meet else hidden * 2
+
+    def centre(model: Any) -> None:
+        model.model.layers[1].mlp = Centred()
+
+    if told is None:
+        assert not edited(tmp_path, centre, monkeypatch).is_padded
+        return
+    with pytest.raises(UnsupportedError, match=told):
+        edited(tmp_path, centre, monkeypatch)
+
+
+@pytest.mark.parametrize("hidden_size", [64, 1024])
+def test_a_router_that_mixes_rows_is_refused(hidden_size: int, tmp_path: Path) -> None:
+    """Doge's: whether its matrices are small enough for random numbers or not."""
+    config = AutoConfig.for_model(
+        "doge",
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=models.VOCABULARY,
+        is_moe=True,
+        num_experts=64,
+        num_experts_per_tok=8,
+        architectures=["DogeForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="mix tokens outside their attention"):
+        CausalModel(tmp_path, torch.float32, CPU)

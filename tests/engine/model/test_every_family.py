@@ -22,16 +22,8 @@ POLICIES: tuple[dict[str, Any], ...] = (
     {"percent": [50, 50, 50, 50, 50, 50], "gpu-batch-size": 2, "num-gpu-batches": 2},
 )
 TOLERANCE = 1e-4
-_NOT_BUILT = {
-    "gemma3n": "needs timm",
-    "gemma4_assistant": "drafts for another model, whose keys it takes",
-    "gemma4_unified_assistant": "drafts for another model, whose keys it takes",
-    "dots3_note": "the same class as dots3_note_text",
-    "qwen4_exp": "the same class as qwen4_exp_text",
-    "musicgen": "its config has no decoder's fields",
-    "musicgen_melody": "its config has no decoder's fields",
-    "zamba": "cannot be built with few layers",
-}
+DOCUMENT = Path(__file__).parents[3] / "docs" / "families.md"
+TITLES = ("All model types", "Refused", "Not tried")
 
 
 def _words(count: int, first: int = 0) -> list[int]:
@@ -94,7 +86,37 @@ def outcome(name: str, folder: Path) -> str:
     return "equal"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name not in _NOT_BUILT])
+QUICK = frozenset(
+    {
+        *("moss_transcribe_diarize", "deepseek_v2+groups", "qwen3_next+attention-only"),
+        *("doge+moe", "longcat_flash", "minimax_m3_vl_text+sparse", "blt", "git", "jetmoe", "gemma4", "glm_moe_dsa"),
+        *("cpmant", "gemma3n_text", "hrm_text", "reformer", "dory", "inkling2_text", "minimax", "bart", "trocr"),
+    }
+)
+"""Run by `make test`; the others by `make slow ARGS=tests/engine/model/test_every_family.py`."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in CASES
+        if name not in family_matrix.NOT_BUILT
+    ],
+)
 def test_every_family(name: str, tmp_path: Path) -> None:
     assert re.search(family_matrix.REFUSED.get(name, "^equal$"), outcome(name, tmp_path))
+
+
+def test_the_document_lists_every_family() -> None:
+    """docs/families.md has every model type of transformers in one of its three lists."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    equal, refused, not_built = (text.split(f"## {title}")[1].split("\n## ")[0] for title in TITLES)
+    kinds = {name for name in CASES if "+" not in name}
+    assert set(re.findall("`([^` ]+)`", equal.split("\n\n")[2])) == {
+        name for name in kinds if name not in family_matrix.REFUSED and name not in family_matrix.NOT_BUILT
+    }
+    rows = [line for line in refused.splitlines() if line.startswith("| `")]
+    listed = {name for line in rows for name in re.findall("`([^`]+)`", line.split("|")[1])}
+    assert listed >= {name for name in kinds if name in family_matrix.REFUSED}
+    assert set(re.findall("`([^` ]+)`", not_built.split("\n\n")[1])) == set(family_matrix.NOT_BUILT)

@@ -114,4 +114,4 @@ def test_a_model_that_keeps_an_index_of_its_keys_is_refused(tmp_path: Path) -> N
 def test_the_document_lists_what_is_refused() -> None:
     table = DOCUMENT.read_text(encoding="utf-8").split("## Refused")[1]
     listed = {name for line in table.splitlines() if line.startswith("| `") for name in re.findall("`(.+?)`", line)}
-    assert listed == {*STATE, *NOT_CAUSAL, "llama4_text", "deepseek_v32"}
+    assert listed >= {*STATE, *NOT_CAUSAL, "llama4_text", "deepseek_v32"}

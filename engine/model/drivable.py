@@ -1,0 +1,41 @@
+"""What finding out how a family is driven needs of a model that was taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from engine.model.stub import CallRecorder, LayerCall
+from engine.model.sweep_context import SweepContext
+from engine.model.unit import Unit
+
+
+class Drivable(Protocol):
+    """A model whose layers are called one by one (`CausalModel`)."""
+
+    module: Any
+    config: Any
+    dtype: torch.dtype
+    sweeping: SweepContext
+    recorder: CallRecorder
+    layers: list[nn.Module]
+    units: list[Unit]
+    state: dict[str, torch.Tensor]
+    is_padded: bool
+
+    @property
+    def embedding_name(self) -> str:
+        """Full name of the token embedding's weight."""
+
+    def takes(self, key: str) -> bool:
+        """Whether the model's forward is given an input."""
+
+    def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Embed a micro-batch, and note how each layer is called."""
+
+    def embedding_as(self, look_up: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
+        """Inside, the token embedding gives what `look_up` makes of ids."""
