@@ -28,7 +28,6 @@ from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
-from flexgen_helm.helm.uncached_tokenizer import UncachedTokenizer  # noqa: E402
 
 
 class RunsFailed(RunnerError):
@@ -86,6 +85,8 @@ class FlexGenRunner(Runner):
         )
         context = self.executor.context
         if isinstance(context, LocalContext):
+            from flexgen_helm.helm.uncached_tokenizer import UncachedTokenizer  # imports transformers
+
             context.tokenizer = UncachedTokenizer(context.tokenizer.credentials, context.cache_backend_config)
         self.beginning = Beginning(Path(self.runs_path))
         self.executor = WholeRunExecutor(self.executor, self._report, self.tell, self.beginning)
