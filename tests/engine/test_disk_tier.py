@@ -172,16 +172,25 @@ def test_a_failing_disk_ends_the_run_in_one_line(
         assert engine.run(JOBS[:1])[0].error is None
         failing(call, code)
         stream = engine.stream([Job(prompt=[*range(9, 40)] * 3, max_new_tokens=9)] * 9)
-        with pytest.raises(EngineError) as caught:
-            list(stream)
-        assert isinstance(caught.value, CapacityError) == (kind is CapacityError and call != "preadv")
-        message = str(caught.value)
+        # A full disk is no room in the cache, for the jobs that need more of it; anything else ends the engine.
+        is_no_room = call == "posix_fallocate" and kind is CapacityError and percent[2] == 0
+        if is_no_room:
+            fault = next(done.error for _, done in stream if done.error is not None)
+        else:
+            with pytest.raises(EngineError) as caught:
+                list(stream)
+            fault = caught.value
+        assert isinstance(fault, CapacityError) == (kind is CapacityError and call != "preadv")
+        message = str(fault)
         assert os.strerror(code) in message
         assert str(tmp_path) in message
         assert any(letter.isdigit() for letter in message.replace(str(tmp_path), ""))
         assert "\n" not in message
-        with pytest.raises(EngineError, match=os.strerror(code)):
-            engine.run(JOBS[:1])
+        if is_no_room:
+            assert engine.run(JOBS[:1])[0].error is None
+        else:
+            with pytest.raises(EngineError, match=os.strerror(code)):
+                engine.run(JOBS[:1])
     assert list(tmp_path.iterdir()) == []
 
 

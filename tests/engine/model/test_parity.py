@@ -128,7 +128,7 @@ def test_it_is_told_which_tokens_of_a_prompt_are_greedy(
     assert done[-1].prompt_greedy is None
 
 
-@pytest.mark.parametrize("padding", [None, "bucket", 200])
+@pytest.mark.parametrize("padding", [None, "bucket", models.WINDOW])
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
 def test_a_prompt_may_fill_the_window_under_any_pad(
     family: str, padding: Any, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]

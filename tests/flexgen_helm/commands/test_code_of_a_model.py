@@ -74,8 +74,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(
 
 
 def test_the_reference_does_not_ask_either(with_code: Path, asked: list[str], tmp_path: Path) -> None:
-    from engine.checkpoint.files import describe
-
+    from engine.checkpoint.description import describe
     from engine.policy import Policy
     from flexgen_helm.fidelity.reference import Reference, find_place
 
