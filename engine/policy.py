@@ -94,6 +94,10 @@ def shares_from_percent(percent: Any, where: str = "percent") -> tuple[Share, Sh
     return shares[0], shares[1], shares[2]
 
 
+_MOST_PAD = 1 << 17
+"""Tokens to which a prompt may be padded: for models without a window of their own, too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Placement and sizes of a run. None means: chosen by the engine from the memory at hand."""
@@ -171,6 +175,8 @@ class Policy:
         pad = self.pad_to_seq_len
         if pad is not None and pad != "bucket" and not _is_count(pad):
             raise ConfigError(f'{where}: pad-to-seq-len {shown(pad)} is neither null, "bucket" nor a number of tokens')
+        if isinstance(pad, int) and pad > _MOST_PAD:
+            raise ConfigError(f"{where}: pad-to-seq-len {pad} is more than {_MOST_PAD:,}, the most rows of a sweep")
         for name in ("cpu_cache_compute", "pin_weight", "overlap", "share_prefix"):
             value = getattr(self, name)
             if not isinstance(value, bool):

@@ -133,10 +133,9 @@ def _entry_point() -> Finding:
 
 
 def _host_memory() -> Finding:
-    from engine.planning.hardware import free_host_memory
+    from engine.planning.hardware import free_host_memory, host_memory
 
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Finding("ok", "host memory", f"{_gb(free_host_memory())} of {_gb(total)} available")
+    return Finding("ok", "host memory", f"{_gb(free_host_memory())} of {_gb(host_memory())} available")
 
 
 def _disk(offload_dir: str) -> Finding:

@@ -108,6 +108,7 @@ def test_an_unknown_key_suggests_the_nearest(wrong: str, meant: str) -> None:
         ({"gpu-batch-size": True}, ["gpu-batch-size", "True"]),
         ({"pad-to-seq-len": "buckets"}, ["pad-to-seq-len", "'buckets'"]),
         ({"pad-to-seq-len": 0}, ["pad-to-seq-len", "0"]),
+        ({"pad-to-seq-len": 10**9}, ["pad-to-seq-len", "1000000000", "131,072"]),
         ({"compress-weight": 3}, ["compress-weight", "3"]),
         ({"overlap": "yes"}, ["overlap", "'yes'"]),
         ({"dtype": "floaty16"}, ["dtype", "float16"]),
