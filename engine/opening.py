@@ -108,12 +108,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     try:
         if plan.uses_disk:
             arena.check_offload_dir()
-        store = WeightStore(
-            model,
-            plan.weights,
-            arena,
-            codec=codec,
-        )
+        store = WeightStore(model, plan.weights, arena, codec=codec)
         loading = fill(store)
         store.claim_disk()
         stream = WeightStream(store, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from engine.cache.shape import KVShape
-from engine.errors import CapacityError
+from engine.errors import CapacityError, one_line
 from engine.kernels.codec import Codec
 from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows
@@ -118,9 +118,10 @@ class Tables:
             try:
                 self._make_room(tier, size)
             except (CapacityError, MemoryError, RuntimeError) as error:  # torch's own errors of memory are the last
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
                 num_bytes = size * self.row_bytes[tier] / 1e9
-                self.refusal = f"the KV cache cannot grow to {size} tokens, {num_bytes:.1f} GB on {tier}: {reason}"
+                self.refusal = (
+                    f"the KV cache cannot grow to {size} tokens, {num_bytes:.1f} GB on {tier}: {one_line(error)}"
+                )
             else:
                 self.refusal = None
                 free_rows.grow(size)

@@ -100,12 +100,12 @@ class CausalModel:
 
     @property
     def is_plain(self) -> bool:
-        """Whether attention is a plain softmax over all tokens before, computed by `engine.attention`."""
+        """Whether attention is a plain softmax over all tokens before, which the engine's own kernels compute."""
         return self.sweeping.is_plain and not self.is_padded
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether attention always reads keys and values on the device where they lie (`flash.is_usable`)."""
+        """Whether attention always reads keys and values on the device where they lie (`Flash.can`)."""
         sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes}
         has_kernels = all(flash.has_kernels(self.device, self.dtype, *size) for size in sizes)
         return has_kernels and self.is_plain

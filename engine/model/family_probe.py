@@ -23,7 +23,6 @@ from engine.model.undrivable import UndrivableError
 _ROWS = 3
 """Rows of which it is checked that they meet in attention alone."""
 
-
 _KEYS = 4
 """Of a step whose padding is checked: one is padding, the last one is new."""
 

@@ -73,7 +73,7 @@ class Scheduler:
             sequence = self._waiting[0]
             if self._is_too_long(sequence):
                 self._waiting.popleft()
-                self._fail(sequence, "attention", "its device memory (gpu-memory)")
+                self._fail(sequence, _no_room("attention", sequence, "its device memory (gpu-memory)"))
                 continue
             new = self._enter(sequence, entered)
             if new is None:
@@ -81,7 +81,7 @@ class Scheduler:
                     break
                 self._waiting.popleft()
                 cure = "the cache more memory (gpu-memory, cpu-memory, or a disk share)"
-                self._fail(sequence, "the KV cache", cure, self._cache.refusal)
+                self._fail(sequence, self._cache.refusal or _no_room("the KV cache", sequence, cure))
                 continue
             size = sum(map(rows_of, new))
             if sequence.needs_cache and admitted and most_admitted is None:  # who waits may be many: not before
@@ -117,7 +117,7 @@ class Scheduler:
             largest = max(self.running, key=lambda sequence: sequence.num_rows)
             segments = [segment for segment in segments if segment.span is not largest]
             self.running.remove(largest)
-            self._fail(largest, "", "", f"{reason}; shorten the prompt of {largest.start + largest.num_rows} tokens")
+            self._fail(largest, f"{reason}; shorten the prompt of {largest.start + largest.num_rows} tokens")
             self.limits = self._planned
         return self._cut(segments) if self.running else []
 
@@ -227,10 +227,8 @@ class Scheduler:
         rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
         return any(rows * keys > limit for rows, keys in rectangles)
 
-    def _fail(self, sequence: Sequence, what: str, cure: str, reason: str | None = None) -> None:
-        rows = sequence.start + sequence.capacity
-        told = f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"
-        sequence.error = CapacityError(reason or told)
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        sequence.error = CapacityError(message)
         self._leave(sequence)
         self.failed.append(sequence)
 
@@ -289,3 +287,8 @@ class Scheduler:
         if span.block is not None:
             self._cache.free(span.block)
             span.block = None
+
+
+def _no_room(what: str, sequence: Sequence, cure: str) -> str:
+    rows = sequence.start + sequence.capacity
+    return f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"
