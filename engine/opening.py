@@ -93,7 +93,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
     path = Path(description.path)
     tokenizer = load_tokenizer(path)
-    model = CausalModel(path, dtype, device)
+    model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant)
     special = special_tokens(path, model.config, tokenizer)
     memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
     codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
