@@ -14,7 +14,8 @@ def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int,
     """Version (1 or 2) and directory of every group whose limits on `controller` bind this process.
 
     That is its own group and all groups around it, as far as they are mounted: a container, a batch system or systemd
-    may set a limit at any level.
+    may set a limit at any level. Where the group lies in no mounted part, as it may seem to in a container, the top of
+    what is mounted counts as one of them; a part that other groups are in does not, as long as another holds ours.
     """
     mounts = list(_mounts(_text(root / "proc/self/mountinfo")))
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -23,11 +24,15 @@ def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int,
         version = 2 if number == "0" and not names else 1
         if version == 1 and controller not in names.split(","):
             continue
-        for mounted_version, options, mount_root, point in mounts:
-            if mounted_version == version and (version == 2 or controller in options):
-                top = root / point.lstrip("/")
-                for directory in _upwards(top, _below(mount_root, path)):
-                    yield version, directory
+        places = [
+            (_below(mount_root, path), root / point.lstrip("/"))
+            for mounted_version, options, mount_root, point in mounts
+            if mounted_version == version and (version == 2 or controller in options)
+        ]
+        holding = [(parts, top) for parts, top in places if parts is not None]
+        for parts, top in holding or places:
+            for directory in _upwards(top, parts or []):
+                yield version, directory
 
 
 def read_number(path: Path) -> int | None:
@@ -66,12 +71,12 @@ def _unescaped(name: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
-def _below(mount_root: str, path: str) -> list[str]:
-    """The parts of a group's path below what is mounted; none where it lies elsewhere, as a container's may seem to."""
-    parts, top = path.strip("/").split("/"), mount_root.strip("/").split("/")
-    if top != [""]:
-        parts = parts[len(top) :] if parts[: len(top)] == top else []
-    return [] if ".." in parts else [part for part in parts if part]
+def _below(mount_root: str, path: str) -> list[str] | None:
+    """The parts of a group's path below what is mounted; None where it lies elsewhere."""
+    parts, top = ([part for part in name.split("/") if part] for name in (path, mount_root))
+    if parts[: len(top)] != top or ".." in parts:
+        return None
+    return parts[len(top) :]
 
 
 def _upwards(top: Path, parts: list[str]) -> Iterator[Path]:
