@@ -17,8 +17,8 @@ def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int,
     may set a limit at any level. Where the group lies in no mounted part, as it may seem to in a container, the top of
     what is mounted counts as one of them; a part that other groups are in does not, as long as another holds ours.
     """
-    mounts = list(_mounts(_text(root / "proc/self/mountinfo")))
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    mounts = list(_mounts(read_text(root / "proc/self/mountinfo")))
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         version = 2 if number == "0" and not names else 1
@@ -35,25 +35,26 @@ def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int,
                 yield version, directory
 
 
+def read_text(path: Path) -> str:
+    """What is in a file; nothing where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+
+
 def read_number(path: Path) -> int | None:
     """The whole number in a file; None where there is none, as in one that says "max"."""
     try:
-        return int(_text(path))
+        return int(read_text(path))
     except ValueError:
         return None
 
 
 def read_fields(path: Path) -> dict[str, int]:
     """The numbers in a file of lines `name number`; those that cannot be read are left out."""
-    pairs = (line.split() for line in _text(path).splitlines())
+    pairs = (line.split() for line in read_text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) >= 2 and pair[1].isdecimal()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return ""
 
 
 def _mounts(text: str) -> Iterator[tuple[int, frozenset[str], str, str]]:

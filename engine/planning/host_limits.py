@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.memory.control_groups import ROOT, group_directories, read_fields, read_number
+from engine.memory.control_groups import ROOT, group_directories, read_fields, read_number, read_text
 
 _NO_LIMIT = 1 << 62
 """Version 1 of control groups has no word for "no limit" but the largest number of pages, which is more than this."""
+_LEAST_GROWTH = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,10 @@ class HostLimits:
     """What the system says can be had without swapping (`MemAvailable`). Virtual machines whose memory grows on demand
     ("balloon") show less than there is."""
     machine_total: int
+    """What the system has in use and free (`MemTotal`)."""
+    machine_present: int = 0
+    """What there is in all (`present` in `zoneinfo`), of which the system may not have taken all into use; 0 where it
+    does not tell."""
     group_available: int | None = None
     """What the tightest control group leaves; the system kills processes that take more. None without a limit."""
     group_total: int | None = None
@@ -38,6 +43,22 @@ class HostLimits:
     def total(self) -> int:
         """What there is in all."""
         return _lower(self.machine_total, self.group_total)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether much more is there than is shown: the kernel keeps a fiftieth for itself."""
+        grown = _lower(self.machine_present, self.group_total) - self.machine_total
+        return grown > max(_LEAST_GROWTH, self.machine_total // 8)
+
+    def grown_to(self, total: int) -> HostLimits:
+        """These limits of a machine of which is known that its memory grows to `total` when it is used.
+
+        As they are where that cannot be this machine, now that it has less in all or shows as much already.
+        """
+        if not self.machine_total < total <= self.machine_present:
+            return self
+        available = self.machine_available + total - self.machine_total
+        return replace(self, machine_available=available, machine_total=total)
 
 
 def host_limits(root: Path = ROOT) -> HostLimits:
@@ -54,9 +75,21 @@ def host_limits(root: Path = ROOT) -> HostLimits:
     return HostLimits(
         machine_available=facts["MemAvailable:"] * 1024 if "MemAvailable:" in facts else total * 3 // 4,
         machine_total=total,
+        machine_present=_present(root),
         group_available=min(rooms, default=None),
         group_total=min(limits, default=None),
     )
+
+
+def _present(root: Path) -> int:
+    """Bytes of memory that the kernel found; those of other devices, which it may list too, are not the host's."""
+    pages, zone = 0, ""
+    for words in map(str.split, read_text(root / "proc/zoneinfo").splitlines()):
+        if words[:1] == ["Node"]:
+            zone = words[-1]
+        elif words[:1] == ["present"] and zone != "Device":
+            pages += int(words[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def own_memory(root: Path = ROOT) -> int:

@@ -19,7 +19,8 @@ from engine.errors import CapacityError
 from engine.kernels.codec import codec_of
 from engine.model.causal_model import CausalModel
 from engine.planning.hardware import Memory
-from engine.planning.hardware_profile import HardwareProfile, Machine
+from engine.planning.hardware_profile import HardwareProfile
+from engine.planning.machine import Machine
 from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy, Share
 from engine.weights.stored_form import shape_of
