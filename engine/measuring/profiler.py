@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from engine.kernels.threads import limit_threads
 from engine.measuring import rates
 from engine.measuring.disk_rates import disk_rates
 from engine.memory import accelerator
@@ -85,6 +86,7 @@ def measure(
     `dtype` "auto" is float16 on an accelerator and float32 on the CPU. Raises `EngineError` for a device that is not
     here and for a disk that is full or cannot be written.
     """
+    limit_threads()
     place = accelerator.indexed(torch.device(resolve_device(device)))
     number = getattr(torch, resolve_dtype(dtype, "float16", place.type))
     effort = effort or Effort.fitting(place, number)

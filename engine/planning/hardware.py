@@ -143,11 +143,6 @@ def free_host_memory() -> int:
     return host_limits().available
 
 
-def host_memory() -> int:
-    """Bytes of host memory there are (the machine's, or the container's limit)."""
-    return host_limits().total
-
-
 def free_disk(directory: str) -> int:
     """Bytes free where `directory` is, or will be made."""
     stats = os.statvfs(existing_parent(directory))

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from real_groups import made_group, run_in
 
 from engine.memory import trial
-from engine.memory.control_groups import group_directories
 from engine.memory.trial import Seen, look, take, try_memory
 
 MIB, GIB = 2**20, 2**30
@@ -110,31 +105,13 @@ def test_where_the_system_ends_all_of_a_group_nothing_is_tried(tmp_path: Path, m
 
 
 _TRY = """
-import json, os, pathlib, sys
 from engine.memory.trial import try_memory
-pathlib.Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 made = try_memory(2 << 30)
-print(json.dumps(None if made is None else made.taken))
+print(json.dumps([-1 if made is None else made.taken]))
 """
 
 
 def test_where_memory_runs_out_the_system_ends_the_process_that_tries() -> None:
     """A real group of 256 MiB, in which 2 GiB are tried in spite of its limit."""
-    found = next((pair for pair in group_directories("memory") if pair[1].is_dir()), None)
-    if found is None:
-        pytest.skip("no group of memory is mounted")
-    path = found[1] / f"flexgen-trial-{os.getpid()}"
-    try:
-        path.mkdir()
-        (path / ("memory.limit_in_bytes" if found[0] == 1 else "memory.max")).write_text(str(256 * MIB))
-    except OSError as error:
-        with suppress(OSError):
-            path.rmdir()
-        pytest.skip(f"groups of memory cannot be made here: {error.strerror}")
-    try:
-        command = [sys.executable, "-c", _TRY, str(path)]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert made.returncode == 0, made.stderr
-        assert json.loads(made.stdout) in (None, *range(256 * MIB))
-    finally:
-        path.rmdir()
+    with made_group("memory", {"memory.limit_in_bytes": str(256 * MIB), "memory.max": str(256 * MIB)}) as group:
+        assert run_in(group, _TRY)[0] < 256 * MIB

@@ -431,3 +431,11 @@ def test_output_that_nobody_reads_is_no_traceback(profile_file: str) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_cpu_memory_beyond_a_profile_is_planned_with_and_told(profile_file: str) -> None:
+    profile = HardwareProfile.load(profile_file)
+    more = profile.host_memory_bytes + 10 * GB
+    with pytest.warns(UserWarning, match=r"^cpu-memory .* exceeds the .* GB of host memory in the hardware profile"):
+        assert memory_of(profile, Policy(cpu_memory=more), 0).host == more
+    assert memory_of(profile, Policy(cpu_memory=more - 10 * GB), 0).host == more - 10 * GB
