@@ -59,7 +59,7 @@ def look(root: Path = ROOT) -> Seen:
 def try_memory(most: int) -> Trial | None:
     """Take `most` bytes, or as many as the machine gives while it grows, and free them, in four seconds a GB at most.
 
-    None where it cannot be tried safely: in control groups whose processes the system ends all together.
+    None where it cannot be tried, or not safely: in control groups whose processes the system ends all together.
     """
     if any(read_number(directory / "memory.oom.group") == 1 for _, directory in group_directories("memory")):
         return None
@@ -84,7 +84,7 @@ def try_memory(most: int) -> Trial | None:
         timer.cancel()
         process.kill()
         process.communicate()
-    return last
+    return last if last.taken else None
 
 
 def take(most: int, look: Callable[[], Seen], hold: Callable[[int], None]) -> Iterator[Trial]:

@@ -87,7 +87,7 @@ def _present(root: Path) -> int:
     for words in map(str.split, read_text(root / "proc/zoneinfo").splitlines()):
         if words[:1] == ["Node"]:
             zone = words[-1]
-        elif words[:1] == ["present"] and zone != "Device":
+        elif len(words) == 2 and words[0] == "present" and words[1].isdecimal() and zone != "Device":
             pages += int(words[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
