@@ -16,7 +16,6 @@ from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
 
-
 _LEAST_ROWS = 64
 """Of a micro-batch: fewer would not save memory worth speaking of, but for what decode steps gather of the cache."""
 

@@ -103,7 +103,7 @@ def test_a_library_whose_rows_depend_on_their_place_is_refused(monkeypatch: pyte
 
 
 def test_attention_on_the_host_must_hold_for_all_sequences() -> None:
-    with pytest.raises(ConfigError, match="needs kv-cache: {cpu: 100}"):
+    with pytest.raises(ConfigError, match=r"needs kv-cache: \{cpu: 100\}"):
         Policy.from_mapping({"batch-invariant": True, "cpu-cache-compute": True, "percent": [0, 100, 50, 50, 100, 0]})
 
 
