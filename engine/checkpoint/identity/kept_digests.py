@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class KeptDigests:
             try:
                 partial.write_text(text, encoding="utf-8")
                 os.replace(partial, self.file)
+                self._drop_those_of_nothing()
             finally:
                 partial.unlink(missing_ok=True)
         except OSError as error:
@@ -104,6 +106,13 @@ class KeptDigests:
                 self.file.parent,
                 error.strerror or error,
             )
+
+    def _drop_those_of_nothing(self) -> None:
+        """Remove what is kept of model directories that are gone."""
+        for other in self.file.parent.glob("*.json"):
+            with suppress(CheckpointError, KeyError, TypeError, ValueError, OSError):
+                if not Path(read_json_object(other, CheckpointError, limit=_MOST_BYTES)["source"]).exists():
+                    other.unlink()
 
 
 _STATE_KEYS = ("size", "modified_ns", "changed_ns", "inode")

@@ -88,17 +88,13 @@ def last_change(model: str) -> float:
 def differences(earlier: Mapping[str, object], now: Mapping[str, object]) -> str:
     """What differs between two identities in words, with both digests: "weights (sha256 1f2e… then, 3d4c… now)"."""
     told = [
-        f"{_DIGESTS.get(key, key)} ({_digest(earlier[key])} then, {_digest(now[key])} now)"
+        f"{_DIGESTS[key]} (sha256 {str(earlier[key])[:_SHOWN]} then, {str(now[key])[:_SHOWN]} now)"
         if key in _DIGESTS
         else f"{key} ({earlier.get(key)} then, {now.get(key)} now)"
         for key in dict.fromkeys([*now, *earlier])
         if earlier.get(key) != now.get(key) and (key not in _DIGESTS or (key in earlier and key in now))
     ]
     return " and ".join(told)
-
-
-def _digest(value: object) -> str:
-    return f"sha256 {str(value)[:_SHOWN]}"
 
 
 def _side_digest(path: Path) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,10 +19,10 @@ from engine.errors import CheckpointError, EngineError, one_line
 from engine.memory.cores import usable_cores
 
 LEAF_BYTES = 8 << 20
-"""What is digested at once, in any order: part of the definition of the digest."""
-_READ_BYTES = 1 << 20
-"""Small enough to be digested out of a core's cache."""
+"""What is read and digested at once, in any order: part of the definition of the digest. Large, because a thread of low
+priority that waits for a core may hold the interpreter between two calls."""
 _MOST_THREADS = 8
+_NICENESS = 5
 
 
 @dataclass(eq=False)
@@ -131,7 +133,10 @@ class WeightDigest:
             self._todo.put((found, leaf))
 
     def _run(self) -> None:
-        memory = memoryview(bytearray(_READ_BYTES))
+        if sys.platform == "linux":  # where few cores are free, they are the loading's
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        memory = memoryview(bytearray(LEAF_BYTES))
         for found, leaf in iter(self._todo.get, None):
             if self._ended.is_set():
                 return
