@@ -61,7 +61,8 @@ class KeptAnswers:
             if self._is_same(identity, response):
                 self._moved.append(({**key, "identity": own}, response))
                 return response
-        self._outdated[_told(found[-1][0], own)] = None
+        latest, _ = max(found, key=lambda pair: ("source" in pair[0], str(pair[1].get("request_datetime", ""))))
+        self._outdated[_told(latest, own)] = None
         return None
 
     def move(self) -> None:

@@ -181,6 +181,10 @@ def test_answers_of_an_earlier_release_are_used_if_nothing_was_written_to_since(
     assert "answers that an earlier release kept in HELM's cache are used" in told
     os.utime(model / "model.safetensors")  # they are known by the whole digest from now on
     assert run(make_client, model) == (3, [], completions)
+    change_last_row(model)
+    found, (told,), _ = run(make_client, model)
+    assert found == 0
+    assert "because of other weights (sha256 " in told
 
 
 @pytest.mark.parametrize("how", ["written to since", "other weights", "last row"])
