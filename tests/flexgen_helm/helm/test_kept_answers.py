@@ -181,6 +181,7 @@ def test_answers_of_an_earlier_release_are_used_if_nothing_was_written_to_since(
     assert "answers that an earlier release kept in HELM's cache are used" in told
     os.utime(model / "model.safetensors")  # they are known by the whole digest from now on
     assert run(make_client, model) == (3, [], completions)
+    set_asked_at(tmp_path / "cache.sqlite", time.time() - 120)
     change_last_row(model)
     found, (told,), _ = run(make_client, model)
     assert found == 0
