@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -77,8 +77,8 @@ class Answers:
             if self._is_new and self._path.exists() and self._path.stat().st_size == 0:
                 self._path.unlink()
 
-    def resume(self, keys: dict[Place, str]) -> set[Place]:
-        """Places that an earlier run answered; `keys` says what is asked at each.
+    def resume(self, keys_of: Callable[[], dict[Place, str]]) -> set[Place]:
+        """Places that an earlier run answered; `keys_of` says what is asked at each, if there are any.
 
         Failures and a line that was cut off are dropped, to be asked again. `ConfigError`, and nothing changed, for a
         file that holds anything else.
@@ -89,6 +89,7 @@ class Answers:
         if not (cut_off.startswith(_BEGINNING) or _BEGINNING.startswith(cut_off)):
             raise ConfigError(f"{self._path} is no file of answers of `complete`; name another --output")
         kept: dict[Place, str] = {}
+        keys: dict[Place, str] = {}
         for number, line in enumerate(whole, 1):
             where = f"{self._path}, line {number}"
             try:
@@ -98,6 +99,7 @@ class Answers:
                 raise ConfigError(f"{where} is no answer of `complete`; name another --output") from None
             if "error" in entry:
                 continue
+            keys = keys or keys_of()
             if keys.get(place) != key:
                 raise ConfigError(
                     f"{where} answers something else (prompt, settings or model differ); "

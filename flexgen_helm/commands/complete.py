@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def complete(arguments: Sequence[str]) -> int:
     if problem := model_problem():
         raise InstallationError(problem)
     from engine.checkpoint.description import describe
-    from engine.checkpoint.identity import result_identity
+    from engine.checkpoint.identity.result import identity_beside_weights, result_identity
     from engine.checkpoint.tokenizer import load_tokenizer
     from engine.text.prompt import PromptTokenizer
 
@@ -102,10 +102,15 @@ def complete(arguments: Sequence[str]) -> int:
         )
     if not jobs:
         raise ConfigError(f"none of the {len(found)} prompts can be asked")
-    identity = result_identity(args.model, policy)
-    keys = {place: _key(prompt, job, identity) for place, (prompt, job) in jobs.items()}
+    beside = identity_beside_weights(args.model, policy)
+
+    def keys(weights: str | None) -> dict[Place, str]:
+        """By the digest of the weights that answer; None finds it here."""
+        identity = result_identity(args.model, policy) if weights is None else {"weights": weights, **beside}
+        return {place: _key(prompt, job, identity) for place, (prompt, job) in jobs.items()}
+
     with Answers(args.output) as answers:
-        done = answers.resume(keys)
+        done = answers.resume(lambda: keys(None))
         left = {place: job for place, job in jobs.items() if place not in done}
         for prompt in bad:
             answers.add({"index": prompt.index, "where": prompt.where, "error": prompt.reason})
@@ -230,9 +235,13 @@ def _key(prompt: Prompt, job: Job, identity: dict[str, Any]) -> str:
 
 
 def _ask(
-    args: Any, policy: Policy, left: dict[Place, tuple[Prompt, Job]], keys: dict[Place, str], answers: Answers
+    args: Any,
+    policy: Policy,
+    left: dict[Place, tuple[Prompt, Job]],
+    keys_by: Callable[[str | None], dict[Place, str]],
+    answers: Answers,
 ) -> list[str]:
-    """Run what is left; returns a line for each failure."""
+    """Run what is left; returns a line for each failure. `keys_by` makes keys by the digest of the weights."""
     from engine.engine import Engine
 
     places, failures, tokens = list(left), list[str](), 0
@@ -241,7 +250,9 @@ def _ask(
     progress(0, len(places), 0)
     try:
         with Engine.from_pretrained(args.model, policy) as engine:
+            keys: dict[Place, str] = {}
             for number, (at, completion) in enumerate(engine.stream(job for _, job in left.values()), 1):
+                keys = keys or keys_by(engine.weights_digest())  # all weights are read by the end of the first sweep
                 place = places[at]
                 prompt, job = left[place]
                 answers.add(_answer(place, prompt, completion, keys[place]))

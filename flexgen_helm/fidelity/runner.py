@@ -202,6 +202,10 @@ class _Recorded:
                 self._executor.note(asked[index], completion)
             yield finished
 
+    def weights_digest(self) -> str | None:
+        """As the engine's."""
+        return self._engine.weights_digest()
+
     def close(self) -> None:
         """As the engine's."""
         self._engine.close()

@@ -13,6 +13,7 @@ from typing import Any
 
 from helm.clients.client import CachingClient
 from helm.common.cache import CacheConfig
+from helm.common.hierarchical_logger import hlog
 from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 from helm.tokenizers.tokenizer import Tokenizer
@@ -26,9 +27,10 @@ from engine.job import Job  # noqa: E402
 from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
+from flexgen_helm.helm.kept_answers import KeptAnswers  # noqa: E402
 from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
 from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
-from flexgen_helm.helm.requests.results import Response, Timing, failure, is_outdated, result  # noqa: E402
+from flexgen_helm.helm.requests.results import Response, Timing, failure, known_result, result  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
 Progress = Callable[[int, int, int], None]
@@ -78,6 +80,7 @@ class FlexGenClient(CachingClient):
         self._top_k = top_k
         self._window = window
         self._is_cache_locked = False
+        self._cache_notes: list[str] = []
 
     @cached_property
     def _served(self) -> Served:
@@ -105,8 +108,11 @@ class FlexGenClient(CachingClient):
 
     @property
     def notes(self) -> list[str]:
-        """What shapes the answers beyond what requests say, a line each: to be told in the first lines of a run."""
-        notes, window = self._translator.notes, self._window
+        """What shapes the answers beyond what requests say, a line each: to be told in the first lines of a run.
+
+        With what became of kept answers to the requests looked up so far.
+        """
+        notes, window = [*self._translator.notes, *self._cache_notes], self._window
         own = engines.served(self._model, self.policy).description.window if window is not None else None
         if own is not None and window != own:
             notes.append(f"sequences of {self._model} have up to {window} positions, as window says, in place of {own}")
@@ -155,13 +161,19 @@ class FlexGenClient(CachingClient):
         try:
             with self._served.batcher.arriving():
                 text = self._translator.render(request)
-                key = self._translator.key(request, text, self._served.identity)
-                response, cached = self.cache.get(key, compute)
-                if cached and is_outdated(response):
-                    response, cached = compute(), False
+                key = self._translator.key(request, text)
+                with self._kept_answers() as kept:
+                    known = known_result(kept.find(key))
+                for note in self._noted(kept):
+                    hlog(note)
+                if known is not None:
+                    return known
+                response = compute()
+                with self._open_cache() as cache:
+                    cache.put([({**key, "identity": self._served.identity}, response)])
         except EngineError as error:
             return failure(request, error)
-        return result(response, cached=cached)
+        return result(response, cached=False)
 
     def make_requests(self, requests: Sequence[Request], progress: Progress | None = None) -> list[RequestResult]:
         """Answer all requests, in their order; what is not in the cache goes to the engine in one call.
@@ -187,20 +199,20 @@ class FlexGenClient(CachingClient):
 
         Raises `EngineError` for a fault of model, policy or cache.
         """
-        translator, identity = self._translator, self._served.identity
+        translator = self._translator
         asked = Asked(total=len(requests))
-        with self._open_cache() as cache:
+        with self._kept_answers() as kept:
             for place, request in enumerate(requests):
                 try:
                     text = translator.render(request)
-                    key = translator.key(request, text, identity)
+                    key = translator.key(request, text)
                 except EngineError as error:
                     asked.refused[place] = error
                     continue
                 name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
                 if name in asked.todo:
                     asked.todo[name].places.append(place)
-                elif known := _known(cache.get(key)):
+                elif known := known_result(kept.find(key)):
                     asked.known[place] = known
                 else:
                     try:
@@ -209,6 +221,7 @@ class FlexGenClient(CachingClient):
                         asked.refused[place] = error
                         continue
                     asked.todo[name] = Work(request=request, key=key, places=[place], ids=ids, jobs=jobs)
+        self._noted(kept)
         return asked
 
     def carry_out(self, asked: Asked, observe: Observer | None = None) -> Iterator[list[Answer]]:
@@ -238,11 +251,24 @@ class FlexGenClient(CachingClient):
                 for work, seconds in done:
                     response = self._response(work, Timing(seconds=seconds, started=started, num_requests=num_requests))
                     if not isinstance(response, EngineError):
-                        kept.append((work.key, response))
-                    answers.append(_answer(work, response))
+                        kept.append(({**work.key, "identity": self._served.identity}, response))
+                    answers.append(Answer.of(work, response))
                 self._served.check_weights()
                 cache.put(kept)
                 yield answers
+
+    @contextmanager
+    def _kept_answers(self) -> Iterator[KeptAnswers]:
+        with self._open_cache() as cache:
+            kept = KeptAnswers(cache, self._served, self._translator)
+            yield kept
+            kept.move()
+
+    def _noted(self, kept: KeptAnswers) -> list[str]:
+        """Take in what is to be told of kept answers; returns what is new of it."""
+        new = [note for note in kept.notes if note not in self._cache_notes]
+        self._cache_notes += new
+        return new
 
     @contextmanager
     def _open_cache(self) -> Iterator[RequestCache]:
@@ -271,22 +297,3 @@ class FlexGenClient(CachingClient):
             return self._translator.response(work.request, work.ids, completions, timing)
         except EngineError as error:
             return error
-
-
-def _known(stored: Response | None) -> RequestResult | None:
-    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
-    try:
-        return None if stored is None or is_outdated(stored) else result(stored, cached=True)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
-
-
-def _answer(work: Work, response: Response | EngineError) -> Answer:
-    return Answer(
-        places=tuple(work.places),
-        result=failure(work.request, response) if isinstance(response, EngineError) else result(response, cached=False),
-        prompt_tokens=work.prompt_tokens,
-        prompt_rows=work.prompt_rows,
-        new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
-        most_tokens=work.most_tokens,
-    )

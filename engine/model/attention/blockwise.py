@@ -37,7 +37,7 @@ class Blockwise(AttentionBackend):
 
     def decode(self, asked: Attending) -> torch.Tensor:
         """Group by group, on the host where the policy wants it there."""
-        parts = [_decode(asked, group) for group in asked.batch.decode_groups]
+        parts = [decode_in_blocks(asked, group) for group in asked.batch.decode_groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -55,7 +55,8 @@ def _prefill(asked: Attending, group: ContextGroup) -> list[torch.Tensor]:
     return results
 
 
-def _decode(asked: Attending, group: DecodeGroup) -> torch.Tensor:
+def decode_in_blocks(asked: Attending, group: DecodeGroup) -> torch.Tensor:
+    """The result for the new rows of the sequences of `group`, `[rows, heads, value dim]`."""
     rows = slice(group.first, group.end)
     device = torch.device("cpu") if asked.cache.is_attended_on_host(group) else asked.query.device
     with plain_arithmetic():

@@ -8,6 +8,7 @@ from engine.batch.context_group import ContextGroup
 from engine.batch.decode_group import DecodeGroup
 from engine.kernels.invariant.mode import plain_arithmetic
 from engine.model.attention.backend import Attending, AttentionBackend
+from engine.model.attention.blockwise import decode_in_blocks
 from engine.model.attention.flash import has_kernels
 from engine.model.attention.rule import AttentionRule
 
@@ -33,9 +34,14 @@ class WholeFlash(AttentionBackend):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode(self, asked: Attending) -> torch.Tensor:
-        """Group by group."""
-        with plain_arithmetic():
-            parts = [part for group in asked.batch.decode_groups for part in _decode(asked, group)]
+        """Group by group, on the host where the policy wants it there."""
+        parts = []
+        for group in asked.batch.decode_groups:
+            if asked.cache.is_attended_on_host(group):
+                parts.append(decode_in_blocks(asked, group))
+            else:
+                with plain_arithmetic():
+                    parts += _decode(asked, group)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

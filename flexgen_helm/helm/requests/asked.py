@@ -11,6 +11,7 @@ from helm.common.request import Request, RequestResult
 from engine.errors import EngineError
 from engine.job import Completion, Job
 from engine.schedule.prefix import common_length
+from flexgen_helm.helm.requests.results import Response, failure, result
 from flexgen_helm.helm.requests.translate import Key
 
 
@@ -20,6 +21,7 @@ class Work:
 
     request: Request
     key: Key
+    """In the cache, but for the identity of the model."""
     places: list[int]
     ids: tuple[int, ...]
     jobs: list[Job]
@@ -53,6 +55,20 @@ class Answer:
     new_tokens: int
     most_tokens: int
     """Prompt tokens, and new ones as many as it was allowed."""
+
+    @classmethod
+    def of(cls, work: Work, response: Response | EngineError) -> Answer:
+        """What became of a request."""
+        return cls(
+            places=tuple(work.places),
+            result=failure(work.request, response)
+            if isinstance(response, EngineError)
+            else result(response, cached=False),
+            prompt_tokens=work.prompt_tokens,
+            prompt_rows=work.prompt_rows,
+            new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
+            most_tokens=work.most_tokens,
+        )
 
 
 @dataclass(eq=False, kw_only=True)

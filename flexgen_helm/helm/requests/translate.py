@@ -16,7 +16,7 @@ from engine.logit_rules import LogitRules, refused_settings
 from engine.text.prompt import PromptTokenizer
 from flexgen_helm.helm.requests.rendering import Rendering
 from flexgen_helm.helm.requests.results import PromptError, Response, Timing, response
-from flexgen_helm.helm.requests.tokenizer import EarlierRule, Spelling, sha256_of, tokenizer_fingerprint
+from flexgen_helm.helm.requests.tokenizer import EarlierRule, Spelling, sha256_of, tokenizer_digests
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
@@ -28,6 +28,9 @@ _NO_LIMIT = 1_000_000
 """transformers writes 10**30 where a tokenizer sets no limit."""
 
 Key = dict[str, Any]
+
+CLIENT = "flexgen_helm"
+"""Who made an entry of HELM's cache, in its key."""
 
 
 class Translator:
@@ -75,7 +78,7 @@ class Translator:
         if self._end_of_text_token:
             self._end_of_text.append(self._end_of_text_token)
         self._rendering = Rendering(tokenizer, model=model, apply_chat_template=apply_chat_template)
-        self._fingerprint = tokenizer_fingerprint(tokenizer)
+        self._digests = tokenizer_digests(tokenizer)
         self._numbers: dict[int, int] = {}
 
     @cached_property
@@ -127,12 +130,11 @@ class Translator:
         """The text that the model will see."""
         return self._rendering.text(request)
 
-    def key(self, request: Request, text: str, identity: Mapping[str, str | int | None]) -> Key:
-        """Everything that can change the result of a request whose rendered prompt is `text`."""
+    def key(self, request: Request, text: str) -> Key:
+        """Everything that can change the result of a request whose rendered prompt is `text`, but the identity."""
         key = {
-            "client": "flexgen_helm",
-            "identity": dict(identity),
-            "tokenizer": self._fingerprint,
+            "client": CLIENT,
+            "tokenizer": self._digests.whole,
             "chat_template": self._rendering.digest(request),
             "end_of_text_token": self._end_of_text_token,
             "num_completions": request.num_completions,
@@ -145,6 +147,10 @@ class Translator:
         if self._given_window is not None:  # else it follows from the model's files
             key["window"] = self._given_window
         return key if request.random is None else {**key, "random": request.random}
+
+    def earlier_key(self, key: Key) -> Key:
+        """`key` as earlier releases had it."""
+        return {**key, "tokenizer": self._digests.earlier}
 
     def _what_is_asked(self, request: Request, text: str) -> Key:
         return {

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
@@ -35,6 +37,22 @@ class Loader:
             raise self.failure
         self.engines.append(FakeEngine(AutoTokenizer.from_pretrained(path)))
         return self.engines[-1]
+
+
+@pytest.fixture(autouse=True)
+def _closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Closes all registries of a test, which hold weight files open."""
+    made: list[EngineRegistry] = []
+    init = EngineRegistry.__init__
+
+    def recorded(self: EngineRegistry, *args: Any) -> None:
+        init(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(EngineRegistry, "__init__", recorded)
+    yield
+    for registry in made:
+        registry.close()
 
 
 JOBS = [Job(prompt=[20], max_new_tokens=2)]
