@@ -78,10 +78,14 @@ class CausalModel:
 
     def put_buffer(self, name: str, values: torch.Tensor) -> None:
         """Fill a persistent buffer of the model or of one of its layers."""
+        self.buffer(name).copy_(values)
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """A persistent buffer of the model or of one of its layers."""
         module, attribute = self._buffer_owners[name]
-        buffer = module._buffers[attribute]
+        buffer: torch.Tensor | None = module._buffers[attribute]
         assert buffer is not None
-        buffer.copy_(values)
+        return buffer
 
     @property
     def vocab_size(self) -> int:

@@ -36,14 +36,14 @@ def verify(arguments: Sequence[str]) -> int:
     """
     args = parse_verify_flags(arguments)
     from flexgen_helm.fidelity.runner import VerifyingRunner
-    from flexgen_helm.fidelity.verdict import table, verdict
+    from flexgen_helm.fidelity.verdict import table, told_layers, verdict
     from flexgen_helm.runs.launch import carry_out
 
     args.disable_cache = True  # an answer from the cache may be another policy's
     args.runner_class_name = f"{VerifyingRunner.__module__}.{VerifyingRunner.__name__}"
     found: list[Fidelity] = []
     VerifyingRunner.found = found
-    carry_out(args, show=lambda scores: table(found))
+    carry_out(args, show=lambda scores: "\n".join([table(found), *told_layers(found)]))
     print(verdict(found))
     return 0
 
