@@ -108,6 +108,11 @@ class CausalModel:
         return self.sweeping.is_plain and not self.is_padded
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of linear layers are rounded to 8 bits, as a checkpoint may ask for."""
+        return any("rounds_inputs" in module.__dict__ for layer in self.layers for module in layer.modules())
+
+    @property
     def reads_in_place(self) -> bool:
         """Whether attention always reads keys and values on the device where they lie (`Flash.can`)."""
         sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes}

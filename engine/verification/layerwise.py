@@ -19,7 +19,7 @@ from engine.model.stub import LayerCall
 from engine.planning.limits import Limits
 from engine.planning.planner import Plan
 from engine.verification.chain import Chain, Layout, Table, lay_out_rows
-from engine.verification.difference import Meter, RootMeanSquare, StageDifference, tolerance_of
+from engine.verification.difference import TOLERANCES, Meter, RootMeanSquare, StageDifference, tolerance_of
 from engine.verification.passes import pass_limits, passes
 from engine.verification.replay import Step, replay, rows_of
 from engine.verification.scored import Scored, Scoring
@@ -87,7 +87,7 @@ class LayerwiseComparison:
         self._plain = StockForward(model) if encodes and driven.checkpoint is not None else None
         self._check = WeightCheck(driven.weights)
         self._names = ["embedding", *(f"layer {index}" for index in range(len(model.layers))), "head"]
-        self._tolerance = tolerance_of(self._dtype, driven.cache.codec)
+        self._tolerance = tolerance_of(self._dtype, driven.cache.codec, rounds_inputs=model.rounds_inputs)
         self._meters = {name: Meter(self._tolerance, device) for name in self._names}
         self._losses = {name: RootMeanSquare(device) for name in self._names[1:-1]}
         self._scored: dict[int, Scored] = {}
@@ -115,7 +115,7 @@ class LayerwiseComparison:
                 driven.stream.release_all()
         driven.weights.check_source()
         config = driven.model.config.get_text_config()
-        is_rounded = self._dtype != torch.float32 or driven.cache.codec is not None
+        is_rounded = self._tolerance > TOLERANCES[torch.float32]
         may_reroute = is_rounded and any((getattr(config, name, 0) or 0) > 1 for name in _EXPERTS)
         stages = [self._meters[name].stage(name, may_reroute=may_reroute) for name in self._names]
         return Findings(
