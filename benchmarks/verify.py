@@ -4,8 +4,8 @@
 
 Each row is a workload of `flexgen-helm bench`, RUNSxREQUESTSxSHARED+OWN:NEW. The engine answers it, after a rehearsal
 that claims the memory; then `Engine.compare_with_stock`, which `flexgen-helm verify` calls for a model that host memory
-cannot hold, computes the same tokens both ways. The ratio is that of both together to the run alone. Weights are random,
-so they are not compared with a checkpoint.
+cannot hold, computes the same tokens both ways. The ratio is that of both together to the run alone. Weights are
+random, so they are not compared with a checkpoint.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ uncompressed weights, and show how near the two are: log-probabilities of our to
 that differs, texts, and the score. Also written to fidelity.json in each run's directory. By default
 {NUM_INSTANCES} instances of each run, in the suite "verify". Every request is computed anew, whatever HELM's cache
 holds. A difference that rounding does not explain is called drift; it does not change the exit code, which is 1 for
-a run that failed and 2 for bad input. The reference needs the whole weights in host memory.
+a run that failed and 2 for bad input. A model that host memory cannot hold as a whole is compared layer by layer: the
+engine's weights pass once more, stock layers of transformers compute beside its own, and the layer that differs most
+is named.
 """
 
 
