@@ -291,7 +291,7 @@ def test_a_comparison_with_stock_layers_is_timed_beside_its_run(opt: str, tmp_pa
     record = json.loads((tmp_path / "verify-tiny-opt.json").read_text())
     assert [row["row"] for row in record["rows"]] == rows
     assert [row["sweeps"] for row in record["rows"]] == [4, 1]
-    assert record["policy"]["cpu-memory"] == "1GB"
+    assert record["policy"]["cpu-memory"] == "1000000kB"
     for row in record["rows"]:
         assert row["is_within"]
         assert row["passes"] == 1

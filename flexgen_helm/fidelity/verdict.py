@@ -126,8 +126,11 @@ class Fidelity:
             "requests": {
                 "compared": self.comparison.num_requests,
                 "failed": self.comparison.num_failed,
-                "failed_only_here": None if self.layers else self.comparison.num_failed_here,
-                "told_up_to_the_first_difference": self.comparison.num_untold,
+                **(
+                    {"failed_only_here": self.comparison.num_failed_here}
+                    if self.layers is None
+                    else {"told_up_to_the_first_difference": self.comparison.num_untold}
+                ),
             },
             "logprobs": {
                 "compared": self.num_logprobs,

@@ -348,8 +348,7 @@ def test_a_model_larger_than_the_host_is_compared_layer_by_layer(
         assert record["verdict"] == "within rounding"
         assert record["logprobs"]["compared"] == sum(map(len, compared)) > 0
         assert 0 <= record["logprobs"]["largest_difference"] < 5e-5
-        assert record["requests"]["failed"] == 0
-        assert record["requests"]["failed_only_here"] is None
+        assert record["requests"] == {"compared": len(compared), "failed": 0, "told_up_to_the_first_difference": 0}
         layers = record["layers"]
         assert [stage["name"] for stage in layers["stages"]] == stages
         assert all(stage["is_within"] and not stage["weights"]["is_wrong"] for stage in layers["stages"])
@@ -388,7 +387,8 @@ def test_compression_layer_by_layer_is_compared_with_the_checkpoints_own_weights
         parted = whole["texts"]["compared"] - whole["texts"]["identical"]
         assert layered["requests"]["told_up_to_the_first_difference"] == parted
         assert layered["texts"] == whole["texts"]
-        assert layered["score"]["reference"] == (None if parted else whole["score"]["reference"])
+        expected = None if parted else pytest.approx(whole["score"]["reference"], rel=1e-5)
+        assert layered["score"]["reference"] == expected
 
 
 @pytest.mark.usefixtures("_small_host")
