@@ -45,10 +45,13 @@ class Parts:
     """A model opened by a policy: what a loop of sweeps works with."""
 
     policy: Policy
+    path: Path
+    """The model's directory; it may be gone where weights do not come from it."""
     plan: Plan
     model: CausalModel
     weights: WeightStore
     stream: WeightStream
+    cache: KVCache
     scheduler: Scheduler
     executor: Executor
     arena: Arena
@@ -126,10 +129,12 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
         hidden = HiddenStates(arena, plan.activations, model.hidden_size, dtype)
         return Parts(
             policy=policy,
+            path=path,
             plan=plan,
             model=model,
             weights=store,
             stream=stream,
+            cache=cache,
             scheduler=Scheduler(plan.limits, cache.room, share_prefix=policy.share_prefix),
             executor=Executor(model, stream, cache, hidden, plan.limits),
             arena=arena,

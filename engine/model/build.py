@@ -84,6 +84,12 @@ def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
                     table[attribute] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
 
 
+def default_attention(config: PreTrainedConfig, dtype: torch.dtype) -> str:
+    """The attention implementation that `from_pretrained` takes for a model of this config when nobody names one."""
+    fresh = type(config).from_dict(config.to_dict())
+    return str(_on_meta(fresh, dtype, None).config._attn_implementation)
+
+
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     try:
         with parameters_on_meta():

@@ -83,10 +83,14 @@ class CausalModel:
 
     def put_buffer(self, name: str, values: torch.Tensor) -> None:
         """Fill a persistent buffer of the model or of one of its layers."""
+        self.buffer(name).copy_(values)
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """A persistent buffer of the model or of one of its layers."""
         module, attribute = self._buffer_owners[name]
-        buffer = module._buffers[attribute]
+        buffer: torch.Tensor | None = module._buffers[attribute]
         assert buffer is not None
-        buffer.copy_(values)
+        return buffer
 
     @property
     def vocab_size(self) -> int:
@@ -107,6 +111,11 @@ class CausalModel:
     def is_plain(self) -> bool:
         """Whether attention is a plain softmax over all tokens before, which the engine's own kernels compute."""
         return self.sweeping.is_plain and not self.is_padded
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of linear layers are rounded to 8 bits, as a checkpoint may ask for."""
+        return any("rounds_inputs" in module.__dict__ for layer in self.layers for module in layer.modules())
 
     @property
     def reads_in_place(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
@@ -25,6 +25,9 @@ from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
+
+if TYPE_CHECKING:
+    from engine.verification.layerwise import Findings
 
 _Opened = tuple[OpenedWeights, Identity]
 
@@ -42,6 +45,11 @@ class RunningEngine(Protocol):
 
     def weights_digest(self) -> str | None:
         """The digest of the weight files once it has read them all; None where it reads none."""
+
+    def compare_with_stock(
+        self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
+    ) -> Findings:
+        """Compute what `completions` tell of `jobs` once more, beside stock layers of transformers."""
 
     def close(self) -> None:
         """Give back all memory and files."""
@@ -126,7 +134,7 @@ class Served:
 
     def sweeps(self, jobs: Sequence[Job], observe: Observer | None = None) -> Iterator[list[Done]]:
         """`stream`, but all that a sweep finishes at once; `observe` sees the sweeps while this call runs."""
-        with self._running(jobs) as engine:
+        with self.running(jobs) as engine:
             started, seconds = time.perf_counter(), 0.0
             estimate, self._estimate = self._estimate, None
             if observe is not None:
@@ -147,7 +155,8 @@ class Served:
                     engine.observer = None
 
     @contextmanager
-    def _running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
+    def running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
+        """The engine, loaded for `jobs` if need be; it is not taken for idle meanwhile."""
         with self._registry.loading:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
