@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CheckpointError, UnsupportedError, one_line, shown
+from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.reading import find_file, read_json_object
 
 if TYPE_CHECKING:
@@ -100,9 +100,7 @@ def load_family_config(path: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
     except Exception as error:  # whatever fields of another kind lead to in the family's code
-        raise CheckpointError(
-            f"{path / 'config.json'} cannot be meant: transformers says {type(error).__name__}: {one_line(error)}"
-        ) from None
+        raise CheckpointError(f"{path / 'config.json'} cannot be meant: transformers says {named(error)}") from None
     _check_padding(path / "config.json", config, text)
     return text
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.checkpoint.side_files import check_side_files
-from engine.errors import CheckpointError, one_line, shown
+from engine.errors import CheckpointError, named, shown
 from engine.reading import find_file
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
         raise CheckpointError(
             f"{path}: its tokenizer cannot be loaded by transformers {transformers.__version__} and tokenizers "
-            f"{tokenizers.__version__}: {type(error).__name__}: {one_line(error)}; fetch its files again, or update "
+            f"{tokenizers.__version__}: {named(error)}; fetch its files again, or update "
             "the packages if the files are newer"
         ) from None
     return tokenizer
@@ -66,7 +66,5 @@ def _generation_config(path: Path) -> Any:
     except OSError:
         _log.warning("flexgen-helm: %s is no JSON and left out, as transformers leaves it out", file)
     except Exception as error:  # values that it cannot mean: transformers does not load such a model either
-        raise CheckpointError(
-            f"{file} cannot be meant: {type(error).__name__}: {one_line(error)}; mend it or take it away"
-        ) from None
+        raise CheckpointError(f"{file} cannot be meant: {named(error)}; mend it or take it away") from None
     return None

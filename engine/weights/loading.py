@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
-from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, shown
+from engine.model.causal_model import CausalModel
 from engine.reading import find_file
 from engine.weights.kept import KeptWeights
 from engine.weights.read_ahead import Step, run_steps
@@ -41,10 +42,24 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     may run behind. Units that are `kept` are read from there, and the others kept from then on. Raises
     `CheckpointError` when parameters are missing or have another shape.
     """
-    model = store.model
     store.source = source = OpenedWeights(path)
+    plan, unexpected = _planned(path, store)
+    steps = plan.run(kept)
+    source.check_names()
+    _tell_unread(path, store.model.module, unexpected)
+    return _watched(steps, store, source)
+
+
+def check_checkpoint(path: Path, model: CausalModel) -> None:
+    """Raise what `load_checkpoint` raises for weight files that do not fit `model`; reads no weights."""
+    plan, _ = _planned(path, _Nowhere(model))
+    plan.check_missing()
+
+
+def _planned(path: Path, store: Places) -> tuple[_Plan, set[str]]:
+    """What is to be read for which parameter of a store, and the tensors that the model has no parameter for."""
+    model, names = store.model, store.model.names
     plan = _Plan(path, store)
-    names = CheckpointNames(model.module, model.state)
     packed = {
         part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
     }
@@ -64,10 +79,7 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
-    steps = plan.run(kept)
-    source.check_names()
-    _tell_unread(path, model.module, unexpected)
-    return _watched(steps, store, source)
+    return plan, unexpected
 
 
 def _watched(steps: Iterator[None], store: WeightStore, source: OpenedWeights) -> Iterator[None]:
@@ -111,10 +123,45 @@ def _rounds(converter: WeightConverter, sources: list[Source]) -> list[list[Sour
     return [sources]
 
 
+class Places(Protocol):
+    """Where parameters go: a `WeightStore`."""
+
+    @property
+    def model(self) -> CausalModel:
+        """Whose parameters they are."""
+
+    def adopt(self, name: str, dtype: torch.dtype, path: Path, first: int) -> int:
+        """Leave what may stay in its file; how many elements are to be put."""
+
+    def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
+        """Put elements of a parameter in their places."""
+
+    def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        """Put a part of a packed parameter in its place."""
+
+    def arrive(self, name: str) -> None:
+        """Say that a parameter is whole."""
+
+
+@dataclass(frozen=True)
+class _Nowhere:
+    """No places, for a plan that nobody carries out."""
+
+    model: CausalModel
+
+    def adopt(self, *_: Any) -> int:
+        return 0
+
+    def put(self, *_: Any) -> None:
+        raise AssertionError("the plan is only checked")
+
+    put_packed = arrive = put
+
+
 class _Plan:
     """What is to be read for which parameter, known to fit before anything is read."""
 
-    def __init__(self, path: Path, store: WeightStore) -> None:
+    def __init__(self, path: Path, store: Places) -> None:
         self._store = store
         self._path = path
         self._places = tensor_places(path)
@@ -199,13 +246,17 @@ class _Plan:
         for name, value in one.convert(target, model=model.module, config=model.config).items():
             yield name, value[0] if isinstance(value, list) else value
 
-    def run(self, kept: KeptWeights | None) -> Iterator[None]:
-        """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step."""
+    def check_missing(self) -> None:
+        """Raise `CheckpointError` when the weight files lack a parameter."""
         if self._missing:
             raise CheckpointError(
                 f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
                 f"{min(self._missing)}; the download is incomplete or belongs to another model"
             )
+
+    def run(self, kept: KeptWeights | None) -> Iterator[None]:
+        """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step."""
+        self.check_missing()
         by_unit: dict[str, list[Step]] = {unit.name: [] for unit in self._store.model.units if unit.owners}
         for name, step in self._steps.items():
             by_unit[self._unit_of[name]].append(step)

@@ -21,7 +21,7 @@ from flexgen_helm import require_engine
 
 require_engine()
 
-from engine.errors import CheckpointError, ConfigError, EngineError  # noqa: E402 - first the line that says whose engine this is
+from engine.errors import CheckpointError, ConfigError, EngineError, one_line  # noqa: E402 - first the line that says whose engine this is
 from engine.job import Job  # noqa: E402
 from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
@@ -89,8 +89,7 @@ class FlexGenClient(CachingClient):
         try:
             tokenizer = self._tokenizer.get_wrapped_tokenizer()
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"HELM's tokenizer of {self._model} cannot be loaded: {reason}") from None
+            raise CheckpointError(f"HELM's tokenizer of {self._model} cannot be loaded: {one_line(error)}") from None
         return Translator(
             tokenizer,
             model=self._model,

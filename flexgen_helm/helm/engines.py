@@ -17,7 +17,7 @@ from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.checkpoint.identity import result_identity
 from engine.checkpoint.opened_weights import OpenedWeights
-from engine.errors import EngineError
+from engine.errors import EngineError, named
 from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
@@ -231,7 +231,7 @@ class EngineRegistry:
 
 def _as_engine_error(what: str, error: Exception) -> EngineError:
     hexception(error)
-    return EngineError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return EngineError(f"{what}: {named(error)}")
 
 
 engines = EngineRegistry()
