@@ -84,6 +84,13 @@ def check_causal(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(f"{named} in {path} is an encoder-decoder; only causal (decoder-only) models run here")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        whole = next((kind for kind, names in known if set(_names(names)) & set(architectures)), None)
+        if whole is not None:
+            raise UnsupportedError(
+                f"{named} in {path} is the text part of {whole!r}: its config.json names the model type "
+                f"{_printable(model_type)!r}, which transformers' AutoModelForCausalLM cannot load by itself"
+            )
         raise UnsupportedError(f"{named} in {path} is no causal language model that this transformers version knows")
     causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
     # Encoder families (BERT, RoBERTa, …) have a causal class too, meant for configs that say is_decoder.

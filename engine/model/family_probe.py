@@ -43,6 +43,11 @@ def probe(model: Drivable) -> list[KVShape]:
     (`model.is_padded`). Raises `UnsupportedError` with the reason of the attempt that came farthest.
     """
     name = f"{type(model.module).__name__} ({model.config.model_type})"
+    if shared := getattr(model.config.get_text_config(), "num_kv_shared_layers", None):
+        raise UnsupportedError(
+            f"{name} cannot be run here: its last {shared} layers attend to the keys and values of layers before them "
+            "(num_kv_shared_layers of its config); every layer needs its own"
+        )
     failure: _Failure | None = None
     for model.is_padded in (False, True):
         if model.is_padded:
