@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from engine.checkpoint.side_files import check_side_files
+from engine.checkpoint.side_files import check_side_files, read_generation_config
 from engine.errors import CheckpointError, named, shown
-from engine.reading import find_file
-
-_log = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -21,6 +16,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     check_side_files(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.decode(tokenizer.encode("a"))  # what its files say of lengths and texts is looked at only then
     except Exception as error:  # its library raises bare exceptions, and whatever files of another shape lead to
         import tokenizers
         import transformers
@@ -43,7 +39,7 @@ class SpecialTokens:
 
 def special_tokens(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """The special tokens of a model directory, as `transformers`' generate finds them."""
-    sources = (_generation_config(path), config.get_text_config(), tokenizer)
+    sources = (read_generation_config(path), config.get_text_config(), tokenizer)
 
     def ids_of(name: str) -> list[int]:
         ids = next((found for source in sources if (found := getattr(source, name, None)) is not None), None)
@@ -54,17 +50,3 @@ def special_tokens(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTo
         return list(listed)
 
     return SpecialTokens(ids_of("eos_token_id"), ids_of("pad_token_id"))
-
-
-def _generation_config(path: Path) -> Any:
-    """The model's generation_config.json; None where `from_pretrained` goes on without: it is not there, or no JSON."""
-    file = path / "generation_config.json"
-    if not find_file(file, CheckpointError):
-        return None
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
-        _log.warning("flexgen-helm: %s is no JSON and left out, as transformers leaves it out", file)
-    except Exception as error:  # values that it cannot mean: transformers does not load such a model either
-        raise CheckpointError(f"{file} cannot be meant: {named(error)}; mend it or take it away") from None
-    return None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,7 @@ from flexgen_helm.runs.registration import check_local_path
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 from flexgen_helm.sweeps.record import read_record
 
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """Fails a test that waits."""
-
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def entries(file: Path) -> None:

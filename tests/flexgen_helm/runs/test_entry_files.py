@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,9 @@ from helm.benchmark.presentation.run_entry import read_run_entries
 from engine.errors import ConfigError
 from flexgen_helm.runs.entry_files import read_entry_file
 
+pytestmark = pytest.mark.usefixtures("in_time")
+
 ENTRY = 'entries: [{description: "mmlu:subject=anatomy", priority: 2}]\n'
-
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """Fails a test that waits."""
-
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

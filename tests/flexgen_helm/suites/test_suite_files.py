@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,22 +12,10 @@ from flexgen_helm.helm import completed
 from flexgen_helm.helm.completed import damaged_files, num_unanswered
 from flexgen_helm.suites.suite import instance_sums, read_suite
 
+pytestmark = pytest.mark.usefixtures("in_time")
+
 RUN = "mmlu:subject=anatomy,model=local_tiny"
 FILES = ("run_spec.json", "scenario.json", "scenario_state.json", "stats.json", "per_instance_stats.json")
-
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """Fails a test that waits."""
-
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
