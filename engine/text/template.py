@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,10 +26,12 @@ _CONVERSATIONS = [[_USER], [_SYSTEM, _USER, _ANSWER, _USER]]
 
 
 def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `CheckpointError` for a chat template that does not end; later renderings are not watched, nor slower.
+    """Raise `CheckpointError` for a chat template that does not end, or is none; later renderings are not watched.
 
     A template that refuses these conversations, or has another fault, says so when it is used.
     """
+    from jinja2 import TemplateSyntaxError
+
     if not tokenizer.chat_template:
         return
     template = tokenizer.get_chat_template()
@@ -40,8 +42,15 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     for conversation in _CONVERSATIONS:
         try:
-            with _counting_steps(), suppress(Exception):
+            with _counting_steps():
                 tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} cannot be read: line {error.lineno}: "
+                f"{one_line(error)}; fetch it again, or run the model without its template"
+            ) from None
+        except Exception:  # what templates raise, and what they meet
+            continue
         except _TooManySteps:
             raise CheckpointError(
                 f"the chat template of {tokenizer.name_or_path} does not end: with {len(conversation)} messages of one "

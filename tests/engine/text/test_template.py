@@ -51,6 +51,13 @@ def test_a_power_of_a_number_is_refused_unread() -> None:
         PromptTokenizer.of(tokenizer).chat(MESSAGES)
 
 
+def test_a_template_that_is_cut_off_is_told_with_its_line() -> None:
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template = "{% for m in messages %}\n{{ m.content"
+    with pytest.raises(CheckpointError, match=r"chat template of .* cannot be read: line 2: "):
+        PromptTokenizer.of(tokenizer).chat(MESSAGES)
+
+
 PLAIN = {
     "a loop": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "named arguments": (
