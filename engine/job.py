@@ -70,7 +70,7 @@ class Job:
         if isinstance(self.prompt, str):
             raise JobError(
                 "the prompt is text; give token ids, for example those of engine.text.prompt: "
-                "PromptTokenizer.of(engine.tokenizer).plain(text)"
+                "PromptTokenizer.of(engine.tokenizer, engine.window).plain(text)"
             )
         if len(self.prompt) == 0:
             raise JobError("the prompt is empty; a model needs at least one token (its BOS, for example)")

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from engine.advance import advance
 from engine.errors import EngineError, NumericsError
 from engine.executor import Answer
@@ -216,7 +214,9 @@ class Worker:
         while batches:
             try:
                 return batches, executor.sweep(batches)
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not accelerator.is_out_of_memory(error):
+                    raise
                 reason = str(explained(error, self._parts.policy))
             executor.recover()
             accelerator.release_memory(device)

@@ -8,14 +8,13 @@ from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
 from engine.checkpoint.identity.weight_digest import WeightDigest
-from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, shown
@@ -23,6 +22,7 @@ from engine.model.causal_model import CausalModel
 from engine.reading import find_file
 from engine.weights.kept import KeptWeights
 from engine.weights.read_ahead import FileSpan, Step, run_steps
+from engine.weights.receiver import Nowhere, Receiver
 from engine.weights.store import WeightStore
 
 _log = logging.getLogger(__name__)
@@ -32,27 +32,6 @@ _ADAPTER = "adapter_config.json"
 Load = Callable[[], torch.Tensor]
 Source = tuple[str, str, Load]
 """Pattern of a converter, name in the checkpoint, and how to get the tensor."""
-
-
-class Receiver(Protocol):
-    """What takes a checkpoint's tensors in: the store, or who looks at them beside it."""
-
-    model: CausalModel
-
-    def adopt(self, name: str, dtype: torch.dtype, path: Path, first: int) -> int:
-        """How many elements of a parameter, which a file holds from byte `first` on, are to be `put`."""
-
-    def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
-        """Take a parameter, or consecutive elements of it."""
-
-    def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        """Take a part of a packed parameter, as the checkpoint has it."""
-
-    def put_buffer(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a persistent buffer."""
-
-    def arrive(self, name: str) -> None:
-        """Be told that all of a parameter was put."""
 
 
 def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = None) -> Iterator[None]:
@@ -74,6 +53,11 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     return _watched(steps, store, source, digest)
 
 
+def check_checkpoint(path: Path, model: CausalModel) -> None:
+    """Raise what `load_checkpoint` raises for weight files that do not fit `model`; reads no weights."""
+    _planned(path, Nowhere(model))[0].check_missing()
+
+
 def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[Step]]:
     """What brings the parameters of each unit from the weight files of `path` to `receiver`, by the unit's name.
 
@@ -84,9 +68,8 @@ def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[Step]]:
 
 def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     """What is to be read, and the names of tensors that the model has no place for."""
-    model = receiver.model
+    model, names = receiver.model, receiver.model.names
     plan = _Plan(path, receiver)
-    names = CheckpointNames(model.module, model.state)
     packed = {
         part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
     }
@@ -261,13 +244,17 @@ class _Plan:
             return run_steps(chain.from_iterable(by_unit.values()), follow)
         return _run_kept(by_unit, kept, follow)
 
-    def by_unit(self) -> dict[str, list[Step]]:
-        """The steps of each unit, in the order of the sweep; raises `CheckpointError` when something is missing."""
+    def check_missing(self) -> None:
+        """Raise `CheckpointError` when the weight files lack a parameter."""
         if self._missing:
             raise CheckpointError(
                 f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
                 f"{min(self._missing)}; the download is incomplete or belongs to another model"
             )
+
+    def by_unit(self) -> dict[str, list[Step]]:
+        """The steps of each unit, in the order of the sweep; raises `CheckpointError` when something is missing."""
+        self.check_missing()
         by_unit: dict[str, list[Step]] = {unit.name: [] for unit in self._store.model.units if unit.owners}
         for name, step in self._steps.items():
             by_unit[self._unit_of[name]].append(step)

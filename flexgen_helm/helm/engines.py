@@ -18,7 +18,7 @@ from engine.checkpoint.description import ModelDescription, describe, with_windo
 from engine.checkpoint.identity.result import Identity, identity_beside_weights, result_settings
 from engine.checkpoint.identity.weight_digest import weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
-from engine.errors import EngineError
+from engine.errors import EngineError, named
 from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
@@ -268,7 +268,7 @@ class EngineRegistry:
 
 def _as_engine_error(what: str, error: Exception) -> EngineError:
     hexception(error)
-    return EngineError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return EngineError(f"{what}: {named(error)}")
 
 
 engines = EngineRegistry()
