@@ -69,7 +69,8 @@ def search(
     reason: CapacityError | None = None
     cache_bits = _BITS if compress and sizes.can_encode_cache else (base.compress_cache,)
     places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
-    places = places if load.new > 1 else places[:1]  # of one token nothing is kept that could be attended to
+    # Of one token nothing is kept that could be attended to; and where attention is computed changes an answer's bits.
+    places = places if load.new > 1 and not base.batch_invariant else places[:1]
     weight_bits = _BITS if compress else (base.compress_weight,)
     for weight, cache, on_host in product(weight_bits, cache_bits, dict.fromkeys(places)):
         if (weight, cache) not in sizes.coded:

@@ -75,6 +75,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
     return profile
 
 
+def test_attention_is_not_left_to_the_host_for_some_requests_only(opt: Path, card: HardwareProfile) -> None:
+    """Which requests come together must not change the bits of their answers."""
+    base = Policy(gpu_memory=16 * GB, batch_invariant=True)
+    chosen = choose(str(opt), "float16", base, Workload.parse("1x80x0+512:32").jobs(50_000))
+    assert chosen.policy.weights is not None
+    assert not chosen.policy.cpu_cache_compute
+
+
 @pytest.mark.parametrize("work", ["1x100x400+100:1", "1x80x0+512:32"])
 def test_the_best_of_the_search(work: str, opt: Path, card: HardwareProfile, tmp_path: Path) -> None:
     load, base = Workload.parse(work), Policy(gpu_memory=16 * GB)
