@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "the policy with the least estimated time for a workload, before anything is run",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
     "compare": "what has changed from one suite to a later one; exit code 1 if something is worse",
+    "reproduce": "run a finished run again from its record, and say what is equal; exit code 1 if something differs",
     "report": "write a suite's report.html and report.json: scores, speed, trends, failed runs",
     "lm-eval": "lm-evaluation-harness's own command line, with the engine as its model `flexgen`",
     "doctor": "show what this machine has and what is missing",
@@ -116,6 +117,10 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.commands.compare import compare
 
             return compare(rest)
+        if command == "reproduce":
+            from flexgen_helm.commands.reproduce import reproduce
+
+            return reproduce(rest)
         if command == "report":
             from flexgen_helm.commands.report import report
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import ConfigError, InstallationError, JobError
 from engine.job import Completion, Job, Sampling, check_num_completions
 from engine.policy import Policy
-from flexgen_helm.commands.answers import Answers, Place
-from flexgen_helm.commands.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
+from flexgen_helm.commands.completion.answers import Answers, Place
+from flexgen_helm.commands.completion.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
+from flexgen_helm.commands.completion.record import write_record
 from flexgen_helm.runs.flags import POLICY, add_policy_flags, policy_from_flags
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.installation import model_problem
@@ -109,6 +110,14 @@ def complete(arguments: Sequence[str]) -> int:
         left = {place: job for place, job in jobs.items() if place not in done}
         for prompt in bad:
             answers.add({"index": prompt.index, "where": prompt.where, "error": prompt.reason})
+        if left and answers.path is not None:
+            made = {
+                "model": args.model,
+                "policy": policy.as_mapping(),
+                "identity": identity,
+                "settings": _settings(args),
+            }
+            write_record(answers.path, made, goes_on=bool(done))
         failures = _ask(args, policy, left, keys, answers) if left else []
         answers.sort()
     if done:
@@ -121,15 +130,7 @@ def complete(arguments: Sequence[str]) -> int:
 
 def _read(args: Any) -> list[Prompt | BadPrompt]:
     """The prompts of the command line, at least one."""
-    settings = Settings(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=tuple(_unescaped(stop) for stop in args.stop),
-        num_completions=args.num_completions,
-    )
+    settings = Settings(**_settings(args))
     if bool(args.prompts) == (args.input is not None):
         raise ConfigError("give prompts either as arguments or by --input")
     if args.prompts:
@@ -154,6 +155,19 @@ def _read(args: Any) -> list[Prompt | BadPrompt]:
     if not found:
         raise ConfigError(f"--input {name} holds no prompt")
     return found
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    """Those of the command line, which hold where a prompt has none of its own; a seed of None is drawn."""
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "stop": tuple(_unescaped(stop) for stop in args.stop),
+        "num_completions": args.num_completions,
+    }
 
 
 def _unescaped(text: str) -> str:

@@ -118,6 +118,11 @@ class FlexGenClient(CachingClient):
         return self._translator.applies_chat_template
 
     @property
+    def identity(self) -> dict[str, str | int | None]:
+        """What of model and policy can change a result."""
+        return self._served.identity
+
+    @property
     def writes_date(self) -> bool:
         """Whether the chat template asks for the date."""
         return self._translator.writes_date

@@ -27,6 +27,7 @@ from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
+from flexgen_helm.helm.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
 
 
@@ -126,6 +127,20 @@ class FlexGenRunner(Runner):
         if failures:
             raise RunsFailed(failures)
 
+    def run_one(self, run_spec: RunSpec) -> None:
+        """Run one run spec as HELM does; beside the files of a run of our client, leave the record of what made it."""
+        assert isinstance(self.executor, WholeRunExecutor)
+        self.executor.client = None  # a run that is skipped as completed executes nothing
+        super().run_one(run_spec)
+        if self.executor.client is not None and not self.skip_instances:
+            self.keep_provenance(run_spec, self.executor.client, Path(self._get_run_path(run_spec)))
+
+    def keep_provenance(self, run_spec: RunSpec, client: FlexGenClient, folder: Path) -> None:
+        """Write the record of a run whose files are in `folder`; raises `OSError`."""
+        deployment = str(run_spec.adapter_spec.model_deployment)
+        found = provenance_of(run_spec.name, deployment, client, self.beginning.moment, folder)
+        write_provenance(folder, found)
+
     def _is_run_completed(self, run_path: str) -> bool:
         """Whether a run's files are there and can be read, and all its requests were answered.
 
@@ -169,6 +184,8 @@ class WholeRunExecutor(Executor):
         self._told: set[FlexGenClient] = set()
         self.failed: list[str] = []
         """Why requests of the run that was executed last failed which now count as empty answers."""
+        self.client: FlexGenClient | None = None
+        """Ours, that answered what was executed last."""
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
         """Fill in all results; raises `ExecutorError` for a fatal request, `EngineError` for bad input or a fault.
@@ -177,7 +194,7 @@ class WholeRunExecutor(Executor):
         """
         states: list[RequestState] = scenario_state.request_states
         self.failed = []
-        client = None if self.execution_spec.dry_run else self.client_of(states)
+        client = self.client = None if self.execution_spec.dry_run else self.client_of(states)
         if client is None:
             as_helm_does: ScenarioState = super().execute(scenario_state)
             return as_helm_does

@@ -138,6 +138,12 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     return Prepared(run_specs, models, notes)
 
 
+def register_what_is_installed() -> None:
+    """Make HELM know what it ships, and what installed plugins register."""
+    register_builtin_configs_from_helm_package()
+    load_entry_point_plugins()
+
+
 def _register_with_helm(args: argparse.Namespace) -> None:
     """Make HELM know what `helm-run` would make it know."""
     register_builtin_configs_from_helm_package()

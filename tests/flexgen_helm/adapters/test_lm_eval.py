@@ -403,6 +403,11 @@ def test_the_command_line(
     [results] = tmp_path.glob("**/results*.json")
     found = json.loads(results.read_text())
     assert found["config"]["model"] == "flexgen"
+    made = found["config"]["flexgen"]
+    assert made["policy"]["dtype"] == "float32"
+    assert len(made["identity"]["weights"]) == 64
+    assert made["versions"]["torch"] == torch.__version__
+    assert made["hardware"]["cores"] >= 1
     expected, _ = evaluate(make("llama")[1], tasks)
     assert found["results"]["writing"]["exact_match,none"] == expected["writing"]["exact_match,none"]
 

@@ -15,7 +15,7 @@ from helm.common.request import Request
 
 from engine.errors import ConfigError, EngineError, JobError
 from engine.text.prompt import PromptTokenizer
-from flexgen_helm.commands.prompts import BadPrompt, Settings, from_jsonl
+from flexgen_helm.commands.completion.prompts import BadPrompt, Settings, from_jsonl
 from flexgen_helm.data_wrangling.rows import read_table
 from flexgen_helm.helm.beginning import Beginning
 from flexgen_helm.planning.dummy import shape_config

@@ -53,6 +53,11 @@ class Answers:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror}; name another --output") from None
         return self
 
+    @property
+    def path(self) -> Path | None:
+        """The file, what a link points to; None for standard output."""
+        return self._path
+
     def _lock(self) -> FileIO:
         """The file, opened and held; `ConfigError` when another process holds it."""
         assert self._path is not None
