@@ -1,7 +1,7 @@
 """The command line `flexgen-helm COMMAND`; `python -m flexgen_helm.run` is its command `run`.
 
 Exit codes: 0 done, 1 a run failed (or `doctor` found something broken), 2 bad input, which leaves nothing behind,
-130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
+75 not finished because its time was up (--stop-before, SIGUSR1), 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from flexgen_helm import __version__, engine_problem
 from flexgen_helm.terminal.errors import RunFailed, UsageError
 from flexgen_helm.terminal.parser import Parser
-from flexgen_helm.terminal.signals import heeding_signals
+from flexgen_helm.terminal.signals import NOT_FINISHED, heeding_signals
 
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             if signals.received is None or code:
                 return code
-    end = "terminated" if signals.exit_code == 143 else "interrupted"
+    end = {143: "terminated", NOT_FINISHED: "not finished, its time was up"}.get(signals.exit_code, "interrupted")
     return _complain(f"{end}; answers so far are kept, the same command goes on from there", signals.exit_code)
 
 

@@ -28,6 +28,7 @@ from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
 from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
+from flexgen_helm.helm.requests.carrying import Carrier  # noqa: E402
 from flexgen_helm.helm.requests.results import Response, Timing, failure, is_outdated, result  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
@@ -168,7 +169,9 @@ class FlexGenClient(CachingClient):
             return failure(request, error)
         return result(response, cached=cached)
 
-    def make_requests(self, requests: Sequence[Request], progress: Progress | None = None) -> list[RequestResult]:
+    def make_requests(
+        self, requests: Sequence[Request], progress: Progress | None = None, observe: Observer | None = None
+    ) -> list[RequestResult]:
         """Answer all requests, in their order; what is not in the cache goes to the engine in one call.
 
         Results are in HELM's cache as soon as their sweep ends. A bad request fails in its own result; raises
@@ -180,11 +183,12 @@ class FlexGenClient(CachingClient):
         results.update({place: failure(requests[place], error) for place, error in asked.refused.items()})
         num_tokens = 0
         report(len(results), len(requests), num_tokens)
-        for answers in self.carry_out(asked):
-            for answer in answers:
-                results.update(dict.fromkeys(answer.places, answer.result))
-                num_tokens += answer.prompt_tokens + answer.new_tokens
-            report(len(results), len(requests), num_tokens)
+        with Carrier(lambda: self.carry_out(asked, observe), self.close) as carrier:
+            for answers in carrier:
+                for answer in answers:
+                    results.update(dict.fromkeys(answer.places, answer.result))
+                    num_tokens += answer.prompt_tokens + answer.new_tokens
+                report(len(results), len(requests), num_tokens)
         return [results[place] for place in range(len(requests))]
 
     def look_up(self, requests: Sequence[Request]) -> Asked:

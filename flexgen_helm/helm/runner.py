@@ -26,6 +26,7 @@ from engine.errors import EngineError  # noqa: E402 - after the line that says w
 from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
+from flexgen_helm.helm.engines import Observer  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
 from flexgen_helm.helm.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
@@ -184,6 +185,8 @@ class WholeRunExecutor(Executor):
         self._told: set[FlexGenClient] = set()
         self.failed: list[str] = []
         """Why requests of the run that was executed last failed which now count as empty answers."""
+        self.observe: Observer | None = None
+        """Sees the engine's sweeps."""
         self.client: FlexGenClient | None = None
         """Ours, that answered what was executed last."""
 
@@ -207,7 +210,7 @@ class WholeRunExecutor(Executor):
                 self._told.add(client)
                 for line in client.notes:
                     self._tell(line)
-            results = client.make_requests(requests, self._progress)
+            results = client.make_requests(requests, self._progress, self.observe)
             hlog(f"Processed {len(results)} requests")
         request_states = settled(states, results)
         self.failed = [str(result.error) for result in results if not result.success]

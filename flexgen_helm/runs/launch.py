@@ -174,6 +174,7 @@ def _register_models_of_huggingface(args: argparse.Namespace) -> None:
 def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[[Sequence[Score]], str]) -> None:
     """Run, then show the scores; `EngineError` for bad input that only shows now, `RunFailed` for a failed run."""
     display = CommandLineRunner.display = Progress(num_runs=len(run_specs))
+    CommandLineRunner.longest_pass_s = 0.0
     own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
     auth = create_authentication(args) if args.server_url and not args.skip_instances else Authentication("")
     failure: Exception | None = None

@@ -64,6 +64,12 @@ class SweepDiary:
         logger.info("sweep ends: %s%s", ", ".join(f"{n} {status}" for status, n in counts.items()), why)
         self._json_log.write("end", **counts, complete=is_over)
 
+    @property
+    def longest_pass_s(self) -> float:
+        """Seconds of the longest pass of the model at hand; 0 before the first."""
+        model = self._current
+        return 0.0 if model is None else model.tally.longest_s
+
     def count(self, status: str) -> int:
         """Runs that ended so."""
         return sum(run.status == status for run in self._ended.values())

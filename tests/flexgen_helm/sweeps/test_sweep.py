@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -439,6 +440,67 @@ def test_a_sweep_stopped_by_hand_keeps_the_sweep_under_way(
     assert model.cached + model.computed == model.requests
 
 
+@pytest.mark.parametrize("command", ["sweep", "run"])
+def test_a_command_whose_time_is_up_keeps_the_pass_at_hand_and_goes_on(
+    command: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Time is up as soon as the engine has told how long a pass takes; what it answered by then is not asked again."""
+    from flexgen_helm.terminal import deadline
+
+    told: list[float] = []
+    asked: list[int] = []
+
+    def left_s(self: Any) -> float:
+        longest: float = self._longest_pass_s()
+        told.extend([longest] if longest else [])
+        return -1.0 if longest else 1.0
+
+    monkeypatch.setattr(deadline.Deadline, "left_s", left_s)
+    monkeypatch.setattr(deadline, "_LOOK_S", 0.001)
+    watch_deliveries(monkeypatch, asked)
+    flags = ("-r", *SUBJECTS, "--model", tiny_llama, "-m", 4, "--suite", "up", "--gpu-batch-size", 1,
+             "--num-gpu-batches", 1)  # fmt: skip
+    assert cli(command, *flags, "--stop-before", "23:30") == 75
+    (line,) = error_lines(capsys)
+    assert "not finished, its time was up; answers so far are kept, the same command goes on from there" in line
+    assert told
+    assert told[0] > 0
+    first = sum(asked)
+    asked.clear()
+    assert first > 0
+    assert answers_in_cache() == first
+    monkeypatch.setattr(deadline.Deadline, "left_s", lambda self: 60.0)
+    assert cli(command, *flags, "--stop-before", "23:30") == 0
+    assert sum(asked) > 0
+    assert answers_in_cache() == first + sum(asked)
+    assert len(final_files(suite("up"))) == len(SUBJECTS) * len(SUITE_FILES)
+
+
+def answers_in_cache() -> int:
+    with sqlite3.connect("prod_env/cache/flexgen.sqlite") as connection:
+        return int(connection.execute("SELECT count(*) FROM unnamed").fetchone()[0])
+
+
+def watch_deliveries(monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> None:
+    """Make every pass take 50 ms at least, and note how many answers it delivers."""
+    from engine.executor import Executor
+    from engine.worker import Worker
+
+    pass_over, deliver = Executor.sweep, Worker._deliver
+
+    def slowly(self: Any, *args: Any) -> Any:
+        time.sleep(0.05)
+        return pass_over(self, *args)
+
+    def noted(self: Any, done: Any) -> None:
+        done = list(done)
+        asked.append(len(done))
+        deliver(self, done)
+
+    monkeypatch.setattr(Executor, "sweep", slowly)
+    monkeypatch.setattr(Worker, "_deliver", noted)
+
+
 def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
     cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,8 +701,6 @@ def test_a_cache_that_another_process_has_locked_stops_before_a_weight_is_read(
     cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    import sqlite3
-
     from flexgen_helm.helm import client
     from flexgen_helm.helm.request_cache import RequestCache
 
