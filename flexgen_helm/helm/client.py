@@ -27,7 +27,7 @@ from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
-from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
+from flexgen_helm.helm.requests.asked import Answer, Asked, Work, answer_of, known_result, raise_first  # noqa: E402
 from flexgen_helm.helm.requests.carrying import Carrier  # noqa: E402
 from flexgen_helm.helm.requests.results import Response, Timing, failure, is_outdated, result  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
@@ -124,6 +124,11 @@ class FlexGenClient(CachingClient):
         return self._served.identity
 
     @property
+    def source(self) -> tuple[str, str]:
+        """The model's directory, and the number format of its weights."""
+        return self._served.description.path, self._served.description.dtype
+
+    @property
     def writes_date(self) -> bool:
         """Whether the chat template asks for the date."""
         return self._translator.writes_date
@@ -209,7 +214,7 @@ class FlexGenClient(CachingClient):
                 name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
                 if name in asked.todo:
                     asked.todo[name].places.append(place)
-                elif known := _known(cache.get(key)):
+                elif known := known_result(cache.get(key)):
                     asked.known[place] = known
                 else:
                     try:
@@ -248,7 +253,7 @@ class FlexGenClient(CachingClient):
                     response = self._response(work, Timing(seconds=seconds, started=started, num_requests=num_requests))
                     if not isinstance(response, EngineError):
                         kept.append((work.key, response))
-                    answers.append(_answer(work, response))
+                    answers.append(answer_of(work, response))
                 self._served.check_weights()
                 cache.put(kept)
                 yield answers
@@ -280,22 +285,3 @@ class FlexGenClient(CachingClient):
             return self._translator.response(work.request, work.ids, completions, timing)
         except EngineError as error:
             return error
-
-
-def _known(stored: Response | None) -> RequestResult | None:
-    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
-    try:
-        return None if stored is None or is_outdated(stored) else result(stored, cached=True)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
-
-
-def _answer(work: Work, response: Response | EngineError) -> Answer:
-    return Answer(
-        places=tuple(work.places),
-        result=failure(work.request, response) if isinstance(response, EngineError) else result(response, cached=False),
-        prompt_tokens=work.prompt_tokens,
-        prompt_rows=work.prompt_rows,
-        new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
-        most_tokens=work.most_tokens,
-    )

@@ -19,6 +19,7 @@ from flexgen_helm.helm.scores import short_name
 from flexgen_helm.planning.environment import environment
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.preparing import foresee, told
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
 from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepRecord, write_record
 
@@ -103,6 +104,15 @@ class SweepDiary:
         self._requests[run.name] = run
         self._progress.standing.requests += run.total
         self._progress.standing.requests_done += run.cached
+
+    def forecast(self, models: Sequence[ModelSweep]) -> None:
+        """All requests are made: say what those that are left will take."""
+        found = [foresee(model) for model in models]
+        for line in told(found):
+            self._progress.tell(line)
+        for each in found:
+            numbers = {} if each.forecast is None else each.forecast.as_mapping()
+            self._json_log.write("forecast", deployment=each.deployment, cached=each.cached, **numbers)
 
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""
