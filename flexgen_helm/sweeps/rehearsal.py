@@ -35,7 +35,7 @@ def rehearse(
     spec = ExecutionSpec(
         url=None,
         auth=Authentication(""),
-        local_path=str(local_path),
+        local_path=str(output_path / "prod_env"),  # HELM makes folders there
         parallelism=1,
         sqlite_cache_backend_config=SqliteCacheBackendConfig(str(file.parent)) if file.is_file() else None,
     )

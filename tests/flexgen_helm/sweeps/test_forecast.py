@@ -136,7 +136,7 @@ def test_another_machines_profile_tells_time_and_bytes(
     (moved,) = [line for line in out.splitlines() if "bytes: over the link " in line]
     assert "over the link 0 GB" not in moved
     assert "room: GPU " in out
-    assert " of 16.0 GB" in out
+    assert " of 15.2 GB" in out  # 95 % of the card
     assert "host memory " in out
 
 
