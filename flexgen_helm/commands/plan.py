@@ -7,6 +7,7 @@ requests, and time, tokens, bytes and room are those that they take; `flexgen-he
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -35,7 +36,6 @@ _NEAR = 10
 
 EXAMPLES = (
     "flexgen-helm plan --shape opt-30b --hardware t4 --work 57x100x400+100:1",
-    "flexgen-helm plan nightly --model facebook/opt-30b --policy opt-30b-t4 -m 100",
     "flexgen-helm plan --shape ./my-model --gpu-memory 16GB --cpu-memory 48GB --write my-policy.yaml",
 )
 
@@ -65,6 +65,10 @@ def plan_parser() -> Parser:
     return parser
 
 
+ENTRIES_EXAMPLES = (
+    "flexgen-helm plan nightly --model facebook/opt-30b --policy opt-30b-t4 -m 100",
+    "flexgen-helm plan -r mmlu:subject=anatomy --model ./my-model --hardware t4",
+)
 ENTRIES_DESCRIPTION = """
 Make all requests of run entries, as `sweep` does before it computes, and say what they will take: time, tokens, bytes
 over the link and from disk, and room on every tier. Loads no weights, computes nothing, and writes nothing but the
@@ -83,7 +87,7 @@ _USELESS = (
 
 def entries_parser() -> Parser:
     """The command line of `flexgen-helm plan CONF`; imports neither HELM nor torch."""
-    parser = run_parser("flexgen-helm plan", ENTRIES_DESCRIPTION, EXAMPLES)
+    parser = run_parser("flexgen-helm plan", ENTRIES_DESCRIPTION, ENTRIES_EXAMPLES)
     parser.usage = "flexgen-helm plan CONF ... [FLAGS]"
     told = "files of run entries, or names of shipped ones; as -c"
     parser.group("what to run").add_argument("conf", nargs="*", metavar="CONF", help=told)
@@ -96,14 +100,18 @@ def entries_parser() -> Parser:
 
 def plan(arguments: Sequence[str]) -> int:
     """Plan a shape's work, or run entries; `EngineError` for bad input and for work that nothing fits."""
+    return _plan_shape(arguments) if names_shape(arguments) else _plan_entries(arguments)
+
+
+def names_shape(arguments: Sequence[str]) -> bool:
+    """Whether a command line, or one that only asks for help, is about a shape; else it is about run entries."""
     flags = [each.partition("=")[0] for each in arguments]
     is_shape = any(len(each) > 3 and ("--shape".startswith(each) or "--work".startswith(each)) for each in flags)
-    if is_shape or not set(flags) - {"-h", "--help"}:
-        return _plan_shape(arguments)
-    return _plan_entries(arguments)
+    return is_shape or not set(flags) - {"-h", "--help"}
 
 
-def _plan_entries(arguments: Sequence[str]) -> int:
+def parse_plan_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line about run entries; `ConfigError` for what cannot be meant."""
     args = parse_run_flags(arguments, entries_parser())
     args.conf_paths = [*args.conf, *args.conf_paths]
     args.output_path = args.output_path or "benchmark_output"
@@ -112,6 +120,12 @@ def _plan_entries(arguments: Sequence[str]) -> int:
     for name in _USELESS:
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} changes nothing of a plan; leave it out")
+    return args
+
+
+def _plan_entries(arguments: Sequence[str]) -> int:
+    """Make the entries' requests, and print what they take."""
+    args = parse_plan_flags(arguments)
     policy = policy_from_flags(args)
     from engine.planning.hardware_profile import HardwareProfile
     from flexgen_helm.runs.launch import prepare, set_up_logging

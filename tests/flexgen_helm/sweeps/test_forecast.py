@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.job import Job
 from engine.policy import Policy
+from flexgen_helm.commands.plan import ENTRIES_EXAMPLES, parse_plan_flags
 from flexgen_helm.planning.forecast import duration, forecast_of, size
 from flexgen_helm.run import main
 from flexgen_helm.runs import launch
@@ -138,6 +139,17 @@ def test_another_machines_profile_tells_time_and_bytes(
     assert "room: GPU " in out
     assert " of 15.2 GB" in out  # 95 % of the card
     assert "host memory " in out
+
+
+def test_the_help_of_a_plan_of_entries_has_examples_that_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "nightly", "--help"])
+    shown = capsys.readouterr().out
+    assert "--hardware" in shown
+    assert "--max-eval-instances" in shown
+    for line in ENTRIES_EXAMPLES:
+        assert line in shown
+        assert parse_plan_flags(line.split()[2:]).model
 
 
 def test_numbers_as_people_say_them() -> None:
