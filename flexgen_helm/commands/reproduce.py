@@ -16,7 +16,7 @@ from flexgen_helm.terminal.parser import Parser
 
 if TYPE_CHECKING:
     from flexgen_helm.fidelity.reproduction import Count, Reproduction
-    from flexgen_helm.helm.provenance import Provenance
+    from flexgen_helm.helm.records.provenance import Provenance
     from flexgen_helm.planning.environment import Environment
 
 DESCRIPTION = """
@@ -41,7 +41,7 @@ def reproduce(arguments: Sequence[str]) -> int:
         raise InstallationError(problem)
     from flexgen_helm.fidelity.again import run_again
     from flexgen_helm.fidelity.reproduction import reproduction_of, tolerance_of
-    from flexgen_helm.helm.provenance import read_provenance
+    from flexgen_helm.helm.records.provenance import read_provenance
     from flexgen_helm.planning.environment import environment
     from flexgen_helm.runs.launch import set_up_logging
 

@@ -21,7 +21,7 @@ from engine.checkpoint.identity import result_identity
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.policy import Policy
 from flexgen_helm.helm.completed import damaged_files
-from flexgen_helm.helm.provenance import Provenance
+from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.launch import register_what_is_installed
@@ -32,7 +32,7 @@ from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.progress import Progress
 
 _SUITE = "again"
-_OF_CODE = ("numerics", "code")
+_OF_CODE = ("numerics", "source")
 """Of an identity, what tells the software apart, not the checkpoint: another one is what may be tried."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from flexgen_helm.fidelity.verdict import TOLERANCES
-from flexgen_helm.helm.provenance import Provenance
+from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.scores import choose, main_metric
 from flexgen_helm.planning.environment import Hardware, versions
 

@@ -27,9 +27,9 @@ from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
-from flexgen_helm.helm.requests.asked import Answer, Asked, Work, answer_of, known_result, raise_first  # noqa: E402
+from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
 from flexgen_helm.helm.requests.carrying import Carrier  # noqa: E402
-from flexgen_helm.helm.requests.results import Response, Timing, failure, is_outdated, result  # noqa: E402
+from flexgen_helm.helm.requests.results import Response, Timing, failure, is_outdated, known_result, result  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
 Progress = Callable[[int, int, int], None]
@@ -253,7 +253,7 @@ class FlexGenClient(CachingClient):
                     response = self._response(work, Timing(seconds=seconds, started=started, num_requests=num_requests))
                     if not isinstance(response, EngineError):
                         kept.append((work.key, response))
-                    answers.append(answer_of(work, response))
+                    answers.append(Answer.of(work, response))
                 self._served.check_weights()
                 cache.put(kept)
                 yield answers

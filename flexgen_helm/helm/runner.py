@@ -23,12 +23,12 @@ from flexgen_helm import require_engine
 require_engine()
 
 from engine.errors import EngineError  # noqa: E402 - after the line that says whose engine this is
-from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
 from flexgen_helm.helm.engines import Observer  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
-from flexgen_helm.helm.provenance import provenance_of, write_provenance  # noqa: E402
+from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
+from flexgen_helm.helm.records.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
 
 

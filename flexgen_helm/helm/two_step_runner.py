@@ -34,7 +34,7 @@ from helm.common.hierarchical_logger import hlog, htrack_block
 
 from engine.errors import EngineError
 from flexgen_helm.helm.dataclass_json import dumps
-from flexgen_helm.helm.provenance import FILE_NAME
+from flexgen_helm.helm.records.provenance import FILE_NAME
 from flexgen_helm.helm.runner import FlexGenRunner, WholeRunExecutor
 from flexgen_helm.helm.scratch import SCRATCH
 

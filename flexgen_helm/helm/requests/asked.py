@@ -11,7 +11,7 @@ from helm.common.request import Request, RequestResult
 from engine.errors import EngineError
 from engine.job import Completion, Job
 from engine.schedule.prefix import common_length
-from flexgen_helm.helm.requests.results import Response, failure, is_outdated, result
+from flexgen_helm.helm.requests.results import Response, failure, result
 from flexgen_helm.helm.requests.translate import Key
 
 
@@ -54,6 +54,20 @@ class Answer:
     new_tokens: int
     most_tokens: int
     """Prompt tokens, and new ones as many as it was allowed."""
+
+    @classmethod
+    def of(cls, work: Work, response: Response | EngineError) -> Answer:
+        """What the engine made of `work`: a response, or why there is none."""
+        return cls(
+            places=tuple(work.places),
+            result=failure(work.request, response)
+            if isinstance(response, EngineError)
+            else result(response, cached=False),
+            prompt_tokens=work.prompt_tokens,
+            prompt_rows=work.prompt_rows,
+            new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
+            most_tokens=work.most_tokens,
+        )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -101,22 +115,3 @@ def raise_first(refused: Mapping[int, EngineError], total: int) -> None:
         place = min(refused)
         first = refused[place]
         raise type(first)(f"{len(refused)} of {total} requests cannot be run; number {place + 1}: {first}")
-
-
-def known_result(stored: Response | None) -> RequestResult | None:
-    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
-    try:
-        return None if stored is None or is_outdated(stored) else result(stored, cached=True)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
-
-
-def answer_of(work: Work, response: Response | EngineError) -> Answer:
-    return Answer(
-        places=tuple(work.places),
-        result=failure(work.request, response) if isinstance(response, EngineError) else result(response, cached=False),
-        prompt_tokens=work.prompt_tokens,
-        prompt_rows=work.prompt_rows,
-        new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
-        most_tokens=work.most_tokens,
-    )

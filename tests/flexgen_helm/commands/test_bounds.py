@@ -17,7 +17,7 @@ from engine.errors import ConfigError, EngineError, JobError
 from engine.text.prompt import PromptTokenizer
 from flexgen_helm.commands.completion.prompts import BadPrompt, Settings, from_jsonl
 from flexgen_helm.data_wrangling.rows import read_table
-from flexgen_helm.helm.beginning import Beginning
+from flexgen_helm.helm.records.beginning import Beginning
 from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.reports.drift import _read_drift
 from flexgen_helm.runs.entries import read_entries

@@ -17,7 +17,7 @@ from scenario_files import table
 from tiny_models import random_llama, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from flexgen_helm.helm.provenance import FILE_NAME
+from flexgen_helm.helm.records.provenance import FILE_NAME
 from flexgen_helm.helm.request_cache import RequestCache
 from flexgen_helm.run import main
 from flexgen_helm.runs import launch
