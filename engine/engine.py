@@ -199,6 +199,14 @@ class Engine:
         """Return when all weights are in place; raises `EngineError` if they cannot be. Jobs need not wait for it."""
         self.parts.weights.wait()
 
+    def weights_digest(self) -> str | None:
+        """SHA-256 that the checkpoint's weight files are known by (`WeightDigest`), once all are read.
+
+        None where the weights come from no files. Raises `EngineError` if they cannot be read, or were changed.
+        """
+        digest = self.parts.weights.digest
+        return None if digest is None else digest.wait()
+
     def close(self) -> None:
         """Stop serving and free page-locked memory and offload files; waiting calls fail."""
         if self._worker.close():

@@ -97,12 +97,15 @@ class Executor:
                     weights.look_up(batch.ids)
                     if index + 1 < len(micro):
                         weights.look_up_ahead(micro[index + 1].ids)
-                    states, recorded = model.record(batch.inputs())
+                    with model.sweeping.arithmetic:
+                        states, recorded = model.record(batch.inputs())
                     calls.append(recorded)
                 else:
                     states = hidden.take(index)
                 model.sweeping.batch = batch
-                hidden.put(index, model.layer(layer, states, calls[index][layer]))
+                with model.sweeping.arithmetic:
+                    states = model.layer(layer, states, calls[index][layer])
+                hidden.put(index, states)
             weights.release(layer)
         weights.acquire(len(model.layers))
         answers = self._answer(batches)
@@ -123,7 +126,9 @@ class Executor:
         chunk = max(1, self.limits.logits_bytes // (4 * self._model.vocab_size))
         for first in range(0, len(asks), chunk):
             part = asks[first : first + chunk]
-            answers += self._answer_chunk(part, _take_rows(states, len(part)))
+            rows = _take_rows(states, len(part))
+            with self._model.sweeping.arithmetic:
+                answers += self._answer_chunk(part, rows)
         return answers
 
     def _answer_chunk(self, asks: list[Ask], states: torch.Tensor) -> list[Answer]:

@@ -16,6 +16,7 @@ from engine.checkpoint.tokenizer import load_tokenizer, special_tokens
 from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
+from engine.kernels.threads import limit_threads
 from engine.memory import accelerator
 from engine.memory.arena import Arena
 from engine.model.causal_model import CausalModel
@@ -88,12 +89,13 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     memory at hand.
     """
     policy.check_window(description.window)
+    limit_threads()
     device_name = resolve_device(policy.device)
     device = accelerator.indexed(torch.device(device_name))
     dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
     path = Path(description.path)
     tokenizer = load_tokenizer(path)
-    model = CausalModel(path, dtype, device)
+    model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant)
     special = special_tokens(path, model.config, tokenizer)
     memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
     codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)

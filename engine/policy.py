@@ -117,6 +117,8 @@ class Policy:
     pin_weight: bool = True
     overlap: bool = True
     share_prefix: bool = True
+    batch_invariant: bool = False
+    """Answers have the same bits whatever is computed beside them, at a cost."""
     dtype: str = "auto"
     device: str = "auto"
     gpu_memory: int | None = None
@@ -177,7 +179,7 @@ class Policy:
             raise ConfigError(f'{where}: pad-to-seq-len {shown(pad)} is neither null, "bucket" nor a number of tokens')
         if isinstance(pad, int) and pad > _MOST_PAD:
             raise ConfigError(f"{where}: pad-to-seq-len {pad} is more than {_MOST_PAD:,}, the most rows of a sweep")
-        for name in ("cpu_cache_compute", "pin_weight", "overlap", "share_prefix"):
+        for name in ("cpu_cache_compute", "pin_weight", "overlap", "share_prefix", "batch_invariant"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigError(f"{where}: {name.replace('_', '-')} {shown(value)} is not true or false")
@@ -187,6 +189,11 @@ class Policy:
             raise ConfigError(f"{where}: device {shown(self.device)}: lists of devices are not supported yet; name one")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"{where}: device {shown(self.device)} is none of auto, cpu, cuda, cuda:N, mps, xpu")
+        if self.batch_invariant and self.cpu_cache_compute and (self.kv_cache is None or self.kv_cache.cpu != 100):
+            raise ConfigError(
+                f"{where}: batch-invariant with cpu-cache-compute needs kv-cache: {{cpu: 100}}, since a sequence on "
+                "another tier would be attended to by another processor"
+            )
         if self.offload_dir is None and self.uses_disk:
             raise ConfigError(f"{where}: a share is on disk but there is no offload-dir; name a directory for it")
 

@@ -57,7 +57,7 @@ LIGHT_FILES = (
     "engine.measuring.disk_rates",
     "engine.checkpoint.description",
     "engine.checkpoint.tensors",
-    "engine.checkpoint.identity",
+    "engine.checkpoint.identity.result",
 )
 HEAVY = {"torch", "transformers", "helm", "flexgen_helm", "safetensors", "numpy"}
 MOST_FILES, MOST_LINES = 15, 300

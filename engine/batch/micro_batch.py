@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from engine.batch.context_group import ContextGroup, context_groups
 from engine.batch.decode_group import DecodeGroup
 from engine.batch.prefill_group import PrefillGroup
 from engine.batch.rows import Rows
 from engine.planning.limits import Limits
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
-
-if TYPE_CHECKING:
-    pass
 
 _MASKED_ROWS = 256
 """Rows of own tokens that one masked attention call over a shared prefix takes at least: they attend to each other in
@@ -40,6 +38,8 @@ class MicroBatch(Rows):
         """`[1, rows]`, on the host."""
         self._positions = torch.tensor([positions]).to(device)
         self._device = device
+        self.most_gathered_rows = limits.cached_rows_per_batch
+        """Rows of keys and values that attention may gather at once."""
         decode = [segment for segment in segments if segment.is_decode]
         self.decode_groups = [
             DecodeGroup(group, device, limits.gap_rows)
@@ -71,6 +71,12 @@ class MicroBatch(Rows):
         """New spans, for an attention to their own tokens only."""
         runs = _runs_of_new_spans(self.segments, _shares_own_mask)
         return [PrefillGroup(run, self._device, ()) for run in runs]
+
+    @cached_property
+    def context_groups(self) -> list[ContextGroup]:
+        """New spans, for an attention to contexts that are gathered whole."""
+        new = [segment for segment in self.segments if not segment.is_decode]
+        return context_groups(new, self._device, self.most_gathered_rows)
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is called with."""

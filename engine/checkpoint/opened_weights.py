@@ -26,6 +26,11 @@ class OpenedWeights:
         self._files = [(file, open_file(file, CheckpointError)) for file in weight_files(path)]
         self._states = [_state(os.fstat(stream.fileno())) for _, stream in self._files]
 
+    def handles(self) -> list[tuple[Path, int]]:
+        """The files and their open handles, which end with `close`."""
+        with self._lock:
+            return [(file, stream.fileno()) for file, stream in self._files]
+
     def check_names(self) -> None:
         """Raise `CheckpointError` if a name leads to another file by now; to be called when all readers have opened."""
         with self._lock:

@@ -27,6 +27,20 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TEMPLATES = "additional_chat_templates/*.jinja"
+_OTHER_VOCABULARIES = (
+    *("tekken.json", "normalizer.json", "bpe.codes", "vocab.bpe", "dict.txt", "byte_maps.json"),
+    *("spm.model", "spm_char.model", "sentencepiece.model", "tiktoken.model", "prophetnet.tokenizer"),
+    *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "emoji.json"),
+)
+"""What some families' tokenizers read beside the files above."""
+
+
+def found_side_files(path: Path) -> list[Path]:
+    """All files there that can change token ids, prompts or results and hold no weights, in a fixed order."""
+    names = sorted({*SIDE_FILES, *TOKENIZER_FILES, *_OTHER_VOCABULARIES})
+    found = [path / name for name in names if find_file(path / name, CheckpointError)]
+    return found + [file for file in sorted(path.glob(_TEMPLATES)) if find_file(file, CheckpointError)]
 
 
 def check_side_files(path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import datetime
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from engine.kernels.threads import limit_threads
 from engine.measuring import rates
 from engine.measuring.disk_rates import disk_rates
 from engine.memory import accelerator
 from engine.memory.cores import usable_cores
-from engine.planning.hardware import free_host_memory, host_memory, processor_name, resolve_device, resolve_dtype
-from engine.planning.hardware_profile import HOST_DTYPES, HardwareProfile, this_machine
+from engine.planning.hardware import free_host_memory, resolve_device, resolve_dtype
+from engine.planning.hardware_profile import HOST_DTYPES, HardwareProfile
+from engine.planning.host_growth import reached_total
+from engine.planning.machine import this_machine
 
 _ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
 _RING_BYTES = 256 << 20
@@ -78,32 +81,40 @@ def measure(
 ) -> HardwareProfile:
     """Measure a device, its host, and the disk that `offload_dir` is on; what is taken for it is given back.
 
+    Where the machine may have more host memory than it shows, all is taken once, to see whether it grows.
+
     `dtype` "auto" is float16 on an accelerator and float32 on the CPU. Raises `EngineError` for a device that is not
     here and for a disk that is full or cannot be written.
     """
+    limit_threads()
     place = accelerator.indexed(torch.device(resolve_device(device)))
     number = getattr(torch, resolve_dtype(dtype, "float16", place.type))
     effort = effort or Effort.fitting(place, number)
     # The disk first: what is wrong with it shows at once.
     read, written = disk_rates(offload_dir, num_bytes=effort.disk_bytes, seconds=effort.disk_seconds)
     try:
-        return _measure(place, number, effort, read, written)
+        return _measure(place, number, effort, read, written, reached_total())
     finally:
         gc.collect()
         accelerator.release_memory(place)
 
 
 def _measure(
-    device: torch.device, dtype: torch.dtype, effort: Effort, disk_read: float, disk_written: float
+    device: torch.device,
+    dtype: torch.dtype,
+    effort: Effort,
+    disk_read: float,
+    disk_written: float,
+    host_memory: int,
 ) -> HardwareProfile:
     seconds = effort.seconds
     to_device, from_device, both_ways = rates.link_rates(device, effort.copy_bytes, seconds)
     alone, beside = _host_attention(device, effort)
-    found = accelerator.memory(device)
+    found, machine = accelerator.memory(device), replace(this_machine(), host_memory_bytes=host_memory)
     return HardwareProfile(
-        machine=this_machine(),
-        device_name=processor_name() if found is None else accelerator.name_of(device),
-        device_memory_bytes=host_memory() if found is None else found[1],
+        machine=machine,
+        device_name=machine.processor if found is None else accelerator.name_of(device),
+        device_memory_bytes=host_memory if found is None else found[1],
         dtype=str(dtype).removeprefix("torch."),
         torch=str(torch.__version__),
         date=datetime.date.today().isoformat(),

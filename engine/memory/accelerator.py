@@ -178,3 +178,16 @@ def computes_bfloat16(device: torch.device) -> bool:
 def has_flash_attention(device: torch.device) -> bool:
     """Whether PyTorch's FlashAttention kernels run on `device` with all that `flash` asks of them."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton compiles products of 16 bit numbers for `device`."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory that the threads of a block may share; those of the smallest kind elsewhere."""
+    if device.type != "cuda":
+        return 64 << 10
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)

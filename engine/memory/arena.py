@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import torch
 
 from engine.errors import CapacityError, ConfigError
 from engine.memory import accelerator
+from engine.memory.cores import usable_cores
 from engine.memory.disk.file import BLOCK, DiskFile
 from engine.memory.disk.io import DiskIO
 from engine.memory.paths import existing_parent, network_file_system
@@ -176,7 +176,7 @@ def _page_locked(num_bytes: int) -> torch.Tensor:
         ctypes.memset(tensor.data_ptr() + first, 0, min(_TOUCH_BYTES, num_bytes - first))
 
     # Registering takes the time of the page faults, unless several threads have had them before.
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, usable_cores())) as pool:
         list(pool.map(touch, range(0, num_bytes, _TOUCH_BYTES)))
     code = accelerator.lock_pages(tensor.data_ptr(), num_bytes)
     if code:

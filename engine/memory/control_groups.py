@@ -14,41 +14,47 @@ def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int,
     """Version (1 or 2) and directory of every group whose limits on `controller` bind this process.
 
     That is its own group and all groups around it, as far as they are mounted: a container, a batch system or systemd
-    may set a limit at any level.
+    may set a limit at any level. Where the group lies in no mounted part, as it may seem to in a container, the top of
+    what is mounted counts as one of them; a part that other groups are in does not, as long as another holds ours.
     """
-    mounts = list(_mounts(_text(root / "proc/self/mountinfo")))
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    mounts = list(_mounts(read_text(root / "proc/self/mountinfo")))
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         version = 2 if number == "0" and not names else 1
         if version == 1 and controller not in names.split(","):
             continue
-        for mounted_version, options, mount_root, point in mounts:
-            if mounted_version == version and (version == 2 or controller in options):
-                top = root / point.lstrip("/")
-                for directory in _upwards(top, _below(mount_root, path)):
-                    yield version, directory
+        places = [
+            (_below(mount_root, path), root / point.lstrip("/"))
+            for mounted_version, options, mount_root, point in mounts
+            if mounted_version == version and (version == 2 or controller in options)
+        ]
+        holding = [(parts, top) for parts, top in places if parts is not None]
+        for parts, top in holding or places:
+            for directory in _upwards(top, parts or []):
+                yield version, directory
+
+
+def read_text(path: Path) -> str:
+    """What is in a file; nothing where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
 
 
 def read_number(path: Path) -> int | None:
     """The whole number in a file; None where there is none, as in one that says "max"."""
     try:
-        return int(_text(path))
+        return int(read_text(path))
     except ValueError:
         return None
 
 
 def read_fields(path: Path) -> dict[str, int]:
     """The numbers in a file of lines `name number`; those that cannot be read are left out."""
-    pairs = (line.split() for line in _text(path).splitlines())
+    pairs = (line.split() for line in read_text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) >= 2 and pair[1].isdecimal()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return ""
 
 
 def _mounts(text: str) -> Iterator[tuple[int, frozenset[str], str, str]]:
@@ -66,12 +72,12 @@ def _unescaped(name: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
-def _below(mount_root: str, path: str) -> list[str]:
-    """The parts of a group's path below what is mounted; none where it lies elsewhere, as a container's may seem to."""
-    parts, top = path.strip("/").split("/"), mount_root.strip("/").split("/")
-    if top != [""]:
-        parts = parts[len(top) :] if parts[: len(top)] == top else []
-    return [] if ".." in parts else [part for part in parts if part]
+def _below(mount_root: str, path: str) -> list[str] | None:
+    """The parts of a group's path below what is mounted; None where it lies elsewhere."""
+    parts, top = ([part for part in name.split("/") if part] for name in (path, mount_root))
+    if parts[: len(top)] != top or ".." in parts:
+        return None
+    return parts[len(top) :]
 
 
 def _upwards(top: Path, parts: list[str]) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.packed_parts import find_packed
 from engine.checkpoint.tied_head import is_tied
 from engine.errors import UnsupportedError
+from engine.kernels.invariant.mode import BatchInvariant
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
-from engine.model.build import build, decoder_layers
+from engine.model.build import build, decoder_layers, set_experts_apart
 from engine.model.family_probe import probe
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
@@ -32,11 +33,13 @@ class CausalModel:
     model's forward with stand-ins for the layers, and `head` calls it with the last hidden state injected.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False) -> None:
         self.device, self.dtype = device, dtype
         self.module = build(path, dtype)
         self.config = self.module.config
-        self.sweeping = SweepContext()
+        if batch_invariant:  # grouped products choose by how many rows each expert has
+            set_experts_apart(self.config)
+        self.sweeping = SweepContext(arithmetic=BatchInvariant() if batch_invariant else nullcontext())
         """Tells our attention function, called from inside the layers, what it works on."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
         """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
@@ -75,6 +78,8 @@ class CausalModel:
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
+                if isinstance(self.sweeping.arithmetic, BatchInvariant) and type(module) is nn.Linear:
+                    self.sweeping.arithmetic.attach(module)
 
     def put_buffer(self, name: str, values: torch.Tensor) -> None:
         """Fill a persistent buffer of the model or of one of its layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,10 @@ def probe(model: Drivable) -> list[KVShape]:
     """
     name = f"{type(model.module).__name__} ({model.config.model_type})"
     failure: _Failure | None = None
+    is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
         if model.is_padded:
+            model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
             model.config._attn_implementation = "sdpa" if model.module._supports_sdpa else "eager"
         for model.recorder.as_tuple in (False, True):
@@ -55,6 +57,8 @@ def probe(model: Drivable) -> list[KVShape]:
                     _check_rows(model)
                     if model.is_padded:
                         _check_padding(model)
+                        if is_batch_invariant:
+                            raise UndrivableError(_known_to_vary(failure))
                     return found
             except UndrivableError as error:
                 raise UnsupportedError(f"{name} cannot be run here: {error}") from None
@@ -66,11 +70,21 @@ def probe(model: Drivable) -> list[KVShape]:
     raise UnsupportedError(f"{name} cannot be run here: {failure.reason}")
 
 
+def _known_to_vary(before: _Failure | None) -> str:
+    """Why a family that runs in padded micro-batches is not batch-invariant."""
+    if before is not None and before.reason.startswith("batch-invariant"):
+        return before.reason
+    return (
+        "batch-invariant: it carries its own attention, whose sums depend on the longest sequence beside a row; leave "
+        "batch-invariant out"
+    )
+
+
 def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     # Two rows, since some families make no mask for one.
     given = _inputs(model, torch.zeros(1, 1 if model.is_padded else 2, dtype=torch.long))
     try:
-        with _outer_zeros(model), noting_masks() as model.sweeping.masks:
+        with _outer_zeros(model), noting_masks() as model.sweeping.masks, model.sweeping.arithmetic:
             hidden, calls = model.record(given)
     except UnsupportedError:
         raise

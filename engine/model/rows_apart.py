@@ -96,7 +96,7 @@ def _is_apart(layer: nn.Module, context: SweepContext, width: int, calls: Calls,
     together, alone = calls
     count = together.shape[0] * together.shape[1]
     hidden = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-    with _Sketch():
+    with _Sketch(), context.arithmetic:
         context.attended = 0
         try:
             whole = _states(layer, hidden.view(*together.shape, width), together)
@@ -105,7 +105,8 @@ def _is_apart(layer: nn.Module, context: SweepContext, width: int, calls: Calls,
                 raise UnsupportedError("its layers attend more than once")
         single = [_states(layer, hidden[i].view(1, 1, width), call) for i, call in enumerate(alone)]
     apart = whole.reshape(count, -1) - torch.stack(single).reshape(count, -1)
-    return not bool(apart.abs().max() > _TOLERANCE * whole.abs().max())
+    tolerance = 0.0 if context.is_batch_invariant else _TOLERANCE
+    return not bool(apart.abs().max() > tolerance * whole.abs().max())
 
 
 def _states(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import UnsupportedError
+from engine.kernels.invariant.mode import BatchInvariant
 
 if TYPE_CHECKING:
     from engine.batch.rows import Rows
@@ -25,6 +27,8 @@ class SweepContext:
     """Whether no layer that was probed has caps, sinks or a window."""
     windows: dict[int, int | None] = field(default_factory=dict)
     """Of each layer, how many tokens a token attends to at most; None for all before it."""
+    arithmetic: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    """What the model's own code is to be called in."""
     is_checking: bool = False
     """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
     attended: int = 0
@@ -33,6 +37,11 @@ class SweepContext:
     """Those that the model made for the layers that are probed."""
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a row's result must have the same bits whatever is computed beside it."""
+        return isinstance(self.arithmetic, BatchInvariant)
 
     def note(self, shape: KVShape, window: int | None = None, *, is_plain: bool = False) -> None:
         """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""

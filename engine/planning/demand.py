@@ -75,7 +75,7 @@ class Demand:
     def gathered_row_bytes(self) -> int:
         """What a row that attention gathers takes: in staging buffers, decoded, and collected."""
         shape = self.shape
-        num_copies = (shape.coded_layer_row_bytes > 0) + (not shape.reads_in_place)
+        num_copies = (shape.coded_layer_row_bytes > 0) + (not shape.reads_in_place) + 2 * self.policy.batch_invariant
         return max(1, STAGING_BUFFERS * self.stored_row_bytes() + num_copies * shape.cache_layer_row_bytes)
 
     def overhead(self, rows: int) -> int:

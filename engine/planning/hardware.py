@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import warnings
 from dataclasses import dataclass
 
 from engine.errors import ConfigError, InstallationError
 from engine.memory.paths import existing_parent
-from engine.planning.host_limits import host_limits, own_memory
+from engine.planning.host_growth import known_limits, tried
+from engine.planning.host_limits import HostLimits, host_limits, own_memory
 
 _USABLE_HOST = 0.9
 """Of the host memory that can be had, what a run may use."""
@@ -78,15 +78,16 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
         from engine.memory import accelerator
 
         found = accelerator.memory(torch.device(device))
-    limits = host_limits()
+    limits, own = known_limits(), own_memory() if found is None else 0
+    if cpu_memory is not None and (placed := _placed(cpu_memory, own)) > limits.available:
+        warnings.warn(f"cpu-memory {_gb(cpu_memory)} exceeds {_beyond(limits, placed)}", stacklevel=2)
     return memory_within(
         limits.available,
         None if found is None else found[0],
         free_disk(offload_dir) if offload_dir else 0,
         gpu_memory,
         cpu_memory,
-        most_host_bytes=limits.group_available,
-        own_bytes=own_memory() if found is None else 0,
+        own_bytes=own,
     )
 
 
@@ -97,71 +98,49 @@ def memory_within(
     gpu_memory: int | None,
     cpu_memory: int | None,
     *,
-    most_host_bytes: int | None = None,
     own_bytes: int = 0,
 ) -> Memory:
     """What a run may use of so much memory, within a policy's limits; `device_bytes` is None where it is the host's.
 
-    `cpu_memory` holds even where `host_bytes`, what a machine says is available, is less: virtual machines whose memory
-    grows on demand say too little. Beyond `most_host_bytes` the system would end the process. `own_bytes` of host
-    memory are taken by the process already and count against `cpu_memory`.
+    `cpu_memory` holds even where `host_bytes`, what a machine says is available, is less: it is the user's word.
+    `own_bytes` of host memory are taken by the process already and count against `cpu_memory`.
     """
-    found = int(host_bytes * _USABLE_HOST)
-    host = found if cpu_memory is None else _limited_host(cpu_memory, own_bytes, host_bytes, most_host_bytes)
+    host = int(host_bytes * _USABLE_HOST) if cpu_memory is None else _placed(cpu_memory, own_bytes)
     if device_bytes is not None:
         tier = int(device_bytes * 0.95)
         return Memory(device=tier if gpu_memory is None else min(gpu_memory, tier), host=host, disk=disk_bytes)
-    if gpu_memory is None or cpu_memory is None:  # a limit on one tier bounds both
-        device = host if gpu_memory is None else min(gpu_memory, host)
-        return Memory(device=device, host=host, disk=disk_bytes, shared=True)
-    whole = max(found, host)
-    device = min(gpu_memory, whole)
-    if device + host > whole:  # each gives in proportion, so that both together are no more than there is
-        device, host = (whole * part // (device + host) for part in (device, host))
-    return Memory(device=device, host=host, disk=disk_bytes)
+    device = host if gpu_memory is None else min(gpu_memory, host)
+    return Memory(device=device, host=host, disk=disk_bytes, shared=True)
 
 
-def _limited_host(cpu_memory: int, own_bytes: int, host_bytes: int, most_host_bytes: int | None) -> int:
-    """What `cpu-memory` leaves to be placed; tells where it is more than what seems to be there."""
+def _placed(cpu_memory: int, own_bytes: int) -> int:
+    """What `cpu-memory` leaves to be placed in a process that holds so much already."""
     # A limit below what the process holds can only mean what is placed. From there to twice as much nothing changes.
-    placed = max(cpu_memory - own_bytes, min(cpu_memory, own_bytes))
-    if most_host_bytes is not None and placed > most_host_bytes:
-        usable = int(most_host_bytes * _USABLE_HOST)
-        warnings.warn(
-            f"cpu-memory {cpu_memory / 1e9:.1f} GB exceeds the {most_host_bytes / 1e9:.1f} GB that this process's "
-            f"control group (container, batch job) still allows: using {usable / 1e9:.1f} GB; raise the group's limit",
-            stacklevel=3,
+    return max(cpu_memory - own_bytes, min(cpu_memory, own_bytes))
+
+
+def _beyond(limits: HostLimits, placed: int) -> str:
+    """What it is that a policy's host memory exceeds, what comes of it, and what to do: the rest of a line."""
+    if limits.group_available is not None and placed > limits.group_available:
+        return (
+            f"the {_gb(limits.group_available)} that this process's control group (container, batch job) still allows: "
+            "using it all the same; lower it or raise the group's limit, since the system ends processes that take more"
         )
-        return usable
-    if placed > host_bytes:
-        warnings.warn(
-            f"cpu-memory {cpu_memory / 1e9:.1f} GB exceeds the {host_bytes / 1e9:.1f} GB of host memory that the "
-            "machine says is available: using it all the same; lower cpu-memory unless its memory grows on demand",
-            stacklevel=3,
-        )
-    return placed
+    shown = f"the {_gb(limits.machine_available)} of host memory that the machine says is available: "
+    if not limits.may_grow or (trial := tried(placed)) is None:
+        return f"{shown}using it all the same; lower cpu-memory unless its memory grows on demand"
+    if trial.taken >= placed:
+        return f"{shown}its memory grows, and it gave as much when tried"
+    return f"{shown}it gave {_gb(trial.taken)} when tried; using cpu-memory all the same; lower it"
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def free_host_memory() -> int:
     """Bytes of host memory that can be had without swapping (`MemAvailable`, and the container's limit)."""
     return host_limits().available
-
-
-def host_memory() -> int:
-    """Bytes of host memory there are (the machine's, or the container's limit)."""
-    return host_limits().total
-
-
-def processor_name() -> str:
-    """What the maker calls the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def free_disk(directory: str) -> int:

@@ -6,53 +6,25 @@ All rates are per second: bytes, or floating-point operations (an addition or a 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 import os
-import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from engine.errors import ConfigError, did_you_mean, shown
-from engine.memory.cores import usable_cores
 from engine.memory.paths import cache_directory
-from engine.planning.hardware import host_memory, processor_name
+from engine.planning.host_limits import host_limits
+from engine.planning.machine import Machine, this_machine
 from engine.reading import expand_home, find_file, read_yaml
 
 HOST_DTYPES = ("bfloat16", "float16", "float32")
 """Number formats that attention on the host is measured in."""
 _CURE = "run `flexgen-helm doctor --profile`"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What tells machines apart whose rates differ."""
-
-    accelerators: tuple[str, ...]
-    """Names of all that torch sees; empty on a machine without."""
-    processor: str
-    cores: int
-    """Cores that the process may use."""
-    host_memory_bytes: int
-
-    def __str__(self) -> str:
-        parts = [*self.accelerators, self.processor, f"{self.cores} cores", f"{self.host_memory_bytes / 2**30:.0f} GiB"]
-        return ", ".join(parts)
-
-    @property
-    def key(self) -> str:
-        """A name for files: the device, and a digest of everything but memory.
-
-        A machine's memory may change: by a container's limit, or in a virtual machine whose memory grows on demand.
-        """
-        name = re.sub(r"[^a-z0-9]+", "-", (*self.accelerators, self.processor)[0].lower()).strip("-")
-        facts = "\n".join((*self.accelerators, self.processor, str(self.cores)))
-        return f"{name[:40]}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +76,7 @@ class HardwareProfile:
     def load(cls, spec: str | Path | None = None) -> HardwareProfile:
         """Read a shipped profile by its name, a file, or, for None, what was kept of this machine.
 
+        Of this machine the memory is told as it is now, within the limits of now: with what it was found to grow to.
         Raises `ConfigError` when there is none, when it was measured on another machine (only for None), or when the
         file cannot be meant.
         """
@@ -115,7 +88,7 @@ class HardwareProfile:
         profile = cls.from_mapping(_read(path), where=f"hardware profile {path}")
         if profile.machine.key != here.key:
             raise ConfigError(f"{path} is a profile of another machine: {profile.machine}; {_CURE}")
-        return profile
+        return profile._of_now()
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], where: str = "hardware profile") -> HardwareProfile:
@@ -141,6 +114,10 @@ class HardwareProfile:
             if item.type == "float":
                 values[item.name] = _rate(values[item.name], f"{where}: {_key(item.name)}")
         return cls(**values)
+
+    def _of_now(self) -> HardwareProfile:
+        memory = host_limits().grown_to(self.host_memory_bytes).total
+        return replace(self, machine=replace(self.machine, host_memory_bytes=memory))
 
     def as_mapping(self) -> dict[str, Any]:
         """The mapping that `from_mapping` reads back as this profile."""
@@ -169,18 +146,6 @@ class HardwareProfile:
             Path(name).unlink(missing_ok=True)
             raise ConfigError(_not_kept(path, error)) from None
         return path
-
-
-def this_machine() -> Machine:
-    """The machine this runs on; imports torch to see its accelerators."""
-    from engine.memory import accelerator
-
-    return Machine(
-        accelerators=tuple(accelerator.name_of(device) for device in accelerator.devices()),
-        processor=processor_name(),
-        cores=usable_cores(),
-        host_memory_bytes=host_memory(),
-    )
 
 
 def kept_path(machine: Machine) -> Path:

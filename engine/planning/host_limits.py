@@ -1,15 +1,20 @@
 """How much host memory this process can have: what the machine has free, and what its control groups allow.
 
-Imports no torch.
+Swap is not counted: what lies there is read at the rate of a disk. Imports no torch.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.memory.control_groups import ROOT, group_directories, read_fields, read_number
+from engine.memory.control_groups import ROOT, group_directories, read_fields, read_number, read_text
+
+_NO_LIMIT = 1 << 62
+"""Version 1 of control groups has no word for "no limit" but the largest number of pages, which is more than this."""
+_LEAST_GROWTH = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +25,10 @@ class HostLimits:
     """What the system says can be had without swapping (`MemAvailable`). Virtual machines whose memory grows on demand
     ("balloon") show less than there is."""
     machine_total: int
+    """What the system has in use and free (`MemTotal`)."""
+    machine_present: int = 0
+    """What there is in all (`present` in `zoneinfo`), of which the system may not have taken all into use; 0 where it
+    does not tell."""
     group_available: int | None = None
     """What the tightest control group leaves; the system kills processes that take more. None without a limit."""
     group_total: int | None = None
@@ -35,6 +44,22 @@ class HostLimits:
         """What there is in all."""
         return _lower(self.machine_total, self.group_total)
 
+    @property
+    def may_grow(self) -> bool:
+        """Whether much more is there than is shown: the kernel keeps a fiftieth for itself."""
+        grown = _lower(self.machine_present, self.group_total) - self.machine_total
+        return grown > max(_LEAST_GROWTH, self.machine_total // 8)
+
+    def grown_to(self, total: int) -> HostLimits:
+        """These limits of a machine of which is known that its memory grows to `total` when it is used.
+
+        As they are where that cannot be this machine, now that it has less in all or shows as much already.
+        """
+        if not self.machine_total < total <= self.machine_present:
+            return self
+        available = self.machine_available + total - self.machine_total
+        return replace(self, machine_available=available, machine_total=total)
+
 
 def host_limits(root: Path = ROOT) -> HostLimits:
     """What the files of the kernel tell of this process; `root` holds the tree they are read from."""
@@ -44,16 +69,27 @@ def host_limits(root: Path = ROOT) -> HostLimits:
     rooms: list[int] = []
     for version, directory in group_directories("memory", root):
         limit, used = _limit_and_use(version, directory)
-        if limit is None or limit >= total:  # version 1 has no word for "none" but a huge number
-            continue
-        limits.append(limit)
-        rooms.append(max(0, limit - used))
+        if limit is not None and limit < _NO_LIMIT:
+            limits.append(limit)
+            rooms.append(max(0, limit - used))
     return HostLimits(
         machine_available=facts["MemAvailable:"] * 1024 if "MemAvailable:" in facts else total * 3 // 4,
         machine_total=total,
+        machine_present=_present(root),
         group_available=min(rooms, default=None),
         group_total=min(limits, default=None),
     )
+
+
+def _present(root: Path) -> int:
+    """Bytes of memory that the kernel found; those of other devices, which it may list too, are not the host's."""
+    pages, zone = 0, ""
+    for words in map(str.split, read_text(root / "proc/zoneinfo").splitlines()):
+        if words[:1] == ["Node"]:
+            zone = words[-1]
+        elif len(words) == 2 and words[0] == "present" and words[1].isdecimal() and zone != "Device":
+            pages += int(words[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def own_memory(root: Path = ROOT) -> int:
@@ -63,19 +99,32 @@ def own_memory(root: Path = ROOT) -> int:
 
 
 def _limit_and_use(version: int, directory: Path) -> tuple[int | None, int]:
-    """A group's limit, None for none, and what of its memory the system cannot take back.
+    """A group's limit, None for none, and what of its memory the system cannot take back, in bytes.
 
-    Pages of files that were not read lately count as used there, but are given up as soon as memory is asked for.
+    The lowest limit around a group of version 1 stands in its statistics, also where the groups around it are not
+    mounted. In version 2, "high" is where the system slows processes down instead of ending them.
     """
     stat = read_fields(directory / "memory.stat")
     if version == 1:
-        limit, used = read_number(directory / "memory.limit_in_bytes"), read_number(directory / "memory.usage_in_bytes")
-        inactive = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+        limits = [read_number(directory / "memory.limit_in_bytes"), stat.get("hierarchical_memory_limit")]
+        used, prefix = read_number(directory / "memory.usage_in_bytes"), "total_"
+        stat = {name.removeprefix(prefix): value for name, value in stat.items() if name.startswith(prefix)} or stat
     else:
         limits = [read_number(directory / name) for name in ("memory.max", "memory.high")]
-        limit = min((limit for limit in limits if limit is not None), default=None)
-        used, inactive = read_number(directory / "memory.current"), stat.get("inactive_file", 0)
-    return limit, max(0, (used or 0) - inactive)
+        used = read_number(directory / "memory.current")
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    return limit, max(0, (used or 0) - _reclaimable(stat))
+
+
+def _reclaimable(stat: Mapping[str, int]) -> int:
+    """Bytes that count as a group's use but are given up when memory is asked for, as `MemAvailable` counts them.
+
+    These are pages of files, and what the kernel keeps of names of files. A file that was read twice is on the active
+    list; what processes have mapped, such as their own code, is not given up at once.
+    """
+    mapped = stat.get("file_mapped", stat.get("mapped_file", 0))
+    active = max(0, stat.get("active_file", 0) - mapped)
+    return stat.get("inactive_file", 0) + active + stat.get("slab_reclaimable", 0)
 
 
 def _lower(value: int, bound: int | None) -> int:

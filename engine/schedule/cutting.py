@@ -39,7 +39,10 @@ def _is_alone(segment: Segment) -> bool:
 def packed_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
     decode = [segment for segment in segments if segment.is_decode]
-    decode.sort(key=lambda segment: _decode_order(segment, limits.reads_in_place))
+    ranks: dict[Prefix | None, int] = {}
+    for segment in decode:
+        ranks.setdefault(segment.span.parent, len(ranks))
+    decode.sort(key=lambda segment: _decode_order(segment, ranks[segment.span.parent], limits.reads_in_place))
     new = [segment for segment in segments if not segment.is_decode]
     return [batch for part in _interleaved(decode, new, limits) for batch in _cut(part, limits)]
 
@@ -84,16 +87,16 @@ def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     return batches
 
 
-def _decode_order(segment: Segment, in_place: bool) -> tuple[Any, ...]:
+def _decode_order(segment: Segment, rank: int, in_place: bool) -> tuple[Any, ...]:
     """Sort key of decode steps: same prefix, tier and draft length together, then by position in the cache.
 
     So neighbouring blocks travel in one copy. Where attention pads a group to its longest member, steps of similar
-    lengths come together, too.
+    lengths come together, too. `rank` is the prefix's place among those of the sweep, the same in every run.
     """
     block = segment.span.block
     assert block is not None
     length = 0 if in_place else segment.past
-    return id(segment.span.parent), block.tier, segment.num_rows, length, block.first
+    return rank, block.tier, segment.num_rows, length, block.first
 
 
 def rectangular_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:

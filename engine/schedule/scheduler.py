@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
 from engine.errors import CapacityError
 from engine.planning.limits import Limits
@@ -16,10 +15,6 @@ from engine.schedule.cutting import packed_batches, padded_length, rectangular_b
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
-
-if TYPE_CHECKING:
-    pass
-
 
 _LEAST_ROWS = 64
 """Of a micro-batch: fewer would not save memory worth speaking of, but for what decode steps gather of the cache."""

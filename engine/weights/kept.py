@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 import transformers
 
-from engine.checkpoint.identity import NUMERICS_VERSION, weights_state
+from engine.checkpoint.identity.result import NUMERICS_VERSION
+from engine.checkpoint.identity.sampled import weights_state
 from engine.errors import CheckpointError
 from engine.memory import accelerator
 from engine.memory.paths import cache_directory
@@ -89,7 +91,7 @@ class KeptWeights:
         """What brings unit `name`: reading its file where there is one, else `own` steps, after which it is written."""
         if name not in self._opened:
             yield from own[:-1]
-            yield Step(lambda: self._keep_after(own[-1:], name), own[-1].tensors)
+            yield replace(own[-1], act=lambda: self._keep_after(own[-1:], name))
             return
         tensor, sums = self._opened.pop(name)
 
@@ -97,7 +99,7 @@ class KeptWeights:
             self._tell_bad(name, "it is damaged")
             self._keep_after(own, name)
 
-        yield Step(lambda: self._weights.put_unit(name, tensor), [tensor], sums, reject)
+        yield Step(lambda: self._weights.put_unit(name, tensor), [tensor], sums=sums, reject=reject)
 
     def _keep_after(self, steps: list[Step], name: str) -> None:
         for step in steps:

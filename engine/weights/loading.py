@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
+from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, shown
 from engine.reading import find_file
 from engine.weights.kept import KeptWeights
-from engine.weights.read_ahead import Step, run_steps
+from engine.weights.read_ahead import FileSpan, Step, run_steps
 from engine.weights.store import WeightStore
 
 _log = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
     a time, and merged experts one expert at a time: beyond the placed weights this costs no more anonymous memory than
     about one tensor of the checkpoint, whose files are only mapped. Layers come in their order, since the first sweep
-    may run behind. Units that are `kept` are read from there, and the others kept from then on. Raises
-    `CheckpointError` when parameters are missing or have another shape.
+    may run behind. Units that are `kept` are read from there, and the others kept from then on. The digest of the
+    weight files follows what is read, and reads the rest at the end. Raises `CheckpointError` when parameters are
+    missing or have another shape.
     """
     model = store.model
     store.source = source = OpenedWeights(path)
+    store.digest = digest = WeightDigest(path, source)
     plan = _Plan(path, store)
     names = CheckpointNames(model.module, model.state)
     packed = {
@@ -52,7 +55,7 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     unexpected: set[str] = set()
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
         if name in packed:
-            plan.add_packed(*packed[name], load)
+            plan.add_packed(*packed[name], load, name)
             continue
         target, pattern = names.target(name)
         if target not in model.state:
@@ -64,16 +67,21 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
-    steps = plan.run(kept)
+    steps = plan.run(kept, lambda span: digest.follow(span.file, span.first, span.end))
     source.check_names()
     _tell_unread(path, model.module, unexpected)
-    return _watched(steps, store, source)
+    return _watched(steps, store, source, digest)
 
 
-def _watched(steps: Iterator[None], store: WeightStore, source: OpenedWeights) -> Iterator[None]:
+def _watched(steps: Iterator[None], store: WeightStore, source: OpenedWeights, digest: WeightDigest) -> Iterator[None]:
     """Iterate `steps`; then the weight files must be as they were, and are let go of unless the store reads them on."""
-    yield from steps
-    source.check()
+    try:
+        yield from steps
+        source.check()
+        digest.finish()
+    except BaseException:
+        digest.close()  # who waits for it need not wait for the engine to be closed
+        raise
     if not store.adopted_bytes:
         source.close()
 
@@ -147,13 +155,19 @@ class _Plan:
         if source in self._places:
             count = self._store.adopt(name, tensor.dtype, *self._places[source])
             tensor = tensor if count == tensor.numel() else tensor.reshape(-1)[:count]
-        return Step(lambda: self._put(name, tensor), [tensor])
+        return Step(lambda: self._put(name, tensor), [tensor], self._spans([(source, tensor)]))
 
-    def add_packed(self, name: str, part: str, load: Load) -> None:
-        """Plan to put a part of a packed parameter, together with its other parts."""
+    def _spans(self, sources: Iterable[tuple[str, torch.Tensor]]) -> tuple[FileSpan, ...]:
+        """Where tensors lie that are read from their first byte on, by their names in the checkpoint."""
+        placed = [(*self._places[name], tensor.nbytes) for name, tensor in sources if name in self._places]
+        return tuple(FileSpan(file, first, first + num_bytes) for file, first, num_bytes in placed)
+
+    def add_packed(self, name: str, part: str, load: Load, source: str) -> None:
+        """Plan to put a part of a packed parameter, `source` in the checkpoint, together with its other parts."""
         tensor, before = load(), self._steps.pop(name, None)
         whole = self._store.model.packed[name]
         tensors = [tensor, *(before.tensors if before is not None else [])]
+        spans = (*self._spans([(source, tensor)]), *(before.spans if before is not None else ()))
         is_last = len(tensors) == len(whole.parts)
 
         def step() -> None:
@@ -163,7 +177,7 @@ class _Plan:
             if is_last:
                 self._store.arrive(name)
 
-        self._steps[name] = Step(step, tensors)
+        self._steps[name] = Step(step, tensors, spans)
         if is_last:
             self._missing.discard(name)
 
@@ -187,7 +201,9 @@ class _Plan:
             for name in names:
                 self._store.arrive(name)
 
-        self._steps[target] = Step(step, [load() for _, _, load in sources])
+        tensors = [load() for _, _, load in sources]
+        spans = self._spans((name, tensor) for (_, name, _), tensor in zip(sources, tensors, strict=True))
+        self._steps[target] = Step(step, tensors, spans)
 
     def _convert(
         self, target: str, converter: WeightConverter, sources: list[Source], *, meta: bool = False
@@ -199,8 +215,11 @@ class _Plan:
         for name, value in one.convert(target, model=model.module, config=model.config).items():
             yield name, value[0] if isinstance(value, list) else value
 
-    def run(self, kept: KeptWeights | None) -> Iterator[None]:
-        """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step."""
+    def run(self, kept: KeptWeights | None, follow: Callable[[FileSpan], None]) -> Iterator[None]:
+        """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step.
+
+        `follow` is called for what has been read of the weight files.
+        """
         if self._missing:
             raise CheckpointError(
                 f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
@@ -211,8 +230,8 @@ class _Plan:
             by_unit[self._unit_of[name]].append(step)
         self._steps.clear()
         if kept is None or not self._is_by_unit:
-            return run_steps(chain.from_iterable(by_unit.values()))
-        return _run_kept(by_unit, kept)
+            return run_steps(chain.from_iterable(by_unit.values()), follow)
+        return _run_kept(by_unit, kept, follow)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         self._store.put(name, tensor)
@@ -227,6 +246,6 @@ class _Plan:
             )
 
 
-def _run_kept(by_unit: dict[str, list[Step]], kept: KeptWeights) -> Iterator[None]:
+def _run_kept(by_unit: dict[str, list[Step]], kept: KeptWeights, follow: Callable[[FileSpan], None]) -> Iterator[None]:
     with kept:
-        yield from run_steps(step for unit, steps in by_unit.items() for step in kept.steps(unit, steps))
+        yield from run_steps((step for unit, steps in by_unit.items() for step in kept.steps(unit, steps)), follow)

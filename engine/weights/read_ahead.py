@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +27,22 @@ _AHEAD_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
+class FileSpan:
+    """Bytes of a weight file, from `first` to `end`."""
+
+    file: Path
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Something to do, and the mapped tensors that it reads."""
 
     act: Callable[[], None]
     tensors: list[torch.Tensor]
+    spans: tuple[FileSpan, ...] = ()
+    """Where the tensors lie in the checkpoint's files, as far as that is known."""
     sums: list[int] | None = None
     """CRC-32 of each piece of `PIECE_BYTES`, tensor by tensor, if they are to be checked while they are read."""
     reject: Callable[[], None] = lambda: None
@@ -40,10 +52,11 @@ class Step:
 _madvise: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 
-def run_steps(steps: Iterable[Step]) -> Iterator[None]:
+def run_steps(steps: Iterable[Step], follow: Callable[[FileSpan], None]) -> Iterator[None]:
     """Do `steps` in order, one an iteration, while the tensors of later ones are read from disk.
 
-    Copying out of a mapped file takes its page faults in turn, which leaves a fast disk idle most of the time.
+    Copying out of a mapped file takes its page faults in turn, which leaves a fast disk idle most of the time. `follow`
+    is called for the spans of a step when they have been read.
     """
     waiting: deque[tuple[Step, list[Future[int | None]], int]] = deque()
     held = 0
@@ -55,17 +68,19 @@ def run_steps(steps: Iterable[Step]) -> Iterator[None]:
                 waiting.append((step, [pool.submit(read, piece) for piece in pieces], sum(map(len, pieces))))
                 held += waiting[-1][2]
                 while held > _AHEAD_BYTES:
-                    held -= _do(*waiting.popleft())
+                    held -= _do(*waiting.popleft(), follow)
                     yield
             while waiting:
-                held -= _do(*waiting.popleft())
+                held -= _do(*waiting.popleft(), follow)
                 yield
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _do(step: Step, reads: list[Future[int | None]], num_bytes: int) -> int:
+def _do(step: Step, reads: list[Future[int | None]], num_bytes: int, follow: Callable[[FileSpan], None]) -> int:
     sums = [read.result() for read in reads]
+    for span in step.spans:
+        follow(span)
     if step.sums is None or sums == step.sums:
         step.act()
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.kernels.codec import GROUP, Codec
 from engine.memory import accelerator
@@ -50,6 +51,8 @@ class WeightStore:
         }
         self.source: OpenedWeights | None = None
         """The checkpoint's files, while they are read."""
+        self.digest: WeightDigest | None = None
+        """Of the checkpoint's files."""
         self._fault: BaseException | None = None
 
     def placed_bytes(self) -> dict[str, dict[Tier, int]]:
@@ -270,6 +273,8 @@ class WeightStore:
 
     def close(self) -> None:
         """Let go of the weights; the arena frees the memory."""
+        if self.digest is not None:
+            self.digest.close()
         if self.source is not None:
             self.source.close()
         for placed in self.placed.values():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import engine
-from engine.checkpoint.identity import result_identity
+from engine.checkpoint.identity.result import identity_beside_weights
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Sampling
 from engine.memory import accelerator
@@ -88,7 +88,7 @@ class FlexGenLM(TemplateLM):
             cpu_memory=_limit(cpu_memory, "cpu_memory", named.cpu_memory),
         )
         loaded.check("model_args")
-        self._loaded = pretrained, loaded
+        self._beside_weights = identity_beside_weights(pretrained, loaded)
         self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
         atexit.register(self.engine.close)
         self.tokenizer: Any = self.engine.tokenizer
@@ -108,8 +108,9 @@ class FlexGenLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results, beside its own arguments and seeds: what answers were made with."""
-        made = {"policy": self.engine.policy.as_mapping(), "identity": result_identity(*self._loaded)}
-        return {"flexgen": {**made, "window": self.max_length, **environment().as_mapping()}}
+        identity = {"weights": self.engine.weights_digest(), **self._beside_weights}
+        made = {"policy": self.engine.policy.as_mapping(), "identity": identity, "window": self.max_length}
+        return {"flexgen": {**made, **environment().as_mapping()}}
 
     @property
     def eot_token_id(self) -> int | None:

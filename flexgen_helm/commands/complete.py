@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from engine.job import Completion, Job, Sampling, check_num_completions
 from engine.policy import Policy
 from flexgen_helm.commands.completion.answers import Answers, Place
 from flexgen_helm.commands.completion.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
-from flexgen_helm.commands.completion.record import write_record
+from flexgen_helm.commands.completion.record import AnswersRecord
 from flexgen_helm.runs.flags import POLICY, add_policy_flags, policy_from_flags
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.installation import model_problem
@@ -85,7 +86,7 @@ def complete(arguments: Sequence[str]) -> int:
     if problem := model_problem():
         raise InstallationError(problem)
     from engine.checkpoint.description import describe
-    from engine.checkpoint.identity import result_identity
+    from engine.checkpoint.identity.result import Identity, identity_beside_weights, result_identity
     from engine.checkpoint.tokenizer import load_tokenizer
     from engine.text.prompt import PromptTokenizer
 
@@ -103,22 +104,29 @@ def complete(arguments: Sequence[str]) -> int:
         )
     if not jobs:
         raise ConfigError(f"none of the {len(found)} prompts can be asked")
-    identity = result_identity(args.model, policy)
-    keys = {place: _key(prompt, job, identity) for place, (prompt, job) in jobs.items()}
+    beside = identity_beside_weights(args.model, policy)
+
+    @cache
+    def identity_of(weights: str | None) -> Identity:
+        """By the digest of the weights that answer; None finds it here."""
+        return result_identity(args.model, policy) if weights is None else {"weights": weights, **beside}
+
+    def keys(weights: str | None) -> dict[Place, str]:
+        return {place: _key(prompt, job, identity_of(weights)) for place, (prompt, job) in jobs.items()}
+
     with Answers(args.output) as answers:
-        done = answers.resume(keys)
+        record = AnswersRecord(answers.path)
+
+        def begin(weights: str | None) -> dict[Place, str]:
+            made = {"model": args.model, "policy": policy.as_mapping(), "identity": identity_of(weights)}
+            record.write({**made, "settings": _settings(args)}, goes_on=bool(done))
+            return keys(weights)
+
+        done = answers.resume(lambda: keys(None), lambda: record.what_differs(identity_of(None)))
         left = {place: job for place, job in jobs.items() if place not in done}
         for prompt in bad:
             answers.add({"index": prompt.index, "where": prompt.where, "error": prompt.reason})
-        if left and answers.path is not None:
-            made = {
-                "model": args.model,
-                "policy": policy.as_mapping(),
-                "identity": identity,
-                "settings": _settings(args),
-            }
-            write_record(answers.path, made, goes_on=bool(done))
-        failures = _ask(args, policy, left, keys, answers) if left else []
+        failures = _ask(args, policy, left, begin, answers) if left else []
         answers.sort()
     if done:
         print(f"{len(done)} answers were there already", file=sys.stderr)
@@ -244,9 +252,16 @@ def _key(prompt: Prompt, job: Job, identity: dict[str, Any]) -> str:
 
 
 def _ask(
-    args: Any, policy: Policy, left: dict[Place, tuple[Prompt, Job]], keys: dict[Place, str], answers: Answers
+    args: Any,
+    policy: Policy,
+    left: dict[Place, tuple[Prompt, Job]],
+    begin: Callable[[str | None], dict[Place, str]],
+    answers: Answers,
 ) -> list[str]:
-    """Run what is left; returns a line for each failure."""
+    """Run what is left; returns a line for each failure.
+
+    `begin` is called before the first answer is written, with the digest of the weights, and returns the keys.
+    """
     from engine.engine import Engine
 
     places, failures, tokens = list(left), list[str](), 0
@@ -255,7 +270,9 @@ def _ask(
     progress(0, len(places), 0)
     try:
         with Engine.from_pretrained(args.model, policy) as engine:
+            keys: dict[Place, str] = {}
             for number, (at, completion) in enumerate(engine.stream(job for _, job in left.values()), 1):
+                keys = keys or begin(engine.weights_digest())  # all weights are read by the end of the first sweep
                 place = places[at]
                 prompt, job = left[place]
                 answers.add(_answer(place, prompt, completion, keys[place]))

@@ -133,9 +133,14 @@ def _entry_point() -> Finding:
 
 
 def _host_memory() -> Finding:
-    from engine.planning.hardware import free_host_memory, host_memory
+    from engine.planning.host_limits import host_limits
 
-    return Finding("ok", "host memory", f"{_gb(free_host_memory())} of {_gb(host_memory())} available")
+    limits = host_limits()
+    shown = f"{_gb(limits.available)} of {_gb(limits.total)} available"
+    if limits.may_grow:
+        present = _gb(limits.machine_present)
+        shown += f"; the machine has {present}: `flexgen-helm doctor --profile` tries how much of that it gives"
+    return Finding("ok", "host memory", shown)
 
 
 def _disk(offload_dir: str) -> Finding:

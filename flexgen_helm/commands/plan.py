@@ -72,7 +72,8 @@ ENTRIES_EXAMPLES = (
 ENTRIES_DESCRIPTION = """
 Make all requests of run entries, as `sweep` does before it computes, and say what they will take: time, tokens, bytes
 over the link and from disk, and room on every tier. Loads no weights, computes nothing, and writes nothing but the
-data that scenarios download. What HELM's cache in --local-path answers is left out.
+data that scenarios download. What HELM's cache in --local-path answers is left out; where it holds answers, the digest
+of the weight files, by which they are known, is computed and kept, too.
 """
 _USELESS = (
     "server_url",

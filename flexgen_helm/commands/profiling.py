@@ -17,11 +17,16 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def profile(offload_dir: str) -> int:
     """Measure, print the table and where it was kept; `UsageError` when it cannot be measured or kept."""
     from engine.measuring.profiler import measure
+    from engine.planning.host_limits import host_limits
 
+    limits = host_limits()
     try:
         measured = measure(offload_dir=offload_dir)
         for line in table(measured):
             print(line)
+        if limits.may_grow:
+            found = measured.host_memory_bytes / 1e9
+            print(f"host memory: {limits.total / 1e9:.1f} GB were shown, {found:.1f} GB found by taking them")
         print(f"kept in {measured.save()}", flush=True)
     except EngineError as error:
         raise UsageError(str(error)) from None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.identity.result import differences
 from engine.errors import ConfigError, InstallationError
 from flexgen_helm.planning.stored import replace_text
 from flexgen_helm.terminal.columns import columns
@@ -17,7 +18,6 @@ from flexgen_helm.terminal.parser import Parser
 if TYPE_CHECKING:
     from flexgen_helm.fidelity.reproduction import Count, Reproduction
     from flexgen_helm.helm.records.provenance import Provenance
-    from flexgen_helm.planning.environment import Environment
 
 DESCRIPTION = """
 Run a finished run again from flexgen_run.json, the record that `run` and `sweep` leave beside its files: the same
@@ -42,21 +42,20 @@ def reproduce(arguments: Sequence[str]) -> int:
     from flexgen_helm.fidelity.again import run_again
     from flexgen_helm.fidelity.reproduction import reproduction_of, tolerance_of
     from flexgen_helm.helm.records.provenance import read_provenance
-    from flexgen_helm.planning.environment import environment
     from flexgen_helm.runs.launch import set_up_logging
 
     set_up_logging(args)
     path = args.run_dir.resolve()
     _check_directory(path)
-    found, now = read_provenance(path), environment()
+    found = read_provenance(path)
     with run_again(path, found) as again:
-        result = reproduction_of(path, again, tolerance_of(found, now.hardware))
+        now = read_provenance(again)
+        result = reproduction_of(path, again, tolerance_of(found, now))
     for line in _lines(found, now, result):
         print(line)
     if args.json is not None:
-        then = {"versions": found.versions, "commit": found.commit, "hardware": vars(found.hardware)}
-        made = {key: getattr(found, key) for key in ("policy", "identity", "seeds")}
-        _write(args.json, {**result.as_mapping(), **made, "then": then, "now": now.as_mapping()})
+        made = {"policy": found.policy, "seeds": found.seeds}
+        _write(args.json, {**result.as_mapping(), **made, "then": _made_by(found), "now": _made_by(now)})
     return 0 if result.is_equal else 1
 
 
@@ -88,10 +87,18 @@ def _check_directory(path: Path) -> None:
     )
 
 
-def _lines(found: Provenance, now: Environment, result: Reproduction) -> Iterator[str]:
+def _made_by(found: Provenance) -> dict[str, Any]:
+    """Software, machine and model of a run, for JSON."""
+    parts = {"versions": found.versions, "commit": found.commit, "identity": found.identity}
+    return {**parts, "hardware": vars(found.hardware)}
+
+
+def _lines(found: Provenance, now: Provenance, result: Reproduction) -> Iterator[str]:
     yield result.run
     yield f"made {found.written} on {found.hardware.device}; weights {str(found.identity.get('weights'))[:12]}"
     changed = [*_changes(found.versions, now.versions), *_changes(_place(found.hardware), _place(now.hardware))]
+    if software := differences(found.identity, now.identity):  # another checkpoint is refused
+        changed.append(software)
     if found.commit != now.commit:
         changed.append(f"commit {found.commit} -> {now.commit}")
     yield f"since then: {', '.join(changed) if changed else 'the same versions, on the same kind of machine'}"

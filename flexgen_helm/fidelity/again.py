@@ -17,7 +17,7 @@ from helm.benchmark.tokenizer_config_registry import TokenizerConfig, register_t
 from helm.common.authentication import Authentication
 from helm.common.codec import from_json
 
-from engine.checkpoint.identity import result_identity
+from engine.checkpoint.identity.result import differences, result_identity
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.policy import Policy
 from flexgen_helm.helm.completed import damaged_files
@@ -32,15 +32,15 @@ from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.progress import Progress
 
 _SUITE = "again"
-_OF_CODE = ("numerics", "source")
+_OF_SOFTWARE = ("numerics", "source")
 """Of an identity, what tells the software apart, not the checkpoint: another one is what may be tried."""
 
 
 @contextmanager
 def run_again(run_path: Path, found: Provenance) -> Iterator[Path]:
-    """Run a run again, and yield the directory of its files, which is gone afterwards.
+    """Run a run again, and yield the directory of its files, its record among them, which is gone afterwards.
 
-    Raises `EngineError` for what cannot be run again, before a weight is read: files that HELM cannot read, a record
+    Raises `EngineError` for what cannot be run again, before weights are loaded: files that HELM cannot read, a record
     that names no model of ours, a checkpoint that has changed since. Raises `RunFailed` where the run fails now.
     """
     run_spec = _run_spec(run_path)
@@ -98,14 +98,16 @@ def _structured(mapping: Mapping[str, Any], kind: type[Any]) -> Any:
 def _check_checkpoint(found: Provenance, entries: Entries) -> None:
     """Raise `CheckpointError`, with both identities, where the checkpoint is not the one of the record."""
     model = source_of(entries.deployment)
-    args = entries.deployment.client_spec.args
-    now: dict[str, Any] = dict(result_identity(model, Policy.load(args["policy"])))
-    then = dict(found.identity)
-    other = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in _OF_CODE]
-    if other:
-        told, is_now = (", ".join(f"{name} {each.get(name)}" for name in other) for each in (then, now))
+    policy = Policy.load(entries.deployment.client_spec.args["policy"])
+    then, now = (
+        {name: value for name, value in identity.items() if name not in _OF_SOFTWARE}
+        for identity in (found.identity, result_identity(model, policy))
+    )
+    if not then.keys() >= {"weights", "files"}:
+        raise ConfigError(f"the record of {found.run} does not say which checkpoint answered; run it again")
+    if told := differences(then, now):
         raise CheckpointError(
-            f"{model} has changed since the run was made: then {told}; now {is_now}; put the files back that were there"
+            f"{model} has changed since the run was made: other {told}; put the files back that were there"
         )
 
 

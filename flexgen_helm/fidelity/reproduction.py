@@ -14,7 +14,6 @@ from engine.errors import ConfigError
 from flexgen_helm.fidelity.verdict import TOLERANCES
 from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.scores import choose, main_metric
-from flexgen_helm.planning.environment import Hardware, versions
 
 MOST_DIFFERENCES = 20
 """Places of differing answers, and names of differing statistics, that are told."""
@@ -70,9 +69,13 @@ class Reproduction:
         return {"equal": self.is_equal, **asdict(self)}
 
 
-def tolerance_of(found: Provenance, hardware: Hardware) -> float:
-    """Largest difference of a log-probability that rounding explains between the run of a record and one made now."""
-    is_same = found.hardware.device == hardware.device and found.versions == versions()
+def tolerance_of(found: Provenance, again: Provenance) -> float:
+    """Largest difference of a log-probability that rounding explains between two runs of one run spec, by records."""
+    is_same = (found.hardware.device, found.versions, found.identity) == (
+        again.hardware.device,
+        again.versions,
+        again.identity,
+    )
     if is_same and found.policy.get("batch-invariant"):
         return 0.0
     return TOLERANCES[str(found.identity["dtype"])]

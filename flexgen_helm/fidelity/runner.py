@@ -17,6 +17,7 @@ from helm.benchmark.runner import remove_stats_nans
 from helm.common.general import asdict_without_nones
 from helm.common.object_spec import get_class_by_name
 
+from engine.checkpoint.identity.result import Identity
 from engine.errors import ConfigError, EngineError
 from engine.job import Completion, Job
 from engine.policy import Policy
@@ -45,6 +46,8 @@ class Answered:
     client: FlexGenClient
     completions: dict[str, Completion]
     """By `_name` of their jobs."""
+    identity: Identity
+    """Of the weights that answered."""
 
     def completion_of(self, job: Job) -> Completion:
         """What our engine made of a job."""
@@ -121,7 +124,7 @@ class VerifyingRunner(CommandLineRunner):
                 "model": run_spec.adapter_spec.model,
                 "weights": served.description.path,
                 "policy": served.policy.as_mapping() or "auto",
-                "identity": served.identity,
+                "identity": answered.identity,
                 "dtype": place.dtype,
                 "reference_device": place.device,
                 "seeds": SEEDS,
@@ -185,7 +188,7 @@ class _RecordingExecutor(WholeRunExecutor):
         """Give what became of the run that was executed last."""
         client = self.client_of(self._state.request_states)
         assert client is not None, "run_all has looked at the deployments"
-        return Answered(run_spec, self._state, client, self._completions)
+        return Answered(run_spec, self._state, client, self._completions, client.identity)
 
 
 class _Recorded:
@@ -203,6 +206,10 @@ class _Recorded:
             for index, completion in finished:
                 self._executor.note(asked[index], completion)
             yield finished
+
+    def weights_digest(self) -> str | None:
+        """As the engine's."""
+        return self._engine.weights_digest()
 
     def close(self) -> None:
         """As the engine's."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
@@ -13,6 +12,7 @@ from typing import Any
 
 from helm.clients.client import CachingClient
 from helm.common.cache import CacheConfig
+from helm.common.hierarchical_logger import hlog
 from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 from helm.tokenizers.tokenizer import Tokenizer
@@ -26,10 +26,10 @@ from engine.job import Job  # noqa: E402
 from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
-from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
+from flexgen_helm.helm.kept_answers import ClientCache  # noqa: E402
 from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
 from flexgen_helm.helm.requests.carrying import Carrier  # noqa: E402
-from flexgen_helm.helm.requests.results import Response, Timing, failure, is_outdated, known_result, result  # noqa: E402
+from flexgen_helm.helm.requests.results import Response, Timing, failure, known_result, result  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
 Progress = Callable[[int, int, int], None]
@@ -78,7 +78,7 @@ class FlexGenClient(CachingClient):
         self._apply_chat_template = apply_chat_template
         self._top_k = top_k
         self._window = window
-        self._is_cache_locked = False
+        self._answers = ClientCache(cache_config)
 
     @cached_property
     def _served(self) -> Served:
@@ -106,8 +106,11 @@ class FlexGenClient(CachingClient):
 
     @property
     def notes(self) -> list[str]:
-        """What shapes the answers beyond what requests say, a line each: to be told in the first lines of a run."""
-        notes, window = self._translator.notes, self._window
+        """What shapes the answers beyond what requests say, a line each: to be told in the first lines of a run.
+
+        With what became of kept answers to the requests looked up so far.
+        """
+        notes, window = [*self._translator.notes, *self._answers.notes], self._window
         own = engines.served(self._model, self.policy).description.window if window is not None else None
         if own is not None and window != own:
             notes.append(f"sequences of {self._model} have up to {window} positions, as window says, in place of {own}")
@@ -120,8 +123,13 @@ class FlexGenClient(CachingClient):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """What of model and policy can change a result."""
+        """What of model and policy can change a result; waits as `Served.identity` does."""
         return self._served.identity
+
+    @property
+    def known_identity(self) -> dict[str, str | int | None] | None:
+        """`identity` as soon as an answer was found or made; None before, since finding it may take long."""
+        return self._served.known_identity
 
     @property
     def source(self) -> tuple[str, str]:
@@ -166,13 +174,17 @@ class FlexGenClient(CachingClient):
         try:
             with self._served.batcher.arriving():
                 text = self._translator.render(request)
-                key = self._translator.key(request, text, self._served.identity)
-                response, cached = self.cache.get(key, compute)
-                if cached and is_outdated(response):
-                    response, cached = compute(), False
+                key = self._translator.key(request, text)
+                with self._answers.kept(self._served, self._translator, tell=hlog) as kept:
+                    known = known_result(kept.find(key))
+                if known is not None:
+                    return known
+                response = compute()
+                with self._answers.opened() as cache:
+                    cache.put([({**key, "identity": self._served.identity}, response)])
         except EngineError as error:
             return failure(request, error)
-        return result(response, cached=cached)
+        return result(response, cached=False)
 
     def make_requests(
         self, requests: Sequence[Request], progress: Progress | None = None, observe: Observer | None = None
@@ -201,20 +213,20 @@ class FlexGenClient(CachingClient):
 
         Raises `EngineError` for a fault of model, policy or cache.
         """
-        translator, identity = self._translator, self._served.identity
+        translator = self._translator
         asked = Asked(total=len(requests))
-        with self._open_cache() as cache:
+        with self._answers.kept(self._served, translator) as kept:
             for place, request in enumerate(requests):
                 try:
                     text = translator.render(request)
-                    key = translator.key(request, text, identity)
+                    key = translator.key(request, text)
                 except EngineError as error:
                     asked.refused[place] = error
                     continue
                 name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
                 if name in asked.todo:
                     asked.todo[name].places.append(place)
-                elif known := known_result(cache.get(key)):
+                elif known := known_result(kept.find(key)):
                     asked.known[place] = known
                 else:
                     try:
@@ -237,7 +249,7 @@ class FlexGenClient(CachingClient):
         jobs, num_requests = [job for work in todo for job in work.jobs], len(todo)
         todo.clear()
         started = time.time()
-        with self._open_cache() as cache:
+        with self._answers.opened() as cache:
             for finished in self._served.sweeps(jobs, observe):
                 jobs.clear()  # the engine has them now
                 done: list[tuple[Work, float]] = []
@@ -252,24 +264,11 @@ class FlexGenClient(CachingClient):
                 for work, seconds in done:
                     response = self._response(work, Timing(seconds=seconds, started=started, num_requests=num_requests))
                     if not isinstance(response, EngineError):
-                        kept.append((work.key, response))
+                        kept.append(({**work.key, "identity": self._served.identity}, response))
                     answers.append(Answer.of(work, response))
                 self._served.check_weights()
                 cache.put(kept)
                 yield answers
-
-    @contextmanager
-    def _open_cache(self) -> Iterator[RequestCache]:
-        """HELM's cache; what another process has locked for long is waited for once, not by every run again."""
-        cache = RequestCache(self.cache.config, **({"wait_s": 0.0} if self._is_cache_locked else {}))
-        try:
-            opened = cache.__enter__()
-        except ConfigError:
-            self._is_cache_locked = cache.is_locked
-            raise
-        self._is_cache_locked = False
-        with closing(cache):
-            yield opened
 
     def _jobs(self, request: Request, text: str) -> tuple[tuple[int, ...], list[Job]]:
         """Token ids of a rendered prompt and the checked jobs that answer it."""

@@ -15,7 +15,8 @@ from typing import Protocol
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
-from engine.checkpoint.identity import result_identity
+from engine.checkpoint.identity.result import Identity, identity_beside_weights, result_settings
+from engine.checkpoint.identity.weight_digest import weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.errors import EngineError
 from engine.job import Completion, Job
@@ -25,8 +26,7 @@ from flexgen_helm.helm.batcher import Batcher, Done
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
 
-Identity = dict[str, str | int | None]
-
+_Opened = tuple[OpenedWeights, Identity]
 
 Observer = Callable[["RunningEngine", SweepTiming], None]
 """Called in the engine's thread after each sweep, with the engine; must be quick."""
@@ -39,6 +39,9 @@ class RunningEngine(Protocol):
 
     def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
         """Yield lists of (position in jobs, completion), each as soon as its sweep ends."""
+
+    def weights_digest(self) -> str | None:
+        """The digest of the weight files once it has read them all; None where it reads none."""
 
     def close(self) -> None:
         """Give back all memory and files."""
@@ -71,27 +74,64 @@ class Served:
         self.batcher = Batcher(self.stream)
         self._registry = registry
         self._lock = threading.Lock()
+        self._identifying = threading.Lock()
+        """Held while the identity is found, which may take as long as reading the weight files does."""
         self._identity: Identity | None = None
         self._engine: RunningEngine | None = None
         self._estimate: Estimate | None = None
         """Of the jobs that the engine was loaded for, until they have been run."""
         self._failure: EngineError | None = None
         self._num_users = 0
-        self._weights: OpenedWeights | None = None
+        self._opened: _Opened | None = None
 
     @property
     def identity(self) -> Identity:
-        """What of model and policy can change a result (`engine.identity.result_identity`)."""
-        with self._lock:
+        """What of model and policy can change a result (`result_identity`).
+
+        Every byte of the weight files is in it: where their digest is not kept from an earlier start, this waits until
+        the engine has read them, or reads them here where no engine does.
+        """
+        with self._identifying:
             if self._identity is None:
-                self._weights = OpenedWeights(Path(self.description.path))  # before they are looked at
-                self._identity = result_identity(self.description.path, self.policy)
+                source, rest = self._open()
+                digest = self._digest_of_engine()
+                if digest is None:
+                    digest = weights_digest(Path(self.description.path), source)
+                self._identity = {"weights": digest, **rest}
             return self._identity
 
+    @property
+    def known_identity(self) -> Identity | None:
+        """`identity` if it has been found by now; waits for nothing."""
+        return self._identity
+
+    def _digest_of_engine(self) -> str | None:
+        """None where no engine reads the weight files, or where it was closed before it had read them all."""
+        engine = self._engine
+        try:
+            return None if engine is None else engine.weights_digest()
+        except EngineError:
+            if self._engine is engine:
+                raise
+            return None  # answers of the last pass before an early end are still to be kept
+
+    @property
+    def settings(self) -> Identity:
+        """The part of `identity` that is no digest, known at once."""
+        return result_settings(self.description, self.policy)
+
     def check_weights(self) -> None:
-        """Raise `EngineError` if weights were overwritten since `identity` was found: answers belong to no identity."""
-        if self._weights is not None:
-            self._weights.check()
+        """Raise `EngineError` if weights were overwritten since they were opened: answers belong to no identity."""
+        if self._opened is not None:
+            self._opened[0].check()
+
+    def _open(self) -> _Opened:
+        """The weight files, and what else an identity has, as they are before anything is read for the engine."""
+        with self._lock:
+            if self._opened is None:
+                path = self.description.path
+                self._opened = OpenedWeights(Path(path)), identity_beside_weights(path, self.policy)
+            return self._opened
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[Done]:
         """Run jobs, loading the engine if need be; raises `EngineError` for a fault of the engine only."""
@@ -146,9 +186,9 @@ class Served:
                 if chosen.note:
                     hlog(chosen.note)
                 self._estimate = chosen.estimate
+                source, _ = self._open()
                 engine = self._registry.load(path, chosen.policy, self._window)
-                if self._weights is not None:
-                    self._weights.check_names()  # else the engine has opened others than those of the identity
+                source.check_names()  # else the engine has opened others than those of the identity
                 return engine
         except EngineError as error:
             self._failure = error
@@ -166,9 +206,11 @@ class Served:
         """Close, and let go of the weight files, too; who asks for the identity again opens them anew."""
         self.close()
         with self._lock:
-            if self._weights is not None:
-                self._weights.close()
-            self._weights = self._identity = None
+            if self._opened is not None:
+                self._opened[0].close()
+            self._opened = None
+        with self._identifying:
+            self._identity = None
 
     @property
     def is_idle(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from helm.common.cache import CacheConfig, SqliteCacheConfig, cache_stats, create_key_value_store
+from helm.common.cache import BlackHoleCacheConfig, CacheConfig, SqliteCacheConfig, cache_stats, create_key_value_store
 from helm.common.hierarchical_logger import hwarn
 from helm.common.key_value_store import KeyValueStore, request_to_key
 from sqlitedict import decode, encode  # type: ignore[import-untyped]
@@ -36,6 +37,8 @@ _TELL_AFTER_S = 3.0
 """How long to wait for a locked file before saying so."""
 _SUM = b"\x00flexgen-sha256\x00"
 """Stands, with a digest of key and answer, behind the pickle that HELM reads: a pickle says itself where it ends."""
+_FIRST = '{"chat_template": '
+"""What keys of ours begin with: HELM writes the parts of a key in the order of their names."""
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
@@ -88,19 +91,50 @@ class RequestCache:
             self._connection.close()
             self._connection = None
 
+    def count_query(self) -> None:
+        """Let HELM's statistics know of a request that is looked up."""
+        cache_stats.increment_query(self._config.cache_stats_key)
+
     def get(self, key: Mapping[str, Any]) -> Response | None:
         """The answer to a request, None if there is none."""
-        cache_stats.increment_query(self._config.cache_stats_key)
         if self._store is not None:
             return self._store.get(key) or None
         name = request_to_key(key)
         row = self._guarded(lambda: self._sql.execute("SELECT value FROM unnamed WHERE key = ?", (name,)).fetchone())
         return None if row is None else _read(name, row[0])
 
-    def put(self, answers: Iterable[tuple[dict[str, Any], Response]]) -> None:
-        """Keep answers, all of them or none; they are on the disk when this returns."""
+    def heads(self, client: str) -> list[dict[str, Any]] | None:
+        """What keys of `client` begin with, up to their "identity", each once; None where that cannot be told.
+
+        As many look-ups as there are heads, however many keys: the file has its keys in order.
+        """
+        if self._store is not None:
+            return [] if isinstance(self._config, BlackHoleCacheConfig) else None
+        heads: list[dict[str, Any]] = []
+        least = _FIRST
+        while row := self._row_from(least):
+            (name,) = row
+            if not isinstance(name, str) or not name.startswith(_FIRST):
+                break
+            head = _head(name)
+            if head is None or head.get("client") != client:
+                least = f"{name}\0"
+            else:
+                heads.append(head)
+                least = request_to_key(head)[:-1] + "-"  # behind all keys that go on with a comma
+        return heads
+
+    def _row_from(self, least: str) -> Any:
+        ask = "SELECT key FROM unnamed WHERE key >= ? ORDER BY key LIMIT 1"
+        return self._guarded(lambda: self._sql.execute(ask, (least,)).fetchone())
+
+    def put(self, answers: Iterable[tuple[dict[str, Any], Response]], *, are_new: bool = True) -> None:
+        """Keep answers, all of them or none; they are on the disk when this returns.
+
+        are_new: they have been computed, rather than known under another key.
+        """
         answers = list(answers)
-        for _ in answers:
+        for _ in answers if are_new else ():
             cache_stats.increment_compute(self._config.cache_stats_key)
         if self._store is not None:
             self._store.multi_put(answers)
@@ -212,6 +246,18 @@ def _readable(old: sqlite3.Connection) -> Iterator[tuple[str, Any]]:
             with suppress(UnicodeDecodeError):
                 if isinstance(name, bytes) and _read(name.decode(), value) is not None:
                     yield name.decode(), value
+
+
+def _head(name: str) -> dict[str, Any] | None:
+    """What the key `name` begins with, up to its "identity"; None where it has none."""
+    try:
+        key = json.loads(name)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(key, dict) or not isinstance(key.get("identity"), dict):
+        return None
+    head = {part: value for part, value in key.items() if part <= "identity"}
+    return head if name.startswith(request_to_key(head)[:-1] + ",") else None
 
 
 def _code(error: Exception) -> int:

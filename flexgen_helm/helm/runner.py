@@ -182,7 +182,7 @@ class WholeRunExecutor(Executor):
         self.context = stock.context  # with its clients and caches, shared with HELM's services
         self._progress = progress
         self._tell = tell
-        self._told: set[FlexGenClient] = set()
+        self._told: dict[FlexGenClient, list[str]] = {}
         self.failed: list[str] = []
         """Why requests of the run that was executed last failed which now count as empty answers."""
         self.observe: Observer | None = None
@@ -206,11 +206,9 @@ class WholeRunExecutor(Executor):
             client.check(requests)
             if self.beginning is not None and client.writes_date:
                 self.beginning.keep()
-            if client not in self._told:
-                self._told.add(client)
-                for line in client.notes:
-                    self._tell(line)
+            self._tell_notes(client)
             results = client.make_requests(requests, self._progress, self.observe)
+            self._tell_notes(client)  # of what the cache held
             hlog(f"Processed {len(results)} requests")
         request_states = settled(states, results)
         self.failed = [str(result.error) for result in results if not result.success]
@@ -219,6 +217,13 @@ class WholeRunExecutor(Executor):
             request_states=request_states,
             annotator_specs=scenario_state.annotator_specs,
         )
+
+    def _tell_notes(self, client: FlexGenClient) -> None:
+        told = self._told.setdefault(client, [])
+        for line in client.notes:
+            if line not in told:
+                told.append(line)
+                self._tell(line)
 
     def client_of(self, states: Sequence[RequestState]) -> FlexGenClient | None:
         deployments = {state.request.model_deployment for state in states}

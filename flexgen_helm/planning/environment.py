@@ -61,7 +61,8 @@ def versions() -> dict[str, str]:
 def hardware() -> Hardware:
     """This machine; its first accelerator where it has several."""
     from engine.memory import accelerator
-    from engine.planning.hardware_profile import this_machine
+    from engine.planning.host_growth import known_limits
+    from engine.planning.machine import this_machine
 
     machine, devices = this_machine(), accelerator.devices()
     found = accelerator.memory(devices[0]) if devices else None
@@ -70,5 +71,5 @@ def hardware() -> Hardware:
         device_memory_bytes=None if found is None else found[1],
         host=socket.gethostname(),
         cores=machine.cores,
-        host_memory_bytes=machine.host_memory_bytes,
+        host_memory_bytes=known_limits().total,
     )

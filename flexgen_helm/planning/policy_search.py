@@ -7,6 +7,7 @@ planner says what each choice leaves for the KV cache and for micro-batches: not
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +33,13 @@ _BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
 
 
 def memory_of(profile: HardwareProfile, base: Policy, disk_bytes: int) -> Memory:
-    """What a run may use of a profiled machine, within the limits of `base`."""
+    """What a run may use of a profiled machine, within the limits of `base`; warns where these exceed it."""
+    if base.cpu_memory is not None and base.cpu_memory > profile.host_memory_bytes:
+        warnings.warn(
+            f"cpu-memory {base.cpu_memory / 1e9:.1f} GB exceeds the {profile.host_memory_bytes / 1e9:.1f} GB of host "
+            "memory in the hardware profile: planned with it all the same",
+            stacklevel=2,
+        )
     return memory_within(
         profile.host_memory_bytes,
         None if is_host(profile) else profile.device_memory_bytes,

@@ -40,7 +40,7 @@ def hardware() -> dict[str, Any]:
     import transformers
 
     from engine.memory import accelerator
-    from engine.planning.hardware import processor_name
+    from engine.planning.machine import processor_name
 
     return {
         "processor": processor_name(),

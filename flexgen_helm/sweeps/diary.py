@@ -232,7 +232,7 @@ def _model_record(model: ModelSweep) -> ModelRecord:
         time_split=tally.split(seconds),
         timeline=tally.timeline(),
         chat_template=model.client.applies_chat_template,
-        identity=model.client.identity,
+        identity=model.client.known_identity or {},
         seeds=SEEDS,
     )
 

@@ -18,7 +18,7 @@ from engine.policy import Share, parse_bytes, policy_directories
 KEYS = {
     "gpu-batch-size", "num-gpu-batches", "percent", "weights", "kv-cache", "activations", "pad-to-seq-len",
     "compress-weight", "compress-cache", "cpu-cache-compute", "pin-weight", "overlap", "share-prefix", "dtype",
-    "device", "gpu-memory", "cpu-memory", "offload-dir",
+    "device", "gpu-memory", "cpu-memory", "offload-dir", "batch-invariant",
 }  # fmt: skip
 
 

@@ -32,6 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_digests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Digests of tiny models are not kept among the user's."""
+    from engine.checkpoint.identity import kept_digests
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("digests")
+        patch.setattr(kept_digests, "digests_directory", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory whose tokenizer adds no special tokens."""

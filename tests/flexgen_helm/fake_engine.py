@@ -42,6 +42,9 @@ class FakeEngine:
         finished = [pair for sweep in self.sweeps(jobs) for pair in sweep]
         return [completion for _, completion in sorted(finished, key=lambda pair: pair[0])]
 
+    def weights_digest(self) -> None:
+        """It reads no weights."""
+
     def close(self) -> None:
         self.closed = True
 

@@ -176,7 +176,11 @@ def requests_of(spans: Iterable[ByteRange], most_bytes: int = PIECE_BYTES, gap: 
     With a gap of at least `BLOCK`, no two of them share a block.
     """
     found: list[Request] = []
-    for span in sorted(spans, key=lambda span: (id(span.file), span.first)):
+    spans = list(spans)
+    ranks: dict[DiskFile, int] = {}
+    for span in spans:
+        ranks.setdefault(span.file, len(ranks))
+    for span in sorted(spans, key=lambda span: (ranks[span.file], span.first)):
         first, at = span.first, span.at
         while first < span.end:
             last = found[-1] if found else None

@@ -27,6 +27,8 @@ class Attending:
     cache: KVCache
     layer: int
     rule: AttentionRule
+    is_batch_invariant: bool = False
+    """Whether a row's result must have the same bits whatever is computed beside it."""
 
     @cached_property
     def groups(self) -> int:

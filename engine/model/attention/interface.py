@@ -11,18 +11,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from engine.batch.micro_batch import MicroBatch
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
+from engine.kernels.invariant.mode import plain_arithmetic
 from engine.model.attention.backend import Attending, AttentionBackend
+from engine.model.attention.blockwise import Blockwise
 from engine.model.attention.dense import Dense
 from engine.model.attention.flash import Flash
 from engine.model.attention.host_flash import HostFlash
 from engine.model.attention.mask import make_mask
 from engine.model.attention.rule import AttentionRule
+from engine.model.attention.whole_flash import WholeFlash
 from engine.model.sweep_context import SweepContext
 from engine.model.undrivable import UndrivableError
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""
-BACKENDS: tuple[AttentionBackend, ...] = (Flash(), HostFlash(), Dense())
+BACKENDS: tuple[AttentionBackend, ...] = (WholeFlash(), Blockwise(), Flash(), HostFlash(), Dense())
 """In order of preference; the last one can compute everything."""
 
 _IGNORED = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"})
@@ -69,8 +72,9 @@ def attention(
         sinks=s_aux,
     )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
-    key, value = context.cache.write(context.layer, batch, key, value)
-    asked = Attending(batch, query, key, value, context.cache, context.layer, rule)
+    with plain_arithmetic():
+        key, value = context.cache.write(context.layer, batch, key, value)
+    asked = Attending(batch, query, key, value, context.cache, context.layer, rule, context.is_batch_invariant)
     backend = next(backend for backend in BACKENDS if backend.can(asked))
     parts = [backend.decode(asked)] if batch.decode_groups else []
     if batch.prefill_first < len(query):

@@ -1,4 +1,4 @@
 """What `flexgen-helm complete` reads and writes: prompts in, answers out.
 
-Imports the engine's ground and `terminal`, neither HELM nor torch.
+Imports neither HELM nor torch.
 """

@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -82,11 +82,11 @@ class Answers:
             if self._is_new and self._path.exists() and self._path.stat().st_size == 0:
                 self._path.unlink()
 
-    def resume(self, keys: dict[Place, str]) -> set[Place]:
-        """Places that an earlier run answered; `keys` says what is asked at each.
+    def resume(self, keys_of: Callable[[], dict[Place, str]], why: Callable[[], str]) -> set[Place]:
+        """Places that an earlier run answered; `keys_of` says what is asked at each, if there are any.
 
         Failures and a line that was cut off are dropped, to be asked again. `ConfigError`, and nothing changed, for a
-        file that holds anything else.
+        file that holds anything else; `why` says what differs where it is an answer to something else.
         """
         if self._path is None:
             return set()
@@ -94,6 +94,7 @@ class Answers:
         if not (cut_off.startswith(_BEGINNING) or _BEGINNING.startswith(cut_off)):
             raise ConfigError(f"{self._path} is no file of answers of `complete`; name another --output")
         kept: dict[Place, str] = {}
+        keys: dict[Place, str] = {}
         for number, line in enumerate(whole, 1):
             where = f"{self._path}, line {number}"
             try:
@@ -103,11 +104,9 @@ class Answers:
                 raise ConfigError(f"{where} is no answer of `complete`; name another --output") from None
             if "error" in entry:
                 continue
+            keys = keys or keys_of()
             if keys.get(place) != key:
-                raise ConfigError(
-                    f"{where} answers something else (prompt, settings or model differ); "
-                    "name another --output or remove it"
-                )
+                raise ConfigError(f"{where} answers something else: {why()}; name another --output or remove it")
             kept[place] = line
         self._replace(kept.values(), only_if=len(kept) < len(whole) or cut_off != "")
         return set(kept)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.identity.result import differences
 from engine.errors import ConfigError
 from engine.reading import find_file, read_json_object
 from flexgen_helm.planning.environment import environment
@@ -16,26 +17,44 @@ from flexgen_helm.terminal.errors import RunFailed
 VERSION = 1
 
 
-def write_record(answers: Path, made: Mapping[str, Any], *, goes_on: bool) -> Path:
-    """Say what the answers in the file `answers` are made with: `made`, and this process's environment.
+class AnswersRecord:
+    """The record of the answers in a file: what an earlier run left, and what this one writes in its place."""
 
-    A file that is gone on with keeps the environments of those before, each once. Raises `ConfigError` where a file of
-    that name is no record, `RunFailed` where it cannot be written.
-    """
-    path = answers.with_name(f"{answers.name}.record.json")
-    found = [*(_environments(path) if goes_on else ()), environment().as_mapping()]
-    unique = [each for at, each in enumerate(found) if each not in found[:at]]
-    try:
-        replace_text(path, json.dumps({"version": VERSION, **made, "environments": unique}, indent=1) + "\n")
-    except OSError as error:
-        raise RunFailed(f"{path} cannot be written: {error.strerror}; name another --output") from None
-    return path
+    def __init__(self, answers: Path | None) -> None:
+        """Read what is there; answers on standard output, None, have no record.
 
+        Raises `ConfigError` where a file of that name is no record.
+        """
+        self._path = None if answers is None else answers.with_name(f"{answers.name}.record.json")
+        self._earlier: Mapping[str, Any] = {}
+        if self._path is not None and find_file(self._path, ConfigError):
+            self._earlier = read_json_object(self._path, ConfigError)
+            kinds = {"environments": list, "identity": dict}
+            if self._earlier.get("version") != VERSION or not all(
+                isinstance(self._earlier.get(name), kind) for name, kind in kinds.items()
+            ):
+                raise ConfigError(
+                    f"{self._path} is no record of `complete`, version {VERSION}; remove it, or name another --output"
+                )
 
-def _environments(path: Path) -> list[Any]:
-    if not find_file(path, ConfigError):
-        return []  # answers of an earlier release have none
-    found = read_json_object(path, ConfigError)
-    if found.get("version") != VERSION or not isinstance(found.get("environments"), list):
-        raise ConfigError(f"{path} is no record of `complete`, version {VERSION}; remove it, or name another --output")
-    return list(found["environments"])
+    def what_differs(self, identity: Mapping[str, object]) -> str:
+        """Why answers that are there may be to something else than what is asked of a model of this identity now."""
+        if not self._earlier:
+            return "prompt, settings or model differ"
+        told = differences(self._earlier["identity"], identity)
+        return f"other {told}" if told else "prompt or settings differ"
+
+    def write(self, made: Mapping[str, Any], *, goes_on: bool) -> None:
+        """Say what the answers are made with: `made`, its "identity" among it, and this process's environment.
+
+        A file that is gone on with keeps the environments of those before, each once. Raises `RunFailed` where the
+        record cannot be written.
+        """
+        if self._path is None:
+            return
+        found = [*(self._earlier.get("environments", ()) if goes_on else ()), environment().as_mapping()]
+        unique = [each for at, each in enumerate(found) if each not in found[:at]]
+        try:
+            replace_text(self._path, json.dumps({"version": VERSION, **made, "environments": unique}, indent=1) + "\n")
+        except OSError as error:
+            raise RunFailed(f"{self._path} cannot be written: {error.strerror}; name another --output") from None

@@ -21,6 +21,7 @@ class Work:
 
     request: Request
     key: Key
+    """In the cache, but for the identity of the model."""
     places: list[int]
     ids: tuple[int, ...]
     jobs: list[Job]

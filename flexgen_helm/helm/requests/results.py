@@ -120,6 +120,14 @@ def result(response: Response, *, cached: bool) -> RequestResult:
     )
 
 
+def known_result(stored: Response | None) -> RequestResult | None:
+    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
+    try:
+        return None if stored is None or is_outdated(stored) else result(stored, cached=True)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def _generated_output(prompt: Response, completion: Response) -> GeneratedOutput:
     texts = [*prompt["tokens"], *completion["tokens"]]
     logprobs = [*prompt["logprobs"], *completion["logprobs"]]
@@ -148,11 +156,3 @@ def failure(request: Request, error: EngineError) -> RequestResult:
         error=f"{type(error).__name__}: {error}",
         error_flags=ErrorFlags(is_retriable=False, is_fatal=fatal),
     )
-
-
-def known_result(stored: Response | None) -> RequestResult | None:
-    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
-    try:
-        return None if stored is None or is_outdated(stored) else result(stored, cached=True)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None

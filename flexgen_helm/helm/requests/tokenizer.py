@@ -8,8 +8,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
+
+from engine.errors import CheckpointError
+from engine.reading import find_file, read_bytes
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
@@ -163,13 +167,28 @@ class EarlierRule:
         return self.has_end or had_beginning != has_beginning
 
 
-_fingerprints: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class TokenizerDigests:
+    """Hex digests of what decides which ids a text becomes, and what text ids become; its name would not tell."""
+
+    whole: str
+    """Of all that does."""
+    earlier: str
+    """What earlier releases had in its place: without the settings that are no part of the tokenizer's own state."""
 
 
-def tokenizer_fingerprint(wrapped: WrappedPreTrainedTokenizer) -> str:
-    """Hex digest of all that decides which ids a text becomes; a tokenizer's name would not tell."""
+_SETTINGS = (
+    *("split_special_tokens", "clean_up_tokenization_spaces", "add_prefix_space", "add_bos_token", "add_eos_token"),
+    *("legacy", "do_lower_case"),
+)
+_MOST_BYTES = 1 << 30
+_digests: WeakKeyDictionary[Any, TokenizerDigests] = WeakKeyDictionary()
+
+
+def tokenizer_digests(wrapped: WrappedPreTrainedTokenizer) -> TokenizerDigests:
+    """The digests of a tokenizer as HELM lends it."""
     with wrapped as tokenizer:  # its lock also keeps two threads from computing this twice
-        if wrapped not in _fingerprints:
+        if wrapped not in _digests:
             backend = getattr(tokenizer, "backend_tokenizer", None)
             if backend is None:
                 state: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
@@ -177,8 +196,20 @@ def tokenizer_fingerprint(wrapped: WrappedPreTrainedTokenizer) -> str:
                 backend.no_truncation()  # left over from HELM's own calls
                 backend.no_padding()
                 state = backend.to_str()
-            _fingerprints[wrapped] = sha256_of(state)
-        return _fingerprints[wrapped]
+            settings = {name: getattr(tokenizer, name, None) for name in _SETTINGS}
+            files = [] if backend is not None else _vocabulary_files(tokenizer)
+            _digests[wrapped] = TokenizerDigests(sha256_of([state, settings, files]), sha256_of(state))
+        return _digests[wrapped]
+
+
+def _vocabulary_files(tokenizer: Any) -> list[tuple[str, str]]:
+    """Which files a tokenizer has, and a digest of each: of one in Python, they hold what its state lacks."""
+    named = [(name, getattr(tokenizer, name, None)) for name in sorted(getattr(tokenizer, "vocab_files_names", ()))]
+    return [
+        (name, hashlib.sha256(read_bytes(Path(file), CheckpointError, limit=_MOST_BYTES)).hexdigest())
+        for name, file in named
+        if isinstance(file, str) and find_file(Path(file), CheckpointError)
+    ]
 
 
 def sha256_of(value: Any) -> str:

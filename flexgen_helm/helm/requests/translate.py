@@ -16,7 +16,7 @@ from engine.logit_rules import LogitRules, refused_settings
 from engine.text.prompt import PromptTokenizer
 from flexgen_helm.helm.requests.rendering import Rendering
 from flexgen_helm.helm.requests.results import PromptError, Response, Timing, response
-from flexgen_helm.helm.requests.tokenizer import EarlierRule, Spelling, sha256_of, tokenizer_fingerprint
+from flexgen_helm.helm.requests.tokenizer import EarlierRule, Spelling, sha256_of, tokenizer_digests
 
 if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
@@ -31,6 +31,8 @@ Key = dict[str, Any]
 
 SEEDS = "of completion i of a sampled request: 15 hex digits of sha256([what is asked, i]); the same in every process"
 """How seeds come about, for records: nothing else decides them."""
+CLIENT = "flexgen_helm"
+"""Who made an entry of HELM's cache, in its key."""
 
 
 class Translator:
@@ -78,7 +80,7 @@ class Translator:
         if self._end_of_text_token:
             self._end_of_text.append(self._end_of_text_token)
         self._rendering = Rendering(tokenizer, model=model, apply_chat_template=apply_chat_template)
-        self._fingerprint = tokenizer_fingerprint(tokenizer)
+        self._digests = tokenizer_digests(tokenizer)
         self._numbers: dict[int, int] = {}
 
     @cached_property
@@ -130,12 +132,11 @@ class Translator:
         """The text that the model will see."""
         return self._rendering.text(request)
 
-    def key(self, request: Request, text: str, identity: Mapping[str, str | int | None]) -> Key:
-        """Everything that can change the result of a request whose rendered prompt is `text`."""
+    def key(self, request: Request, text: str) -> Key:
+        """Everything that can change the result of a request whose rendered prompt is `text`, but the identity."""
         key = {
-            "client": "flexgen_helm",
-            "identity": dict(identity),
-            "tokenizer": self._fingerprint,
+            "client": CLIENT,
+            "tokenizer": self._digests.whole,
             "chat_template": self._rendering.digest(request),
             "end_of_text_token": self._end_of_text_token,
             "num_completions": request.num_completions,
@@ -148,6 +149,10 @@ class Translator:
         if self._given_window is not None:  # else it follows from the model's files
             key["window"] = self._given_window
         return key if request.random is None else {**key, "random": request.random}
+
+    def earlier_key(self, key: Key) -> Key:
+        """`key` as earlier releases had it."""
+        return {**key, "tokenizer": self._digests.earlier}
 
     def _what_is_asked(self, request: Request, text: str) -> Key:
         return {

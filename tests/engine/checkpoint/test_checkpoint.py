@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from engine import Engine, EngineError, Job, Policy
 from engine.checkpoint.description import describe
-from engine.checkpoint.identity import result_identity
+from engine.checkpoint.identity.result import result_identity
 from engine.errors import CheckpointError, UnsupportedError
 
 Build = Callable[[str], Path]

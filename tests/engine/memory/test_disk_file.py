@@ -144,6 +144,13 @@ def test_requests_cover_all_and_share_no_block(wanted: list[tuple[int, int]], mo
     assert all(r.first % BLOCK == 0 and 0 < r.num_bytes <= most for r in requests)
 
 
+def test_files_are_read_in_the_order_of_the_spans_wherever_they_lie_in_memory() -> None:
+    files: list[Any] = sorted((object() for _ in range(20)), key=id, reverse=True)
+    spans = [ByteRange(file, first, first + 10, 0) for file in files for first in (10 * BLOCK, 0)]
+    found = [(request.file, request.first) for request in requests_of(spans, BLOCK, BLOCK)]
+    assert found == [(file, first) for file in files for first in (0, 10 * BLOCK)]
+
+
 def test_a_file_grows_and_keeps_what_it_holds(file: DiskFile, io: DiskIO, tmp_path: Path) -> None:
     data = random_bytes(SIZE)
     io.write(file, [ByteRange(file, 0, SIZE, 0)], data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 
 from engine.errors import ConfigError, InstallationError
 from engine.memory import accelerator
+from engine.memory.trial import Trial
+from engine.planning import hardware
 from engine.planning.hardware import (
+    Memory,
     available_memory,
     free_disk,
     free_host_memory,
@@ -17,6 +21,10 @@ from engine.planning.hardware import (
     resolve_device,
     resolve_dtype,
 )
+from engine.planning.host_limits import HostLimits
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import make_plan
+from engine.policy import Policy
 
 GB = 10**9
 
@@ -60,46 +68,100 @@ def test_memory_on_the_cpu() -> None:
     assert 0 < everything.device == everything.host <= free * 1.1
     assert everything.disk == 0
     limited = available_memory("cpu", 2**20, 2**21, None)
-    assert (limited.device, limited.host, limited.shared) == (2**20, 2**21, False)
+    assert (limited.device, limited.host, limited.shared) == (2**20, 2**21, True)
     assert available_memory("cpu", 10**15, None, None).device <= free * 1.1  # more than there is
 
 
 @pytest.mark.parametrize(
-    ("gpu", "cpu", "device", "host", "together"),
+    ("gpu", "cpu", "device", "host"),
     [
-        (None, None, 18.0, 18.0, 18.0),
-        (None, 10, 10.0, 10.0, 10.0),
-        (4, None, 4.0, 18.0, 18.0),
-        (4, 10, 4.0, 10.0, 14.0),
-        (18, 18, 9.0, 9.0, 18.0),
-        (12, 9, 18 * 12 / 21, 18 * 9 / 21, 18.0),
+        (None, None, 18, 18),
+        (None, 10, 10, 10),
+        (4, None, 4, 18),
+        (4, 10, 4, 10),
+        (18, 18, 18, 18),
+        (12, 9, 9, 9),
+        (30, None, 18, 18),
+        (30, 10, 10, 10),
     ],
 )
-def test_on_the_cpu_no_limit_lets_a_run_use_more_than_without(
-    gpu: int | None, cpu: int | None, device: float, host: float, together: float
+def test_on_the_cpu_a_limit_never_raises_what_a_run_uses(
+    gpu: int | None, cpu: int | None, device: float, host: float
 ) -> None:
-    limits = [None if each is None else each * GB for each in (gpu, cpu)]
-    memory = memory_within(20 * GB, None, 0, *limits)
-    assert (memory.device / GB, memory.host / GB) == pytest.approx((device, host))
-    assert (memory.host if memory.shared else memory.device + memory.host) / GB == pytest.approx(together)
+    """Device and host tier together use `host`: 90 % of 20 GB, or what cpu-memory says."""
+    memory = memory_within(20 * GB, None, 0, *(None if each is None else each * GB for each in (gpu, cpu)))
+    assert memory == Memory(device=int(device * GB), host=int(host * GB), disk=0, shared=True)
 
 
-def test_cpu_memory_beyond_what_the_machine_says_is_taken_and_told() -> None:
-    with pytest.warns(UserWarning, match=r"cpu-memory 120\.0 GB exceeds the 31\.0 GB of host memory") as told:
-        assert memory_within(31 * GB, 16 * GB, 0, None, 120 * GB).host == 120 * GB
+def test_on_the_cpu_no_limit_raises_a_plan() -> None:
+    """What is placed and planned for at most, of 24 GB: no more than without limits, and no more than cpu-memory."""
+    shape = ModelShape(
+        unit_bytes=(100 * 10**6,) * 24,
+        embedding_bytes=200 * 10**6,
+        outer_bytes=10**6,
+        cache_row_bytes=24 * 8192,
+        cache_layer_row_bytes=8192,
+        hidden_row_bytes=8192,
+        work_row_bytes=200_000,
+    )
+
+    def planned(gpu: int | None, cpu: int | None) -> int:
+        limits = [None if each is None else each * GB for each in (gpu, cpu)]
+        memory = memory_within(24 * GB, None, 0, *limits)
+        policy = Policy(device="cpu", gpu_memory=limits[0], cpu_memory=limits[1])
+        plan = make_plan(shape, policy, memory, on_cpu=True)
+        hidden = plan.limits.rows_per_sweep * shape.hidden_row_bytes
+        return shape.weight_bytes + sum(plan.cache_budgets.values()) + hidden
+
+    free = planned(None, None)
+    assert shape.weight_bytes < free <= 0.9 * 24 * GB
+    for gpu, cpu in itertools.product((None, 4, 10, 20, 24), (None, 6, 10, 20)):
+        assert planned(gpu, cpu) <= min(free, cpu * GB if cpu else free)
+        assert planned(gpu, cpu) <= planned(None, cpu)
+        assert planned(gpu, cpu) <= planned(gpu, None)
+
+
+def shown(**facts: int) -> HostLimits:
+    """A machine that shows 31 of 33 GB, with other facts as they are given, in GB."""
+    return HostLimits(
+        **{"machine_available": 31 * GB, "machine_total": 33 * GB, **{k: v * GB for k, v in facts.items()}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "gave", "said"),
+    [
+        ({}, None, "the 31.0 GB of host memory that the machine says is available: using it all the same; lower"),
+        ({"machine_present": 34}, 0, "the 31.0 GB of host memory that the machine says is available: using it all"),
+        ({"machine_present": 137}, None, "the 31.0 GB of host memory that the machine says is available: using it all"),
+        ({"machine_present": 137}, 120, ".*: its memory grows, and it gave as much when tried"),
+        ({"machine_present": 137}, 62, "the 31.0 GB of .*: it gave 62.0 GB when tried; using cpu-memory all the same"),
+        (
+            {"machine_present": 137, "group_available": 60, "group_total": 64},
+            120,
+            "the 60.0 GB that this process's control group .* still allows: using it all the same; lower it",
+        ),
+    ],
+)
+def test_cpu_memory_is_taken_at_its_word_and_told_in_one_line(
+    facts: dict[str, int], gave: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "known_limits", lambda: shown(**facts))
+    monkeypatch.setattr(hardware, "own_memory", lambda: 0)
+    trial = None if gave is None else Trial(taken=gave * GB, total=137 * GB)
+    monkeypatch.setattr(hardware, "tried", lambda num_bytes: trial)
+    with pytest.warns(UserWarning, match=f"^cpu-memory 120.0 GB exceeds {said}") as told:
+        assert available_memory("cpu", None, 120 * GB, None).host == 120 * GB
     assert len(told) == 1
-    with pytest.warns(UserWarning, match=r"cpu-memory 40\.0 GB exceeds the 31\.0 GB"):
-        memory = memory_within(31 * GB, None, 0, None, 40 * GB)
-    assert (memory.device, memory.host, memory.shared) == (40 * GB, 40 * GB, True)
+    assert "\n" not in str(told[0].message)
+    assert available_memory("cpu", None, 31 * GB, None).host == 31 * GB
 
 
-@pytest.mark.parametrize("device", [None, 16 * GB])
-def test_cpu_memory_beyond_a_control_group_s_limit_is_cut_and_told(device: int | None) -> None:
-    with pytest.warns(UserWarning, match=r"control group .* still allows: using 9\.0 GB") as told:
-        memory = memory_within(10 * GB, device, 0, None, 12 * GB, most_host_bytes=10 * GB)
-    assert memory.host == 9 * GB
-    assert len(told) == 1
-    assert memory_within(10 * GB, device, 0, None, 10 * GB, most_host_bytes=10 * GB).host == 10 * GB
+def test_what_was_found_of_a_machine_counts_as_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "known_limits", lambda: shown(machine_present=137).grown_to(133 * GB))
+    monkeypatch.setattr(hardware, "own_memory", lambda: 0)
+    assert available_memory("cpu", None, None, None).host == int(0.9 * 131 * GB)
+    assert available_memory("cpu", None, 131 * GB, None).host == 131 * GB
 
 
 @pytest.mark.parametrize(("limit", "placed"), [(100, 100), (500, 500), (600, 500), (1000, 500), (1100, 600)])

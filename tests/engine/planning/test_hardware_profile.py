@@ -27,7 +27,9 @@ from engine.measuring import profiler as measuring
 from engine.measuring.profiler import Effort, measure
 from engine.memory.disk.file import READERS
 from engine.planning import hardware_profile
-from engine.planning.hardware_profile import HOST_DTYPES, HardwareProfile, Machine, this_machine
+from engine.planning.hardware_profile import HOST_DTYPES, HardwareProfile
+from engine.planning.host_limits import HostLimits
+from engine.planning.machine import Machine, this_machine
 
 CPU = torch.device("cpu")
 SHIPPED = ("h100-16gb", "h100-6gb", "t4")
@@ -230,8 +232,14 @@ def test_memory_makes_no_other_machine(profile: HardwareProfile, cache: Path, mo
     mine.save()
     other = replace(this_machine(), host_memory_bytes=44 * 2**30)
     assert other.key == mine.machine.key
+    now = HostLimits(machine_available=40 * 2**30, machine_total=44 * 2**30, machine_present=128 * 2**30)
     monkeypatch.setattr(hardware_profile, "this_machine", lambda: other)
-    assert HardwareProfile.load() == mine
+    monkeypatch.setattr(hardware_profile, "host_limits", lambda: now)
+    assert HardwareProfile.load() == replace(mine, machine=other)
+    replace(mine, machine=replace(other, host_memory_bytes=125 * 2**30)).save()
+    assert HardwareProfile.load().host_memory_bytes == 125 * 2**30  # what it was found to grow to
+    replace(mine, machine=replace(other, host_memory_bytes=240 * 2**30)).save()
+    assert HardwareProfile.load().host_memory_bytes == 44 * 2**30  # of a machine that had more
     assert replace(other, accelerators=("A/../B \u00e9",)).key.startswith("a-b-")
 
 

@@ -19,7 +19,7 @@ from engine.memory.free_rows import FreeRows
 from engine.planning.admission import Admission
 from engine.planning.limits import Limits
 from engine.schedule.block import Block
-from engine.schedule.cutting import padded_length
+from engine.schedule.cutting import packed_batches, padded_length
 from engine.schedule.scheduler import Scheduler
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence
@@ -357,6 +357,18 @@ def test_neighbours_in_the_cache_are_brought_in_one_copy() -> None:
         runner.sweep()
         (group,) = groups_of(runner)
         assert [(run.first, run.end) for run in group.stored_runs] == runs
+
+
+def test_the_order_of_decode_steps_does_not_depend_on_where_prefixes_lie_in_memory() -> None:
+    prefixes = sorted((Prefix(tokens=[number]) for number in range(20)), key=id, reverse=True)
+    segments = []
+    for place, prefix in enumerate([*prefixes, *prefixes]):
+        sequence = Sequence.of(Job(prompt=[1, 2], max_new_tokens=4))
+        sequence._follow(prefix)
+        sequence.cached, sequence.block = 1, Block("host", 10 * place, 10)
+        segments.append(Segment(sequence, 1))
+    (batch,) = packed_batches(segments, make_runner(10**6).scheduler.limits)
+    assert [segment.span.parent for segment in batch] == [prefix for prefix in prefixes for _ in range(2)]
 
 
 def test_what_is_brought_besides_counts() -> None:

@@ -63,7 +63,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("kind", ["pipe", "directory", "too long"])
 def test_what_is_no_such_file_is_told_in_a_line(name: str, kind: str, tmp_path: Path) -> None:
-    from flexgen_helm.helm import beginning
+    from flexgen_helm.helm.records import beginning
 
     file = tmp_path / (beginning.FILE_NAME if name == "flexgen_suite.json" else name)
     if kind == "pipe":

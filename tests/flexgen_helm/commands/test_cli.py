@@ -573,6 +573,29 @@ def test_doctor_measures_a_profile_and_finds_it_again(
     assert found().startswith("ok       hardware profile")
 
 
+def test_doctor_finds_out_how_much_memory_a_machine_gives_that_shows_little(
+    cli: Cli, quick_profile: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that shows 32 GB of 137, and gives 135: what is found is kept, and counts from then on."""
+    from engine.memory.trial import Trial
+    from engine.planning import hardware_profile, host_growth
+    from engine.planning import host_limits as limits
+    from engine.planning.hardware import available_memory
+
+    gb = 10**9
+    shown = limits.HostLimits(machine_available=30 * gb, machine_total=32 * gb, machine_present=137 * gb)
+    for module in (limits, host_growth, hardware_profile):
+        monkeypatch.setattr(module, "host_limits", lambda: shown)
+    monkeypatch.setattr(host_growth, "try_memory", lambda most: Trial(taken=most - 4 * gb, total=most - 2 * gb))
+    cli("doctor")
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "host memory" in each]
+    assert "30.0 GB of 32.0 GB available; the machine has 137.0 GB: `flexgen-helm doctor --profile` tries" in line
+    assert available_memory("cpu", None, None, None).host == int(0.9 * 30 * gb)
+    assert cli("doctor", "--profile") == 0
+    assert "host memory: 32.0 GB were shown, 135.0 GB found by taking them" in capsys.readouterr().out
+    assert available_memory("cpu", None, None, None).host == int(0.9 * (135 - 2) * gb)
+
+
 def test_doctor_cannot_measure_or_keep_a_profile(
     cli: Cli, quick_profile: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from transformers import __version__ as transformers_version
 
-from engine import Engine, Job, Sampling
+from engine import Engine, Job, Policy, Sampling
+from engine.checkpoint.identity.result import result_identity
 from flexgen_helm.commands.complete import _unescaped
 from flexgen_helm.commands.completion.answers import Answers
 from flexgen_helm.run import main
@@ -366,6 +367,40 @@ def test_the_record_says_what_answers_were_made_with(
     assert complete("one", "two", "three", *asked)[0] == 2
     assert len(read(output)) == 2
     assert complete("one", *asked[2:])[0] == 0  # to standard output
+
+
+def test_answers_of_another_checkpoint_are_refused_with_both_digests(
+    complete: Complete, model: Path, tmp_path: Path
+) -> None:
+    out, own, asked = tmp_path / "out.jsonl", tmp_path / "own", ("--max-new-tokens", "2")
+    shutil.copytree(model, own)
+    command = [*asked, "-o", str(out), "--model", str(own)]
+    assert complete("one", *command)[0] == 0
+    before, record = out.read_text(), tmp_path / "out.jsonl.record.json"
+    then = json.loads(record.read_text())["identity"]["weights"]
+    assert "line 1 answers something else: prompt or settings differ" in complete("two", *command)[2]
+    content = bytearray((own / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (own / "model.safetensors").write_bytes(content)
+    now = result_identity(str(own), Policy())["weights"]
+    code, _, err = complete("one", *command)
+    assert code == 2
+    told = f"other weights (sha256 {then[:12]} then, {str(now)[:12]} now); name another --output"
+    assert f"{out}, line 1 answers something else: {told}" in err
+    record.unlink()
+    assert "line 1 answers something else: prompt, settings or model differ" in complete("one", *command)[2]
+    assert out.read_text() == before
+
+
+def test_the_record_is_of_the_weights_that_the_engine_read(complete: Complete, model: Path, tmp_path: Path) -> None:
+    """They are read once: for the engine, whose digest it is."""
+    out, own = tmp_path / "out.jsonl", tmp_path / "own"
+    shutil.copytree(model, own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.checkpoint.identity.result.weights_digest", None)
+        assert complete("one", "--max-new-tokens", "2", "-o", str(out), "--model", str(own))[0] == 0
+    found = json.loads((tmp_path / "out.jsonl.record.json").read_text())["identity"]
+    assert found == result_identity(str(own), Policy())
 
 
 def test_answers_with_another_id_are_others(complete: Complete, tmp_path: Path) -> None:

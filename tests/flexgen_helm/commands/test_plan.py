@@ -19,7 +19,8 @@ from engine.errors import CapacityError
 from engine.kernels.codec import codec_of
 from engine.model.causal_model import CausalModel
 from engine.planning.hardware import Memory
-from engine.planning.hardware_profile import HardwareProfile, Machine
+from engine.planning.hardware_profile import HardwareProfile
+from engine.planning.machine import Machine
 from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy, Share
 from engine.weights.stored_form import shape_of
@@ -430,3 +431,11 @@ def test_output_that_nobody_reads_is_no_traceback(profile_file: str) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_cpu_memory_beyond_a_profile_is_planned_with_and_told(profile_file: str) -> None:
+    profile = HardwareProfile.load(profile_file)
+    more = profile.host_memory_bytes + 10 * GB
+    with pytest.warns(UserWarning, match=r"^cpu-memory .* exceeds the .* GB of host memory in the hardware profile"):
+        assert memory_of(profile, Policy(cpu_memory=more), 0).host == more
+    assert memory_of(profile, Policy(cpu_memory=more - 10 * GB), 0).host == more - 10 * GB

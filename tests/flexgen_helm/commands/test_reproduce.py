@@ -17,6 +17,8 @@ from scenario_files import table
 from tiny_models import random_llama, save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from engine.checkpoint.identity.result import result_identity
+from engine.policy import Policy
 from flexgen_helm.helm.records.provenance import FILE_NAME
 from flexgen_helm.helm.request_cache import RequestCache
 from flexgen_helm.run import main
@@ -161,6 +163,7 @@ def test_a_checkpoint_that_has_changed_is_refused_with_both_identities(
     assert cli("sweep", "-r", ENTRY, "--model", model, "-m", 2, "--suite", "s") == 0
     (folder,) = run_dirs("s")
     then = json.loads((folder / FILE_NAME).read_text())["identity"]["weights"]
+    kept = shutil.copytree(model, tmp_path / "kept")
     changed = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         for weight in changed.parameters():
@@ -168,13 +171,43 @@ def test_a_checkpoint_that_has_changed_is_refused_with_both_identities(
     changed.save_pretrained(model)
     before = state_of(Path())
     assert cli("reproduce", folder) == 2
-    line = error_of(capsys)
-    assert f"has changed since the run was made: then weights {then}; now weights " in line
-    assert line.count(then) == 1
+    now = result_identity(str(model), Policy())["weights"]
+    told = f"has changed since the run was made: other weights (sha256 {then[:12]} then, {str(now)[:12]} now)"
+    assert told in error_of(capsys)
     assert state_of(Path()) == before
+    shutil.copytree(kept, model, dirs_exist_ok=True)
+    (model / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert cli("reproduce", folder) == 2
+    assert "other configuration, tokenizer or chat template files (sha256 " in error_of(capsys)
     shutil.rmtree(model)
     assert cli("reproduce", folder) == 2
     assert "tiny-that-changes" in error_of(capsys)
+
+
+def test_other_software_is_tried_and_told_and_nothing_but_it_explains_other_bits(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under a batch-invariant policy rounding explains nothing, unless another program computes."""
+    Path("policy.yaml").write_text("batch-invariant: true\n")
+    assert cli("sweep", "-r", ENTRY, "--model", tiny_llama, "--policy", "policy.yaml", "-m", 2, "--suite", "s") == 0
+    (folder,) = run_dirs("s")
+    identity = json.loads((folder / FILE_NAME).read_text())["identity"]
+    assert identity["batch_invariant"] == 1
+    for changes, tolerance in (({}, 0.0), ({"source": "0" * 64, "numerics": 1}, 1e-4)):
+        seal(folder, identity={**identity, **changes})
+        capsys.readouterr()
+        assert cli("reproduce", folder, "--json", "again.json") == 0
+        (since,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("since then: ")]
+        told = json.loads(Path("again.json").read_text())
+        assert told["tolerance"] == tolerance
+        assert told["now"]["identity"] == identity
+        assert told["then"]["identity"] == {**identity, **changes}
+        if changes:
+            digests = f"sha256 {'0' * 12} then, {identity['source'][:12]} now"
+            source = f"transformers' source of the family ({digests})"
+            assert since == f"since then: {source} and numerics (1 then, {identity['numerics']} now)"
+        else:
+            assert since.startswith("since then: the same versions")
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -185,6 +218,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another version": (lambda run: _with(run, version=2), "has version 2, this flexgen-helm reads 1; run it again"),
     "half a record": (lambda run: _written(run, '{"version": 1'), "is not JSON"),
     "an odd record": (lambda run: _with(run, seeds=3), "is no record of a run: seeds is '3' where a text is expected"),
+    "no checkpoint": (lambda run: _with(run, identity={"dtype": "float32"}), "does not say which checkpoint answered"),
     "another client": (lambda run: _client(run, "os.system"), "the record names the client os.system"),
     "a torn run": (lambda run: _torn(run), "is no finished run: per_instance_stats.json cannot be read"),
 }

@@ -18,7 +18,8 @@ REQUEST = Request(model="local/tiny", prompt="Who?", temperature=0.5, max_tokens
 
 def key(client: Any, request: Request = REQUEST) -> str:
     translator = client._translator
-    return request_to_key(translator.key(request, translator.render(request), client._served.identity))
+    key = translator.key(request, translator.render(request))
+    return request_to_key({**key, "identity": client._served.identity})
 
 
 @pytest.mark.parametrize(
@@ -113,9 +114,9 @@ def test_the_chat_template_is_in_the_key_where_it_is_applied(make_client: Callab
 def test_truncation_left_over_in_the_tokenizer_is_not_in_the_key(tiny_llama: Path) -> None:
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
-    from flexgen_helm.helm.requests.tokenizer import tokenizer_fingerprint
+    from flexgen_helm.helm.requests.tokenizer import tokenizer_digests
 
     untouched, used = (HuggingFaceTokenizer.create_tokenizer(str(tiny_llama)) for _ in range(2))
     with used as tokenizer:
         tokenizer.encode("a long text", truncation=True, max_length=2)
-    assert tokenizer_fingerprint(used) == tokenizer_fingerprint(untouched)
+    assert tokenizer_digests(used) == tokenizer_digests(untouched)

@@ -85,7 +85,8 @@ def test_a_scored_prompt_kept_by_an_earlier_release_is_computed_anew_where_its_t
     expected = [result.completions for result in client.make_requests(asked)]
     with RequestCache(client.cache.config) as cache:
         translator = client._translator
-        keys = [translator.key(each, translator.render(each), client._served.identity) for each in asked]
+        identity = client._served.identity
+        keys = [{**translator.key(each, translator.render(each)), "identity": identity} for each in asked]
         kept = [cache.get(key) for key in keys]
         for response in kept:
             assert response is not None
@@ -124,7 +125,8 @@ def test_answers_of_weights_that_are_overwritten_meanwhile_are_not_kept(
 
     monkeypatch.setattr(FakeEngine, "sweeps", meanwhile)
     client = make_client(model=model)
-    key = client._translator.key(request(), client._translator.render(request()), client._served.identity)
+    key = client._translator.key(request(), client._translator.render(request()))
+    key["identity"] = make_client(model=shutil.copytree(model, tmp_path / "before"))._served.identity
     if is_kept:
         assert client.make_requests([request()])[0].success
     else:

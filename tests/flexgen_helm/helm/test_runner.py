@@ -343,7 +343,7 @@ def test_a_run_that_goes_on_after_midnight_finds_its_answers(
     """The template writes the date, which was another one when the suite began."""
     from transformers.utils import chat_template_utils
 
-    from flexgen_helm.helm import beginning
+    from flexgen_helm.helm.records import beginning
 
     dated = shutil.copytree(tiny_llama, tmp_path / "dated")
     (dated / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")

@@ -331,6 +331,26 @@ def test_a_fault_of_the_engine_keeps_what_was_answered(
     assert record_of("faulty").models[0].cached == 5
 
 
+def test_a_model_that_cannot_be_loaded_fails_its_runs_and_its_weights_are_not_read_for_the_record(
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import EngineError
+    from flexgen_helm.helm import engines
+
+    def refuse(*_: Any) -> Any:
+        raise EngineError("no card is there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engines.engines, "load", refuse)
+        patched.setattr(engines, "weights_digest", None)
+        assert cli("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "unread") == 1
+    engines.engines.close()  # what failed once fails again
+    assert [run.error for run in record_of("unread").runs] == ["no card is there"] * len(SUBJECTS)
+    assert record_of("unread").models[0].identity == {}
+    assert cli("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "unread") == 0
+    assert len(record_of("unread").models[0].identity["weights"]) == 64
+
+
 def test_an_error_that_nobody_expected_leaves_the_other_models_alone(
     cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -701,10 +721,10 @@ def test_a_cache_that_another_process_has_locked_stops_before_a_weight_is_read(
     cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from flexgen_helm.helm import client
+    from flexgen_helm.helm import kept_answers
     from flexgen_helm.helm.request_cache import RequestCache
 
-    monkeypatch.setattr(client, "RequestCache", lambda config: RequestCache(config, wait_s=0.05))
+    monkeypatch.setattr(kept_answers, "RequestCache", lambda config: RequestCache(config, wait_s=0.05))
     Path("prod_env/cache").mkdir(parents=True)
     other = sqlite3.connect("prod_env/cache/flexgen.sqlite", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")

@@ -1,4 +1,4 @@
-"""What identifies a checkpoint, by its content or by its files, and what can change a result."""
+"""Digests of samples of a checkpoint: what kept encodings are known by, and what earlier releases knew weights by."""
 
 from __future__ import annotations
 
@@ -6,41 +6,18 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.checkpoint.description import describe
 from engine.checkpoint.safetensors_header import read_safetensors_header
 from engine.checkpoint.side_files import MAX_SIDE_BYTES, SIDE_FILES, TOKENIZER_FILES
 from engine.checkpoint.weight_files import weight_files
 from engine.errors import CheckpointError
-from engine.planning.hardware import resolve_device, resolve_dtype
-from engine.policy import Policy
 from engine.reading import find_file, open_file, read_bytes
 
-NUMERICS_VERSION = 2
-"""Raised by hand whenever a change of the engine can change a result beyond rounding."""
 
+def sampled_fingerprint(path: Path) -> str:
+    """Hex digest that earlier releases knew a model directory by: to find the answers that they kept.
 
-def result_identity(model: str, policy: Policy) -> dict[str, str | int | None]:
-    """What of model and policy can change a result; loads no weights.
-
-    Placement, batch sizes and device are not in it, so results carry over from one policy to another.
-    """
-    description = describe(model)
-    dtype = resolve_dtype(policy.dtype, description.dtype, resolve_device(policy.device))
-    return {
-        "weights": fingerprint(Path(description.path)),
-        "dtype": dtype,
-        "compress_weight": policy.compress_weight,
-        "compress_cache": policy.compress_cache,
-        "numerics": NUMERICS_VERSION,
-    }
-
-
-def fingerprint(path: Path) -> str:
-    """Hex digest of a model directory's weights, tokenizer and configuration.
-
-    Files of the hub's cache are known by the digest that the cache names them with. Of other weight files, the header
-    and a sample of every tensor (safetensors) or 1024 spots (`.bin`) are read: milliseconds instead of minutes, and two
-    trained models differ there.
+    Of weight files outside the hub's cache it sees the header and a sample of every tensor (safetensors), or 1024 spots
+    (`.bin`): equal digests do not say that the weights are equal.
     """
     digest = hashlib.sha256()
     for name in sorted({*TOKENIZER_FILES, *SIDE_FILES}):
@@ -56,7 +33,8 @@ def fingerprint(path: Path) -> str:
 def weights_state(path: Path) -> str:
     """Hex digest of what a model's weights are made from: config.json and the weight files.
 
-    As `fingerprint`, but a weight file outside the hub's cache counts as changed as soon as its time of writing does.
+    As `sampled_fingerprint`, but a weight file outside the hub's cache counts as changed as soon as its time of writing
+    does.
     """
     digest = hashlib.sha256(read_bytes(path / "config.json", CheckpointError, limit=MAX_SIDE_BYTES))
     for file in weight_files(path):

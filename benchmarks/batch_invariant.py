@@ -1,0 +1,65 @@
+"""What `batch-invariant: true` costs: the same rows with and without it, in one call on one machine.
+
+    python -m benchmarks.batch_invariant [--limit SECONDS] [--out DIR]
+
+Each side is `flexgen-helm bench` in a process of its own; the record holds both, and the fraction of the normal rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flexgen_helm.planning.record import write_record
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = {
+    "opt-6.7b": (None, ("1x96x0+512:32",)),
+    "opt-30b": ("16GB", ("1x100x400+100:1",)),
+}
+"""Shape: memory of the GPU, and workloads."""
+
+
+def bench(shape: str, memory: str | None, rows: tuple[str, ...], policy: dict[str, Any], limit: float) -> Any:
+    """The record of one call of `flexgen-helm bench`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "policy.yaml"
+        file.write_text(yaml.safe_dump(policy))
+        command = [sys.executable, "-m", "flexgen_helm", "bench", "--shape", shape, "--policy", str(file)]
+        command += ["--out", folder, "--rows", *rows, *(["--gpu-memory", memory] if memory else [])]
+        subprocess.run(command, timeout=limit, check=True)
+        (found,) = Path(folder).glob("bench-*.json")
+        return json.loads(found.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Time both sides of each row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for each side of a row, loading included")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
+    options = parser.parse_args()
+    told = []
+    for shape, (memory, rows) in ROWS.items():
+        normal, invariant = (
+            bench(shape, memory, rows, {} if normal else {"batch-invariant": True}, options.limit)
+            for normal in (True, False)
+        )
+        for before, after in zip(normal["rows"], invariant["rows"], strict=True):
+            fraction = before["seconds"] / after["seconds"]
+            times = f"{before['seconds']:.3f} s, batch-invariant {after['seconds']:.3f} s"
+            print(f"{shape} {before['row']}: {times}, {fraction:.2f} of the rate", flush=True)
+            told.append(
+                {"shape": shape, "gpu_memory": memory, "normal": before, "invariant": after, "fraction": fraction}
+            )
+    print(write_record("batch-invariant", {"rows": told}, options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""New spans of a micro-batch whose keys and values are gathered with those of their prefixes, one context a span."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix
+
+
+@dataclass(frozen=True, eq=False)
+class ContextGroup:
+    """Neighbouring new spans that continue the same chain of prefixes."""
+
+    first: int
+    end: int
+    """Rows of the micro-batch, padding included."""
+    chain: tuple[Prefix, ...]
+    index: torch.Tensor | None
+    """Rows of [prefix | rows of the group] that make the contexts, one behind the other; None without a prefix, where
+    those are the rows themselves."""
+    row_borders: torch.Tensor
+    """Where the rows of each span begin, counted from the first: int32 `[spans + 1]`."""
+    context_borders: torch.Tensor
+    """Where the context of each span begins: int32 `[spans + 1]`."""
+    longest: int
+    """Rows of the longest span."""
+    longest_context: int
+
+
+def context_groups(segments: list[Segment], device: torch.device, most_rows: int) -> list[ContextGroup]:
+    """Groups of new spans, none of which gathers more than `most_rows` rows, or what a span takes."""
+    groups: list[list[Segment]] = []
+    gathered = 0
+    for segment in segments:
+        last = groups[-1][-1] if groups else None
+        size = segment.span.start + segment.end - segment.first
+        if last is None or last.span.parent is not segment.span.parent or gathered + size > most_rows:
+            groups.append([])
+            gathered = 0
+        groups[-1].append(segment)
+        gathered += size
+    return [_group(group, device) for group in groups]
+
+
+def _group(segments: list[Segment], device: torch.device) -> ContextGroup:
+    start, first = segments[0].span.start, segments[0].first
+    sizes = [segment.end - segment.first for segment in segments]
+    index = None
+    if start:
+        prefix = torch.arange(start)
+        own = [torch.arange(s.first, s.end) - first + start for s in segments]
+        index = torch.cat([rows for each in own for rows in (prefix, each)]).to(device)
+    return ContextGroup(
+        first=first,
+        end=segments[-1].end,
+        chain=segments[0].span.chain,
+        index=index,
+        row_borders=_borders(sizes, device),
+        context_borders=_borders([start + size for size in sizes], device),
+        longest=max(sizes),
+        longest_context=start + max(sizes),
+    )
+
+
+def _borders(sizes: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device)

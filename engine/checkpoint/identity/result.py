@@ -1,0 +1,108 @@
+"""What of a model and a policy can change a result, as cache keys hold it, and in what two such identities differ."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.checkpoint.config import read_config
+from engine.checkpoint.description import ModelDescription, describe
+from engine.checkpoint.identity.modelling_source import source_digest, source_files
+from engine.checkpoint.identity.sampled import sampled_fingerprint
+from engine.checkpoint.identity.weight_digest import weights_digest
+from engine.checkpoint.opened_weights import OpenedWeights
+from engine.checkpoint.side_files import MAX_SIDE_BYTES, found_side_files
+from engine.checkpoint.weight_files import weight_files
+from engine.errors import CheckpointError
+from engine.planning.hardware import resolve_device, resolve_dtype
+from engine.policy import Policy
+from engine.reading import read_bytes
+
+NUMERICS_VERSION = 2
+"""Raised by hand whenever a change of the engine can change a result beyond rounding."""
+
+Identity = dict[str, str | int | None]
+
+_DIGESTS = {
+    "weights": "weights",
+    "files": "configuration, tokenizer or chat template files",
+    "source": "transformers' source of the family",
+}
+"""What each digest in an identity is of."""
+_SHOWN = 12
+"""Characters of a digest in messages."""
+
+
+def result_identity(model: str, policy: Policy) -> Identity:
+    """What of model and policy can change a result; reads the weight files unless their digest is kept.
+
+    Placement, batch sizes, device and versions of packages are not in it, so results carry over from one policy to
+    another and from one machine to another.
+    """
+    path = Path(describe(model).path)
+    source = OpenedWeights(path)
+    try:
+        return {"weights": weights_digest(path, source), **identity_beside_weights(model, policy)}
+    finally:
+        source.close()
+
+
+def identity_beside_weights(model: str, policy: Policy) -> Identity:
+    """`result_identity` but for the digest of the weight files, which `WeightDigest` is: known at once."""
+    description = describe(model)
+    path = Path(description.path)
+    return {
+        "files": _side_digest(path),
+        "source": source_digest(read_config(path)),
+        **result_settings(description, policy),
+    }
+
+
+def result_settings(description: ModelDescription, policy: Policy) -> Identity:
+    """The part of an identity that is no digest: what the policy sets, and the engine's own version."""
+    return {
+        "dtype": resolve_dtype(policy.dtype, description.dtype, resolve_device(policy.device)),
+        "compress_weight": policy.compress_weight,
+        "compress_cache": policy.compress_cache,
+        "numerics": NUMERICS_VERSION,
+        # Only where it is: answers of releases that did not have it keep their keys.
+        **({"batch_invariant": 1} if policy.batch_invariant else {}),
+    }
+
+
+def sampled_identity(model: str, policy: Policy) -> Identity:
+    """`result_identity` as earlier releases had it: by a sample of the weights, and without the family's source."""
+    description = describe(model)
+    return {"weights": sampled_fingerprint(Path(description.path)), **result_settings(description, policy)}
+
+
+def last_change(model: str) -> float:
+    """When what an identity is made of was last written to or put in its place, in seconds since the Epoch.
+
+    An answer that was asked for later is of just these weights, files and source.
+    """
+    path = Path(describe(model).path)
+    files = [path, *weight_files(path), *found_side_files(path), *source_files(read_config(path)).values()]
+    return max(max(file.stat().st_ctime, file.lstat().st_ctime) for file in files)  # of links, and what they lead to
+
+
+def differences(earlier: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """What differs between two identities in words, with both digests: "weights (sha256 1f2e… then, 3d4c… now)"."""
+    told = [
+        f"{_DIGESTS[key]} (sha256 {str(earlier[key])[:_SHOWN]} then, {str(now[key])[:_SHOWN]} now)"
+        if key in _DIGESTS
+        else f"{key} ({earlier.get(key)} then, {now.get(key)} now)"
+        for key in dict.fromkeys([*now, *earlier])
+        if earlier.get(key) != now.get(key) and (key not in _DIGESTS or (key in earlier and key in now))
+    ]
+    return " and ".join(told)
+
+
+def _side_digest(path: Path) -> str:
+    """Hex digest of all of a model directory that is no weights and can change token ids, prompts or results."""
+    digest = hashlib.sha256()
+    for file in found_side_files(path):
+        content = read_bytes(file, CheckpointError, limit=MAX_SIDE_BYTES)
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()

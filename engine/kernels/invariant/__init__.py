@@ -1,0 +1,4 @@
+"""Arithmetic whose results have the same bits whatever rows are computed beside them.
+
+It imports memory.
+"""

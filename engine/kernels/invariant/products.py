@@ -1,0 +1,238 @@
+"""Products of matrices in which the bits of a row do not depend on how many rows there are, nor on its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from engine.errors import UnsupportedError
+from engine.memory import accelerator
+
+_TILE = {"cpu": 32}
+_OTHER_TILE = 64
+"""Rows of a tile, by kind of device."""
+_MATRICES = 8
+"""Of a tile of products with several matrices."""
+_LIBRARY_TILES = tuple(1 << power for power in range(12, 3, -1))
+"""Rows that the library is asked for at a time, where it gives the bits of our own kernel."""
+_LEAST = 256
+"""Rows of which fewer are filled up to the next tile, however large; it is the smallest that is one of several."""
+_MOST_FILLED = 1.15
+"""Times the rows that there are: tiles that are wider are not filled up."""
+_COMPARED = 128
+"""Rows of such a tile that are compared, at its beginning, middle and end."""
+_LEAST_COMPARED = 1 << 17
+"""Numbers of a product of which fewer might agree although they are summed otherwise."""
+_VARIED = 1024
+"""Rows of a model of which so many are never all alike: random ones stand for fewer."""
+_ALIGNMENT = 256
+"""Bytes at whose multiples memory begins that a library's choice of a kernel tells apart, at most."""
+_OURS: tuple[int, ...] = ()
+"""The plan of a product that our own kernel computes."""
+
+_Case = tuple[torch.device, torch.dtype, torch.dtype, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+_Sizes = tuple[torch.device, torch.dtype, int, torch.Size, tuple[int, ...], bool, tuple[int, int]]
+"""Device, dtype and number of the rows, the matrix's sizes and strides, whether nothing is added, and how the matrix
+and what is added are aligned."""
+_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
+
+
+class Products:
+    """Computes products of rows in tiles of given sizes: a library takes the same kernel for the same sizes.
+
+    Of every size that is met, it checks that a row's place in its tile does not matter. In 16 bits, on cards for which
+    Triton compiles, a kernel of ours takes any number of rows, and the library those of its tiles that are seen to have
+    the same bits as the kernel's.
+    """
+
+    def __init__(self) -> None:
+        self._checked: set[_Case] = set()
+        self._is_same: dict[_Sizes, bool] = {}
+        """Whether the library has our kernel's bits."""
+        self._plans: dict[_Sizes, tuple[int, ...]] = {}
+
+    def mm(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows `[n, k]` times matrix `[k, m]`, plus bias `[m]` or `[n, m]`, of their dtype: `[n, m]`."""
+        if bias is not None and bias.ndim != 1:
+            return self.mm(rows, matrix) + bias
+        own = _kernel_for(rows)
+        if own is not None:
+            return self._by_library_where_same(own, rows, matrix, bias)
+        product = self._in_tiles(torch.mm, rows, matrix, rows.dtype)
+        return product if bias is None else product + bias
+
+    def bmm(self, rows: torch.Tensor, matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The same for several: `[b, n, k]` times `[b, k, m]` -> `[b, n, m]`, of `dtype` or theirs."""
+        dtype = dtype or rows.dtype
+        if matrices.shape[1] == 1:  # a product each, which is added to nothing
+            return rows.to(dtype) * matrices.to(dtype)
+        own = _kernel_for(rows)
+        if own is not None:
+            return own(rows, matrices, None, dtype)
+        parts = []
+        for first in range(0, rows.shape[0], _MATRICES):
+            taken = slice(first, first + _MATRICES)
+            given, count = rows[taken], len(rows[taken])
+            # Libraries choose a kernel by how many matrices there are, and how they lie, too.
+            of = _filled(matrices[taken], _MATRICES, 0).contiguous()
+            parts.append(self._in_tiles(torch.bmm, _filled(given, _MATRICES, 0), of, dtype)[:count])
+        return torch.cat(parts) if parts else rows.new_empty(0, rows.shape[1], matrices.shape[2], dtype=dtype)
+
+    def _by_library_where_same(
+        self, own: _Kernel, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        places = matrix.data_ptr() % _ALIGNMENT, 0 if bias is None else bias.data_ptr() % _ALIGNMENT
+        case = rows.device, rows.dtype, len(rows), matrix.shape, matrix.stride(), bias is None, places
+        plan = self._plans.get(case)
+        if plan is None:
+            plan = self._plans[case] = self._plan(own, case, rows, matrix, bias)
+        if plan == _OURS:
+            return own(rows[None], matrix[None], bias, rows.dtype)[0]
+        if rows.data_ptr() % _ALIGNMENT or not rows.is_contiguous():
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        if len(plan) == 1:
+            return _by_library(_widest(rows, plan[0]), matrix, bias)[: len(rows)]
+        result = rows.new_empty(len(rows), matrix.shape[1])
+        first = 0
+        for tile in plan:
+            part, place = rows[first : first + tile], result[first : first + tile]
+            if len(part) == tile:
+                _by_library(part, matrix, bias, out=place)
+            else:
+                place.copy_(_by_library(_widest(part, tile), matrix, bias)[: len(part)])
+            first += tile
+        return result
+
+    def _plan(
+        self, own: _Kernel, case: _Sizes, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[int, ...]:
+        """Tiles for the library, one behind the other; `_OURS` where one of them has other bits."""
+        plan: list[int] = []
+        left = len(rows)
+        if any(size * rows.element_size() % _ALIGNMENT for size in matrix.shape):
+            return _OURS
+        while left > 0:
+            wider = [tile for tile in _LIBRARY_TILES if left <= tile and (tile <= _MOST_FILLED * left or left < _LEAST)]
+            plan.append(wider[-1] if wider else next(tile for tile in _LIBRARY_TILES if tile <= left))
+            left -= plan[-1]
+        for tile in plan:
+            sizes = (*case[:2], tile, *case[3:])
+            if sizes not in self._is_same:
+                self._is_same[sizes] = _has_same_bits(own, rows, matrix, bias, tile)
+            if not self._is_same[sizes]:
+                return _OURS
+        return tuple(plan)
+
+    def _in_tiles(self, multiply: Any, rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        tile = _TILE.get(rows.device.type, _OTHER_TILE)
+        count = rows.shape[-2]
+        result = rows.new_empty(*rows.shape[:-1], by.shape[-1], dtype=dtype)
+        for first in range(0, count, tile):
+            part = _filled(rows.narrow(-2, first, min(tile, count - first)), tile, -2).contiguous()
+            product = _widened(multiply, part, by, dtype)
+            self._check(multiply, part, by, product)
+            result[..., first : first + tile, :] = product[..., : count - first, :]
+        return result
+
+    def _check(self, multiply: Any, part: torch.Tensor, by: torch.Tensor, product: torch.Tensor) -> None:
+        """Refuse, the first time that sizes are met, what gives a row other bits in another place."""
+        case = part.device, part.dtype, product.dtype, part.shape, by.shape, by.stride()
+        if case in self._checked:
+            return
+        self._checked.add(case)
+        tile = part.shape[-2]
+        for shift in (1, tile // 2 + 1):
+            moved = _widened(multiply, part.roll(shift, -2), by, product.dtype).roll(-shift, -2)
+            if not _agree(moved, product):
+                if not _agree(_widened(multiply, part, by, product.dtype), product):
+                    self._checked.discard(case)  # weights came meanwhile, for a product that nobody needs
+                    return
+                dtype = str(part.dtype).removeprefix("torch.")
+                raise UnsupportedError(
+                    f"batch-invariant: in products of {list(part.shape)} with {list(by.shape)} in {dtype} on "
+                    f"{part.device} the bits of a row depend on its place; leave batch-invariant out, or take another "
+                    "dtype"
+                )
+
+
+def _has_same_bits(
+    own: _Kernel, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, tile: int
+) -> bool:
+    """Whether the library's product of `tile` rows is our kernel's in so many numbers that it is no coincidence.
+
+    Sums in another order differ, rounded to bfloat16, in a number of thousands.
+    """
+    if tile < _VARIED:
+        generator = torch.Generator(rows.device).manual_seed(0)
+        part = torch.randn(tile, rows.shape[1], device=rows.device, generator=generator).to(rows.dtype)
+    else:  # memory for as many more may not be there
+        part = rows[:tile]
+        part = _widest(part, tile) if len(part) < tile or part.data_ptr() % _ALIGNMENT else part
+        tile = min(tile, len(rows))
+    found = _by_library(part, matrix, bias)
+    starts = sorted({0, max(0, tile // 2 - _COMPARED // 2), max(0, tile - _COMPARED)})
+    if len(starts) * min(tile, _COMPARED) * matrix.shape[1] < _LEAST_COMPARED:
+        return False
+    pieces = ((part[at : min(at + _COMPARED, tile)], found[at : min(at + _COMPARED, tile)]) for at in starts)
+    return all(torch.equal(own(given[None], matrix[None], bias, rows.dtype)[0], of) for given, of in pieces)
+
+
+def _by_library(
+    rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one.eq(other) | other.isnan()).all())
+
+
+def _widened(multiply: Any, rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A product in `dtype`, which may be wider than that of its factors."""
+    product: torch.Tensor
+    if dtype == rows.dtype:
+        product = multiply(rows, by)
+    elif rows.device.type == "cuda" and torch.version.hip is None:  # at the rate of 16 bits
+        product = multiply(rows, by, out_dtype=dtype)
+    else:
+        product = multiply(rows.to(dtype), by.to(dtype))
+    return product
+
+
+def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`rows` with others behind them, whatever they are, `count` in all."""
+    if len(rows) == count:
+        return rows
+    wide = rows.new_empty(count, rows.shape[1])
+    wide[: len(rows)] = rows
+    return wide
+
+
+def _filled(numbers: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    """`numbers` with zeros behind them, `count` along `dim`."""
+    missing = count - numbers.shape[dim]
+    if missing <= 0:
+        return numbers
+    zeros = numbers.new_zeros([missing if at == dim % numbers.ndim else size for at, size in enumerate(numbers.shape)])
+    return torch.cat((numbers, zeros), dim=dim)
+
+
+def _kernel_for(rows: torch.Tensor) -> _Kernel | None:
+    """Our own kernel, if it takes rows of this dtype on this device."""
+    if rows.dtype not in (torch.float16, torch.bfloat16) or rows.device.type != "cuda":
+        return None
+    return _compiled_for(rows.device)
+
+
+@cache
+def _compiled_for(device: torch.device) -> _Kernel | None:
+    if not accelerator.runs_triton(device):
+        return None
+    try:
+        from engine.kernels.invariant.product_kernel import multiply
+    except ImportError:  # torch without Triton
+        return None
+    return multiply

@@ -1,0 +1,114 @@
+"""Batch-invariant attention by FlashAttention kernels: each row against its whole context in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.batch.context_group import ContextGroup
+from engine.batch.decode_group import DecodeGroup
+from engine.kernels.invariant.mode import plain_arithmetic
+from engine.model.attention.backend import Attending, AttentionBackend
+from engine.model.attention.blockwise import decode_in_blocks
+from engine.model.attention.flash import has_kernels
+from engine.model.attention.rule import AttentionRule
+
+
+class WholeFlash(AttentionBackend):
+    """Plain softmax on CUDA from sm80 on, in 16 bits, where results are to have the same bits in any company.
+
+    The kernel takes a context block by block from its first token on, and what a row does not see adds nothing; so a
+    row's result depends on its context alone, if that is one: prefixes are gathered in front of own tokens. (Merging
+    two results rounds otherwise than one pass, and the kernel for single rows splits contexts by how many there are.)
+    """
+
+    def can(self, asked: Attending) -> bool:
+        """Where the card has kernels for these heads, plain softmax, no window; whatever the micro-batch's contexts."""
+        query, value, rule = asked.query, asked.value, asked.rule
+        has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
+        return asked.is_batch_invariant and has_them and rule.is_stock and rule.window is None
+
+    def prefill(self, asked: Attending) -> torch.Tensor:
+        """Group by group, each row against the context of its span."""
+        with plain_arithmetic():
+            parts = [_prefill(asked, group) for group in asked.batch.context_groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def decode(self, asked: Attending) -> torch.Tensor:
+        """Group by group, on the host where the policy wants it there."""
+        parts = []
+        for group in asked.batch.decode_groups:
+            if asked.cache.is_attended_on_host(group):
+                parts.append(decode_in_blocks(asked, group))
+            else:
+                with plain_arithmetic():
+                    parts += _decode(asked, group)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _prefill(asked: Attending, group: ContextGroup) -> torch.Tensor:
+    rows = slice(group.first, group.end)
+    key, value = asked.key[rows], asked.value[rows]
+    if group.index is not None:
+        prefix_key, prefix_value = (x.transpose(0, 1) for x in asked.cache.fork(asked.layer, group.chain))
+        key = torch.cat((prefix_key, key)).index_select(0, group.index)
+        value = torch.cat((prefix_value, value)).index_select(0, group.index)
+    borders = group.row_borders, group.context_borders
+    return _attend(asked.query[rows], key, value, borders, (group.longest, group.longest_context), asked.rule)
+
+
+def _decode(asked: Attending, group: DecodeGroup) -> list[torch.Tensor]:
+    rows = slice(group.first, group.end)
+    query = asked.query[rows]
+    if not group.chain:
+        table = asked.cache.own_flat(asked.layer, group, asked.key[rows], asked.value[rows])
+        where, most = (group.row_borders, group.own_borders), (group.steps, group.length)
+        return [_attend(query, *table, where, most, asked.rule, group.own_lengths)]
+    prefix = [x[None] for x in asked.cache.fork(asked.layer, group.chain)]  # [1, kv heads, prefix, dim]
+    start = prefix[0].shape[2]
+    own = asked.cache.own(asked.layer, group, asked.key[rows], asked.value[rows])  # [sequences, kv heads, length, dim]
+    at_once = max(1, asked.batch.most_gathered_rows // (start + group.length))
+    results = []
+    for first in range(0, len(group.segments), at_once):
+        part = slice(first, first + at_once)
+        key, value = (  # [sequences * (prefix + length), kv heads, dim]
+            torch.cat((shared.expand(len(x[part]), -1, -1, -1), x[part]), dim=2).transpose(1, 2).flatten(0, 1)
+            for shared, x in zip(prefix, own, strict=True)
+        )
+        lengths = group.own_lengths[part] + start
+        borders = torch.arange(len(lengths) + 1, dtype=torch.int32, device=query.device)
+        sizes = group.steps, start + group.length
+        given = query[first * group.steps : (first + len(lengths)) * group.steps]
+        both = borders * group.steps, borders * sizes[1]
+        results.append(_attend(given, key, value, both, sizes, asked.rule, lengths))
+    return results
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    rule: AttentionRule,
+    lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows `[rows, heads, dim]` of several spans, the last of each span's context: `[rows, heads, dim]`.
+
+    The number of rows that a span has at most is told as two where it is one: for single rows there is another kernel,
+    which splits contexts.
+    """
+    result = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        *borders,
+        max(longest[0], 2),
+        longest[1],
+        0.0,
+        True,
+        False,
+        scale=rule.scaling,
+        seqused_k=lengths,
+    )
+    output: torch.Tensor = result[0]
+    return output

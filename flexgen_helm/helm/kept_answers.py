@@ -1,0 +1,157 @@
+"""Finds what HELM's cache holds of a model's answers, and tells of those that belong to what the model was before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import Any
+
+from helm.common.cache import CacheConfig
+
+from engine.checkpoint.identity.result import differences, last_change, sampled_identity
+from engine.errors import ConfigError, EngineError
+from flexgen_helm.helm.engines import Served
+from flexgen_helm.helm.request_cache import RequestCache, Response
+from flexgen_helm.helm.requests.translate import CLIENT, Key, Translator
+
+_SETTINGS = ("dtype", "compress_weight", "compress_cache")
+"""What of an identity the policy sets: answers under other settings are none of what the model was before."""
+
+
+class ClientCache:
+    """HELM's cache as one client uses it: opened when it is needed, by several threads at once if need be."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self._config = config
+        self._is_locked = False
+        self.notes: list[str] = []
+        """What became of kept answers to the requests looked up so far, a line each."""
+
+    @contextmanager
+    def opened(self) -> Iterator[RequestCache]:
+        """The cache; what another process has locked for long is waited for once, not by every run again."""
+        cache = RequestCache(self._config, **({"wait_s": 0.0} if self._is_locked else {}))
+        try:
+            opened = cache.__enter__()
+        except ConfigError:
+            self._is_locked = cache.is_locked
+            raise
+        self._is_locked = False
+        with closing(cache):
+            yield opened
+
+    @contextmanager
+    def kept(
+        self, served: Served, translator: Translator, tell: Callable[[str], None] | None = None
+    ) -> Iterator[KeptAnswers]:
+        """The answers that are kept for a model; `tell` is called with each line that is new in `notes` afterwards."""
+        with self.opened() as cache:
+            kept = KeptAnswers(cache, served, translator)
+            yield kept
+            kept.move()
+        for note in kept.notes:
+            if note not in self.notes:
+                self.notes.append(note)
+                if tell is not None:
+                    tell(note)
+
+
+class KeptAnswers:
+    """Looks requests up in an open cache by all that can change their results.
+
+    A model's identity takes reading its weight files once, so it is asked for only where the cache holds an answer to
+    the request, of whatever weights: else there is nothing to find. An answer of another identity is not used.
+    Answers of earlier releases, which knew weights by a sample, are used, and kept anew, if nothing that the identity
+    is made of has been written to since they were asked for.
+    """
+
+    def __init__(self, cache: RequestCache, served: Served, translator: Translator) -> None:
+        self._cache = cache
+        self._served = served
+        self._translator = translator
+        heads = cache.heads(CLIENT)
+        self._identities: list[dict[str, Any]] | None = None
+        """Those that the cache holds answers of, as far as one of the model's may be; None where it does not tell."""
+        if heads is not None:
+            self._identities = []
+            for identity in (head["identity"] for head in heads):
+                if identity not in self._identities and self._may_be_of_model(identity):
+                    self._identities.append(identity)
+        self._earlier: tuple[dict[str, Any], float] | None = None
+        self._moved: list[tuple[Key, Response]] = []
+        self._num_moved = 0
+        self._outdated: dict[str, None] = {}
+        """What has changed since requests were answered, each once."""
+
+    def find(self, key: Key) -> Response | None:
+        """The answer to the request with this key, which is without an identity; None if there is none to be used."""
+        self._cache.count_query()
+        if self._identities is None:
+            return self._cache.get({**key, "identity": self._served.identity})
+        found: list[tuple[dict[str, Any], Response]] = []
+        for identity in self._identities:
+            if response := self._cache.get(self._key(key, identity)):
+                found.append((identity, response))
+        if not found:
+            return None
+        own = self._served.identity
+        for identity, response in found:
+            if identity == own:
+                return response
+        for identity, response in found:
+            if self._is_same(identity, response):
+                self._moved.append(({**key, "identity": own}, response))
+                return response
+        latest, _ = max(found, key=lambda pair: ("source" in pair[0], str(pair[1].get("request_datetime", ""))))
+        self._outdated[_told(latest, own)] = None
+        return None
+
+    def move(self) -> None:
+        """Keep what was found of earlier releases under the keys of this one."""
+        self._cache.put(self._moved, are_new=False)
+        self._num_moved += len(self._moved)
+        self._moved.clear()
+
+    @property
+    def notes(self) -> list[str]:
+        """What became of answers of another identity, a line each, to be told once in a run."""
+        notes = list(self._outdated)
+        if self._num_moved:
+            notes.append(
+                "answers that an earlier release kept in HELM's cache are used: weights, tokenizer and transformers' "
+                "source of the family have not been written to since"
+            )
+        return notes
+
+    def _key(self, key: Key, identity: dict[str, Any]) -> Key:
+        whole = key if "source" in identity else self._translator.earlier_key(key)
+        return {**whole, "identity": identity}
+
+    def _may_be_of_model(self, identity: dict[str, Any]) -> bool:
+        settings = self._served.settings
+        return all(identity.get(name) == settings[name] for name in _SETTINGS)
+
+    def _is_same(self, identity: dict[str, Any], response: Response) -> bool:
+        """Whether an answer under the key of an earlier release is of the very files that are there now."""
+        if "source" in identity:
+            return False
+        if self._earlier is None:
+            try:
+                path = self._served.description.path
+                self._earlier = sampled_identity(path, self._served.policy), last_change(path)
+            except (EngineError, OSError):
+                self._earlier = {}, float("inf")
+        earlier, changed = self._earlier
+        asked = response.get("request_datetime")
+        return identity == earlier and isinstance(asked, int) and asked > changed
+
+
+def _told(earlier: dict[str, Any], now: Mapping[str, Any]) -> str:
+    if "source" not in earlier:
+        return (
+            "requests that an earlier release answered are asked again, once: it knew weights by a sample, and what "
+            "answers depend on is other, or was written to since"
+        )
+    return (
+        f"requests that HELM's cache has answers to are asked again, once, because of other {differences(earlier, now)}"
+    )

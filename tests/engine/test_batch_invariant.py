@@ -1,0 +1,136 @@
+"""Protects: with batch-invariant, a job has the same bits in any company, order and size of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import companies
+import models
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from engine import Engine, Job, Policy
+from engine.errors import ConfigError, UnsupportedError
+from engine.kernels.invariant import sums
+from engine.kernels.invariant.mode import BatchInvariant
+from engine.kernels.invariant.products import Products
+from engine.model.attention import blockwise
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "streamed": {"percent": [20, 80, 0, 100, 0, 100]},
+    "4 bits": {"compress-weight": 4, "compress-cache": 4, "percent": [20, 80, 50, 50, 100, 0]},
+    "attention on the host": {"cpu-cache-compute": True, "percent": [20, 80, 0, 100, 100, 0]},
+}
+
+
+def _policy(dtype: str, **others: Any) -> dict[str, Any]:
+    return {"device": "cpu", "dtype": dtype, "batch-invariant": True, **others}
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "policy"),
+    [
+        ("llama", "bfloat16", "4 bits"),
+        ("llama", "float32", "plain"),
+        ("gpt-oss", "bfloat16", "plain"),
+        ("gemma2", "float16", "attention on the host"),
+        ("mixtral", "float16", "streamed"),
+        ("deepseek-v3", "bfloat16", "streamed"),
+    ],
+)
+def test_company_changes_no_bit(
+    family: str, dtype: str, policy: str, build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "_BLOCK", 32)  # prefixes and own tokens of these windows take several
+    jobs = companies.make_jobs(10, 100)
+    assert companies.num_changed(build(family), jobs, _policy(dtype, **POLICIES[policy]), 4) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_forty_jobs_have_the_same_bits_in_fifty_companies(family: str, policy: str, dtype: str, tmp_path: Path) -> None:
+    path = models.save_model(tmp_path, family, max_position_embeddings=512)
+    assert companies.num_changed(path, companies.make_jobs(40, 512), _policy(dtype, **POLICIES[policy]), 50) == 0
+
+
+def test_without_it_company_changes_bits(build: Callable[[str], Path]) -> None:
+    """What the other tests would say if the arithmetic were torch's own."""
+    policy = {**_policy("bfloat16"), "batch-invariant": False}
+    assert companies.num_changed(build("llama"), companies.make_jobs(10, 100), policy, 4) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-oss", "mixtral", "gemma2"])
+def test_answers_are_those_of_transformers(
+    family: str, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
+) -> None:
+    jobs = [Job(prompt=[*range(5, 5 + n)], max_new_tokens=0, prompt_logprobs=True) for n in (2, 40, 90)]
+    with Engine.from_pretrained(str(build(family)), policy=_policy("float32")) as engine:
+        done = engine.run(jobs)
+    for job, completion in zip(jobs, done, strict=True):
+        with torch.no_grad():
+            logprobs = reference(family)(torch.tensor([job.prompt])).logits[0].log_softmax(-1)
+        expected = [logprobs[at, token].item() for at, token in enumerate(job.prompt[1:])]
+        assert completion.prompt_logprobs is not None
+        assert completion.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon-alibi"])
+def test_a_family_that_carries_its_own_attention_is_refused(family: str, build: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match="batch-invariant: it carries its own attention"):
+        Engine.from_pretrained(str(build(family)), policy=_policy("float32"))
+
+
+def test_a_function_that_is_not_known_is_refused_by_name() -> None:
+    with BatchInvariant(), pytest.raises(UnsupportedError, match=r"computes aten\.cumprod"):
+        torch.cumprod(torch.ones(3), 0)
+
+
+def test_a_library_whose_rows_depend_on_their_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uneven(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        product = rows.double() @ matrix.double()
+        product[::2] *= 1 + 2**-20
+        return product.float()
+
+    monkeypatch.setattr(torch, "mm", uneven)
+    with pytest.raises(UnsupportedError, match=r"products of \[32, 8\] with \[8, 4\] in float32 on cpu"):
+        Products().mm(torch.randn(5, 8), torch.randn(8, 4))
+
+
+def test_attention_on_the_host_must_hold_for_all_sequences() -> None:
+    with pytest.raises(ConfigError, match=r"needs kv-cache: \{cpu: 100\}"):
+        Policy.from_mapping({"batch-invariant": True, "cpu-cache-compute": True, "percent": [0, 100, 50, 50, 100, 0]})
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 100])
+def test_sums_and_what_is_made_of_them(count: int) -> None:
+    numbers = torch.randn(5, count, generator=torch.Generator().manual_seed(count))
+    exact = numbers.double()
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(sums.total(numbers, (1,)), exact.sum(1).float(), **close)
+    torch.testing.assert_close(sums.total(numbers, (0, 1)), exact.sum().float(), **close)
+    torch.testing.assert_close(sums.mean(numbers.bfloat16(), (1,)), numbers.bfloat16().mean(1))
+    torch.testing.assert_close(sums.softmax(numbers, 1), exact.softmax(1).float(), **close)
+    torch.testing.assert_close(sums.log_softmax(numbers, 1), exact.log_softmax(1).float(), **close)
+    torch.testing.assert_close(sums.cumulated(numbers), exact.cumsum(1).float(), **close)
+    weight, bias = torch.randn(2, count)
+    normed = torch.nn.functional.layer_norm(numbers, (count,), weight, bias)
+    torch.testing.assert_close(sums.layer_norm(numbers, (count,), weight, bias, 1e-5)[0], normed, rtol=1e-3, atol=1e-4)
+    scaled = torch.nn.functional.rms_norm(numbers, (count,), weight, 1e-6)
+    torch.testing.assert_close(sums.rms_norm(numbers, (count,), weight, 1e-6)[0], scaled, **close)
+
+
+def test_a_number_is_computed_alike_wherever_it_stands() -> None:
+    """Behind the last whole vector torch's CPU kernels go on with other functions."""
+    numbers = torch.randn(1003, generator=torch.Generator().manual_seed(0))
+    for function in (torch.sigmoid, torch.nn.functional.silu, torch.nn.functional.gelu):
+        with BatchInvariant():
+            whole = function(numbers)
+            single = torch.stack([function(number[None])[0] for number in numbers])
+        assert torch.equal(whole, single)
+        torch.testing.assert_close(whole, function(numbers))
