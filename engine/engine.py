@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +15,13 @@ from engine.errors import EngineError, JobError
 from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
 from engine.job import Completion, Job, is_whole
 from engine.memory.tiers import Tier
-from engine.opening import Fill, Parts, fill_from, open_parts
+from engine.opening import Fill, Parts, explained, fill_from, open_parts
 from engine.pending import AsyncPending, Finished, Pending
 from engine.policy import Policy
-from engine.schedule.sequence import Sequence
+from engine.schedule.sequence import Sequence as Scheduled
 from engine.schedule.timing import SweepTiming
+from engine.verification.layerwise import Driven, Findings, LayerwiseComparison
+from engine.verification.text import Text
 from engine.worker import Worker
 
 
@@ -182,6 +184,42 @@ class Engine:
         sequences = sequences_of(whole, completions, int(pad))
         return Generation(sequences=sequences, completions=tuple(completions)) if return_dict else sequences
 
+    def compare_with_stock(
+        self,
+        jobs: Sequence[Job],
+        completions: Sequence[Completion],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Findings:
+        """Compute what `completions` tell of `jobs` once more, beside stock layers of transformers, layer by layer.
+
+        Each layer's weights arrive once, for both. Jobs that failed must be left out. `progress` is told how many of
+        the stages are done. Other jobs wait until this returns. Raises `JobError` for a job that this model cannot
+        run, and otherwise as `LayerwiseComparison.run`.
+        """
+        texts = []
+        for job, completion in zip(jobs, completions, strict=True):
+            self._check(job)
+            if completion.error is not None:
+                raise JobError(f"a job that failed has nothing to compare: {completion.error}")
+            texts.append(Text.of(job, completion))
+        with self._worker.lend() as parts:
+            try:
+                return LayerwiseComparison(
+                    Driven(
+                        model=parts.model,
+                        weights=parts.weights,
+                        stream=parts.stream,
+                        cache=parts.cache,
+                        plan=parts.plan,
+                        limits=parts.executor.limits,
+                        share_prefix=parts.policy.share_prefix,
+                        window=parts.window,
+                        checkpoint=None if parts.weights.source is None else parts.path,
+                    )
+                ).run(texts, progress)
+            except Exception as error:
+                raise explained(error, parts.policy) from error
+
     @property
     def num_sweeps(self) -> int:
         """Passes over the weights so far."""
@@ -224,14 +262,14 @@ class Engine:
         if self.observer is not None:
             self.observer(timing)
 
-    def _checked(self, jobs: Iterable[Job]) -> tuple[dict[int, Sequence], Finished]:
+    def _checked(self, jobs: Iterable[Job]) -> tuple[dict[int, Scheduled], Finished]:
         """Sequences for what can run of `jobs`, by position, and the completions of what cannot."""
-        sequences: dict[int, Sequence] = {}
+        sequences: dict[int, Scheduled] = {}
         bad: Finished = []
         for index, job in enumerate(jobs):
             try:
                 self._check(job)
-                sequences[index] = Sequence.of(job)
+                sequences[index] = Scheduled.of(job)
             except EngineError as error:
                 bad.append((index, Completion(error=error)))
         return sequences, bad
@@ -239,27 +277,7 @@ class Engine:
     def _check(self, job: Job) -> None:
         """Raise `JobError` for a job that this model cannot run."""
         job.check()
-        vocabulary = self.parts.model.vocab_size
-        if {*map(type, job.prompt)} != {int}:  # else there is nothing to look for, token by token
-            strange = next((token for token in job.prompt if not is_whole(token)), None)
-            if strange is not None:
-                raise JobError(f"the prompt holds {strange!r}, which is no token id")
-        if not 0 <= min(job.prompt) <= max(job.prompt) < vocabulary:
-            outside = next(token for token in job.prompt if not 0 <= token < vocabulary)
-            raise JobError(
-                f"prompt token {outside} is outside the model's vocabulary of {vocabulary}; the tokenizer and the "
-                "model do not belong together, use the tokenizer that the model was trained with"
-            )
-        rows = max(1, len(job.prompt) - (job.max_new_tokens == 0))  # the last token of all is never fed
-        positions = rows + max(0, job.max_new_tokens - 1)
-        if self.window is not None and positions > self.window:
-            raise JobError(
-                f"prompt of {len(job.prompt)} tokens + {job.max_new_tokens} new ones exceed the model's window of "
-                f"{self.window}; shorten it"
-            )
-        pad = self.policy.pad_to_seq_len
-        if isinstance(pad, int) and rows > pad:
-            raise JobError(f"prompt of {len(job.prompt)} tokens is longer than pad-to-seq-len {pad}; raise it")
+        job.check_fits(self.parts.model.vocab_size, self.window, self.policy.pad_to_seq_len)
 
 
 def _each(sweeps: Pending) -> Iterator[tuple[int, Completion]]:

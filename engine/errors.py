@@ -62,6 +62,12 @@ def one_line(error: BaseException) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def named(error: BaseException) -> str:
+    """The kind of an error that nobody raised on purpose, and what it says, as `one_line`."""
+    kind, line = type(error).__name__, one_line(error)
+    return line if line == kind else f"{kind}: {line}"
+
+
 def shown(value: object) -> str:
     """A value from outside as a message may show it: on one line, and not too long."""
     short = reprlib.Repr()

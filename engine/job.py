@@ -70,7 +70,7 @@ class Job:
         if isinstance(self.prompt, str):
             raise JobError(
                 "the prompt is text; give token ids, for example those of engine.text.prompt: "
-                "PromptTokenizer.of(engine.tokenizer).plain(text)"
+                "PromptTokenizer.of(engine.tokenizer, engine.window).plain(text)"
             )
         if len(self.prompt) == 0:
             raise JobError("the prompt is empty; a model needs at least one token (its BOS, for example)")
@@ -86,6 +86,28 @@ class Job:
         if any(len(stop) == 0 for stop in self.stop):
             raise JobError("a stop sequence is empty; it would end every completion at once")
         self.sampling.check()
+
+    def check_fits(self, vocabulary: int, window: int | None, pad: int | str | None) -> None:
+        """Raise `JobError` for what a model of this vocabulary and window cannot run; `pad` is the policy's."""
+        if {*map(type, self.prompt)} != {int}:  # else there is nothing to look for, token by token
+            strange = next((token for token in self.prompt if not is_whole(token)), None)
+            if strange is not None:
+                raise JobError(f"the prompt holds {strange!r}, which is no token id")
+        if not 0 <= min(self.prompt) <= max(self.prompt) < vocabulary:
+            outside = next(token for token in self.prompt if not 0 <= token < vocabulary)
+            raise JobError(
+                f"prompt token {outside} is outside the model's vocabulary of {vocabulary}; the tokenizer and the "
+                "model do not belong together, use the tokenizer that the model was trained with"
+            )
+        rows = max(1, len(self.prompt) - (self.max_new_tokens == 0))  # the last token of all is never fed
+        positions = rows + max(0, self.max_new_tokens - 1)
+        if window is not None and positions > window:
+            raise JobError(
+                f"prompt of {len(self.prompt)} tokens + {self.max_new_tokens} new ones exceed the model's window of "
+                f"{window}; shorten it"
+            )
+        if isinstance(pad, int) and rows > pad:
+            raise JobError(f"prompt of {len(self.prompt)} tokens is longer than pad-to-seq-len {pad}; raise it")
 
 
 @dataclass(frozen=True, kw_only=True)

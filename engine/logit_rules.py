@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engine.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +60,23 @@ class LogitRules:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], end_of_text: Sequence[int]) -> LogitRules | None:
-        """Those of a generation_config.json; None where it has none."""
+        """Those of a generation_config.json; None where it has none.
+
+        Raises `CheckpointError` for values that no rule can have.
+        """
+        try:
+            rules = cls._of(config)
+        except (TypeError, ValueError, OverflowError):
+            told = {name: config[name] for name in asdict(cls()) if config.get(name) is not None}
+            raise CheckpointError(
+                f"generation_config.json says {shown(told)}; numbers and lists of token ids are expected there"
+            ) from None
+        return None if rules == cls() else cls(**{**asdict(rules), "end_of_text": tuple(end_of_text)})
+
+    @classmethod
+    def _of(cls, config: Mapping[str, Any]) -> LogitRules:
         forced = config.get("forced_eos_token_id")
-        rules = cls(
+        return cls(
             repetition_penalty=float(config.get("repetition_penalty") or 1.0),
             no_repeat_ngram_size=int(config.get("no_repeat_ngram_size") or 0),
             bad_words_ids=tuple(map(tuple, config.get("bad_words_ids") or ())),
@@ -71,7 +86,6 @@ class LogitRules:
             suppress_tokens=tuple(config.get("suppress_tokens") or ()),
             begin_suppress_tokens=tuple(config.get("begin_suppress_tokens") or ()),
         )
-        return None if rules == cls() else cls(**{**asdict(rules), "end_of_text": tuple(end_of_text)})
 
     def told(self) -> dict[str, Any]:
         """The rules that there are, by the names of generation_config.json; JSON types."""
@@ -129,13 +143,3 @@ def refused_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, harmless in _HAS_NO_EFFECT.items()
         if config.get(name) is not None and config[name] not in harmless
     }
-
-
-def read_generation_config(path: Path) -> dict[str, Any]:
-    """A model directory's generation_config.json, as `transformers` reads it; empty where it reads none."""
-    from transformers import GenerationConfig
-
-    try:
-        return dict(GenerationConfig.from_pretrained(path).to_dict())
-    except Exception:  # not there or broken: transformers loads such a model with no settings of its own
-        return {}

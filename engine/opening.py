@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache, unencodable_layer
 from engine.checkpoint.description import ModelDescription
-from engine.checkpoint.tokenizer import load_tokenizer, special_tokens
-from engine.errors import CapacityError, EngineError, UnsupportedError
+from engine.checkpoint.tokenizer import SpecialTokens, load_tokenizer, special_tokens
+from engine.errors import CapacityError, EngineError, UnsupportedError, named, one_line
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
 from engine.kernels.threads import limit_threads
@@ -26,7 +26,7 @@ from engine.policy import Policy
 from engine.schedule.scheduler import Scheduler
 from engine.text.decoding import Text
 from engine.weights.kept import KeptWeights
-from engine.weights.loading import load_checkpoint
+from engine.weights.loading import check_checkpoint, load_checkpoint
 from engine.weights.store import WeightStore
 from engine.weights.stored_form import shape_of
 from engine.weights.stream import WeightStream
@@ -45,10 +45,13 @@ class Parts:
     """A model opened by a policy: what a loop of sweeps works with."""
 
     policy: Policy
+    path: Path
+    """The model's directory; it may be gone where weights do not come from it."""
     plan: Plan
     model: CausalModel
     weights: WeightStore
     stream: WeightStream
+    cache: KVCache
     scheduler: Scheduler
     executor: Executor
     arena: Arena
@@ -88,21 +91,13 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or `CapacityError` when the policy does not fit the
     memory at hand.
     """
-    policy.check_window(description.window)
     limit_threads()
     device_name = resolve_device(policy.device)
     device = accelerator.indexed(torch.device(device_name))
     dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
-    path = Path(description.path)
-    tokenizer = load_tokenizer(path)
-    model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant)
-    special = special_tokens(path, model.config, tokenizer)
+    model, tokenizer, special = _open_model(description, policy, dtype, device)
     memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
     codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
-    if cache_codec is not None:
-        _check_cache_codec(model)
-    if codec is not None and model.packed:
-        raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
     plan = make_plan(shape_of(model, codec, cache_codec), policy, memory, on_cpu=device.type == "cpu")
     end_limit = accelerator.limit_memory(device, policy.gpu_memory) if policy.gpu_memory is not None else _no_limit
     arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
@@ -126,10 +121,12 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
         hidden = HiddenStates(arena, plan.activations, model.hidden_size, dtype)
         return Parts(
             policy=policy,
+            path=Path(description.path),
             plan=plan,
             model=model,
             weights=store,
             stream=stream,
+            cache=cache,
             scheduler=Scheduler(plan.limits, cache.room, share_prefix=policy.share_prefix),
             executor=Executor(model, stream, cache, hidden, plan.limits),
             arena=arena,
@@ -150,6 +147,39 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
         raise explained(error, policy) from error
 
 
+def check_model(description: ModelDescription, policy: Policy) -> None:
+    """Raise what `open_parts` would raise for the described model itself, whatever the machine; reads no weights.
+
+    Of a model whose weight files nobody looked at, only what its other files tell is known.
+    """
+    has_weights = description.weight_bytes > 0
+    cpu = torch.device("cpu")
+    model, _, _ = _open_model(description, policy, torch.float32, cpu, has_weights=has_weights)
+    if has_weights:
+        check_checkpoint(Path(description.path), model)
+
+
+def _open_model(
+    description: ModelDescription,
+    policy: Policy,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_weights: bool = True,
+) -> tuple[CausalModel, PreTrainedTokenizerBase, SpecialTokens]:
+    """The described model without numbers, and its tokenizer; refuses what cannot be run under the policy."""
+    policy.check_window(description.window)
+    path = Path(description.path)
+    tokenizer = load_tokenizer(path)
+    model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant, has_weights=has_weights)
+    special = special_tokens(path, model.config, tokenizer)
+    if policy.compress_cache:
+        _check_cache_codec(model)
+    if policy.compress_weight and getattr(model.config, "quantization_config", None):
+        raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
+    return model, tokenizer, special
+
+
 def _check_cache_codec(model: CausalModel) -> None:
     layer = unencodable_layer(model.kv_shapes)
     if layer is not None:
@@ -161,12 +191,13 @@ def _check_cache_codec(model: CausalModel) -> None:
 
 def explained(error: BaseException, policy: Policy) -> BaseException:
     """`error` as one of the engine, in one line, unless it is one or ends the process."""
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = str(error).split(". ")[0]
+    if accelerator.is_out_of_memory(error):
+        what = one_line(error)
+        reason = what[max(0, what.find("DefaultCPUAllocator")) :].split(". ")[0]
         return CapacityError(
-            f"the device ran out of memory ({' '.join(reason.split())}); lower gpu-batch-size"
+            f"the device ran out of memory ({reason}); lower gpu-batch-size"
             f"{'' if policy.gpu_batch_size is None else f' {policy.gpu_batch_size}'} or the gpu percents"
         )
     if isinstance(error, EngineError | KeyboardInterrupt | SystemExit):
         return error
-    return EngineError(f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    return EngineError(f"the engine failed: {named(error)}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
-
-import torch
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 
 from engine.advance import advance
 from engine.errors import EngineError, NumericsError
@@ -35,6 +34,10 @@ class Worker:
         self._abandoned: list[Call] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._is_waiting = False
+        """Whether the engine's thread waits for work."""
+        self._is_lent = False
+        """Whether somebody else works with the parts, in another thread."""
         self._loaded = math.inf
         """When all weights were in place, by `time.perf_counter`."""
         self._fault: BaseException | None = None
@@ -46,10 +49,7 @@ class Worker:
     def submit(self, call: Call) -> None:
         """Take in a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
         with self._changed:
-            if self._fault is not None:
-                raise self._fault.with_traceback(None)  # else it would grow, and keep frames, with every call
-            if self._closing:
-                raise EngineError("the engine is closed")
+            self._check_serving()
             if call.sequences:
                 self._inbox.append((call, dict(call.sequences)))
                 self._changed.notify_all()
@@ -62,6 +62,33 @@ class Worker:
             if self._fault is None and not self._closing:  # else nobody looks at it any more
                 self._abandoned.append(call)
                 self._changed.notify_all()
+
+    @contextmanager
+    def lend(self) -> Iterator[Parts]:
+        """Inside, the caller's thread works with the parts; jobs wait until it has done so, and `close` does.
+
+        Waits until the jobs in work have ended. Raises the fault that ended the engine, or `EngineError` when it is
+        closed.
+        """
+        with self._changed:
+            while not (self._is_waiting and not self._is_lent):
+                self._check_serving()
+                self._changed.wait()
+            self._check_serving()
+            self._is_lent = True
+        try:
+            accelerator.make_current(self._parts.arena.device)
+            yield self._parts
+        finally:
+            with self._changed:
+                self._is_lent = False
+                self._changed.notify_all()
+
+    def _check_serving(self) -> None:
+        if self._fault is not None:
+            raise self._fault.with_traceback(None)  # else it would grow, and keep frames, with every call
+        if self._closing:
+            raise EngineError("the engine is closed")
 
     @property
     def num_jobs(self) -> int:
@@ -107,6 +134,7 @@ class Worker:
             self._fault = explained(error, self._parts.policy)
         finally:
             with self._changed:
+                self._changed.notify_all()  # who waits to borrow the parts
                 calls = {id(call): call for call, _ in [*self._owner.values(), *self._inbox]}
                 self._inbox.clear()
             for call in calls.values():
@@ -116,8 +144,11 @@ class Worker:
         """Take in what arrived; wait when there is nothing to do. False when the engine closes."""
         scheduler = self._parts.scheduler
         with self._changed:
-            while scheduler.is_idle and not self._inbox and not self._closing:
+            while self._is_lent or (scheduler.is_idle and not self._inbox and not self._closing):
+                self._is_waiting = True
+                self._changed.notify_all()
                 self._changed.wait()
+            self._is_waiting = False
             if self._closing:
                 return False
             inbox, self._inbox = self._inbox, []
@@ -183,7 +214,9 @@ class Worker:
         while batches:
             try:
                 return batches, executor.sweep(batches)
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not accelerator.is_out_of_memory(error):
+                    raise
                 reason = str(explained(error, self._parts.policy))
             executor.recover()
             accelerator.release_memory(device)

@@ -275,6 +275,32 @@ def test_encoded_dummy_weights_are_those_that_are_encoded_on_loading(opt: str) -
         assert found.any()
 
 
+def test_a_comparison_with_stock_layers_is_timed_beside_its_run(opt: str, tmp_path: Path) -> None:
+    rows = ["1x3x0+8:4", "2x2x20+4:1"]
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("device: cpu\npercent: [0, 100, 0, 100, 100, 0]\n")
+    limits = ["--policy", str(policy), "--cpu-memory", "1GB"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.verify", "--shape", opt, *limits, "--rows", *rows, "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "verify-tiny-opt.json").read_text())
+    assert [row["row"] for row in record["rows"]] == rows
+    assert [row["sweeps"] for row in record["rows"]] == [4, 1]
+    assert record["policy"]["cpu-memory"] == "1000000kB"
+    for row in record["rows"]:
+        assert row["is_within"]
+        assert row["passes"] == 1
+        assert row["ratio"] == pytest.approx((row["run_s"] + row["compare_s"]) / row["run_s"])
+        assert row["worst"][0]["relative"] == max(stage["relative"] for stage in row["worst"])
+        assert all(stage["weights"] is None for stage in row["worst"])
+        assert f"ratio {row['ratio']:5.2f}" in done.stdout
+
+
 class TestCommand:
     def test_runs_whole_without_helm(self, opt: str, tmp_path: Path) -> None:
         rows = ["1x3x0+8:4", "2x2x20+4:1"]

@@ -24,6 +24,7 @@ ROOMS = {
         "cache",
         "model",
         "weights",
+        "verification",
     ),
     "flexgen_helm": (
         "terminal",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class KVCache(LayerMemory):
         self.dtype = dtype
         self.bits = 0 if codec is None else codec.bits
         """Of the codes off the device; 0 for none."""
-        self._codec = codec
+        self.codec = codec
+        """What rounds every row, and encodes those off the device; None if nothing does."""
         self._arena = arena
         self._compute_on_host = compute_on_host
         self._fresh: dict[int, torch.Tensor] = {}
@@ -65,14 +66,18 @@ class KVCache(LayerMemory):
         self._staged: deque[tuple[int, DecodeGroup, tuple[torch.Tensor, Any] | Fetch]] = deque()
         """Layer and group whose own tokens are under way: from the host with the event of arrival, or from disk."""
 
-    def stage_ahead(self, batches: Sequence[Rows]) -> None:
-        """To be called before a sweep over micro-batches: from now on it may read what the sweep before wrote."""
+    def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
+        """To be called before a sweep over micro-batches: from now on it may read what the sweep before wrote.
+
+        layers: those that the sweep passes, in their order; None: all.
+        """
         self._transfer.settle()
         self._disk.settle()
         self._fresh, self._fresh_layer = {}, -1  # of spans that may be gone: their ids come again
         groups = [group for batch in batches if isinstance(batch, MicroBatch) for group in batch.decode_groups]
         ahead = [group for group in groups if self._is_ahead(group)]
-        self._coming = ((layer, group) for layer in range(len(self.shapes)) for group in ahead)
+        passed = range(len(self.shapes)) if layers is None else layers
+        self._coming = ((layer, group) for layer in passed for group in ahead)
         self._staged.clear()
         for _ in range(STAGING_BUFFERS - 1):
             self._fetch_next()
@@ -105,9 +110,9 @@ class KVCache(LayerMemory):
         """
         key, value = new
         coded = None
-        if self._codec is not None:
-            coded = self._codec.encode_rows(pack(key, value))
-            key, value = self._unpack_flat(layer, self._codec.decode_rows(coded, self.shapes[layer].width, self.dtype))
+        if self.codec is not None:
+            coded = self.codec.encode_rows(pack(key, value))
+            key, value = self._unpack_flat(layer, self.codec.decode_rows(coded, self.shapes[layer].width, self.dtype))
         if layer != self._fresh_layer:
             self._fresh, self._fresh_layer = {}, layer
         if batch.device_slots is not None:
@@ -178,9 +183,9 @@ class KVCache(LayerMemory):
 
     def decoded(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a table off the device as numbers `[rows, width]`."""
-        if self._codec is None:
+        if self.codec is None:
             return rows
-        return self._codec.decode_rows(rows, self.shapes[layer].width, self.dtype)
+        return self.codec.decode_rows(rows, self.shapes[layer].width, self.dtype)
 
     def is_attended_on_host(self, group: DecodeGroup) -> bool:
         """Whether a decode group's attention is computed where its keys and values are, as the policy may want it."""

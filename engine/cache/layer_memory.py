@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +18,10 @@ class LayerMemory(Protocol):
     room: CacheRoom
     """Where spans get room, and give it back."""
 
-    def stage_ahead(self, batches: Sequence[Rows]) -> None:
+    def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
         """Begin a sweep over micro-batches: what it will read on other tiers is brought to the device ahead of it.
 
-        From now on the sweep may read what the sweep before wrote.
+        From now on the sweep may read what the sweep before wrote. `layers`: those it passes, in order; None: all.
         """
 
     def write(self, layer: int, batch: Rows, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:

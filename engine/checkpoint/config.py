@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CheckpointError, UnsupportedError, one_line, shown
+from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.reading import find_file, read_json_object
 
 if TYPE_CHECKING:
@@ -84,6 +84,13 @@ def check_causal(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(f"{named} in {path} is an encoder-decoder; only causal (decoder-only) models run here")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        whole = next((kind for kind, names in known if set(_names(names)) & set(architectures)), None)
+        if whole is not None:
+            raise UnsupportedError(
+                f"{named} in {path} is the text part of {whole!r}: its config.json names the model type "
+                f"{_printable(model_type)!r}, which transformers' AutoModelForCausalLM cannot load by itself"
+            )
         raise UnsupportedError(f"{named} in {path} is no causal language model that this transformers version knows")
     causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
     # Encoder families (BERT, RoBERTa, …) have a causal class too, meant for configs that say is_decoder.
@@ -100,9 +107,7 @@ def load_family_config(path: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
     except Exception as error:  # whatever fields of another kind lead to in the family's code
-        raise CheckpointError(
-            f"{path / 'config.json'} cannot be meant: transformers says {type(error).__name__}: {one_line(error)}"
-        ) from None
+        raise CheckpointError(f"{path / 'config.json'} cannot be meant: transformers says {named(error)}") from None
     _check_padding(path / "config.json", config, text)
     return text
 

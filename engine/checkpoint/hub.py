@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from engine.checkpoint.weight_files import CHOICES, named_weights, weight_map
-from engine.errors import CheckpointError, one_line, shown
+from engine.errors import CheckpointError, named, one_line, shown
 from engine.reading import expand_home, find_file
 
 _ANSWER_S = 10.0
@@ -149,12 +149,12 @@ def _why(model: str, error: Exception) -> str:
         return f"the hub {hub} answers HTTP {status} for model {model!r}; try again later, or name a directory"
     if isinstance(error, ValueError | KeyError | TypeError | AttributeError | AssertionError):
         return (
-            f"the hub {hub} answers for model {model!r} with something else than a hub does ({type(error).__name__}: "
-            f"{one_line(error)[:100]}); check HF_ENDPOINT, and whether a proxy asks to log in"
+            f"the hub {hub} answers for model {model!r} with something else than a hub does ("
+            f"{named(error)}); check HF_ENDPOINT, and whether a proxy asks to log in"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"model {model!r} cannot be written to the hub cache: {error.filename}: {error.strerror}"
     return (
-        f"model {model!r} is no directory, and the hub {hub} cannot be reached ({type(error).__name__}: "
-        f"{one_line(error)[:100]}); name a directory, or download it where there is a network"
+        f"model {model!r} is no directory, and the hub {hub} cannot be reached ("
+        f"{named(error)}); name a directory, or download it where there is a network"
     )

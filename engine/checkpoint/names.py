@@ -16,6 +16,8 @@ class CheckpointNames:
         """state: the model's parameters and persistent buffers, by name."""
         transforms = get_model_conversion_mapping(module)
         self._state = state
+        self._found: dict[str, tuple[str, str | None]] = {}
+        """What was found already: patterns of conversions are many, and so are experts."""
         self._prefix = module.base_model_prefix
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -25,6 +27,11 @@ class CheckpointNames:
 
     def target(self, name: str) -> tuple[str, str | None]:
         """The model's name for `name`, in its state or not, and the pattern of the converter that makes it, if any."""
+        if name not in self._found:
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def _find(self, name: str) -> tuple[str, str | None]:
         target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
         if target not in self._state and name in self._state:
             return name, None

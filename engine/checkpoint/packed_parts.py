@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint.tensors import tensors
-from engine.errors import UnsupportedError, one_line, shown
+from engine.errors import UnsupportedError, named, one_line, shown
 from engine.kernels.packed_matrix import (
     EightBitRows,
     FourBitBlocks,
@@ -74,22 +74,7 @@ def find_packed(
     quantization: the config's quantization_config. owners: the modules of parameters that may be packed, by parameter.
     Raises `UnsupportedError` for a format, or a use of it, that cannot be run.
     """
-    method = quantization.get("quant_method")
-    if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
-        method = "bitsandbytes"  # as its first checkpoints have it
-    method = str(getattr(method, "value", method) or "")
-    checks: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
-        "bitsandbytes": lambda _: None,
-        "compressed-tensors": _compressed_tensors_problem,
-        "gptq": _gptq_problem,
-        "awq": _awq_problem,
-    }
-    if method not in checks:
-        raise UnsupportedError(
-            f"{path} is quantized by {method or 'an unnamed method'}, which cannot be run; {_cure()}"
-        )
-    if problem := checks[method](quantization):
-        raise UnsupportedError(f"{path} is quantized by {method} with {problem}, which cannot be run; {_cure()}")
+    method = checked_method(path, quantization)
     by_module: dict[str, dict[str, Load]] = {}
     for name, load in tensors(path):
         module, part = _cut(name)
@@ -120,11 +105,32 @@ def find_packed(
             if rounding is not None:
                 rounding.attach(owner, scale)
         except Exception as error:  # whatever fields and shapes of another kind lead to
-            reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+            reason = one_line(error) if isinstance(error, ValueError) else named(error)
             raise UnsupportedError(f"{path}: {module} is quantized by {method}: {reason}; {_cure()}") from None
     if not found:
         raise UnsupportedError(f"{path} is quantized by {method} by its config.json, but holds no such tensors")
     return found
+
+
+def checked_method(path: Path, quantization: Mapping[str, Any]) -> str:
+    """What a config's quantization_config says that quantized the model; `UnsupportedError` if it cannot be run."""
+    method = quantization.get("quant_method")
+    if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
+        method = "bitsandbytes"  # as its first checkpoints have it
+    method = str(getattr(method, "value", method) or "")
+    checks: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+        "bitsandbytes": lambda _: None,
+        "compressed-tensors": _compressed_tensors_problem,
+        "gptq": _gptq_problem,
+        "awq": _awq_problem,
+    }
+    if method not in checks:
+        raise UnsupportedError(
+            f"{path} is quantized by {method or 'an unnamed method'}, which cannot be run; {_cure()}"
+        )
+    if problem := checks[method](quantization):
+        raise UnsupportedError(f"{path} is quantized by {method} with {problem}, which cannot be run; {_cure()}")
+    return method
 
 
 def _input_rounding(quantization: Mapping[str, Any]) -> InputRounding | None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, named
 from engine.reading import find_file, open_file
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+_log = logging.getLogger(__name__)
+
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,3 +61,22 @@ def check_side_files(path: Path) -> None:
         raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
     for name in sorted(found):
         open_file(path / name, CheckpointError).close()
+
+
+def read_generation_config(path: Path) -> GenerationConfig | None:
+    """That of a model directory; None where `from_pretrained` goes on without: it is not there, or no JSON.
+
+    Raises `CheckpointError` for one whose values cannot be meant: transformers does not load such a model either.
+    """
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if not find_file(file, CheckpointError):
+        return None
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        _log.warning("flexgen-helm: %s is no JSON and left out, as transformers leaves it out", file)
+    except Exception as error:  # whatever its values lead to
+        raise CheckpointError(f"{file} cannot be meant: {named(error)}; mend it or take it away") from None
+    return None

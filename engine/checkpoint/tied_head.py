@@ -16,16 +16,18 @@ from engine.checkpoint.weight_files import chosen_name
 _CHUNK = 1 << 22
 
 
-def is_tied(path: Path, module: PreTrainedModel, state: Mapping[str, torch.Tensor], head: str) -> bool:
+def is_tied(
+    path: Path | None, module: PreTrainedModel, names: CheckpointNames, state: Mapping[str, torch.Tensor], head: str
+) -> bool:
     """Whether parameter `head` of a model is another parameter (the token embedding), as `from_pretrained` has it.
 
-    It is not where the config says so but the weight files hold both tables, and they differ in the model's dtype:
-    then the config is wrong. Where both are there, they are read, until a difference shows.
+    It is not where the config says so but the weight files of `path` hold both tables, and they differ in the model's
+    dtype: then the config is wrong. Where both are there, they are read, until a difference shows. Without a path, the
+    config is taken at its word.
     """
     pair = module.all_tied_weights_keys.get(head)
-    if pair is None or chosen_name(path) is None:
+    if pair is None or path is None or chosen_name(path) is None:
         return pair is not None
-    names = CheckpointNames(module, dict(state))
     found: dict[str, Any] = {}
     for name, load in tensors(path):
         target, pattern = names.target(name)

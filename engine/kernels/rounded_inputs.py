@@ -37,6 +37,7 @@ class InputRounding:
     def attach(self, module: nn.Module, scale: torch.Tensor | None) -> None:
         """Let `module` compute with rounded inputs; `scale` is the checkpoint's, if there is one."""
         own = None if scale is None else scale.item()
+        module.__dict__["rounds_inputs"] = True
         module.register_forward_pre_hook(lambda _, args: (self.rounded(args[0], own), *args[1:]))
 
     def rounded(self, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 _WITH_STREAMS = ("cuda", "xpu")
+_ON_CPU = "DefaultCPUAllocator: "
+"""How torch begins to tell of host memory that it does not get: "can't allocate", or "not enough"."""
 _LIMITS: dict[torch.device, list[int]] = {}
 """Memory limits that were asked for, by device; torch has one limit for the whole process."""
 
@@ -145,6 +147,13 @@ def _set_limit(device: torch.device) -> None:
     total = _module(device).get_device_properties(device).total_memory
     lowest = min(_LIMITS[device], default=total)
     _module(device).set_per_process_memory_fraction(min(1.0, lowest / total), device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device: torch has a type of error for accelerators alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and _ON_CPU in str(error)
+    )
 
 
 def release_memory(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from engine.errors import CheckpointError, UnsupportedError, one_line
+from engine.errors import CheckpointError, UnsupportedError, named
 from engine.model.attention.interface import ATTENTION_NAME
 
 _PLAIN_KINDS = frozenset({"attention", "full_attention", "sliding_attention"})
@@ -47,8 +47,7 @@ def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         model = _on_meta(config, dtype, ATTENTION_NAME)
     except Exception as error:  # whatever values of another kind or size lead to in the family's code
         raise CheckpointError(
-            f"{path}: transformers cannot build this model from its config.json: {type(error).__name__}: "
-            f"{one_line(error)}"
+            f"{path}: transformers cannot build this model from its config.json: {named(error)}"
         ) from None
     if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
@@ -82,6 +81,12 @@ def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
                     kept = tensor.to(plan[by_group[found.lastgroup]])
                     is_parameter = isinstance(tensor, nn.Parameter)
                     table[attribute] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
+
+
+def default_attention(config: PreTrainedConfig, dtype: torch.dtype) -> str:
+    """The attention implementation that `from_pretrained` takes for a model of this config when nobody names one."""
+    fresh = type(config).from_dict(config.to_dict())
+    return str(_on_meta(fresh, dtype, None).config._attn_implementation)
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.cache.shape import KVShape
 from engine.checkpoint.names import CheckpointNames
-from engine.checkpoint.packed_parts import find_packed
+from engine.checkpoint.packed_parts import checked_method, find_packed
 from engine.checkpoint.tied_head import is_tied
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
@@ -33,7 +33,16 @@ class CausalModel:
     model's forward with stand-ins for the layers, and `head` calls it with the last hidden state injected.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        batch_invariant: bool = False,
+        has_weights: bool = True,
+    ) -> None:
+        """has_weights: whether the weight files are looked at, too; without, a quantized model is not known to be."""
         self.device, self.dtype = device, dtype
         self.module = build(path, dtype)
         self.config = self.module.config
@@ -43,6 +52,8 @@ class CausalModel:
         """Tells our attention function, called from inside the layers, what it works on."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
         """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
+        self.names = CheckpointNames(self.module, self.state)
+        """What the tensors of its checkpoint are called here."""
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
             for prefix, module in self.module.named_modules()
@@ -54,12 +65,12 @@ class CausalModel:
             raise UnsupportedError(f"{type(self.module).__name__} has no output embedding; it cannot be run here")
         self.head_name = next(name for name, module in self.module.named_modules() if module is self.output) + ".weight"
         """Full name of the head's weight."""
-        self.is_tied = is_tied(path, self.module, self.state, self.head_name)
+        self.is_tied = is_tied(path if has_weights else None, self.module, self.names, self.state, self.head_name)
         """Whether the head's weight is the token embedding's."""
         slots = decoder_layers(self.module)
         self.layers = list(slots)
         self.units = self._find_units()
-        self.packed: dict[str, PackedMatrix] = self._find_packed(path)
+        self.packed: dict[str, PackedMatrix] = self._find_packed(path, has_weights)
         """Parameters that the checkpoint holds packed."""
         self.recorder = CallRecorder(len(self.layers))
         """What stands in for the layers while the model's own forward is called."""
@@ -83,10 +94,14 @@ class CausalModel:
 
     def put_buffer(self, name: str, values: torch.Tensor) -> None:
         """Fill a persistent buffer of the model or of one of its layers."""
+        self.buffer(name).copy_(values)
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """A persistent buffer of the model or of one of its layers."""
         module, attribute = self._buffer_owners[name]
-        buffer = module._buffers[attribute]
+        buffer: torch.Tensor | None = module._buffers[attribute]
         assert buffer is not None
-        buffer.copy_(values)
+        return buffer
 
     @property
     def vocab_size(self) -> int:
@@ -107,6 +122,11 @@ class CausalModel:
     def is_plain(self) -> bool:
         """Whether attention is a plain softmax over all tokens before, which the engine's own kernels compute."""
         return self.sweeping.is_plain and not self.is_padded
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of linear layers are rounded to 8 bits, as a checkpoint may ask for."""
+        return any("rounds_inputs" in module.__dict__ for layer in self.layers for module in layer.modules())
 
     @property
     def reads_in_place(self) -> bool:
@@ -149,17 +169,19 @@ class CausalModel:
             raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
         return list(units.values())
 
-    def _find_packed(self, path: Path) -> dict[str, PackedMatrix]:
+    def _find_packed(self, path: Path, has_weights: bool) -> dict[str, PackedMatrix]:
         quantization = getattr(self.config, "quantization_config", None)
         if not quantization:
             return {}
         units = [unit for unit in self.units if unit.name == "head" or unit.name.startswith("layer.")]
         owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
         told = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        names = CheckpointNames(self.module, self.state)
+        if not has_weights:
+            checked_method(path, told)
+            return {}
 
         def name_of(source: str) -> str | None:
-            target, pattern = names.target(source)
+            target, pattern = self.names.target(source)
             return target if pattern is None else None
 
         return find_packed(path, told, owners, name_of)

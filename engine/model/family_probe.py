@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.cache.shape import KVShape
-from engine.errors import UnsupportedError
+from engine.errors import UnsupportedError, named
 from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
@@ -43,6 +43,11 @@ def probe(model: Drivable) -> list[KVShape]:
     (`model.is_padded`). Raises `UnsupportedError` with the reason of the attempt that came farthest.
     """
     name = f"{type(model.module).__name__} ({model.config.model_type})"
+    if shared := getattr(model.config.get_text_config(), "num_kv_shared_layers", None):
+        raise UnsupportedError(
+            f"{name} cannot be run here: its last {shared} layers attend to the keys and values of layers before them "
+            "(num_kv_shared_layers of its config); every layer needs its own"
+        )
     failure: _Failure | None = None
     is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
@@ -101,7 +106,7 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
         except Exception as error:
             shapes.append(None)
             what = "chooses by numbers before it attends, and " if isinstance(error, NotImplementedError) else ""
-            reason = f"layer {index} ({type(layer).__name__}) {what}does not run without weights: {_line(error)}"
+            reason = f"layer {index} ({type(layer).__name__}) {what}does not run without weights: {named(error)}"
             stopped = stopped or _Failure(1, reason)
     known = [shape for shape in shapes if shape is not None]
     if len(known) == len(shapes):
@@ -207,10 +212,10 @@ def _words(model: Drivable, error: Exception) -> str:
             f"its {type(model.module.base_model).__name__} takes no token ids by name: it wraps a part of another model"
         )
     if "unpack" in str(error):
-        return f"its layers hand on more than hidden states ({_line(error)})"
+        return f"its layers hand on more than hidden states ({named(error)})"
     if "meta" in str(error):
-        return f"its forward reads weights of its embedding or layers besides calling them ({_line(error)})"
-    return f"its forward does not run with token ids, positions and stand-ins for its layers: {_line(error)}"
+        return f"its forward reads weights of its embedding or layers besides calling them ({named(error)})"
+    return f"its forward does not run with token ids, positions and stand-ins for its layers: {named(error)}"
 
 
 def _handed_on(model: Drivable, calls: list[LayerCall]) -> str | None:
@@ -225,7 +230,3 @@ def _handed_on(model: Drivable, calls: list[LayerCall]) -> str | None:
         return None
     count = sum(value is not None for value in output)
     return f"its layers hand on {count} values, not hidden states alone" if count > 1 else None
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -143,13 +143,14 @@ class CacheView(Cache):
 
     def __init__(self, view: CacheLayerMixin) -> None:
         super().__init__(layers=_EveryLayer([view]))
-        self._view = view
+        self.view = view
+        """The view of the layer in hand."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Every layer is the same view: the executor knows which one is in hand."""
-        return self._view.update(key_states, value_states, *args, **kwargs)
+        return self.view.update(key_states, value_states, *args, **kwargs)
 
     def update_indexer(self, *_: Any, **__: Any) -> Any:
         """Refuse what DeepSeek-V3.2 and the like keep besides."""
@@ -165,11 +166,11 @@ class CacheView(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Keys before the new rows."""
-        return self._view.get_seq_length()
+        return self.view.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys."""
-        return self._view.get_mask_sizes(query_length)
+        return self.view.get_mask_sizes(query_length)
 
 
 class ProbingView(_KeysAndValues):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from engine.errors import UnsupportedError, one_line
+from engine.errors import UnsupportedError, named
 from engine.model.stub import LayerCall
 from engine.model.sweep_context import SweepContext
 from engine.model.undrivable import UndrivableError
@@ -83,8 +83,7 @@ def check_rows_apart(layer: nn.Module, context: SweepContext, width: int, calls:
                 if "meta" in str(error):  # a matrix without numbers
                     return
                 raise UnsupportedError(
-                    f"layer {context.layer} ({type(layer).__name__}) does not run: {type(error).__name__}: "
-                    f"{one_line(error)}"
+                    f"layer {context.layer} ({type(layer).__name__}) does not run: {named(error)}"
                 ) from None
     raise UndrivableError(
         "its layers mix tokens outside their attention, so that a result would depend on what is computed beside it "

@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import chain, islice
 
 from engine.errors import CapacityError
 from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
-from engine.schedule.cutting import packed_batches, padded_length, rectangular_batches, rows_of
+from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
+from engine.schedule.pieces import is_long, is_too_long, largest, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
-from engine.schedule.segment import Segment
+from engine.schedule.segment import Segment, add_drafts
 from engine.schedule.sequence import Prefix, Sequence, Span
-
-_LEAST_ROWS = 64
-"""Of a micro-batch: fewer would not save memory worth speaking of, but for what decode steps gather of the cache."""
 
 
 class Scheduler:
@@ -66,7 +63,9 @@ class Scheduler:
         admitted, most_admitted = 0, None
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]
-            if self._is_too_long(sequence):
+            if self.limits is not self._planned:  # smaller than what it was given: memory ran short
+                self._split(span for span in (*sequence.chain, sequence) if span.block is None)
+            if is_too_long(sequence, self.limits):
                 self._waiting.popleft()
                 self._fail(sequence, _no_room("attention", sequence, "its device memory (gpu-memory)"))
                 continue
@@ -91,30 +90,66 @@ class Scheduler:
             segments, rows = segments + new, rows + size
             self.running.append(sequence)
         self._spare_blocks(segments)
-        self._add_drafts(segments, rows)
+        add_drafts(segments, rows, min(self.limits.free_rows, self.limits.rows_per_sweep))
         return self._cut(segments)
 
     def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:
         """The work of a sweep that found too little memory, in smaller micro-batches, now and from now on.
 
         They have half as many rows and, since what attention gathers of the cache grows with a decode step's context
-        and not with its row, half as many cached ones. Where neither makes anything smaller, the largest sequence fails
-        for `reason`, and is among `take_failed`; the others begin again with micro-batches as large as planned.
+        and not with its row, half as many cached ones. Prompts and prefixes of more rows are computed in pieces. Where
+        none of it makes anything smaller, the largest sequence fails for `reason`, or all who share the largest prefix,
+        and are among `take_failed`; the others begin again with micro-batches as large as planned.
         """
         segments = [segment for batch in batches for segment in batch]
-        contexts = [[segment.span.start + segment.past + segment.num_rows for segment in batch] for batch in batches]
-        rows = min(self.limits.rows_per_batch, max(sum(map(rows_of, batch)) for batch in batches)) // 2
-        cached = min(self.limits.cached_rows_per_batch, max(map(sum, contexts))) // 2
-        if rows >= _LEAST_ROWS or cached >= max(map(max, contexts)):
-            rows = max(rows, min(_LEAST_ROWS, self.limits.rows_per_batch))
-            self.limits = replace(self.limits, rows_per_batch=rows, cached_rows_per_batch=max(1, cached))
+        if (found := smaller(self.limits, batches)) is not None:
+            self.limits = found
+            segments = self._in_pieces(segments)
         else:
-            largest = max(self.running, key=lambda sequence: sequence.num_rows)
-            segments = [segment for segment in segments if segment.span is not largest]
-            self.running.remove(largest)
-            self._fail(largest, f"{reason}; shorten the prompt of {largest.start + largest.num_rows} tokens")
+            segments = self._lose(largest(segments), segments, reason)
             self.limits = self._planned
         return self._cut(segments) if self.running else []
+
+    def _lose(self, span: Span, segments: list[Segment], reason: str) -> list[Segment]:
+        """Let a sequence fail, or all who share a prefix; what is left of a sweep's segments."""
+        lost = [each for each in chain(self.running, self._waiting) if span is each or span in each.chain]
+        what = f"the prompt of {span.start + span.num_rows} tokens"
+        if isinstance(span, Prefix):
+            what = f"the {span.start + span.num_rows} tokens that {len(lost)} prompts begin with"
+        leaving = set(map(id, lost))
+        self.running = [each for each in self.running if id(each) not in leaving]
+        self._waiting = deque(each for each in self._waiting if id(each) not in leaving)
+        for sequence in lost:
+            self._fail(sequence, f"{reason}; shorten {what}")
+        needed = {id(part) for each in self.running for part in (each, *each.chain)}
+        return [segment for segment in segments if id(segment.span) in needed]
+
+    def _in_pieces(self, segments: list[Segment]) -> list[Segment]:
+        """The same work, no span of which has more rows than a micro-batch."""
+        heads = self._split(segment.span for segment in segments)
+        spans = {id(segment.span): (*heads.get(id(segment.span), ()), segment.span) for segment in segments}
+        pieces = [
+            segment if len(parts) == 1 else whole(part, self.limits)
+            for segment, parts in zip(segments, spans.values(), strict=True)
+            for part in parts
+        ]
+        for span in (segment.span for segment in segments if id(segment.span) in heads):
+            is_kept = span.block is not None
+            self._free(span)
+            for part in spans[id(span)] if is_kept else ():
+                part.block = self._cache.allocate(part.capacity)
+            if is_kept and any(part.block is None for part in spans[id(span)]):
+                pieces = self._lose(
+                    span, pieces, self._cache.refusal or "the KV cache has no room for a prompt in pieces"
+                )
+        return pieces
+
+    def _split(self, spans: Iterable[Span]) -> dict[int, list[Prefix]]:
+        most = self.limits.rows_per_batch
+        heads = split([span for span in spans if is_long(span, most, self.limits)], most, self._prefixes)
+        for sequence in chain(self.running, self._waiting) if heads else ():
+            sequence.follow(sequence.parent)
+        return heads
 
     def _cut(self, segments: list[Segment]) -> list[list[Segment]]:
         return (rectangular_batches if self.limits.rectangular else packed_batches)(segments, self.limits)
@@ -156,19 +191,6 @@ class Scheduler:
                 self._cache.free(prefix.block if is_nearer else better)
                 prefix.block = better if is_nearer else prefix.block
 
-    def _add_drafts(self, segments: list[Segment], rows: int) -> None:
-        """Let decode steps try their drafts, as far as the rows for them cost nothing."""
-        limit = min(self.limits.free_rows, self.limits.rows_per_sweep)
-        for segment in segments:
-            if rows >= limit:
-                break
-            if segment.is_decode and isinstance(segment.span, Sequence):
-                draft = segment.span.draft()
-                if rows + len(draft) <= limit:
-                    segment.draft = draft
-                    segment.num_rows += len(draft)
-                    rows += len(draft)
-
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
         """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
         while (new := self._try_enter(sequence, entered)) is None:
@@ -187,15 +209,13 @@ class Scheduler:
                 if prefix.block is None:
                     self._withdraw(new)
                     return None
-                new.append(Segment(prefix, len(prefix.tokens)))
+                new.append(whole(prefix, self.limits))
         if sequence.needs_cache:
             sequence.block = self._cache.allocate(sequence.capacity)
             if sequence.block is None:
                 self._withdraw(new)
                 return None
-        rows = sequence.num_rows
-        new.append(Segment(sequence, rows, padded_length(rows, self.limits.pad) - rows))
-        return new
+        return [*new, whole(sequence, self.limits)]
 
     def _evict(self, wanted: tuple[Prefix, ...]) -> bool:
         """Free the room of prefixes that only waiting sequences share; they are computed anew when their turn comes."""
@@ -211,16 +231,6 @@ class Scheduler:
             if segment.span.block is not None:
                 self._cache.free(segment.span.block)
                 segment.span.block = None
-
-    def _is_too_long(self, sequence: Sequence) -> bool:
-        """Whether its attention scores alone are more than memory holds."""
-        limit = self.limits.scores_per_batch
-        if limit is None:
-            return False
-        rows = padded_length(sequence.num_rows, self.limits.pad)
-        rectangles = [(rows, max(rows, sequence.start + sequence.num_rows))]
-        rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
-        return any(rows * keys > limit for rows, keys in rectangles)
 
     def _fail(self, sequence: Sequence, message: str) -> None:
         sequence.error = CapacityError(message)

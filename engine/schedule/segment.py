@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.memory.tiers import Tier
-from engine.schedule.sequence import Span
+from engine.schedule.sequence import Sequence, Span
 
 
 @dataclass(eq=False)
@@ -58,3 +59,16 @@ class Segment:
     def tokens(self) -> list[int]:
         """The token ids of the real rows."""
         return [*self.span.tokens[self.past : self.past + self.num_rows - len(self.draft)], *self.draft]
+
+
+def add_drafts(segments: Iterable[Segment], rows: int, most: int) -> None:
+    """Let decode steps try their drafts, as long as a sweep of `rows` rows has `most` at most."""
+    for segment in segments:
+        if rows >= most:
+            break
+        if segment.is_decode and isinstance(segment.span, Sequence):
+            draft = segment.span.draft()
+            if rows + len(draft) <= most:
+                segment.draft = draft
+                segment.num_rows += len(draft)
+                rows += len(draft)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
@@ -21,7 +22,7 @@ class Span:
 
     tokens: list[int]
     parent: Prefix | None = field(default=None, repr=False)
-    """The prefix that these tokens continue; `_follow` sets it."""
+    """The prefix that these tokens continue; `follow` sets it."""
     start: int = field(init=False)
     """Position of the first token."""
     chain: tuple[Prefix, ...] = field(init=False, repr=False)
@@ -37,13 +38,50 @@ class Span:
     """Whether all logits so far were numbers; else it, or a neighbour of its micro-batch, is at fault."""
 
     def __post_init__(self) -> None:
-        self._follow(self.parent)
+        self.follow(self.parent)
 
-    def _follow(self, parent: Prefix | None) -> None:
+    def follow(self, parent: Prefix | None) -> None:
         """Continue `parent`, whose tokens and parent are final: position and chain are computed here, once."""
         self.parent = parent
         self.start = 0 if parent is None else parent.start + len(parent.tokens)
         self.chain = () if parent is None else (*parent.chain, parent)
+
+    @property
+    def num_shareable(self) -> int:
+        """Own tokens that may be left to a prefix: at least one row stays the span's own."""
+        return max(0, len(self.tokens) - 1)
+
+    def split(self, most: int) -> list[Prefix]:
+        """Leave all but the last tokens to new prefixes, each of at most `most` (2 or more), and return them.
+
+        Nothing of the span may be computed. Spans that continue it must `follow` it again.
+        """
+        assert self.cached == 0
+        count = math.ceil(len(self.tokens) / most)
+        size = math.ceil(len(self.tokens) / count)
+        borders = [min(size * number, self.num_shareable) for number in range(count)]
+        heads: list[Prefix] = []
+        for first, end in pairwise(borders):
+            parent = heads[-1] if heads else self.parent
+            heads.append(Prefix(tokens=self.tokens[first:end], parent=parent, num_users=1, scored=self.is_scored))
+        self.tokens = self.tokens[borders[-1] :]
+        self.follow(heads[-1] if heads else self.parent)
+        return heads
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether somebody asked for the log-probabilities of its prompt tokens."""
+        raise NotImplementedError
+
+    @property
+    def num_rows(self) -> int:
+        """Own tokens that go through the layers at first."""
+        return len(self.tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Own tokens whose keys and values must be kept at most."""
+        return len(self.tokens)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -58,6 +96,11 @@ class Prefix(Span):
     """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
     next_greedy: int | None = None
     """What greedy choice takes to follow the last token; only if `scored`."""
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether somebody asked for the log-probabilities of these tokens."""
+        return self.scored
 
     @property
     def is_computed(self) -> bool:
@@ -101,7 +144,7 @@ class Sequence(Span):
         assert self.block is None
         self.tokens, self.num_prompt = list(self.job.prompt), len(self.job.prompt)
         self.rng, self.draws = _rng(self.job), []
-        self._follow(None)
+        self.follow(None)
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.is_alone, self.drafter = True, True, None
@@ -142,13 +185,24 @@ class Sequence(Span):
 
     @property
     def num_rows(self) -> int:
-        """Own tokens that go through the layers at first: all but the last one of a job that only scores."""
+        """As for any span; the last token of a job that only scores never goes through them."""
         return max(1, len(self.tokens) - (self.job.max_new_tokens == 0))
 
     @property
     def num_shareable(self) -> int:
-        """Own tokens that may be left to a prefix: at least one row stays the sequence's own."""
+        """As for any span; a job that only scores never computes its last token."""
         return max(0, len(self.tokens) - (2 if self.job.max_new_tokens == 0 else 1))
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its job asks for the log-probabilities of its prompt."""
+        return self.job.prompt_logprobs
+
+    def split(self, most: int) -> list[Prefix]:
+        """As for any span, of a prompt."""
+        heads = super().split(most)
+        self.num_prompt -= sum(len(head.tokens) for head in heads)
+        return heads
 
     @property
     def needs_cache(self) -> bool:
@@ -157,7 +211,7 @@ class Sequence(Span):
 
     @property
     def capacity(self) -> int:
-        """Own tokens whose keys and values must be kept at most (the last new one is never fed back)."""
+        """As for any span, new tokens included; the last one is never fed back."""
         return self.num_prompt + max(0, self.job.max_new_tokens - 1)
 
     @property
@@ -183,13 +237,13 @@ class Sequence(Span):
             self.parent.num_users -= 1
         self.tokens = self.tokens[size:]
         self.num_prompt -= size
-        self._follow(prefix)
+        self.follow(prefix)
         prefix.num_users += 1
 
     def take_back(self, shared: list[int]) -> None:
         """Own again the tokens that were left to a chain of prefixes: this sequence then shares nothing."""
         assert self.cached == 0
-        self._follow(None)
+        self.follow(None)
         self.tokens = shared + self.tokens
         self.num_prompt += len(shared)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from engine.errors import EngineError, JobError
+from engine.errors import EngineError, JobError, named
 from engine.job import Completion
 from engine.schedule.sequence import Sequence
 from engine.text.decoding import Text
@@ -124,15 +124,15 @@ def _prompt_scores(sequence: Sequence) -> tuple[tuple[float | None, ...], tuple[
 
 def _fault(sequence: Sequence, error: BaseException, text: Text) -> EngineError:
     """The error of a sequence whose completion could not be made for `error`; names tokens that cannot be decoded."""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    reason = named(error)
     generated = sequence.generated
     bad = list(islice((token for token in dict.fromkeys(generated) if not _is_readable([token], text)), 11))
     if not bad and _is_readable(generated, text):
         return EngineError(f"the completion of this job could not be made ({reason}); please report it with the job")
-    named = bad or generated
+    told = bad or generated
     return JobError(
-        f"the tokenizer cannot decode generated token ids {', '.join(map(str, named[:10]))}"
-        f"{' ...' if len(named) > 10 else ''} ({reason}); the tokenizer and the model do not belong together, use the "
+        f"the tokenizer cannot decode generated token ids {', '.join(map(str, told[:10]))}"
+        f"{' ...' if len(told) > 10 else ''} ({reason}); the tokenizer and the model do not belong together, use the "
         "tokenizer that the model was trained with"
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError, UnsupportedError
+from engine.text.template import check_template_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
 _PROBE = "a"
 _MOST_CHARACTERS = 8_000_000
 """Of one prompt: tokenizers take 200 bytes a character, and windows of a million tokens take half as many."""
+_MOST_PER_TOKEN = 32
+"""Characters of a prompt for each token of a window: text has 3 to 5, and indented code and tables seldom 10."""
+_ALWAYS_TOKENIZED = 100_000
+"""Characters that are tokenized for any window: it takes no time, and tells the number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,16 @@ class PromptTokenizer:
     tokenizer: PreTrainedTokenizerBase
     prefix: tuple[int, ...]
     """What the tokenizer puts before a text."""
+    window: int | None = None
+    """Most tokens of a prompt, as far as the model tells; texts that are far longer are not looked at."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> PromptTokenizer:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, window: int | None = None) -> PromptTokenizer:
         """The one of a tokenizer; `UnsupportedError` if special tokens change how it cuts the text itself."""
         whole, own = tokenizer.encode(_PROBE), tokenizer.encode(_PROBE, add_special_tokens=False)
         for at in range(len(whole) - len(own) + 1):
             if whole[at : at + len(own)] == own:
-                return cls(tokenizer, tuple(whole[:at]))
+                return cls(tokenizer, tuple(whole[:at]), window)
         raise UnsupportedError(
             f"the tokenizer makes {whole} of {_PROBE!r} with special tokens and {own} without, so what it adds cannot "
             "be told from the text; use a tokenizer that puts special tokens around a text only"
@@ -53,20 +61,28 @@ class PromptTokenizer:
 
     def rendered(self, text: str) -> list[int]:
         """Ids of what a chat template wrote: those that the text spells."""
-        _check_size(len(text))
+        check_characters(len(text), self.window)
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Ids of a conversation by the tokenizer's chat template, up to where the answer begins.
 
-        `variables` go to the template. Raises whatever the template raises.
+        `variables` go to the template. Raises whatever the template raises, and `CheckpointError` for one that does not
+        end.
         """
         conversation = [dict(message) for message in messages]
-        _check_size(sum(len(str(message.get("content", ""))) for message in conversation))
+        characters = sum(len(str(message.get("content", ""))) for message in conversation)
+        check_characters(characters, self.window)
+        _ = self._ends
         ids = self.tokenizer.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
         )
         return list(ids)
+
+    @cached_property
+    def _ends(self) -> None:
+        """Nothing, once: the chat template ends."""
+        check_template_ends(self.tokenizer)
 
     def _begins_itself(self, ids: Sequence[int]) -> bool:
         """Whether the first of `ids` that is no white space is a token of the prefix."""
@@ -78,7 +94,11 @@ class PromptTokenizer:
         return False
 
 
-def _check_size(characters: int) -> None:
-    """Raise `JobError` for a prompt that a tokenizer would fill the memory with, which ends the process."""
-    if characters > _MOST_CHARACTERS:
-        raise JobError(f"the prompt has {characters:,} characters, more than {_MOST_CHARACTERS:,}; shorten it")
+def check_characters(characters: int, window: int | None) -> None:
+    """Raise `JobError` for a prompt that would take long to tokenize, or fill the memory, only to be refused then."""
+    most = _MOST_CHARACTERS
+    if window is not None:
+        most = min(most, max(_ALWAYS_TOKENIZED, _MOST_PER_TOKEN * window))
+    if characters > most:
+        why = "" if most == _MOST_CHARACTERS else f", which the model's window of {window} tokens cannot hold"
+        raise JobError(f"the prompt has {characters:,} characters, more than {most:,}{why}; shorten it")

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
 from engine.checkpoint.identity.weight_digest import WeightDigest
-from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, shown
+from engine.model.causal_model import CausalModel
 from engine.reading import find_file
 from engine.weights.kept import KeptWeights
 from engine.weights.read_ahead import FileSpan, Step, run_steps
+from engine.weights.receiver import Nowhere, Receiver
 from engine.weights.store import WeightStore
 
 _log = logging.getLogger(__name__)
@@ -43,11 +44,32 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     weight files follows what is read, and reads the rest at the end. Raises `CheckpointError` when parameters are
     missing or have another shape.
     """
-    model = store.model
     store.source = source = OpenedWeights(path)
     store.digest = digest = WeightDigest(path, source)
-    plan = _Plan(path, store)
-    names = CheckpointNames(model.module, model.state)
+    plan, unexpected = _planned(path, store)
+    steps = plan.run(kept, lambda span: digest.follow(span.file, span.first, span.end))
+    source.check_names()
+    _tell_unread(path, store.model.module, unexpected)
+    return _watched(steps, store, source, digest)
+
+
+def check_checkpoint(path: Path, model: CausalModel) -> None:
+    """Raise what `load_checkpoint` raises for weight files that do not fit `model`; reads no weights."""
+    _planned(path, Nowhere(model))[0].check_missing()
+
+
+def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[Step]]:
+    """What brings the parameters of each unit from the weight files of `path` to `receiver`, by the unit's name.
+
+    Units come in the order of the sweep. Raises `CheckpointError` as `load_checkpoint` does.
+    """
+    return _planned(path, receiver)[0].by_unit()
+
+
+def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
+    """What is to be read, and the names of tensors that the model has no place for."""
+    model, names = receiver.model, receiver.model.names
+    plan = _Plan(path, receiver)
     packed = {
         part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
     }
@@ -67,10 +89,7 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
-    steps = plan.run(kept, lambda span: digest.follow(span.file, span.first, span.end))
-    source.check_names()
-    _tell_unread(path, model.module, unexpected)
-    return _watched(steps, store, source, digest)
+    return plan, unexpected
 
 
 def _watched(steps: Iterator[None], store: WeightStore, source: OpenedWeights, digest: WeightDigest) -> Iterator[None]:
@@ -122,7 +141,7 @@ def _rounds(converter: WeightConverter, sources: list[Source]) -> list[list[Sour
 class _Plan:
     """What is to be read for which parameter, known to fit before anything is read."""
 
-    def __init__(self, path: Path, store: WeightStore) -> None:
+    def __init__(self, path: Path, store: Receiver) -> None:
         self._store = store
         self._path = path
         self._places = tensor_places(path)
@@ -148,7 +167,7 @@ class _Plan:
                 self._steps.setdefault(pair, self._step(pair, tensor, source))
                 self._missing.discard(pair)
         else:
-            model.put_buffer(name, tensor)
+            self._store.put_buffer(name, tensor)
 
     def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
         """Put a whole parameter, but for what may stay where it is."""
@@ -220,18 +239,27 @@ class _Plan:
 
         `follow` is called for what has been read of the weight files.
         """
+        by_unit = self.by_unit()
+        if kept is None or not self._is_by_unit:
+            return run_steps(chain.from_iterable(by_unit.values()), follow)
+        return _run_kept(by_unit, kept, follow)
+
+    def check_missing(self) -> None:
+        """Raise `CheckpointError` when the weight files lack a parameter."""
         if self._missing:
             raise CheckpointError(
                 f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
                 f"{min(self._missing)}; the download is incomplete or belongs to another model"
             )
+
+    def by_unit(self) -> dict[str, list[Step]]:
+        """The steps of each unit, in the order of the sweep; raises `CheckpointError` when something is missing."""
+        self.check_missing()
         by_unit: dict[str, list[Step]] = {unit.name: [] for unit in self._store.model.units if unit.owners}
         for name, step in self._steps.items():
             by_unit[self._unit_of[name]].append(step)
         self._steps.clear()
-        if kept is None or not self._is_by_unit:
-            return run_steps(chain.from_iterable(by_unit.values()), follow)
-        return _run_kept(by_unit, kept, follow)
+        return by_unit
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         self._store.put(name, tensor)

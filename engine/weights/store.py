@@ -140,6 +140,10 @@ class WeightStore:
         else:
             self._write(placed, extent.first + first_element * dtype.itemsize, source, dtype)
 
+    def put_buffer(self, name: str, tensor: torch.Tensor) -> None:
+        """Fill a persistent buffer of the model."""
+        self.model.put_buffer(name, tensor)
+
     def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
         """Copy a part of a packed parameter, as the checkpoint has it, to its place."""
         placed, extent = self._extent_of[name]

@@ -8,6 +8,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import engine
@@ -16,6 +17,8 @@ from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Sampling
 from engine.memory import accelerator
 from engine.policy import Policy, parse_bytes
+from engine.text.prompt import check_characters
+from engine.text.template import check_template_ends
 from flexgen_helm.planning.environment import environment
 
 try:
@@ -132,6 +135,11 @@ class FlexGenLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of `string`; a beginning of text that is spelled out is not put there a second time."""
+        return self._encode_all(string, add_special_tokens, window=self.max_length)
+
+    def _encode_all(self, string: str, add_special_tokens: bool | None = None, window: int | None = None) -> list[int]:
+        """`tok_encode`, for a text that is cut into windows where `window` is None."""
+        check_characters(len(string), window)
         if add_special_tokens is None:
             return self._encode(string, self.tokenizer.decode(self.prefix_token_id))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -142,6 +150,7 @@ class FlexGenLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as text; without its system messages where the template refuses them."""
+        _ = self._template_ends
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         options |= {"tokenize": False, **self._chat_template_args}
         try:
@@ -149,6 +158,11 @@ class FlexGenLM(TemplateLM):
         except TemplateError:
             rest = [message for message in chat_history if message["role"] != "system"]
             return str(self.tokenizer.apply_chat_template(rest, **options))
+
+    @cached_property
+    def _template_ends(self) -> None:
+        """Nothing, once: the chat template ends."""
+        check_template_ends(self.tokenizer)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, whether it is greedy) of each (context, continuation); not for models that are to think."""
@@ -168,7 +182,7 @@ class FlexGenLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows that overlap by one token of context."""
         windows, owners = list[_Pair](), list[int]()
-        for owner, tokens in enumerate(self.tok_encode(request.args[0]) for request in requests):
+        for owner, tokens in enumerate(self._encode_all(request.args[0]) for request in requests):
             cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows += map(make_disjoint_window, cut)
             owners += [owner] * (len(windows) - len(owners))
@@ -216,6 +230,7 @@ class FlexGenLM(TemplateLM):
                 raise ConfigError(f"generation argument {name}={value}: not supported{meant}")
         if (room := self.max_length - count) < 1:
             raise ConfigError(f"{_name((context,))}: max_gen_toks {count} leave no room in {self.max_length}; lower it")
+        check_characters(len(context), self.max_length)
         prompt = self._encode(context, self.tokenizer.bos_token)[-room:]
         # The harness seeds `random`: the same run draws the same samples, and repeats of a request draw others.
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=random.getrandbits(32))

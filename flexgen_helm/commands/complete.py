@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError, InstallationError, JobError
+from engine.errors import ConfigError, EngineError, InstallationError, JobError
 from engine.job import Completion, Job, Sampling, check_num_completions
 from engine.policy import Policy
 from flexgen_helm.commands.completion.answers import Answers, Place
@@ -91,7 +91,7 @@ def complete(arguments: Sequence[str]) -> int:
     from engine.text.prompt import PromptTokenizer
 
     description = describe(args.model)
-    tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)))
+    tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)), description.window)
     jobs, bad = _jobs(found, tokenizer, description.window, chat=args.chat)
     for prompt in bad[:_SHOWN]:
         print(f"{prompt.where}: {prompt.reason}", file=sys.stderr)
@@ -211,7 +211,7 @@ def _tokens(prompt: Prompt, tokenizer: PromptTokenizer, *, chat: bool) -> list[i
         raise ConfigError("the model has no chat template; give 'prompt', without --chat")
     try:
         return tokenizer.chat(messages)
-    except JobError:
+    except EngineError:
         raise
     except Exception as error:  # templates raise what they like
         raise ConfigError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None

@@ -19,7 +19,9 @@ uncompressed weights, and show how near the two are: log-probabilities of our to
 that differs, texts, and the score. Also written to fidelity.json in each run's directory. By default
 {NUM_INSTANCES} instances of each run, in the suite "verify". Every request is computed anew, whatever HELM's cache
 holds. A difference that rounding does not explain is called drift; it does not change the exit code, which is 1 for
-a run that failed and 2 for bad input. The reference needs the whole weights in host memory.
+a run that failed and 2 for bad input. A model that host memory cannot hold as a whole is compared layer by layer: the
+engine's weights pass once more, stock layers of transformers compute beside its own, and the layer that differs most
+is named.
 """
 
 
@@ -36,14 +38,14 @@ def verify(arguments: Sequence[str]) -> int:
     """
     args = parse_verify_flags(arguments)
     from flexgen_helm.fidelity.runner import VerifyingRunner
-    from flexgen_helm.fidelity.verdict import table, verdict
+    from flexgen_helm.fidelity.verdict import table, told_layers, verdict
     from flexgen_helm.runs.launch import carry_out
 
     args.disable_cache = True  # an answer from the cache may be another policy's
     args.runner_class_name = f"{VerifyingRunner.__module__}.{VerifyingRunner.__name__}"
     found: list[Fidelity] = []
     VerifyingRunner.found = found
-    carry_out(args, show=lambda scores: table(found))
+    carry_out(args, show=lambda scores: "\n".join([table(found), *told_layers(found)]))
     print(verdict(found))
     return 0
 

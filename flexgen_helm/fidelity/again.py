@@ -20,7 +20,8 @@ from helm.common.codec import from_json
 from engine.checkpoint.identity.result import differences, result_identity
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.policy import Policy
-from flexgen_helm.helm.completed import damaged_files
+from engine.reading import read_bytes
+from flexgen_helm.helm.completed import MOST_BYTES, damaged_files
 from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
@@ -59,7 +60,7 @@ def run_again(run_path: Path, found: Provenance) -> Iterator[Path]:
 def _run_spec(run_path: Path) -> RunSpec:
     if damaged := list(damaged_files(run_path)):
         raise ConfigError(f"{run_path} is no finished run: {', '.join(damaged)} cannot be read; run it again")
-    run_spec: RunSpec = from_json((run_path / "run_spec.json").read_bytes(), RunSpec)
+    run_spec: RunSpec = from_json(read_bytes(run_path / "run_spec.json", ConfigError, limit=MOST_BYTES), RunSpec)
     return run_spec
 
 

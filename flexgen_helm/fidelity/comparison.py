@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.job import Completion, Job
-from flexgen_helm.fidelity.reference import Forced, Reference
+from flexgen_helm.fidelity.oracle import Forced, Oracle
 from flexgen_helm.helm.requests.results import Timing, result
 from flexgen_helm.helm.requests.translate import Translator
 
@@ -65,20 +65,23 @@ class Comparison:
 
     compared: list[Compared]
     states: list[RequestState]
-    """Those of sampled requests, and of requests that fail there too, are as they were."""
+    """Those of sampled requests, of requests that fail there too, and of those whose answer there is not told, are as
+    they were."""
     num_requests: int
     """Compared ones; failed ones have nothing to compare."""
     num_failed: int
     """Requests that our engine did not answer."""
     num_failed_here: int
-    """Those of them that the reference does answer; it is not asked for sampled ones."""
+    """Those of them that the reference does answer; it is not asked for sampled ones, nor where it does not decode."""
+    num_untold: int = 0
+    """Greedy requests that the reference goes on with otherwise than we do, without telling how: it does not decode."""
 
 
 def compare(
     states: Sequence[RequestState],
     completion_of: Callable[[Job], Completion],
     translator: Translator,
-    reference: Reference,
+    reference: Oracle,
     progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
 ) -> Comparison:
     """Compute each request of a run by the reference and compare.
@@ -89,11 +92,11 @@ def compare(
     """
     compared: list[Compared] = []
     theirs: list[RequestState] = []
-    num_failed = num_failed_here = num_tokens = 0
+    num_failed = num_failed_here = num_untold = num_tokens = 0
     for number, state in enumerate(states, start=1):
         request = state.request
         answers: list[Completion] = []
-        started, is_sampled = time.time(), False
+        started, is_sampled, is_told = time.time(), False, True
         if state.result is not None and state.result.success:
             text = translator.render(request)
             ids = translator.encode(request, text)
@@ -102,6 +105,8 @@ def compare(
                 compared.append(one)
                 answers.append(answer)
                 is_sampled |= one.is_sampled
+                is_told &= answer.finish_reason is not None
+            num_untold += not is_told
         else:
             num_failed += 1
             try:
@@ -109,11 +114,12 @@ def compare(
                 ids = translator.encode(request, text)
                 jobs = translator.jobs(request, text, ids)
                 is_sampled = not all(map(_is_greedy, jobs))
-                answers = [] if is_sampled else [_answer(job, reference) for job in jobs]
-                num_failed_here += not is_sampled
+                is_asked = reference.decodes and not is_sampled
+                answers = [_answer(job, reference) for job in jobs] if is_asked else []
+                num_failed_here += is_asked
             except EngineError:
                 answers = []  # it fails there too
-        if answers and not is_sampled:
+        if answers and is_told and not is_sampled:
             timing = Timing(seconds=time.time() - started, started=started, num_requests=1)
             response = translator.response(request, ids, answers, timing)
             state = replace(state, result=result(response, cached=False))
@@ -126,6 +132,7 @@ def compare(
         num_requests=len(states) - num_failed,
         num_failed=num_failed,
         num_failed_here=num_failed_here,
+        num_untold=num_untold,
     )
 
 
@@ -137,14 +144,14 @@ def _is_greedy(job: Job) -> bool:
     )
 
 
-def _answer(job: Job, reference: Reference) -> Completion:
+def _answer(job: Job, reference: Oracle) -> Completion:
     """What the reference answers to a greedy job; `EngineError` where it is not finite."""
-    decoded = reference.greedy(job) if job.max_new_tokens else Completion(finish_reason="length")
+    decoded = reference.greedy(job, Completion()) if job.max_new_tokens else Completion(finish_reason="length")
     forced = reference.force(job, decoded.tokens)
     return replace(decoded, logprobs=forced.logprobs, prompt_logprobs=forced.prompt_logprobs)
 
 
-def _compare_job(state: RequestState, job: Job, ours: Completion, reference: Reference) -> tuple[Compared, Completion]:
+def _compare_job(state: RequestState, job: Job, ours: Completion, reference: Oracle) -> tuple[Compared, Completion]:
     """Compare one completion; returns with it what the reference answers (of a sampled job: our tokens, forced)."""
     forced = reference.force(job, ours.tokens)
     differences = list(_differences(state, ours, forced))
@@ -158,16 +165,18 @@ def _compare_job(state: RequestState, job: Job, ours: Completion, reference: Ref
     answer = replace(ours, logprobs=forced.logprobs, prompt_logprobs=forced.prompt_logprobs)
     if job.max_new_tokens == 0 or not is_greedy:
         return compared, answer
-    decoded = reference.greedy(job)
+    decoded = reference.greedy(job, ours)
     num_agreeing = _common_prefix(ours.tokens, decoded.tokens)
     compared = replace(
         compared,
         num_agreeing=num_agreeing,
         num_tokens=max(len(ours.tokens), len(decoded.tokens)),
-        same_text=ours.text == decoded.text,
+        same_text=decoded.finish_reason is not None and ours.text == decoded.text,
     )
     if decoded.tokens != ours.tokens:
         compared = replace(compared, margin=forced.margins[num_agreeing])
+        if decoded.finish_reason is None:  # how it goes on there is not known
+            return compared, decoded
         forced = reference.force(job, decoded.tokens)
     return compared, replace(decoded, logprobs=forced.logprobs, prompt_logprobs=forced.prompt_logprobs)
 

@@ -13,6 +13,7 @@ from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.job import Completion, FinishReason, Job
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.policy import Policy
+from flexgen_helm.fidelity.oracle import Forced
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +47,8 @@ def find_place(description: ModelDescription, policy: Policy) -> Place:
     memory = available_memory(device, None, None, None)
     if num_bytes > memory.host:
         raise CapacityError(
-            f"the reference needs the whole weights in host memory: {_gb(num_bytes)} in {dtype} exceed the "
-            f"{_gb(memory.host)} that can be had; verify {description.path} on a machine with more"
-            + (", or with dtype: float16 or bfloat16 in the policy" if dtype == "float32" else "")
+            f"its whole weights, {_gb(num_bytes)} in {dtype}, exceed the {_gb(memory.host)} of host memory that can be "
+            "had"
         )
     return Place(device if num_bytes <= memory.device * _DEVICE_FRACTION else "cpu", dtype)
 
@@ -64,25 +64,14 @@ def _check_quantizer(description: ModelDescription) -> None:
         AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment()
     except (ImportError, RuntimeError, ValueError) as error:
         raise UnsupportedError(
-            f"{description.path} comes quantized, and transformers, which verify compares with, cannot run it here: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"it comes quantized, and transformers cannot run it as a whole here: {' '.join(str(error).split())[:300]}"
         ) from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forced:
-    """What one forward over a prompt and given new tokens says of them; natural logs, unmodified distribution."""
-
-    prompt_logprobs: tuple[float | None, ...] | None
-    """As in `Completion`."""
-    logprobs: tuple[float, ...]
-    """Of each new token."""
-    margins: tuple[float, ...]
-    """By how much the likeliest token leads the second likeliest at each new token, and behind the last one."""
 
 
 class Reference:
     """A model loaded by `from_pretrained`: scores tokens by its forward, decodes greedily by its `generate`."""
+
+    decodes = True
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, window: int | None) -> None:
         from transformers import GenerationConfig
@@ -139,7 +128,7 @@ class Reference:
             margins=tuple(margins[before:]),
         )
 
-    def greedy(self, job: Job) -> Completion:
+    def greedy(self, job: Job, ours: Completion | None = None) -> Completion:
         """Decode greedily up to the job's stops and length; without log-probabilities."""
         import torch
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.reading import read_bytes
 from flexgen_helm.fidelity.verdict import TOLERANCES
+from flexgen_helm.helm.completed import MOST_BYTES
 from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.scores import choose, main_metric
 
@@ -112,10 +114,9 @@ def _compare(before: Path, after: Path, tolerance: float) -> Reproduction:
 
 
 def _load(path: Path) -> Any:
+    content = read_bytes(path, ConfigError, limit=MOST_BYTES)
     try:
-        return json.loads(path.read_bytes())  # as HELM wrote it: of any size, halves of surrogate pairs included
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        return json.loads(content)  # as HELM wrote it, halves of surrogate pairs included
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 

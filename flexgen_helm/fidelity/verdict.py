@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexgen_helm.fidelity.comparison import Comparison, Difference
+from flexgen_helm.fidelity.layers import Layers
 from flexgen_helm.helm.scores import Score, short_name
 from flexgen_helm.terminal.columns import columns
 
@@ -28,6 +29,8 @@ class Fidelity:
     reference_score: float | None
     """The same metric of the reference's results; None where it is not defined (sampled requests)."""
     dtype: str
+    layers: Layers | None = None
+    """The comparison layer by layer, of all runs of the model; None where the reference is the whole model."""
 
     @property
     def tolerance(self) -> float:
@@ -89,10 +92,15 @@ class Fidelity:
         return sum(each.margin > 2 * self.tolerance for each in self.comparison.compared)
 
     @property
-    def has_drifted(self) -> bool:
-        """Whether there is more between the two than rounding explains."""
+    def differs(self) -> bool:
+        """Whether answers differ by more than rounding explains."""
         differs = (self.largest_difference or 0.0) > self.tolerance or self.num_unexplained > 0
         return differs or self.comparison.num_failed_here > 0
+
+    @property
+    def has_drifted(self) -> bool:
+        """Whether there is more between the two than rounding explains, in answers or in a layer."""
+        return self.differs or (self.layers is not None and self.layers.has_drifted)
 
     @property
     def verdict(self) -> str:
@@ -118,7 +126,11 @@ class Fidelity:
             "requests": {
                 "compared": self.comparison.num_requests,
                 "failed": self.comparison.num_failed,
-                "failed_only_here": self.comparison.num_failed_here,
+                **(
+                    {"failed_only_here": self.comparison.num_failed_here}
+                    if self.layers is None
+                    else {"told_up_to_the_first_difference": self.comparison.num_untold}
+                ),
             },
             "logprobs": {
                 "compared": self.num_logprobs,
@@ -129,6 +141,7 @@ class Fidelity:
             "tokens": {"agreeing": agreeing, "compared": num_tokens},
             "texts": {"identical": same, "compared": num_texts, "differing_unexplained": self.num_unexplained},
             "worst": [{**asdict(each), "difference": each.size} for each in self.worst[:NUM_WORST]],
+            "layers": None if self.layers is None else self.layers.figures(),
         }
 
     def drift(self) -> str:
@@ -148,15 +161,24 @@ class Fidelity:
 
 def verdict(fidelities: Sequence[Fidelity]) -> str:
     """Say whether all differences are within the limits for rounding; a line for each run where they are not."""
+    by_layer = list({id(each.layers): each.layers for each in fidelities if each.layers is not None}.values())
+    lines = [layers.drift() if layers.has_drifted else layers.verdict() for layers in by_layer]
     limits = sorted({f"{each.tolerance:g} in {each.dtype}" for each in fidelities})
     limits_told = f"the limits for rounding (log-probabilities: {', '.join(limits)})"
-    if drifted := [each for each in fidelities if each.has_drifted]:
-        return "\n".join([*(each.drift() for each in drifted), f"more than {limits_told}"])
+    if drifted := [each for each in fidelities if each.differs]:
+        return "\n".join([*lines, *(each.drift() for each in drifted), f"more than {limits_told}"])
     num_failed = sum(each.comparison.num_failed for each in fidelities)
     failed = f"; {num_failed} requests failed here and count as empty answers" if num_failed else ""
     if not any(each.num_logprobs for each in fidelities):
-        return f"nothing to compare: no request has log-probabilities{failed}"
-    return f"no drift: the differences are within {limits_told}{failed}"
+        return "\n".join([*lines, f"nothing to compare: no request has log-probabilities{failed}"])
+    found = f"the differences are within {limits_told}{failed}"
+    is_clean = not any(layers.has_drifted for layers in by_layer)
+    return "\n".join([*lines, f"no drift: {found}" if is_clean else f"of log-probabilities, {found}"])
+
+
+def told_layers(fidelities: Sequence[Fidelity]) -> list[str]:
+    """What was found layer by layer, of each model once."""
+    return [layers.told() for layers in {id(each.layers): each.layers for each in fidelities}.values() if layers]
 
 
 def table(fidelities: Sequence[Fidelity]) -> str:

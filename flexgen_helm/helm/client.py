@@ -21,9 +21,9 @@ from flexgen_helm import require_engine
 
 require_engine()
 
-from engine.errors import CheckpointError, ConfigError, EngineError  # noqa: E402 - first the line that says whose engine this is
+from engine.checkpoint.side_files import read_generation_config  # noqa: E402 - after the line that says whose engine
+from engine.errors import CheckpointError, ConfigError, EngineError, one_line  # noqa: E402
 from engine.job import Job  # noqa: E402
-from engine.logit_rules import read_generation_config  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.kept_answers import ClientCache  # noqa: E402
@@ -87,11 +87,11 @@ class FlexGenClient(CachingClient):
     @cached_property
     def _translator(self) -> Translator:
         pad = self.policy.pad_to_seq_len
+        settings = read_generation_config(Path(self._served.description.path))
         try:
             tokenizer = self._tokenizer.get_wrapped_tokenizer()
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"HELM's tokenizer of {self._model} cannot be loaded: {reason}") from None
+            raise CheckpointError(f"HELM's tokenizer of {self._model} cannot be loaded: {one_line(error)}") from None
         return Translator(
             tokenizer,
             model=self._model,
@@ -101,7 +101,7 @@ class FlexGenClient(CachingClient):
             end_of_text_token=self._end_of_text_token,
             apply_chat_template=self._apply_chat_template,
             top_k=self._top_k,
-            generation_config=read_generation_config(Path(self._served.description.path)),
+            generation_config={} if settings is None else settings.to_dict(),
         )
 
     @property

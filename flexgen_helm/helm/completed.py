@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.reading import open_file, read_bytes
+
+MOST_BYTES = 4_000_000_000
+"""Of one file of a run: HELM writes 50,000 long prompts and their answers into less."""
 _UNANSWERED = b'"success": false'
 """As HELM writes it; in a text, quotes would have backslashes."""
 
@@ -16,7 +20,7 @@ def damaged_files(run_path: str | Path) -> Iterator[str]:
 
     for name, kind in _kinds().items():
         try:
-            found = from_json((Path(run_path) / name).read_bytes(), kind)
+            found = from_json(read_bytes(Path(run_path) / name, ValueError, limit=MOST_BYTES), kind)
         except Exception:  # a directory, half a file, other bytes, other fields
             yield name
             continue
@@ -25,11 +29,19 @@ def damaged_files(run_path: str | Path) -> Iterator[str]:
 
 
 def num_unanswered(run_path: str | Path) -> int:
-    """Requests of a run that failed, by its own file; none where that cannot be read."""
+    """Requests of a run that failed, by its own file; none where that cannot be read.
+
+    A piece at a time: the file may be larger than what memory has room for.
+    """
+    count, rest, kept = 0, b"", len(_UNANSWERED) - 1
     try:
-        return (Path(run_path) / "scenario_state.json").read_bytes().count(_UNANSWERED)
-    except OSError:
+        with open_file(Path(run_path) / "scenario_state.json", ValueError) as stream:
+            while stream.tell() < MOST_BYTES and (piece := rest + stream.read(1 << 20)) != rest:
+                count += piece.count(_UNANSWERED)
+                rest = piece[-kept:]
+    except (OSError, ValueError):
         return 0
+    return count
 
 
 def _kinds() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
@@ -18,13 +18,16 @@ from engine.checkpoint.description import ModelDescription, describe, with_windo
 from engine.checkpoint.identity.result import Identity, identity_beside_weights, result_settings
 from engine.checkpoint.identity.weight_digest import weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
-from engine.errors import EngineError
+from engine.errors import EngineError, named
 from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
+
+if TYPE_CHECKING:
+    from engine.verification.layerwise import Findings
 
 _Opened = tuple[OpenedWeights, Identity]
 
@@ -42,6 +45,11 @@ class RunningEngine(Protocol):
 
     def weights_digest(self) -> str | None:
         """The digest of the weight files once it has read them all; None where it reads none."""
+
+    def compare_with_stock(
+        self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
+    ) -> Findings:
+        """Compute what `completions` tell of `jobs` once more, beside stock layers of transformers."""
 
     def close(self) -> None:
         """Give back all memory and files."""
@@ -140,7 +148,7 @@ class Served:
 
     def sweeps(self, jobs: Sequence[Job], observe: Observer | None = None) -> Iterator[list[Done]]:
         """`stream`, but all that a sweep finishes at once; `observe` sees the sweeps while this call runs."""
-        with self._running(jobs) as engine:
+        with self.running(jobs) as engine:
             started, seconds = time.perf_counter(), 0.0
             estimate, self._estimate = self._estimate, None
             if observe is not None:
@@ -161,7 +169,8 @@ class Served:
                     engine.observer = None
 
     @contextmanager
-    def _running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
+    def running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
+        """The engine, loaded for `jobs` if need be; it is not taken for idle meanwhile."""
         with self._registry.loading:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
@@ -273,7 +282,7 @@ class EngineRegistry:
 
 def _as_engine_error(what: str, error: Exception) -> EngineError:
     hexception(error)
-    return EngineError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return EngineError(f"{what}: {named(error)}")
 
 
 engines = EngineRegistry()

@@ -10,7 +10,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.common.object_spec import get_class_by_name
 from helm.common.optional_dependencies import OptionalDependencyNotInstalled
 
-from engine.errors import ConfigError, EngineError, InstallationError
+from engine.errors import ConfigError, EngineError, InstallationError, named, one_line
 
 _METRICS_THAT_SPLIT_WORDS = {"bleu_1", "bleu_4"}
 
@@ -38,9 +38,9 @@ def _problem(metric_spec: MetricSpec) -> EngineError | None:
     except ModuleNotFoundError as error:
         return InstallationError(f"metric {name} needs the package {error.name}; run `pip install {error.name}`")
     except (ImportError, OptionalDependencyNotInstalled) as error:
-        return InstallationError(f"metric {name} cannot be imported: {_one_line(error)}")
+        return InstallationError(f"metric {name} cannot be imported: {one_line(error)}")
     except Exception as error:
-        return ConfigError(f"metric {name} cannot be made: {type(error).__name__}: {_one_line(error)}")
+        return ConfigError(f"metric {name} cannot be made: {named(error)}")
     if _splits_words(metric_spec) and not _can_split_words():
         return InstallationError(
             f"metric {name} needs NLTK's punkt_tab data; run `python -m nltk.downloader punkt_tab`, "
@@ -64,7 +64,3 @@ def _can_split_words() -> bool:
     except LookupError:
         return False
     return True
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

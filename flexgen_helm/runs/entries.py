@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import ConfigError, EngineError
-from engine.reading import read_bytes
+from engine.errors import ConfigError, EngineError, named
+from flexgen_helm.runs.entry_files import read_entry_file
 
 if TYPE_CHECKING:
     from helm.benchmark.presentation.run_entry import RunEntry
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 _MOST_TRIALS = 1000
 """Draws of in-context examples: HELM makes all prompts of each, and published runs have 1 to 5."""
-
-
-_MOST_CONF_BYTES = 1 << 18
-"""Eight times the longest list that is shipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +33,11 @@ def read_entries(args: argparse.Namespace) -> list[RunEntry]:
 
     Those of --description come without a model, as FlexGen took the one named by --model whatever they said.
     """
-    from helm.benchmark.presentation.run_entry import RunEntry, read_run_entries
+    from helm.benchmark.presentation.run_entry import RunEntry
 
     entries: list[RunEntry] = []
     for name in args.conf_paths:
-        path = conf_path(name)
-        read_bytes(path, ConfigError, limit=_MOST_CONF_BYTES)  # before HELM does, which would wait at a pipe
-        try:
-            found = read_run_entries([str(path)]).entries
-        except OSError as error:
-            raise ConfigError(f"cannot read run entries {path}: {error.strerror}") from None
-        except Exception as error:  # pyhocon and dacite raise whatever they meet
-            raise ConfigError(f"{path} is not a file of run entries: {_first_line(error)}") from None
-        if not found:
-            raise ConfigError(f'{path} has no run entries; write entries: [{{description: "...", priority: 1}}]')
-        entries.extend(found)
+        entries.extend(read_entry_file(conf_path(name)))
     for description in [*args.run_entries, *args.run_specs]:
         entries.append(RunEntry(description=description, priority=1, groups=None))
     for description in args.description:
@@ -159,7 +145,7 @@ def _build(entry: RunEntry, args: argparse.Namespace) -> list[RunSpec]:
             _check_trials(run_spec.adapter_spec.num_train_trials)
             create_scenario(run_spec.scenario_spec)  # where many an argument is looked at first
     except Exception as error:  # run spec functions and scenarios raise whatever they meet
-        raise ConfigError(f"run entry {entry.description!r}: {_first_line(error)}") from None
+        raise ConfigError(f"run entry {entry.description!r}: {named(error)}") from None
     return built
 
 
@@ -214,8 +200,3 @@ def _with_arguments(description: str, **changes: str | None) -> str:
     arguments = [f"{key}={value}" for key, value in changes.items() if value is not None]
     arguments += [argument for argument in text.split(",") if argument and argument.split("=", 1)[0] not in changes]
     return f"{name}:{','.join(arguments)}" if arguments else name
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

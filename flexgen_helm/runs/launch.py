@@ -20,7 +20,7 @@ from helm.common.hierarchical_logger import setup_default_logging
 from helm.proxy.services.remote_service import create_authentication
 from helm.proxy.services.service import CACHE_DIR
 
-from engine.errors import ConfigError, EngineError, InstallationError
+from engine.errors import ConfigError, EngineError, InstallationError, named
 from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.helm.scores import Score, read_scores, table
 from flexgen_helm.runs import assets, demo
@@ -153,7 +153,7 @@ def _register_with_helm(args: argparse.Namespace) -> None:
         load_entry_point_plugins()
         import_user_plugins(args.plugins or [])
     except Exception as error:  # whatever is in the user's files
-        raise ConfigError(f"HELM cannot read {args.local_path} or the plugins: {_named(error)}") from error
+        raise ConfigError(f"HELM cannot read {args.local_path} or the plugins: {named(error)}") from error
 
 
 def _register_models_of_huggingface(args: argparse.Namespace) -> None:
@@ -168,7 +168,7 @@ def _register_models_of_huggingface(args: argparse.Namespace) -> None:
         for name in args.enable_local_huggingface_models:
             helm.register_huggingface_local_model_from_flag_value(name)
     except Exception as error:  # whatever the hub or the directory holds
-        raise ConfigError(f"HELM cannot register the model {name}: {_named(error)}") from error
+        raise ConfigError(f"HELM cannot register the model {name}: {named(error)}") from error
 
 
 def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[[Sequence[Score]], str]) -> None:
@@ -221,7 +221,7 @@ def _verdict(failure: Exception, num_runs: int, *, has_answers: bool) -> Excepti
             return next(iter(failure.failures.values()))
         if isinstance(failure, EngineError) and type(failure) is not EngineError:
             return failure
-    return RunFailed(str(failure) if isinstance(failure, RunsFailed | EngineError) else _named(failure))
+    return RunFailed(str(failure) if isinstance(failure, RunsFailed | EngineError) else named(failure))
 
 
 def _run_path(args: argparse.Namespace, run_spec: RunSpec) -> Path:
@@ -236,7 +236,3 @@ def _stamp(args: argparse.Namespace, run_spec: RunSpec) -> tuple[int, int] | Non
     except OSError:
         return None
     return found.st_mtime_ns, found.st_ino
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

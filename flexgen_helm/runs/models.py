@@ -13,6 +13,7 @@ from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, regis
 
 from engine.checkpoint.description import describe, with_window
 from engine.errors import ConfigError, EngineError
+from engine.opening import check_model
 from engine.policy import Policy
 from flexgen_helm.runs.entries import Target
 from flexgen_helm.runs.flags import PolicySpec
@@ -98,7 +99,7 @@ class Models:
         if self._max_sequence_length is not None or has_other_template:
             deployment = with_longest_sequence(deployment, source_of(deployment), self._max_sequence_length)
         args = deployment.client_spec.args
-        Policy.load(args.get("policy", "auto")).check_window(with_window(description, args.get("window")).window)
+        check_model(with_window(description, args.get("window")), Policy.load(args.get("policy", "auto")))
         tokenizer = get_tokenizer_config(deployment.tokenizer_name or model)
         if tokenizer is None:
             raise ConfigError(

@@ -32,6 +32,7 @@ from helm.benchmark.tokenizer_config_registry import (
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.opening import check_model
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 from flexgen_helm.helm.requests.translate import Translator
@@ -80,7 +81,7 @@ def entries_for(
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
     end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
-    Policy.load(policy).check_window(window or description.window)
+    check_model(with_window(description, window), Policy.load(policy))
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
     if apply_chat_template is not None:
         args["apply_chat_template"] = apply_chat_template
@@ -238,7 +239,7 @@ def refuse_code_of_tokenizer(name: str) -> None:
 
 def check_local_path(local_path: str | Path) -> None:
     """Raise `ConfigError` for files of a local path that HELM would wait for, or read for minutes."""
-    for name, _ in _FILES:
+    for name in (*(name for name, _ in _FILES), "credentials.conf"):
         file = Path(local_path) / name
         if find_file(file, ConfigError):
             read_bytes(file, ConfigError, limit=MAX_BYTES)

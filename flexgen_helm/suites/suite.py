@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError
-from flexgen_helm.helm.completed import num_unanswered
+from engine.reading import read_bytes
+from flexgen_helm.helm.completed import MOST_BYTES, num_unanswered
 from flexgen_helm.helm.scores import FALLBACK_METRICS, Score, choose, is_plain, main_metric
 from flexgen_helm.sweeps.record import FILE_NAME, ModelRecord, RunRecord, SweepRecord, read_record
 
@@ -286,4 +287,4 @@ def earlier_suites(suite: Suite) -> list[tuple[Path, SweepRecord]]:
 
 
 def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_bytes(path, ValueError, limit=MOST_BYTES).decode("utf-8"))

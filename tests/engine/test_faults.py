@@ -44,13 +44,27 @@ def same(done: list[Completion], expected: list[Completion]) -> bool:
     return [(one.tokens, one.error) for one in done] == [(one.tokens, one.error) for one in expected]
 
 
-def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch, most_rows: int) -> list[int]:
-    """Let the model run out of memory, at its second layer, with micro-batches of more rows; notes those that ran."""
+ON_CARD = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def short_of_memory(
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    most_rows: int = 10**9,
+    most_positions: int = 10**9,
+    error: Exception = ON_CARD,
+) -> list[int]:
+    """Let the model run out of memory, at its second layer, with micro-batches of more rows; notes those that ran.
+
+    most_positions: also with a prompt, or what is before it, that is longer than this, in however small parts.
+    """
     layer, ran = engine.parts.model.layer, []
 
     def run(index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
-        if index == 1 and len(hidden) > most_rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        new = [each for each in engine.parts.model.sweeping.batch.segments if not each.is_decode]
+        reach = max((each.span.start + each.num_rows for each in new), default=0)
+        if index == 1 and (len(hidden) > most_rows or reach > most_positions):
+            raise error
         ran.append(len(hidden))
         return layer(index, hidden, call)
 
@@ -87,7 +101,7 @@ def test_sampled_tokens_are_the_same_after_a_repeated_sweep(path: Path, monkeypa
 def test_a_prompt_that_no_memory_is_enough_for_fails_alone(
     engine: Engine, expected: list[Completion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short_of_memory(engine, monkeypatch, most_rows=69)
+    short_of_memory(engine, monkeypatch, most_positions=69)
     done = engine.run(JOBS)
     assert [isinstance(one.error, CapacityError) for one in done] == [len(job.prompt) == 70 for job in JOBS]
     assert "the device ran out of memory" in str(done[-1].error)
@@ -96,6 +110,82 @@ def test_a_prompt_that_no_memory_is_enough_for_fails_alone(
     assert engine.parts.scheduler.limits == engine.plan.limits  # what it could not be helped with is no one else's loss
     monkeypatch.undo()
     assert same(engine.run(JOBS[:8]), expected[:8])
+
+
+OF_CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4398046511104 bytes. Error code 12 (Cannot allocate memory)"
+)
+OF_WINDOWS = RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize("error", [OF_CPU, OF_WINDOWS, MemoryError()], ids=["cpu", "windows", "python"])
+def test_memory_of_the_host_that_runs_short_is_the_same_fault(
+    error: Exception, engine: Engine, expected: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(engine, monkeypatch, most_rows=100, error=error)
+    assert same(engine.run(JOBS), expected)
+    monkeypatch.undo()
+    short_of_memory(engine, monkeypatch, most_positions=69, error=error)
+    done = engine.run(JOBS)
+    assert [isinstance(one.error, CapacityError) for one in done] == [len(job.prompt) == 70 for job in JOBS]
+    assert "the device ran out of memory" in str(done[-1].error)
+    assert "enforce fail" not in str(done[-1].error)
+
+
+def test_torch_tells_of_host_memory_as_it_is_looked_for() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert accelerator.is_out_of_memory(caught.value)
+    assert not accelerator.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+SHARED = [7 + 3 * n for n in range(110)]
+SHARERS = [Job(prompt=[*SHARED, 20 + n, 21 + n], max_new_tokens=n % 3, prompt_logprobs=n % 3 == 0) for n in range(12)]
+SHARERS += [Job(prompt=[*range(30, 40)], max_new_tokens=4)]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("most_rows", [100, 70])
+def test_a_shared_prefix_that_memory_is_too_short_for_is_computed_in_pieces(
+    most_rows: int, family: str, build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.from_pretrained(str(build(family)), policy={"device": "cpu"}) as engine:
+        expected = engine.run(SHARERS)
+        ran = short_of_memory(engine, monkeypatch, most_rows=most_rows)
+        done = engine.run(SHARERS)
+        before = engine.num_sweeps
+        ran.clear()
+        again = engine.run(SHARERS)
+    assert max(ran) <= most_rows
+    assert engine.num_sweeps - before == 4  # nothing is tried in vain again
+    for found in (done, again):
+        assert same(found, expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+            assert (one.prompt_greedy, one.finish_reason) == (other.prompt_greedy, other.finish_reason)
+            if other.prompt_logprobs is not None:
+                assert one.prompt_logprobs is not None
+                assert one.prompt_logprobs[1:] == pytest.approx(other.prompt_logprobs[1:], abs=1e-5)
+
+
+def test_those_who_share_a_prefix_that_fits_nowhere_fail_at_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = short_of_memory(engine, monkeypatch, most_positions=80)
+    sweeps, tried = engine.parts.executor.sweep, list[int]()
+
+    def sweep(batches: Any) -> Any:
+        tried.append(len(batches))
+        return sweeps(batches)
+
+    monkeypatch.setattr(engine.parts.executor, "sweep", sweep)
+    done = engine.run(SHARERS)
+    assert [one.error is None for one in done] == [False] * 12 + [True]
+    assert {str(one.error) for one in done[:-1]} == {str(done[0].error)}
+    assert "shorten the 110 tokens that 12 prompts begin with" in str(done[0].error)
+    assert ran
+    assert len(tried) < 12
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

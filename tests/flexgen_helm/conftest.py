@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -137,6 +138,20 @@ def make_client(tiny_llama: Path, tmp_path: Path) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """Fails a test that waits."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 # HELM itself

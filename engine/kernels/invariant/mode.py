@@ -109,6 +109,7 @@ class BatchInvariant(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._products = Products()
+        self._is_on = False
         self._known: dict[Any, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,10 +133,21 @@ class BatchInvariant(TorchDispatchMode):
             )
         return found
 
+    def __enter__(self) -> BatchInvariant:
+        self._is_on = True
+        entered: BatchInvariant = super().__enter__()  # type: ignore[no-untyped-call]
+        return entered
+
+    def __exit__(self, *raised: object) -> None:
+        self._is_on = False
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
     def attach(self, module: nn.Linear) -> None:
         """Let a linear layer compute its product at once: the views around it would be looked at one by one."""
 
         def forward(numbers: torch.Tensor) -> torch.Tensor:
+            if not self._is_on:
+                return nn.functional.linear(numbers, module.weight, module.bias)
             with plain_arithmetic():
                 rows = self._products.mm(numbers.flatten(0, -2), module.weight.mT, module.bias)
                 return rows.view(*numbers.shape[:-1], -1)

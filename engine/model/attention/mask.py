@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.errors import named
 from engine.model.undrivable import UndrivableError
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -123,10 +124,7 @@ def _evaluate(mask_function: MaskFunction, query: torch.Tensor, key: torch.Tenso
     try:
         found = torch.func.vmap(lambda at, of: torch.as_tensor(mask_function(zero, zero, at, of)))(query, key)
     except Exception as error:  # it looks up something of the text at these positions
-        reason = " ".join(str(error).split())[:100]
-        raise UndrivableError(
-            f"its attention mask depends on more than positions ({type(error).__name__}: {reason})"
-        ) from None
+        raise UndrivableError(f"its attention mask depends on more than positions ({named(error)})") from None
     return found.bool()
 
 

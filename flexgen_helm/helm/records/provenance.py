@@ -15,8 +15,8 @@ from helm.benchmark.model_deployment_registry import ModelDeployment, get_model_
 from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config
 
-from engine.errors import ConfigError
-from engine.reading import find_file
+from engine.errors import ConfigError, one_line
+from engine.reading import find_file, open_file
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.planning.environment import Hardware, environment
@@ -97,7 +97,7 @@ def read_provenance(folder: Path) -> Provenance:
         try:
             digest = _digest(folder / name)
         except OSError as error:
-            raise ConfigError(f"{folder / name} cannot be read: {error.strerror}; {_CURE}") from None
+            raise ConfigError(f"{one_line(error)}; {_CURE}") from None
         if digest != found.files.get(name):
             raise ConfigError(f"{folder / name} has changed since {FILE_NAME} was written beside it; {_CURE}")
     return found
@@ -121,5 +121,9 @@ def _plain(entry: Any) -> dict[str, Any]:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Raises `OSError`, which names the file, for what is no regular file and what cannot be read."""
+    digest = hashlib.sha256()
+    with open_file(file, OSError) as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from helm.common.request import Request
 
 from engine.errors import ConfigError, UnsupportedError
+from engine.text.template import check_template_ends
 from flexgen_helm.helm.requests.tokenizer import sha256_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class Rendering:
             )
         self.applies_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
         """Whether prompts that are answered go through the chat template."""
+        if self.applies_template:
+            with tokenizer as hf_tokenizer:
+                check_template_ends(hf_tokenizer)
         self._digest = sha256_of(chat_template)
         self._dated = _DATED + used if "strftime_now" in used and self.applies_template else None
         self.moment = datetime.now()

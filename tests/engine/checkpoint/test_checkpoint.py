@@ -175,6 +175,8 @@ def test_identity_knows_weights_tokenizer_and_dtype_but_not_placement(build: Bui
     assert first == result_identity(str(build("llama")), Policy.from_mapping({"device": "cpu"}))  # wherever it lies
     assert first != identity(dtype="bfloat16")
     assert first != identity(**{"compress-cache": 4})
+    assert first != identity(**{"batch-invariant": True})
+    assert first == identity(**{"batch-invariant": False})
     state = state_of(directory)
     replace_weights(directory, state)
     before = identity()
@@ -183,7 +185,9 @@ def test_identity_knows_weights_tokenizer_and_dtype_but_not_placement(build: Bui
     second = identity()
     assert second["weights"] != before["weights"]
     edit_json(directory / "tokenizer.json", truncation={"direction": "Left"})
-    assert identity()["weights"] != second["weights"]
+    third = identity()
+    assert third["files"] != second["files"]
+    assert third["weights"] == second["weights"]
 
 
 # Bad input. Each breaks a good directory; the message must be one line with these parts in it.

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from engine import Engine, EngineError, Job
 from engine.checkpoint.description import describe
+from engine.checkpoint.tokenizer import load_tokenizer
 from engine.errors import CheckpointError
 
 Build = Callable[[str], Path]
@@ -71,6 +72,13 @@ def test_a_tokenizer_of_another_kind_is_refused_with_versions(kind: str, directo
         Engine.from_pretrained(str(directory), policy=POLICY)
     assert "\n" not in str(caught.value)
     assert str(directory) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"model_max_length": {}}, {"model_max_length": "long"}])
+def test_a_tokenizer_that_cannot_tokenize_is_refused(change: dict[str, Any], directory: Path) -> None:
+    edit(directory / "tokenizer_config.json", **change)
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+        load_tokenizer(directory)
 
 
 def test_code_of_a_directory_never_runs(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from check_family import tiny_config
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine
 from engine.checkpoint.description import describe
@@ -95,6 +96,33 @@ def test_what_is_not_decoder_only_is_refused(model_type: str, tmp_path: Path) ->
         assert part in message
     with pytest.raises(UnsupportedError):
         describe(str(directory))
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("emu3", "Emu3"), ("mllama", "Mllama")])
+def test_the_text_part_of_another_model_is_refused_as_that(model_type: str, name: str, tmp_path: Path) -> None:
+    """`AutoModelForCausalLM` cannot load what `save_pretrained` of these classes writes."""
+    told = {"model_type": f"{model_type}_text_model", "architectures": [f"{name}ForCausalLM"], "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(UnsupportedError) as caught:
+        describe(str(tmp_path))
+    assert f"{name}ForCausalLM in {tmp_path} is the text part of '{model_type}'" in str(caught.value)
+
+
+def test_layers_that_share_keys_are_refused_as_that(tmp_path: Path) -> None:
+    """As Gemma 4 E2B and E4B have them."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    changes = {
+        "layer_types": kinds,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 500,
+    }
+    directory = directory_of(tmp_path / "model", "gemma4_text", "Gemma4ForCausalLM", changes)
+    message = refusal(directory, tmp_path / "offload")
+    assert "Gemma4ForCausalLM (gemma4_text) cannot be run here: its last 2 layers attend to the keys" in message
 
 
 def test_attention_within_chunks_is_refused(tmp_path: Path) -> None:

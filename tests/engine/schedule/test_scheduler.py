@@ -364,7 +364,7 @@ def test_the_order_of_decode_steps_does_not_depend_on_where_prefixes_lie_in_memo
     segments = []
     for place, prefix in enumerate([*prefixes, *prefixes]):
         sequence = Sequence.of(Job(prompt=[1, 2], max_new_tokens=4))
-        sequence._follow(prefix)
+        sequence.follow(prefix)
         sequence.cached, sequence.block = 1, Block("host", 10 * place, 10)
         segments.append(Segment(sequence, 1))
     (batch,) = packed_batches(segments, make_runner(10**6).scheduler.limits)

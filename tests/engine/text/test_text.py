@@ -161,7 +161,7 @@ def test_a_fault_in_the_text_of_a_job_is_its_error(fault: BaseException, stops: 
     tokenizer.fault = fault
     done = complete([5, 7, 9], stops, tokenizer)
     assert isinstance(done.error, JobError)
-    assert str(done.error).startswith(f"the tokenizer cannot decode generated token ids 7 ({type(fault).__name__}: ")
+    assert str(done.error).startswith(f"the tokenizer cannot decode generated token ids 7 ({type(fault).__name__}")
     assert "\n" not in str(done.error)
 
 

@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from engine.errors import ConfigError, JobError
+from engine.errors import CheckpointError, ConfigError, JobError
 from engine.job import Completion, Job
 from flexgen_helm.adapters.lm_eval import FlexGenLM
 from flexgen_helm.run import main
@@ -464,3 +464,20 @@ def test_without_the_harness_it_says_what_to_install(
     assert main(["lm-eval", "--model", "flexgen"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("run `pip install 'flexgen-helm[lm-eval]'`")
+
+
+def test_texts_far_beyond_the_window_and_endless_templates_are_told_beforehand(make: Callable[..., Pair]) -> None:
+    ours, _ = make("llama")
+    with pytest.raises(JobError, match=r"101,000 characters, more than 100,000, which the model's window of"):
+        ours.generate_until([request("x" * 101_000, {"until": ["."]})], disable_tqdm=True)
+    with pytest.raises(JobError, match=r"101,001 characters"):
+        ours.loglikelihood([request("x" * 101_000, "y")], disable_tqdm=True)
+    before = ours.tokenizer.chat_template
+    ours.__dict__.pop("_template_ends", None)
+    loop = "{% for a in range(99999) %}"
+    ours.tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
+    try:
+        with pytest.raises(CheckpointError, match="does not end"):
+            ours.apply_chat_template([{"role": "user", "content": "a"}])
+    finally:
+        ours.tokenizer.chat_template = before

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,7 @@ from flexgen_helm.runs.registration import check_local_path
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 from flexgen_helm.sweeps.record import read_record
 
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """Fails a test that waits."""
-
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def entries(file: Path) -> None:
@@ -139,3 +127,47 @@ def test_complete_refuses_both_beforehand(tmp_path: Path, tiny_llama: Path, capf
     ):
         assert main(["complete", "--model", str(tiny_llama), *arguments]) == 2
         assert told in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_complete_counts_characters_before_it_tokenizes(
+    tmp_path: Path, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a window of 128 tokens, where a tokenizer needs more than half a minute for a prompt of 8 MB."""
+    from flexgen_helm.run import main
+
+    (tmp_path / "long.txt").write_text("a b " * 1_900_000)
+    assert main(["complete", "--model", str(tiny_llama), "-i", str(tmp_path / "long.txt")]) == 2
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert "7,600,000 characters, more than 100,000, which the model's window of" in told
+
+
+def test_no_prompt_is_refused_for_its_characters_that_may_fit() -> None:
+    from engine.text.prompt import check_characters
+
+    check_characters(32 * 10_000, 10_000)
+    check_characters(100_000, 16)
+    check_characters(8_000_000, None)
+    check_characters(8_000_000, 1_000_000)
+    with pytest.raises(JobError, match="320,001 characters, more than 320,000, which the model's window of 10000"):
+        check_characters(32 * 10_000 + 1, 10_000)
+
+
+@pytest.mark.parametrize("command", ["register", "complete"])
+def test_a_chat_template_that_does_not_end_is_told(
+    command: str, tmp_path: Path, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from flexgen_helm.run import main
+
+    model, local = tmp_path / "model", tmp_path / "prod_env"
+    shutil.copytree(tiny_llama, model)
+    loop = "{% for a in range(99999) %}"
+    (model / "chat_template.jinja").write_text(f"{loop}{loop}{{% endfor %}}{{% endfor %}}")
+    rest = {
+        "register": [str(model), "--local-path", str(local)],
+        "complete": ["--model", str(model), "--chat", "hello"],
+    }
+    assert main([command, *rest[command]]) == 2
+    assert "does not end" in capfd.readouterr().err.splitlines()[-1]
+    assert not local.exists()
+    if command == "register":
+        assert main([command, *rest[command], "--apply-chat-template", "no"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "half a record": (lambda run: _written(run, '{"version": 1'), "is not JSON"),
     "an odd record": (lambda run: _with(run, seeds=3), "is no record of a run: seeds is '3' where a text is expected"),
     "no checkpoint": (lambda run: _with(run, identity={"dtype": "float32"}), "does not say which checkpoint answered"),
+    "a pipe": (lambda run: _piped(run), "stats.json is a pipe; a regular file is expected there"),
     "another client": (lambda run: _client(run, "os.system"), "the record names the client os.system"),
     "a torn run": (lambda run: _torn(run), "is no finished run: per_instance_stats.json cannot be read"),
 }
@@ -243,6 +245,12 @@ def _client(run: Path, name: str) -> Path:
     record = json.loads((run / FILE_NAME).read_text())
     record["entries"]["deployment"]["client_spec"]["class_name"] = name
     return _with(run, entries=record["entries"])
+
+
+def _piped(run: Path) -> Path:
+    (run / "stats.json").unlink()
+    os.mkfifo(run / "stats.json")
+    return run
 
 
 def _torn(run: Path) -> Path:

@@ -316,24 +316,121 @@ def refused(capfd: pytest.CaptureFixture[str], code: int, message: str) -> None:
     assert not list(Path.cwd().iterdir())
 
 
-def test_a_reference_that_does_not_fit_is_refused_before_anything_runs(
-    cli: Verify, tiny_llama: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def _small_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No whole reference fits into host memory."""
+    from flexgen_helm.fidelity import reference
+
+    monkeypatch.setattr(reference, "available_memory", lambda *arguments: Memory(device=10_000, host=100_000, disk=0))
+
+
+@pytest.mark.usefixtures("_small_host")
+def test_a_model_larger_than_the_host_is_compared_layer_by_layer(
+    verify: Verify, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says of answers what the whole reference says, and of each layer how far it is from stock attention."""
+    entries = [LONGER, SEPARATE, SAMPLED]
+    weights = ("--percent", 0, 0, 50, 50, 100, 0, "--offload-dir", tmp_path / "offload")
+    assert verify("--model", tiny_llama, "-r", *entries, "-m", 4, *weights) == 0
+    told = capsys.readouterr()
+    out = told.out.splitlines()
+    assert "will be compared layer by layer: its whole weights, 0.00 GB in float32, exceed the 0.00 GB" in told.err
+    assert out[-1].startswith("no drift")
+    assert out[-2].startswith(f"no layer of local/{tiny_llama.name} differs from stock sdpa attention")
+    stages = ["embedding", *(f"layer {index}" for index in range(num_layers(tiny_llama))), "head"]
+    lines = {line.split("  ")[0]: line.split() for line in out}
+    for name in stages:
+        assert float(lines[name][-6]) < 1e-4
+        assert float(lines[name][-2]) == 0  # the checkpoint's weights
+        assert lines[name][-1] == "none"  # no codes
+    for name, run in runs().items():
+        record, compared = read(run), tokens(run)
+        assert record["verdict"] == "within rounding"
+        assert record["logprobs"]["compared"] == sum(map(len, compared)) > 0
+        assert 0 <= record["logprobs"]["largest_difference"] < 5e-5
+        assert record["requests"] == {"compared": len(compared), "failed": 0, "told_up_to_the_first_difference": 0}
+        layers = record["layers"]
+        assert [stage["name"] for stage in layers["stages"]] == stages
+        assert all(stage["is_within"] and not stage["weights"]["is_wrong"] for stage in layers["stages"])
+        assert layers["passes"] == 1
+        assert layers["reason"].startswith("its whole weights")
+        if not SAMPLED.startswith(name):
+            assert record["score"]["reference"] == pytest.approx(record["score"]["ours"], rel=1e-5)
+            agreeing = record["tokens"]
+            assert agreeing["agreeing"] == agreeing["compared"]
+
+
+def test_compression_layer_by_layer_is_compared_with_the_checkpoints_own_weights(
+    verify: Verify, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from flexgen_helm.fidelity import reference
 
-    small = Memory(device=10_000, host=100_000, disk=0)
-    monkeypatch.setattr(reference, "available_memory", lambda *arguments: small)
-    refused(capfd, cli("verify", "--model", tiny_llama, "-r", GENERATION), "exceed the 0.00 GB")
+    command = ("--model", tiny_llama, "-r", LONGER, LANGUAGE, "-m", 3, "--compress-weight", 4)
+    with monkeypatch.context() as patch:
+        small = Memory(device=10_000, host=100_000, disk=0)
+        patch.setattr(reference, "available_memory", lambda *arguments: small)
+        assert verify(*command) == 0
+    out = capsys.readouterr().out.splitlines()
+    by_layer = {name: read(run) for name, run in runs().items()}
+    assert any(line.startswith("With the same codes log-probabilities differ by up to ") for line in out)
+    assert out[-1].startswith("more than the limits for rounding")
+    assert any(line.startswith("no layer of") for line in out)
+    assert verify(*command) == 0  # with the whole reference
+    for name, run in runs().items():
+        whole, layered = read(run), by_layer[name]
+        assert whole["layers"] is None
+        assert layered["layers"]["largest_logprob_difference_with_the_same_codes"] < 1e-4
+        assert layered["verdict"] == whole["verdict"] == "drift"
+        for key in ("largest_difference", "mean_difference"):
+            assert layered["logprobs"][key] == pytest.approx(whole["logprobs"][key], abs=1e-4)
+        assert layered["tokens"]["agreeing"] == whole["tokens"]["agreeing"]
+        parted = whole["texts"]["compared"] - whole["texts"]["identical"]
+        assert layered["requests"]["told_up_to_the_first_difference"] == parted
+        assert layered["texts"] == whole["texts"]
+        expected = None if parted else pytest.approx(whole["score"]["reference"], rel=1e-5)
+        assert layered["score"]["reference"] == expected
 
 
-def test_a_reference_whose_library_is_missing_is_refused_beforehand(
-    cli: Verify, tiny_llama: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.usefixtures("_small_host")
+def test_a_layer_at_fault_is_named(
+    verify: Verify, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from engine.model.attention.interface import BACKENDS
+
+    for kind in {type(backend) for backend in BACKENDS}:
+        for method in ("prefill", "decode"):
+            compute = getattr(kind, method)
+            monkeypatch.setattr(
+                kind, method, lambda self, asked, compute=compute: compute(self, asked) * (1 + 0.1 * (asked.layer == 1))
+            )
+    assert verify("--model", tiny_llama, "-r", GENERATION, "-m", 2) == 0
+    out = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in out if line.startswith("drift in layer ")]
+    assert line.startswith(f"drift in layer 1 of local/{tiny_llama.name}: ")
+    assert "differ from stock sdpa attention" in line
+    record = read(runs()[GENERATION])
+    assert record["verdict"] == "drift"
+    assert record["layers"]["worst"] == "layer 1"
+    assert [stage["name"] for stage in record["layers"]["stages"] if not stage["is_within"]] == ["layer 1"]
+
+
+def num_layers(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
+
+
+def test_a_quantized_checkpoint_that_transformers_cannot_run_is_compared_layer_by_layer(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    from engine.checkpoint.description import describe
+    from engine.errors import UnsupportedError
+    from flexgen_helm.fidelity.reference import find_place
+
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
     (model / "config.json").write_text(json.dumps(config))
-    refused(capfd, cli("verify", "--model", model, "-r", GENERATION), "cannot run it here: Loading an AWQ")
+    with pytest.raises(UnsupportedError, match="cannot run it as a whole here: Loading an AWQ"):
+        find_place(describe(str(model)), Policy(device="cpu"))
 
 
 def test_where_the_reference_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +443,7 @@ def test_where_the_reference_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reference, "resolve_device", lambda name: "cuda" if name == "auto" else name)
     memory = {"cuda": Memory(device=1200, host=999, disk=0), "cpu": Memory(device=999, host=999, disk=0)}
     monkeypatch.setattr(reference, "available_memory", lambda device, *limits: memory[device])
-    with pytest.raises(CapacityError, match="dtype: float16"):
+    with pytest.raises(CapacityError, match="in float32, exceed"):
         find_place(description, Policy(dtype="float32"))
     assert find_place(description, Policy(dtype="float16", device="cpu")) == Place("cpu", "float16")
     memory["cuda"] = Memory(device=1200, host=1000, disk=0)

@@ -54,6 +54,7 @@ def test_what_changes_nothing_is_not_in_the_key(make_client: Callable[..., Any])
         {"policy": {"compress-weight": 4}},
         {"policy": {"compress-weight": 8}},
         {"policy": {"compress-cache": 8}},
+        {"policy": {"batch-invariant": True}},
         {"top_k": 5},
         {"end_of_text_token": None},
     ],

@@ -389,3 +389,32 @@ def test_a_wrong_deployment_is_refused_when_the_client_is_made(
 ) -> None:
     with pytest.raises(ConfigError, match=line):
         make_client(**args)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"cache_implementation": "none such"}', "generation_config.json cannot be meant"),
+        ('["a"]', "generation_config.json"),
+        ('{"repetition_penalty": "much"}', "generation_config.json says {'repetition_penalty': 'much'}"),
+        ('{"suppress_tokens": 5}', "generation_config.json"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_meant_is_told_before_anything_is_asked(
+    content: str,
+    told: str,
+    tmp_path: Path,
+    tiny_llama: Path,
+    make_client: Callable[..., Any],
+    fake_engines: list[FakeEngine],
+) -> None:
+    """It was taken for one that says nothing, and texts were made without its rules."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (model / "generation_config.json").write_text(content)
+    request = Request(model="local/tiny", prompt="a", temperature=0.0, max_tokens=1)
+    with pytest.raises(CheckpointError) as caught:
+        make_client(model=model).check([request])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    (model / "generation_config.json").write_text('{"repetition_penalty": 2.0')  # no JSON: left out, as by transformers
+    make_client(model=model, cache=None).check([request])

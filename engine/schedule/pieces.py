@@ -1,0 +1,73 @@
+"""What a sweep that found too little memory is cut down to: smaller micro-batches, and long spans in pieces (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from engine.planning.limits import Limits
+from engine.schedule.cutting import padded_length, rows_of
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix, Sequence, Span
+
+_LEAST_ROWS = 64
+"""Of a micro-batch: fewer would not save memory worth speaking of, but for what decode steps gather of the cache."""
+
+
+def smaller(limits: Limits, batches: list[list[Segment]]) -> Limits | None:
+    """Limits under which the work of `batches` takes less memory; None where none do."""
+    contexts = [[segment.span.start + segment.past + segment.num_rows for segment in batch] for batch in batches]
+    rows = min(limits.rows_per_batch, max(sum(map(rows_of, batch)) for batch in batches)) // 2
+    cached = min(limits.cached_rows_per_batch, max(map(sum, contexts))) // 2
+    least = min(_LEAST_ROWS, limits.rows_per_batch)
+    has_long = any(is_long(segment.span, least, limits) for batch in batches for segment in batch)
+    if not (rows >= _LEAST_ROWS or has_long or cached >= max(map(max, contexts))):
+        return None
+    return replace(limits, rows_per_batch=max(rows, least), cached_rows_per_batch=max(1, cached))
+
+
+def is_long(span: Span, most: int, limits: Limits) -> bool:
+    """Whether a span that is to be computed has more than `most` rows, and can be computed in pieces."""
+    is_whole = isinstance(limits.pad, int) or (isinstance(span, Sequence) and span.is_alone)
+    return not is_whole and span.cached == 0 and span.num_rows > most
+
+
+def split(spans: Iterable[Span], most: int, prefixes: list[Prefix]) -> dict[int, list[Prefix]]:
+    """Split spans into pieces of at most `most` rows; the new prefixes of each, by its identity, which join `prefixes`.
+
+    Sequences must follow their parents again.
+    """
+    heads = {id(span): span.split(most) for span in spans}
+    prefixes.extend(head for each in heads.values() for head in each)
+    for prefix in sorted(prefixes, key=lambda prefix: prefix.start):
+        prefix.follow(prefix.parent)
+    return heads
+
+
+def largest(segments: Iterable[Segment]) -> Span:
+    """What takes most memory of a sweep: a sequence, or a new prefix that is longer than what continues it."""
+
+    def size(segment: Segment) -> int:
+        return segment.span.num_rows + (0 if segment.is_decode else segment.span.start)
+
+    span = max(segments, key=size).span
+    parent = span.parent if isinstance(span, Sequence) else None
+    is_longer = parent is not None and not parent.is_computed and parent.start + parent.num_rows > span.num_rows
+    return parent if parent is not None and is_longer else span
+
+
+def whole(span: Span, limits: Limits) -> Segment:
+    """All rows of a span that is to be computed; prefixes are not padded."""
+    rows = span.num_rows
+    return Segment(span, rows, padded_length(rows, limits.pad) - rows if isinstance(span, Sequence) else 0)
+
+
+def is_too_long(sequence: Sequence, limits: Limits) -> bool:
+    """Whether its attention scores alone are more than memory holds."""
+    most = limits.scores_per_batch
+    if most is None:
+        return False
+    rows = padded_length(sequence.num_rows, limits.pad)
+    rectangles = [(rows, max(rows, sequence.start + sequence.num_rows))]
+    rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
+    return any(rows * keys > most for rows, keys in rectangles)

@@ -1,0 +1,100 @@
+"""Whether a chat template ends: found out once, by counting its steps with conversations of a few letters."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import CheckpointError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_STEPS = 2_000_000
+"""Lines of a template and calls of what it calls; the largest templates take 20,000, compiled anew."""
+MOST_S = 10.0
+"""The same in seconds, for steps that are long by themselves; what is usual is 0.05."""
+_OWN_CODE = "<template>"
+"""The file that frames of a compiled template name."""
+_USER, _SYSTEM, _ANSWER = ({"role": role, "content": "a"} for role in ("user", "system", "assistant"))
+_CONVERSATIONS = [[_USER], [_SYSTEM, _USER, _ANSWER, _USER]]
+
+
+def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `CheckpointError` for a chat template that does not end, or is none; later renderings are not watched.
+
+    A template that refuses these conversations, or has another fault, says so when it is used.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    if not tokenizer.chat_template:
+        return
+    template = tokenizer.get_chat_template()
+    if _computes_powers(template):
+        raise CheckpointError(
+            f"the chat template of {tokenizer.name_or_path} computes a power (**), whose digits may not end; write the "
+            "number itself, or run the model without its template"
+        )
+    for conversation in _CONVERSATIONS:
+        try:
+            with _counting_steps():
+                tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} cannot be read: line {error.lineno}: "
+                f"{one_line(error)}; fetch it again, or run the model without its template"
+            ) from None
+        except Exception:  # what templates raise, and what they meet
+            continue
+        except _TooManySteps:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} does not end: with {len(conversation)} messages of one "
+                f"letter each it took more than {MOST_STEPS:,} steps or {MOST_S:g} s; mend it, or run the "
+                "model without its template"
+            ) from None
+
+
+class _TooManySteps(BaseException):
+    """No `Exception`, which templates' own code and `transformers` take for a refusal."""
+
+
+@contextmanager
+def _counting_steps() -> Iterator[None]:
+    """Inside, this thread may take `MOST_STEPS` (calls of functions, and lines of templates); else `_TooManySteps`."""
+    before, left, end = sys.gettrace(), MOST_STEPS, time.monotonic() + MOST_S
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or time.monotonic() > end:
+            raise _TooManySteps
+        return trace if frame.f_code.co_filename == _OWN_CODE else None
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def _computes_powers(template: str) -> bool:
+    """Whether `**` stands between two values: Python computes such a number in one step, of any length.
+
+    It also stands before the named arguments of a call.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        tokens = [each for each in Environment().lex(template) if each[1] != "whitespace"]
+    except TemplateSyntaxError:
+        return False
+    ends = ("name", "integer", "float", "string")
+    return any(
+        (kind, text) == ("operator", "**") and (before[1] in ends or before[2] in (")", "]", "}"))
+        for before, (_, kind, text) in pairwise(tokens)
+    )

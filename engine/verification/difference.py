@@ -1,0 +1,126 @@
+"""How far two computations of the same rows lie apart, and what of it rounding explains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.codec import Codec
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Of a row's difference relative to its scale, by dtype: what another order of sums, and another kernel, may make."""
+_CODED_TOLERANCES = {8: 2e-2, 4: 1e-1}
+"""The same with keys and values, or inputs of matrices, in codes of so many bits: sums in another order take a number
+over the middle between two codes now and then, and it is a whole step off then."""
+_REROUTED = 0.01
+"""Share of a stage's rows that may differ by more where rounded numbers choose experts, whose scores nearly tie."""
+_ROWS = 512
+"""Compared at once: it takes five float32 copies of them."""
+
+
+def tolerance_of(dtype: torch.dtype, cache_codec: Codec | None, *, rounds_inputs: bool) -> float:
+    """What rounding may make of a row's difference relative to its scale."""
+    bits = [8] * rounds_inputs + ([] if cache_codec is None else [cache_codec.bits])
+    return max([TOLERANCES[dtype], *(_CODED_TOLERANCES[each] for each in bits)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightDifference:
+    """How far a unit's parameters, as the device computes with them, are from the checkpoint's."""
+
+    parameter: str
+    """The one that is farthest from what it should be."""
+    largest: float
+    """The largest difference of its numbers from those of the checkpoint."""
+    is_wrong: bool
+    """Whether that is more than its codes explain; of numbers that are not encoded, whether it is any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageDifference:
+    """A stage of the model (the embedding, a layer, the head) computed by both from the same input."""
+
+    name: str
+    """"embedding", "layer N" or "head"."""
+    largest: float
+    """The largest absolute difference of a number."""
+    relative: float
+    """The largest difference of a row, relative to its scale (`Meter`)."""
+    num_rows: int
+    num_beyond: int
+    """Rows whose relative difference is above the tolerance."""
+    may_reroute: bool = False
+    """Whether rows may have been sent to other experts by rounding alone."""
+    weights: WeightDifference | None = None
+    """None where they were not compared with the checkpoint."""
+    compression: float | None = None
+    """How far hidden states behind this stage are from those of weights and cache that are not encoded: the root of the
+    mean square, relative to theirs. None where nothing is encoded, or the checkpoint has no other numbers."""
+
+    @property
+    def is_within(self) -> bool:
+        """Whether rounding explains what differs, and the weights are right."""
+        most = _REROUTED * self.num_rows if self.may_reroute else 0
+        return self.num_beyond <= most and not (self.weights is not None and self.weights.is_wrong)
+
+
+class Meter:
+    """Sums up differences of rows `[rows, width]` that two computations made of the same input.
+
+    A row's scale is, for each number, its size plus the root of the mean square of what the stage added to the row; a
+    row's difference is the root of the mean square of the numbers' differences, each relative to its scale. So neither
+    a few large numbers that pass a layer unchanged hide its errors, nor does their rounding count as one.
+    """
+
+    def __init__(self, tolerance: float, device: torch.device) -> None:
+        self._tolerance = tolerance
+        self._largest = torch.zeros((), device=device)
+        self._relative = torch.zeros((), device=device)
+        self._num_beyond = torch.zeros((), dtype=torch.long, device=device)
+        self.num_rows = 0
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        """Take in rows of both, and what entered the stage; None where nothing passes it unchanged."""
+        self.num_rows += len(ours)
+        for first in range(0, len(ours), _ROWS):
+            rows = slice(first, first + _ROWS)
+            one, other = ours[rows].float(), theirs[rows].float()
+            added = other if before is None else other - before[rows].float()
+            scale = added.pow(2).mean(-1, keepdim=True).sqrt() + other.abs()
+            is_same = (one == other) | (one.isnan() & other.isnan())
+            apart = torch.where(is_same, 0.0, (one - other).abs())
+            relative = (apart / scale.clamp_min(1e-30)).pow(2).mean(-1).sqrt().nan_to_num(nan=torch.inf)
+            self._largest = torch.maximum(self._largest, apart.nan_to_num(nan=torch.inf).max())
+            self._relative = torch.maximum(self._relative, relative.max())
+            self._num_beyond += (relative > self._tolerance).sum()
+
+    def stage(self, name: str, *, may_reroute: bool = False) -> StageDifference:
+        """What was found; waits for the device."""
+        return StageDifference(
+            name=name,
+            largest=float(self._largest),
+            relative=float(self._relative),
+            num_rows=self.num_rows,
+            num_beyond=int(self._num_beyond),
+            may_reroute=may_reroute,
+        )
+
+
+class RootMeanSquare:
+    """The size of differences beside that of what they are differences from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._apart = torch.zeros((), dtype=torch.float64, device=device)
+        self._size = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Take in rows of both."""
+        for first in range(0, len(ours), _ROWS):
+            one, other = ours[first : first + _ROWS].float(), theirs[first : first + _ROWS].float()
+            self._apart += (one - other).pow(2).sum()
+            self._size += other.pow(2).sum()
+
+    def relative(self) -> float:
+        """The root of the mean square of the differences, relative to that of `theirs`; waits for the device."""
+        return float((self._apart / self._size.clamp_min(1e-300)).sqrt())

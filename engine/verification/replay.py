@@ -1,0 +1,113 @@
+"""The sweeps that the engine runs over known texts, as its own scheduler cuts them, to be computed layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch.micro_batch import MicroBatch
+from engine.batch.rows import Rows
+from engine.model.causal_model import CausalModel
+from engine.model.padded import PaddedBatch
+from engine.planning.limits import Limits
+from engine.schedule.block import Block
+from engine.schedule.cache_room import CacheRoom
+from engine.schedule.scheduler import Scheduler
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Span
+from engine.verification.text import KnownSequence, Text
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sweep: its micro-batches, and where the spans that it reads and writes had their room in the cache."""
+
+    batches: Sequence[MicroBatch | PaddedBatch]
+    rooms: Sequence[tuple[Span, Block | None]]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the step's spans have the room that they had when it was scheduled."""
+        before = [(span, span.block) for span, _ in self.rooms]
+        for span, block in self.rooms:
+            span.block = block
+        try:
+            yield
+        finally:
+            for span, block in before:
+                span.block = block
+
+
+@dataclass(frozen=True)
+class Replay:
+    """All sweeps over some texts, whose tokens are known: layer by layer, each sees only what the ones before wrote."""
+
+    sequences: list[KnownSequence]
+    """One of each text, in their order."""
+    steps: list[Step]
+
+
+def replay(texts: Iterable[Text], model: CausalModel, limits: Limits, room: CacheRoom, *, share_prefix: bool) -> Replay:
+    """Schedule texts as the engine does, up to their ends; all room in the cache is given back before this returns.
+
+    Blocks are used again in the order of the sweeps, so each layer is to be computed sweep by sweep in one go. Raises
+    the error of a text for which the cache has no room.
+    """
+    sequences = [KnownSequence.of_text(text) for text in texts]
+    scheduler = Scheduler(limits, room, share_prefix=share_prefix)
+    scheduler.add(sequences)
+    steps: list[Step] = []
+    try:
+        while not scheduler.is_idle:
+            cut = scheduler.next_sweep()
+            for failed in scheduler.take_failed():
+                assert failed.error is not None
+                raise failed.error
+            steps.append(_step(cut, model, limits))
+            for segment in (segment for batch in cut for segment in batch):
+                _advance(segment)
+            scheduler.finish([each for each in scheduler.running if isinstance(each, KnownSequence) and each.is_told])
+    finally:
+        scheduler.drop(sequences)
+    return Replay(sequences, steps)
+
+
+def _step(cut: list[list[Segment]], model: CausalModel, limits: Limits) -> Step:
+    spans: dict[int, Span] = {}
+    for segment in (segment for batch in cut for segment in batch):
+        spans.update({id(span): span for span in (*segment.span.chain, segment.span)})
+    return Step(
+        [
+            PaddedBatch(batch, model.device, model.sweeping)
+            if model.is_padded
+            else MicroBatch(batch, model.device, limits)
+            for batch in cut
+        ],
+        [(span, span.block) for span in spans.values()],
+    )
+
+
+def _advance(segment: Segment) -> None:
+    segment.span.cached += segment.num_rows
+    if isinstance(segment.span, KnownSequence):
+        segment.span.advance(1 + len(segment.draft))
+
+
+def rows_of(batch: Rows, first_row: Mapping[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows of a table of hidden states a micro-batch has, and which of its rows are real: int64, bool `[rows]`.
+
+    first_row: of each span, by its identity. Padding stands for the real row next to it.
+    """
+    rows = torch.empty(batch.num_rows, dtype=torch.long)
+    is_real = torch.zeros(batch.num_rows, dtype=torch.bool)
+    for segment in batch.segments:
+        first, end = segment.first, segment.first + segment.num_rows
+        begin = first_row[id(segment.span)] + segment.past
+        rows[segment.begin : first] = begin
+        rows[first:end] = torch.arange(begin, begin + segment.num_rows)
+        rows[end : segment.end] = begin + segment.num_rows - 1
+        is_real[first:end] = True
+    return rows, is_real

@@ -1,0 +1,122 @@
+"""Parameters as the device computes with them beside those of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from engine.errors import CheckpointError
+from engine.kernels.codec import GROUP, Codec
+from engine.model.unit import Unit
+from engine.verification.difference import WeightDifference
+from engine.weights.store import WeightStore
+from engine.weights.unit_values import UnitValues
+
+_CHUNK = 4 << 20
+"""Numbers compared at once, a multiple of `GROUP`."""
+
+Numbers = Callable[[int, int], torch.Tensor]
+"""Consecutive numbers of a flat parameter, from one to another."""
+
+
+class WeightCheck:
+    """Compares what the device computes with, unit by unit in the order of the sweep, with what the checkpoint holds.
+
+    Numbers that are not encoded must be the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
+    encodes must be within half a step of their group (`Codec`), and packed ones what their parts stand for.
+    """
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        self._model = store.model
+        self._units = {unit.name: unit for unit in store.model.units}
+        self._table: torch.Tensor | None = None
+        self.found: dict[str, WeightDifference] = {}
+        """Of each stage ("embedding", "layer N", "head"), the parameter that is farthest from what it should be."""
+
+    def embedding(self, values: UnitValues) -> None:
+        """The token embedding, wherever its rows lie, and all that is neither of a layer nor of the head.
+
+        Raises `CheckpointError` for a buffer that is not the checkpoint's.
+        """
+        name, outer = self._model.embedding_name, self._units["outer"]
+        self._store.wait_for(self._store.placed["embedding"])
+        table = values.take(self._units["embedding"])[name]
+        dtype = self._model.state[name].dtype
+
+        def stored(first: int, end: int) -> torch.Tensor:
+            found = self._store.stored_bytes("embedding", first * dtype.itemsize, end * dtype.itemsize)
+            return found.view(dtype)
+
+        self._note("embedding", self._compare(name, stored, table))
+        if outer.owners:
+            self._bound("embedding", outer, values.take(outer))
+        for buffer, value in values.buffers.items():
+            ours = self._model.buffer(buffer)
+            if not torch.equal(ours, value.to(ours.device, ours.dtype)):
+                raise CheckpointError(f"the buffer {buffer} is not what the checkpoint holds; start again")
+        self._table = table if self._model.is_tied else None
+
+    def layer(self, index: int, values: UnitValues) -> dict[str, torch.Tensor]:
+        """A layer whose parameters are bound; returns the checkpoint's."""
+        unit = self._units[f"layer.{index}"]
+        taken = values.take(unit)
+        self._bound(f"layer {index}", unit, taken)
+        return taken
+
+    def head(self, values: UnitValues) -> None:
+        """The head, whose parameters are bound."""
+        output, unit = self._model.output, self._units["head"]
+        if self._table is not None:
+            assert output is not None
+            self._tensor("head", self._model.embedding_name, output._parameters["weight"], self._table)
+        elif unit.owners:
+            self._bound("head", unit, values.take(unit))
+
+    def _bound(self, stage: str, unit: Unit, values: Mapping[str, torch.Tensor]) -> None:
+        for name, (module, attribute) in unit.owners.items():
+            self._tensor(stage, name, module._parameters[attribute], values[name])
+
+    def _tensor(self, stage: str, name: str, parameter: torch.Tensor | None, value: torch.Tensor) -> None:
+        assert parameter is not None
+        flat = parameter.detach().view(-1)
+        self._note(stage, self._compare(name, lambda first, end: flat[first:end], value))
+
+    def _note(self, stage: str, found: WeightDifference) -> None:
+        before = self.found.get(stage)
+        if before is None or (found.is_wrong, found.largest) > (before.is_wrong, before.largest):
+            self.found[stage] = found
+
+    def _compare(self, name: str, ours: Numbers, value: torch.Tensor) -> WeightDifference:
+        like, packed = self._model.state[name], self._model.packed.get(name)
+        codec = self._store.codec_of(name) if packed is None else None
+        if packed is not None:
+            device = ours(0, 1).device
+            whole = torch.empty(like.numel(), dtype=like.dtype, device=device)
+            packed.decode(value.to(device), whole)
+            value = whole
+        flat, largest, is_wrong = value.reshape(-1), 0.0, False
+        for first in range(0, like.numel(), _CHUNK):
+            one = ours(first, min(first + _CHUNK, like.numel()))
+            other = flat[first : first + len(one)].to(one.device, like.dtype)
+            if torch.equal(one, other):
+                continue
+            apart = (one.float() - other.float()).abs()
+            apart = torch.where(one.isnan() & other.isnan(), 0.0, apart).nan_to_num(nan=torch.inf)
+            allowed = torch.zeros((), device=apart.device) if codec is None else _half_steps(other, codec)
+            is_wrong |= bool((apart > allowed).any())
+            largest = max(largest, float(apart.max()))
+        return WeightDifference(parameter=name, largest=largest, is_wrong=is_wrong)
+
+
+def _half_steps(values: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """How far numbers may be from `values` whose code they come from, each: half a step, and rounding to the dtype."""
+    groups = values.float().view(-1, GROUP)
+    least, greatest = groups.aminmax(dim=-1)
+    eps = torch.finfo(values.dtype).eps
+    largest = torch.maximum(least.abs(), greatest.abs())
+    # Step and least are rounded to the dtype, outwards, and so is the number that they make.
+    step = (greatest - least + 2 * eps * largest) / codec.levels * (1 + 2 * eps)
+    allowed = step / 2 * (1 + 4 * eps) + 3 * eps * largest
+    return allowed.repeat_interleave(GROUP)

@@ -1,0 +1,118 @@
+"""Keeps what engines answered to a run's requests, with the completions behind the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.run_spec import RunSpec
+
+from engine.checkpoint.identity.result import Identity
+from engine.job import Completion, Job
+from engine.schedule.timing import SweepTiming
+from flexgen_helm.helm.client import FlexGenClient
+from flexgen_helm.helm.engines import RunningEngine, engines
+from flexgen_helm.helm.runner import WholeRunExecutor
+
+if TYPE_CHECKING:
+    from engine.verification.layerwise import Findings
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A run as our engine answered it."""
+
+    run_spec: RunSpec
+    state: ScenarioState
+    client: FlexGenClient
+    completions: dict[str, Completion]
+    """By `_name` of their jobs."""
+    identity: Identity
+    """Of the weights that answered."""
+
+    def completion_of(self, job: Job) -> Completion:
+        """What our engine made of a job."""
+        return self.completions[_name(job)]
+
+    def answers(self) -> Iterator[tuple[Job, Completion]]:
+        """Every job of a request that did not fail, and what became of it."""
+        translator = self.client._translator
+        for state in self.state.request_states:
+            if state.result is not None and state.result.success:
+                text = translator.render(state.request)
+                for job in translator.jobs(state.request, text, translator.encode(state.request, text)):
+                    yield job, self.completion_of(job)
+
+
+class RecordingExecutor(WholeRunExecutor):
+    """Keeps a run's results, and the completions behind them: HELM's results have no token ids."""
+
+    _state: ScenarioState
+    _completions: dict[str, Completion]
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Make every engine that is loaded meanwhile tell its completions, and close it in the end."""
+        load = engines.load
+        engines.close()  # one that is loaded already would not tell
+        engines.load = lambda path, policy, window: _Recorded(load(path, policy, window), self)
+        try:
+            yield
+        finally:
+            engines.close()
+            engines.load = load
+
+    def execute(self, scenario_state: ScenarioState) -> ScenarioState:
+        """Execute, and keep the outcome until `take`."""
+        self._completions = {}
+        self._state = super().execute(scenario_state)
+        return self._state
+
+    def note(self, job: Job, completion: Completion) -> None:
+        """Keep a completion of the run being executed."""
+        self._completions[_name(job)] = completion
+
+    def take(self, run_spec: RunSpec) -> Answered:
+        """Give what became of the run that was executed last."""
+        client = self.client_of(self._state.request_states)
+        assert client is not None, "run_all has looked at the deployments"
+        return Answered(run_spec, self._state, client, self._completions, client.identity)
+
+
+class _Recorded:
+    """An engine that tells its completions to a recording executor."""
+
+    def __init__(self, engine: RunningEngine, executor: RecordingExecutor) -> None:
+        self._engine = engine
+        self._executor = executor
+        self.observer: Callable[[SweepTiming], None] | None = None
+
+    def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
+        """As the engine's."""
+        asked = list(jobs)  # the caller lets go of its list
+        for finished in self._engine.sweeps(asked):
+            for index, completion in finished:
+                self._executor.note(asked[index], completion)
+            yield finished
+
+    def weights_digest(self) -> str | None:
+        """As the engine's."""
+        return self._engine.weights_digest()
+
+    def compare_with_stock(
+        self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
+    ) -> Findings:
+        """As the engine's."""
+        return self._engine.compare_with_stock(jobs, completions, progress)
+
+    def close(self) -> None:
+        """As the engine's."""
+        self._engine.close()
+
+
+def _name(job: Job) -> str:
+    """Tells jobs apart; they hold lists, so they cannot be keys themselves."""
+    return repr(job)
