@@ -1,7 +1,7 @@
 """The command line `flexgen-helm COMMAND`; `python -m flexgen_helm.run` is its command `run`.
 
 Exit codes: 0 done, 1 a run failed (or `doctor` found something broken), 2 bad input, which leaves nothing behind,
-130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
+75 not finished because its time was up (--stop-before, SIGUSR1), 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from flexgen_helm import __version__, engine_problem
 from flexgen_helm.terminal.errors import RunFailed, UsageError
 from flexgen_helm.terminal.parser import Parser
-from flexgen_helm.terminal.signals import heeding_signals
+from flexgen_helm.terminal.signals import NOT_FINISHED, heeding_signals
 
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "the policy with the least estimated time for a workload, before anything is run",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
     "compare": "what has changed from one suite to a later one; exit code 1 if something is worse",
+    "reproduce": "run a finished run again from its record, and say what is equal; exit code 1 if something differs",
     "report": "write a suite's report.html and report.json: scores, speed, trends, failed runs",
     "lm-eval": "lm-evaluation-harness's own command line, with the engine as its model `flexgen`",
     "doctor": "show what this machine has and what is missing",
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             if signals.received is None or code:
                 return code
-    end = "terminated" if signals.exit_code == 143 else "interrupted"
+    end = {143: "terminated", NOT_FINISHED: "not finished, its time was up"}.get(signals.exit_code, "interrupted")
     return _complain(f"{end}; answers so far are kept, the same command goes on from there", signals.exit_code)
 
 
@@ -116,6 +117,10 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.commands.compare import compare
 
             return compare(rest)
+        if command == "reproduce":
+            from flexgen_helm.commands.reproduce import reproduce
+
+            return reproduce(rest)
         if command == "report":
             from flexgen_helm.commands.report import report
 

@@ -74,7 +74,7 @@ def test_other_commands_are_accepted() -> None:
     from flexgen_helm.commands.bench import bench_parser, workloads
     from flexgen_helm.commands.compare import parse_compare_flags
     from flexgen_helm.commands.complete import complete_parser
-    from flexgen_helm.commands.plan import plan_parser
+    from flexgen_helm.commands.plan import names_shape, parse_plan_flags, plan_parser
     from flexgen_helm.commands.register import register_parser
     from flexgen_helm.commands.report import parse_report_flags
     from flexgen_helm.commands.sweep import parse_sweep_flags
@@ -83,7 +83,7 @@ def test_other_commands_are_accepted() -> None:
     from flexgen_helm.planning.roofline import Workload
     from flexgen_helm.run import COMMANDS
     from flexgen_helm.runs.entries import read_entries
-    from flexgen_helm.runs.flags import checked_policy, policy_from_flags
+    from flexgen_helm.runs.flags import checked_policy, names_entries, policy_from_flags
 
     for arguments in commands_of("flexgen-helm"):
         assert arguments[0] in COMMANDS
@@ -94,6 +94,9 @@ def test_other_commands_are_accepted() -> None:
     for arguments in commands_of("flexgen-helm", "complete"):
         policy_from_flags(complete_parser().parse_args(arguments))
     for arguments in commands_of("flexgen-helm", "plan"):
+        if not names_shape(arguments):
+            assert names_entries(parse_plan_flags(arguments))
+            continue
         plan_args = plan_parser().parse_args(arguments)
         shape_config(plan_args.shape)
         Workload.parse(plan_args.work)

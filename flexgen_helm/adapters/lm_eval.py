@@ -12,12 +12,14 @@ from functools import cached_property
 from typing import Any
 
 import engine
+from engine.checkpoint.identity.result import identity_beside_weights
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Sampling
 from engine.memory import accelerator
 from engine.policy import Policy, parse_bytes
 from engine.text.prompt import check_characters
 from engine.text.template import check_template_ends
+from flexgen_helm.planning.environment import environment
 
 try:
     from jinja2 import TemplateError
@@ -89,6 +91,7 @@ class FlexGenLM(TemplateLM):
             cpu_memory=_limit(cpu_memory, "cpu_memory", named.cpu_memory),
         )
         loaded.check("model_args")
+        self._beside_weights = identity_beside_weights(pretrained, loaded)
         self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
         atexit.register(self.engine.close)
         self.tokenizer: Any = self.engine.tokenizer
@@ -105,6 +108,12 @@ class FlexGenLM(TemplateLM):
         self._think_end_token = int(think_end_token) if think_end_token is not None and is_id else think_end_token
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._chat_template_args = {**(chat_template_args or {}), **thinking}
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into its results, beside its own arguments and seeds: what answers were made with."""
+        identity = {"weights": self.engine.weights_digest(), **self._beside_weights}
+        made = {"policy": self.engine.policy.as_mapping(), "identity": identity, "window": self.max_length}
+        return {"flexgen": {**made, **environment().as_mapping()}}
 
     @property
     def eot_token_id(self) -> int | None:

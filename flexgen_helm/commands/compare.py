@@ -9,10 +9,10 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 from flexgen_helm.helm.scores import short_name
+from flexgen_helm.planning.stored import replace_text
 from flexgen_helm.suites.comparison import CONFIDENCE, SLOWDOWN, Comparison, ScoreChange, compare_suites
 from flexgen_helm.suites.speed import SpeedChange
 from flexgen_helm.suites.suite import find_suite, read_suite
-from flexgen_helm.sweeps.record import replace_text
 from flexgen_helm.terminal.columns import columns
 from flexgen_helm.terminal.errors import UsageError
 from flexgen_helm.terminal.parser import Parser

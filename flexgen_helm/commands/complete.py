@@ -6,14 +6,16 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, EngineError, InstallationError, JobError
 from engine.job import Completion, Job, Sampling, check_num_completions
 from engine.policy import Policy
-from flexgen_helm.commands.answers import Answers, Place
-from flexgen_helm.commands.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
+from flexgen_helm.commands.completion.answers import Answers, Place
+from flexgen_helm.commands.completion.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
+from flexgen_helm.commands.completion.record import AnswersRecord
 from flexgen_helm.runs.flags import POLICY, add_policy_flags, policy_from_flags
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.installation import model_problem
@@ -84,7 +86,7 @@ def complete(arguments: Sequence[str]) -> int:
     if problem := model_problem():
         raise InstallationError(problem)
     from engine.checkpoint.description import describe
-    from engine.checkpoint.identity.result import identity_beside_weights, result_identity
+    from engine.checkpoint.identity.result import Identity, identity_beside_weights, result_identity
     from engine.checkpoint.tokenizer import load_tokenizer
     from engine.text.prompt import PromptTokenizer
 
@@ -104,17 +106,27 @@ def complete(arguments: Sequence[str]) -> int:
         raise ConfigError(f"none of the {len(found)} prompts can be asked")
     beside = identity_beside_weights(args.model, policy)
 
-    def keys(weights: str | None) -> dict[Place, str]:
+    @cache
+    def identity_of(weights: str | None) -> Identity:
         """By the digest of the weights that answer; None finds it here."""
-        identity = result_identity(args.model, policy) if weights is None else {"weights": weights, **beside}
-        return {place: _key(prompt, job, identity) for place, (prompt, job) in jobs.items()}
+        return result_identity(args.model, policy) if weights is None else {"weights": weights, **beside}
+
+    def keys(weights: str | None) -> dict[Place, str]:
+        return {place: _key(prompt, job, identity_of(weights)) for place, (prompt, job) in jobs.items()}
 
     with Answers(args.output) as answers:
-        done = answers.resume(lambda: keys(None))
+        record = AnswersRecord(answers.path)
+
+        def begin(weights: str | None) -> dict[Place, str]:
+            made = {"model": args.model, "policy": policy.as_mapping(), "identity": identity_of(weights)}
+            record.write({**made, "settings": _settings(args)}, goes_on=bool(done))
+            return keys(weights)
+
+        done = answers.resume(lambda: keys(None), lambda: record.what_differs(identity_of(None)))
         left = {place: job for place, job in jobs.items() if place not in done}
         for prompt in bad:
             answers.add({"index": prompt.index, "where": prompt.where, "error": prompt.reason})
-        failures = _ask(args, policy, left, keys, answers) if left else []
+        failures = _ask(args, policy, left, begin, answers) if left else []
         answers.sort()
     if done:
         print(f"{len(done)} answers were there already", file=sys.stderr)
@@ -126,15 +138,7 @@ def complete(arguments: Sequence[str]) -> int:
 
 def _read(args: Any) -> list[Prompt | BadPrompt]:
     """The prompts of the command line, at least one."""
-    settings = Settings(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=tuple(_unescaped(stop) for stop in args.stop),
-        num_completions=args.num_completions,
-    )
+    settings = Settings(**_settings(args))
     if bool(args.prompts) == (args.input is not None):
         raise ConfigError("give prompts either as arguments or by --input")
     if args.prompts:
@@ -159,6 +163,19 @@ def _read(args: Any) -> list[Prompt | BadPrompt]:
     if not found:
         raise ConfigError(f"--input {name} holds no prompt")
     return found
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    """Those of the command line, which hold where a prompt has none of its own; a seed of None is drawn."""
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "stop": tuple(_unescaped(stop) for stop in args.stop),
+        "num_completions": args.num_completions,
+    }
 
 
 def _unescaped(text: str) -> str:
@@ -238,10 +255,13 @@ def _ask(
     args: Any,
     policy: Policy,
     left: dict[Place, tuple[Prompt, Job]],
-    keys_by: Callable[[str | None], dict[Place, str]],
+    begin: Callable[[str | None], dict[Place, str]],
     answers: Answers,
 ) -> list[str]:
-    """Run what is left; returns a line for each failure. `keys_by` makes keys by the digest of the weights."""
+    """Run what is left; returns a line for each failure.
+
+    `begin` is called before the first answer is written, with the digest of the weights, and returns the keys.
+    """
     from engine.engine import Engine
 
     places, failures, tokens = list(left), list[str](), 0
@@ -252,7 +272,7 @@ def _ask(
         with Engine.from_pretrained(args.model, policy) as engine:
             keys: dict[Place, str] = {}
             for number, (at, completion) in enumerate(engine.stream(job for _, job in left.values()), 1):
-                keys = keys or keys_by(engine.weights_digest())  # all weights are read by the end of the first sweep
+                keys = keys or begin(engine.weights_digest())  # all weights are read by the end of the first sweep
                 place = places[at]
                 prompt, job = left[place]
                 answers.add(_answer(place, prompt, completion, keys[place]))

@@ -1,11 +1,13 @@
-"""`flexgen-helm plan`: the policy with the least estimated time for a workload, before it is run. Imports no HELM.
+"""`flexgen-helm plan`: the policy with the least estimated time for a workload, or what run entries will take.
 
 A workload is written RUNSxJOBSxSHARED+OWN:NEW, as for `bench`. The machine is this one, as `doctor --profile` measured
-it, or another by its profile.
+it, or another by its profile. With files of run entries in place of --shape, as for `sweep`, HELM makes all of their
+requests, and time, tokens, bytes and room are those that they take; `flexgen-helm plan CONF --help` shows its flags.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +19,9 @@ import yaml
 from engine.errors import ConfigError
 from engine.memory.tiers import TIERS
 from engine.policy import Policy, parse_bytes
+from flexgen_helm.planning.forecast import REACHED
 from flexgen_helm.planning.roofline import Workload
-from flexgen_helm.runs.flags import add_memory_flags
+from flexgen_helm.runs.flags import add_memory_flags, names_entries, parse_run_flags, policy_from_flags, run_parser
 from flexgen_helm.terminal.parser import Parser
 
 if TYPE_CHECKING:
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from flexgen_helm.planning.estimate import Estimate
     from flexgen_helm.planning.model_sizes import ModelSizes
 
-_REACHED = 0.9
-"""Of the least time's rate, about what sweeps have reached on cards (0.86 to 0.99, benchmarks/results)."""
 _RUNNERS_UP = 2
 _NEAR = 10
 """Percents of the weights on the device: policies that differ by less are hardly others."""
@@ -64,8 +65,88 @@ def plan_parser() -> Parser:
     return parser
 
 
+ENTRIES_EXAMPLES = (
+    "flexgen-helm plan nightly --model facebook/opt-30b --policy opt-30b-t4 -m 100",
+    "flexgen-helm plan -r mmlu:subject=anatomy --model ./my-model --hardware t4",
+)
+ENTRIES_DESCRIPTION = """
+Make all requests of run entries, as `sweep` does before it computes, and say what they will take: time, tokens, bytes
+over the link and from disk, and room on every tier. Loads no weights, computes nothing, and writes nothing but the
+data that scenarios download. What HELM's cache in --local-path answers is left out; where it holds answers, the digest
+of the weight files, by which they are known, is computed and kept, too.
+"""
+_USELESS = (
+    "server_url",
+    "runner_class_name",
+    "dry_run",
+    "skip_instances",
+    "cache_instances",
+    "skip_completed_runs",
+)
+"""Of HELM's flags, those that change nothing of what is made here."""
+
+
+def entries_parser() -> Parser:
+    """The command line of `flexgen-helm plan CONF`; imports neither HELM nor torch."""
+    parser = run_parser("flexgen-helm plan", ENTRIES_DESCRIPTION, ENTRIES_EXAMPLES)
+    parser.usage = "flexgen-helm plan CONF ... [FLAGS]"
+    told = "files of run entries, or names of shipped ones; as -c"
+    parser.group("what to run").add_argument("conf", nargs="*", metavar="CONF", help=told)
+    parser.group("policy").add_argument(
+        "--hardware", metavar="PROFILE", help="a shipped profile's name or a file (default: this machine's)"
+    )
+    parser.set_defaults(num_threads=1)
+    return parser
+
+
 def plan(arguments: Sequence[str]) -> int:
-    """Search, print, and write the policy; `EngineError` for bad input and for work that nothing fits."""
+    """Plan a shape's work, or run entries; `EngineError` for bad input and for work that nothing fits."""
+    return _plan_shape(arguments) if names_shape(arguments) else _plan_entries(arguments)
+
+
+def names_shape(arguments: Sequence[str]) -> bool:
+    """Whether a command line, or one that only asks for help, is about a shape; else it is about run entries."""
+    flags = [each.partition("=")[0] for each in arguments]
+    is_shape = any(len(each) > 3 and ("--shape".startswith(each) or "--work".startswith(each)) for each in flags)
+    return is_shape or not set(flags) - {"-h", "--help"}
+
+
+def parse_plan_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line about run entries; `ConfigError` for what cannot be meant."""
+    args = parse_run_flags(arguments, entries_parser())
+    args.conf_paths = [*args.conf, *args.conf_paths]
+    args.output_path = args.output_path or "benchmark_output"
+    if not names_entries(args):
+        raise ConfigError("nothing to plan: name --shape, or a file of run entries, such as nightly")
+    for name in _USELESS:
+        if getattr(args, name):
+            raise ConfigError(f"--{name.replace('_', '-')} changes nothing of a plan; leave it out")
+    return args
+
+
+def _plan_entries(arguments: Sequence[str]) -> int:
+    """Make the entries' requests, and print what they take."""
+    args = parse_plan_flags(arguments)
+    policy = policy_from_flags(args)
+    from engine.planning.hardware_profile import HardwareProfile
+    from flexgen_helm.runs.launch import prepare, set_up_logging
+    from flexgen_helm.runs.registration import DEPLOYMENTS
+    from flexgen_helm.runs.scratch_output import scratch_output
+    from flexgen_helm.sweeps.rehearsal import rehearse
+
+    set_up_logging(args)
+    profile = None if args.hardware is None else HardwareProfile.load(args.hardware)
+    prepared = prepare(args, policy)
+    with scratch_output(Path(args.output_path), keeps_downloads=True) as scratch:
+        for line in rehearse(prepared.run_specs, scratch, Path(args.local_path), DEPLOYMENTS, profile):
+            print(line)
+    for note in prepared.notes:
+        print(note)
+    return 0
+
+
+def _plan_shape(arguments: Sequence[str]) -> int:
+    """Search, print, and write the policy."""
     args = plan_parser().parse_args(arguments)
     load = Workload.parse(args.work)
     base = Policy(
@@ -129,7 +210,7 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
     rate = load.num_requests / found.seconds
     yield (
         f"least time {_s(found.seconds)} in {found.sweeps} sweeps, {rate:.2f} requests/s, "
-        f"{rate * load.new:.1f} tokens/s; about {_s(found.seconds / _REACHED)} are to be expected"
+        f"{rate * load.new:.1f} tokens/s; about {_s(found.seconds / REACHED)} are to be expected"
     )
     for name, times in (("prefill", found.prefill_s), ("decode", found.decode_s)):
         if max(times.values()) > 0:

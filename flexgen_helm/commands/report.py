@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
+from flexgen_helm.planning.stored import replace_text
 from flexgen_helm.suites.suite import find_suite, read_suite
-from flexgen_helm.sweeps.record import replace_text
 from flexgen_helm.terminal.parser import Parser
 
 HTML_NAME = "report.html"

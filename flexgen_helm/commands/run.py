@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexgen_helm.runs.flags import names_entries, parse_run_flags
+from flexgen_helm.runs.flags import add_stop_flag, names_entries, parse_run_flags, run_parser
+from flexgen_helm.terminal.deadline import Deadline
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the entries of a command line, or the demo; `EngineError` for bad input, `RunFailed` for a failed run."""
-    args = parse_run_flags(arguments)
+    parser = run_parser()
+    add_stop_flag(parser)
+    args = parse_run_flags(arguments, parser)
     from flexgen_helm.runs import demo
+    from flexgen_helm.runs.command_line_runner import CommandLineRunner
     from flexgen_helm.runs.launch import carry_out
 
     is_demo = not names_entries(args)
     if is_demo:
         args.output_path, args.conf_paths = args.output_path or demo.OUTPUT_PATH, ["demo"]
-    carry_out(args, is_demo=is_demo)
+    with Deadline(args.stop_before, lambda: CommandLineRunner.longest_pass_s):
+        carry_out(args, is_demo=is_demo)
     if is_demo:
         print(demo.NEXT)
     return 0

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError, EngineError
-from flexgen_helm.runs.flags import names_entries, parse_run_flags, policy_from_flags, run_parser
+from flexgen_helm.runs.flags import add_stop_flag, names_entries, parse_run_flags, policy_from_flags, run_parser
 from flexgen_helm.runs.names import check_one_file_system, check_suite_name
+from flexgen_helm.terminal.deadline import Deadline
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
 
@@ -44,6 +45,7 @@ def sweep_parser() -> Parser:
     output = parser.group("output")
     output.add_argument("--suite", help="name of the suite (required): the directory of its runs")
     output.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
+    add_stop_flag(parser)
     # HELM's adapters and metrics are Python: more threads make them slower.
     parser.set_defaults(num_threads=1, suite=None)
     return parser
@@ -117,7 +119,7 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
             exit_on_error=args.exit_on_error,
         )
         try:
-            with diary:
+            with diary, Deadline(args.stop_before, lambda: diary.longest_pass_s):
                 runner.run_all(run_specs)
         except Exception as error:  # runs have been written by now: none of this is bad input
             failure = error

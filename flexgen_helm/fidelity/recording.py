@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.run_spec import RunSpec
 
+from engine.checkpoint.identity.result import Identity
 from engine.job import Completion, Job
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.client import FlexGenClient
@@ -29,6 +30,8 @@ class Answered:
     client: FlexGenClient
     completions: dict[str, Completion]
     """By `_name` of their jobs."""
+    identity: Identity
+    """Of the weights that answered."""
 
     def completion_of(self, job: Job) -> Completion:
         """What our engine made of a job."""
@@ -76,7 +79,7 @@ class RecordingExecutor(WholeRunExecutor):
         """Give what became of the run that was executed last."""
         client = self.client_of(self._state.request_states)
         assert client is not None, "run_all has looked at the deployments"
-        return Answered(run_spec, self._state, client, self._completions)
+        return Answered(run_spec, self._state, client, self._completions, client.identity)
 
 
 class _Recorded:

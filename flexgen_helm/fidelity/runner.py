@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +26,10 @@ from flexgen_helm.fidelity.reference import Reference, find_place
 from flexgen_helm.fidelity.verdict import Fidelity
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.engines import Served, engines
+from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.helm.scores import Score, choose, read_scores, short_name
+from flexgen_helm.planning.environment import environment
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.models import source_of
 from flexgen_helm.terminal.progress import Progress, StatusLine
@@ -163,10 +164,11 @@ class VerifyingRunner(CommandLineRunner):
             "model": run_spec.adapter_spec.model,
             "weights": served.description.path,
             "policy": served.policy.as_mapping() or "auto",
-            "identity": served.identity,
+            "identity": answered.identity,
             "dtype": dtype,
             "reference_device": device,
-            "versions": {name: version(name) for name in ("torch", "transformers", "crfm-helm", "flexgen-helm")},
+            "seeds": SEEDS,
+            **environment().as_mapping(),
             **found.figures(),
         }
         write_record(Path(self._get_run_path(run_spec)), record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
@@ -27,9 +26,9 @@ from engine.errors import CheckpointError, ConfigError, EngineError, one_line  #
 from engine.job import Job  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
-from flexgen_helm.helm.kept_answers import KeptAnswers  # noqa: E402
-from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
+from flexgen_helm.helm.kept_answers import ClientCache  # noqa: E402
 from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
+from flexgen_helm.helm.requests.carrying import Carrier  # noqa: E402
 from flexgen_helm.helm.requests.results import Response, Timing, failure, known_result, result  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
@@ -79,8 +78,7 @@ class FlexGenClient(CachingClient):
         self._apply_chat_template = apply_chat_template
         self._top_k = top_k
         self._window = window
-        self._is_cache_locked = False
-        self._cache_notes: list[str] = []
+        self._answers = ClientCache(cache_config)
 
     @cached_property
     def _served(self) -> Served:
@@ -112,7 +110,7 @@ class FlexGenClient(CachingClient):
 
         With what became of kept answers to the requests looked up so far.
         """
-        notes, window = [*self._translator.notes, *self._cache_notes], self._window
+        notes, window = [*self._translator.notes, *self._answers.notes], self._window
         own = engines.served(self._model, self.policy).description.window if window is not None else None
         if own is not None and window != own:
             notes.append(f"sequences of {self._model} have up to {window} positions, as window says, in place of {own}")
@@ -122,6 +120,21 @@ class FlexGenClient(CachingClient):
     def applies_chat_template(self) -> bool:
         """Whether prompts that are answered go through the tokenizer's chat template."""
         return self._translator.applies_chat_template
+
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """What of model and policy can change a result; waits as `Served.identity` does."""
+        return self._served.identity
+
+    @property
+    def known_identity(self) -> dict[str, str | int | None] | None:
+        """`identity` as soon as an answer was found or made; None before, since finding it may take long."""
+        return self._served.known_identity
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """The model's directory, and the number format of its weights."""
+        return self._served.description.path, self._served.description.dtype
 
     @property
     def writes_date(self) -> bool:
@@ -162,20 +175,20 @@ class FlexGenClient(CachingClient):
             with self._served.batcher.arriving():
                 text = self._translator.render(request)
                 key = self._translator.key(request, text)
-                with self._kept_answers() as kept:
+                with self._answers.kept(self._served, self._translator, tell=hlog) as kept:
                     known = known_result(kept.find(key))
-                for note in self._noted(kept):
-                    hlog(note)
                 if known is not None:
                     return known
                 response = compute()
-                with self._open_cache() as cache:
+                with self._answers.opened() as cache:
                     cache.put([({**key, "identity": self._served.identity}, response)])
         except EngineError as error:
             return failure(request, error)
         return result(response, cached=False)
 
-    def make_requests(self, requests: Sequence[Request], progress: Progress | None = None) -> list[RequestResult]:
+    def make_requests(
+        self, requests: Sequence[Request], progress: Progress | None = None, observe: Observer | None = None
+    ) -> list[RequestResult]:
         """Answer all requests, in their order; what is not in the cache goes to the engine in one call.
 
         Results are in HELM's cache as soon as their sweep ends. A bad request fails in its own result; raises
@@ -187,11 +200,12 @@ class FlexGenClient(CachingClient):
         results.update({place: failure(requests[place], error) for place, error in asked.refused.items()})
         num_tokens = 0
         report(len(results), len(requests), num_tokens)
-        for answers in self.carry_out(asked):
-            for answer in answers:
-                results.update(dict.fromkeys(answer.places, answer.result))
-                num_tokens += answer.prompt_tokens + answer.new_tokens
-            report(len(results), len(requests), num_tokens)
+        with Carrier(lambda: self.carry_out(asked, observe), self.close) as carrier:
+            for answers in carrier:
+                for answer in answers:
+                    results.update(dict.fromkeys(answer.places, answer.result))
+                    num_tokens += answer.prompt_tokens + answer.new_tokens
+                report(len(results), len(requests), num_tokens)
         return [results[place] for place in range(len(requests))]
 
     def look_up(self, requests: Sequence[Request]) -> Asked:
@@ -201,7 +215,7 @@ class FlexGenClient(CachingClient):
         """
         translator = self._translator
         asked = Asked(total=len(requests))
-        with self._kept_answers() as kept:
+        with self._answers.kept(self._served, translator) as kept:
             for place, request in enumerate(requests):
                 try:
                     text = translator.render(request)
@@ -221,7 +235,6 @@ class FlexGenClient(CachingClient):
                         asked.refused[place] = error
                         continue
                     asked.todo[name] = Work(request=request, key=key, places=[place], ids=ids, jobs=jobs)
-        self._noted(kept)
         return asked
 
     def carry_out(self, asked: Asked, observe: Observer | None = None) -> Iterator[list[Answer]]:
@@ -236,7 +249,7 @@ class FlexGenClient(CachingClient):
         jobs, num_requests = [job for work in todo for job in work.jobs], len(todo)
         todo.clear()
         started = time.time()
-        with self._open_cache() as cache:
+        with self._answers.opened() as cache:
             for finished in self._served.sweeps(jobs, observe):
                 jobs.clear()  # the engine has them now
                 done: list[tuple[Work, float]] = []
@@ -256,32 +269,6 @@ class FlexGenClient(CachingClient):
                 self._served.check_weights()
                 cache.put(kept)
                 yield answers
-
-    @contextmanager
-    def _kept_answers(self) -> Iterator[KeptAnswers]:
-        with self._open_cache() as cache:
-            kept = KeptAnswers(cache, self._served, self._translator)
-            yield kept
-            kept.move()
-
-    def _noted(self, kept: KeptAnswers) -> list[str]:
-        """Take in what is to be told of kept answers; returns what is new of it."""
-        new = [note for note in kept.notes if note not in self._cache_notes]
-        self._cache_notes += new
-        return new
-
-    @contextmanager
-    def _open_cache(self) -> Iterator[RequestCache]:
-        """HELM's cache; what another process has locked for long is waited for once, not by every run again."""
-        cache = RequestCache(self.cache.config, **({"wait_s": 0.0} if self._is_cache_locked else {}))
-        try:
-            opened = cache.__enter__()
-        except ConfigError:
-            self._is_cache_locked = cache.is_locked
-            raise
-        self._is_cache_locked = False
-        with closing(cache):
-            yield opened
 
     def _jobs(self, request: Request, text: str) -> tuple[tuple[int, ...], list[Job]]:
         """Token ids of a rendered prompt and the checked jobs that answer it."""

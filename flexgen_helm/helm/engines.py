@@ -102,12 +102,26 @@ class Served:
         with self._identifying:
             if self._identity is None:
                 source, rest = self._open()
-                engine = self._engine
-                digest = None if engine is None else engine.weights_digest()
+                digest = self._digest_of_engine()
                 if digest is None:
                     digest = weights_digest(Path(self.description.path), source)
                 self._identity = {"weights": digest, **rest}
             return self._identity
+
+    @property
+    def known_identity(self) -> Identity | None:
+        """`identity` if it has been found by now; waits for nothing."""
+        return self._identity
+
+    def _digest_of_engine(self) -> str | None:
+        """None where no engine reads the weight files, or where it was closed before it had read them all."""
+        engine = self._engine
+        try:
+            return None if engine is None else engine.weights_digest()
+        except EngineError:
+            if self._engine is engine:
+                raise
+            return None  # answers of the last pass before an early end are still to be kept
 
     @property
     def settings(self) -> Identity:

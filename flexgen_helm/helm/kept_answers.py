@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any
 
+from helm.common.cache import CacheConfig
+
 from engine.checkpoint.identity.result import differences, last_change, sampled_identity
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from flexgen_helm.helm.engines import Served
 from flexgen_helm.helm.request_cache import RequestCache, Response
 from flexgen_helm.helm.requests.translate import CLIENT, Key, Translator
 
 _SETTINGS = ("dtype", "compress_weight", "compress_cache")
 """What of an identity the policy sets: answers under other settings are none of what the model was before."""
+
+
+class ClientCache:
+    """HELM's cache as one client uses it: opened when it is needed, by several threads at once if need be."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self._config = config
+        self._is_locked = False
+        self.notes: list[str] = []
+        """What became of kept answers to the requests looked up so far, a line each."""
+
+    @contextmanager
+    def opened(self) -> Iterator[RequestCache]:
+        """The cache; what another process has locked for long is waited for once, not by every run again."""
+        cache = RequestCache(self._config, **({"wait_s": 0.0} if self._is_locked else {}))
+        try:
+            opened = cache.__enter__()
+        except ConfigError:
+            self._is_locked = cache.is_locked
+            raise
+        self._is_locked = False
+        with closing(cache):
+            yield opened
+
+    @contextmanager
+    def kept(
+        self, served: Served, translator: Translator, tell: Callable[[str], None] | None = None
+    ) -> Iterator[KeptAnswers]:
+        """The answers that are kept for a model; `tell` is called with each line that is new in `notes` afterwards."""
+        with self.opened() as cache:
+            kept = KeptAnswers(cache, served, translator)
+            yield kept
+            kept.move()
+        for note in kept.notes:
+            if note not in self.notes:
+                self.notes.append(note)
+                if tell is not None:
+                    tell(note)
 
 
 class KeptAnswers:

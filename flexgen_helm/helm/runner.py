@@ -23,10 +23,12 @@ from flexgen_helm import require_engine
 require_engine()
 
 from engine.errors import EngineError  # noqa: E402 - after the line that says whose engine this is
-from flexgen_helm.helm.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
+from flexgen_helm.helm.engines import Observer  # noqa: E402
 from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
+from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
+from flexgen_helm.helm.records.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
 
 
@@ -126,6 +128,20 @@ class FlexGenRunner(Runner):
         if failures:
             raise RunsFailed(failures)
 
+    def run_one(self, run_spec: RunSpec) -> None:
+        """Run one run spec as HELM does; beside the files of a run of our client, leave the record of what made it."""
+        assert isinstance(self.executor, WholeRunExecutor)
+        self.executor.client = None  # a run that is skipped as completed executes nothing
+        super().run_one(run_spec)
+        if self.executor.client is not None and not self.skip_instances:
+            self.keep_provenance(run_spec, self.executor.client, Path(self._get_run_path(run_spec)))
+
+    def keep_provenance(self, run_spec: RunSpec, client: FlexGenClient, folder: Path) -> None:
+        """Write the record of a run whose files are in `folder`; raises `OSError`."""
+        deployment = str(run_spec.adapter_spec.model_deployment)
+        found = provenance_of(run_spec.name, deployment, client, self.beginning.moment, folder)
+        write_provenance(folder, found)
+
     def _is_run_completed(self, run_path: str) -> bool:
         """Whether a run's files are there and can be read, and all its requests were answered.
 
@@ -169,6 +185,10 @@ class WholeRunExecutor(Executor):
         self._told: dict[FlexGenClient, list[str]] = {}
         self.failed: list[str] = []
         """Why requests of the run that was executed last failed which now count as empty answers."""
+        self.observe: Observer | None = None
+        """Sees the engine's sweeps."""
+        self.client: FlexGenClient | None = None
+        """Ours, that answered what was executed last."""
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
         """Fill in all results; raises `ExecutorError` for a fatal request, `EngineError` for bad input or a fault.
@@ -177,7 +197,7 @@ class WholeRunExecutor(Executor):
         """
         states: list[RequestState] = scenario_state.request_states
         self.failed = []
-        client = None if self.execution_spec.dry_run else self.client_of(states)
+        client = self.client = None if self.execution_spec.dry_run else self.client_of(states)
         if client is None:
             as_helm_does: ScenarioState = super().execute(scenario_state)
             return as_helm_does
@@ -187,7 +207,7 @@ class WholeRunExecutor(Executor):
             if self.beginning is not None and client.writes_date:
                 self.beginning.keep()
             self._tell_notes(client)
-            results = client.make_requests(requests, self._progress)
+            results = client.make_requests(requests, self._progress, self.observe)
             self._tell_notes(client)  # of what the cache held
             hlog(f"Processed {len(results)} requests")
         request_states = settled(states, results)

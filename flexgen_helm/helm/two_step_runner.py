@@ -34,7 +34,8 @@ from helm.common.hierarchical_logger import hlog, htrack_block
 
 from engine.errors import EngineError
 from flexgen_helm.helm.dataclass_json import dumps
-from flexgen_helm.helm.runner import FlexGenRunner
+from flexgen_helm.helm.records.provenance import FILE_NAME
+from flexgen_helm.helm.runner import FlexGenRunner, WholeRunExecutor
 from flexgen_helm.helm.scratch import SCRATCH
 
 _LAST_FILE = "per_instance_stats.json"
@@ -102,7 +103,7 @@ class TwoStepRunner(FlexGenRunner):
             per_instance_stats.extend(found.per_instance_stats)
         hlog(f"Generated {len(stats)} stats.")
         self._write(
-            adapted.run_spec,
+            adapted,
             {
                 "run_spec.json": adapted.run_spec,
                 "scenario.json": adapted.scenario,
@@ -121,16 +122,18 @@ class TwoStepRunner(FlexGenRunner):
         """Beside the suite's directory, in which HELM takes every directory for a run."""
         return Path(f"{self.runs_path}{SCRATCH}")
 
-    def _write(self, run_spec: RunSpec, files: dict[str, Any]) -> None:
+    def _write(self, adapted: Adapted, files: dict[str, Any]) -> None:
+        run_spec = adapted.run_spec
         scratch, target = self._scratch / run_spec.name, Path(self._get_run_path(run_spec))
         try:
             scratch.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 write(str(scratch / name), dumps(content))
                 _settle(scratch / name)
+            names = [FILE_NAME] if self._keep_provenance(adapted, scratch) else []
             target.mkdir(parents=True, exist_ok=True)
             (target / _LAST_FILE).unlink(missing_ok=True)  # not completed until the new ones are all there
-            for name in files:
+            for name in (*names, *files):
                 os.replace(scratch / name, target / name)
             _settle(target)
         except OSError as error:
@@ -143,6 +146,14 @@ class TwoStepRunner(FlexGenRunner):
             ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _keep_provenance(self, adapted: Adapted, scratch: Path) -> bool:
+        """Write the record of a run of our client beside its files; False for a run of another one."""
+        assert isinstance(self.executor, WholeRunExecutor)
+        client = self.executor.client_of(adapted.state.request_states)
+        if client is not None:
+            self.keep_provenance(adapted.run_spec, client, scratch)
+        return client is not None
 
 
 def _settle(path: Path) -> None:

@@ -74,7 +74,11 @@ def workload_of(jobs: Sequence[Job]) -> Workload | None:
 
     Prompt tokens to compute, requests, and tokens to generate are as many as those of `jobs`, but for rounding up.
     """
-    sequences = share_prefixes(sequence for job in jobs if (sequence := _running(job)) is not None)
+    return workload_of_shared(shared_sequences(jobs))
+
+
+def workload_of_shared(sequences: Sequence[Running]) -> Workload | None:
+    """`workload_of` what `shared_sequences` has made of jobs."""
     if not sequences:
         return None
     prefixes: dict[int, Prefix] = {id(prefix): prefix for each in sequences for prefix in each.chain}
@@ -87,6 +91,11 @@ def workload_of(jobs: Sequence[Job]) -> Workload | None:
         own=max(1, math.ceil(sum(each.num_rows for each in sequences) / count)),
         new=max(1, math.ceil(sum(each.job.max_new_tokens for each in sequences) / count)),
     )
+
+
+def shared_sequences(jobs: Sequence[Job]) -> list[Running]:
+    """What the engine makes of `jobs` that can be run: each continues the prefixes that it shares."""
+    return share_prefixes(sequence for job in jobs if (sequence := _running(job)) is not None)
 
 
 def _running(job: Job) -> Running | None:

@@ -81,7 +81,7 @@ def is_host(profile: HardwareProfile) -> bool:
     return not profile.machine.accelerators
 
 
-def _check_room(load: Workload, sizes: Sizes, plan: Plan) -> None:
+def check_room(load: Workload, sizes: Sizes, plan: Plan) -> None:
     """Raise `CapacityError` when no tier holds the keys and values of one sequence."""
     room, needed = max(cache_rows(sizes, plan).values()), load.shared + load.own + load.new - 1
     if load.new > 1 and room < needed:  # one token needs none
@@ -96,9 +96,8 @@ def estimate(
 ) -> Estimate:
     """What `load` takes under a plan; `CapacityError` when that has no room for a sequence of it."""
     numbers = ModelSizes.of(model)
-    placed = _placed(numbers, policy, plan.weights)
-    sizes = numbers.placed(placed, policy)
-    _check_room(load, sizes, plan)
+    sizes = numbers.placed(placed_bytes(numbers, policy, plan.weights), policy)
+    check_room(load, sizes, plan)
     crosses = not policy.cpu_cache_compute
     whole = work_of(load, sizes, plan, cache_crosses=crosses)
     prefill = work_of(replace(load, new=1), sizes, plan)
@@ -134,13 +133,12 @@ def estimate(
     if not crosses:
         attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
         decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)
-    weights = {tier: sum(tiers[tier] for tiers in placed.values()) for tier in TIERS}
-    in_transit = 2 * max(sum(tiers.values()) for tiers in placed.values()) if sizes.streamed_bytes else 0
+    weights, held = room_taken(numbers, load, policy, plan)
     return Estimate(
         policy=policy,
         plan=plan,
         weights=weights,
-        held=_held(load, sizes, plan, weights | {"device": weights["device"] + in_transit}, at_once),
+        held=held,
         at_once=at_once,
         sweeps=sweeps,
         prefill_s=prefill_s,
@@ -148,6 +146,18 @@ def estimate(
         between_s=0.0 if is_host(profile) else _REQUEST_S * load.num_requests,
         hidden_s=hidden_s,
     )
+
+
+def room_taken(
+    sizes: ModelSizes, load: Workload, policy: Policy, plan: Plan
+) -> tuple[dict[Tier, int], dict[Tier, int]]:
+    """Bytes by tier of weights, and of all that is held at the fullest, as in `Estimate`."""
+    units = placed_bytes(sizes, policy, plan.weights)
+    placed = sizes.placed(units, policy)
+    weights: dict[Tier, int] = {tier: sum(tiers[tier] for tiers in units.values()) for tier in TIERS}
+    in_transit = 2 * max(sum(tiers.values()) for tiers in units.values()) if placed.streamed_bytes else 0
+    taken = weights | {"device": weights["device"] + in_transit}
+    return weights, _held(load, placed, plan, taken, num_at_once(load, placed, plan))
 
 
 def _held(load: Workload, sizes: Sizes, plan: Plan, weights: Mapping[Tier, int], at_once: int) -> dict[Tier, int]:
@@ -206,7 +216,8 @@ def _host_attention(
     }
 
 
-def _placed(sizes: ModelSizes, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
+def placed_bytes(sizes: ModelSizes, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
+    """Bytes of each unit's weights by tier."""
     placed: dict[str, dict[Tier, int]] = {}
     for name, stored in sizes.coded[policy.compress_weight, policy.compress_cache].stored.items():
         split = split_bytes(stored, share)

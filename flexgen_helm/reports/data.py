@@ -9,11 +9,12 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.reading import read_json
+from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.reports.drift import Drift, References, compression
 from flexgen_helm.suites.comparison import SLOWDOWN, Comparison, ScoreChange, compare_suites
 from flexgen_helm.suites.speed import difference_of, is_slower, tokens_per_second
 from flexgen_helm.suites.suite import Run, Suite, earlier_suites, key_of, read_suite, score_like
-from flexgen_helm.sweeps.record import Hardware, ModelRecord, SweepRecord
+from flexgen_helm.sweeps.record import ModelRecord, SweepRecord
 
 JSON_NAME = "report.json"
 VERSION = 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, ClassVar
 
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.executor import ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import EngineError
+from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.preflight import find_unusable_metrics
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.scores import short_name
@@ -20,6 +22,19 @@ class CommandLineRunner(FlexGenRunner):
 
     display = Progress()
     """On the class, because HELM makes the runner from the class's name."""
+
+    longest_pass_s: ClassVar[float] = 0.0
+    """Seconds of the engine's longest pass so far, without waiting for weights that were still being loaded."""
+
+    def __init__(self, *args: Any, **flags: Any) -> None:
+        super().__init__(*args, **flags)
+        assert isinstance(self.executor, WholeRunExecutor)
+        self.executor.observe = self._observe
+
+    @staticmethod
+    def _observe(engine: object, timing: SweepTiming) -> None:
+        seconds = timing.host_s + timing.sweep_s - timing.load_s
+        CommandLineRunner.longest_pass_s = max(CommandLineRunner.longest_pass_s, seconds)
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Check all, then run all; raises `RunsFailed` at the end if a run failed, or requests of it did."""

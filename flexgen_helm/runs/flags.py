@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.policy import Policy, read_policy_yaml
 from flexgen_helm.runs.helm_flags import add_helm_flags
 from flexgen_helm.runs.names import check_suite_name
+from flexgen_helm.terminal.deadline import moment
 from flexgen_helm.terminal.parser import Parser
 
 POLICY = "where the model lives; these flags override what --policy says"
@@ -105,6 +106,16 @@ def add_memory_flags(group: argparse._ActionsContainer) -> None:
     """Add the limits of the two upper tiers, which every command knows by these names."""
     group.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU: 16GB, 16GiB or 16")
     group.add_argument("--cpu-memory", metavar="SIZE", help="what may be placed in host memory, written the same")
+
+
+def add_stop_flag(parser: Parser) -> None:
+    """Add the flag of commands whose answers are kept, so that they may end before they are finished."""
+    parser.group("what to run").add_argument(
+        "--stop-before",
+        type=moment,
+        metavar="TIME",
+        help="end before TIME (23:30, or 2026-12-24T06:00) with exit code 75; the same command goes on from there",
+    )
 
 
 def add_length_flag(parser: argparse._ActionsContainer) -> None:

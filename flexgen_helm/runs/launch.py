@@ -138,6 +138,12 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     return Prepared(run_specs, models, notes)
 
 
+def register_what_is_installed() -> None:
+    """Make HELM know what it ships, and what installed plugins register."""
+    register_builtin_configs_from_helm_package()
+    load_entry_point_plugins()
+
+
 def _register_with_helm(args: argparse.Namespace) -> None:
     """Make HELM know what `helm-run` would make it know."""
     register_builtin_configs_from_helm_package()
@@ -168,6 +174,7 @@ def _register_models_of_huggingface(args: argparse.Namespace) -> None:
 def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[[Sequence[Score]], str]) -> None:
     """Run, then show the scores; `EngineError` for bad input that only shows now, `RunFailed` for a failed run."""
     display = CommandLineRunner.display = Progress(num_runs=len(run_specs))
+    CommandLineRunner.longest_pass_s = 0.0
     own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
     auth = create_authentication(args) if args.server_url and not args.skip_instances else Authentication("")
     failure: Exception | None = None

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from flexgen_helm.sweeps.record import Hardware, ModelRecord, SweepRecord
+from flexgen_helm.planning.environment import Hardware
+from flexgen_helm.sweeps.record import ModelRecord, SweepRecord
 
 ALIKE = 0.01
 """Counts of work and bytes of memory that differ by no more than this share are the same."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import socket
 from collections.abc import Sequence
 from datetime import datetime
@@ -14,14 +13,15 @@ from typing import TextIO
 from helm.benchmark.run_spec import RunSpec
 
 from flexgen_helm.helm.requests.asked import Answer
+from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
-from flexgen_helm.planning.record import commit
+from flexgen_helm.planning.environment import environment
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.preparing import foresee, told
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
-from flexgen_helm.sweeps.record import Hardware, ModelRecord, RunRecord, RunStatus, SweepRecord, write_record
-from flexgen_helm.terminal.installation import version
+from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepRecord, write_record
 
 
 class SweepDiary:
@@ -41,8 +41,7 @@ class SweepDiary:
         self._current: ModelSweep | None = None
         self._requests: dict[str, PendingRun] = {}
         self._started = _now()
-        self._hardware = _hardware()
-        self._commit = None if (found := commit()) == "unknown" else found
+        self._environment = environment()
         self._json_log = json_log
         self._progress = SweepProgress(Standing(len(run_specs)), json_log, self._speed, stream)
 
@@ -66,24 +65,26 @@ class SweepDiary:
         logger.info("sweep ends: %s%s", ", ".join(f"{n} {status}" for status, n in counts.items()), why)
         self._json_log.write("end", **counts, complete=is_over)
 
+    @property
+    def longest_pass_s(self) -> float:
+        """Seconds of the longest pass of the model at hand; 0 before the first."""
+        model = self._current
+        return 0.0 if model is None else model.tally.longest_s
+
     def count(self, status: str) -> int:
         """Runs that ended so."""
         return sum(run.status == status for run in self._ended.values())
 
     def record(self, finished: str | None = None) -> SweepRecord:
         """What there is to record by now."""
-        names = ("flexgen-helm", "crfm-helm", "torch", "transformers")
         models = self.models if self._current is None else [*self.models, _model_record(self._current)]
         return SweepRecord(
             suite=self._suite_path.name,
             started=self._started,
             finished=finished,
-            versions={
-                **{name: found for name in names if (found := version(name))},
-                "python": platform.python_version(),
-            },
-            commit=self._commit,
-            hardware=self._hardware,
+            versions=self._environment.versions,
+            commit=self._environment.commit,
+            hardware=self._environment.hardware,
             models=tuple(models),
             runs=tuple(self._ended[name] for name in self._deployments if name in self._ended),
         )
@@ -103,6 +104,15 @@ class SweepDiary:
         self._requests[run.name] = run
         self._progress.standing.requests += run.total
         self._progress.standing.requests_done += run.cached
+
+    def forecast(self, models: Sequence[ModelSweep]) -> None:
+        """All requests are made: say what those that are left will take."""
+        found = [foresee(model) for model in models]
+        for line in told(found):
+            self._progress.tell(line)
+        for each in found:
+            numbers = {} if each.forecast is None else each.forecast.as_mapping()
+            self._json_log.write("forecast", deployment=each.deployment, cached=each.cached, **numbers)
 
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""
@@ -222,22 +232,8 @@ def _model_record(model: ModelSweep) -> ModelRecord:
         time_split=tally.split(seconds),
         timeline=tally.timeline(),
         chat_template=model.client.applies_chat_template,
-    )
-
-
-def _hardware() -> Hardware:
-    from engine.memory import accelerator
-    from engine.planning.host_growth import known_limits
-    from engine.planning.machine import this_machine
-
-    machine, devices = this_machine(), accelerator.devices()
-    found = accelerator.memory(devices[0]) if devices else None
-    return Hardware(
-        device=(*machine.accelerators, machine.processor)[0],
-        device_memory_bytes=None if found is None else found[1],
-        host=socket.gethostname(),
-        cores=machine.cores,
-        host_memory_bytes=known_limits().total,
+        identity=model.client.known_identity or {},
+        seeds=SEEDS,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -13,11 +11,9 @@ from helm.common.request import RequestResult
 
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.asked import Answer, Asked, raise_first
+from flexgen_helm.helm.requests.carrying import Carrier
 from flexgen_helm.helm.two_step_runner import Adapted
 from flexgen_helm.sweeps.tally import Tally
-
-_CLOSING_S = 0.1
-"""How often an engine that is to end is told so, until it has."""
 
 
 @dataclass(eq=False)
@@ -93,37 +89,15 @@ class ModelSweep:
         threads of their own. Raises `EngineError` for a fault of the engine; what was answered by then is kept.
         """
         self.tally.restart()
-        inbox: queue.SimpleQueue[list[Answer] | BaseException | None] = queue.SimpleQueue()
-        carrier = threading.Thread(target=self._carry, args=(inbox,), name="flexgen-sweep", daemon=True)
-        carrier.start()
-        is_over = False
-        try:
+        with Carrier(lambda: self.client.carry_out(self.asked, self.tally.observe), self.client.close) as carrier:
             yield from [run for run in self.runs if run.is_answered]
-            while not is_over:
-                answers = inbox.get()
-                is_over = not isinstance(answers, list)
-                if isinstance(answers, BaseException):
-                    raise answers
+            for answers in carrier:
                 whole: dict[int, PendingRun] = {}
-                for answer in answers or ():
+                for answer in answers:
                     self.tally.answered(answer)
                     whole.update(self._deliver(answer))
                     on_answer(answer)
                 yield from whole.values()
-        finally:
-            while carrier.is_alive():
-                if not is_over:  # interrupted: the engine ends the sweep at hand, and its answers are kept
-                    self.client.close()  # again and again: one that is still loading can be closed when it is there
-                carrier.join(_CLOSING_S)
-
-    def _carry(self, inbox: queue.SimpleQueue[list[Answer] | BaseException | None]) -> None:
-        try:
-            for answers in self.client.carry_out(self.asked, self.tally.observe):
-                inbox.put(answers)
-        except BaseException as error:
-            inbox.put(error)
-        else:
-            inbox.put(None)
 
     def runs_of(self, answer: Answer) -> list[PendingRun]:
         """The runs that asked for it, one for each of its places."""

@@ -81,12 +81,18 @@ class SweepProgress:
         return ", ".join(parts)
 
     def say(self, text: str) -> None:
-        """Show a line that stays, and log it."""
-        logger.info(text)
+        """Show a line that stays, on a terminal only, and log it."""
         if self._status.in_place:
-            self._status.clear()
-            self._status.show(text)
-            self._status.end()
+            self.tell(text)
+        else:
+            logger.info(text)
+
+    def tell(self, text: str) -> None:
+        """Show a line that stays, wherever progress is shown, and log it."""
+        logger.info(text)
+        self._status.clear()
+        self._status.show(text)
+        self._status.end()
 
     def _left_s(self, seconds: float) -> float | None:
         """Seconds that are left for the model at hand, at the rate so far."""

@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from engine.errors import ConfigError
-from engine.reading import MAX_JSON_BYTES, find_file, read_bytes
+from engine.reading import find_file
+from flexgen_helm.planning.environment import Hardware
+from flexgen_helm.planning.stored import SINCE, read_versioned, replace_text
 
 FILE_NAME = "flexgen_sweep.json"
 VERSION = 1
 MOST_POINTS = 500
 """Of a timeline, so that a record stays small however long the sweep was."""
 
-_SINCE = {"may be missing": True}
-"""Of a field that records of earlier releases do not have: it then has its default."""
+_CURE = "remove it, or run the sweep again"
 
 RunStatus = Literal["done", "failed", "skipped"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """What a suite ran on."""
-
-    device: str
-    """Such as "NVIDIA H100 80GB HBM3", or the processor's name where there is no accelerator."""
-    device_memory_bytes: int | None
-    """Of the accelerator; None where there is none."""
-    host: str
-    """The machine's name."""
-    cores: int
-    host_memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +76,12 @@ class ModelRecord:
     time_split: TimeSplit
     timeline: tuple[TimelinePoint, ...] = ()
     """In order; at most about `MOST_POINTS`, see `thinned`."""
-    chat_template: bool | None = field(default=None, metadata=_SINCE)
+    chat_template: bool | None = field(default=None, metadata=SINCE)
     """Whether prompts that are answered, not only scored, went through the tokenizer's chat template."""
+    identity: Mapping[str, Any] = field(default_factory=dict, metadata=SINCE)
+    """What of model and policy can change a result: digests of the checkpoint, number format, compression."""
+    seeds: str = field(default="", metadata=SINCE)
+    """How the seeds of sampled completions follow from what is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,90 +149,16 @@ def write_record(suite_path: Path, record: SweepRecord) -> Path:
     return path
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Let `path` hold `text`, which takes effect at once or not at all; raises `OSError`."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def read_record(suite_path: Path) -> SweepRecord | None:
     """The record in a suite's directory; None where there is none, `ConfigError` where it is not one."""
     path = suite_path / FILE_NAME
     if not find_file(path, ConfigError):
         return None
-    content = read_bytes(path, ConfigError, limit=MAX_JSON_BYTES)
+    record = read_versioned(path, SweepRecord, VERSION, what="record of a sweep", cure=_CURE)
     try:
-        found = json.loads(content)  # halves of surrogate pairs included, which names of runs may have
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); remove it, or run the sweep again") from None
-    version = found.get("version") if isinstance(found, dict) else None
-    if version != VERSION:
-        raise ConfigError(f"{path} has version {version!r}, this flexgen-helm reads {VERSION}; run the sweep again")
-    try:
-        record: SweepRecord = _decode(SweepRecord, found, "")
         for moment in (record.started, record.finished):
             if moment is not None and datetime.fromisoformat(moment).tzinfo is None:
                 raise ValueError(f"{moment!r} has no time zone")
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f"{path} is no record of a sweep: {error}; remove it, or run the sweep again") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no record of a sweep: {error}; {_CURE}") from None
     return record
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON has it, as what the annotation `kind` says; `ValueError` where it is not that."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if value is None:
-            return None
-        (kind,) = (each for each in arguments if each is not type(None))
-        return _decode(kind, value, where)
-    if is_dataclass(kind):
-        return _decode_fields(kind, value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{where} is {value!r}, none of {', '.join(arguments)}")
-        return value
-    if origin is tuple:
-        return tuple(
-            _decode(arguments[0], each, f"{where}[{at}]") for at, each in enumerate(_expect(list, value, where))
-        )
-    if origin is Mapping:
-        pairs = _expect(dict, value, where).items()
-        return {
-            key: each if arguments[1] is Any else _decode(arguments[1], each, f"{where}.{key}") for key, each in pairs
-        }
-    if kind is float:
-        if not math.isfinite(_expect((int, float), value, where)):
-            raise ValueError(f"{where} is {value}")
-        return float(value)
-    return _expect(kind, value, where)
-
-
-def _decode_fields(kind: Any, value: Any, where: str) -> Any:
-    hints, given = get_type_hints(kind), _expect(dict, value, where or "the file")
-    names = [each.name for each in fields(kind)]
-    inside = f"{where}." if where else ""
-    optional = {each.name for each in fields(kind) if each.metadata.get("may be missing")}
-    for name in names:
-        if name not in given and name not in optional:
-            raise ValueError(f"{inside}{name} is missing")
-    for name in given:
-        if name not in names:
-            raise ValueError(f"{inside}{name} is unknown")
-    return kind(**{name: _decode(hints[name], given[name], f"{inside}{name}") for name in names if name in given})
-
-
-def _expect(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where} is {str(value)[:40]!r} where a {_NAMES[kind]} is expected")
-    return value
-
-
-_NAMES: dict[Any, str] = {str: "text", int: "whole number", (int, float): "number", list: "list", dict: "mapping"}

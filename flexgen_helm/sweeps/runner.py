@@ -16,10 +16,11 @@ from engine.errors import EngineError
 from flexgen_helm.helm.preflight import find_unusable_metrics
 from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
-from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests, settled
+from flexgen_helm.helm.runner import RunsFailed, failed_requests, settled
 from flexgen_helm.helm.two_step_runner import Adapted, NoRoom, TwoStepRunner
 from flexgen_helm.sweeps.diary import SweepDiary
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.preparing import prepare
 
 _SWITCH_INTERVAL_S = 0.0001
 """How long HELM's adapters and metrics may keep the interpreter from the engine's thread, which gives it away at every
@@ -46,7 +47,8 @@ class SweepRunner(TwoStepRunner):
         self.clear_scratch()
         try:
             with _short_turns():
-                models, others = self._prepare(self._left(run_specs))
+                models, others = prepare(self, self._left(run_specs), self.diary, self._fail)
+                self.diary.forecast(models)
                 gc.freeze()  # requests of a whole suite live long; looking through them again and again takes long too
                 for model in sorted(models, key=lambda model: model.asked.shared_tokens, reverse=True):
                     self._sweep(model)
@@ -69,28 +71,6 @@ class SweepRunner(TwoStepRunner):
         for name, error in find_unusable_metrics(todo).items():
             self._fail(name, error)
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
-
-    def _prepare(self, run_specs: Sequence[RunSpec]) -> tuple[list[ModelSweep], list[Adapted]]:
-        """Make all requests, in HELM's order, and look them up; returns our models, and what is for other clients."""
-        ours: dict[str, ModelSweep] = {}
-        others: list[Adapted] = []
-        assert isinstance(self.executor, WholeRunExecutor)
-        for number, run_spec in enumerate(run_specs, start=1):
-            self.diary.preparing(run_spec, number, len(run_specs))
-            try:
-                adapted = self.adapt(run_spec)
-                client = self.executor.client_of(adapted.state.request_states)
-                if client is None:
-                    others.append(adapted)
-                    continue
-                deployment = run_spec.adapter_spec.model_deployment
-                model = ours.get(deployment) or ModelSweep(deployment, client)
-                run = model.add(adapted)
-                ours[deployment] = model
-                self.diary.prepared(run)
-            except Exception as error:
-                self._fail(run_spec.name, error)
-        return list(ours.values()), others
 
     def _sweep(self, model: ModelSweep) -> None:
         """Answer a model's requests and finish its runs; a fault on the way to an answer fails those that are left."""

@@ -31,6 +31,8 @@ class Tally:
         self.started = time.perf_counter()
         self.first_sweep: float | None = None
         """When the engine began with the first sweep: it was open then, its weights may still have been read."""
+        self.longest_s = 0.0
+        """Of its sweeps, without waiting for weights that were still being loaded."""
         self.num_sweeps = self.prefill_rows = self.decode_rows = 0
         self.computed = self.prompt_tokens = self.prompt_rows = self.new_tokens = 0
         self._prefill_s = self._decode_s = self._load_s = 0.0
@@ -52,6 +54,7 @@ class Tally:
                 self.first_sweep, self._engine = timing.begun, engine
                 self._load_s += max(0.0, timing.begun - self.started)
             self._load_s += timing.load_s
+            self.longest_s = max(self.longest_s, timing.host_s + computing)
             self._prefill_s += computing * timing.prefill_rows / rows
             self._decode_s += computing * timing.decode_rows / rows
             self.num_sweeps += 1

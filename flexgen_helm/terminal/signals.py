@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end what runs as exceptions, and are not lost where an exception has nowhere to go."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end what runs as exceptions, and are not lost where an exception has nowhere to go."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ _TWICE_S = 5.0
 """Within which a second SIGTERM is the same request: `timeout` sends it to the group and to the process."""
 
 
+NOT_FINISHED = 75
+"""Exit code of a command whose time is up: EX_TEMPFAIL of sysexits.h, try again later."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM has come: of a supervisor, a scheduler, a machine that shuts down."""
+
+
+class TimeUp(KeyboardInterrupt):
+    """SIGUSR1 has come: of a `Deadline`, or of a scheduler that warns of the end of a walltime."""
 
 
 class Signals:
@@ -34,7 +42,9 @@ class Signals:
     @property
     def exit_code(self) -> int:
         """That of a command which a signal has ended."""
-        return 143 if self.received == signal.SIGTERM else 130
+        return {signal.SIGTERM: 143, signal.SIGUSR1: NOT_FINISHED}.get(
+            signal.Signals(self.received or signal.SIGINT), 130
+        )
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Raise the signal's exception."""
@@ -49,7 +59,7 @@ class Signals:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if not is_repeated:
-            raise Terminated
+            raise Terminated if number == signal.SIGTERM else TimeUp
 
     def note_dropped(self, told: Any) -> bool:
         """Send a signal again whose exception was dropped, as Python does in destructors; whether it was one."""
@@ -65,12 +75,19 @@ class Signals:
 
 @contextmanager
 def heeding_signals() -> Iterator[Signals]:
-    """Raise `KeyboardInterrupt` or `Terminated` inside, unless somebody else heeds a signal or it is to be ignored."""
+    """Raise `KeyboardInterrupt`, `Terminated` or `TimeUp` inside.
+
+    Not for a signal that somebody else heeds, or that is to be ignored.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    ours: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ours: dict[signal.Signals, Any] = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGUSR1: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
     heeded = [number for number, usual in ours.items() if signal.getsignal(number) is usual]
     show: Callable[[Any], object] = sys.unraisablehook
 

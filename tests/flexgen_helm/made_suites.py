@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.sweeps.record import (
-    Hardware,
     ModelRecord,
     RunRecord,
     SweepRecord,

@@ -58,7 +58,7 @@ class Answer:
 
     @classmethod
     def of(cls, work: Work, response: Response | EngineError) -> Answer:
-        """What became of a request."""
+        """What the engine made of `work`: a response, or why there is none."""
         return cls(
             places=tuple(work.places),
             result=failure(work.request, response)

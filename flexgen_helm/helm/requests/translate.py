@@ -29,6 +29,8 @@ _NO_LIMIT = 1_000_000
 
 Key = dict[str, Any]
 
+SEEDS = "of completion i of a sampled request: 15 hex digits of sha256([what is asked, i]); the same in every process"
+"""How seeds come about, for records: nothing else decides them."""
 CLIENT = "flexgen_helm"
 """Who made an entry of HELM's cache, in its key."""
 

@@ -15,9 +15,9 @@ from helm.common.request import Request
 
 from engine.errors import ConfigError, EngineError, JobError
 from engine.text.prompt import PromptTokenizer
-from flexgen_helm.commands.prompts import BadPrompt, Settings, from_jsonl
+from flexgen_helm.commands.completion.prompts import BadPrompt, Settings, from_jsonl
 from flexgen_helm.data_wrangling.rows import read_table
-from flexgen_helm.helm.beginning import Beginning
+from flexgen_helm.helm.records.beginning import Beginning
 from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.reports.drift import _read_drift
 from flexgen_helm.runs.entries import read_entries
@@ -51,7 +51,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("kind", ["pipe", "directory", "too long"])
 def test_what_is_no_such_file_is_told_in_a_line(name: str, kind: str, tmp_path: Path) -> None:
-    from flexgen_helm.helm import beginning
+    from flexgen_helm.helm.records import beginning
 
     file = tmp_path / (beginning.FILE_NAME if name == "flexgen_suite.json" else name)
     if kind == "pipe":

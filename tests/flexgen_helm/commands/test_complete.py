@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import models
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
+from transformers import __version__ as transformers_version
 
-from engine import Engine, Job, Sampling
-from flexgen_helm.commands.answers import Answers
+from engine import Engine, Job, Policy, Sampling
+from engine.checkpoint.identity.result import result_identity
 from flexgen_helm.commands.complete import _unescaped
+from flexgen_helm.commands.completion.answers import Answers
 from flexgen_helm.run import main
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
@@ -335,7 +338,69 @@ def test_links_and_permissions_of_an_output_stay(complete: Complete, tmp_path: P
     assert [line["prompt"] for line in read(target)] == ["one", "two"]
     assert link.is_symlink()
     assert target.stat().st_mode & 0o777 == 0o600
-    assert sorted(path.name for path in target.parent.iterdir()) == ["out.jsonl"]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["out.jsonl", "out.jsonl.record.json"]
+
+
+def test_the_record_says_what_answers_were_made_with(
+    complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that is gone on with, by other software, it keeps both."""
+    from flexgen_helm.commands.completion import record as written
+    from flexgen_helm.planning.environment import environment
+
+    output, file = tmp_path / "out.jsonl", tmp_path / "out.jsonl.record.json"
+    asked = ("-o", str(output), "--max-new-tokens", "2", "--temperature", "1", "--seed", "7", "--gpu-batch-size", "3")
+    assert complete("one", *asked)[0] == 0
+    first = json.loads(file.read_text())
+    assert (first["settings"]["seed"], first["settings"]["temperature"]) == (7, 1.0)
+    assert first["policy"] == {"gpu-batch-size": 3}
+    assert len(first["identity"]["weights"]) == 64
+    (made,) = first["environments"]
+    assert made["versions"]["transformers"] == transformers_version
+    assert made["hardware"]["cores"] >= 1
+    later = replace(environment(), versions={"torch": "99"})
+    monkeypatch.setattr(written, "environment", lambda: later)
+    for _ in range(2):  # nothing is left to ask the second time
+        assert complete("one", "two", *asked)[0] == 0
+        assert json.loads(file.read_text())["environments"] == [made, later.as_mapping()]
+    file.write_text("{}")
+    assert complete("one", "two", "three", *asked)[0] == 2
+    assert len(read(output)) == 2
+    assert complete("one", *asked[2:])[0] == 0  # to standard output
+
+
+def test_answers_of_another_checkpoint_are_refused_with_both_digests(
+    complete: Complete, model: Path, tmp_path: Path
+) -> None:
+    out, own, asked = tmp_path / "out.jsonl", tmp_path / "own", ("--max-new-tokens", "2")
+    shutil.copytree(model, own)
+    command = [*asked, "-o", str(out), "--model", str(own)]
+    assert complete("one", *command)[0] == 0
+    before, record = out.read_text(), tmp_path / "out.jsonl.record.json"
+    then = json.loads(record.read_text())["identity"]["weights"]
+    assert "line 1 answers something else: prompt or settings differ" in complete("two", *command)[2]
+    content = bytearray((own / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (own / "model.safetensors").write_bytes(content)
+    now = result_identity(str(own), Policy())["weights"]
+    code, _, err = complete("one", *command)
+    assert code == 2
+    told = f"other weights (sha256 {then[:12]} then, {str(now)[:12]} now); name another --output"
+    assert f"{out}, line 1 answers something else: {told}" in err
+    record.unlink()
+    assert "line 1 answers something else: prompt, settings or model differ" in complete("one", *command)[2]
+    assert out.read_text() == before
+
+
+def test_the_record_is_of_the_weights_that_the_engine_read(complete: Complete, model: Path, tmp_path: Path) -> None:
+    """They are read once: for the engine, whose digest it is."""
+    out, own = tmp_path / "out.jsonl", tmp_path / "own"
+    shutil.copytree(model, own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.checkpoint.identity.result.weights_digest", None)
+        assert complete("one", "--max-new-tokens", "2", "-o", str(out), "--model", str(own))[0] == 0
+    found = json.loads((tmp_path / "out.jsonl.record.json").read_text())["identity"]
+    assert found == result_identity(str(own), Policy())
 
 
 def test_answers_with_another_id_are_others(complete: Complete, tmp_path: Path) -> None:
@@ -394,9 +459,9 @@ def test_failures_are_written_and_change_the_exit_code(
 def test_a_full_disk_ends_the_run_in_one_line(model: Path, tmp_path: Path) -> None:
     """Whole lines stay, and the same command goes on when there is room again."""
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "flexgen_helm", "complete", "--model", str(model), "a", "b", "c"]
+    command = [sys.executable, "-m", "flexgen_helm", "complete", "--model", str(model), *"abcdefghijklmnopqrstuvwxyz"]
     command += ["--max-new-tokens", "2", "-o", str(out)]
-    limit = 400  # two lines and a part of the third
+    limit = 3000  # the record of what made them, but not all answers
     done = subprocess.run(
         command,
         capture_output=True,
@@ -405,7 +470,8 @@ def test_a_full_disk_ends_the_run_in_one_line(model: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 1
     assert f"{out}, which keeps the answers so far, cannot be written: File too large" in done.stderr.splitlines()[-1]
-    kept = out.read_text().splitlines()[:2]
+    kept = out.read_text().splitlines()[:-1]
+    assert len(kept) > 2
     assert all("completion" in json.loads(line) for line in kept)
     subprocess.run(command, check=True, capture_output=True)
     assert set(kept) < set(out.read_text().splitlines())

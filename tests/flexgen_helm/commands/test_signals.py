@@ -1,4 +1,4 @@
-"""Protects: Ctrl-C and SIGTERM end a command wherever they come, once, with the right code and one line."""
+"""Protects: Ctrl-C, SIGTERM and SIGUSR1 end a command wherever they come, once, with the right code and one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
+SAID = {130: "interrupted;", 143: "terminated;", 75: "not finished, its time was up;"}
 
 IN_A_DESTRUCTOR = """
 import os, signal, sys, time
@@ -80,7 +81,7 @@ def test_a_signal_is_not_lost(program: str, number: signal.Signals) -> None:
     done = ended(program.format(number=int(number), seconds=20))
     assert done.returncode == CODES[number], done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"flexgen-helm: error: {'interrupted' if number == signal.SIGINT else 'terminated'};")
+    assert line.startswith(f"flexgen-helm: error: {SAID[CODES[number]]}")
     assert "to the end" not in done.stdout
 
 

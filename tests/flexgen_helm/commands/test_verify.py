@@ -271,7 +271,7 @@ def test_answers_in_helms_cache_are_not_taken_and_a_failed_run_does_not_keep_oth
     assert record["run"] == runs()[GENERATION].name
     assert (record["model"], record["weights"], record["dtype"]) == ("local/tiny-llama", str(tiny_llama), "float32")
     assert record["policy"] == "auto"
-    assert set(record["versions"]) == {"torch", "transformers", "crfm-helm", "flexgen-helm"}
+    assert set(record["versions"]) == {"torch", "transformers", "crfm-helm", "flexgen-helm", "python"}
     assert [path.name for path in runs()[GENERATION].glob("*fidelity*")] == ["fidelity.json"]
     assert {path: path.read_bytes() for path in runs("default")[GENERATION].iterdir()} == before  # another suite
 

@@ -15,6 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from engine import EngineError, Job, Policy
+from engine.checkpoint.identity.result import result_identity
 from engine.errors import CapacityError
 from flexgen_helm.helm.engines import EngineRegistry
 
@@ -83,6 +84,48 @@ def test_describing_and_identifying_a_model_loads_nothing(tiny_llama: Path) -> N
     assert served.description.window == 512
     assert served.identity["dtype"] == "float32"
     assert load.attempts == 0
+
+
+class Reading(FakeEngine):
+    """An engine that is still reading weight files for their digest when it is closed."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self.asked, self.over = threading.Event(), threading.Event()
+        self.reason: EngineError | None = None
+
+    def weights_digest(self) -> None:
+        self.asked.set()
+        self.over.wait()
+        raise self.reason or EngineError("the engine was closed")
+
+    def close(self) -> None:
+        super().close()
+        self.over.set()
+
+
+def test_answers_of_an_engine_that_is_closed_before_its_digest_is_known_have_an_identity(tiny_llama: Path) -> None:
+    """Those of the last pass before an early end are kept all the same; a fault of reading stays one."""
+    load = Loader()
+    registry = EngineRegistry(lambda *args: Reading(load(*args).tokenizer))
+    served = registry.served(str(tiny_llama), Policy())
+    list(served.stream(JOBS))
+    engine = served._engine
+    assert isinstance(engine, Reading)
+    assert served.known_identity is None
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lambda: served.identity)
+        engine.asked.wait()
+        served.close()
+        assert found.result() == served.known_identity == result_identity(str(tiny_llama), Policy())
+    faulty = registry.served(str(tiny_llama), Policy(gpu_batch_size=2))
+    list(faulty.stream(JOBS))
+    assert isinstance(faulty._engine, Reading)
+    faulty._engine.reason = EngineError("cannot be read")
+    faulty._engine.over.set()
+    with pytest.raises(EngineError, match="cannot be read"):
+        _ = faulty.identity
+    assert faulty.known_identity is None
 
 
 @pytest.mark.parametrize("failure", [CapacityError("too large"), RuntimeError("two\nlines")])

@@ -322,7 +322,7 @@ def test_errors_are_fatal_or_empty_completions_as_in_helms_executor(
 
 
 def test_a_suite_has_one_date_whatever_day_it_goes_on(tmp_path: Path) -> None:
-    from flexgen_helm.helm.beginning import FILE_NAME, Beginning
+    from flexgen_helm.helm.records.beginning import FILE_NAME, Beginning
 
     first = Beginning(tmp_path / "suite")
     assert not (tmp_path / "suite").exists()  # until something depends on it
@@ -343,7 +343,7 @@ def test_a_run_that_goes_on_after_midnight_finds_its_answers(
     """The template writes the date, which was another one when the suite began."""
     from transformers.utils import chat_template_utils
 
-    from flexgen_helm.helm import beginning
+    from flexgen_helm.helm.records import beginning
 
     dated = shutil.copytree(tiny_llama, tmp_path / "dated")
     (dated / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")

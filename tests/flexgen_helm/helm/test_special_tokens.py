@@ -87,5 +87,5 @@ def test_only_prompts_whose_ids_are_others_now_are_asked_anew(name: str, kind: s
     request = Request(prompt=f"{text}b", model="local/tiny")
     rendered = translated.render(request)
     have_changed = list(translated.encode(request, rendered)) != earlier(tokenizer, rendered)
-    key = translated.key(request, rendered, {})
+    key = translated.key(request, rendered)
     assert ("special_tokens" in key) == have_changed

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -330,6 +331,26 @@ def test_a_fault_of_the_engine_keeps_what_was_answered(
     assert record_of("faulty").models[0].cached == 5
 
 
+def test_a_model_that_cannot_be_loaded_fails_its_runs_and_its_weights_are_not_read_for_the_record(
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import EngineError
+    from flexgen_helm.helm import engines
+
+    def refuse(*_: Any) -> Any:
+        raise EngineError("no card is there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engines.engines, "load", refuse)
+        patched.setattr(engines, "weights_digest", None)
+        assert cli("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "unread") == 1
+    engines.engines.close()  # what failed once fails again
+    assert [run.error for run in record_of("unread").runs] == ["no card is there"] * len(SUBJECTS)
+    assert record_of("unread").models[0].identity == {}
+    assert cli("sweep", "-r", *SUBJECTS, "--model", tiny_llama, "-m", 2, "--suite", "unread") == 0
+    assert len(record_of("unread").models[0].identity["weights"]) == 64
+
+
 def test_an_error_that_nobody_expected_leaves_the_other_models_alone(
     cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -437,6 +458,67 @@ def test_a_sweep_stopped_by_hand_keeps_the_sweep_under_way(
     model = record_of("stopped").models[0]
     assert model.cached >= 2
     assert model.cached + model.computed == model.requests
+
+
+@pytest.mark.parametrize("command", ["sweep", "run"])
+def test_a_command_whose_time_is_up_keeps_the_pass_at_hand_and_goes_on(
+    command: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Time is up as soon as the engine has told how long a pass takes; what it answered by then is not asked again."""
+    from flexgen_helm.terminal import deadline
+
+    told: list[float] = []
+    asked: list[int] = []
+
+    def left_s(self: Any) -> float:
+        longest: float = self._longest_pass_s()
+        told.extend([longest] if longest else [])
+        return -1.0 if longest else 1.0
+
+    monkeypatch.setattr(deadline.Deadline, "left_s", left_s)
+    monkeypatch.setattr(deadline, "_LOOK_S", 0.001)
+    watch_deliveries(monkeypatch, asked)
+    flags = ("-r", *SUBJECTS, "--model", tiny_llama, "-m", 4, "--suite", "up", "--gpu-batch-size", 1,
+             "--num-gpu-batches", 1)  # fmt: skip
+    assert cli(command, *flags, "--stop-before", "23:30") == 75
+    (line,) = error_lines(capsys)
+    assert "not finished, its time was up; answers so far are kept, the same command goes on from there" in line
+    assert told
+    assert told[0] > 0
+    first = sum(asked)
+    asked.clear()
+    assert first > 0
+    assert answers_in_cache() == first
+    monkeypatch.setattr(deadline.Deadline, "left_s", lambda self: 60.0)
+    assert cli(command, *flags, "--stop-before", "23:30") == 0
+    assert sum(asked) > 0
+    assert answers_in_cache() == first + sum(asked)
+    assert len(final_files(suite("up"))) == len(SUBJECTS) * len(SUITE_FILES)
+
+
+def answers_in_cache() -> int:
+    with sqlite3.connect("prod_env/cache/flexgen.sqlite") as connection:
+        return int(connection.execute("SELECT count(*) FROM unnamed").fetchone()[0])
+
+
+def watch_deliveries(monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> None:
+    """Make every pass take 50 ms at least, and note how many answers it delivers."""
+    from engine.executor import Executor
+    from engine.worker import Worker
+
+    pass_over, deliver = Executor.sweep, Worker._deliver
+
+    def slowly(self: Any, *args: Any) -> Any:
+        time.sleep(0.05)
+        return pass_over(self, *args)
+
+    def noted(self: Any, done: Any) -> None:
+        done = list(done)
+        asked.append(len(done))
+        deliver(self, done)
+
+    monkeypatch.setattr(Executor, "sweep", slowly)
+    monkeypatch.setattr(Worker, "_deliver", noted)
 
 
 def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(
@@ -639,12 +721,10 @@ def test_a_cache_that_another_process_has_locked_stops_before_a_weight_is_read(
     cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    import sqlite3
-
-    from flexgen_helm.helm import client
+    from flexgen_helm.helm import kept_answers
     from flexgen_helm.helm.request_cache import RequestCache
 
-    monkeypatch.setattr(client, "RequestCache", lambda config: RequestCache(config, wait_s=0.05))
+    monkeypatch.setattr(kept_answers, "RequestCache", lambda config: RequestCache(config, wait_s=0.05))
     Path("prod_env/cache").mkdir(parents=True)
     other = sqlite3.connect("prod_env/cache/flexgen.sqlite", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")

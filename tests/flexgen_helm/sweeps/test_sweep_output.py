@@ -17,12 +17,13 @@ from engine.job import Job
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.requests.asked import Answer, Asked, Work
 from flexgen_helm.helm.scores import Score
+from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.sweeps import log as sweep_log
 from flexgen_helm.sweeps import progress as sweep_progress
 from flexgen_helm.sweeps import tally as sweep_tally
 from flexgen_helm.sweeps.log import JsonLog, suite_log
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
-from flexgen_helm.sweeps.record import Hardware, ModelRecord, RunRecord, SweepRecord, TimeSplit
+from flexgen_helm.sweeps.record import ModelRecord, RunRecord, SweepRecord, TimeSplit
 from flexgen_helm.sweeps.summary import MOST_FAILURES, MOST_ROWS, summary
 from flexgen_helm.sweeps.tally import Tally
 

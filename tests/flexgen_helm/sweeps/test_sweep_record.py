@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
+from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.sweeps.record import (
     FILE_NAME,
-    Hardware,
     ModelRecord,
     RunRecord,
     SweepRecord,

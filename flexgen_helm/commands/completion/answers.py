@@ -53,6 +53,11 @@ class Answers:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror}; name another --output") from None
         return self
 
+    @property
+    def path(self) -> Path | None:
+        """The file, what a link points to; None for standard output."""
+        return self._path
+
     def _lock(self) -> FileIO:
         """The file, opened and held; `ConfigError` when another process holds it."""
         assert self._path is not None
@@ -77,11 +82,11 @@ class Answers:
             if self._is_new and self._path.exists() and self._path.stat().st_size == 0:
                 self._path.unlink()
 
-    def resume(self, keys_of: Callable[[], dict[Place, str]]) -> set[Place]:
+    def resume(self, keys_of: Callable[[], dict[Place, str]], why: Callable[[], str]) -> set[Place]:
         """Places that an earlier run answered; `keys_of` says what is asked at each, if there are any.
 
         Failures and a line that was cut off are dropped, to be asked again. `ConfigError`, and nothing changed, for a
-        file that holds anything else.
+        file that holds anything else; `why` says what differs where it is an answer to something else.
         """
         if self._path is None:
             return set()
@@ -101,10 +106,7 @@ class Answers:
                 continue
             keys = keys or keys_of()
             if keys.get(place) != key:
-                raise ConfigError(
-                    f"{where} answers something else (prompt, settings or model differ); "
-                    "name another --output or remove it"
-                )
+                raise ConfigError(f"{where} answers something else: {why()}; name another --output or remove it")
             kept[place] = line
         self._replace(kept.values(), only_if=len(kept) < len(whole) or cut_off != "")
         return set(kept)

@@ -1,0 +1,129 @@
+"""What a run was made with: the record beside its files from which it can be run again and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+from helm.benchmark.model_deployment_registry import ModelDeployment, get_model_deployment
+from helm.benchmark.model_metadata_registry import get_model_metadata
+from helm.benchmark.tokenizer_config_registry import get_tokenizer_config
+
+from engine.errors import ConfigError, one_line
+from engine.reading import find_file, open_file
+from flexgen_helm.helm.client import FlexGenClient
+from flexgen_helm.helm.requests.translate import SEEDS
+from flexgen_helm.planning.environment import Hardware, environment
+from flexgen_helm.planning.stored import read_versioned, replace_text
+
+FILE_NAME = "flexgen_run.json"
+VERSION = 1
+SEALED = ("run_spec.json", "scenario_state.json", "stats.json")
+"""Files of a run that its record belongs to, and to no others of these names."""
+_CURE = "run it again with `flexgen-helm run` or `sweep`, which write its record"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """All that is needed to run a run again, and to say what is different now."""
+
+    version: int = VERSION
+    run: str
+    """HELM's name of the run spec, which is also its directory's."""
+    written: str
+    """ISO 8601, with the zone."""
+    began: str
+    """The moment that chat templates took for now: ISO 8601, local time."""
+    versions: Mapping[str, str]
+    commit: str | None
+    hardware: Hardware
+    policy: Mapping[str, Any]
+    """As it was given, defaults left out: nothing for `auto`."""
+    identity: Mapping[str, Any]
+    """What of model and policy can change a result, as HELM's cache keys have it."""
+    chat_template: bool
+    """Whether prompts that are answered, not only scored, went through the tokenizer's chat template."""
+    seeds: str
+    """How the seeds of sampled completions follow from what is asked."""
+    entries: Mapping[str, Any]
+    """HELM's "model", "tokenizer" and "deployment", as its YAML files have them."""
+    files: Mapping[str, str]
+    """Hex digests (SHA-256) of the run's `SEALED` files."""
+
+
+def provenance_of(name: str, deployment: str, client: FlexGenClient, began: datetime, folder: Path) -> Provenance:
+    """That of a run of our client whose files lie in `folder`; raises `OSError` where they cannot be read."""
+    found = environment()
+    return Provenance(
+        run=name,
+        written=datetime.now().astimezone().isoformat(timespec="seconds"),
+        began=began.isoformat(),
+        versions=found.versions,
+        commit=found.commit,
+        hardware=found.hardware,
+        policy=client.policy.as_mapping(),
+        identity=client.identity,
+        chat_template=client.applies_chat_template,
+        seeds=SEEDS,
+        entries=_entries(get_model_deployment(deployment)),
+        files={each: _digest(folder / each) for each in SEALED},
+    )
+
+
+def write_provenance(folder: Path, found: Provenance) -> None:
+    """Write `flexgen_run.json` into `folder`, whole or not at all; raises `OSError`."""
+    replace_text(folder / FILE_NAME, json.dumps(asdict(found), indent=1, default=str) + "\n")
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """The record of the run in a directory.
+
+    Raises `ConfigError` where there is none, where it is another version's, and where the run's files are not those
+    that it was written with.
+    """
+    path = folder / FILE_NAME
+    if not find_file(path, ConfigError):
+        raise ConfigError(
+            f"{folder} has no {FILE_NAME}: plain helm-run or an earlier flexgen-helm wrote the run; {_CURE}"
+        )
+    found = read_versioned(path, Provenance, VERSION, what="record of a run", cure=_CURE)
+    for name in SEALED:
+        try:
+            digest = _digest(folder / name)
+        except OSError as error:
+            raise ConfigError(f"{one_line(error)}; {_CURE}") from None
+        if digest != found.files.get(name):
+            raise ConfigError(f"{folder / name} has changed since {FILE_NAME} was written beside it; {_CURE}")
+    return found
+
+
+def _entries(deployment: ModelDeployment) -> dict[str, Any]:
+    model = get_model_metadata(deployment.model_name or deployment.name)
+    tokenizer = get_tokenizer_config(deployment.tokenizer_name or model.name)
+    return {"model": _plain(model), "tokenizer": _plain(tokenizer), "deployment": _plain(deployment)}
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    """A dataclass of HELM's as its YAML has it, what is unset left out; dates as text."""
+    mapping = {} if entry is None else dataclasses.asdict(entry)
+    mapping.pop("deployment_names", None)  # those of this process
+    return {
+        name: value.isoformat() if isinstance(value, date) else value
+        for name, value in mapping.items()
+        if value is not None
+    }
+
+
+def _digest(file: Path) -> str:
+    """Raises `OSError`, which names the file, for what is no regular file and what cannot be read."""
+    digest = hashlib.sha256()
+    with open_file(file, OSError) as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

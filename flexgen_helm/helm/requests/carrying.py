@@ -1,0 +1,60 @@
+"""Answers on their way from the engine to HELM's cache, in a thread of their own, whatever becomes of who waits."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+
+from flexgen_helm.helm.requests.asked import Answer
+
+_CLOSING_S = 0.1
+"""How often an engine that is to end is told so, until it has."""
+
+
+class Carrier:
+    """Runs `carry_out`, which keeps answers as it yields them, from when it is entered; iterate over what it yields.
+
+    A context manager. When it is left before the end, as by an interrupt, `close` ends the engine after the pass at
+    hand, whose answers are kept, too.
+    """
+
+    def __init__(self, carry_out: Callable[[], Iterable[list[Answer]]], close: Callable[[], None]) -> None:
+        self._carry_out = carry_out
+        self._close = close
+        self._inbox: queue.SimpleQueue[list[Answer] | BaseException | None] = queue.SimpleQueue()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._carry, name="flexgen-sweep", daemon=True)
+
+    def __enter__(self) -> Carrier:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._thread.is_alive():
+            if not self._is_over:
+                self._close()  # again and again: an engine that is still loading can be closed when it is there
+            self._thread.join(_CLOSING_S)
+
+    def __iter__(self) -> Iterator[list[Answer]]:
+        """Raises what `carry_out` raises."""
+        while not self._is_over:
+            answers = self._inbox.get()
+            if isinstance(answers, list):
+                yield answers
+                continue
+            self._is_over = True
+            if answers is not None:
+                raise answers
+
+    def _carry(self) -> None:
+        try:
+            for answers in self._carry_out():
+                self._inbox.put(answers)
+        except BaseException as error:
+            self._inbox.put(error)
+        else:
+            self._inbox.put(None)

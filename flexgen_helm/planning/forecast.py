@@ -1,0 +1,218 @@
+"""What the requests at hand will take, before they are run: tokens, time, bytes that move, and room on every tier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+from engine.job import Job
+from engine.memory.tiers import TIERS, Tier
+from engine.planning.hardware import Memory, available_memory, resolve_device, resolve_dtype
+from engine.planning.hardware_profile import HardwareProfile
+from engine.planning.planner import Plan, make_plan
+from engine.policy import Policy
+from engine.schedule.cutting import padded_length
+from engine.schedule.sequence import Sequence as Running
+from flexgen_helm.planning.auto_policy import shared_sequences, workload_of_shared
+from flexgen_helm.planning.estimate import check_room, estimate, is_host, placed_bytes, room_taken
+from flexgen_helm.planning.model_sizes import ModelSizes
+from flexgen_helm.planning.policy_search import best_of, memory_of, search
+from flexgen_helm.planning.roofline import Workload, work_of
+
+REACHED = 0.9
+"""Of the least time's rate, about what sweeps have reached on cards (0.86 to 0.99, benchmarks/results)."""
+_DISK = 10**12
+"""Bytes of room on the disk of a machine that is known by its profile only."""
+_NAMES: Mapping[Tier, str] = {"device": "GPU", "host": "host memory", "disk": "disk"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Of all requests together."""
+
+    prompt: int
+    """As asked: what requests share counts for each of them."""
+    computed: int
+    """Of them, those that the layers see: a shared prefix once, padding included."""
+    generated: int
+    """At most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a model's requests take under a policy on a machine. Bytes are those of the whole."""
+
+    requests: int
+    tokens: Tokens
+    policy: Policy
+    plan: Plan
+    sweeps: int
+    """Passes over the layers, at least."""
+    to_device_bytes: float
+    """Over the link: weights, keys and values, hidden states; 0 where the device is the host."""
+    from_device_bytes: float
+    disk_bytes: float
+    """Weights read from disk."""
+    weights: Mapping[Tier, int]
+    held: Mapping[Tier, int]
+    """At the fullest, besides what computing takes."""
+    memory: Memory
+    """What may be used."""
+    on_host: bool
+    """Whether the device is the host."""
+    seconds: float | None
+    """At least, loading aside; None where the machine's rates are not known."""
+    bottleneck: str
+    """What is busy longest; why the time is not known, where it is not."""
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Its numbers, for JSON."""
+        told = ("requests", "sweeps", "to_device_bytes", "from_device_bytes", "disk_bytes", "seconds", "bottleneck")
+        numbers = {name: getattr(self, name) for name in told}
+        return {**numbers, **asdict(self.tokens), "weights": dict(self.weights), "held": dict(self.held)}
+
+
+def _tokens(runnable: Sequence[Running], policy: Policy) -> Tokens:
+    """The engine computes shared prefixes once, unless the policy pads or does not share."""
+    pad = policy.pad_to_seq_len
+    if _shares(policy):
+        prefixes = {id(prefix): prefix for each in runnable for prefix in each.chain}
+        computed = sum(len(prefix.tokens) for prefix in prefixes.values()) + sum(each.num_rows for each in runnable)
+    else:
+        rows = (len(each.job.prompt) - (each.job.max_new_tokens == 0) for each in runnable)
+        computed = sum(padded_length(max(1, number), pad) for number in rows)
+    return Tokens(
+        prompt=sum(len(each.job.prompt) for each in runnable),
+        computed=computed,
+        generated=sum(each.job.max_new_tokens for each in runnable),
+    )
+
+
+def _shares(policy: Policy) -> bool:
+    return policy.pad_to_seq_len is None and policy.share_prefix
+
+
+def forecast_of(
+    path: str, dtype: str, policy: Policy, jobs: Sequence[Job], profile: HardwareProfile | None = None
+) -> Forecast | None:
+    """What `jobs` of the model in directory `path`, of number format `dtype`, take; None where nothing can be run.
+
+    On this machine, or on the one of `profile`. Where the policy leaves the places open, they are those that the engine
+    takes: the best found where the machine's rates are known, else those of the planner's rule. Loads no weights.
+    Raises `EngineError` for a model that cannot be run, `CapacityError` where the policy has no room on the machine.
+    """
+    runnable = shared_sequences(jobs)
+    load, tokens = workload_of_shared(runnable), _tokens(runnable, policy)
+    if load is None:
+        return None
+    if not _shares(policy):
+        load = Workload(1, len(runnable), 0, math.ceil(tokens.computed / len(runnable)), load.new)
+    if profile is None:
+        device = resolve_device(policy.device)
+        memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        dtype, on_host, why = resolve_dtype(policy.dtype, dtype, device), device == "cpu", ""
+        try:
+            profile = HardwareProfile.load()
+        except ConfigError as error:
+            why = str(error)
+        if profile is not None and is_host(profile) != on_host:
+            profile, why = None, f"the machine's profile is not of the device {device}"
+    else:
+        memory, on_host, why = memory_of(profile, policy, _DISK), is_host(profile), ""
+        dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
+    sizes = _sizes(path, dtype)
+    policy, plan, seconds, bottleneck = _placed(sizes, policy, memory, load, profile, on_host=on_host)
+    placed = sizes.placed(placed_bytes(sizes, policy, plan.weights), policy)
+    work = work_of(load, placed, plan, cache_crosses=not policy.cpu_cache_compute)
+    weights, held = room_taken(sizes, load, policy, plan)
+    return Forecast(
+        requests=len(jobs),
+        tokens=tokens,
+        policy=policy,
+        plan=plan,
+        sweeps=work.sweeps,
+        to_device_bytes=0.0 if on_host else work.to_device_bytes,
+        from_device_bytes=0.0 if on_host else work.from_device_bytes,
+        disk_bytes=float(work.sweeps * placed.disk_bytes),
+        weights=weights,
+        held=held,
+        memory=memory,
+        on_host=on_host,
+        seconds=seconds,
+        bottleneck=bottleneck or why,
+    )
+
+
+def _sizes(path: str, dtype: str) -> ModelSizes:
+    import torch
+
+    from engine.model.causal_model import CausalModel
+
+    return ModelSizes.of(CausalModel(Path(path), getattr(torch, dtype), torch.device("cpu")))
+
+
+def _placed(
+    sizes: ModelSizes, policy: Policy, memory: Memory, load: Workload, profile: HardwareProfile | None, *, on_host: bool
+) -> tuple[Policy, Plan, float | None, str]:
+    """The policy with its places, its plan, seconds and what bounds them, as far as rates are known."""
+    is_open = policy.weights is None and policy.kv_cache is None
+    if is_open and profile is not None and not on_host:  # as `auto_policy.choose`
+        best = best_of(search(sizes, profile, memory, load, policy, compress=False))
+        return best.policy, best.plan, best.seconds, best.bottleneck
+    codes = policy.compress_weight, policy.compress_cache
+    if codes not in sizes.coded:
+        raise ConfigError(f"compress-cache: no codec takes this model's keys and values in {codes[1]} bits")
+    plan = make_plan(sizes.coded[codes].shape, policy, memory, on_cpu=on_host)
+    if profile is None:
+        check_room(load, sizes.placed(placed_bytes(sizes, policy, plan.weights), policy), plan)
+        return policy, plan, None, ""
+    found = estimate(sizes, profile, load, policy, plan)
+    return policy, plan, found.seconds, found.bottleneck
+
+
+def lines(found: Forecast) -> Iterator[str]:
+    """A forecast in a few lines, for people."""
+    tokens = found.tokens
+    yield (
+        f"tokens: {tokens.prompt:,} of prompts, {tokens.computed:,} to compute after sharing; "
+        f"at most {tokens.generated:,} to generate"
+    )
+    if found.seconds is None:
+        yield f"time: not known: {found.bottleneck}"
+    else:
+        least, likely = duration(found.seconds), duration(found.seconds / REACHED)
+        yield f"time: {least} at least, about {likely} to be expected, loading aside; bound by {found.bottleneck}"
+    link = f"{size(found.to_device_bytes)} to the device, {size(found.from_device_bytes)} back"
+    moved = "nothing crosses a link: the device is the host" if found.on_host else f"over the link {link}"
+    yield f"bytes: {moved}; {size(found.disk_bytes)} of weights from disk; {found.sweeps:,} passes over the layers"
+    yield f"room: {'; '.join(_rooms(found))}"
+
+
+def _rooms(found: Forecast) -> Iterator[str]:
+    rooms = {"device": found.memory.device, "host": found.memory.host, "disk": found.memory.disk}
+    if found.memory.shared:  # one memory, whatever the policy calls its parts
+        held, weights = (each["device"] + each["host"] for each in (found.held, found.weights))
+        yield f"memory {size(held)} of {size(rooms['host'])} ({size(weights)} of weights)"
+    for tier in TIERS[2:] if found.memory.shared else TIERS:
+        if found.held[tier] or tier != "disk":
+            told = f"{size(found.held[tier])} of {size(rooms[tier])}"
+            yield f"{_NAMES[tier]} {told} ({size(found.weights[tier])} of weights)"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 12.0 s, 3.4 min, 1.2 h."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def size(number: float) -> str:
+    """Bytes as people say them: 0 GB, 12.3 MB, 1.2 TB."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number / 1e3:.1f} kB" if number else "0 GB"

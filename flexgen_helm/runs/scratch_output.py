@@ -1,0 +1,44 @@
+"""An output directory of HELM's that is gone afterwards and reads the data that another one holds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from helm.benchmark.runner import get_benchmark_output_path, set_benchmark_output_path
+
+from engine.errors import ConfigError
+
+_DATA = "scenarios"
+"""Where HELM keeps what scenarios download, in every output directory."""
+
+
+@contextmanager
+def scratch_output(data_of: Path, *, keeps_downloads: bool = False) -> Iterator[Path]:
+    """Make a directory for runs, with the scenarios' data of the output directory `data_of`, if it has some.
+
+    HELM takes it for its output directory meanwhile. Where `data_of` has no data, what is downloaded is lost, unless
+    `keeps_downloads` lets it have some. Raises `ConfigError` where that cannot be.
+    """
+    before = get_benchmark_output_path()
+    with tempfile.TemporaryDirectory(prefix="flexgen-helm-") as folder:
+        scratch, data = Path(folder), (data_of / _DATA).absolute()
+        is_made = keeps_downloads and not data.is_dir()
+        made = [each for each in (data, *data.parents) if not each.exists()] if is_made else []
+        if made:
+            try:
+                data.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{data} cannot be made: {error.strerror}; name another --output-path") from None
+        if data.is_dir():
+            (scratch / _DATA).symlink_to(data, target_is_directory=True)
+        set_benchmark_output_path(str(scratch))
+        try:
+            yield scratch
+        finally:
+            set_benchmark_output_path(before)
+            for each in made:
+                with suppress(OSError):  # it is no longer empty
+                    each.rmdir()

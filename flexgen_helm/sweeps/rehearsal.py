@@ -1,0 +1,78 @@
+"""A suite up to its requests, in a directory that is gone afterwards: what they would take, on a machine or another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from helm.benchmark.executor import ExecutionSpec
+from helm.benchmark.run_spec import RunSpec
+from helm.common.authentication import Authentication
+from helm.common.cache_backend_config import SqliteCacheBackendConfig
+from helm.proxy.services.service import CACHE_DIR
+
+from engine.errors import ConfigError
+from engine.planning.hardware_profile import HardwareProfile
+from flexgen_helm.helm.scores import short_name
+from flexgen_helm.helm.two_step_runner import TwoStepRunner
+from flexgen_helm.sweeps.model_sweep import PendingRun
+from flexgen_helm.sweeps.preparing import foresee, prepare, told
+from flexgen_helm.terminal.progress import StatusLine
+
+_MOST_FAILURES = 10
+"""Runs that cannot be made and are named."""
+
+
+def rehearse(
+    run_specs: Sequence[RunSpec], output_path: Path, local_path: Path, cache: str, profile: HardwareProfile | None
+) -> Iterator[str]:
+    """Lines on what the requests of `run_specs` take; nothing is computed.
+
+    HELM's cache `cache` in `local_path` is looked into where it is there already. Raises `ConfigError` where the
+    requests of no run can be made.
+    """
+    file = local_path / CACHE_DIR / f"{cache}.sqlite"
+    spec = ExecutionSpec(
+        url=None,
+        auth=Authentication(""),
+        local_path=str(output_path / "prod_env"),  # HELM makes folders there
+        parallelism=1,
+        sqlite_cache_backend_config=SqliteCacheBackendConfig(str(file.parent)) if file.is_file() else None,
+    )
+    runner = TwoStepRunner(spec, str(output_path), "plan", skip_completed_runs=False, exit_on_error=False)
+    failures: dict[str, Exception] = {}
+    watcher = _Watcher()
+    models, others = prepare(runner, run_specs, watcher, failures.__setitem__)
+    watcher.end()
+    reasons = [f"{short_name(name)}: {' '.join(str(error).split())}" for name, error in failures.items()]
+    if not models:
+        raise ConfigError(
+            reasons[0] if reasons else "no run is of a model that the engine runs; there is nothing to plan"
+        )
+    num_ours = len(run_specs) - len(failures) - len(others)
+    yield (
+        f"based on all requests of {num_ours} runs, as HELM makes them"
+        + (f"; {len(others)} runs of other clients are left out" if others else "")
+        + (f"; {len(failures)} runs cannot be made" if failures else "")
+    )
+    yield from told([foresee(model, profile) for model in models])
+    yield from (f"cannot be made: {reason}" for reason in reasons[:_MOST_FAILURES])
+
+
+class _Watcher:
+    """Shows on standard error how far it is."""
+
+    def __init__(self) -> None:
+        self._status = StatusLine(None)
+
+    def preparing(self, run_spec: RunSpec, number: int, total: int) -> None:
+        """A run's requests are about to be made."""
+        if self._status.in_place:
+            self._status.show(f"preparing {short_name(run_spec.name)} ({number}/{total})")
+
+    def prepared(self, run: PendingRun) -> None:
+        """They are made."""
+
+    def end(self) -> None:
+        """Take away what is shown."""
+        self._status.clear()
