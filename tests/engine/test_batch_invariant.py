@@ -91,15 +91,53 @@ def test_a_function_that_is_not_known_is_refused_by_name() -> None:
         torch.cumprod(torch.ones(3), 0)
 
 
-def test_a_library_whose_rows_depend_on_their_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("from_row", [1, 17, 28, 31])
+def test_a_library_whose_rows_depend_on_their_place_is_asked_row_by_row(
+    from_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few rows come first: which sizes are uneven is not seen from those."""
+
     def uneven(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        product = rows.double() @ matrix.double()
-        product[::2] *= 1 + 2**-20
-        return product.float()
+        product = (rows.double() @ matrix.double()).float()
+        product[from_row:] *= 1 + 2**-20
+        return product
 
     monkeypatch.setattr(torch, "mm", uneven)
-    with pytest.raises(UnsupportedError, match=r"products of \[32, 8\] with \[8, 4\] in float32 on cpu"):
-        Products().mm(torch.randn(5, 8), torch.randn(8, 4))
+    products, matrix = Products(), torch.randn(8, 4)
+    rows = torch.randn(50, 8)
+    single = torch.cat([products.mm(row[None], matrix) for row in rows])
+    assert torch.equal(products.mm(rows, matrix), single)
+
+
+def test_matrices_whose_products_depend_on_their_place_are_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uneven(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        product = (rows.double() @ matrices.double()).float()
+        product[5:] *= 1 + 2**-20
+        return product
+
+    monkeypatch.setattr(torch, "bmm", uneven)
+    products, rows, matrices = Products(), torch.randn(7, 3, 8), torch.randn(7, 8, 4)
+    single = torch.cat([products.bmm(rows[at : at + 1], matrices[at : at + 1]) for at in range(7)])
+    assert torch.equal(products.bmm(rows, matrices), single)
+
+
+def test_products_in_wider_numbers() -> None:
+    """As attention asks for them on CUDA."""
+    rows, matrices = torch.randn(2, 3, 8).half(), torch.randn(2, 8, 4).half()
+    with BatchInvariant():
+        found = torch.bmm(rows, matrices, out_dtype=torch.float32)
+    torch.testing.assert_close(found, rows.float() @ matrices.float())
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_a_sum_at_given_places_is_refused(accumulate: bool) -> None:
+    target, where = torch.zeros(4), torch.tensor([1, 1])
+    with BatchInvariant():
+        if accumulate:
+            with pytest.raises(UnsupportedError, match=r"computes aten\.index_put"):
+                target.index_put_((where,), torch.ones(2), accumulate=True)
+        else:
+            assert target.index_put_((where,), torch.ones(2))[1] == 1
 
 
 def test_attention_on_the_host_must_hold_for_all_sequences() -> None:

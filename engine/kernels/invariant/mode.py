@@ -32,7 +32,6 @@ _MOVES = frozenset(
         "argmax",
         "argmin",
         "argsort",
-        "bincount",
         "cat",
         "clone",
         "constant_pad_nd",
@@ -54,8 +53,6 @@ _MOVES = frozenset(
         "index_copy_",
         "index_fill",
         "index_fill_",
-        "index_put",
-        "index_put_",
         "index_select",
         "is_nonzero",
         "isin",
@@ -119,7 +116,7 @@ class BatchInvariant(TorchDispatchMode):
             kind = self._known[func] = _kind(func)
         if (
             kind == "move"
-            or (kind in _PRODUCTS and any(x.is_meta for x in args))
+            or (kind in _PRODUCTS and any(isinstance(x, torch.Tensor) and x.is_meta for x in args))
             or (kind == "elementwise" and isinstance(args[0], torch.Tensor) and args[0].is_cuda)
         ):
             return func(*args, **given)
@@ -213,6 +210,12 @@ class BatchInvariant(TorchDispatchMode):
         put = torch.ops.aten.index_put_ if func._schema.is_mutable else torch.ops.aten.index_put
         return put.default(target, [index], source, True)  # sorted; what is added by atomics comes in any order
 
+    def _index_put(self, func: Any, target: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
+        return NotImplemented if accumulate else func(target, indices, values)
+
+    def _bincount(self, func: Any, values: Any, weights: Any = None, minlength: int = 0) -> Any:
+        return NotImplemented if weights is not None else func(values, None, minlength)
+
     def _unknown(self, func: Any, *_: Any, **__: Any) -> Any:
         return NotImplemented
 
@@ -225,7 +228,7 @@ def plain_arithmetic() -> AbstractContextManager[Any]:
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm"})
 """Whose arguments are tensors; on `meta` nothing is computed."""
-_ELEMENTWISE = frozenset({"polar"})
+_ELEMENTWISE = frozenset({"hardswish", "hardswish_", "polar"})
 """Elementwise functions that torch does not mark as such."""
 _KINDS = {
     "mm": "mm",
@@ -241,6 +244,9 @@ _KINDS = {
     "_fused_rms_norm": "rms_norm",
     "index_add": "index_add",
     "index_add_": "index_add",
+    "index_put": "index_put",
+    "index_put_": "index_put",
+    "bincount": "bincount",
 }
 
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 
-from engine.errors import UnsupportedError
+from engine.kernels.invariant.tiles import Tiles
 from engine.memory import accelerator
 
-_TILE = {"cpu": 32}
-_OTHER_TILE = 64
-"""Rows of a tile, by kind of device."""
-_MATRICES = 8
-"""Of a tile of products with several matrices."""
 _LIBRARY_TILES = tuple(1 << power for power in range(12, 3, -1))
 """Rows that the library is asked for at a time, where it gives the bits of our own kernel."""
 _LEAST = 256
@@ -33,7 +27,6 @@ _ALIGNMENT = 256
 _OURS: tuple[int, ...] = ()
 """The plan of a product that our own kernel computes."""
 
-_Case = tuple[torch.device, torch.dtype, torch.dtype, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 _Sizes = tuple[torch.device, torch.dtype, int, torch.Size, tuple[int, ...], bool, tuple[int, int]]
 """Device, dtype and number of the rows, the matrix's sizes and strides, whether nothing is added, and how the matrix
 and what is added are aligned."""
@@ -43,13 +36,12 @@ _Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype
 class Products:
     """Computes products of rows in tiles of given sizes: a library takes the same kernel for the same sizes.
 
-    Of every size that is met, it checks that a row's place in its tile does not matter. In 16 bits, on cards for which
-    Triton compiles, a kernel of ours takes any number of rows, and the library those of its tiles that are seen to have
-    the same bits as the kernel's.
+    In 16 bits, on cards for which Triton compiles, a kernel of ours takes any number of rows, and the library those of
+    its tiles that are seen to have the same bits as the kernel's.
     """
 
     def __init__(self) -> None:
-        self._checked: set[_Case] = set()
+        self._tiles = Tiles()
         self._is_same: dict[_Sizes, bool] = {}
         """Whether the library has our kernel's bits."""
         self._plans: dict[_Sizes, tuple[int, ...]] = {}
@@ -61,7 +53,7 @@ class Products:
         own = _kernel_for(rows)
         if own is not None:
             return self._by_library_where_same(own, rows, matrix, bias)
-        product = self._in_tiles(torch.mm, rows, matrix, rows.dtype)
+        product = self._tiles.mm(rows, matrix)
         return product if bias is None else product + bias
 
     def bmm(self, rows: torch.Tensor, matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -70,16 +62,7 @@ class Products:
         if matrices.shape[1] == 1:  # a product each, which is added to nothing
             return rows.to(dtype) * matrices.to(dtype)
         own = _kernel_for(rows)
-        if own is not None:
-            return own(rows, matrices, None, dtype)
-        parts = []
-        for first in range(0, rows.shape[0], _MATRICES):
-            taken = slice(first, first + _MATRICES)
-            given, count = rows[taken], len(rows[taken])
-            # Libraries choose a kernel by how many matrices there are, and how they lie, too.
-            of = _filled(matrices[taken], _MATRICES, 0).contiguous()
-            parts.append(self._in_tiles(torch.bmm, _filled(given, _MATRICES, 0), of, dtype)[:count])
-        return torch.cat(parts) if parts else rows.new_empty(0, rows.shape[1], matrices.shape[2], dtype=dtype)
+        return self._tiles.bmm(rows, matrices, dtype) if own is None else own(rows, matrices, None, dtype)
 
     def _by_library_where_same(
         self, own: _Kernel, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
@@ -88,7 +71,11 @@ class Products:
         case = rows.device, rows.dtype, len(rows), matrix.shape, matrix.stride(), bias is None, places
         plan = self._plans.get(case)
         if plan is None:
-            plan = self._plans[case] = self._plan(own, case, rows, matrix, bias)
+            plan = self._plan(own, case, rows, matrix, bias)
+            if bool(matrix.any()):  # else they are still to come, and any sums agree
+                self._plans[case] = plan
+            else:
+                self._is_same.clear()
         if plan == _OURS:
             return own(rows[None], matrix[None], bias, rows.dtype)[0]
         if rows.data_ptr() % _ALIGNMENT or not rows.is_contiguous():
@@ -126,37 +113,6 @@ class Products:
                 return _OURS
         return tuple(plan)
 
-    def _in_tiles(self, multiply: Any, rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        tile = _TILE.get(rows.device.type, _OTHER_TILE)
-        count = rows.shape[-2]
-        result = rows.new_empty(*rows.shape[:-1], by.shape[-1], dtype=dtype)
-        for first in range(0, count, tile):
-            part = _filled(rows.narrow(-2, first, min(tile, count - first)), tile, -2).contiguous()
-            product = _widened(multiply, part, by, dtype)
-            self._check(multiply, part, by, product)
-            result[..., first : first + tile, :] = product[..., : count - first, :]
-        return result
-
-    def _check(self, multiply: Any, part: torch.Tensor, by: torch.Tensor, product: torch.Tensor) -> None:
-        """Refuse, the first time that sizes are met, what gives a row other bits in another place."""
-        case = part.device, part.dtype, product.dtype, part.shape, by.shape, by.stride()
-        if case in self._checked:
-            return
-        self._checked.add(case)
-        tile = part.shape[-2]
-        for shift in (1, tile // 2 + 1):
-            moved = _widened(multiply, part.roll(shift, -2), by, product.dtype).roll(-shift, -2)
-            if not _agree(moved, product):
-                if not _agree(_widened(multiply, part, by, product.dtype), product):
-                    self._checked.discard(case)  # weights came meanwhile, for a product that nobody needs
-                    return
-                dtype = str(part.dtype).removeprefix("torch.")
-                raise UnsupportedError(
-                    f"batch-invariant: in products of {list(part.shape)} with {list(by.shape)} in {dtype} on "
-                    f"{part.device} the bits of a row depend on its place; leave batch-invariant out, or take another "
-                    "dtype"
-                )
-
 
 def _has_same_bits(
     own: _Kernel, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, tile: int
@@ -186,22 +142,6 @@ def _by_library(
     return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
 
 
-def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one.eq(other) | other.isnan()).all())
-
-
-def _widened(multiply: Any, rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A product in `dtype`, which may be wider than that of its factors."""
-    product: torch.Tensor
-    if dtype == rows.dtype:
-        product = multiply(rows, by)
-    elif rows.device.type == "cuda" and torch.version.hip is None:  # at the rate of 16 bits
-        product = multiply(rows, by, out_dtype=dtype)
-    else:
-        product = multiply(rows.to(dtype), by.to(dtype))
-    return product
-
-
 def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
     """`rows` with others behind them, whatever they are, `count` in all."""
     if len(rows) == count:
@@ -209,15 +149,6 @@ def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
     wide = rows.new_empty(count, rows.shape[1])
     wide[: len(rows)] = rows
     return wide
-
-
-def _filled(numbers: torch.Tensor, count: int, dim: int) -> torch.Tensor:
-    """`numbers` with zeros behind them, `count` along `dim`."""
-    missing = count - numbers.shape[dim]
-    if missing <= 0:
-        return numbers
-    zeros = numbers.new_zeros([missing if at == dim % numbers.ndim else size for at, size in enumerate(numbers.shape)])
-    return torch.cat((numbers, zeros), dim=dim)
 
 
 def _kernel_for(rows: torch.Tensor) -> _Kernel | None:
