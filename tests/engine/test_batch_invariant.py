@@ -109,6 +109,22 @@ def test_a_library_whose_rows_depend_on_their_place_is_asked_row_by_row(
     assert torch.equal(products.mm(rows, matrix), single)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3, 4])
+@pytest.mark.parametrize(("inner", "columns"), [(130, 33), (511, 33), (514, 100)])
+def test_odd_sizes_and_threads_change_no_bit_of_a_row(inner: int, columns: int, num_threads: int) -> None:
+    """MKL's products depend on places and on alignment at such sizes, with several threads."""
+    rows, matrix = torch.randn(70, inner), torch.randn(columns, inner).mT
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        products = Products()
+        single = torch.cat([products.mm(row[None], matrix) for row in rows])
+        assert torch.equal(products.mm(rows, matrix), single)
+        assert torch.equal(products.mm(rows[3:], matrix), single[3:])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_matrices_whose_products_depend_on_their_place_are_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def uneven(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         product = (rows.double() @ matrices.double()).float()

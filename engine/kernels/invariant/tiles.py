@@ -15,6 +15,8 @@ _OTHER_TILE = 64
 """Rows of a tile, by kind of device."""
 _MATRICES = 8
 """Of a tile of products with several matrices."""
+_ALIGNMENT = 64
+"""Bytes at whose multiples torch's allocations begin, at least."""
 _LEAST_TRIES = 6
 _MOST_TRIES = 64
 _LEAST_COMPARED = 1 << 17
@@ -50,7 +52,7 @@ class Tiles:
             return _one_by_one(rows, by, dtype)
         result = rows.new_empty(*rows.shape[:-1], by.shape[-1], dtype=dtype)
         for first in range(0, count, tile):
-            part = _filled(rows.narrow(-2, first, min(tile, count - first)), tile, -2).contiguous()
+            part = _filled(rows.narrow(-2, first, min(tile, count - first)), tile, -2)
             result[..., first : first + tile, :] = _product(part, by, dtype)[..., : count - first, :]
         return result
 
@@ -93,12 +95,17 @@ def _one_by_one(rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> tor
     for index in range(rows.shape[0] if several else 1):
         part, matrix, place = (rows[index], by[index], result[index]) if several else (rows, by, result)
         for row in range(len(part)):
-            place[row] = _product(part[row : row + 1].contiguous(), matrix, dtype)[0]
+            place[row] = _product(part[row : row + 1], matrix, dtype)[0]
     return result
 
 
 def _product(rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`torch.mm` or `torch.bmm`, in `dtype`; on CUDA at the rate of 16 bits."""
+    """`torch.mm` or `torch.bmm`, in `dtype`; on CUDA at the rate of 16 bits.
+
+    Rows begin where an allocation does: libraries look at the alignment, too.
+    """
+    if rows.data_ptr() % _ALIGNMENT or not rows.is_contiguous():
+        rows = rows.clone(memory_format=torch.contiguous_format)
     if dtype != rows.dtype and not (rows.device.type == "cuda" and torch.version.hip is None):
         rows, by = rows.to(dtype), by.to(dtype)
     multiply: Any = torch.mm if rows.ndim == 2 else torch.bmm
