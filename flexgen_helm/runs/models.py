@@ -13,7 +13,6 @@ from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, regis
 
 from engine.checkpoint.description import describe, with_window
 from engine.errors import ConfigError, EngineError
-from engine.opening import check_model
 from engine.policy import Policy
 from flexgen_helm.runs.entries import Target
 from flexgen_helm.runs.flags import PolicySpec
@@ -89,6 +88,8 @@ class Models:
         deployment = None if self._path or Path(model).expanduser().is_dir() else our_deployment(model)
         if deployment is None:
             return None
+        from engine.opening import check_model  # loads torch and transformers, which are not checked before
+
         description = describe(source_of(deployment))
         own = deployment.client_spec.args
         asked = {"policy": self._policy, "apply_chat_template": self._apply_chat_template}

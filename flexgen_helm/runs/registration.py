@@ -32,7 +32,6 @@ from helm.benchmark.tokenizer_config_registry import (
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import CheckpointError, ConfigError, EngineError
-from engine.opening import check_model
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 from flexgen_helm.helm.requests.translate import Translator
@@ -81,6 +80,8 @@ def entries_for(
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
     end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
+    from engine.opening import check_model  # loads torch and transformers, which are not checked before
+
     check_model(with_window(description, window), Policy.load(policy))
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
     if apply_chat_template is not None:

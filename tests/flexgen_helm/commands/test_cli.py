@@ -21,7 +21,7 @@ import yaml
 from fake_engine import FakeEngine
 from tiny_models import random_llama, save_tiny_model
 
-from engine.errors import CapacityError
+from engine.errors import CapacityError, CheckpointError
 from flexgen_helm.run import main
 
 ENTRY = "synthetic_reasoning_natural:difficulty=easy"
@@ -376,21 +376,20 @@ def test_a_refused_run_leaves_alone_what_another_command_made_meanwhile(
     assert not [path for path in Path("benchmark_output/runs/mine").glob("*") if path.name != "eval_cache"]
 
 
-@pytest.fixture
-def misfit(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A model whose weights do not fit its config.json, which shows when they are loaded."""
-    folder = tmp_path / tmp_path.name  # HELM remembers models of one name throughout a process
-    shutil.copytree(tiny_llama, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["intermediate_size"] *= 2
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+def refuse_to_load(*_: Any) -> Any:
+    """What is opened may still be refused when its weights are read."""
+    raise CheckpointError("weights and config.json do not belong together")
 
 
 def test_a_run_that_is_refused_when_it_loads_leaves_nothing(
-    cli: Cli, misfit: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli("run", "-r", ENTRY, "--model", misfit, "-m", 1) == 2
+    from flexgen_helm.helm.engines import engines
+
+    engines.close()  # one that is loaded would answer
+    monkeypatch.setattr(engines, "load", refuse_to_load)
+    assert cli("run", "-r", ENTRY, "--model", tiny_llama, "-m", 1) == 2
+    engines.close()  # what failed once fails again
     note, error = capsys.readouterr().err.splitlines()
     assert "no chat template" in note
     assert error.startswith("flexgen-helm: error: ")
@@ -399,12 +398,13 @@ def test_a_run_that_is_refused_when_it_loads_leaves_nothing(
 
 
 def test_a_run_that_is_refused_late_takes_back_its_own_files_only(
-    cli: Cli, misfit: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others' answers, keys, entries and notes, made beside its own after it began, are as they were."""
     from flexgen_helm.helm.engines import engines
 
-    load, theirs = engines.load, dict[str, bytes]()
+    theirs = dict[str, bytes]()
+    engines.close()
 
     def meanwhile(path: str, policy: Any, window: int | None) -> Any:
         with closing(sqlite3.connect("prod_env/cache/other.sqlite")) as cache:
@@ -416,10 +416,11 @@ def test_a_run_that_is_refused_late_takes_back_its_own_files_only(
         for name in ("prod_env/cache/other.sqlite", "prod_env/credentials.conf", "prod_env/model_metadata.yaml",
                      "benchmark_output/notes.txt"):  # fmt: skip
             theirs[name] = Path(name).read_bytes()
-        return load(path, policy, window)
+        return refuse_to_load()
 
     monkeypatch.setattr(engines, "load", meanwhile)
-    assert cli("run", "-r", ENTRY, "--model", misfit, "-m", 1) == 2
+    assert cli("run", "-r", ENTRY, "--model", tiny_llama, "-m", 1) == 2
+    engines.close()
     assert len(theirs) == 4
     assert {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()} == theirs
 
