@@ -120,7 +120,10 @@ class Worker:
                     return
             self._loaded = time.perf_counter()
         except BaseException as error:
-            self._parts.weights.give_up(explained(error, self._parts.policy))
+            weights, fault = self._parts.weights, explained(error, self._parts.policy)
+            weights.give_up(fault)
+            if weights.digest is not None:  # `loading`, which ends it otherwise, may not have begun
+                weights.digest.give_up(fault)
         finally:
             if isinstance(loading, Generator):  # it may be writing down encoded weights, out of memory that goes soon
                 loading.close()

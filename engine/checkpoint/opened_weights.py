@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from engine.checkpoint.weight_files import weight_files
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, EngineError
 from engine.reading import open_file
 
 _State = tuple[int, int, int]
@@ -26,10 +26,12 @@ class OpenedWeights:
         self._files = [(file, open_file(file, CheckpointError)) for file in weight_files(path)]
         self._states = [_state(os.fstat(stream.fileno())) for _, stream in self._files]
 
-    def handles(self) -> list[tuple[Path, int]]:
-        """The files and their open handles, which end with `close`."""
+    def duplicates(self) -> list[tuple[Path, int]]:
+        """The files and handles of them that outlive `close`: the caller closes them. Raises `EngineError` after it."""
         with self._lock:
-            return [(file, stream.fileno()) for file, stream in self._files]
+            if not self._files:
+                raise EngineError("the weight files have been closed, so their digest is not known; start again")
+            return [(file, os.dup(stream.fileno())) for file, stream in self._files]
 
     def check_names(self) -> None:
         """Raise `CheckpointError` if a name leads to another file by now; to be called when all readers have opened."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
-from engine.checkpoint.identity.result import Identity, identity_beside_weights, result_settings
+from engine.checkpoint.identity.result import Identity, check_beside_weights, identity_beside_weights, result_settings
 from engine.checkpoint.identity.weight_digest import weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.errors import EngineError, named
@@ -100,13 +100,18 @@ class Served:
         the engine has read them, or reads them here where no engine does.
         """
         with self._identifying:
-            if self._identity is None:
-                source, rest = self._open()
+            identity = self._identity
+            if identity is None:
+                source, rest = opened = self._open()
                 digest = self._digest_of_engine()
                 if digest is None:
                     digest = weights_digest(Path(self.description.path), source)
-                self._identity = {"weights": digest, **rest}
-            return self._identity
+                    source.check()  # else it may be of what was written after an engine had read them
+                identity = {"weights": digest, **rest}
+                with self._lock:
+                    if self._opened is opened:  # else it was forgotten meanwhile
+                        self._identity = identity
+            return identity
 
     @property
     def known_identity(self) -> Identity | None:
@@ -195,9 +200,14 @@ class Served:
                 if chosen.note:
                     hlog(chosen.note)
                 self._estimate = chosen.estimate
-                source, _ = self._open()
+                source, rest = self._open()
                 engine = self._registry.load(path, chosen.policy, self._window)
-                source.check_names()  # else the engine has opened others than those of the identity
+                try:  # else the engine may have read others than those of the identity
+                    source.check_names()
+                    check_beside_weights(rest, path, self.policy)
+                except BaseException:
+                    engine.close()
+                    raise
                 return engine
         except EngineError as error:
             self._failure = error
@@ -217,9 +227,7 @@ class Served:
         with self._lock:
             if self._opened is not None:
                 self._opened[0].close()
-            self._opened = None
-        with self._identifying:
-            self._identity = None
+            self._opened = self._identity = None  # who is finding the identity is not waited for: it may take minutes
 
     @property
     def is_idle(self) -> bool:

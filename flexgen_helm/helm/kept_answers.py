@@ -14,8 +14,9 @@ from flexgen_helm.helm.engines import Served
 from flexgen_helm.helm.request_cache import RequestCache, Response
 from flexgen_helm.helm.requests.translate import CLIENT, Key, Translator
 
-_SETTINGS = ("dtype", "compress_weight", "compress_cache")
-"""What of an identity the policy sets: answers under other settings are none of what the model was before."""
+_SETTINGS = ("dtype", "compress_weight", "compress_cache", "batch_invariant")
+"""What of an identity the policy sets: answers under other settings are none of what the model was before.
+The last is in an identity only where it is set."""
 
 
 class ClientCache:
@@ -129,7 +130,7 @@ class KeptAnswers:
 
     def _may_be_of_model(self, identity: dict[str, Any]) -> bool:
         settings = self._served.settings
-        return all(identity.get(name) == settings[name] for name in _SETTINGS)
+        return all(identity.get(name) == settings.get(name) for name in _SETTINGS)
 
     def _is_same(self, identity: dict[str, Any], response: Response) -> bool:
         """Whether an answer under the key of an earlier release is of the very files that are there now."""

@@ -59,6 +59,13 @@ def identity_beside_weights(model: str, policy: Policy) -> Identity:
     }
 
 
+def check_beside_weights(earlier: Identity, model: str, policy: Policy) -> None:
+    """Raise `CheckpointError` if `identity_beside_weights` is not what it was, `earlier`."""
+    now = identity_beside_weights(model, policy)
+    if now != earlier:
+        raise CheckpointError(f"{model} has other {differences(earlier, now)} than when it was opened; start again")
+
+
 def result_settings(description: ModelDescription, policy: Policy) -> Identity:
     """The part of an identity that is no digest: what the policy sets, and the engine's own version."""
     return {

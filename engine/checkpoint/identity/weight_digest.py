@@ -64,13 +64,14 @@ class WeightDigest:
         self._known: dict[str, str] = {}
         self._states: dict[str, FileState] = {}
         self._files: dict[Path, _File] = {}
-        for file, handle in source.handles():
+        for file, handle in source.duplicates():
             name, state = file.relative_to(path).as_posix(), FileState.of(os.fstat(handle))
             self._states[name] = state
             if name in kept and kept[name][0] == state:
                 self._known[name] = kept[name][1]
+                os.close(handle)
             else:
-                found = _File(file, name, os.dup(handle), state, state.is_settled(now))
+                found = _File(file, name, handle, state, state.is_settled(now))
                 found.leaves, found.left = [b""] * found.num_leaves, set(range(found.num_leaves))
                 self._files[file] = found
         self._num_left = sum(file.num_leaves for file in self._files.values())
@@ -102,16 +103,23 @@ class WeightDigest:
     def wait(self) -> str:
         """The hex digest, when `finish` was called and all is read.
 
-        Raises `CheckpointError` if a file was written to meanwhile or cannot be read, `EngineError` if it was closed.
+        Raises `CheckpointError` if a file was written to meanwhile or cannot be read, `EngineError` if it was closed,
+        and what it was given up for.
         """
         self._ended.wait()
         if self._fault is not None:
             raise self._fault
         return self._digest
 
+    def give_up(self, fault: BaseException) -> None:
+        """Read no more; who waits for a digest that is not complete gets `fault`."""
+        self._end(fault)
+
     def close(self) -> None:
         """End the threads; who waits for a digest that is not complete gets an `EngineError`."""
-        self._end(EngineError("the engine was closed before all weight files were read, so their digest is not known"))
+        self.give_up(
+            EngineError("the engine was closed before all weight files were read, so their digest is not known")
+        )
         for thread in self._threads:
             thread.join()
         for found in self._files.values():
@@ -141,8 +149,11 @@ class WeightDigest:
             if self._ended.is_set():
                 return
             try:
-                found.leaves[leaf] = self._leaf(found, leaf, memory)
+                digest = self._leaf(found, leaf, memory)
                 with self._lock:
+                    if self._ended.is_set():
+                        return  # the leaf may not have been read to its end
+                    found.leaves[leaf] = digest
                     self._num_left -= 1
                     is_last = not self._num_left
                 if is_last:
@@ -176,7 +187,7 @@ class WeightDigest:
             self._known[found.name] = found.digest()
         whole = [[name, self._states[name].size, self._known[name]] for name in sorted(self._known)]
         self._digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
-        if self._files:
+        if self._files and not self._ended.is_set():
             unsettled = {found.name for found in self._files.values() if not found.is_settled}
             self._kept.write(
                 {name: (self._states[name], self._known[name]) for name in self._known if name not in unsettled}

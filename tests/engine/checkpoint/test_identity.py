@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from engine.checkpoint.identity.sampled import sampled_fingerprint
 from engine.checkpoint.identity.weight_digest import LEAF_BYTES, WeightDigest, weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.errors import CheckpointError
+from engine.memory import accelerator
 
 Build = Callable[[str], Path]
 WEIGHTS = "model.safetensors"
@@ -269,6 +272,36 @@ def test_who_waits_for_a_digest_that_is_given_up_is_told(model: Path) -> None:
     source.close()
 
 
+def test_a_digest_that_is_given_up_within_its_last_leaf_is_not_kept(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been read of the leaf by then is not all of it."""
+    source = OpenedWeights(model)
+    digest = WeightDigest(model, source)
+    preadv = os.preadv
+
+    def closing(handle: int, buffers: Any, offset: int) -> int:
+        digest.give_up(EngineError("given up"))
+        return preadv(handle, [buffers[0][:100]], offset)
+
+    monkeypatch.setattr(weight_digest.os, "preadv", closing)
+    digest.finish()
+    with pytest.raises(EngineError, match="given up"):
+        digest.wait()
+    digest.close()
+    source.close()
+    assert not KeptDigests(model).file.exists()
+    monkeypatch.setattr(weight_digest.os, "preadv", preadv)
+    assert digest_of(model) == by_hand(model)
+
+
+def test_files_that_have_been_closed_have_no_digest(model: Path) -> None:
+    source = OpenedWeights(model)
+    source.close()
+    with pytest.raises(EngineError, match="the weight files have been closed"):
+        weights_digest(model, source)
+
+
 # While an engine loads
 
 
@@ -292,6 +325,26 @@ def test_an_engine_digests_what_it_reads(placed: str, family: str, build: Build,
             assert engine.run([Job(prompt=[10, 11, 12], max_new_tokens=2)])[0].error is None
             assert engine.weights_digest() == by_hand(model)
     assert KeptDigests(model).read().keys() == {WEIGHTS}
+
+
+def test_who_waits_for_a_digest_gets_the_fault_of_a_load_that_could_not_begin(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(device: torch.device) -> None:
+        if threading.current_thread().name == "flexgen-load":
+            raise RuntimeError("no such device")
+
+    monkeypatch.setattr(accelerator, "make_current", failing)
+    with (
+        Engine.from_pretrained(str(model), policy={"device": "cpu"}) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(engine.weights_digest)
+        try:
+            with pytest.raises(EngineError, match="no such device"):
+                waiting.result(timeout=20)
+        finally:
+            engine.close()
 
 
 def test_what_has_been_read_is_digested_first(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,8 +16,12 @@ import pytest
 from fake_engine import FakeEngine
 
 from engine import EngineError, Job, Policy
-from engine.checkpoint.identity.result import result_identity
-from engine.errors import CapacityError
+from engine.checkpoint.identity import modelling_source
+from engine.checkpoint.identity.modelling_source import source_files
+from engine.checkpoint.identity.result import identity_beside_weights, result_identity
+from engine.checkpoint.identity.weight_digest import weights_digest
+from engine.errors import CapacityError, CheckpointError
+from flexgen_helm.helm import engines as engines_module
 from flexgen_helm.helm.engines import EngineRegistry
 
 
@@ -126,6 +131,85 @@ def test_answers_of_an_engine_that_is_closed_before_its_digest_is_known_have_an_
     with pytest.raises(EngineError, match="cannot be read"):
         _ = faulty.identity
     assert faulty.known_identity is None
+
+
+@pytest.mark.parametrize("changed", ["config.json", "tokenizer_config.json", "source", "while it loads"])
+def test_a_model_that_was_written_to_is_not_loaded_again_under_its_identity(
+    changed: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, package = Path(shutil.copytree(tiny_llama, tmp_path / "model")), tmp_path / "transformers"
+    for file in source_files({"model_type": "llama"}).values():
+        copied = package / file.relative_to(modelling_source._package())
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copied)
+    monkeypatch.setattr(modelling_source, "_package", lambda: package)
+    file = package / "models" / "llama" / "modeling_llama.py" if changed == "source" else model / "config.json"
+    file = model / changed if changed.endswith(".json") else file
+
+    def write() -> None:
+        with file.open("a") as stream:
+            stream.write("\n")
+
+    load = Loader()
+    registry = EngineRegistry(lambda *args: (write() if changed == "while it loads" else None, load(*args))[1])
+    served = registry.served(str(model), Policy())
+    before = identity_beside_weights(str(model), Policy())
+    if changed != "while it loads":
+        list(served.stream(JOBS))
+        served.close()
+        list(served.stream(JOBS))  # as it was
+        served.close()
+        write()
+    part = "source" if changed == "source" else "files"
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="start again") as caught:
+            list(served.stream(JOBS))
+        after = identity_beside_weights(str(model), Policy())
+        told = f"(sha256 {str(before[part])[:12]} then, {str(after[part])[:12]} now)"
+        assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert len(load.engines) == (1 if changed == "while it loads" else 3)
+    assert all(engine.closed for engine in load.engines)
+
+
+def test_weights_that_are_written_to_after_the_engine_has_read_them_have_no_identity(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """An answer is of what the engine read, not of what is there when the digest is computed."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    served = EngineRegistry(Loader()).served(str(model), Policy())
+    list(served.stream(JOBS))
+    with (model / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x55")
+    with pytest.raises(CheckpointError, match="was written to while the engine reads its weights"):
+        _ = served.identity
+    assert served.known_identity is None
+
+
+def test_closing_does_not_wait_for_who_reads_weights_for_an_identity(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> str:
+        reading.set()
+        assert go_on.wait(40)
+        return weights_digest(*args)
+
+    monkeypatch.setattr(engines_module, "weights_digest", slow)
+    registry = EngineRegistry(Loader())
+    served = registry.served(str(tiny_llama), Policy())
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(lambda: served.identity)
+        assert reading.wait(20)
+        pool.submit(lambda: (registry.close(), closed.set()))
+        was_closed = closed.wait(20)
+        go_on.set()
+        assert was_closed
+        with pytest.raises(EngineError, match="the weight files have been closed"):
+            found.result(20)
+    assert served.known_identity is None
 
 
 @pytest.mark.parametrize("failure", [CapacityError("too large"), RuntimeError("two\nlines")])

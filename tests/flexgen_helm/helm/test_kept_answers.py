@@ -117,6 +117,15 @@ def test_answers_under_another_dtype_are_no_outdated_ones(
     assert run(make_client, model, policy={"device": "cpu", "dtype": "bfloat16"})[:2] == (0, [])
 
 
+def test_answers_without_batch_invariant_arithmetic_are_no_outdated_ones(
+    make_client: Clients, fake_engines: list[FakeEngine], model: Path
+) -> None:
+    for expected in (0, 3):
+        for switch in (False, True):
+            policy = {"device": "cpu", "batch-invariant": switch}
+            assert run(make_client, model, policy=policy)[:2] == (expected, [])
+
+
 def test_weights_are_read_for_their_digest_only_where_there_is_something_to_find(
     make_client: Clients, fake_engines: list[FakeEngine], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
