@@ -141,9 +141,10 @@ class LayerwiseComparison:
     def _pass(self, texts: Mapping[int, Text], *, on_device: bool, tell: Callable[[int], None]) -> None:
         driven, model = self._driven, self._driven.model
         listed = list(texts.values())
-        replayed = replay(listed, model, driven.limits, driven.cache.room, share_prefix=driven.share_prefix)
+        limits, room = driven.limits, driven.cache.room
+        replayed = replay(listed, model, driven.plan.limits, limits, room, share_prefix=driven.share_prefix)
         fed = [text.fed(driven.window) for text in listed]
-        layout = lay_out_rows(replayed.sequences, fed, driven.limits.rows_per_batch)
+        layout = lay_out_rows(replayed.sequences, fed, limits.rows_per_batch)
         chains = [
             Chain(layout, stock, (self._table(layout, on_device), self._table(layout, on_device)))
             for stock in (self._stock, self._plain)

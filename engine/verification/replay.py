@@ -65,14 +65,18 @@ class Replay:
     steps: list[Step]
 
 
-def replay(texts: Iterable[Text], model: CausalModel, limits: Limits, room: CacheRoom, *, share_prefix: bool) -> Replay:
+def replay(
+    texts: Iterable[Text], model: CausalModel, planned: Limits, limits: Limits, room: CacheRoom, *, share_prefix: bool
+) -> Replay:
     """Schedule texts as the engine does, up to their ends; all room in the cache is given back before this returns.
 
-    Blocks are used again in the order of the sweeps, so each layer is to be computed sweep by sweep in one go. Raises
-    the error of a text for which the cache has no room.
+    `limits` are those that the engine has come to; where they are smaller than `planned`, memory ran short, and longer
+    prompts are computed in pieces here, too. Blocks are used again in the order of the sweeps, so each layer is to be
+    computed sweep by sweep in one go. Raises the error of a text for which the cache has no room.
     """
     sequences = [KnownSequence.of_text(text) for text in texts]
-    scheduler = Scheduler(limits, room, share_prefix=share_prefix)
+    scheduler = Scheduler(planned, room, share_prefix=share_prefix)
+    scheduler.limits = limits
     scheduler.add(sequences)
     steps: list[Step] = []
     try:
