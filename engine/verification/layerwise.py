@@ -21,7 +21,8 @@ from engine.planning.planner import Plan
 from engine.verification.chain import Chain, Layout, Table, lay_out_rows
 from engine.verification.difference import TOLERANCES, Meter, RootMeanSquare, StageDifference, tolerance_of
 from engine.verification.passes import pass_limits, passes
-from engine.verification.replay import Step, replay, rows_of
+from engine.verification.replay import KINDS, BatchRows, Step, replay, rows_of
+from engine.verification.router import has_router
 from engine.verification.scored import Scored, Scoring
 from engine.verification.text import Text
 from engine.verification.weight_check import WeightCheck
@@ -29,8 +30,6 @@ from engine.weights.binding import parameter_of
 from engine.weights.store import WeightStore
 from engine.weights.stream import WeightStream
 from engine.weights.unit_values import UnitValues
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,8 @@ class LayerwiseComparison:
         self._check = WeightCheck(driven.weights)
         self._names = ["embedding", *(f"layer {index}" for index in range(len(model.layers))), "head"]
         self._tolerance = tolerance_of(self._dtype, driven.cache.codec, rounds_inputs=model.rounds_inputs)
-        self._meters = {name: Meter(self._tolerance, device) for name in self._names}
+        self._meters = {name: Meter(self._tolerance, device, KINDS) for name in self._names[:-1]}
+        self._meters["head"] = Meter(self._tolerance, device)
         self._losses = {name: RootMeanSquare(device) for name in self._names[1:-1]}
         self._scored: dict[int, Scored] = {}
         self._unencoded: dict[int, Scored] = {}
@@ -114,10 +114,11 @@ class LayerwiseComparison:
             finally:
                 driven.stream.release_all()
         driven.weights.check_source()
-        config = driven.model.config.get_text_config()
         is_rounded = self._tolerance > TOLERANCES[torch.float32]
-        may_reroute = is_rounded and any((getattr(config, name, 0) or 0) > 1 for name in _EXPERTS)
-        stages = [self._meters[name].stage(name, may_reroute=may_reroute) for name in self._names]
+        routes = [False, *(is_rounded and has_router(layer) for layer in driven.model.layers), False]
+        stages = [
+            self._meters[name].stage(name, may_reroute=may) for name, may in zip(self._names, routes, strict=True)
+        ]
         return Findings(
             stages=[
                 replace(
@@ -140,9 +141,10 @@ class LayerwiseComparison:
     def _pass(self, texts: Mapping[int, Text], *, on_device: bool, tell: Callable[[int], None]) -> None:
         driven, model = self._driven, self._driven.model
         listed = list(texts.values())
-        replayed = replay(listed, model, driven.limits, driven.cache.room, share_prefix=driven.share_prefix)
+        limits, room = driven.limits, driven.cache.room
+        replayed = replay(listed, model, driven.plan.limits, limits, room, share_prefix=driven.share_prefix)
         fed = [text.fed(driven.window) for text in listed]
-        layout = lay_out_rows(replayed.sequences, fed, driven.limits.rows_per_batch)
+        layout = lay_out_rows(replayed.sequences, fed, limits.rows_per_batch)
         chains = [
             Chain(layout, stock, (self._table(layout, on_device), self._table(layout, on_device)))
             for stock in (self._stock, self._plain)
@@ -196,9 +198,9 @@ class LayerwiseComparison:
                     driven.stream.look_up(batch.ids)
                     with model.sweeping.arithmetic:
                         hidden, calls = model.record(batch.inputs())
-                    rows, is_real = rows_of(batch, layout.first_row)
-                    batches.append(_Batch(batch, calls, rows, None if bool(is_real.all()) else is_real))
-                    self._measure("embedding", batches[-1], hidden, chains[0].before.take(rows), None)
+                    rows = rows_of(batch, layout.first_row)
+                    batches.append(_Batch(batch, calls, rows))
+                    self._measure("embedding", rows, hidden, chains[0].before.take(rows.table), None)
             ours.append(_Sweep(step, batches))
         return ours
 
@@ -219,10 +221,10 @@ class LayerwiseComparison:
             with sweep.step.in_place():
                 for each in sweep.batches:
                     model.sweeping.batch = each.batch
-                    before = stock.before.take(each.rows)
+                    before = stock.before.take(each.rows.table)
                     with model.sweeping.arithmetic:
                         after = model.layer(layer, before, each.calls[layer])
-                    self._measure(name, each, after, stock.after.take(each.rows), before)
+                    self._measure(name, each.rows, after, stock.after.take(each.rows.table), before)
 
     @contextmanager
     def _bound(self, layer: int, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -242,12 +244,12 @@ class LayerwiseComparison:
                 module._parameters[attribute] = before[name]
 
     def _measure(
-        self, name: str, each: _Batch, ours: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor | None
+        self, name: str, rows: BatchRows, ours: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor | None
     ) -> None:
-        if each.is_real is not None:
-            real = each.is_real.to(ours.device)
+        if rows.is_real is not None:
+            real = rows.is_real.to(ours.device)
             ours, theirs, before = ours[real], theirs[real], None if before is None else before[real]
-        self._meters[name].add(ours, theirs, before)
+        self._meters[name].add(ours, theirs, before, rows.kinds)
 
     def _head(self, texts: Sequence[Text], layout: Layout, chain: Chain, meter: Meter | None) -> list[Scored]:
         """What the logits of each text say; with a meter, also compare with rows of several texts in one call."""
@@ -289,9 +291,7 @@ class _Batch:
 
     batch: MicroBatch | PaddedBatch
     calls: list[LayerCall]
-    rows: torch.Tensor
-    is_real: torch.Tensor | None
-    """None for all."""
+    rows: BatchRows
 
 
 @dataclass(frozen=True)

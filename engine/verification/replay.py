@@ -17,8 +17,11 @@ from engine.schedule.block import Block
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.scheduler import Scheduler
 from engine.schedule.segment import Segment
-from engine.schedule.sequence import Span
+from engine.schedule.sequence import Prefix, Span
 from engine.verification.text import KnownSequence, Text
+
+KINDS = ("prefix", "prompt", "decode")
+"""Of rows, by the way in which the engine computes their attention."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class Step:
 
 
 @dataclass(frozen=True)
+class BatchRows:
+    """What the rows of a micro-batch are rows of; tensors on the host."""
+
+    table: torch.Tensor
+    """Rows of a table of hidden states, int64 `[rows]`; padding stands for the real row next to it."""
+    is_real: torch.Tensor | None
+    """Bool `[rows]`; None where all are."""
+    kinds: torch.Tensor
+    """Of each real row, which of `KINDS` it is: int64."""
+
+
+@dataclass(frozen=True)
 class Replay:
     """All sweeps over some texts, whose tokens are known: layer by layer, each sees only what the ones before wrote."""
 
@@ -50,14 +65,18 @@ class Replay:
     steps: list[Step]
 
 
-def replay(texts: Iterable[Text], model: CausalModel, limits: Limits, room: CacheRoom, *, share_prefix: bool) -> Replay:
+def replay(
+    texts: Iterable[Text], model: CausalModel, planned: Limits, limits: Limits, room: CacheRoom, *, share_prefix: bool
+) -> Replay:
     """Schedule texts as the engine does, up to their ends; all room in the cache is given back before this returns.
 
-    Blocks are used again in the order of the sweeps, so each layer is to be computed sweep by sweep in one go. Raises
-    the error of a text for which the cache has no room.
+    `limits` are those that the engine has come to; where they are smaller than `planned`, memory ran short, and longer
+    prompts are computed in pieces here, too. Blocks are used again in the order of the sweeps, so each layer is to be
+    computed sweep by sweep in one go. Raises the error of a text for which the cache has no room.
     """
     sequences = [KnownSequence.of_text(text) for text in texts]
-    scheduler = Scheduler(limits, room, share_prefix=share_prefix)
+    scheduler = Scheduler(planned, room, share_prefix=share_prefix)
+    scheduler.limits = limits
     scheduler.add(sequences)
     steps: list[Step] = []
     try:
@@ -96,18 +115,20 @@ def _advance(segment: Segment) -> None:
         segment.span.advance(1 + len(segment.draft))
 
 
-def rows_of(batch: Rows, first_row: Mapping[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows of a table of hidden states a micro-batch has, and which of its rows are real: int64, bool `[rows]`.
-
-    first_row: of each span, by its identity. Padding stands for the real row next to it.
-    """
+def rows_of(batch: Rows, first_row: Mapping[int, int]) -> BatchRows:
+    """Which rows of a table of hidden states a micro-batch has; `first_row` is of each span, by its identity."""
     rows = torch.empty(batch.num_rows, dtype=torch.long)
-    is_real = torch.zeros(batch.num_rows, dtype=torch.bool)
+    kinds = torch.full((batch.num_rows,), -1)
     for segment in batch.segments:
         first, end = segment.first, segment.first + segment.num_rows
         begin = first_row[id(segment.span)] + segment.past
         rows[segment.begin : first] = begin
         rows[first:end] = torch.arange(begin, begin + segment.num_rows)
         rows[end : segment.end] = begin + segment.num_rows - 1
-        is_real[first:end] = True
-    return rows, is_real
+        kinds[first:end] = KINDS.index(_kind(segment))
+    is_real = kinds >= 0
+    return BatchRows(rows, None if bool(is_real.all()) else is_real, kinds[is_real])
+
+
+def _kind(segment: Segment) -> str:
+    return "decode" if segment.is_decode else "prefix" if isinstance(segment.span, Prefix) else "prompt"

@@ -88,19 +88,33 @@ class Layers:
                 f"drift in {stage.name} of {self.model}: its weights are not the checkpoint's, "
                 f"{stage.weights.parameter} by up to {stage.weights.largest:.2g}{more}"
             )
+        kinds = [each for each in stage.kinds if each.num_beyond]
+        rows = " and ".join(f"{each.num_beyond} of {each.num_rows} {each.name} rows" for each in kinds)
         return (
-            f"drift in {stage.name} of {self.model}: {stage.num_beyond} of {stage.num_rows} rows differ from stock "
+            f"drift in {stage.name} of {self.model}: "
+            f"{rows or f'{stage.num_beyond} of {stage.num_rows} rows'} differ from stock "
             f"{self.findings.attention} attention, by up to {stage.relative:.2g} of their scale (limit "
             f"{self.findings.tolerance:g} in {self.dtype}), {stage.largest:.2g} in numbers{more}"
         )
 
     def verdict(self) -> str:
         """The finding in one line, where there is no drift."""
-        stage = self.worst
+        stages = self.findings.stages
+        stage = max(stages, key=lambda stage: stage.relative_within)
+        excused = [each for each in stages if each.num_excused]
+        bound = "rounding explains" if excused else "rounding"
+        told = (
+            f"no layer of {self.model} differs from stock {self.findings.attention} attention by more than {bound}: "
+            f"{stage.name} does most, by {stage.relative_within:.1e} of its scale (limit "
+            f"{self.findings.tolerance:g} in {self.dtype})"
+        )
+        if not excused:
+            return told
+        most, count = max(excused, key=lambda stage: stage.relative), sum(each.num_excused for each in excused)
         return (
-            f"no layer of {self.model} differs from stock {self.findings.attention} attention by more than rounding: "
-            f"{stage.name} does most, by {stage.relative:.1e} of its scale (limit {self.findings.tolerance:g} in "
-            f"{self.dtype})"
+            f"{told}, but for {count} of {sum(each.num_rows for each in excused)} rows of "
+            f"{', '.join(each.name for each in excused)}, by up to {most.relative:.1e} in {most.name}: they are "
+            "excused, since rounding sends a few rows to other experts where scores nearly tie"
         )
 
     def _table(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -365,6 +366,37 @@ def test_more_than_memory_holds_takes_several_passes(build: Build, monkeypatch: 
         for one, other in zip(several.scored, found.scored, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
             assert one.greedy == other.greedy
+
+
+def test_prompts_that_memory_forced_into_pieces_are_compared_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has room for a hundred rows at once, and no plan knew it."""
+    path = models.save_model(tmp_path, "llama", max_position_embeddings=1024)
+    rng = random.Random(1)
+    jobs = [Job(prompt=[rng.randrange(3, 500) for _ in range(400)], max_new_tokens=2) for _ in range(2)]
+    with Engine.from_pretrained(str(path), policy={"device": "cpu", "dtype": "float32"}) as engine:
+        executor, rows = engine.parts.executor, list[int]()
+        sweep = executor.sweep
+
+        def short_of_memory(batches: Any) -> Any:
+            if max(sum(segment.num_rows for segment in batch) for batch in batches) > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return sweep(batches)
+
+        monkeypatch.setattr(executor, "sweep", short_of_memory)
+        done = engine.run(jobs)
+        assert all(each.error is None for each in done)
+
+        def watched(asked: Attending) -> Attending:
+            rows.append(len(asked.query))
+            return asked
+
+        faulty(monkeypatch, "prefill", watched)  # called for our own micro-batches only
+        found = engine.compare_with_stock(jobs, done)
+    assert max(rows) <= 100
+    assert at_fault(found) == []
+    assert found.stages[1].num_rows == sum(len(job.prompt) + 1 for job in jobs)
 
 
 def test_the_engine_goes_on_afterwards_and_gives_all_room_back(build: Build) -> None:
