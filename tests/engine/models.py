@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,8 @@ def config_of(family: str, **changes: Any) -> PreTrainedConfig:
     """The config of the tiny model of `family`."""
     model_type, config = (FAMILIES | OWN_ATTENTION)[family]
     special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    return AutoConfig.for_model(model_type, **(special | config | changes))
+    # A copy: Gemma 4's config changes the list of its layers' kinds.
+    return AutoConfig.for_model(model_type, **deepcopy(special | config | changes))
 
 
 def save_model(directory: Path, family: str, **changes: Any) -> Path:

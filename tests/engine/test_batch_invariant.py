@@ -36,10 +36,10 @@ def _policy(dtype: str, **others: Any) -> dict[str, Any]:
     [
         ("llama", "bfloat16", "4 bits"),
         ("llama", "float32", "plain"),
-        ("gpt-oss", "bfloat16", "plain"),
+        pytest.param("gpt-oss", "bfloat16", "plain", marks=pytest.mark.slow),
         ("gemma2", "float16", "attention on the host"),
-        ("mixtral", "float16", "streamed"),
-        ("deepseek-v3", "bfloat16", "streamed"),
+        pytest.param("mixtral", "float16", "streamed", marks=pytest.mark.slow),
+        pytest.param("deepseek-v3", "bfloat16", "streamed", marks=pytest.mark.slow),
     ],
 )
 def test_company_changes_no_bit(
