@@ -18,7 +18,6 @@ _ALIGNMENT = 16
 """Bytes at whose multiples a tensor begins for which CUDA's kernels of norms take several numbers at once."""
 _MOVES = frozenset(
     [
-        "_flash_attention_forward",
         "aminmax",
         "_local_scalar_dense",
         "_reshape_alias",
