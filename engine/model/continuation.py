@@ -34,10 +34,15 @@ def can_continue(model: CausalModel, stock: StockForward, length: int) -> bool:
     borders = [length * part // _PARTS for part in range(_PARTS + 1)]
     width = model.state[model.embedding_name].shape[1]
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+
+    def record(first: int, end: int) -> tuple[torch.Tensor, list[LayerCall]]:
+        zeros = torch.zeros(1, end - first, width, dtype=model.dtype, device=model.device)
+        with model.embedding_as(lambda _: zeros):  # what it is called with may be of other ids, looked up before
+            return stock.record(ids[:, first:end], first, is_cached=True)
+
     try:
-        with model.embedding_as(lambda ids: torch.zeros(*ids.shape, width, dtype=model.dtype, device=ids.device)):
-            parts = [stock.record(ids[:, first:end], first, is_cached=True) for first, end in pairwise(borders)]
-            hidden, calls = stock.record(ids, is_cached=True)
+        parts = [record(first, end) for first, end in pairwise(borders)]
+        hidden, calls = record(0, length)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a family makes of a cache that it does not expect

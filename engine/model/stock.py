@@ -29,7 +29,7 @@ class StockForward:
         self._model = model
         self._codec = codec
         config = model.config
-        self.attention = str(config._attn_implementation) if model.is_padded else default_attention(config, model.dtype)
+        self.attention = str(config._attn_implementation) if model.is_padded else default_attention(model.module)
         """The name of the attention implementation."""
 
     @property
