@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import UnsupportedError
-from engine.kernels.invariant import sums
+from engine.kernels.invariant import known_calls, sums
+from engine.kernels.invariant.known_calls import KnownCalls, State, case_of, is_quiet
 from engine.kernels.invariant.pointwise import in_vectors
 from engine.kernels.invariant.products import Products
 
@@ -100,12 +103,19 @@ class BatchInvariant(TorchDispatchMode):
 
     Elementwise functions and those that only move numbers are torch's own. Any other raises `UnsupportedError`, since
     it is not known what its order depends on.
+
+    Modules that are attached compute at once what the mode would see them compute function by function.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._products = Products()
         self._is_on = False
+        self._is_watching = False
+        """Whether functions pass through here; not in calls of attached modules that are known."""
+        self._is_quiet = False
+        """Whether the call of an attached module in hand has only moved numbers and changed them one by one."""
+        self._calls = KnownCalls()
         self._known: dict[Any, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -113,11 +123,14 @@ class BatchInvariant(TorchDispatchMode):
         kind = self._known.get(func)
         if kind is None:
             kind = self._known[func] = _kind(func)
-        if (
-            kind == "move"
-            or (kind in _PRODUCTS and any(isinstance(x, torch.Tensor) and x.is_meta for x in args))
-            or (kind == "elementwise" and isinstance(args[0], torch.Tensor) and args[0].is_cuda)
+        if kind == "move" or (
+            kind == "elementwise" and isinstance(args[0], torch.Tensor) and args[0].device.type in known_calls.DEVICES
         ):
+            passed = func(*args, **given)
+            self._is_quiet = self._is_quiet and is_quiet(func, args, given, passed)
+            return passed
+        self._is_quiet = False
+        if kind in _PRODUCTS and any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
             return func(*args, **given)
         if kind == "elementwise":
             return in_vectors(func, args, given)
@@ -131,24 +144,101 @@ class BatchInvariant(TorchDispatchMode):
 
     def __enter__(self) -> BatchInvariant:
         self._is_on = True
-        entered: BatchInvariant = super().__enter__()  # type: ignore[no-untyped-call]
-        return entered
+        self._watch()
+        return self
 
     def __exit__(self, *raised: object) -> None:
         self._is_on = False
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._look_away()
 
-    def attach(self, module: nn.Linear) -> None:
-        """Let a linear layer compute its product at once: the views around it would be looked at one by one."""
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, attached modules compute as they do in the mode; functions outside of them are not looked at."""
+        self._is_on = True
+        try:
+            yield
+        finally:
+            self._is_on = False
 
-        def forward(numbers: torch.Tensor) -> torch.Tensor:
-            if not self._is_on:
-                return nn.functional.linear(numbers, module.weight, module.bias)
-            with plain_arithmetic():
-                rows = self._products.mm(numbers.flatten(0, -2), module.weight.mT, module.bias)
-                return rows.view(*numbers.shape[:-1], -1)
+    def _watch(self) -> None:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._is_watching = True
+
+    def _look_away(self) -> None:
+        self._is_watching = False
+        super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def attach(self, module: nn.Module) -> None:
+        """Let a module compute at once: linear layers, layer norms, and calls of others that are known.
+
+        What any other module computes is looked at function by function, until it is called in a way in which it was
+        seen to move numbers and change them one by one, aside from modules within it that are attached.
+        """
+        plain = module.forward
+        at_once: Callable[..., Any] = partial(self._call, module, plain)
+        if type(module) is nn.Linear:
+            at_once = partial(self._linear, module)
+        elif type(module) is nn.LayerNorm:
+            at_once = partial(self._norm_rows, module)
+
+        @wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return at_once(*args, **kwargs) if self._is_on else plain(*args, **kwargs)
 
         module.__dict__["forward"] = forward
+
+    def _linear(self, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
+        with plain_arithmetic():
+            if input.ndim == 2:
+                return self._products.mm(input, module.weight.mT, module.bias)
+            rows = self._products.mm(input.flatten(0, -2), module.weight.mT, module.bias)
+            return rows.view(*input.shape[:-1], -1)
+
+    def _norm_rows(self, module: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        with plain_arithmetic():
+            sizes, by = module.normalized_shape, (module.weight, module.bias, module.eps)
+            normed: torch.Tensor = self._layer_norm(torch.native_layer_norm, input, sizes, *by)[0]
+            return normed
+
+    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        case = case_of(module, args, kwargs)
+        was_quiet = self._calls.get(case)
+        if was_quiet:
+            return self._call_unseen(forward, args, kwargs)
+        if case is None or was_quiet is False:
+            with self.apart():
+                return forward(*args, **kwargs)
+        state = State(module)
+        with self.apart(quiet=True):
+            result = forward(*args, **kwargs)
+            self._calls.put(case, self._is_quiet and state.is_still(module))
+        return result
+
+    def _call_unseen(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._is_watching:
+            return forward(*args, **kwargs)
+        self._look_away()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._watch()
+
+    @contextmanager
+    def apart(self, *, quiet: bool = False) -> Iterator[None]:
+        """Inside, functions are looked at, whoever is known to call it; the call around it is as quiet as without.
+
+        For code that is called from within an attached module.
+        """
+        was_watching, was_quiet = self._is_watching, self._is_quiet
+        self._is_quiet = quiet
+        if not was_watching:
+            self._watch()
+        try:
+            yield
+        finally:
+            self._is_quiet = was_quiet
+            if not was_watching:
+                self._look_away()
 
     def _mm(self, func: Any, rows: torch.Tensor, matrix: torch.Tensor, **_: Any) -> Any:
         return self._products.mm(rows, matrix)
