@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import nn
 
 DEVICES = frozenset({"cuda"})
-"""Kinds of devices whose elementwise functions compute a number alike wherever it stands, and whose numbers the host
-does not see but through torch's functions."""
+"""Kinds of devices whose elementwise functions compute a number alike wherever it stands, and whose memory the host
+reads through torch's functions alone."""
+_TELLING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+"""What torch marks functions with that tell the host of numbers."""
 _QUIET = frozenset(
     [
         "_reshape_alias",
@@ -48,25 +51,36 @@ _QUIET = frozenset(
     ]
 )
 """Functions that move numbers and tell the host nothing of them, not even by the size of a result; views besides."""
-_MOST = 1 << 14
+_MOST = 1 << 13
 """Calls that are kept in mind."""
 
 
+class Seen(IntEnum):
+    """What the functions of a call were seen to do, at most."""
+
+    QUIET = 0
+    """Numbers were moved, and changed one by one."""
+    ROUNDED = 1
+    """Numbers were added up. The sizes of a result followed from other sizes."""
+    TOLD = 2
+    """The host may have learned of a number, or it is not known what was done."""
+
+
 class KnownCalls:
-    """Which calls of which modules were quiet, by all that may decide what a module computes but the numbers."""
+    """What calls of modules were seen to do, by all that may decide what a module computes but the numbers."""
 
     def __init__(self) -> None:
-        self._is_quiet: dict[Hashable, bool] = {}
+        self._seen: dict[Hashable, Seen] = {}
 
-    def get(self, case: Hashable | None) -> bool | None:
-        """Whether a call was quiet; None for one that was not seen."""
-        return self._is_quiet.get(case)
+    def get(self, case: Hashable | None) -> Seen | None:
+        """What a call was seen to do; None for one that was not seen."""
+        return self._seen.get(case)
 
-    def put(self, case: Hashable, is_quiet: bool) -> None:
-        """Keep in mind whether a call was quiet."""
-        if len(self._is_quiet) >= _MOST:
-            self._is_quiet.clear()
-        self._is_quiet[case] = is_quiet
+    def put(self, case: Hashable, seen: Seen) -> None:
+        """Keep in mind what a call was seen to do."""
+        if len(self._seen) >= _MOST:
+            self._seen.clear()
+        self._seen[case] = seen
 
 
 def case_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
@@ -84,7 +98,7 @@ class _UnknownError(Exception):
 def _described(value: Any) -> Hashable:
     kind = type(value)
     if kind is torch.Tensor or kind is nn.Parameter:
-        if value.device.type not in DEVICES:
+        if value.device.type not in DEVICES or value.layout is not torch.strided:
             raise _UnknownError
         return value.shape, value.stride(), value.dtype, value.device
     if kind is tuple or kind is list:
@@ -96,16 +110,18 @@ def _described(value: Any) -> Hashable:
     raise _UnknownError
 
 
-def is_quiet(func: Any, *values: Any) -> bool:
-    """Whether a call of an `aten` function that rounds nothing leaves the host as it was.
+def seen_in(func: Any, *values: Any, rounds: bool = False) -> Seen:
+    """What a call of an `aten` function does that is one of the mode's own (`rounds`), or one that rounds nothing.
 
     `values`: what the function was given, and what it returned. All tensors must be on a device: those in its own
     memory a host reads without asking torch.
     """
     name = func._schema.name.removeprefix("aten::")
-    if not (func.is_view or name in _QUIET or torch.Tag.pointwise in func.tags):
-        return False
-    return all(x.device.type in DEVICES for x in _tensors(values))
+    is_known = rounds or func.is_view or name in _QUIET or torch.Tag.pointwise in func.tags
+    tells = not _TELLING.isdisjoint(func.tags) or any("Tensor" not in str(x.type) for x in func._schema.returns)
+    if not is_known or tells or any(x.device.type not in DEVICES for x in _tensors(values)):
+        return Seen.TOLD
+    return Seen.ROUNDED if rounds else Seen.QUIET
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

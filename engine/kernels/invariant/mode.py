@@ -12,90 +12,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import UnsupportedError
-from engine.kernels.invariant import known_calls, sums
-from engine.kernels.invariant.known_calls import KnownCalls, State, case_of, is_quiet
+from engine.kernels.invariant import sums
+from engine.kernels.invariant.kinds import PRODUCTS, ROUNDING, kind_of
+from engine.kernels.invariant.known_calls import KnownCalls, Seen, State, case_of, seen_in
 from engine.kernels.invariant.pointwise import in_vectors
 from engine.kernels.invariant.products import Products
 
 _ALIGNMENT = 16
 """Bytes at whose multiples a tensor begins for which CUDA's kernels of norms take several numbers at once."""
-_MOVES = frozenset(
-    [
-        "aminmax",
-        "_local_scalar_dense",
-        "_reshape_alias",
-        "_to_copy",
-        "_unsafe_view",
-        "all",
-        "amax",
-        "amin",
-        "any",
-        "arange",
-        "argmax",
-        "argmin",
-        "argsort",
-        "cat",
-        "clone",
-        "constant_pad_nd",
-        "copy_",
-        "copy",
-        "count_nonzero",
-        "embedding",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "equal",
-        "fill_",
-        "flip",
-        "full",
-        "full_like",
-        "gather",
-        "index",
-        "index_copy",
-        "index_copy_",
-        "index_fill",
-        "index_fill_",
-        "index_select",
-        "is_nonzero",
-        "isin",
-        "lift_fresh",
-        "masked_scatter",
-        "max",
-        "min",
-        "new_empty",
-        "new_empty_strided",
-        "new_full",
-        "new_ones",
-        "new_zeros",
-        "nonzero",
-        "one_hot",
-        "ones",
-        "ones_like",
-        "record_stream",
-        "repeat",
-        "repeat_interleave",
-        "resize_",
-        "roll",
-        "scalar_tensor",
-        "scatter",
-        "scatter_",
-        "select_scatter",
-        "slice_scatter",
-        "sort",
-        "split_with_sizes",
-        "stack",
-        "topk",
-        "tril",
-        "triu",
-        "unique_dim",
-        "_unique2",
-        "unsafe_split",
-        "zero_",
-        "zeros",
-        "zeros_like",
-    ]
-)
-"""Functions that move numbers, compare them or count: nothing is rounded."""
 
 
 class BatchInvariant(TorchDispatchMode):
@@ -113,8 +37,8 @@ class BatchInvariant(TorchDispatchMode):
         self._is_on = False
         self._is_watching = False
         """Whether functions pass through here; not in calls of attached modules that are known."""
-        self._is_quiet = False
-        """Whether the call of an attached module in hand has only moved numbers and changed them one by one."""
+        self._seen = Seen.TOLD
+        """What the call of an attached module in hand was seen to do so far."""
         self._calls = KnownCalls()
         self._known: dict[Any, str] = {}
 
@@ -122,18 +46,17 @@ class BatchInvariant(TorchDispatchMode):
         given = kwargs or {}
         kind = self._known.get(func)
         if kind is None:
-            kind = self._known[func] = _kind(func)
-        if kind == "move" or (
-            kind == "elementwise" and isinstance(args[0], torch.Tensor) and args[0].device.type in known_calls.DEVICES
-        ):
-            passed = func(*args, **given)
-            self._is_quiet = self._is_quiet and is_quiet(func, args, given, passed)
+            kind = self._known[func] = kind_of(func)
+        if kind in ("move", "elementwise"):
+            is_alike = kind == "move" or (isinstance(args[0], torch.Tensor) and args[0].is_cuda)
+            passed = func(*args, **given) if is_alike else in_vectors(func, args, given)
+            if self._seen is not Seen.TOLD:
+                self._seen = max(self._seen, seen_in(func, args, given, passed))
             return passed
-        self._is_quiet = False
-        if kind in _PRODUCTS and any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+        if self._seen is not Seen.TOLD:
+            self._seen = seen_in(func, args, given, rounds=True) if kind in ROUNDING else Seen.TOLD
+        if kind in PRODUCTS and any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
             return func(*args, **given)
-        if kind == "elementwise":
-            return in_vectors(func, args, given)
         found = getattr(self, f"_{kind}")(func, *args, **given)
         if found is NotImplemented:
             raise UnsupportedError(
@@ -187,14 +110,13 @@ class BatchInvariant(TorchDispatchMode):
 
         module.__dict__["forward"] = forward
 
-    def _linear(self, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
-        with plain_arithmetic():
-            if input.ndim == 2:
-                return self._products.mm(input, module.weight.mT, module.bias)
-            rows = self._products.mm(input.flatten(0, -2), module.weight.mT, module.bias)
-            return rows.view(*input.shape[:-1], -1)
+    def _linear(self, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        if self._is_watching:
+            with plain_arithmetic():
+                return _multiplied(self._products, module, input)
+        return _multiplied(self._products, module, input)
 
-    def _norm_rows(self, module: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def _norm_rows(self, module: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
         with plain_arithmetic():
             sizes, by = module.normalized_shape, (module.weight, module.bias, module.eps)
             normed: torch.Tensor = self._layer_norm(torch.native_layer_norm, input, sizes, *by)[0]
@@ -202,16 +124,20 @@ class BatchInvariant(TorchDispatchMode):
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         case = case_of(module, args, kwargs)
-        was_quiet = self._calls.get(case)
-        if was_quiet:
+        seen = self._calls.get(case)
+        if seen is Seen.QUIET:
             return self._call_unseen(forward, args, kwargs)
-        if case is None or was_quiet is False:
+        if case is None or seen is not None:
             with self.apart():
-                return forward(*args, **kwargs)
-        state = State(module)
-        with self.apart(quiet=True):
-            result = forward(*args, **kwargs)
-            self._calls.put(case, self._is_quiet and state.is_still(module))
+                result = forward(*args, **kwargs)
+        else:
+            state = State(module)
+            with self.apart(Seen.QUIET):
+                result = forward(*args, **kwargs)
+                seen = self._seen if state.is_still(module) else Seen.TOLD
+            self._calls.put(case, seen)
+        if seen is not Seen.ROUNDED and seen is not Seen.QUIET:  # what calls this module may know it, too
+            self._seen = Seen.TOLD
         return result
 
     def _call_unseen(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -224,19 +150,19 @@ class BatchInvariant(TorchDispatchMode):
             self._watch()
 
     @contextmanager
-    def apart(self, *, quiet: bool = False) -> Iterator[None]:
-        """Inside, functions are looked at, whoever is known to call it; the call around it is as quiet as without.
+    def apart(self, seen: Seen = Seen.TOLD) -> Iterator[None]:
+        """Inside, functions are looked at, whatever is known of what calls them, of which they are no part.
 
-        For code that is called from within an attached module.
+        For code that is called from within an attached module, and whose result has sizes that follow from others.
         """
-        was_watching, was_quiet = self._is_watching, self._is_quiet
-        self._is_quiet = quiet
+        was_watching, before = self._is_watching, self._seen
+        self._seen = seen
         if not was_watching:
             self._watch()
         try:
             yield
         finally:
-            self._is_quiet = was_quiet
+            self._seen = before
             if not was_watching:
                 self._look_away()
 
@@ -309,45 +235,17 @@ class BatchInvariant(TorchDispatchMode):
         return NotImplemented
 
 
+def _multiplied(products: Products, module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    matrix, bias = module.weight.mT, module.bias
+    if rows.ndim == 2:
+        return products.mm(rows, matrix, bias)
+    return products.mm(rows.flatten(0, -2), matrix, bias).view(*rows.shape[:-1], -1)
+
+
 def plain_arithmetic() -> AbstractContextManager[Any]:
     """Inside, torch's functions are its own again, at their own speed: for what only moves numbers or rounds them."""
     disabled: AbstractContextManager[Any] = torch._C._DisableTorchDispatch()
     return disabled
-
-
-_PRODUCTS = frozenset({"mm", "addmm", "bmm"})
-"""Whose arguments are tensors; on `meta` nothing is computed."""
-_ELEMENTWISE = frozenset({"hardswish", "hardswish_", "polar"})
-"""Elementwise functions that torch does not mark as such."""
-_KINDS = {
-    "mm": "mm",
-    "addmm": "addmm",
-    "bmm": "bmm",
-    "sum": "sum",
-    "mean": "mean",
-    "cumsum": "cumsum",
-    "linalg_vector_norm": "norm",
-    "_softmax": "softmax",
-    "_log_softmax": "log_softmax",
-    "native_layer_norm": "layer_norm",
-    "_fused_rms_norm": "rms_norm",
-    "index_add": "index_add",
-    "index_add_": "index_add",
-    "index_put": "index_put",
-    "index_put_": "index_put",
-    "bincount": "bincount",
-}
-
-
-def _kind(func: Any) -> str:
-    namespace, _, name = func._schema.name.partition("::")
-    if namespace != "aten":
-        return "unknown"
-    if name in _KINDS:
-        return _KINDS[name]
-    if func.is_view or (name in _MOVES and "reduce" not in func._overloadname):
-        return "move"
-    return "elementwise" if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE else "unknown"
 
 
 def _dims(terms: torch.Tensor, dim: Any = None) -> tuple[int, ...]:
