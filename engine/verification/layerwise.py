@@ -256,7 +256,7 @@ class LayerwiseComparison:
                 for each in sweep.batches:
                     model.sweeping.batch = each.batch
                     before = stock.before.take(each.rows.table)
-                    with model.sweeping.arithmetic:
+                    with model.sweeping.around_layer():
                         after = model.layer(layer, before, each.calls[layer])
                     self._measure(name, each.rows, after, stock.after.take(each.rows.table), before)
 

@@ -68,7 +68,8 @@ class Products:
         self, own: _Kernel, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         places = matrix.data_ptr() % _ALIGNMENT, 0 if bias is None else bias.data_ptr() % _ALIGNMENT
-        case = rows.device, rows.dtype, len(rows), matrix.shape, matrix.stride(), bias is None, places
+        count = rows.shape[0]
+        case = rows.device, rows.dtype, count, matrix.shape, matrix.stride(), bias is None, places
         plan = self._plans.get(case)
         if plan is None:
             plan = self._plan(own, case, rows, matrix, bias)
@@ -77,12 +78,14 @@ class Products:
             else:
                 self._is_same.clear()
         if plan == _OURS:
-            return own(rows[None], matrix[None], bias, rows.dtype)[0]
+            return own(rows.unsqueeze(0), matrix.unsqueeze(0), bias, rows.dtype).squeeze(0)
+        if len(plan) == 1 and plan[0] > count:
+            return _by_library(_widest(rows, plan[0]), matrix, bias).narrow(0, 0, count)
         if rows.data_ptr() % _ALIGNMENT or not rows.is_contiguous():
             rows = rows.clone(memory_format=torch.contiguous_format)
         if len(plan) == 1:
-            return _by_library(_widest(rows, plan[0]), matrix, bias)[: len(rows)]
-        result = rows.new_empty(len(rows), matrix.shape[1])
+            return _by_library(rows, matrix, bias)
+        result = rows.new_empty(count, matrix.shape[1])
         first = 0
         for tile in plan:
             part, place = rows[first : first + tile], result[first : first + tile]
@@ -144,11 +147,10 @@ def _by_library(
 
 def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
     """`rows` with others behind them, whatever they are, `count` in all."""
-    if len(rows) == count:
+    times, rest = divmod(count, rows.shape[0])
+    if times == 1 and not rest:
         return rows
-    wide = rows.new_empty(count, rows.shape[1])
-    wide[: len(rows)] = rows
-    return wide
+    return torch.cat((rows,) * times + ((rows.narrow(0, 0, rest),) if rest else ()))
 
 
 def _kernel_for(rows: torch.Tensor) -> _Kernel | None:
