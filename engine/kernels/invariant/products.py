@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -10,10 +10,8 @@ import torch
 from engine.kernels.invariant.tiles import Tiles
 from engine.memory import accelerator
 
-_POWERS = tuple(1 << power for power in range(12, 3, -1))
-_FINER = tuple(sorted({*_POWERS, *range(2048, 4096, 512), *range(1024, 2048, 256)}, reverse=True))
-"""Rows that the library is asked for at a time, where it gives the bits of our own kernel. Fewer tiles read the matrix
-fewer times; of sizes that are no powers of two it is less often that all have the same bits."""
+_LIBRARY_TILES = tuple(1 << power for power in range(12, 3, -1))
+"""Rows that the library is asked for at a time, where it gives the bits of our own kernel."""
 _LEAST = 256
 """Rows of which fewer are filled up to the next tile, however large; it is the smallest that is one of several."""
 _MOST_FILLED = 1.15
@@ -102,28 +100,21 @@ class Products:
         self, own: _Kernel, case: _Sizes, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[int, ...]:
         """Tiles for the library, one behind the other; `_OURS` where one of them has other bits."""
+        plan: list[int] = []
+        left = len(rows)
         if any(size * rows.element_size() % _ALIGNMENT for size in matrix.shape):
             return _OURS
-        for tiles in (_FINER, _POWERS):
-            plan = tuple(_cover(len(rows), tiles))
-            for tile in plan:
-                sizes = (*case[:2], tile, *case[3:])
-                if sizes not in self._is_same:
-                    self._is_same[sizes] = _has_same_bits(own, rows, matrix, bias, tile)
-                if not self._is_same[sizes]:
-                    break
-            else:
-                return plan
-        return _OURS
-
-
-def _cover(count: int, tiles: tuple[int, ...]) -> Iterator[int]:
-    """Tiles, one behind the other, for so many rows; `tiles` from the largest to the smallest."""
-    while count > 0:
-        wider = [tile for tile in tiles if count <= tile and (tile <= _MOST_FILLED * count or count < _LEAST)]
-        tile = wider[-1] if wider else next(tile for tile in tiles if tile <= count)
-        yield tile
-        count -= tile
+        while left > 0:
+            wider = [tile for tile in _LIBRARY_TILES if left <= tile and (tile <= _MOST_FILLED * left or left < _LEAST)]
+            plan.append(wider[-1] if wider else next(tile for tile in _LIBRARY_TILES if tile <= left))
+            left -= plan[-1]
+        for tile in plan:
+            sizes = (*case[:2], tile, *case[3:])
+            if sizes not in self._is_same:
+                self._is_same[sizes] = _has_same_bits(own, rows, matrix, bias, tile)
+            if not self._is_same[sizes]:
+                return _OURS
+        return tuple(plan)
 
 
 def _has_same_bits(
