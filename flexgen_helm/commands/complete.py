@@ -281,7 +281,9 @@ def _ask(
                 tokens += len(job.prompt) + len(completion.tokens)
                 progress(number, len(places), tokens)
     finally:
-        print(progress.close(), file=sys.stderr)
+        throughput = progress.close()
+        if progress.num_computed:
+            print(throughput, file=sys.stderr)
     return failures
 
 
