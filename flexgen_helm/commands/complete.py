@@ -38,8 +38,6 @@ EXAMPLES = (
     "flexgen-helm complete --model facebook/opt-30b --policy opt-30b-t4 -i prompts.txt -o answers.jsonl",
     "flexgen-helm complete --model ./my-model --gpu-memory 16GB --chat 'Name three rivers.'",
 )
-
-
 _MOST_BYTES = 1_000_000_000
 """Of prompts, all of which are in memory together with their tokens."""
 

@@ -162,6 +162,24 @@ def test_too_little_host_memory_is_called_so_on_a_cpu() -> None:
             make_plan(small, policy, little, on_cpu=True)
 
 
+def test_a_cpu_that_weights_fill_nearly_has_room_for_sequences() -> None:
+    """Logits take a part of what weights leave, so that the cache holds prompts of 1,200 tokens."""
+    shape = ModelShape(
+        unit_bytes=(11_800_000,) * 6 + (204_800_000,),
+        embedding_bytes=0,
+        outer_bytes=2048,
+        cache_row_bytes=6 * 2 * 256 * 4,
+        cache_layer_row_bytes=2 * 256 * 4,
+        hidden_row_bytes=2048,
+        work_row_bytes=4 * (6 * 512 + 3 * 1408 + 8 * 256),
+    )
+    memory = Memory(device=430_000_000, host=430_000_000, disk=0, shared=True)
+    plan = make_plan(shape, Policy(), memory, on_cpu=True)
+    assert_fits(plan, shape, memory)
+    assert plan.weights.gpu == 100
+    assert plan.cache_budgets["device"] > 2 * 1200 * shape.cache_row_bytes
+
+
 def test_a_published_policy_fits_its_machine() -> None:
     plan = make_plan(OPT_30B, Policy.load("opt-30b-t4"), T4, on_cpu=False)
     assert_fits(plan, OPT_30B, T4)
@@ -328,4 +346,4 @@ def test_a_plan_for_the_cpu_holds_all_that_a_sweep_takes(megabytes: int) -> None
     taken += plan.cache_budgets["device"] + plan.cache_budgets["device"] // 2  # one of two layers, copied as it grows
     assert taken <= memory.host
     assert plan.cache_budgets["device"] >= 1208 * shape.cache_row_bytes
-    assert limits.logits_bytes == min(128 << 20, memory.device // 16)
+    assert limits.logits_bytes == min(128 << 20, (memory.device - shape.weight_bytes) // 16)
