@@ -138,6 +138,7 @@ def write_model_directory(shape: str, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     config = shape_config(shape)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with _speaking_of(shape, folder):
         check_causal(folder, config)
