@@ -19,6 +19,8 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
 _LARGEST = 1 << 60
 """Of a memory, in bytes."""
+_LONGEST_PATH = 4095
+"""In bytes, on Linux."""
 _UNITS = {
     f"{prefix}{infix}b": base ** (power + 1)
     for power, prefix in enumerate("kmgt")
@@ -162,7 +164,7 @@ class Policy:
             if key in values:
                 values[key] = _bits(values[key], f"{where}: {key.replace('_', '-')}")
         if values.get("offload_dir") is not None:
-            values["offload_dir"] = str(expand_home(str(values["offload_dir"]), ConfigError, f"{where}: offload-dir"))
+            values["offload_dir"] = _directory(values["offload_dir"], f"{where}: offload-dir")
         policy = cls(**values)
         policy.check(where)
         return policy
@@ -226,6 +228,13 @@ class Policy:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
+def _directory(value: Any, where: str) -> str:
+    text = str(value) if isinstance(value, str | Path) else ""
+    if not text or "\0" in text or len(text.encode()) > _LONGEST_PATH:
+        raise ConfigError(f"{where}: {shown(value)} is not the name of a directory")
+    return str(expand_home(text, ConfigError, where))
 
 
 def _bits(value: Any, where: str) -> Bits:

@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -103,13 +104,45 @@ def parse_yaml(text: bytes, where: str, kind: type[Exception]) -> Any:
     import yaml
 
     try:
-        content = yaml.safe_load(text.decode("utf-8"))
+        content = yaml.load(text.decode("utf-8"), _loader())
     except RecursionError:
         _too_deep(where, kind)
-    except Exception as error:  # PyYAML raises what its constructors happen to: KeyError, AttributeError, ValueError, …
+    except (yaml.YAMLError, ValueError) as error:
         raise kind(f"{where} is not YAML: {one_line(error)}") from None
     _check(content, where, kind, _MAX_YAML_VALUES)
     return content
+
+
+@cache
+def _loader() -> Any:
+    """PyYAML's loader of plain values, which tells each fault with its line, and keeps no two values of one key."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node: yaml.MappingNode = super().compose_mapping_node(anchor)
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                told = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+                if told in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"found the key {shown(key.value)} twice", key.start_mark
+                    )
+                if told is not None:
+                    seen.add(told)
+            return node
+
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep=deep)
+            except (yaml.YAMLError, RecursionError):
+                raise
+            except Exception:  # what its constructors happen to raise: KeyError, AttributeError, ValueError, …
+                kind = node.tag.rpartition(":")[2]
+                told = f"found {shown(node.value)}, which is no {kind}"
+                raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from None
+
+    return Loader
 
 
 def reason(error: Exception) -> str:

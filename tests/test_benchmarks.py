@@ -27,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.rivals import contender, run
 from engine import Job, Policy
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.planning.limits import Limits
 from engine.planning.planner import Plan
 from engine.policy import Share
@@ -257,7 +257,7 @@ class TestDummy:
         with pytest.raises(ConfigError, match=r"opt-31b.*opt-30b"):
             shape_config("opt-31b")
         (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(ConfigError, match="model_type"):
+        with pytest.raises(CheckpointError, match="model_type"):
             shape_config(str(tmp_path))
         assert shape_config("opt-30b") is not SHAPES["opt-30b"]
 

@@ -27,6 +27,11 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not find_file(file, CheckpointError):
         raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face model directory")
+    return read_config_file(file)
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """A config.json under any name; `CheckpointError` when its fields cannot be meant."""
     config = read_json_object(file, CheckpointError, limit=_MAX_BYTES)
     if "model_type" not in config:
         raise CheckpointError(f"{file} names no model_type; it is not a Hugging Face model")
@@ -39,6 +44,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: architectures is {shown(config['architectures'])}; names are expected there")
     for part in (config, config.get("text_config") or {}):
         _check_numbers(file, part)
+        _check_ropes(file, part)
     return config
 
 
@@ -63,10 +69,40 @@ def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{file}: {key} is {shown(value)}; a whole number of at least 1 is expected there")
 
 
+def _check_ropes(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for rotary tables whose kind is no name: families warn of it, and compute others."""
+    for rope in ropes(config):
+        for key in ("rope_type", "type"):
+            if not isinstance(rope.get(key), str | None):
+                raise CheckpointError(f"{file}: {key} is {shown(rope[key])}; a text is expected there")
+
+
+def ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How rotary tables are made by a text config: one way for all layers, or one for each kind of layer."""
+    told = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(told, Mapping):
+        return []
+    each = [part for part in told.values() if isinstance(part, Mapping)]
+    return each or [told]
+
+
 def num_layers(config: Mapping[str, Any]) -> int:
     """Decoder layers by a config.json; 0 where it leaves that to the family."""
     text = text_config(config)
     return next((int(text[key]) for key in _LAYER_KEYS if text.get(key) is not None), 0)
+
+
+def count_of(config: PreTrainedConfig, *keys: str) -> int:
+    """The first of these fields that is a number of at least 1, the largest where it has one a layer; 0 if none is.
+
+    A field that the family does not know may hold anything, and means nothing.
+    """
+    for key in keys:
+        told = getattr(config, key, None)
+        numbers = [each for each in (told if isinstance(told, list | tuple) else [told]) if type(each) is int]
+        if numbers and max(numbers) >= 1:
+            return max(numbers)
+    return 0
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

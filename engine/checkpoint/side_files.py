@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-MAX_SIDE_BYTES = 1 << 30
+MAX_SIDE_BYTES = 100_000_000
 """Of each; vocabularies are the largest, of some tens of megabytes."""
 SIDE_FILES = (
     "config.json",
@@ -52,15 +53,19 @@ def found_side_files(path: Path) -> list[Path]:
 
 
 def check_side_files(path: Path) -> None:
-    """Raise `CheckpointError` unless there is a tokenizer, and all that is there besides weights can be opened.
+    """Raise `CheckpointError` unless there is a tokenizer, and all that is there besides weights can be read.
 
-    Libraries open these files by themselves: one that waits for a writer at the other end of a pipe would hang them.
+    Libraries open these files by themselves, and read them whole: one that waits for a writer at the other end of a
+    pipe would hang them, and one of gigabytes would take all memory.
     """
-    found = {name for name in (*SIDE_FILES, *TOKENIZER_FILES) if find_file(path / name, CheckpointError)}
-    if not found & {*TOKENIZER_FILES}:
+    found = found_side_files(path)
+    if not {file.name for file in found} & {*TOKENIZER_FILES}:
         raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
-    for name in sorted(found):
-        open_file(path / name, CheckpointError).close()
+    for file in found:
+        with open_file(file, CheckpointError) as stream:
+            size = os.fstat(stream.fileno()).st_size
+        if size > MAX_SIDE_BYTES:
+            raise CheckpointError(f"{file} has {size:,} bytes, and no such file needs more than {MAX_SIDE_BYTES:,}")
 
 
 def read_generation_config(path: Path) -> GenerationConfig | None:

@@ -76,4 +76,7 @@ def _bin(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         raise CheckpointError(f"{file} holds a {type(state).__name__}; a mapping of names to tensors is expected there")
     for name, tensor in state.items():
         if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+            if tensor.layout is not torch.strided or tensor.is_meta:
+                kind = "a tensor without numbers" if tensor.is_meta else f"a tensor of layout {tensor.layout}"
+                raise CheckpointError(f"{file}: {shown(name)} is {kind}; plain tensors are expected there")
             yield name, lambda tensor=tensor: tensor  # type: ignore[misc]

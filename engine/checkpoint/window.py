@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.checkpoint.config import WINDOW_KEYS, text_config
+from engine.checkpoint.config import WINDOW_KEYS, ropes, text_config
 
 _NO_WINDOW = 10**9
 """What some configs write for "any length"."""
@@ -26,7 +26,7 @@ def window_of(config: Mapping[str, Any]) -> int | None:
     if window is None or window >= _NO_WINDOW:
         return None
     longest = window
-    for rope in _ropes(text):
+    for rope in ropes(text):
         kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
         original = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         told: int | None = original if _is_length(original) else None
@@ -45,17 +45,8 @@ def longest_window(config: Mapping[str, Any], *, is_rotary: bool) -> int | None:
     is_rotary: positions are rotary, by tables that are computed as far as a sequence reaches. Learned positions end
     with their table, and rotary ones where they would change with the longest sequence of a call.
     """
-    kinds = {rope.get("rope_type") or rope.get("type") for rope in _ropes(text_config(config))}
+    kinds = {rope.get("rope_type") or rope.get("type") for rope in ropes(text_config(config))}
     return None if is_rotary and not kinds & {"dynamic", *_LONG} else window_of(config)
-
-
-def _ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """How rotary tables are made: one way for all layers, or one for each kind of layer."""
-    told = text.get("rope_parameters") or text.get("rope_scaling")
-    if not isinstance(told, Mapping):
-        return []
-    each = [part for part in told.values() if isinstance(part, Mapping)]
-    return each or [told]
 
 
 def _is_length(value: Any) -> bool:

@@ -53,16 +53,17 @@ class Demand:
         outer = self.shape.outer_bytes if weights.gpu < 100 else 0
         return self.part(weights.gpu) + self.slots(weights) + outer + self.shape.expanded_bytes
 
-    def work(self, rows: int) -> int:
-        return rows * self.shape.work_row_bytes + self._logits_copies * self.logits_bytes()
+    def work(self, rows: int, left: int | None = None) -> int:
+        """What computing so many rows takes, logits included; `left` is what weights leave of the device, if known."""
+        return rows * self.shape.work_row_bytes + self._logits_copies * self.logits_bytes(left)
 
     @property
     def _logits_copies(self) -> int:
         return _LOGITS_COPIES["cpu" if self.on_cpu else "other"]
 
-    def needed(self, rows: int) -> int:
-        """What micro-batches of so many rows take of the device besides weights."""
-        return self.work(rows) + self.overhead(rows)
+    def needed(self, rows: int, left: int | None = None) -> int:
+        """What micro-batches of so many rows take of the device besides weights, which leave `left` of it."""
+        return self.work(rows, left) + self.overhead(rows)
 
     def staged(self, rows: int) -> int:
         """What the keys and values of a micro-batch's decode steps may take on the device."""
@@ -94,8 +95,13 @@ class Demand:
             kept += rows * self.shape.hidden_row_bytes
         return _BEHIND_DISK * kept
 
-    def logits_bytes(self) -> int:
-        return min(LOGITS_BYTES, max(self.memory.device // 16, 1 << 20))
+    def logits_bytes(self, left: int | None = None) -> int:
+        """Of one chunk of logits: a part of the device, or, on the CPU, of what weights leave of it, if that is known.
+
+        Weights often take most of the host's memory, and what logits take there the KV cache lacks.
+        """
+        device = self.memory.device if left is None or not self.on_cpu else left
+        return min(LOGITS_BYTES, max(device // 16, 1 << 20))
 
     def with_logits(self, num_bytes: int) -> int:
         """The least device memory that holds `num_bytes` besides the logits, which grow with it up to a limit."""

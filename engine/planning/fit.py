@@ -53,8 +53,18 @@ class Fit:
         enough = need.with_logits(need.device_weights(weights) + LEAST_BATCH_ROWS * need.shape.work_row_bytes)
         raise CapacityError(
             f"even with no weights on the device, {layers} ({gb(slots)}) and the work on them ({gb(work)}) "
-            f"exceed the {gb(need.memory.device)} of device memory; raise gpu-memory to {_rounded_up(enough)}"
+            f"exceed the {gb(need.memory.device)} {self._larger_device(enough)}"
         )
+
+    def _larger_device(self, enough: int) -> str:
+        """What the device's memory is, and what makes it `enough` bytes: on a CPU it is the host's."""
+        memory, policy = self._demand.memory, self._demand.policy
+        if not memory.shared or policy.gpu_memory is not None:
+            return f"of device memory; raise gpu-memory to {_rounded_up(enough)}"
+        more = _rounded_up(max(1, enough - memory.device))
+        if policy.cpu_memory is not None:
+            return f"that cpu-memory {gb(policy.cpu_memory)} leaves beside what the process has taken; add {more} to it"
+        return f"of host memory that this process may still take; free {more}, or raise the limit that it runs under"
 
     def _advice(self, weights: Share) -> str:
         """Name the nearest shares that fit, in whole percents; what a tier cannot take goes to memory before disk."""

@@ -82,9 +82,10 @@ class _Planner:
             device = min(device, host)
         rows = self.demand.rows_per_batch(device)
         own_rows = self.demand.own_rows(rows, device)
-        device -= self.demand.needed(own_rows)
+        beside_weights = device
+        device -= self.demand.needed(own_rows, beside_weights)
         if self.memory.shared:
-            host -= self.demand.work(own_rows)
+            host -= self.demand.work(own_rows, beside_weights)
         if not self.on_cpu:
             host -= min(self.demand.behind_disk(rows), max(0, host) // 4)
         disk = self.memory.disk - self.demand.part(weights.disk)
@@ -109,7 +110,7 @@ class _Planner:
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
-            logits_bytes=self.demand.logits_bytes(),
+            logits_bytes=self.demand.logits_bytes(beside_weights),
         )
         return Plan(
             weights=weights,

@@ -12,26 +12,23 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
+from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
-from engine.errors import CheckpointError, UnsupportedError, shown
+from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.model.causal_model import CausalModel
 from engine.reading import find_file
 from engine.weights.kept import KeptWeights
 from engine.weights.read_ahead import FileSpan, Step, run_steps
 from engine.weights.receiver import Nowhere, Receiver
+from engine.weights.rounds import Load, Source, rounds_of
 from engine.weights.store import WeightStore
 
 _log = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
-
-Load = Callable[[], torch.Tensor]
-Source = tuple[str, str, Load]
-"""Pattern of a converter, name in the checkpoint, and how to get the tensor."""
 
 
 def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = None) -> Iterator[None]:
@@ -126,18 +123,6 @@ def _check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.d
         )
 
 
-def _rounds(converter: WeightConverter, sources: list[Source]) -> list[list[Source]]:
-    """Sources that are converted together: all of a parameter, or, where experts are merged, an expert a time."""
-    by_pattern: dict[str, list[Source]] = {}
-    for source in sources:
-        by_pattern.setdefault(source[0], []).append(source)
-    operations = converter.operations
-    stacks = isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
-    if stacks and all(getattr(operation, "dim", 0) != 0 for operation in operations[1:]):
-        return [list(expert) for expert in zip(*by_pattern.values(), strict=True)]
-    return [sources]
-
-
 class _Plan:
     """What is to be read for which parameter, known to fit before anything is read."""
 
@@ -204,8 +189,8 @@ class _Plan:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
         for _, source, load in sources:
             _check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
-        rounds = _rounds(converter, sources)
-        for name, tensor in self._convert(target, converter, rounds[0], meta=True):
+        rounds = rounds_of(self._path, target, converter, sources)
+        for name, tensor in self._shapes(target, converter, rounds[0]):
             self._is_by_unit &= self._unit_of.get(name) == self._unit_of[target]
             shape = torch.Size([len(rounds) * tensor.shape[0], *tensor.shape[1:]]) if len(rounds) > 1 else tensor.shape
             self._check_shape(name, shape)
@@ -223,6 +208,17 @@ class _Plan:
         tensors = [load() for _, _, load in sources]
         spans = self._spans((name, tensor) for (_, name, _), tensor in zip(sources, tensors, strict=True))
         self._steps[target] = Step(step, tensors, spans)
+
+    def _shapes(self, target: str, converter: WeightConverter, sources: list[Source]) -> list[tuple[str, torch.Tensor]]:
+        """What `converter` makes of `sources`, on `meta`; `CheckpointError` where their shapes do not go together."""
+        try:
+            return list(self._convert(target, converter, sources, meta=True))
+        except Exception as error:  # whatever its operations meet
+            told = ", ".join(f"{name} {list(load().shape)}" for _, name, load in sources[:4])
+            raise CheckpointError(
+                f"{self._path}: {target} cannot be made of {told}{', ...' if len(sources) > 4 else ''} by "
+                f"transformers: {named(error)}"
+            ) from None
 
     def _convert(
         self, target: str, converter: WeightConverter, sources: list[Source], *, meta: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.checkpoint.config import count_of
 from engine.kernels.codec import GROUP, Codec
 from engine.model.causal_model import CausalModel
 from engine.model.unit import Unit
@@ -59,11 +60,8 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     whole = {unit.name: sum(whole_sizes(model, unit).values()) for unit in coded}
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
-    inner = next(
-        (getattr(config, key) for key in ("intermediate_size", "ffn_dim", "n_inner") if getattr(config, key, None)),
-        4 * model.hidden_size,
-    )
-    experts = getattr(config, "num_experts_per_tok", None) or 1
+    inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
+    experts = count_of(config, "num_experts_per_tok") or 1
     heads = config.num_attention_heads
     widest = max(model.kv_shapes, key=lambda shape: shape.width)
     attention = heads * (2 * widest.key_dim + 2 * widest.value_dim)

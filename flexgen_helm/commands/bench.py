@@ -14,11 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError, EngineError
+from engine.errors import EngineError
 from engine.policy import Policy, read_policy_yaml
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.roofline import Workload, least_seconds, measure_rates, work_of
 from flexgen_helm.terminal.errors import RunFailed
+from flexgen_helm.terminal.footprint import Footprint
 from flexgen_helm.terminal.parser import Parser
 
 if TYPE_CHECKING:
@@ -82,10 +83,7 @@ def bench(arguments: Sequence[str]) -> int:
     from flexgen_helm.planning.dummy import open_dummy, shape_config, shape_name
 
     shape_config(args.shape)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    Footprint().watch([args.out])
     rates = rates_of(policy, args.shape)
     print("  ".join(f"{name} {value:.4g}" for name, value in asdict(rates).items()), flush=True)
     start = time.perf_counter()

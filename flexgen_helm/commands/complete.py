@@ -38,8 +38,6 @@ EXAMPLES = (
     "flexgen-helm complete --model facebook/opt-30b --policy opt-30b-t4 -i prompts.txt -o answers.jsonl",
     "flexgen-helm complete --model ./my-model --gpu-memory 16GB --chat 'Name three rivers.'",
 )
-
-
 _MOST_BYTES = 1_000_000_000
 """Of prompts, all of which are in memory together with their tokens."""
 
@@ -281,7 +279,9 @@ def _ask(
                 tokens += len(job.prompt) + len(completion.tokens)
                 progress(number, len(places), tokens)
     finally:
-        print(progress.close(), file=sys.stderr)
+        throughput = progress.close()
+        if progress.num_computed:
+            print(throughput, file=sys.stderr)
     return failures
 
 

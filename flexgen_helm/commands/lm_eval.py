@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
-from engine.errors import InstallationError
+from engine.errors import EngineError, InstallationError, named
 from flexgen_helm.runs.flags import add_memory_flags
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
+
+_log = logging.getLogger(__name__)
 
 DESCRIPTION = """
 Run lm-evaluation-harness's own command line, with the engine as its model flexgen. What is shown first are the flags
@@ -36,7 +39,10 @@ def lm_eval_parser() -> Parser:
 
 
 def lm_eval(arguments: Sequence[str]) -> int:
-    """Run the harness; returns 0. Raises `EngineError`, and ends by itself for what the harness refuses."""
+    """Run the harness; returns 0.
+
+    Raises `EngineError`, `RunFailed` for what the harness raises, and ends by itself for flags that it refuses.
+    """
     parser = lm_eval_parser()
     limits, rest = parser.parse_known_args(arguments)
     given = [f"{name}={value}" for name, value in vars(limits).items() if value is not None]
@@ -55,4 +61,9 @@ def lm_eval(arguments: Sequence[str]) -> int:
         cli_evaluate()
     except KeyboardInterrupt:
         raise RunFailed("interrupted; answers so far are kept if there is a --use_cache") from None
+    except EngineError:
+        raise
+    except Exception as error:  # whatever the harness raises, as for a task that there is not
+        _log.debug("the harness failed", exc_info=True)
+        raise RunFailed(f"lm-evaluation-harness failed: {named(error)}") from error
     return 0

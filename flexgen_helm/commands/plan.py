@@ -25,7 +25,6 @@ from flexgen_helm.runs.flags import add_memory_flags, names_entries, parse_run_f
 from flexgen_helm.terminal.parser import Parser
 
 if TYPE_CHECKING:
-    from engine.model.causal_model import CausalModel
     from flexgen_helm.planning.estimate import Estimate
     from flexgen_helm.planning.model_sizes import ModelSizes
 
@@ -186,23 +185,13 @@ def _plan_shape(arguments: Sequence[str]) -> int:
 
 def _sizes(shape: str, dtype: str) -> ModelSizes:
     """Those that are shipped, or those of the model, built for it."""
+    from flexgen_helm.planning.dummy import shape_model
     from flexgen_helm.planning.model_sizes import ModelSizes, shipped_sizes
 
     if found := shipped_sizes(shape, dtype):
         return found
     with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
-        return ModelSizes.of(_model(shape, dtype, Path(folder)))
-
-
-def _model(shape: str, dtype: str, folder: Path) -> CausalModel:
-    """The model without weights, in the number format that the machine computes in."""
-    import torch
-
-    from engine.model.causal_model import CausalModel
-    from flexgen_helm.planning.dummy import write_model_directory
-
-    write_model_directory(shape, folder)
-    return CausalModel(folder, getattr(torch, dtype), torch.device("cpu"))
+        return ModelSizes.of(shape_model(shape, dtype, Path(folder)))
 
 
 def _lines(found: Estimate, load: Workload) -> Iterator[str]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError, did_you_mean
-from engine.reading import find_file, read_json
+from engine.checkpoint.config import check_causal, load_family_config, num_layers, read_config_file
+from engine.checkpoint.window import window_of
+from engine.errors import ConfigError, EngineError, did_you_mean
+from engine.reading import find_file
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from engine.engine import Engine
+    from engine.model.causal_model import CausalModel
     from engine.policy import Policy
     from engine.weights.store import WeightStore
 
@@ -96,19 +101,24 @@ _BLOCK_ELEMENTS = 1 << 24
 
 
 def shape_config(shape: str) -> dict[str, Any]:
-    """The configuration named `shape`: one of `SHAPES`, a config.json, or a directory that holds one."""
+    """The configuration named `shape`: one of `SHAPES`, a config.json, or a directory that holds one.
+
+    Raises `ConfigError` where there is none, `CheckpointError` for one whose fields cannot be meant.
+    """
     if shape in SHAPES:
         return dict(SHAPES[shape])
-    path = Path(shape).expanduser()
-    file = path / "config.json" if path.is_dir() else path
+    file = _config_file(shape)
     if not find_file(file, ConfigError):
         raise ConfigError(f"no shape {shape!r}{did_you_mean(shape, SHAPES)}, and no such config.json or directory")
-    config = read_json(file, ConfigError)
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ConfigError(f"{file} names no model_type; it is not a Hugging Face configuration")
+    config = read_config_file(file)
     if config.get("quantization_config"):
         raise ConfigError(f"{file} is of a quantized checkpoint; name the shape of the unquantized one")
     return config
+
+
+def _config_file(shape: str) -> Path:
+    path = Path(shape).expanduser()
+    return path / "config.json" if path.is_dir() else path
 
 
 def shape_name(shape: str) -> str:
@@ -120,17 +130,47 @@ def shape_name(shape: str) -> str:
 def write_model_directory(shape: str, folder: Path) -> None:
     """Write configuration and a one-word tokenizer of `shape` into `folder`; weights are not among it.
 
-    End-of-text is made impossible, so that completions are as long as asked for.
+    End-of-text is made impossible, so that completions are as long as asked for. Raises `EngineError` for what is no
+    causal language model, or has fields that its family does not take.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import AutoConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     config = shape_config(shape)
-    AutoConfig.for_model(config.pop("model_type"), **config).save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with _speaking_of(shape, folder):
+        check_causal(folder, config)
+        load_family_config(folder)
     tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": -1}')
+
+
+@contextmanager
+def _speaking_of(shape: str, folder: Path) -> Iterator[None]:
+    """Inside, what is wrong with the model directory that was written into `folder` is told of `shape`."""
+    try:
+        yield
+    except EngineError as error:
+        file = shape if shape in SHAPES else str(_config_file(shape))
+        told = str(error).replace(str(folder / "config.json"), file).replace(str(folder), shape)
+        raise type(error)(told) from None
+
+
+def shape_model(shape: str, dtype: str, folder: Path) -> CausalModel:
+    """The model of `shape` without weights, in a number format of torch's; its directory is written into `folder`.
+
+    Raises `EngineError` for one that cannot be run.
+    """
+    import torch
+
+    from engine.model.causal_model import CausalModel
+
+    write_model_directory(shape, folder)
+    with _speaking_of(shape, folder):
+        return CausalModel(folder, getattr(torch, dtype), torch.device("cpu"))
 
 
 def open_dummy(shape: str, policy: Policy) -> Engine:
@@ -144,12 +184,13 @@ def open_dummy(shape: str, policy: Policy) -> Engine:
         description = ModelDescription(
             path=folder,
             model_type=config["model_type"],
-            window=config.get("max_position_embeddings"),
+            window=window_of(config),
             dtype=config.get("dtype") or config.get("torch_dtype") or "float16",
             weight_bytes=0,
-            num_layers=config.get("num_hidden_layers", 0),
+            num_layers=num_layers(config),
         )
-        engine = Engine.open(description, policy, fill_randomly)
+        with _speaking_of(shape, Path(folder)):
+            engine = Engine.open(description, policy, fill_randomly)
         try:
             engine.wait_until_loaded()
         except BaseException:

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.config import count_of
 from engine.memory.tiers import Tier
 from engine.planning.model_shape import ModelShape
 from engine.policy import Bits, Policy
@@ -126,14 +127,14 @@ def shipped_sizes(shape: str, dtype: str) -> ModelSizes | None:
 def _active_parameters(model: CausalModel) -> int:
     """Matrix elements of all layers that a token is multiplied with."""
     config = model.config.get_text_config()
-    num_experts = next((n for key in _EXPERT_KEYS if (n := getattr(config, key, None))), None)
-    routed = (getattr(config, "num_experts_per_tok", None) or 1) / (num_experts or 1)
+    num_experts = count_of(config, *_EXPERT_KEYS)
+    routed = (count_of(config, "num_experts_per_tok") or 1) / (num_experts or 1)
     active = 0.0
     for unit in model.units:
         for name in unit.owners if unit.name.startswith(_LAYER) else ():
             shape = model.state[name].shape
             if len(shape) > 1:  # a bias is added
-                is_expert = num_experts is not None and len(shape) == 3 and shape[0] == num_experts
+                is_expert = num_experts > 0 and len(shape) == 3 and shape[0] == num_experts
                 active += shape.numel() * (routed if is_expert else 1)
     return round(active)
 

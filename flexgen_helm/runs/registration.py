@@ -31,7 +31,7 @@ from helm.benchmark.tokenizer_config_registry import (
 )
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
-from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.errors import CheckpointError, ConfigError, EngineError, named
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 from flexgen_helm.helm.requests.translate import Translator
@@ -150,7 +150,7 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
     except EngineError:
         raise
     except Exception as error:
-        raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {named(error)}") from None
     return end_of_text_token, prefix_token, translator
 
 

@@ -13,6 +13,8 @@ from flexgen_helm.terminal.errors import UsageError
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """Bytes, on all file systems that are in use, and on Linux."""
+_LONGEST_MESSAGE = 500
+"""argparse repeats what it does not know, however long it is."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +62,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UsageError`."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        cut = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
+        raise UsageError(f"{cut} (see {self.prog} --help)")
 
 
 def _texts_of(found: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -23,10 +23,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 """Ten thousand million values once its aliases are written out."""
 
 BAD_YAML: dict[str, tuple[str, str]] = {
-    "a constructor's fault": ("a: !!int x", "is not YAML"),
-    "another one": ("a: !!timestamp x", "is not YAML"),
+    "no number": ("a: !!int x", r"is not YAML: found 'x', which is no int in .*line 1, column 4"),
+    "no time": ("b: 1\na: !!timestamp x", r"is not YAML: found 'x', which is no timestamp in .*line 2, column 4"),
+    "no hour": ("a: 2026-01-01 25:61:00", "is not YAML: found '2026-01-01 25:61:00', which is no timestamp"),
+    "no truth": ("a: !!bool maybe", "is not YAML: found 'maybe', which is no bool"),
+    "one key twice": ("device: cpu\ndtype: auto\ndevice: cuda", r"found the key 'device' twice in .*line 3, column 1"),
+    "one key twice, inside": ("a: {b: 1, b: 1}", "found the key 'b' twice"),
     "an object of Python": ("a: !!python/object/apply:os.getcwd []", "is not YAML"),
-    "a date that there is not": ("a: 2026-13-13", "is not YAML"),
+    "a date that there is not": ("a: 2026-13-13", "is not YAML: found '2026-13-13', which is no timestamp"),
     "nested deep": ("[" * 5000, "nested more than 100 levels"),
     "nested": ("[" * 150 + "]" * 150, "nested more than 100 levels"),
     "aliases": (BOMB, "more than 200,000 values"),
@@ -51,6 +55,13 @@ def test_yaml_that_cannot_be_meant_is_refused_in_a_line(kind: str, tmp_path: Pat
         assert str(file) in str(caught.value)
         assert len(str(caught.value)) < 1000
     assert time.perf_counter() - begin < 20
+
+
+def test_a_mapping_may_be_merged_and_changed(tmp_path: Path) -> None:
+    """A key that stands there again takes the place of the merged one, and is no key that is there twice."""
+    file = tmp_path / "x.yaml"
+    file.write_text("a: {deep: &x {k: 1, l: 1}}\nb: {<<: *x, k: 2}\n")
+    assert read_yaml(file, ConfigError) == {"a": {"deep": {"k": 1, "l": 1}}, "b": {"k": 2, "l": 1}}
 
 
 BAD_JSON: dict[str, tuple[bytes, str]] = {

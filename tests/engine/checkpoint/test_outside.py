@@ -110,6 +110,14 @@ CONFIGS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "architectures as numbers": ({"architectures": [3]}, r"architectures is \[3\]; names are expected"),
     "dtype as a number": ({"dtype": 16}, "dtype is 16; a text is expected"),
     "a text part as a list": ({"text_config": []}, r"text_config is \[\]; an object is expected"),
+    "a kind of rotary table as a list": (
+        {"rope_parameters": {"rope_type": ["yarn"], "rope_theta": 10000.0}},
+        r"rope_type is \['yarn'\]; a text is expected",
+    ),
+    "another for a kind of layer": (
+        {"rope_parameters": {"full_attention": {"type": {}, "rope_theta": 10000.0}}},
+        "type is {}; a text is expected",
+    ),
     "quantization as a text": ({"quantization_config": "awq"}, "quantization_config is 'awq'; an object is expected"),
     "nothing": ("", "config.json cannot be read"),
     "a list": ("[1, 2]", r"config.json holds \[1, 2\]; a JSON object is expected"),
@@ -154,6 +162,18 @@ def test_what_transformers_cannot_build_is_refused_in_a_line(kind: str, director
         Engine.from_pretrained(str(directory), policy=POLICY)
     assert "\n" not in str(caught.value)
     assert str(directory) in str(caught.value)
+
+
+@pytest.mark.parametrize("told", [{"a": 1}, "many", [], -1])
+def test_a_field_that_the_family_does_not_know_means_nothing(told: Any, directory: Path) -> None:
+    """Memory is planned by the sizes of mixtures, which a family without experts does not look at."""
+    edit(directory / "config.json", num_experts_per_tok=told, ffn_dim=told, n_inner=told)
+    prompt = [*range(20, 40)]
+    expected = models.reference_logprobs(AutoModelForCausalLM.from_pretrained(directory).eval(), prompt)
+    with Engine.from_pretrained(str(directory), policy=POLICY) as engine:
+        [done] = engine.run([Job(prompt=prompt, max_new_tokens=0, prompt_logprobs=True)])
+    assert done.prompt_logprobs is not None
+    assert done.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
 
 
 def test_padding_beyond_the_vocabulary_is_refused_before_weights_are_read_where_it_cannot_run(directory: Path) -> None:
@@ -205,6 +225,23 @@ def test_what_is_no_regular_file_is_refused_at_once(kind: str, name: str, direct
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.txt"])
+def test_a_file_of_gigabytes_beside_the_weights_is_refused_before_libraries_read_it(name: str, directory: Path) -> None:
+    with (directory / name).open("ab") as stream:
+        stream.truncate(3 << 30)
+    with pytest.raises(CheckpointError, match=rf"{name} has 3,221,225,472 bytes") as caught:
+        describe(str(directory))
+    assert str(directory) in str(caught.value)
+
+
+def test_a_template_beside_others_that_is_a_pipe_is_refused_at_once(directory: Path) -> None:
+    file = directory / "additional_chat_templates" / "tool_use.jinja"
+    file.parent.mkdir()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match=r"tool_use\.jinja is a pipe"):
+        describe(str(directory))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_must_not_be_read_are_told(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of another user; `save_pretrained` writes weights that only their owner may read."""
@@ -230,6 +267,25 @@ def test_a_directory_called_like_weights_does_not_matter(directory: Path) -> Non
     with Engine.from_pretrained(str(directory), policy=POLICY) as engine:
         [done] = engine.run([Job(prompt=[7, 8, 9], max_new_tokens=1)])
     assert done.error is None
+
+
+ODD_TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "sparse": (lambda tensor: tensor.to_sparse(), r"layout torch\.sparse_coo"),
+    "without numbers": (lambda tensor: tensor.to("meta"), "without numbers"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_a_tensor_that_is_no_plain_one_is_refused_by_name(kind: str, directory: Path) -> None:
+    change, expected = ODD_TENSORS[kind]
+    name = "model.layers.1.mlp.up_proj.weight"
+    state = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    torch.save(state | {name: change(state[name])}, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: '{name}' is .*{expected}") as caught:
+        Engine.from_pretrained(str(directory), policy=POLICY)
+    assert "\n" not in str(caught.value)
 
 
 HEADERS: dict[str, tuple[str, str]] = {

@@ -19,6 +19,7 @@ from engine import Engine, Job
 from engine.checkpoint.description import describe
 from engine.errors import CheckpointError, UnsupportedError
 from engine.model.causal_model import CausalModel
+from engine.weights.loading import check_checkpoint
 
 Build = Callable[[str], Path]
 State = dict[str, torch.Tensor]
@@ -253,6 +254,38 @@ def test_codes_for_merged_experts_are_refused(build: Build, tmp_path: Path) -> N
     save(state | {name: state[name].to(torch.float8_e4m3fn)}, path / "model.safetensors")
     with pytest.raises(UnsupportedError, match=r"experts.2.w1.weight is stored as float8_e4m3fn"):
         found(path)
+
+
+def transposed(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda state: state.update({name: state[name].t().contiguous()})
+
+
+_EXPERT = "model.layers.1.block_sparse_moe.experts"
+EXPERTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "one of another shape": (transposed(f"{_EXPERT}.2.w1.weight"), r"experts\.2\.w1\.weight is \[64, 128\]"),
+    "the first of another shape": (transposed(f"{_EXPERT}.0.w3.weight"), r"experts\.0\.w3\.weight is \[64, 128\]"),
+    "one without a matrix": (lambda state: state.pop(f"{_EXPERT}.3.w3.weight"), r"3 of .*w3.* as many of each"),
+    "all of another shape": (
+        lambda state: [transposed(f"{_EXPERT}.{each}.w1.weight")(state) for each in range(4)],
+        r"cannot be made of .*experts\.0\.w1\.weight \[64, 128\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_that_cannot_be_merged_are_refused_before_they_are_read(
+    kind: str, build: Build, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(build("mixtral"), tmp_path / "model"))
+    change, expected = EXPERTS[kind]
+    state = state_of(path)
+    change(state)
+    save(state, path / "model.safetensors")
+    model = CausalModel(path, torch.float32, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        check_checkpoint(path, model)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 OUTSIDE: dict[str, Any] = {

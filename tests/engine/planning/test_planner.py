@@ -138,14 +138,46 @@ def heed(message: str, policy: Policy, memory: Memory) -> tuple[Policy, Memory] 
             policy, memory = replace(policy, offload_dir="/disk"), replace(memory, disk=memory.disk or 10_000 * GB)
         return replace(policy, weights=Share(gpu=gpu, cpu=cpu, disk=disk)), memory
     if match := re.search(r"raise gpu-memory to ([\d.]+ [GM]B)", message):
-        if memory.shared:
-            return None
         device = parse_bytes(match[1], "gpu-memory")
         return policy, replace(memory, device=device)
+    if memory.shared and "of host memory that this process may still take; free" in message:
+        return None
     if "set offload-dir" in message:
         return replace(policy, offload_dir="/disk"), replace(memory, disk=10_000 * GB)
     assert "all tiers together hold" in message
     return None
+
+
+def test_too_little_host_memory_is_called_so_on_a_cpu() -> None:
+    """Its device tier is host memory: no gpu-memory would make it more."""
+    little = Memory(device=GB // 5, host=GB // 5, disk=0, shared=True)
+    small = replace(OPT_30B, unit_bytes=(200_000_000,) * 2)
+    cases = {
+        Policy(): r"exceed the 0.2 GB of host memory that this process may still take; free 0\.\d GB, or raise",
+        Policy(cpu_memory=GB): r"exceed the 0.2 GB that cpu-memory 1.0 GB leaves .* add 0\.\d GB to it",
+        Policy(gpu_memory=GB // 5): r"exceed the 0.2 GB of device memory; raise gpu-memory to 0\.\d GB",
+    }
+    for policy, told in cases.items():
+        with pytest.raises(CapacityError, match=told):
+            make_plan(small, policy, little, on_cpu=True)
+
+
+def test_a_cpu_that_weights_fill_nearly_has_room_for_sequences() -> None:
+    """Logits take a part of what weights leave, so that the cache holds prompts of 1,200 tokens."""
+    shape = ModelShape(
+        unit_bytes=(11_800_000,) * 6 + (204_800_000,),
+        embedding_bytes=0,
+        outer_bytes=2048,
+        cache_row_bytes=6 * 2 * 256 * 4,
+        cache_layer_row_bytes=2 * 256 * 4,
+        hidden_row_bytes=2048,
+        work_row_bytes=4 * (6 * 512 + 3 * 1408 + 8 * 256),
+    )
+    memory = Memory(device=430_000_000, host=430_000_000, disk=0, shared=True)
+    plan = make_plan(shape, Policy(), memory, on_cpu=True)
+    assert_fits(plan, shape, memory)
+    assert plan.weights.gpu == 100
+    assert plan.cache_budgets["device"] > 2 * 1200 * shape.cache_row_bytes
 
 
 def test_a_published_policy_fits_its_machine() -> None:
@@ -314,4 +346,4 @@ def test_a_plan_for_the_cpu_holds_all_that_a_sweep_takes(megabytes: int) -> None
     taken += plan.cache_budgets["device"] + plan.cache_budgets["device"] // 2  # one of two layers, copied as it grows
     assert taken <= memory.host
     assert plan.cache_budgets["device"] >= 1208 * shape.cache_row_bytes
-    assert limits.logits_bytes == min(128 << 20, memory.device // 16)
+    assert limits.logits_bytes == min(128 << 20, (memory.device - shape.weight_bytes) // 16)

@@ -413,6 +413,17 @@ def test_the_command_line(
     assert found["results"]["writing"]["exact_match,none"] == expected["writing"]["exact_match,none"]
 
 
+def test_what_the_harness_raises_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(sys, "argv", [])
+    assert main(["lm-eval", "--model", "flexgen", "--model_args", "pretrained=x", "--tasks", "no such task"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("flexgen-helm: error: lm-evaluation-harness failed: ValueError: Tasks not")
+
+
 def test_the_command_line_ends_with_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tasks: Path
 ) -> None:

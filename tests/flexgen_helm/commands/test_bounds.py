@@ -13,7 +13,7 @@ from fake_engine import FakeEngine
 from family_tokenizers import family_tokenizer
 from helm.common.request import Request
 
-from engine.errors import ConfigError, EngineError, JobError
+from engine.errors import EngineError, JobError
 from engine.text.prompt import PromptTokenizer
 from flexgen_helm.commands.completion.prompts import BadPrompt, Settings, from_jsonl
 from flexgen_helm.data_wrangling.rows import read_table
@@ -61,7 +61,7 @@ def test_what_is_no_such_file_is_told_in_a_line(name: str, kind: str, tmp_path: 
     else:
         with file.open("wb") as stream:
             stream.truncate(300_000_000)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(EngineError) as caught:
         READERS[name](file)
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)

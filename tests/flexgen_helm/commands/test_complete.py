@@ -19,6 +19,7 @@ from typing import Any
 
 import models
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from transformers import __version__ as transformers_version
@@ -475,6 +476,19 @@ def test_a_full_disk_ends_the_run_in_one_line(model: Path, tmp_path: Path) -> No
     assert all("completion" in json.loads(line) for line in kept)
     subprocess.run(command, check=True, capture_output=True)
     assert set(kept) < set(out.read_text().splitlines())
+
+
+def test_a_model_that_cannot_be_opened_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, broken / "model.safetensors")
+    assert main(["complete", "--model", str(broken), "a", "-o", str(tmp_path / "out.jsonl")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lack 1 of" in line
+    assert [each.name for each in tmp_path.iterdir()] == ["broken"]
 
 
 def test_killed_and_started_again(model: Path, tmp_path: Path) -> None:

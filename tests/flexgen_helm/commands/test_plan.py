@@ -24,7 +24,7 @@ from engine.planning.machine import Machine
 from engine.planning.planner import Plan, make_plan
 from engine.policy import Policy, Share
 from engine.weights.stored_form import shape_of
-from flexgen_helm.commands import plan
+from flexgen_helm.planning.dummy import shape_model
 from flexgen_helm.planning.estimate import Estimate, estimate, gemm_rate_at
 from flexgen_helm.planning.model_sizes import sizes_of_model
 from flexgen_helm.planning.policy_search import best_of, memory_of, search
@@ -59,7 +59,7 @@ LOAD = Workload.parse("1x80x0+512:32")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CausalModel]:
     return {
-        shape: plan._model(shape, "float16", tmp_path_factory.mktemp(shape))
+        shape: shape_model(shape, "float16", tmp_path_factory.mktemp(shape))
         for shape in ("opt-30b", "opt-6.7b", "opt-1.3b", "llama-3-70b")
     }
 
@@ -346,7 +346,7 @@ def test_what_cannot_be_encoded_is_not_proposed(tmp_path: Path) -> None:
     from models import config_of
 
     config_of("llama", num_key_value_heads=1).save_pretrained(tmp_path)
-    model = plan._model(str(tmp_path), "float16", tmp_path / "again")
+    model = shape_model(str(tmp_path), "float16", tmp_path / "again")
     found = find(model, Workload.parse("1x4x0+10:4"), compress=True)
     assert {each.policy.compress_cache for each in found} == {None}
     assert {each.policy.compress_weight for each in found} == {None, 8, 4}
@@ -421,6 +421,40 @@ def test_bad_input(arguments: list[str], message: str, profile_file: str, capsys
     assert main(["plan", *arguments, *given_profile]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+SHAPES: dict[str, tuple[dict[str, Any], str]] = {
+    "a family that is no text": ({"model_type": 2.5}, "config.json: model_type is 2.5; a text is expected there"),
+    "a family that there is not": ({"model_type": "none"}, "is no causal language model"),
+    "a field of another kind": ({"layer_norm_epsilon": "x"}, "config.json cannot be meant: transformers says"),
+    "positions as a text": ({"n_positions": "../x"}, "config.json cannot be meant: transformers says"),
+    "heads that do not divide": ({"n_head": 7}, "transformers cannot build this model from its config.json"),
+    "absurd layers": ({"n_layer": 10**12}, "config.json: n_layer is 1000000000000; at most 10,000"),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_a_shape_that_cannot_be_meant_is_refused_in_a_line_that_names_it(
+    command: str,
+    kind: str,
+    profile_file: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change, message = SHAPES[kind]
+    shape = tmp_path / "model"
+    shape.mkdir()
+    plain = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 64}
+    (shape / "config.json").write_text(json.dumps(plain | change))
+    rest = {"plan": ["--hardware", profile_file, "--work", "1x1x4+4:1"], "bench": ["--policy", "all-on-cpu"]}
+    assert main([command, "--shape", str(shape), *rest[command]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert str(shape) in line
+    assert sorted(each.name for each in tmp_path.iterdir() if each != Path(profile_file)) == ["model"]
 
 
 def test_output_that_nobody_reads_is_no_traceback(profile_file: str) -> None:

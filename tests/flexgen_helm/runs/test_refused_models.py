@@ -79,6 +79,20 @@ def test_a_model_is_refused_beforehand_in_the_words_of_its_opening(
         assert sorted(each.name for each in tmp_path.iterdir()) == ["model"]
 
 
+def test_what_a_tokenizer_says_of_itself_is_cut(
+    tmp_path: Path, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its library repeats whole values of the file."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    told = json.loads((model / "tokenizer.json").read_text())
+    told["model"]["vocab"]["x"] = "y" * 5000
+    (model / "tokenizer.json").write_text(json.dumps(told))
+    assert main(["register", str(model), "--local-path", str(tmp_path / "local")]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "tokenizer" in line
+    assert len(line) < 1000
+
+
 def test_a_policy_that_the_model_cannot_follow_is_refused_too(
     tmp_path: Path, tiny_llama: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
