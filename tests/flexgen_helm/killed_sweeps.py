@@ -57,10 +57,10 @@ def sweep(folder: Path, data: Path, model: Path, more: list[str]) -> int:
 def watch_deliveries() -> None:
     """Make sweeps slow, and write down how many answers each has delivered, at once."""
     from engine.executor import Executor
-    from engine.worker import Worker
+    from engine.sweep_loop import SweepLoop
 
     log = os.open("delivered", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    pass_over, deliver = Executor.sweep, Worker._deliver
+    pass_over, deliver = Executor.sweep, SweepLoop._deliver
 
     def slowly(self: Any, *args: Any) -> Any:
         time.sleep(SWEEP_S)
@@ -73,7 +73,7 @@ def watch_deliveries() -> None:
             os.write(log, f"{len(done)}\n".encode())
 
     Executor.sweep = slowly  # type: ignore[method-assign]
-    Worker._deliver = noted  # type: ignore[method-assign]
+    SweepLoop._deliver = noted  # type: ignore[method-assign]
 
 
 def killed(child: int, after_s: float) -> int:
