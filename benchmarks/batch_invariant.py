@@ -2,7 +2,8 @@
 
     python -m benchmarks.batch_invariant [--limit SECONDS] [--out DIR]
 
-Each side is `flexgen-helm bench` in a process of its own; the record holds both, and the fraction of the normal rate.
+Each side is `flexgen-helm bench` in a process of its own, which runs each row several times; the record holds both, and
+the fraction of the normal rate, by the medians.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -25,6 +27,7 @@ ROWS = {
     "opt-30b": ("16GB", ("1x100x400+100:1",)),
 }
 """Shape: memory of the GPU, and workloads."""
+REPEATS = 3
 
 
 def bench(shape: str, memory: str | None, rows: tuple[str, ...], policy: dict[str, Any], limit: float) -> Any:
@@ -33,7 +36,7 @@ def bench(shape: str, memory: str | None, rows: tuple[str, ...], policy: dict[st
         file = Path(folder) / "policy.yaml"
         file.write_text(yaml.safe_dump(policy))
         command = [sys.executable, "-m", "flexgen_helm", "bench", "--shape", shape, "--policy", str(file)]
-        command += ["--out", folder, "--rows", *rows, *(["--gpu-memory", memory] if memory else [])]
+        command += ["--out", folder, "--rows", *rows * REPEATS, *(["--gpu-memory", memory] if memory else [])]
         subprocess.run(command, timeout=limit, check=True)
         (found,) = Path(folder).glob("bench-*.json")
         return json.loads(found.read_text(encoding="utf-8"))
@@ -51,12 +54,14 @@ def main() -> None:
             bench(shape, memory, rows, {} if normal else {"batch-invariant": True}, options.limit)
             for normal in (True, False)
         )
-        for before, after in zip(normal["rows"], invariant["rows"], strict=True):
-            fraction = before["seconds"] / after["seconds"]
-            times = f"{before['seconds']:.3f} s, batch-invariant {after['seconds']:.3f} s"
-            print(f"{shape} {before['row']}: {times}, {fraction:.2f} of the rate", flush=True)
+        for row in rows:
+            sides = [[each for each in side["rows"] if each["row"] == row] for side in (normal, invariant)]
+            seconds = [median(each["seconds"] for each in side) for side in sides]
+            fraction = seconds[0] / seconds[1]
+            times = f"{seconds[0]:.3f} s, batch-invariant {seconds[1]:.3f} s"
+            print(f"{shape} {row}: {times}, {fraction:.2f} of the rate", flush=True)
             told.append(
-                {"shape": shape, "gpu_memory": memory, "normal": before, "invariant": after, "fraction": fraction}
+                {"shape": shape, "gpu_memory": memory, "normal": sides[0], "invariant": sides[1], "fraction": fraction}
             )
     print(write_record("batch-invariant", {"rows": told}, options.out))
 

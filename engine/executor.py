@@ -103,7 +103,7 @@ class Executor:
                 else:
                     states = hidden.take(index)
                 model.sweeping.batch = batch
-                with model.sweeping.arithmetic:
+                with model.sweeping.around_layer():
                     states = model.layer(layer, states, calls[index][layer])
                 hidden.put(index, states)
             weights.release(layer)

@@ -83,10 +83,12 @@ def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
                     table[attribute] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
 
 
-def default_attention(config: PreTrainedConfig, dtype: torch.dtype) -> str:
-    """The attention implementation that `from_pretrained` takes for a model of this config when nobody names one."""
-    fresh = type(config).from_dict(config.to_dict())
-    return str(_on_meta(fresh, dtype, None).config._attn_implementation)
+def default_attention(model: PreTrainedModel) -> str:
+    """The attention implementation that `from_pretrained` takes for such a model when nobody names one.
+
+    Its own check chooses: a second model of a real shape would take a second to be built.
+    """
+    return str(model._check_and_adjust_attn_implementation(None, is_init_check=True))
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:

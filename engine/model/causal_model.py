@@ -89,7 +89,11 @@ class CausalModel:
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
-                if isinstance(self.sweeping.arithmetic, BatchInvariant) and type(module) is nn.Linear:
+                # Sums and the like are in modules with parameters, so that little else of a layer must be looked at.
+                is_computing = root is not self.module and (module is root or bool(module._parameters))
+                if isinstance(self.sweeping.arithmetic, BatchInvariant) and (
+                    is_computing or type(module) in (nn.Linear, nn.LayerNorm)
+                ):
                     self.sweeping.arithmetic.attach(module)
 
     def put_buffer(self, name: str, values: torch.Tensor) -> None:

@@ -127,10 +127,18 @@ def _inputs(model: Drivable, positions: torch.Tensor) -> dict[str, Any]:
     return {**given, "position_ids": positions, "use_cache": True, "cache": view, "attention_mask": mask}
 
 
+def one_of_each_kind(model: Drivable) -> list[int]:
+    """The first layer of each kind, by its modules and by what the config says of it."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    first: dict[Any, int] = {}
+    for index, layer in enumerate(model.layers):
+        modules = tuple((name, type(module)) for name, module in layer.named_modules())
+        first.setdefault((type(layer), kinds[index] if index < len(kinds) else None, modules), index)
+    return list(first.values())
+
+
 def _check_rows(model: Drivable) -> None:
     """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    seen = set()
     model.sweeping.is_checking, model.sweeping.attended = True, 0
     try:
         with _outer_zeros(model):
@@ -139,17 +147,10 @@ def _check_rows(model: Drivable) -> None:
             alone = [
                 model.record(_inputs(model, torch.full((1, 1), 0 if model.is_padded else at)))[1] for at in range(_ROWS)
             ]
-        for index, layer in enumerate(model.layers):
-            kind = (
-                type(layer),
-                kinds[index] if index < len(kinds) else None,
-                tuple((name, type(module)) for name, module in layer.named_modules()),
-            )
-            if kind not in seen:
-                seen.add(kind)
-                model.sweeping.layer = index
-                calls = together[index], [each[index] for each in alone]
-                check_rows_apart(layer, model.sweeping, hidden.shape[-1], calls)
+        for index in one_of_each_kind(model):
+            model.sweeping.layer = index
+            calls = together[index], [each[index] for each in alone]
+            check_rows_apart(model.layers[index], model.sweeping, hidden.shape[-1], calls)
     finally:
         model.sweeping.is_checking = False
 

@@ -43,6 +43,14 @@ class SweepContext:
         """Whether a row's result must have the same bits whatever is computed beside it."""
         return isinstance(self.arithmetic, BatchInvariant)
 
+    def around_layer(self) -> AbstractContextManager[Any]:
+        """What a layer is to be called in, whose modules are attached to the arithmetic."""
+        return self.arithmetic.attached() if isinstance(self.arithmetic, BatchInvariant) else self.arithmetic
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Inside, code of ours that a layer calls is computed as if it was called outside."""
+        return self.arithmetic.apart() if isinstance(self.arithmetic, BatchInvariant) else nullcontext()
+
     def note(self, shape: KVShape, window: int | None = None, *, is_plain: bool = False) -> None:
         """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""
         if self.probed is not None:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from engine.batch.micro_batch import MicroBatch
 from engine.cache.key_value import KVCache
-from engine.errors import NumericsError
 from engine.model.causal_model import CausalModel
+from engine.model.continuation import can_continue
 from engine.model.padded import PaddedBatch
 from engine.model.stock import StockForward
 from engine.model.stub import LayerCall
 from engine.planning.limits import Limits
 from engine.planning.planner import Plan
-from engine.verification.chain import Chain, Layout, Table, lay_out_rows
+from engine.verification.chain import Chain, Table
 from engine.verification.difference import TOLERANCES, Meter, RootMeanSquare, StageDifference, tolerance_of
+from engine.verification.head import score
+from engine.verification.layout import Layout, lay_out_rows
 from engine.verification.passes import pass_limits, passes
-from engine.verification.replay import KINDS, BatchRows, Step, replay, rows_of
+from engine.verification.replay import KINDS, BatchRows, Replay, Step, replay, rows_of
 from engine.verification.router import has_router
-from engine.verification.scored import Scored, Scoring
+from engine.verification.scored import Scored
 from engine.verification.text import Text
 from engine.verification.weight_check import WeightCheck
-from engine.weights.binding import parameter_of
 from engine.weights.store import WeightStore
 from engine.weights.stream import WeightStream
 from engine.weights.unit_values import UnitValues
@@ -90,6 +92,8 @@ class LayerwiseComparison:
         self._meters = {name: Meter(self._tolerance, device, KINDS) for name in self._names[:-1]}
         self._meters["head"] = Meter(self._tolerance, device)
         self._losses = {name: RootMeanSquare(device) for name in self._names[1:-1]}
+        self._most_continued = 0
+        """Tokens of a text that stock layers are known to compute behind a prefix as they do whole."""
         self._scored: dict[int, Scored] = {}
         self._unencoded: dict[int, Scored] = {}
 
@@ -101,7 +105,9 @@ class LayerwiseComparison:
         the cache does, and `CheckpointError` where weight files have changed.
         """
         driven, num_tables = self._driven, 2 if self._plain is None else 4
-        limits = pass_limits(driven.plan, driven.limits, num_tables)
+        kept_width = max(shape.width for shape in driven.model.kv_shapes) / driven.model.hidden_size
+        limits = pass_limits(driven.plan, driven.limits, num_tables, kept_width)
+        home = driven.model.device if limits.on_device else torch.device("cpu")
         parts = list(passes(texts, limits, self._dtype.itemsize, driven.window))
         for number, part in enumerate(parts):
             done = number * len(self._names)
@@ -110,7 +116,7 @@ class LayerwiseComparison:
                 progress(done + stage, len(parts) * len(self._names))
 
             try:
-                self._pass({index: texts[index] for index in part}, on_device=limits.on_device, tell=tell)
+                self._pass({index: texts[index] for index in part}, home, tell)
             finally:
                 driven.stream.release_all()
         driven.weights.check_source()
@@ -138,24 +144,24 @@ class LayerwiseComparison:
             num_passes=len(parts),
         )
 
-    def _pass(self, texts: Mapping[int, Text], *, on_device: bool, tell: Callable[[int], None]) -> None:
+    def _pass(self, texts: Mapping[int, Text], home: torch.device, tell: Callable[[int], None]) -> None:
+        """home: where hidden states are kept."""
         driven, model = self._driven, self._driven.model
         listed = list(texts.values())
         limits, room = driven.limits, driven.cache.room
         replayed = replay(listed, model, driven.plan.limits, limits, room, share_prefix=driven.share_prefix)
-        fed = [text.fed(driven.window) for text in listed]
-        layout = lay_out_rows(replayed.sequences, fed, limits.rows_per_batch)
-        chains = [
-            Chain(layout, stock, (self._table(layout, on_device), self._table(layout, on_device)))
-            for stock in (self._stock, self._plain)
-            if stock is not None
-        ]
-        stock, plain = chains[0], chains[1] if len(chains) > 1 else None
         values = None if driven.checkpoint is None else UnitValues(driven.checkpoint, model)
         try:
             driven.stream.acquire(0)
             if values is not None:
                 self._check.embedding(values)
+            layout = self._lay_out(listed, replayed, home)
+            chains = [
+                Chain(layout, stock, (self._table(layout, home), self._table(layout, home)))
+                for stock in (self._stock, self._plain)
+                if stock is not None
+            ]
+            stock, plain = chains[0], chains[1] if len(chains) > 1 else None
             ours = self._embed(replayed.steps, chains, layout)
             tell(1)
             for layer in range(len(model.layers)):
@@ -169,40 +175,68 @@ class LayerwiseComparison:
             driven.stream.acquire(len(model.layers))
             if values is not None:
                 self._check.head(values)
-            scored = self._head(listed, layout, stock, self._meters["head"])
+            most = max(1, limits.logits_bytes // (8 * model.vocab_size))
+            scored = score(listed, layout.rows, stock.before, model, most, self._meters["head"])
             self._scored.update(zip(texts, scored, strict=True))
             if plain is not None:
-                self._unencoded.update(zip(texts, self._head(listed, layout, plain, None), strict=True))
+                unencoded = score(listed, layout.rows, plain.before, model, most, None)
+                self._unencoded.update(zip(texts, unencoded, strict=True))
             driven.stream.release(len(model.layers))
             tell(len(self._names))
         finally:
             if values is not None:
                 values.close()
 
-    def _table(self, layout: Layout, on_device: bool) -> Table:
+    def _lay_out(self, texts: Sequence[Text], replayed: Replay, home: torch.device) -> Layout:
+        """Where the texts' tokens have their rows; stock layers continue shared prefixes where they can."""
+        driven, model = self._driven, self._driven.model
+        fed = [text.fed(driven.window) for text in texts]
+        places = {"device": model.device, "table_device": home}
+        layout = lay_out_rows(replayed.sequences, fed, driven.limits.rows_per_batch, **places, continues=True)
+        longest = layout.longest_continued
+        if longest > self._most_continued:
+            if not can_continue(model, self._stock, longest):
+                return lay_out_rows(replayed.sequences, fed, driven.limits.rows_per_batch, **places, continues=False)
+            self._most_continued = longest
+        return layout
+
+    def _table(self, layout: Layout, home: torch.device) -> Table:
         model = self._driven.model
-        return Table(layout.num_rows, model.hidden_size, self._dtype, model.device, on_device=on_device)
+        return Table(layout.num_rows, model.hidden_size, self._dtype, model.device, home)
 
     def _embed(self, steps: Sequence[Step], chains: Sequence[Chain], layout: Layout) -> list[_Sweep]:
         """Embed everything both ways."""
-        driven, model = self._driven, self._driven.model
+        model = self._driven.model
+        places = {"device": model.device, "table_device": chains[0].before.home}
+        ids = [*(rectangle.ids for _ in chains for rectangle in layout.rectangles)]
+        ids += [batch.ids for step in steps for batch in step.batches]
+        looked_up = self._look_up(ids)
         for chain in chains:
             for rectangle in layout.rectangles:
-                driven.stream.look_up(rectangle.ids)
-                chain.put_embedded(rectangle, *chain.stock.record(rectangle.ids.to(model.device)))
+                next(looked_up)
+                chain.embed(rectangle)
         ours = []
         for step in steps:
             batches = []
             with step.in_place():
                 for batch in step.batches:
-                    driven.stream.look_up(batch.ids)
+                    next(looked_up)
                     with model.sweeping.arithmetic:
                         hidden, calls = model.record(batch.inputs())
-                    rows = rows_of(batch, layout.first_row)
+                    rows = rows_of(batch, layout.first_row, **places)
                     batches.append(_Batch(batch, calls, rows))
                     self._measure("embedding", rows, hidden, chains[0].before.take(rows.table), None)
             ours.append(_Sweep(step, batches))
         return ours
+
+    def _look_up(self, ids: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Prepare the token embedding for one after the other, the next while the device is at one."""
+        stream = self._driven.stream
+        for each, following in zip_longest(ids, ids[1:]):
+            stream.look_up(each)
+            if following is not None:
+                stream.look_up_ahead(following)
+            yield
 
     def _compare_layer(
         self, layer: int, stock: Chain, plain: Chain | None, ours: Sequence[_Sweep], values: UnitValues | None
@@ -222,67 +256,25 @@ class LayerwiseComparison:
                 for each in sweep.batches:
                     model.sweeping.batch = each.batch
                     before = stock.before.take(each.rows.table)
-                    with model.sweeping.arithmetic:
+                    with model.sweeping.around_layer():
                         after = model.layer(layer, before, each.calls[layer])
                     self._measure(name, each.rows, after, stock.after.take(each.rows.table), before)
 
-    @contextmanager
-    def _bound(self, layer: int, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def _bound(self, layer: int, values: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """Inside, a layer's parameters are the checkpoint's own."""
         model = self._driven.model
-        unit = next(unit for unit in model.units if unit.name == f"layer.{layer}")
         if not self._driven.weights.has_codes:  # they are anyway
-            yield
-            return
-        before = {name: module._parameters[attribute] for name, (module, attribute) in unit.owners.items()}
-        try:
-            for name, (module, attribute) in unit.owners.items():
-                module._parameters[attribute] = parameter_of(values[name].to(model.device, model.state[name].dtype))
-            yield
-        finally:
-            for name, (module, attribute) in unit.owners.items():
-                module._parameters[attribute] = before[name]
+            return nullcontext()
+        unit = next(unit for unit in model.units if unit.name == f"layer.{layer}")
+        return unit.holding({name: values[name].to(model.device, model.state[name].dtype) for name in unit.owners})
 
     def _measure(
         self, name: str, rows: BatchRows, ours: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor | None
     ) -> None:
-        if rows.is_real is not None:
-            real = rows.is_real.to(ours.device)
-            ours, theirs, before = ours[real], theirs[real], None if before is None else before[real]
+        if rows.real is not None:
+            ours, theirs = ours.index_select(0, rows.real), theirs.index_select(0, rows.real)
+            before = None if before is None else before.index_select(0, rows.real)
         self._meters[name].add(ours, theirs, before, rows.kinds)
-
-    def _head(self, texts: Sequence[Text], layout: Layout, chain: Chain, meter: Meter | None) -> list[Scored]:
-        """What the logits of each text say; with a meter, also compare with rows of several texts in one call."""
-        model = self._driven.model
-        most = max(1, self._driven.limits.logits_bytes // (8 * model.vocab_size))
-        waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        scored = []
-
-        def compare() -> None:
-            if meter is not None and waiting:
-                hidden, theirs = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-                with model.sweeping.arithmetic:
-                    ours = model.head(hidden.flip(0)).flip(0)
-                meter.add(ours, theirs)
-            waiting.clear()
-
-        for text, rows in zip(texts, layout.rows, strict=True):
-            scoring = Scoring(text)
-            for part in rows[text.first_asked :].split(most):
-                hidden = chain.before.take(part)
-                logits = model.head(hidden)
-                scoring.add(logits)
-                if sum(len(one) for one, _ in waiting) + len(part) > most:
-                    compare()
-                waiting.append((hidden, logits))
-            scored.append(scoring.done())
-            if not scored[-1].is_finite:
-                raise NumericsError(
-                    f"stock layers of transformers make logits in {str(self._dtype).removeprefix('torch.')} that are "
-                    "not finite; verify with another dtype in the policy (float32 or bfloat16)"
-                )
-        compare()
-        return scored
 
 
 @dataclass(frozen=True)

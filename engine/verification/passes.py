@@ -25,15 +25,17 @@ class PassLimits:
     """Whether hidden states are kept on the device."""
 
 
-def pass_limits(plan: Plan, limits: Limits, num_tables: int) -> PassLimits:
+def pass_limits(plan: Plan, limits: Limits, num_tables: int, kept_width: float) -> PassLimits:
     """What of the plan's memory a pass may take, whose hidden states fill `num_tables` tables.
 
-    Logits are computed behind the layers, and leave their memory to masks until then.
+    kept_width: of a token's keys and values in a layer, relative to its hidden state; those of shared prefixes are kept
+    while a layer is computed. Texts are counted whole, and two at least share a prefix: rows that only one of them
+    fills leave room for them. Logits are computed behind the layers, and leave their memory to masks until then.
     """
     share, rows = plan.activations, limits.rows_per_sweep
     if share.disk > 0:  # the host holds no more of them than what is on its way to the disk
         rows = min(rows, 4 * limits.rows_per_batch)
-    return PassLimits(max(1, rows // num_tables), 2 * limits.logits_bytes, share.gpu >= 100)
+    return PassLimits(max(1, int(rows / max(num_tables, kept_width))), 2 * limits.logits_bytes, share.gpu >= 100)
 
 
 def passes(texts: Sequence[Text], limits: PassLimits, item_bytes: int, window: int | None) -> Iterator[list[int]]:

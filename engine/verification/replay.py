@@ -46,14 +46,15 @@ class Step:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """What the rows of a micro-batch are rows of; tensors on the host."""
+    """What the rows of a micro-batch are rows of."""
 
     table: torch.Tensor
-    """Rows of a table of hidden states, int64 `[rows]`; padding stands for the real row next to it."""
-    is_real: torch.Tensor | None
-    """Bool `[rows]`; None where all are."""
+    """Rows of a table of hidden states, int64 `[rows]`, where the table is; padding stands for the real row next to
+    it."""
+    real: torch.Tensor | None
+    """Those that are no padding, int64 on the device; None where all are."""
     kinds: torch.Tensor
-    """Of each real row, which of `KINDS` it is: int64."""
+    """Of each real row, which of `KINDS` it is: int64 on the device."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def _advance(segment: Segment) -> None:
         segment.span.advance(1 + len(segment.draft))
 
 
-def rows_of(batch: Rows, first_row: Mapping[int, int]) -> BatchRows:
+def rows_of(
+    batch: Rows, first_row: Mapping[int, int], *, device: torch.device, table_device: torch.device
+) -> BatchRows:
     """Which rows of a table of hidden states a micro-batch has; `first_row` is of each span, by its identity."""
     rows = torch.empty(batch.num_rows, dtype=torch.long)
     kinds = torch.full((batch.num_rows,), -1)
@@ -126,8 +129,10 @@ def rows_of(batch: Rows, first_row: Mapping[int, int]) -> BatchRows:
         rows[first:end] = torch.arange(begin, begin + segment.num_rows)
         rows[end : segment.end] = begin + segment.num_rows - 1
         kinds[first:end] = KINDS.index(_kind(segment))
-    is_real = kinds >= 0
-    return BatchRows(rows, None if bool(is_real.all()) else is_real, kinds[is_real])
+    real = (kinds >= 0).nonzero()[:, 0]
+    return BatchRows(
+        rows.to(table_device), None if len(real) == len(kinds) else real.to(device), kinds[real].to(device)
+    )
 
 
 def _kind(segment: Segment) -> str:

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from in_this_process import load_in_this_process
+
 SWEEP_S = 0.04
 """What each pass over the layers takes at least, so that a kill finds one under way."""
 ENTRIES = [
@@ -103,7 +105,11 @@ def main() -> None:
     import torch
 
     import flexgen_helm.sweeps.runner  # noqa: F401 - imported before the first fork
+    from flexgen_helm.helm.engines import engines
     from flexgen_helm.runs import launch
+    from flexgen_helm.workers.engine_processes import engine_processes
+
+    engines.load, engine_processes.prepare = load_in_this_process, lambda: None  # type: ignore[method-assign]
 
     torch.set_num_threads(1)
     launch.register_builtin_configs_from_helm_package()  # longer than a sweep of ours; once is enough

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from engine import Engine, Job
+from engine.kernels.invariant import known_calls
+from engine.kernels.invariant.mode import BatchInvariant
 from engine.memory import accelerator
 from engine.model.attention import flash
 
@@ -50,6 +52,28 @@ def test_a_policy_does_not_change_that(family: str, policy: str, dtype: str, tmp
 def test_other_kinds_of_attention_too(family: str, dtype: str, tmp_path: Path) -> None:
     path = models.save_model(tmp_path, family)
     assert companies.num_changed(path, companies.make_jobs(10, 100), _policy(dtype), 4) == 0
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma2", "mixtral"])
+def test_what_is_not_looked_at_again_has_the_same_bits(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = models.save_model(tmp_path, family, max_position_embeddings=512)
+    jobs = [Job(prompt=[*range(5, 25 + n)], max_new_tokens=20) for n in range(7)]
+    dispatch, counts, found = BatchInvariant.__torch_dispatch__, [], []
+
+    def counted(self: BatchInvariant, *args: Any) -> Any:
+        counts[-1] += 1
+        return dispatch(self, *args)
+
+    monkeypatch.setattr(BatchInvariant, "__torch_dispatch__", counted)
+    for devices in ({"cuda"}, set()):
+        monkeypatch.setattr(known_calls, "DEVICES", frozenset(devices))
+        counts.append(0)
+        with Engine.from_pretrained(str(path), policy=_policy("float16")) as engine:
+            found.append([companies.bits(done) for done in engine.run(jobs)])
+    assert found[0] == found[1]
+    assert counts[0] < counts[1]
 
 
 def test_an_old_card_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -11,88 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import UnsupportedError
 from engine.kernels.invariant import sums
+from engine.kernels.invariant.kinds import PRODUCTS, ROUNDING, kind_of
+from engine.kernels.invariant.known_calls import KnownCalls, Seen, State, case_of, seen_in
 from engine.kernels.invariant.pointwise import in_vectors
 from engine.kernels.invariant.products import Products
 
 _ALIGNMENT = 16
 """Bytes at whose multiples a tensor begins for which CUDA's kernels of norms take several numbers at once."""
-_MOVES = frozenset(
-    [
-        "aminmax",
-        "_local_scalar_dense",
-        "_reshape_alias",
-        "_to_copy",
-        "_unsafe_view",
-        "all",
-        "amax",
-        "amin",
-        "any",
-        "arange",
-        "argmax",
-        "argmin",
-        "argsort",
-        "cat",
-        "clone",
-        "constant_pad_nd",
-        "copy_",
-        "copy",
-        "count_nonzero",
-        "embedding",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "equal",
-        "fill_",
-        "flip",
-        "full",
-        "full_like",
-        "gather",
-        "index",
-        "index_copy",
-        "index_copy_",
-        "index_fill",
-        "index_fill_",
-        "index_select",
-        "is_nonzero",
-        "isin",
-        "lift_fresh",
-        "masked_scatter",
-        "max",
-        "min",
-        "new_empty",
-        "new_empty_strided",
-        "new_full",
-        "new_ones",
-        "new_zeros",
-        "nonzero",
-        "one_hot",
-        "ones",
-        "ones_like",
-        "record_stream",
-        "repeat",
-        "repeat_interleave",
-        "resize_",
-        "roll",
-        "scalar_tensor",
-        "scatter",
-        "scatter_",
-        "select_scatter",
-        "slice_scatter",
-        "sort",
-        "split_with_sizes",
-        "stack",
-        "topk",
-        "tril",
-        "triu",
-        "unique_dim",
-        "_unique2",
-        "unsafe_split",
-        "zero_",
-        "zeros",
-        "zeros_like",
-    ]
-)
-"""Functions that move numbers, compare them or count: nothing is rounded."""
 
 
 class BatchInvariant(TorchDispatchMode):
@@ -100,27 +27,36 @@ class BatchInvariant(TorchDispatchMode):
 
     Elementwise functions and those that only move numbers are torch's own. Any other raises `UnsupportedError`, since
     it is not known what its order depends on.
+
+    Modules that are attached compute at once what the mode would see them compute function by function.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._products = Products()
         self._is_on = False
+        self._is_watching = False
+        """Whether functions pass through here; not in calls of attached modules that are known."""
+        self._seen = Seen.TOLD
+        """What the call of an attached module in hand was seen to do so far."""
+        self._calls = KnownCalls()
         self._known: dict[Any, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         kind = self._known.get(func)
         if kind is None:
-            kind = self._known[func] = _kind(func)
-        if (
-            kind == "move"
-            or (kind in _PRODUCTS and any(isinstance(x, torch.Tensor) and x.is_meta for x in args))
-            or (kind == "elementwise" and isinstance(args[0], torch.Tensor) and args[0].is_cuda)
-        ):
+            kind = self._known[func] = kind_of(func)
+        if kind in ("move", "elementwise"):
+            is_alike = kind == "move" or (isinstance(args[0], torch.Tensor) and args[0].is_cuda)
+            passed = func(*args, **given) if is_alike else in_vectors(func, args, given)
+            if self._seen is not Seen.TOLD:
+                self._seen = max(self._seen, seen_in(func, args, given, passed))
+            return passed
+        if self._seen is not Seen.TOLD:
+            self._seen = seen_in(func, args, given, rounds=True) if kind in ROUNDING else Seen.TOLD
+        if kind in PRODUCTS and any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
             return func(*args, **given)
-        if kind == "elementwise":
-            return in_vectors(func, args, given)
         found = getattr(self, f"_{kind}")(func, *args, **given)
         if found is NotImplemented:
             raise UnsupportedError(
@@ -131,24 +67,104 @@ class BatchInvariant(TorchDispatchMode):
 
     def __enter__(self) -> BatchInvariant:
         self._is_on = True
-        entered: BatchInvariant = super().__enter__()  # type: ignore[no-untyped-call]
-        return entered
+        self._watch()
+        return self
 
     def __exit__(self, *raised: object) -> None:
         self._is_on = False
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._look_away()
 
-    def attach(self, module: nn.Linear) -> None:
-        """Let a linear layer compute its product at once: the views around it would be looked at one by one."""
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, attached modules compute as they do in the mode; functions outside of them are not looked at."""
+        self._is_on = True
+        try:
+            yield
+        finally:
+            self._is_on = False
 
-        def forward(numbers: torch.Tensor) -> torch.Tensor:
-            if not self._is_on:
-                return nn.functional.linear(numbers, module.weight, module.bias)
-            with plain_arithmetic():
-                rows = self._products.mm(numbers.flatten(0, -2), module.weight.mT, module.bias)
-                return rows.view(*numbers.shape[:-1], -1)
+    def _watch(self) -> None:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._is_watching = True
+
+    def _look_away(self) -> None:
+        self._is_watching = False
+        super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def attach(self, module: nn.Module) -> None:
+        """Let a module compute at once: linear layers, layer norms, and calls of others that are known.
+
+        What any other module computes is looked at function by function, until it is called in a way in which it was
+        seen to move numbers and change them one by one, aside from modules within it that are attached.
+        """
+        plain = module.forward
+        at_once: Callable[..., Any] = partial(self._call, module, plain)
+        if type(module) is nn.Linear:
+            at_once = partial(self._linear, module)
+        elif type(module) is nn.LayerNorm:
+            at_once = partial(self._norm_rows, module)
+
+        @wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return at_once(*args, **kwargs) if self._is_on else plain(*args, **kwargs)
 
         module.__dict__["forward"] = forward
+
+    def _linear(self, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        if self._is_watching:
+            with plain_arithmetic():
+                return _multiplied(self._products, module, input)
+        return _multiplied(self._products, module, input)
+
+    def _norm_rows(self, module: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
+        with plain_arithmetic():
+            sizes, by = module.normalized_shape, (module.weight, module.bias, module.eps)
+            normed: torch.Tensor = self._layer_norm(torch.native_layer_norm, input, sizes, *by)[0]
+            return normed
+
+    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        case = case_of(module, args, kwargs)
+        seen = self._calls.get(case)
+        if seen is Seen.QUIET:
+            return self._call_unseen(forward, args, kwargs)
+        if case is None or seen is not None:
+            with self.apart():
+                result = forward(*args, **kwargs)
+        else:
+            state = State(module)
+            with self.apart(Seen.QUIET):
+                result = forward(*args, **kwargs)
+                seen = self._seen if state.is_still(module) else Seen.TOLD
+            self._calls.put(case, seen)
+        if seen is not Seen.ROUNDED and seen is not Seen.QUIET:  # what calls this module may know it, too
+            self._seen = Seen.TOLD
+        return result
+
+    def _call_unseen(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._is_watching:
+            return forward(*args, **kwargs)
+        self._look_away()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._watch()
+
+    @contextmanager
+    def apart(self, seen: Seen = Seen.TOLD) -> Iterator[None]:
+        """Inside, functions are looked at, whatever is known of what calls them, of which they are no part.
+
+        For code that is called from within an attached module, and whose result has sizes that follow from others.
+        """
+        was_watching, before = self._is_watching, self._seen
+        self._seen = seen
+        if not was_watching:
+            self._watch()
+        try:
+            yield
+        finally:
+            self._seen = before
+            if not was_watching:
+                self._look_away()
 
     def _mm(self, func: Any, rows: torch.Tensor, matrix: torch.Tensor, **_: Any) -> Any:
         return self._products.mm(rows, matrix)
@@ -219,45 +235,17 @@ class BatchInvariant(TorchDispatchMode):
         return NotImplemented
 
 
+def _multiplied(products: Products, module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    matrix, bias = module.weight.mT, module.bias
+    if rows.ndim == 2:
+        return products.mm(rows, matrix, bias)
+    return products.mm(rows.flatten(0, -2), matrix, bias).view(*rows.shape[:-1], -1)
+
+
 def plain_arithmetic() -> AbstractContextManager[Any]:
     """Inside, torch's functions are its own again, at their own speed: for what only moves numbers or rounds them."""
     disabled: AbstractContextManager[Any] = torch._C._DisableTorchDispatch()
     return disabled
-
-
-_PRODUCTS = frozenset({"mm", "addmm", "bmm"})
-"""Whose arguments are tensors; on `meta` nothing is computed."""
-_ELEMENTWISE = frozenset({"hardswish", "hardswish_", "polar"})
-"""Elementwise functions that torch does not mark as such."""
-_KINDS = {
-    "mm": "mm",
-    "addmm": "addmm",
-    "bmm": "bmm",
-    "sum": "sum",
-    "mean": "mean",
-    "cumsum": "cumsum",
-    "linalg_vector_norm": "norm",
-    "_softmax": "softmax",
-    "_log_softmax": "log_softmax",
-    "native_layer_norm": "layer_norm",
-    "_fused_rms_norm": "rms_norm",
-    "index_add": "index_add",
-    "index_add_": "index_add",
-    "index_put": "index_put",
-    "index_put_": "index_put",
-    "bincount": "bincount",
-}
-
-
-def _kind(func: Any) -> str:
-    namespace, _, name = func._schema.name.partition("::")
-    if namespace != "aten":
-        return "unknown"
-    if name in _KINDS:
-        return _KINDS[name]
-    if func.is_view or (name in _MOVES and "reduce" not in func._overloadname):
-        return "move"
-    return "elementwise" if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE else "unknown"
 
 
 def _dims(terms: torch.Tensor, dim: Any = None) -> tuple[int, ...]:

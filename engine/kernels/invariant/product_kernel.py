@@ -7,6 +7,7 @@ instructions, by how many rows there are.)
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ def multiply(rows: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | No
     result = torch.empty(num_batches, count, columns, dtype=dtype, device=rows.device)
     if not result.numel():
         return result
-    sizes = _sizes(count, rows)
-    grid = (triton.cdiv(count, sizes["tile_rows"]) * triton.cdiv(columns, sizes["tile_columns"]), num_batches)
+    sizes = _sizes(next((tile for tile in _TILES if count <= tile[0]), _LARGE_TILE)[-4:], rows.device, rows.itemsize)
+    grid = (-(-count // sizes["tile_rows"]) * -(-columns // sizes["tile_columns"]), num_batches)
     strides = (*rows.stride(), *matrices.stride(), *result.stride()[:2])
     kernel: Any = _kernel
     kernel[grid](
@@ -113,11 +114,11 @@ def multiply(rows: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | No
     return result
 
 
-def _sizes(count: int, rows: torch.Tensor) -> dict[str, int]:
+@cache
+def _sizes(tile: tuple[int, ...], device: torch.device, number_bytes: int) -> dict[str, int]:
     """Of tiles, so that there are enough of them for all of a card's processors, and that they fit into its memory."""
-    fitting = (tile[1:] for tile in _TILES if count <= tile[0])
-    tile_rows, tile_columns, warps, stages = next(fitting, _LARGE_TILE)
-    stage_bytes = (tile_rows + tile_columns) * _INNER * rows.element_size()
-    most = accelerator.shared_memory(rows.device) // stage_bytes
+    tile_rows, tile_columns, warps, stages = tile
+    stage_bytes = (tile_rows + tile_columns) * _INNER * number_bytes
+    most = accelerator.shared_memory(device) // stage_bytes
     sizes = {"tile_rows": tile_rows, "tile_columns": tile_columns, "group": _GROUP}
     return {**sizes, "num_warps": warps, "num_stages": max(1, min(stages, most))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -10,8 +10,10 @@ import torch
 from engine.kernels.invariant.tiles import Tiles
 from engine.memory import accelerator
 
-_LIBRARY_TILES = tuple(1 << power for power in range(12, 3, -1))
-"""Rows that the library is asked for at a time, where it gives the bits of our own kernel."""
+_POWERS = tuple(1 << power for power in range(12, 3, -1))
+_FINER = tuple(sorted({*_POWERS, *range(2048, 4096, 512), *range(1024, 2048, 256)}, reverse=True))
+"""Rows that the library is asked for at a time, where it gives the bits of our own kernel. Fewer tiles read the matrix
+fewer times; of sizes that are no powers of two it is less often that all have the same bits."""
 _LEAST = 256
 """Rows of which fewer are filled up to the next tile, however large; it is the smallest that is one of several."""
 _MOST_FILLED = 1.15
@@ -68,7 +70,8 @@ class Products:
         self, own: _Kernel, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         places = matrix.data_ptr() % _ALIGNMENT, 0 if bias is None else bias.data_ptr() % _ALIGNMENT
-        case = rows.device, rows.dtype, len(rows), matrix.shape, matrix.stride(), bias is None, places
+        count = rows.shape[0]
+        case = rows.device, rows.dtype, count, matrix.shape, matrix.stride(), bias is None, places
         plan = self._plans.get(case)
         if plan is None:
             plan = self._plan(own, case, rows, matrix, bias)
@@ -77,12 +80,14 @@ class Products:
             else:
                 self._is_same.clear()
         if plan == _OURS:
-            return own(rows[None], matrix[None], bias, rows.dtype)[0]
+            return own(rows.unsqueeze(0), matrix.unsqueeze(0), bias, rows.dtype).squeeze(0)
+        if len(plan) == 1 and plan[0] > count:
+            return _by_library(_widest(rows, plan[0]), matrix, bias).narrow(0, 0, count)
         if rows.data_ptr() % _ALIGNMENT or not rows.is_contiguous():
             rows = rows.clone(memory_format=torch.contiguous_format)
         if len(plan) == 1:
-            return _by_library(_widest(rows, plan[0]), matrix, bias)[: len(rows)]
-        result = rows.new_empty(len(rows), matrix.shape[1])
+            return _by_library(rows, matrix, bias)
+        result = rows.new_empty(count, matrix.shape[1])
         first = 0
         for tile in plan:
             part, place = rows[first : first + tile], result[first : first + tile]
@@ -97,21 +102,28 @@ class Products:
         self, own: _Kernel, case: _Sizes, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[int, ...]:
         """Tiles for the library, one behind the other; `_OURS` where one of them has other bits."""
-        plan: list[int] = []
-        left = len(rows)
         if any(size * rows.element_size() % _ALIGNMENT for size in matrix.shape):
             return _OURS
-        while left > 0:
-            wider = [tile for tile in _LIBRARY_TILES if left <= tile and (tile <= _MOST_FILLED * left or left < _LEAST)]
-            plan.append(wider[-1] if wider else next(tile for tile in _LIBRARY_TILES if tile <= left))
-            left -= plan[-1]
-        for tile in plan:
-            sizes = (*case[:2], tile, *case[3:])
-            if sizes not in self._is_same:
-                self._is_same[sizes] = _has_same_bits(own, rows, matrix, bias, tile)
-            if not self._is_same[sizes]:
-                return _OURS
-        return tuple(plan)
+        for tiles in (_FINER, _POWERS):
+            plan = tuple(_cover(len(rows), tiles))
+            for tile in plan:
+                sizes = (*case[:2], tile, *case[3:])
+                if sizes not in self._is_same:
+                    self._is_same[sizes] = _has_same_bits(own, rows, matrix, bias, tile)
+                if not self._is_same[sizes]:
+                    break
+            else:
+                return plan
+        return _OURS
+
+
+def _cover(count: int, tiles: tuple[int, ...]) -> Iterator[int]:
+    """Tiles, one behind the other, for so many rows; `tiles` from the largest to the smallest."""
+    while count > 0:
+        wider = [tile for tile in tiles if count <= tile and (tile <= _MOST_FILLED * count or count < _LEAST)]
+        tile = wider[-1] if wider else next(tile for tile in tiles if tile <= count)
+        yield tile
+        count -= tile
 
 
 def _has_same_bits(
@@ -144,11 +156,10 @@ def _by_library(
 
 def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
     """`rows` with others behind them, whatever they are, `count` in all."""
-    if len(rows) == count:
+    times, rest = divmod(count, rows.shape[0])
+    if times == 1 and not rest:
         return rows
-    wide = rows.new_empty(count, rows.shape[1])
-    wide[: len(rows)] = rows
-    return wide
+    return torch.cat((rows,) * times + ((rows.narrow(0, 0, rest),) if rest else ()))
 
 
 def _kernel_for(rows: torch.Tensor) -> _Kernel | None:

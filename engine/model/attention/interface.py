@@ -76,9 +76,10 @@ def attention(
         key, value = context.cache.write(context.layer, batch, key, value)
     asked = Attending(batch, query, key, value, context.cache, context.layer, rule, context.is_batch_invariant)
     backend = next(backend for backend in BACKENDS if backend.can(asked))
-    parts = [backend.decode(asked)] if batch.decode_groups else []
-    if batch.prefill_first < len(query):
-        parts.append(backend.prefill(asked))
+    with context.apart():
+        parts = [backend.decode(asked)] if batch.decode_groups else []
+        if batch.prefill_first < len(query):
+            parts.append(backend.prefill(asked))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 

@@ -14,7 +14,7 @@ import models
 import pytest
 import quantized
 import torch
-from parity import JOBS, POLICIES
+from parity import JOBS, OUTER, POLICIES
 from transformers import PreTrainedModel
 
 from engine import Completion, Engine, Job, Sampling
@@ -24,6 +24,8 @@ from engine.logit_rules import LogitRules
 from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.interface import BACKENDS
 from engine.model.causal_model import CausalModel
+from engine.model.stock import StockForward
+from engine.schedule.sequence import Prefix
 from engine.verification.layerwise import Findings
 from engine.verification.scored import Scored
 from engine.weights.placed_unit import PlacedUnit
@@ -90,6 +92,59 @@ def test_families_have_no_difference(
     assert at_fault(found) == []
     assert apart(DECODING, done, found.scored, reference(family)) < TOLERANCE
     assert found.attention == reference(family).config._attn_implementation
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "is_whole"),
+    [
+        ("opt", {}, False),
+        ("llama", {"percent": [34, 33] * 3}, False),
+        ("llama", {"compress-cache": 8, "percent": [0, 100] * 3}, False),
+        ("mistral", {}, False),  # windows smaller than the prefixes
+        ("gemma2", {}, False),
+        ("gpt-oss", {}, False),
+        ("bloom", {}, False),
+        ("mpt", {}, False),
+        ("falcon-alibi", {}, False),
+        ("deepseek-v3", {}, True),  # its cache holds something else than keys and values
+    ],
+)
+def test_stock_layers_compute_a_shared_prefix_once(
+    family: str,
+    policy: dict[str, Any],
+    is_whole: bool,
+    build: Build,
+    reference: Callable[[str], PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """And find what they find where nothing is shared, and every text is computed whole."""
+    rows = [0]
+    call = StockForward.layer
+
+    def counting(self: StockForward, index: int, hidden: torch.Tensor, *others: Any) -> Any:
+        rows[0] += len(hidden) if index == 1 else 0
+        return call(self, index, hidden, *others)
+
+    monkeypatch.setattr(StockForward, "layer", counting)
+    given = {"offload-dir": str(tmp_path), **policy}
+    fed = {}
+    found = {}
+    for shares in (True, False):
+        rows[0] = 0
+        done, found[shares] = compared(build(family), DECODING, **given, **{"share-prefix": shares})
+        assert at_fault(found[shares]) == []
+        assert max(stage.relative for stage in found[shares].stages) < 2e-6
+        fed[shares] = rows[0] // (2 if "compress-cache" in policy else 1)
+    saved = found[False].stages[2].num_rows - found[True].stages[2].num_rows
+    assert saved >= OUTER
+    assert fed[False] - fed[True] == (0 if is_whole else saved)
+    for one, other in zip(found[True].scored, found[False].scored, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
+        assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=TOLERANCE)
+        assert one.greedy == other.greedy
+    plain = found[True].scored if found[True].unencoded is None else found[True].unencoded
+    assert apart(DECODING, done, plain, reference(family)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -166,6 +221,24 @@ def test_scores_that_are_scaled_wrongly(
     assert at_fault(found) == ["layer 1"]  # those behind it get the right input
     stage = found.stages[2]
     assert 0 < stage.num_beyond < stage.num_rows
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "decode"])
+def test_rows_of_one_kind_that_are_wrong(kind: str, family: str, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(asked: Attending) -> Attending:
+        query = asked.query.clone()
+        for segment in asked.batch.segments:
+            is_prefix = isinstance(segment.span, Prefix)
+            if kind == ("decode" if segment.is_decode else "prefix" if is_prefix else "prompt"):
+                query[segment.first : segment.first + segment.num_rows] *= 1.1
+        return replace(asked, query=query)
+
+    for method in ("prefill", "decode"):
+        faulty(monkeypatch, method, spoiled)
+    _, found = compared(build(family), DECODING)
+    assert at_fault(found) == ["layer 1"]
+    assert [each.name for each in found.stages[2].kinds if each.num_beyond] == [kind]
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1.3), ("float16", 1.1)])

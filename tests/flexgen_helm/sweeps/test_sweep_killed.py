@@ -40,8 +40,8 @@ def test_killed_sweeps_lose_no_request(number: int, tiny_llama: Path, helm_data:
 
 SLOW = """
 import sys
-from killed_sweeps import watch_deliveries
-watch_deliveries()
+from engine.workers import process
+process.PROGRAM = "slow_worker"
 from flexgen_helm.run import main
 sys.exit(main(sys.argv[1:]))
 """
