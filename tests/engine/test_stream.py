@@ -396,7 +396,7 @@ def test_a_fault_of_the_engine_reaches_every_caller(engine: Engine, monkeypatch:
         engine.run(long_jobs(1))
 
 
-@pytest.mark.parametrize("where", ["advance.add_token", "worker.completion_of"])
+@pytest.mark.parametrize("where", ["advance.add_token", "sweep_loop.completion_of"])
 def test_a_fault_beside_the_tokenizer_is_not_laid_at_its_door(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
