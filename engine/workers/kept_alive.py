@@ -57,8 +57,8 @@ class KeptAlive:
         `observe` is called after each sweep, in a thread of this object, before completions are delivered. Raises what
         opening raises.
         """
-        self.num_restarts = 0
-        """Processes that have died and were replaced."""
+        self.deaths: list[str] = []
+        """How processes have ended that were replaced."""
         self._opening = opening
         self._observe = observe
         self._changed = threading.Condition()
@@ -247,7 +247,7 @@ class KeptAlive:
         _log.warning(
             "the engine's process ended (%s); it is started again, and what it had not answered is asked again", reason
         )
-        self.num_restarts += 1
+        self.deaths.append(reason)
         failed = self._ledger.died(is_job_at_fault=not self._num_starts)  # else weights were still being read
         error = EngineError(
             f"computing this request ended the engine's process each time, at last alone ({reason}); the others are "

@@ -66,9 +66,9 @@ class RemoteEngine:
         return self.opened.window
 
     @property
-    def num_restarts(self) -> int:
-        """Processes that have died and were replaced."""
-        return self._place.num_restarts
+    def deaths(self) -> Sequence[str]:
+        """How processes have ended that were replaced."""
+        return tuple(self._place.deaths)
 
     def run(self, jobs: Iterable[Job]) -> list[Completion]:
         """As `Engine.run`."""

@@ -113,6 +113,10 @@ class Tally:
         found = getattr(self._engine, "plan", None)
         return {} if found is None else _plain(asdict(found))
 
+    def deaths(self) -> tuple[str, ...]:
+        """How processes of the engine have ended that were replaced."""
+        return tuple(getattr(self._engine, "deaths", ()))
+
     def limit_s(self) -> float | None:
         """The least seconds that the sweeps so far take on this machine; None where its rates were not measured."""
         if self._engine is None or not hasattr(self._engine, "plan"):

@@ -121,7 +121,7 @@ def test_a_dropped_call_leaves_room_for_others(remote: RemoteEngine) -> None:
 
 def test_a_killed_process_is_replaced(remote: RemoteEngine, here: Engine, caplog: pytest.LogCaptureFixture) -> None:
     asked = [Job(prompt=[SLOW, number], max_new_tokens=6) for number in range(20)]
-    before, num_sweeps = remote.num_restarts, remote.num_sweeps
+    before, num_sweeps = len(remote.deaths), remote.num_sweeps
     done: list[Any] = []
     thread = threading.Thread(target=lambda: done.extend(remote.run(asked)))
     with caplog.at_level(logging.WARNING):
@@ -131,7 +131,7 @@ def test_a_killed_process_is_replaced(remote: RemoteEngine, here: Engine, caplog
         os.kill(pid_of(remote), signal.SIGKILL)
         thread.join()
     assert done == here.run(asked)
-    assert remote.num_restarts == before + 1
+    assert len(remote.deaths) == before + 1
     assert "killed by signal 9" in caplog.text
 
 
@@ -147,14 +147,14 @@ def test_a_job_that_ends_its_process_fails_alone(model: str, fault: int, reason:
         assert "ended the engine's process each time, at last alone" in str(found[5].error)
         assert reason in str(found[5].error)
         assert engine.run([Job(prompt=[6], max_new_tokens=1)])[0].error is None
-        assert engine.num_restarts <= 4  # two before it is suspected, at most one with its neighbour, one alone
+        assert len(engine.deaths) <= 4  # two before it is suspected, at most one with its neighbour, one alone
 
 
 def test_too_little_memory_ends_no_process(remote: RemoteEngine, here: Engine) -> None:
     asked = [Job(prompt=[RUNS_OUT, number], max_new_tokens=2) for number in range(8)]
-    before = remote.num_restarts
+    before = len(remote.deaths)
     assert remote.run(asked) == here.run(asked)
-    assert remote.num_restarts == before
+    assert len(remote.deaths) == before
 
 
 def test_what_opening_refuses_is_raised_as_it_is(tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_no_process_outlives_its_parent(model: str) -> None:
 
 
 def test_signals_of_the_group_are_the_parents_business(remote: RemoteEngine) -> None:
-    before = remote.num_restarts
+    before = len(remote.deaths)
     remote.run([Job(prompt=[6], max_new_tokens=1)])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(pid_of(remote), number)
     assert remote.run([Job(prompt=[6], max_new_tokens=1)])[0].error is None
-    assert remote.num_restarts == before
+    assert len(remote.deaths) == before
