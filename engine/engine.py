@@ -20,9 +20,9 @@ from engine.pending import AsyncPending, Finished, Pending
 from engine.policy import Policy
 from engine.schedule.sequence import Sequence as Scheduled
 from engine.schedule.timing import SweepTiming
+from engine.sweep_loop import SweepLoop
 from engine.verification.layerwise import Driven, Findings, LayerwiseComparison
 from engine.verification.text import Text
-from engine.worker import Worker
 
 
 class Engine:
@@ -42,7 +42,7 @@ class Engine:
         """Most positions of a sequence; None when the model sets no limit."""
         self.observer: Callable[[SweepTiming], None] | None = None
         """Called in the engine's thread after each sweep, before its completions are delivered; must be quick."""
-        self._worker = Worker(parts, self._observe)
+        self._loop = SweepLoop(parts, self._observe)
 
     @classmethod
     def from_pretrained(
@@ -84,11 +84,14 @@ class Engine:
         """
         return _each(self.sweeps(jobs))  # jobs are submitted when this is called, not when the first is asked for
 
-    def sweeps(self, jobs: Iterable[Job]) -> Pending:
-        """`stream`, but yield all completions of a sweep at once, as soon as it ends (for one transaction a sweep)."""
+    def sweeps(self, jobs: Iterable[Job], entered: Callable[[list[int]], None] | None = None) -> Pending:
+        """`stream`, but yield all completions of a sweep at once, as soon as it ends (for one transaction a sweep).
+
+        `entered` is called in the engine's thread with the positions of jobs whose first sweep is about to begin.
+        """
         sequences, bad = self._checked(jobs)
-        pending = Pending(sequences, bad, self._worker.abandon)
-        self._worker.submit(pending.call)
+        pending = Pending(sequences, bad, self._loop.abandon, entered)
+        self._loop.submit(pending.call)
         return pending
 
     async def astream(self, jobs: Iterable[Job]) -> AsyncIterator[tuple[int, Completion]]:
@@ -100,13 +103,13 @@ class Engine:
         sequences, bad = self._checked(jobs)
         pending = AsyncPending(sequences)
         try:
-            self._worker.submit(pending.call)
+            self._loop.submit(pending.call)
             for index, completion in bad:
                 yield index, completion
             async for index, completion in pending.completions():
                 yield index, completion
         finally:
-            self._worker.abandon(pending.call)
+            self._loop.abandon(pending.call)
 
     @overload
     def generate(
@@ -202,7 +205,7 @@ class Engine:
             if completion.error is not None:
                 raise JobError(f"a job that failed has nothing to compare: {completion.error}")
             texts.append(Text.of(job, completion))
-        with self._worker.lend() as parts:
+        with self._loop.lend() as parts:
             try:
                 return LayerwiseComparison(
                     Driven(
@@ -247,7 +250,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop serving and free page-locked memory and offload files; waiting calls fail."""
-        if self._worker.close():
+        if self._loop.close():
             self.parts.close()
 
     def __enter__(self) -> Engine:

@@ -1,4 +1,4 @@
-"""Jobs of one call that have not ended, and the way their completions take from the engine's thread to the caller."""
+"""Jobs of one call that have not ended, and the way their completions take from who serves to the caller."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from engine.job import Completion
-from engine.schedule.sequence import Sequence
 
 Finished = list[tuple[int, Completion]]
 """What one sweep finished of a call: positions of jobs and their completions."""
@@ -20,12 +20,14 @@ Result = Finished | BaseException
 
 @dataclass(eq=False)
 class Call:
-    """What the worker knows of a call."""
+    """What those who serve know of a call."""
 
-    sequences: dict[int, Sequence]
-    """What has not ended, by its position among the jobs; the worker removes what it delivers."""
+    left: dict[int, Any]
+    """What has not ended, by its position among the jobs; whoever serves removes what is delivered."""
     put: Callable[[Result], None]
-    """Takes the next result, in the worker's thread; neither waits nor fails."""
+    """Takes the next result, in the thread that serves; neither waits nor fails."""
+    entered: Callable[[list[int]], None] | None = None
+    """Told the positions of jobs whose first sweep is about to begin, likewise."""
 
 
 class Pending(Iterator[Finished]):
@@ -34,11 +36,17 @@ class Pending(Iterator[Finished]):
     Any thread may close it: one that waits for the next result then gets no more.
     """
 
-    def __init__(self, sequences: dict[int, Sequence], bad: Finished, abandon: Callable[[Call], None]) -> None:
-        """`bad`: completions of jobs that cannot run, which come first; `abandon` tells the worker to drop the rest."""
+    def __init__(
+        self,
+        left: dict[int, Any],
+        bad: Finished,
+        abandon: Callable[[Call], None],
+        entered: Callable[[list[int]], None] | None = None,
+    ) -> None:
+        """`bad`: completions of jobs that cannot run, which come first; `abandon` drops what has not ended."""
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        self.call = Call(sequences, self._results.put)
-        self._left = len(sequences)
+        self.call = Call(left, self._results.put, entered)
+        self._left = len(left)
         self._bad = bad
         self._abandon = abandon
         self._is_closed = False
@@ -75,11 +83,11 @@ class Pending(Iterator[Finished]):
 class AsyncPending:
     """The same for a coroutine, completion by completion; to be made in a running asyncio loop."""
 
-    def __init__(self, sequences: dict[int, Sequence]) -> None:
+    def __init__(self, left: dict[int, Any]) -> None:
         self._loop = asyncio.get_running_loop()
         self._results: asyncio.Queue[Result] = asyncio.Queue()
-        self.call = Call(sequences, self._put)
-        self._left = len(sequences)
+        self.call = Call(left, self._put)
+        self._left = len(left)
 
     def _put(self, item: Result) -> None:
         with suppress(RuntimeError):  # a loop that was closed awaits nothing any more

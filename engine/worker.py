@@ -1,243 +1,241 @@
-"""The engine's thread: takes jobs in, runs one sweep after the other, and delivers what each has finished."""
+"""The program of a worker process: an engine that is told what to do, and tells what becomes of it."""
 
 from __future__ import annotations
 
-import math
+import logging
+import os
+import queue
+import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+import traceback
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
 
-from engine.advance import advance
-from engine.errors import EngineError, NumericsError
-from engine.executor import Answer
-from engine.job import Completion
-from engine.memory import accelerator
-from engine.opening import Parts, explained
-from engine.pending import Call, Finished
-from engine.schedule.segment import Segment
-from engine.schedule.sequence import Sequence
-from engine.schedule.timing import SweepTiming, count_rows
-from engine.text.completion import completion_of
+import numpy as np
+
+from engine.errors import EngineError, one_line
+from engine.pending import Pending
+from engine.planning.hardware import Memory, available_memory, resolve_device
+from engine.workers.messages import (
+    Ask,
+    Close,
+    Compare,
+    Compared,
+    Digested,
+    Done,
+    Drop,
+    Entered,
+    Fault,
+    Loaded,
+    Look,
+    Note,
+    Open,
+    Opened,
+    Seen,
+    Stage,
+    Swept,
+    Tells,
+    Told,
+)
+from engine.workers.packing import PackedCompletions
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+_LOOK_S = 0.5
+"""How often a process looks whether its parent is still there: a line that others have inherited does not end."""
 
 
-class Worker:
-    """Serves calls of any thread together: jobs that arrive while a sweep runs join the next one."""
+def main(line: int) -> None:
+    """Serve the process at the other end of the file descriptor `line` until it closes it, or ends."""
+    parent = os.getppid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent says what follows
+    threading.Thread(target=_end_with, args=(parent,), name="flexgen-parent", daemon=True).start()
+    Serving(Connection(line)).run()
 
-    def __init__(self, parts: Parts, observe: Callable[[SweepTiming], None]) -> None:
-        """`observe` is called in the engine's thread after each sweep, before its completions are delivered."""
-        self._parts = parts
-        self._observe = observe
-        self._owner: dict[int, tuple[Call, int]] = {}
-        """By the identity of a sequence in work: its call and its position there."""
-        self._inbox: list[tuple[Call, dict[int, Sequence]]] = []
-        self._abandoned: list[Call] = []
-        self._changed = threading.Condition()
-        self._closing = False
-        self._is_waiting = False
-        """Whether the engine's thread waits for work."""
-        self._is_lent = False
-        """Whether somebody else works with the parts, in another thread."""
-        self._loaded = math.inf
-        """When all weights were in place, by `time.perf_counter`."""
-        self._fault: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
-        self._loader = threading.Thread(target=self._load, name="flexgen-load", daemon=True)
-        self._loader.start()
-        self._thread.start()
 
-    def submit(self, call: Call) -> None:
-        """Take in a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
-        with self._changed:
-            self._check_serving()
-            if call.sequences:
-                self._inbox.append((call, dict(call.sequences)))
-                self._changed.notify_all()
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
-    def abandon(self, call: Call) -> None:
-        """Drop what of `call` has not ended."""
-        if not call.sequences:
-            return
-        with self._changed:
-            if self._fault is None and not self._closing:  # else nobody looks at it any more
-                self._abandoned.append(call)
-                self._changed.notify_all()
 
-    @contextmanager
-    def lend(self) -> Iterator[Parts]:
-        """Inside, the caller's thread works with the parts; jobs wait until it has done so, and `close` does.
+class Serving:
+    """An engine at one end of a line."""
 
-        Waits until the jobs in work have ended. Raises the fault that ended the engine, or `EngineError` when it is
-        closed.
-        """
-        with self._changed:
-            while not (self._is_waiting and not self._is_lent):
-                self._check_serving()
-                self._changed.wait()
-            self._check_serving()
-            self._is_lent = True
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+        self._inbox: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Tells | threading.Event | None] = queue.SimpleQueue()
+        """What is to be told; an event is set when all before it has left, and None ends it."""
+        self._calls: dict[int, list[Pending]] = {}
+        self._passing: list[threading.Thread] = []
+        """Those that pass on what calls are answered."""
+        self._is_open = False
+        self._is_ending = False
+
+    def run(self) -> None:
+        """Open what is asked for and serve it; returns when everything has been told."""
+        sender = threading.Thread(target=self._send, name="flexgen-tell", daemon=True)
+        sender.start()
+        threading.Thread(target=self._receive, name="flexgen-hear", daemon=True).start()
         try:
-            accelerator.make_current(self._parts.arena.device)
-            yield self._parts
-        finally:
-            with self._changed:
-                self._is_lent = False
-                self._changed.notify_all()
-
-    def _check_serving(self) -> None:
-        if self._fault is not None:
-            raise self._fault.with_traceback(None)  # else it would grow, and keep frames, with every call
-        if self._closing:
-            raise EngineError("the engine is closed")
-
-    @property
-    def num_jobs(self) -> int:
-        """Jobs in work."""
-        return len(self._owner)
-
-    def close(self) -> bool:
-        """Stop serving; waiting calls fail. Returns when the threads have ended; False if it was closed before."""
-        if threading.current_thread() is self._thread:
-            raise EngineError(
-                "the observer closes the engine, which waits for the observer; close it in another thread"
-            )
-        with self._changed:
-            if self._closing:
-                return False
-            self._closing = True
-            self._changed.notify_all()
-        self._parts.weights.give_up(EngineError("the engine was closed before all weights were in place"))
-        self._loader.join()
-        self._thread.join()
-        return True
-
-    def _load(self) -> None:
-        loading = self._parts.loading
-        try:
-            accelerator.make_current(self._parts.arena.device)
-            for _ in loading:
-                if self._closing:
-                    return
-            self._loaded = time.perf_counter()
+            self._serve()
         except BaseException as error:
-            weights, fault = self._parts.weights, explained(error, self._parts.policy)
-            weights.give_up(fault)
-            if weights.digest is not None:  # `loading`, which ends it otherwise, may not have begun
-                weights.digest.give_up(fault)
-        finally:
-            if isinstance(loading, Generator):  # it may be writing down encoded weights, out of memory that goes soon
-                loading.close()
+            self._fail(error)
+        for thread in self._passing:
+            thread.join()
+        self._outbox.put(None)
+        sender.join()
+        os._exit(0)  # everything is given back, and nothing of what an interpreter tidies up matters here
 
     def _serve(self) -> None:
-        try:
-            accelerator.make_current(self._parts.arena.device)
-            while self._receive():
-                self._step()
-        except BaseException as error:
-            self._fault = explained(error, self._parts.policy)
-        finally:
-            with self._changed:
-                self._changed.notify_all()  # who waits to borrow the parts
-                calls = {id(call): call for call, _ in [*self._owner.values(), *self._inbox]}
-                self._inbox.clear()
-            for call in calls.values():
-                call.put(self._fault or EngineError("the engine was closed while this job was waiting"))
+        from engine.engine import Engine  # takes seconds: here, before anybody has asked for anything
 
-    def _receive(self) -> bool:
-        """Take in what arrived; wait when there is nothing to do. False when the engine closes."""
-        scheduler = self._parts.scheduler
-        with self._changed:
-            while self._is_lent or (scheduler.is_idle and not self._inbox and not self._closing):
-                self._is_waiting = True
-                self._changed.notify_all()
-                self._changed.wait()
-            self._is_waiting = False
-            if self._closing:
-                return False
-            inbox, self._inbox = self._inbox, []
-            abandoned, self._abandoned = self._abandoned, []
-        for call, sequences in inbox:  # all of them before anything can fail: a fault is told to the owners
-            self._owner.update({id(sequence): (call, index) for index, sequence in sequences.items()})
-        for _, sequences in inbox:
-            scheduler.add(sequences.values())
-        for call in abandoned:
-            left = [sequence for sequence in call.sequences.values() if id(sequence) in self._owner]
-            for sequence in left:
-                del self._owner[id(sequence)]
-            if left:
-                scheduler.drop(left)
-        return True
-
-    def _step(self) -> None:
-        """Run one sweep: schedule, compute, advance, deliver."""
-        scheduler, text = self._parts.scheduler, self._parts.text
-        begun = time.perf_counter()
-        batches = scheduler.next_sweep()
-        self._deliver([(sequence, completion_of(sequence, text)) for sequence in scheduler.take_failed()])
-        if not batches:
+        while isinstance(first := self._inbox.get(), Look):
+            self._outbox.put(Seen(memory=_memory(first)))
+        if not isinstance(first, Open):
             return
-        num_sequences = len(scheduler.running)
-        scheduled = time.perf_counter()
-        batches, answers = self._sweep(batches)
-        self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
-        swept = time.perf_counter()
-        advance(batches, answers, text)
-        done, suspects = [], []
-        for sequence in scheduler.running:
-            if not sequence.is_finite_with_prefixes and not sequence.is_alone:
-                suspects.append(sequence)
-                continue
-            if not sequence.is_finite_with_prefixes:
-                sequence.error = self._not_finite()
-            if sequence.is_done:
-                done.append((sequence, completion_of(sequence, text)))
-        done += [(sequence, completion_of(sequence, text)) for sequence in scheduler.take_failed()]
-        scheduler.finish(sequence for sequence, _ in done)
-        scheduler.isolate(suspects)
-        prefill_rows, decode_rows = count_rows(batches)
-        self._observe(
-            SweepTiming(
-                begun=begun,
-                host_s=scheduled - begun + time.perf_counter() - swept,
-                load_s=max(0.0, min(swept, self._loaded) - scheduled),
-                sweep_s=swept - scheduled,
-                prefill_rows=prefill_rows,
-                decode_rows=decode_rows,
-                num_sequences=num_sequences,
+        with self._telling_notes(), Engine.from_pretrained(first.model, first.policy, window=first.window) as engine:
+            self._is_open = True
+            engine.observer = lambda timing: self._outbox.put(Swept(timing=timing))
+            parts = engine.parts
+            self._outbox.put(
+                Opened(
+                    path=str(parts.path),
+                    dtype=str(parts.model.dtype).removeprefix("torch."),
+                    plan=engine.plan,
+                    window=engine.window,
+                    vocab_size=parts.model.vocab_size,
+                    placed=parts.weights.placed_bytes(),
+                )
             )
-        )
-        self._deliver(done)  # last: whoever sees the result finds the room free
+            threading.Thread(target=self._follow_loading, args=(engine,), name="flexgen-loaded", daemon=True).start()
+            while not isinstance(told := self._inbox.get(), Close):
+                self._do(engine, told)
+            self._is_ending = True
 
-    def _sweep(self, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
-        """What was computed of a sweep, and its answers.
+    def _do(self, engine: Engine, told: Told) -> None:
+        if isinstance(told, Ask):
+            jobs = told.jobs.unpack()
+            numbers = [number for number, _ in jobs]
 
-        A sweep changes no span, so one for which the device has too little memory is computed again, in smaller parts.
-        """
-        executor, scheduler, device = self._parts.executor, self._parts.scheduler, self._parts.arena.device
-        while batches:
+            def entered(indices: list[int]) -> None:
+                self._tell(Entered(numbers=np.array([numbers[index] for index in indices])))
+
             try:
-                return batches, executor.sweep(batches)
-            except Exception as error:
-                if not accelerator.is_out_of_memory(error):
-                    raise
-                reason = str(explained(error, self._parts.policy))
-            executor.recover()
-            accelerator.release_memory(device)
-            batches = scheduler.cut_smaller(batches, reason)
-            executor.limits = scheduler.limits
-        return [], []
+                pending = engine.sweeps((job for _, job in jobs), entered)
+            except BaseException as error:  # of which the engine has ended meanwhile
+                self._fail(error)
+                return
+            self._calls.setdefault(told.call, []).append(pending)
+            passing = threading.Thread(target=self._pass_on, args=(pending, numbers), name="flexgen-call", daemon=True)
+            passing.start()
+            self._passing = [thread for thread in (*self._passing, passing) if thread.is_alive()]
+        elif isinstance(told, Drop):
+            for pending in self._calls.pop(told.call, ()):
+                pending.close()
+        elif isinstance(told, Compare):
+            threading.Thread(target=self._compare, args=(engine, told), name="flexgen-compare", daemon=True).start()
 
-    def _not_finite(self) -> NumericsError:
-        return NumericsError(
-            f"the model's logits for this prompt are not finite in {self._parts.model.dtype}; "
-            "take a dtype with a wider range (bfloat16, float32), or check the weights"
-        )
+    def _tell(self, message: Tells) -> None:
+        """Say something, and wait until it has left: what follows may end this process at once."""
+        left = threading.Event()
+        self._outbox.put(message)
+        self._outbox.put(left)
+        left.wait()
 
-    def _deliver(self, done: Iterable[tuple[Sequence, Completion]]) -> None:
-        finished: dict[int, tuple[Call, Finished]] = {}
-        for sequence, completion in done:
-            call, index = self._owner.pop(id(sequence))
-            call.sequences.pop(index)
-            finished.setdefault(id(call), (call, []))[1].append((index, completion))
-        for call, results in finished.values():
-            call.put(results)
+    def _pass_on(self, pending: Pending, numbers: list[int]) -> None:
+        try:
+            for finished in pending:
+                done = PackedCompletions.of([(numbers[index], completion) for index, completion in finished])
+                self._outbox.put(Done(completions=done))
+        except BaseException as error:
+            if not self._is_ending:  # else it says that it was closed
+                self._fail(error)
+
+    def _compare(self, engine: Engine, told: Compare) -> None:
+        try:
+            outcome: Any = engine.compare_with_stock(
+                told.jobs, told.completions, lambda done, total: self._outbox.put(Stage(done=done, total=total))
+            )
+        except BaseException as error:
+            outcome = _carried(error)
+        self._outbox.put(Compared(outcome=outcome))
+
+    def _follow_loading(self, engine: Engine) -> None:
+        """Tell when weights and digest are there, or that they cannot be; who asks for an answer is told of it, too."""
+        try:
+            engine.wait_until_loaded()
+            self._outbox.put(Loaded())
+            self._outbox.put(Digested(digest=engine.weights_digest()))
+        except EngineError as error:
+            self._outbox.put(Digested(digest=None, error=error))
+
+    def _fail(self, error: BaseException) -> None:
+        self._outbox.put(Fault(error=_carried(error)))
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                told = self._line.recv()
+                if isinstance(told, Close) and not self._is_open:
+                    os._exit(0)  # nothing of what is being opened is needed any more
+                self._inbox.put(told)
+        except (EOFError, OSError):
+            os._exit(1)  # nobody hears what would be answered
+
+    def _send(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                if isinstance(message, threading.Event):
+                    message.set()
+                else:
+                    self._line.send(message)
+        except OSError:
+            os._exit(1)
+
+    @contextmanager
+    def _telling_notes(self) -> Iterator[None]:
+        """Inside, warnings and what is logged go to the other end of the line."""
+
+        def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+            self._outbox.put(Note(logger=None, level=logging.WARNING, text=one_line(Exception(str(message)))))
+
+        warnings.showwarning = warn
+        handler = _Telling(self._outbox)
+        logger = logging.getLogger("engine")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        yield
+
+
+class _Telling(logging.Handler):
+    def __init__(self, outbox: queue.SimpleQueue[Tells | threading.Event | None]) -> None:
+        super().__init__()
+        self._outbox = outbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._outbox.put(Note(logger=record.name, level=record.levelno, text=record.getMessage()))
+
+
+def _memory(look: Look) -> Memory | EngineError:
+    policy = look.policy
+    try:
+        device = resolve_device(policy.device)
+        return available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+    except EngineError as error:
+        return error
+
+
+def _carried(error: BaseException) -> BaseException:
+    """An error that another process can read: one of ours as it is, else its line, with the traceback as a note."""
+    carried = error if isinstance(error, EngineError) else EngineError(f"the engine failed: {one_line(error)}")
+    if type(carried) is EngineError:
+        carried.add_note("".join(traceback.format_exception(error)))
+    return carried.with_traceback(None)

@@ -21,6 +21,7 @@ from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.terminal.progress import Progress
+from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
     from engine.text.prompt import PromptTokenizer
@@ -81,6 +82,7 @@ def complete(arguments: Sequence[str]) -> int:
     spec = policy_from_flags(args)
     policy = Policy.load("auto" if spec is None else spec)
     found = _read(args)
+    engine_processes.prepare()
     if problem := model_problem():
         raise InstallationError(problem)
     from engine.checkpoint.description import describe
@@ -260,14 +262,12 @@ def _ask(
 
     `begin` is called before the first answer is written, with the digest of the weights, and returns the keys.
     """
-    from engine.engine import Engine
-
     places, failures, tokens = list(left), list[str](), 0
     progress = Progress()
     progress.begin("prompts" if args.input in (None, "-") else Path(args.input).name)
     progress(0, len(places), 0)
     try:
-        with Engine.from_pretrained(args.model, policy) as engine:
+        with engine_processes.load(args.model, policy) as engine:
             keys: dict[Place, str] = {}
             for number, (at, completion) in enumerate(engine.stream(job for _, job in left.values()), 1):
                 keys = keys or begin(engine.weights_digest())  # all weights are read by the end of the first sweep

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from flexgen_helm.runs.flags import add_stop_flag, names_entries, parse_run_flags, run_parser
 from flexgen_helm.terminal.deadline import Deadline
+from flexgen_helm.workers.engine_processes import engine_processes
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -13,6 +14,8 @@ def run(arguments: Sequence[str]) -> int:
     parser = run_parser()
     add_stop_flag(parser)
     args = parse_run_flags(arguments, parser)
+    if not args.dry_run:
+        engine_processes.prepare()
     from flexgen_helm.runs import demo
     from flexgen_helm.runs.command_line_runner import CommandLineRunner
     from flexgen_helm.runs.launch import carry_out

@@ -14,6 +14,7 @@ from flexgen_helm.runs.names import check_one_file_system, check_suite_name
 from flexgen_helm.terminal.deadline import Deadline
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
+from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
     from helm.benchmark.executor import ExecutionSpec
@@ -58,6 +59,7 @@ def sweep(arguments: Sequence[str]) -> int:
     """
     args = parse_sweep_flags(arguments)
     policy = policy_from_flags(args)
+    engine_processes.prepare()
     from flexgen_helm.runs.launch import prepare, set_up_logging, take_back, watch_folders
     from flexgen_helm.sweeps.lock import FILE_NAME, SuiteLock
     from flexgen_helm.sweeps.log import JsonLog

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from flexgen_helm.runs.flags import names_entries, parse_run_flags, run_parser
+from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
     from flexgen_helm.fidelity.verdict import Fidelity
@@ -37,6 +38,7 @@ def verify(arguments: Sequence[str]) -> int:
     Drift is a finding, not a failure: it is said, and the exit code is 0.
     """
     args = parse_verify_flags(arguments)
+    engine_processes.prepare()
     from flexgen_helm.fidelity.runner import VerifyingRunner
     from flexgen_helm.fidelity.verdict import table, told_layers, verdict
     from flexgen_helm.runs.launch import carry_out

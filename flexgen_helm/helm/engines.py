@@ -1,4 +1,4 @@
-"""The engines of this process: one per model directory and policy, loaded when first needed, closed at exit."""
+"""The engines of this program: one per model directory and policy, loaded when first needed, closed at exit."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
+from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
     from engine.verification.layerwise import Findings
@@ -57,14 +58,6 @@ class RunningEngine(Protocol):
 
 Load = Callable[[str, Policy, int | None], RunningEngine]
 """Makes a running engine of a model directory, a policy, and a window in place of the model's own."""
-
-
-def load_engine(path: str, policy: Policy, window: int | None = None) -> RunningEngine:
-    """Load weights; takes as long as reading them does."""
-    from engine import Engine
-
-    engine: RunningEngine = Engine.from_pretrained(path, policy=policy, window=window)
-    return engine
 
 
 class Served:
@@ -196,7 +189,7 @@ class Served:
         path = self.description.path
         try:
             with htrack_block(f"Loading {path}"):
-                chosen = choose(path, self.description.dtype, self.policy, jobs)
+                chosen = choose(path, self.description.dtype, self.policy, jobs, engine_processes.memory)
                 if chosen.note:
                     hlog(chosen.note)
                 self._estimate = chosen.estimate
@@ -242,7 +235,7 @@ class EngineRegistry:
     Before it loads an engine it closes those that are idle: each was given the memory that it found free.
     """
 
-    def __init__(self, load: Load = load_engine) -> None:
+    def __init__(self, load: Load = engine_processes.load) -> None:
         self.load = load
         self.loading = threading.Lock()
         """Held while an engine loads; a second one would measure memory that the first is about to take."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError, EngineError
 from engine.job import Job
-from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
+from engine.planning.hardware import Memory, available_memory, resolve_device, resolve_dtype
 from engine.planning.hardware_profile import HardwareProfile
 from engine.policy import Policy
 from engine.schedule.prefix import share_prefixes
@@ -31,7 +31,15 @@ class Chosen:
     """A line on how it came about; empty where there was nothing to choose."""
 
 
-def choose(path: str, dtype: str, policy: Policy, jobs: Sequence[Job]) -> Chosen:
+def memory_for(policy: Policy) -> Memory:
+    """What memory a run under `policy` may use, as this process finds it."""
+    device = resolve_device(policy.device)
+    return available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+
+
+def choose(
+    path: str, dtype: str, policy: Policy, jobs: Sequence[Job], memory: Callable[[Policy], Memory] = memory_for
+) -> Chosen:
     """`policy` with the places of weights chosen for `jobs` of the model in directory `path`.
 
     As it is where it says them itself, on a machine whose device is the host, and where nothing is known of it.
@@ -53,10 +61,10 @@ def choose(path: str, dtype: str, policy: Policy, jobs: Sequence[Job]) -> Chosen
 
     from engine.model.causal_model import CausalModel
 
-    memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
     try:
+        found = memory(policy)
         model = CausalModel(Path(path), getattr(torch, resolve_dtype(policy.dtype, dtype, device)), torch.device("cpu"))
-        best = best_of(search(model, profile, memory, load, policy, compress=False))
+        best = best_of(search(model, profile, found, load, policy, compress=False))
     except EngineError:  # the engine will say it, with its own numbers
         return Chosen(policy, None, "")
     weights = best.plan.weights

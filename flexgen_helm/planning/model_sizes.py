@@ -21,6 +21,7 @@ from flexgen_helm.planning.sizes import Sizes
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.model.causal_model import CausalModel
+    from engine.workers.remote_engine import RemoteEngine
 
 _BITS: tuple[Bits, ...] = (None, 8, 4)
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -179,13 +180,21 @@ def _unpacked(mapping: Mapping[str, Any]) -> Coded:
     return Coded(**{**mapping, "stored": stored, "shape": shape})
 
 
-def sizes_of(engine: Engine) -> Sizes:
-    """Sizes of an open engine's model as it is placed."""
-    return sizes_of_model(engine.parts.model, engine.parts.weights.placed_bytes(), engine.policy)
+def sizes_of(engine: Engine | RemoteEngine) -> Sizes:
+    """Sizes of an open engine's model as it is placed; for one in another process the model is built here, too."""
+    from engine.workers.remote_engine import RemoteEngine
+
+    if not isinstance(engine, RemoteEngine):
+        return sizes_of_model(engine.parts.model, engine.parts.weights.placed_bytes(), engine.policy)
+    import torch
+
+    from engine.model.causal_model import CausalModel
+
+    opened = engine.opened
+    model = CausalModel(Path(opened.path), getattr(torch, opened.dtype), torch.device("cpu"))
+    return sizes_of_model(model, opened.placed, engine.policy)
 
 
 def sizes_of_model(model: CausalModel | ModelSizes, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
     """Sizes of a model whose units lie as `placed` says (bytes by tier), under `policy`'s compression."""
-    from flexgen_helm.planning.model_sizes import ModelSizes
-
     return ModelSizes.of(model).placed(placed, policy)

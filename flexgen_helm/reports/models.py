@@ -38,6 +38,9 @@ def _card(row: ModelRow) -> Markup:
         tag("h3", record.deployment),
         tag("p", row.compression, class_="soft small") if row.compression else None,
         tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_="pairs"),
+        tag("p", f"The engine's process ended and was replaced: {'; '.join(record.deaths)}", class_="small")
+        if record.deaths
+        else None,
         _limit(row),
         _time_split(row),
         _timeline(row),

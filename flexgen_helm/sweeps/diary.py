@@ -156,6 +156,9 @@ class SweepDiary:
     def end(self, model: ModelSweep) -> None:
         """All of a model's runs have ended."""
         self.models.append(_model_record(model))
+        if deaths := model.tally.deaths():
+            times = "once" if len(deaths) == 1 else f"{len(deaths)} times, at last"
+            self.notes.append(f"{model.deployment}: the engine's process ended {times} ({deaths[-1]}) and was replaced")
         self._current = None
         self._progress.standing.active = {}
         self._progress.standing.doing = f"{model.deployment} done"
@@ -234,6 +237,7 @@ def _model_record(model: ModelSweep) -> ModelRecord:
         chat_template=model.client.applies_chat_template,
         identity=model.client.known_identity or {},
         seeds=SEEDS,
+        deaths=tally.deaths(),
     )
 
 

@@ -82,6 +82,8 @@ class ModelRecord:
     """What of model and policy can change a result: digests of the checkpoint, number format, compression."""
     seeds: str = field(default="", metadata=SINCE)
     """How the seeds of sampled completions follow from what is asked."""
+    deaths: tuple[str, ...] = field(default=(), metadata=SINCE)
+    """How processes of its engine have ended that were replaced; what they had not answered was asked again."""
 
 
 @dataclass(frozen=True, kw_only=True)

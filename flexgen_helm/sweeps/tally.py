@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from flexgen_helm.sweeps.record import MOST_POINTS, TimelinePoint, TimeSplit, th
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.planning.planner import Plan
+    from engine.workers.remote_engine import RemoteEngine
 
 
 class Tally:
@@ -111,6 +113,10 @@ class Tally:
         found = getattr(self._engine, "plan", None)
         return {} if found is None else _plain(asdict(found))
 
+    def deaths(self) -> tuple[str, ...]:
+        """How processes of the engine have ended that were replaced."""
+        return tuple(getattr(self._engine, "deaths", ()))
+
     def limit_s(self) -> float | None:
         """The least seconds that the sweeps so far take on this machine; None where its rates were not measured."""
         if self._engine is None or not hasattr(self._engine, "plan"):
@@ -128,13 +134,12 @@ class Tally:
 class _Limit:
     """The least time of work on an engine, by the profile that `doctor --profile` has kept of this machine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | RemoteEngine) -> None:
         self._plan: Plan = engine.plan
-        self._sizes: Sizes = sizes_of(engine)
-        try:
-            self._profile: HardwareProfile | None = HardwareProfile.load()
-        except ConfigError:
-            self._profile = None
+        self._profile: HardwareProfile | None = None
+        with suppress(ConfigError):
+            self._profile = HardwareProfile.load()
+            self._sizes: Sizes = sizes_of(engine)
 
     def __call__(self, tally: Tally) -> float | None:
         if self._profile is None:

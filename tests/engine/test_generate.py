@@ -59,10 +59,10 @@ def test_greedy_rows_equal_transformers(
     eos = int(free.flatten()[-1 - end % free.numel()])
     kept = engine.parts
     try:
-        engine._worker._parts = replace(kept, text=replace(kept.text, end_of_text=frozenset([eos])))
+        engine._loop._parts = replace(kept, text=replace(kept.text, end_of_text=frozenset([eos])))
         ours = engine.generate(ids, mask, max_new_tokens=new, pad_token_id=PAD)
     finally:
-        engine._worker._parts = kept
+        engine._loop._parts = kept
     theirs = plain.generate(ids, **alike, eos_token_id=eos)
     assert ours.dtype == theirs.dtype
     assert ours.tolist() == theirs.tolist()
@@ -99,10 +99,10 @@ def test_defaults_and_padding_are_the_model_s(engine: Engine, model: PreTrainedM
     eos = int(plain.generate(ids, do_sample=False, max_new_tokens=3, eos_token_id=-1)[0, -1])
     kept = engine.parts
     try:
-        engine._worker._parts = replace(kept, text=replace(kept.text, end_of_text=frozenset([eos])))
+        engine._loop._parts = replace(kept, text=replace(kept.text, end_of_text=frozenset([eos])))
         ours = engine.generate(ids)
     finally:
-        engine._worker._parts = kept
+        engine._loop._parts = kept
     pad = plain.generation_config.pad_token_id
     theirs = plain.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=eos, pad_token_id=pad)
     assert ours.tolist() == theirs.tolist()
@@ -200,7 +200,7 @@ def test_calls_of_bad_jobs_leave_nothing(engine: Engine) -> None:
     for _ in range(20):
         assert list(engine.stream([])) == []
         list(engine.stream([Job(prompt=[])]))
-    assert engine._worker._abandoned == []
+    assert engine._loop._abandoned == []
 
 
 JOBS = [Job(prompt=list(range(5, 9 + i)), max_new_tokens=1 + i, sampling=Sampling(seed=i)) for i in range(6)]
@@ -262,7 +262,7 @@ def test_a_cancelled_coroutine_drops_its_jobs(engine: Engine) -> None:
     asyncio.run(main())
     asyncio.run(leave())
     assert engine.run(JOBS[:1])[0].error is None
-    assert not engine._worker._owner
+    assert not engine._loop._owner
 
 
 def test_a_closed_engine_tells_the_coroutine(build: Callable[[str], Path]) -> None:

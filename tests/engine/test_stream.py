@@ -60,7 +60,7 @@ def assert_nothing_held(engine: Engine) -> None:
     wait_until(lambda: scheduler.is_idle)
     assert set(cache.room.num_blocks.values()) == {0}
     assert scheduler._prefixes == []
-    assert engine._worker._owner == {}
+    assert engine._loop._owner == {}
     for extents in cache.room._free_rows.values():
         assert extents.num_free == extents.tail_free() == extents.capacity
 
@@ -147,13 +147,13 @@ def test_a_prefix_keeps_one_row_of_logprobs_and_not_the_chunk_around_it(engine: 
 
 
 def test_a_slow_caller_misses_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = engine._worker.submit
+    submit = engine._loop.submit
 
     def submit_and_linger(call: Any) -> None:
         submit(call)
         wait_until(lambda: engine.num_sweeps > 0 and engine.parts.scheduler.is_idle)
 
-    monkeypatch.setattr(engine._worker, "submit", submit_and_linger)
+    monkeypatch.setattr(engine._loop, "submit", submit_and_linger)
     assert [len(done.tokens) for done in engine.run([Job(prompt=[3, i + 3], max_new_tokens=2) for i in range(3)])]
 
 
@@ -396,7 +396,7 @@ def test_a_fault_of_the_engine_reaches_every_caller(engine: Engine, monkeypatch:
         engine.run(long_jobs(1))
 
 
-@pytest.mark.parametrize("where", ["advance.add_token", "worker.completion_of"])
+@pytest.mark.parametrize("where", ["advance.add_token", "sweep_loop.completion_of"])
 def test_a_fault_beside_the_tokenizer_is_not_laid_at_its_door(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -423,7 +423,7 @@ def test_a_fault_while_jobs_are_taken_in_reaches_every_caller(engine: Engine, mo
 
     monkeypatch.setattr(engine.parts.scheduler, "next_sweep", wait_and_go_on)
     first = engine.stream(long_jobs(1))
-    wait_until(lambda: engine._worker._owner != {})
+    wait_until(lambda: engine._loop._owner != {})
     streams = [first, engine.stream(long_jobs(1)), engine.stream(long_jobs(1))]  # the last two arrive together
     both_called.set()
     for stream in streams:

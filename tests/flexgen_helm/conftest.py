@@ -14,9 +14,11 @@ import helm.benchmark.metrics.bias_metrics  # noqa: F401 - NLTK keeps the output
 import pytest
 import scenario_data
 from fake_engine import FakeEngine
+from in_this_process import load_in_this_process
 from tiny_models import random_gpt2, random_llama, random_opt, save_tiny_model
 
 from engine import EngineError
+from flexgen_helm.planning.auto_policy import memory_for
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,6 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # HELM and what it imports warn about themselves
         if HERE in item.path.parents and item.path.stem not in WITHOUT_HELM:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _engines_in_this_process() -> Iterator[None]:
+    """A process for each engine would import torch anew; `test_engine_processes` and the command line have them."""
+    from flexgen_helm.helm.engines import engines
+    from flexgen_helm.workers.engine_processes import engine_processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "load", load_in_this_process)
+        patch.setattr(engine_processes, "load", load_in_this_process)
+        patch.setattr(engine_processes, "prepare", lambda: None)
+        patch.setattr(engine_processes, "memory", memory_for)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

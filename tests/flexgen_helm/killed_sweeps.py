@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from in_this_process import load_in_this_process
+
 SWEEP_S = 0.04
 """What each pass over the layers takes at least, so that a kill finds one under way."""
 ENTRIES = [
@@ -57,10 +59,10 @@ def sweep(folder: Path, data: Path, model: Path, more: list[str]) -> int:
 def watch_deliveries() -> None:
     """Make sweeps slow, and write down how many answers each has delivered, at once."""
     from engine.executor import Executor
-    from engine.worker import Worker
+    from engine.sweep_loop import SweepLoop
 
     log = os.open("delivered", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    pass_over, deliver = Executor.sweep, Worker._deliver
+    pass_over, deliver = Executor.sweep, SweepLoop._deliver
 
     def slowly(self: Any, *args: Any) -> Any:
         time.sleep(SWEEP_S)
@@ -73,7 +75,7 @@ def watch_deliveries() -> None:
             os.write(log, f"{len(done)}\n".encode())
 
     Executor.sweep = slowly  # type: ignore[method-assign]
-    Worker._deliver = noted  # type: ignore[method-assign]
+    SweepLoop._deliver = noted  # type: ignore[method-assign]
 
 
 def killed(child: int, after_s: float) -> int:
@@ -103,7 +105,11 @@ def main() -> None:
     import torch
 
     import flexgen_helm.sweeps.runner  # noqa: F401 - imported before the first fork
+    from flexgen_helm.helm.engines import engines
     from flexgen_helm.runs import launch
+    from flexgen_helm.workers.engine_processes import engine_processes
+
+    engines.load, engine_processes.prepare = load_in_this_process, lambda: None  # type: ignore[method-assign]
 
     torch.set_num_threads(1)
     launch.register_builtin_configs_from_helm_package()  # longer than a sweep of ours; once is enough

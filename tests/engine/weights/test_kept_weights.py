@@ -474,7 +474,7 @@ def test_closing_an_engine_that_loads_leaves_whole_files(
         assert writing.wait(20)
         closer = threading.Thread(target=engine.close)
         closer.start()
-        while not engine._worker._closing:
+        while not engine._loop._closing:
             time.sleep(0.01)
         closing.set()  # the loader sees it behind the parameter in hand
         closer.join(20)

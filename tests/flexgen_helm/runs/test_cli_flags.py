@@ -255,7 +255,7 @@ def test_a_file_that_holds_no_entries(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["quick", "demo", "mmlu"])
+@pytest.mark.parametrize("name", ["quick", "demo", pytest.param("mmlu", marks=pytest.mark.slow)])
 def test_every_shipped_entry_builds_its_run_spec(name: str) -> None:
     from helm.benchmark.config_registry import register_builtin_configs_from_helm_package
 

@@ -504,9 +504,9 @@ def answers_in_cache() -> int:
 def watch_deliveries(monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> None:
     """Make every pass take 50 ms at least, and note how many answers it delivers."""
     from engine.executor import Executor
-    from engine.worker import Worker
+    from engine.sweep_loop import SweepLoop
 
-    pass_over, deliver = Executor.sweep, Worker._deliver
+    pass_over, deliver = Executor.sweep, SweepLoop._deliver
 
     def slowly(self: Any, *args: Any) -> Any:
         time.sleep(0.05)
@@ -518,7 +518,7 @@ def watch_deliveries(monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> None:
         deliver(self, done)
 
     monkeypatch.setattr(Executor, "sweep", slowly)
-    monkeypatch.setattr(Worker, "_deliver", noted)
+    monkeypatch.setattr(SweepLoop, "_deliver", noted)
 
 
 def test_a_sweep_stopped_by_hand_while_the_model_loads_computes_nothing_more(

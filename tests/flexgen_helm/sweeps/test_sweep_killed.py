@@ -40,8 +40,8 @@ def test_killed_sweeps_lose_no_request(number: int, tiny_llama: Path, helm_data:
 
 SLOW = """
 import sys
-from killed_sweeps import watch_deliveries
-watch_deliveries()
+from engine.workers import process
+process.PROGRAM = "slow_worker"
 from flexgen_helm.run import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -85,6 +85,34 @@ def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_da
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert kept(tmp_path) - answers == sum(map(int, log.read_text().split())) > 0
+
+
+def test_a_worker_that_is_killed_costs_no_answer(tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
+    """As the system does where memory runs out."""
+    (tmp_path / "benchmark_output").mkdir()
+    (tmp_path / "benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", SLOW, "sweep", "-r", *ENTRIES, "-m", "4", "--model", str(tiny_llama), "--suite",
+               "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1"]  # fmt: skip
+    log = tmp_path / "delivered"
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        end = time.monotonic() + 120
+        while not log.exists() or not log.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        told, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "suite s: 4 done, 0 failed" in told
+    assert "the engine's process ended once (killed by signal 9" in told
+    record = json.loads((tmp_path / "benchmark_output/runs/s/flexgen_sweep.json").read_text())
+    assert len(record["models"][0]["deaths"]) == 1
+    assert kept(tmp_path) == record["models"][0]["computed"] > 0
+    assert "ended and was replaced" in (tmp_path / "benchmark_output/runs/s/report.html").read_text()
 
 
 FORKING = """

@@ -1,0 +1,5 @@
+"""Engines in processes of their own, and what speaks to them as to an engine in this process.
+
+Imports `memory`, `planning` and `schedule`, for the types of what is told. The program that such a process runs is
+`engine/worker.py`, beside the rooms: it opens an engine.
+"""

@@ -1,0 +1,123 @@
+"""A process that runs an engine: started, spoken to, and known to have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.spawn import get_executable
+
+from engine.errors import EngineError
+from engine.planning.hardware import Memory
+from engine.policy import Policy
+from engine.workers.messages import Close, Look, Tells, Told
+
+PROGRAM = "engine.worker"
+"""The module whose `main` such a process runs."""
+_LOOK_S = 0.5
+"""How often it is looked whether the process is still there: who has inherited its end of the line may keep it open."""
+_LAST_WORDS_S = 5.0
+"""For a process that has said it is done, or cannot go on, to end by itself."""
+
+
+class WorkerProcess:
+    """An interpreter of its own that runs `engine.worker`; it ends with its parent, whatever becomes of that.
+
+    It is started anew, not forked, and imports nothing of the program that starts it: neither its main module nor HELM.
+    """
+
+    def __init__(self) -> None:
+        """Start it; it imports what it needs, and waits."""
+        self._line, theirs = multiprocessing.Pipe()
+        self._sending = threading.Lock()
+        self._listener: threading.Thread | None = None
+        program = f"import sys; sys.path[:] = {sys.path!r}; from {PROGRAM} import main; main({theirs.fileno()})"
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        try:
+            self._process = subprocess.Popen(
+                [os.fsdecode(get_executable()), *flags, "-c", program],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,  # nobody is asked anything
+                stdout=2,  # what it may print is no output of the command
+            )
+        finally:
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """The number that the system knows it by."""
+        return self._process.pid
+
+    def look(self, policy: Policy) -> Memory:
+        """What memory a run under `policy` may use, as the process finds it; before it listens and opens a model.
+
+        The process that asks touches no device for it. Raises `EngineError` when the process has ended.
+        """
+        self.send(Look(policy=policy))
+        try:
+            seen = self._line.recv()
+        except (EOFError, OSError):
+            self.kill()
+            raise EngineError(f"the engine's process ended ({_described(self._process.returncode)})") from None
+        if isinstance(seen.memory, EngineError):
+            raise seen.memory
+        memory: Memory = seen.memory
+        return memory
+
+    def listen(self, tell: Callable[[Tells], None], ended: Callable[[str], None]) -> None:
+        """From now on tell each message, and at last how the process ended, in a thread of its own; call it once."""
+        self._listener = threading.Thread(
+            target=self._listen, args=(tell, ended), name=f"flexgen-worker-{self.pid}", daemon=True
+        )
+        self._listener.start()
+
+    def send(self, message: Told) -> None:
+        """Say something; what is said to a process that has ended is lost, as `listen` tells."""
+        with self._sending, contextlib.suppress(OSError):
+            self._line.send(message)
+
+    def close(self) -> None:
+        """Let it end after the sweep at hand; returns when it has, and all that it said was told."""
+        self.send(Close())
+        self._process.wait()
+        if self._listener is not None:
+            self._listener.join()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _listen(self, tell: Callable[[Tells], None], ended: Callable[[str], None]) -> None:
+        line: Connection = self._line
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                if line.poll(_LOOK_S):
+                    tell(line.recv())
+                elif self._process.poll() is not None and not line.poll():
+                    break
+        try:
+            self._process.wait(_LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        with self._sending:
+            line.close()
+        ended(_described(self._process.returncode))
+
+
+def _described(code: int) -> str:
+    """How a process ended, by its exit code."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    hint = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
+    return f"killed by signal {-code} ({name}){hint}"

@@ -1,0 +1,40 @@
+"""The program of a worker process whose engine has faults: a prompt that begins with one of these tokens has it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+
+from engine import worker
+from engine.executor import Executor
+
+KILLS, RAISES, RUNS_OUT, SLOW = 401, 402, 403, 404
+
+
+def main(line: int) -> None:
+    """As `engine.worker.main`."""
+    torch.set_num_threads(1)
+    sweep = Executor.sweep
+    num_failures = 0
+
+    def faulty(self: Any, batches: Any) -> Any:
+        nonlocal num_failures
+        first = {segment.span.tokens[0] for batch in batches for segment in batch}
+        first |= {span.tokens[0] for batch in batches for segment in batch for span in segment.span.chain}
+        if KILLS in first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if RAISES in first:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if RUNS_OUT in first and num_failures < 2:
+            num_failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if SLOW in first:
+            time.sleep(0.2)
+        return sweep(self, batches)
+
+    Executor.sweep = faulty  # type: ignore[method-assign]
+    worker.main(line)
