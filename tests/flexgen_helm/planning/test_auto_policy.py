@@ -18,11 +18,10 @@ from engine.job import Job, Sampling
 from engine.planning.hardware import Memory
 from engine.planning.hardware_profile import HardwareProfile
 from engine.policy import Policy, Share
-from flexgen_helm.commands.plan import _model
 from flexgen_helm.helm import engines
 from flexgen_helm.planning import auto_policy
 from flexgen_helm.planning.auto_policy import Chosen, choose, workload_of
-from flexgen_helm.planning.dummy import write_model_directory
+from flexgen_helm.planning.dummy import shape_model, write_model_directory
 from flexgen_helm.planning.estimate import Estimate
 from flexgen_helm.planning.policy_search import search
 from flexgen_helm.planning.roofline import Workload
@@ -87,7 +86,7 @@ def test_attention_is_not_left_to_the_host_for_some_requests_only(opt: Path, car
 def test_the_best_of_the_search(work: str, opt: Path, card: HardwareProfile, tmp_path: Path) -> None:
     load, base = Workload.parse(work), Policy(gpu_memory=16 * GB)
     chosen = choose(str(opt), "float16", base, load.jobs(50_000))
-    found = search(_model("opt-30b", "float16", tmp_path), card, MEMORY, load, base, compress=False)
+    found = search(shape_model("opt-30b", "float16", tmp_path), card, MEMORY, load, base, compress=False)
     plain = next(each for each in found if not each.policy.cpu_cache_compute)
     best = found[0] if found[0].seconds <= 0.9 * plain.seconds else plain
     alike = [each for each in found if each.policy.cpu_cache_compute is best.policy.cpu_cache_compute]

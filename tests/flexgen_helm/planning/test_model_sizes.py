@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_helm.commands.plan import _model
-from flexgen_helm.planning.dummy import SHAPES
+from flexgen_helm.planning.dummy import SHAPES, shape_model
 from flexgen_helm.planning.model_sizes import ModelSizes, shipped_sizes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,7 +22,7 @@ QUICK = ("opt-125m", "opt-30b", "qwen3-30b-a3b")
     "shape", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SHAPES if each not in QUICK)]
 )
 def test_shipped_sizes_are_those_of_the_model(shape: str, tmp_path: Path) -> None:
-    built = ModelSizes.of(_model(shape, "bfloat16", tmp_path))
+    built = ModelSizes.of(shape_model(shape, "bfloat16", tmp_path))
     assert ModelSizes.from_mapping(json.loads(json.dumps(built.as_mapping()))) == built
     assert shipped_sizes(shape, "bfloat16") == shipped_sizes(shape, "float16") == built
     assert shipped_sizes(shape, "float32") is None
