@@ -74,6 +74,8 @@ class Serving:
         self._outbox: queue.SimpleQueue[Tells | threading.Event | None] = queue.SimpleQueue()
         """What is to be told; an event is set when all before it has left, and None ends it."""
         self._calls: dict[int, list[Pending]] = {}
+        """What has not ended of each call."""
+        self._dropping = threading.Lock()
         self._passing: list[threading.Thread] = []
         """Those that pass on what calls are answered."""
         self._is_open = False
@@ -133,12 +135,17 @@ class Serving:
             except BaseException as error:  # of which the engine has ended meanwhile
                 self._fail(error)
                 return
-            self._calls.setdefault(told.call, []).append(pending)
-            passing = threading.Thread(target=self._pass_on, args=(pending, numbers), name="flexgen-call", daemon=True)
+            with self._dropping:
+                self._calls.setdefault(told.call, []).append(pending)
+            passing = threading.Thread(
+                target=self._pass_on, args=(told.call, pending, numbers), name="flexgen-call", daemon=True
+            )
             passing.start()
             self._passing = [thread for thread in (*self._passing, passing) if thread.is_alive()]
         elif isinstance(told, Drop):
-            for pending in self._calls.pop(told.call, ()):
+            with self._dropping:
+                dropped = self._calls.pop(told.call, [])
+            for pending in dropped:
                 pending.close()
         elif isinstance(told, Compare):
             threading.Thread(target=self._compare, args=(engine, told), name="flexgen-compare", daemon=True).start()
@@ -150,7 +157,7 @@ class Serving:
         self._outbox.put(left)
         left.wait()
 
-    def _pass_on(self, pending: Pending, numbers: list[int]) -> None:
+    def _pass_on(self, call: int, pending: Pending, numbers: list[int]) -> None:
         try:
             for finished in pending:
                 done = PackedCompletions.of([(numbers[index], completion) for index, completion in finished])
@@ -158,6 +165,11 @@ class Serving:
         except BaseException as error:
             if not self._is_ending:  # else it says that it was closed
                 self._fail(error)
+        finally:
+            with self._dropping:
+                self._calls[call] = [each for each in self._calls.get(call, ()) if each is not pending]
+                if not self._calls[call]:
+                    del self._calls[call]
 
     def _compare(self, engine: Engine, told: Compare) -> None:
         try:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineError, one_line
+from engine.errors import EngineError, named, one_line
 from engine.job import Completion, Job
 from engine.pending import Call
 from engine.schedule.timing import SweepTiming
@@ -187,7 +187,11 @@ class KeptAlive:
     def _take(self, process: WorkerProcess, told: Tells) -> None:
         """Act on what the process says, in the thread that listens to it."""
         if isinstance(told, Swept):
-            self._observe(told.timing)
+            try:
+                self._observe(told.timing)
+            except Exception as error:  # nobody would hear the process any more
+                self._end(EngineError(f"the observer of sweeps failed: {named(error)}"))
+                process.kill()
             return
         with self._changed:
             if isinstance(told, Done):

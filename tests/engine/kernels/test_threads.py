@@ -22,6 +22,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(usable_cores() < 2, reason="there is but one core")
 def test_an_engine_keeps_to_a_quota_unless_the_user_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

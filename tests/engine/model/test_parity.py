@@ -39,7 +39,13 @@ for _family in [*models.FAMILIES, *models.OWN_ATTENTION]:
     CASES += [(_family, *pair) for pair in parity.SELECTION[1:] if _family not in models.CORE]
 
 
-@pytest.mark.parametrize(("family", "policy", "padding"), CASES)
+@pytest.mark.parametrize(
+    ("family", "policy", "padding"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case[1] != "thirds" and case[2] != "packed" else [])
+        for case in CASES
+    ],
+)
 def test_equals_transformers(
     family: str,
     policy: str,

@@ -412,6 +412,7 @@ unit_file.zlib = type("zlib", (), {"crc32": staticmethod(crc32)})
     assert notices() == []
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(model: Path, only_kept: Callable[[], None], tmp_path: Path, cache: Path) -> None:
     together = [start(model) for _ in range(2)]
     told = [process.communicate(timeout=60) for process in together]

@@ -169,6 +169,16 @@ def test_a_process_that_cannot_start_is_not_started_for_ever(model: str, monkeyp
         RemoteEngine(model, ON_CPU)
 
 
+def test_an_observer_that_fails_ends_the_engine_and_nobody_waits(model: str) -> None:
+    def observe(timing: Any) -> None:
+        raise ZeroDivisionError("of the observer")
+
+    with RemoteEngine(model, ON_CPU) as engine:
+        engine.observer = observe
+        with pytest.raises(EngineError, match="observer of sweeps failed: ZeroDivisionError"):
+            engine.run([Job(prompt=[5], max_new_tokens=1)])
+
+
 @pytest.mark.usefixtures("faulty")
 def test_closing_delivers_the_sweep_at_hand(model: str) -> None:
     engine = RemoteEngine(model, ON_CPU)

@@ -475,6 +475,7 @@ def broken_torchvision(tmp_path: Path) -> Path:
     return package.parent
 
 
+@pytest.mark.slow
 def test_a_wrong_pair_of_torch_and_torchvision_is_noticed_at_once(tmp_path: Path, broken_torchvision: Path) -> None:
     here = tmp_path / "here"
     here.mkdir()

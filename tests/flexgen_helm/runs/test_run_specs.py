@@ -57,8 +57,11 @@ def test_every_shipped_file_is_looked_at_here() -> None:
     assert set(built_entries.FILES) == set(NUM_RUN_SPECS)
 
 
+LONG = ("classic", "classic_short")
+
+
 @pytest.mark.parametrize(
-    "conf", [pytest.param(conf, marks=[pytest.mark.slow] if conf == "classic" else []) for conf in NUM_RUN_SPECS]
+    "conf", [pytest.param(conf, marks=[pytest.mark.slow] if conf in LONG else []) for conf in NUM_RUN_SPECS]
 )
 def test_every_entry_builds_its_run_specs(build: Build, conf: str) -> None:
     built = build("-c", conf)

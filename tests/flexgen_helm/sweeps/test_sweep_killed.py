@@ -17,7 +17,7 @@ from sweeping import differences
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_sweeps_lose_no_request(number: int, tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, Path(__file__).parents[1] / "killed_sweeps.py", helm_data, tiny_llama, tmp_path]
