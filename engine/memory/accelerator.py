@@ -124,6 +124,13 @@ def memory(device: torch.device) -> tuple[int, int] | None:
     return int(free), int(total)
 
 
+def all_memory(device: torch.device) -> int | None:
+    """Bytes of `device`; None where its memory is the host's. On CUDA this takes no memory there, as `memory` does."""
+    if device.type not in _WITH_STREAMS:
+        return None
+    return int(_module(device).get_device_properties(device).total_memory)
+
+
 def limit_memory(device: torch.device, num_bytes: int) -> Callable[[], None]:
     """Let torch reserve at most `num_bytes` of `device`, where torch can be told so; what is returned ends that.
 
@@ -144,7 +151,8 @@ def limit_memory(device: torch.device, num_bytes: int) -> Callable[[], None]:
 
 
 def _set_limit(device: torch.device) -> None:
-    total = _module(device).get_device_properties(device).total_memory
+    total = all_memory(device)
+    assert total is not None
     lowest = min(_LIMITS[device], default=total)
     _module(device).set_per_process_memory_fraction(min(1.0, lowest / total), device)
 

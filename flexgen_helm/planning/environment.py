@@ -65,10 +65,9 @@ def hardware() -> Hardware:
     from engine.planning.machine import this_machine
 
     machine, devices = this_machine(), accelerator.devices()
-    found = accelerator.memory(devices[0]) if devices else None
     return Hardware(
         device=(*machine.accelerators, machine.processor)[0],
-        device_memory_bytes=None if found is None else found[1],
+        device_memory_bytes=accelerator.all_memory(devices[0]) if devices else None,
         host=socket.gethostname(),
         cores=machine.cores,
         host_memory_bytes=known_limits().total,
