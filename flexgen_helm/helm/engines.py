@@ -60,6 +60,13 @@ Load = Callable[[str, Policy, int | None], RunningEngine]
 """Makes a running engine of a model directory, a policy, and a window in place of the model's own."""
 
 
+class EngineElsewhere(BaseException):
+    """A process that helps another one was to ask an engine; that other one has it.
+
+    No `Exception`: HELM's annotators and metrics make an answer of those.
+    """
+
+
 class Served:
     """One model under one policy: described without its weights, which load when the first job needs them.
 
@@ -105,6 +112,10 @@ class Served:
                     if self._opened is opened:  # else it was forgotten meanwhile
                         self._identity = identity
             return identity
+
+    def identify(self, identity: Identity) -> None:
+        """Take the identity that another process has found, which has the engine."""
+        self._identity = identity
 
     @property
     def known_identity(self) -> Identity | None:
@@ -167,15 +178,15 @@ class Served:
                     engine.observer = None
 
     @contextmanager
-    def running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
-        """The engine, loaded for `jobs` if need be; it is not taken for idle meanwhile."""
+    def running(self, jobs: Sequence[Job], share: float = 1.0) -> Iterator[RunningEngine]:
+        """The engine, loaded if need be for work of which `jobs` are a `share`; it is not taken for idle meanwhile."""
         with self._registry.loading:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             engine = self._engine
             if engine is None:
                 self._registry.close_idle()
-                engine = self._engine = self._load(jobs)
+                engine = self._engine = self._load(jobs, share)
             with self._lock:
                 self._num_users += 1
         try:
@@ -184,15 +195,18 @@ class Served:
             with self._lock:
                 self._num_users -= 1
 
-    def _load(self, jobs: Sequence[Job]) -> RunningEngine:
-        """Load the engine, placed for `jobs` where the policy leaves that open; later ones have to do with it."""
+    def _load(self, jobs: Sequence[Job], share: float) -> RunningEngine:
+        """Load the engine, placed for work of which `jobs` are a `share`, where the policy leaves that open.
+
+        Later jobs have to do with it.
+        """
         path = self.description.path
         try:
             with htrack_block(f"Loading {path}"):
-                chosen = choose(path, self.description.dtype, self.policy, jobs, engine_processes.memory)
+                chosen = choose(path, self.description.dtype, self.policy, jobs, engine_processes.memory, share)
                 if chosen.note:
                     hlog(chosen.note)
-                self._estimate = chosen.estimate
+                self._estimate = chosen.estimate if share == 1.0 else None
                 source, rest = self._open()
                 engine = self._registry.load(path, chosen.policy, self._window)
                 try:  # else the engine may have read others than those of the identity
@@ -240,6 +254,9 @@ class EngineRegistry:
         self.loading = threading.Lock()
         """Held while an engine loads; a second one would measure memory that the first is about to take."""
         self._lock = threading.Lock()
+        self.are_elsewhere = False
+        """Whether this process only helps another one, which has the engines."""
+        self._was_asked = False
         self._served: dict[tuple[str, Policy, int | None], Served] = {}
         self._described: dict[str, ModelDescription | EngineError] = {}
 
@@ -261,6 +278,18 @@ class EngineRegistry:
             if key not in self._served:
                 self._served[key] = Served(self, description, policy, window)
             return self._served[key]
+
+    def check_here(self) -> None:
+        """Raise `EngineElsewhere` where this process is not to ask an engine."""
+        if self.are_elsewhere:
+            self._was_asked = True
+            raise EngineElsewhere
+
+    def check_not_asked(self) -> None:
+        """Raise `EngineElsewhere` if `check_here` has since the last call, whatever became of it."""
+        was_asked, self._was_asked = self._was_asked, False
+        if was_asked:
+            raise EngineElsewhere
 
     def close_idle(self) -> None:
         """Close the engines that run no jobs; the caller holds `loading`."""

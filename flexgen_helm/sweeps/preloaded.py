@@ -1,0 +1,18 @@
+"""What processes of `HelmSideThere` are forked from imports this: all that making and finishing runs takes."""
+
+from __future__ import annotations
+
+import gc
+
+import helm.benchmark.adaptation.adapter_spec
+import helm.benchmark.metrics.basic_metrics
+import helm.benchmark.metrics.common_metric_specs
+import helm.clients.auto_client  # noqa: F401
+
+import flexgen_helm.helm.known_tokens
+import flexgen_helm.sweeps.helm_side  # noqa: F401
+from flexgen_helm.workers.helper_processes import outlive_signals
+
+outlive_signals()
+gc.collect()
+gc.freeze()  # what is never looked through again stays shared
