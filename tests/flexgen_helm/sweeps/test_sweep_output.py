@@ -10,12 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helm.common.request import RequestResult
 
 from engine.errors import ConfigError, EngineError, JobError
-from engine.job import Job
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.helm.requests.asked import Answer, Asked, Work
+from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.scores import Score
 from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.sweeps import log as sweep_log
