@@ -133,14 +133,17 @@ class FlexGenClient(CachingClient):
         """What of model and policy can change a result; waits as `Served.identity` does."""
         return self._served.identity
 
-    def identify(self, identity: dict[str, str | int | None]) -> None:
-        """Take the identity that another process has found, which has the engine."""
-        self._served.identify(identity)
-
     @property
     def known_identity(self) -> dict[str, str | int | None] | None:
-        """`identity` as soon as an answer was found or made; None before, since finding it may take long."""
+        """`identity` as soon as an answer was found or made; None before, since finding it may take long.
+
+        A process that has no engine is given it.
+        """
         return self._served.known_identity
+
+    @known_identity.setter
+    def known_identity(self, identity: dict[str, str | int | None]) -> None:
+        self._served.known_identity = identity
 
     @property
     def source(self) -> tuple[str, str]:
@@ -175,7 +178,7 @@ class FlexGenClient(CachingClient):
 
     def make_request(self, request: Request) -> RequestResult:
         """Answer one request from the cache, or together with those that other threads are making."""
-        engines.check_here()
+        engines.guard.check()
 
         def compute() -> Response:
             started = time.time()
@@ -208,9 +211,9 @@ class FlexGenClient(CachingClient):
         Results are in HELM's cache as soon as their sweep ends. A bad request fails in its own result; raises
         `EngineError` for a fault of model, policy or engine.
         """
-        engines.check_here()
+        engines.guard.check()
         report = progress or (lambda done, total, tokens: None)
-        asked = self.look_up(requests)
+        asked = self.find(entries(self._translator, requests))
         results = {place: result(response, cached=True) for place, response in asked.known.items()}
         results.update({place: failure(requests[place], error) for place, error in asked.refused.items()})
         num_tokens = 0
@@ -222,13 +225,6 @@ class FlexGenClient(CachingClient):
                     num_tokens += answer.prompt_tokens + answer.new_tokens
                 report(len(results), len(requests), num_tokens)
         return [results[place] for place in range(len(requests))]
-
-    def look_up(self, requests: Sequence[Request]) -> Asked:
-        """Find what HELM's cache answers, and make ready what is left; loads no weights.
-
-        Raises `EngineError` for a fault of model, policy or cache.
-        """
-        return self.find(entries(self._translator, requests))
 
     def pack(self, requests: Sequence[Request], known: KnownTokens) -> PackedEntries:
         """What `unpack` makes entries of, in another process; `known` keeps what it tokenizes for it."""
@@ -244,28 +240,8 @@ class FlexGenClient(CachingClient):
         What equals a request of `under_way` is neither looked up nor asked again: its places are in `Asked.joined`.
         Raises `EngineError` for a fault of model, policy or cache.
         """
-        asked, under_way = Asked(), under_way or {}
         with self._answers.kept(self._served, self._translator) as kept:
-            for place, entry in enumerate(found):
-                asked.total += 1
-                if isinstance(entry, EngineError):
-                    asked.refused[place] = entry
-                elif entry.name in under_way:
-                    asked.joined.setdefault(entry.name, []).append(place)
-                elif entry.name in asked.todo:
-                    asked.todo[entry.name].places.append(place)
-                elif response := known_response(kept.find(entry.key)):
-                    asked.known[place] = response
-                else:
-                    try:
-                        ids, jobs = entry.jobs()
-                    except EngineError as error:
-                        asked.refused[place] = error
-                        continue
-                    asked.todo[entry.name] = Work(
-                        name=entry.name, request=entry.request, key=entry.key, places=[place], ids=ids, jobs=jobs
-                    )
-        return asked
+            return kept.look_up(found, under_way or {})
 
     def carry_out(self, asked: Asked, observe: Observer | None = None) -> Iterator[list[Answer]]:
         """Let the engine answer what is left of `asked`, and yield the answers of each sweep when they are kept.

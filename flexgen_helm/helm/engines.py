@@ -25,6 +25,7 @@ from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
+from flexgen_helm.workers.engine_guard import EngineGuard
 from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
@@ -58,13 +59,6 @@ class RunningEngine(Protocol):
 
 Load = Callable[[str, Policy, int | None], RunningEngine]
 """Makes a running engine of a model directory, a policy, and a window in place of the model's own."""
-
-
-class EngineElsewhere(BaseException):
-    """A process that helps another one was to ask an engine; that other one has it.
-
-    No `Exception`: HELM's annotators and metrics make an answer of those.
-    """
 
 
 class Served:
@@ -113,14 +107,14 @@ class Served:
                         self._identity = identity
             return identity
 
-    def identify(self, identity: Identity) -> None:
-        """Take the identity that another process has found, which has the engine."""
-        self._identity = identity
-
     @property
     def known_identity(self) -> Identity | None:
-        """`identity` if it has been found by now; waits for nothing."""
+        """`identity` if it has been found by now; waits for nothing. A process that has no engine is given it."""
         return self._identity
+
+    @known_identity.setter
+    def known_identity(self, identity: Identity) -> None:
+        self._identity = identity
 
     def _digest_of_engine(self) -> str | None:
         """None where no engine reads the weight files, or where it was closed before it had read them all."""
@@ -196,10 +190,7 @@ class Served:
                 self._num_users -= 1
 
     def _load(self, jobs: Sequence[Job], share: float) -> RunningEngine:
-        """Load the engine, placed for work of which `jobs` are a `share`, where the policy leaves that open.
-
-        Later jobs have to do with it.
-        """
+        """Load the engine, placed for work of which `jobs` are a `share` where the policy leaves that open."""
         path = self.description.path
         try:
             with htrack_block(f"Loading {path}"):
@@ -254,9 +245,7 @@ class EngineRegistry:
         self.loading = threading.Lock()
         """Held while an engine loads; a second one would measure memory that the first is about to take."""
         self._lock = threading.Lock()
-        self.are_elsewhere = False
-        """Whether this process only helps another one, which has the engines."""
-        self._was_asked = False
+        self.guard = EngineGuard()
         self._served: dict[tuple[str, Policy, int | None], Served] = {}
         self._described: dict[str, ModelDescription | EngineError] = {}
 
@@ -278,18 +267,6 @@ class EngineRegistry:
             if key not in self._served:
                 self._served[key] = Served(self, description, policy, window)
             return self._served[key]
-
-    def check_here(self) -> None:
-        """Raise `EngineElsewhere` where this process is not to ask an engine."""
-        if self.are_elsewhere:
-            self._was_asked = True
-            raise EngineElsewhere
-
-    def check_not_asked(self) -> None:
-        """Raise `EngineElsewhere` if `check_here` has since the last call, whatever became of it."""
-        was_asked, self._was_asked = self._was_asked, False
-        if was_asked:
-            raise EngineElsewhere
 
     def close_idle(self) -> None:
         """Close the engines that run no jobs; the caller holds `loading`."""

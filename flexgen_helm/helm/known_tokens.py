@@ -56,11 +56,12 @@ class KnownTokens(AutoTokenizer):
             if not found.is_fast:  # it would go from text to text anyway
                 return
             try:
-                ids = found(left, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+                found.encode("", add_special_tokens=False)  # which takes back what truncation has left behind
+                encoded = found.backend_tokenizer.encode_batch_fast(left, add_special_tokens=False)
             except Exception:  # a lone surrogate, for example: who asks for that text is told
                 return
-        for text, each in zip(left, ids["input_ids"], strict=True):
-            self._ids[name, text] = np.array(each, dtype=np.int32)
+        for text, each in zip(left, encoded, strict=True):
+            self._ids[name, text] = np.array(each.ids, dtype=np.int32)
 
     def ids(self, name: str, text: str) -> Ids | None:
         """The token ids of a text without special tokens, if they are known."""

@@ -117,7 +117,7 @@ class TwoStepRunner(FlexGenRunner):
             stats.extend(found.aggregated_stats)
             per_instance_stats.extend(found.per_instance_stats)
         hlog(f"Generated {len(stats)} stats.")
-        engines.check_not_asked()
+        engines.guard.check_not_asked()
         self._write(
             made,
             {

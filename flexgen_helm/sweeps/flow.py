@@ -12,11 +12,11 @@ from typing import Any, Protocol
 from helm.benchmark.run_spec import RunSpec
 
 from flexgen_helm.helm.client import FlexGenClient
-from flexgen_helm.helm.engines import EngineElsewhere
 from flexgen_helm.helm.feeding import Feed
 from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.sweeps.helm_side import HelmSide, Made, unpack
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.workers.engine_guard import EngineElsewhere
 
 FIRST_TOKENS = 1 << 20
 """Of requests that are made, at least, when a model is loaded for them and what else comes: they tell its policy."""

@@ -90,11 +90,11 @@ class HelmSide:
         try:
             if client is not None:
                 runner.known_tokens.count(client.tokenizer_name, adapted.num_tokens)
-                if engines.are_elsewhere and identity is not None:
-                    client.identify(dict(identity))
+                if engines.guard.is_closed and identity is not None:
+                    client.known_identity = dict(identity)
             runner.finish(adapted, ScenarioState(state.adapter_spec, settled(states, results), state.annotator_specs))
         except Exception:  # perhaps made of what says that an engine was to be asked
-            engines.check_not_asked()
+            engines.guard.check_not_asked()
             raise
         finally:
             runner.known_tokens.forget()
@@ -143,7 +143,7 @@ class Setting:
 
     def open(self) -> HelmSideThere:
         """Make this process like the one that made the setting; what an engine would have to do is left to that one."""
-        engines.are_elsewhere = True
+        engines.guard.is_closed = True
         load_entry_point_plugins()
         import_user_plugins(self.plugins)
         for name, each in _REGISTRIES.items():

@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 import flexgen_helm.helm.known_tokens
 import flexgen_helm.sweeps.helm_side  # noqa: F401
-from flexgen_helm.workers.helper_processes import outlive_signals
+from flexgen_helm.workers.helper_program import outlive_signals
 
 outlive_signals()
-tqdm.set_lock(threading.RLock())  # its own one is a semaphore of the system's, which a process that is ended leaves behind
+tqdm.set_lock(
+    threading.RLock()
+)  # its own one is a semaphore of the system's, which a process that is ended leaves behind
 gc.collect()
 gc.freeze()  # what is never looked through again stays shared

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
-import os
-import pickle
 import queue
-import signal
 import sys
 import threading
-import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +16,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from engine.errors import EngineError, one_line
+from engine.errors import EngineError
 from engine.memory.cores import usable_cores
 from engine.planning.hardware import free_host_memory
+from flexgen_helm.workers.helper_program import Told, work
 
 _FEWEST_CORES = 3
 """Below this, another process would only take time from the engine's and from the command's own."""
@@ -34,16 +30,6 @@ _MOST_DEATHS = 2
 
 Then = Callable[[Any], None]
 """Takes what a task returns, or the exception that it raised; called in any thread: it must be quick and not fail."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a task has come to, and what was logged meanwhile."""
-
-    outcome: Any
-    """What it returned, or the exception that it raised."""
-    logged: list[tuple[str, int, str]]
-    """Logger, level and text."""
 
 
 @dataclass(eq=False)
@@ -169,7 +155,7 @@ class HelperProcesses:
     def _start(self, slot: int) -> Connection:
         ours, theirs = multiprocessing.Pipe()
         levels = {name: logging.getLogger(name).getEffectiveLevel() for name in ("helm", "flexgen_helm", "engine")}
-        process = _Process(target=_work, args=(theirs, self._make, levels), name=f"flexgen-helper-{slot}")
+        process = _Process(target=work, args=(theirs, self._make, levels), name=f"flexgen-helper-{slot}")
         with self._lock:
             if self._is_closed:
                 raise EOFError
@@ -214,71 +200,6 @@ class Here:
         then(outcome)
 
 
-# In a helper
-
-
-def _work(line: Connection, make: Callable[[], Any], levels: dict[str, int]) -> None:
-    """Do what comes over `line`, in the main thread: some of HELM's metrics use signals."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent says what follows
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), name="flexgen-parent", daemon=True).start()
-    logged = _Logged()
-    for name, level in levels.items():
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [logged], False
-        logger.setLevel(level)
-    found: Any = None
-    while True:
-        try:
-            method, args = line.recv()
-        except (EOFError, OSError):
-            os._exit(0)
-        try:
-            found = found or make()
-            outcome = getattr(found, method)(*args)
-        except BaseException as error:
-            outcome = carried(error)
-        line.send(Told(outcome=outcome, logged=logged.take()))
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def carried(error: BaseException) -> BaseException:
-    """An error that another process can read, with the traceback as a note."""
-    trace = "".join(traceback.format_exception(error))
-    try:
-        found = pickle.loads(pickle.dumps(error))
-        same = type(found) is type(error) and str(found) == str(error)
-    except Exception:
-        same = False
-    if not same:
-        error = RuntimeError(f"{type(error).__name__}: {one_line(error)}")
-    error = error.with_traceback(None)
-    error.__cause__ = error.__context__ = None
-    error.add_note(trace)
-    return error
-
-
-class _Logged(logging.Handler):
-    """Keeps what is logged, for the parent to log it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines: list[tuple[str, int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append((record.name, record.levelno, record.getMessage()))
-
-    def take(self) -> list[tuple[str, int, str]]:
-        lines, self._lines = self._lines, []
-        return lines
-
-
 # What they are forked from
 
 
@@ -309,10 +230,3 @@ def _without_main_module() -> Iterator[None]:
             yield
         finally:
             sys.modules["__main__"] = main
-
-
-def outlive_signals() -> None:
-    """Called in what helpers are forked from: signals of the group end neither it nor them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        with contextlib.suppress(ValueError):  # imported by another thread of another program
-            signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,7 +114,7 @@ class PackedEntries:
         for entry in found:
             packed.add(entry)
         ends = np.cumsum([len(ids) for ids in packed.ids], dtype=np.int64) if packed.ids else np.zeros(0, np.int64)
-        ids = np.fromiter((token for prompt in packed.ids for token in prompt), np.int32)
+        ids = np.fromiter(chain.from_iterable(packed.ids), np.int32)
         return cls(
             requests=packed.requests, keys=packed.keys, names=packed.names, ids=ids, ends=ends, settings=packed.settings
         )
