@@ -2,10 +2,11 @@
 
     python -m benchmarks.sweep_overhead [--requests 10000] [--runs 10]
 
-Requests of multiple-choice questions with five examples, made here. Each contender is a process of its own: stock HELM
+Requests of multiple-choice questions with five examples, made here. Each contender is a program of its own: stock HELM
 at `-n 1` with its SimpleClient, which answers without a model; and `flexgen-helm sweep` with a model of one layer and
-16 numbers a token, whose passes over the layers are timed apart. Own cost is the processor time of looking requests up,
-translating, scheduling, answering and keeping them, without HELM's adapters and metrics and without those passes.
+16 numbers a token, once as it is, with HELM's side in as many processes as the cores allow, and once with it in the
+program's own process, where it can be counted: own cost is that process's time of translating requests, looking
+them up, handing them to the engine's process and keeping answers, without HELM's adapters and metrics.
 """
 
 from __future__ import annotations
@@ -76,16 +77,15 @@ def run_stock(arguments: list[str], spans: dict[str, float]) -> None:
 
 def run_ours(arguments: list[str], spans: dict[str, float]) -> None:
     """`flexgen-helm sweep`, by its stages."""
-    from engine.executor import Executor
     from flexgen_helm import run
     from flexgen_helm.helm.client import FlexGenClient
     from flexgen_helm.sweeps.runner import SweepRunner
 
     for name, owner, method in (
-        ("passes", Executor, "sweep"),
         ("adapt", SweepRunner, "adapt"),
         ("finish", SweepRunner, "finish"),
-        ("look up", FlexGenClient, "look_up"),
+        ("translate", FlexGenClient, "pack"),
+        ("look up", FlexGenClient, "find"),
         ("runs", SweepRunner, "run_all"),
     ):
         do = getattr(owner, method)
@@ -95,12 +95,23 @@ def run_ours(arguments: list[str], spans: dict[str, float]) -> None:
         raise SystemExit(code)
 
 
+def run_ours_in_one_process(arguments: list[str], spans: dict[str, float]) -> None:
+    """The same with HELM's side in the process that runs the suite; the engine has its own."""
+    from flexgen_helm.workers import helper_processes
+
+    helper_processes.usable_cores = lambda: 1
+    run_ours(arguments, spans)
+
+
 def child(kind: str, arguments: list[str]) -> None:
     """Inside a contender's process: run, and print the seconds last."""
     spans: dict[str, float] = {}
-    {"stock": run_stock, "ours": run_ours}[kind](arguments, spans)
+    RUN[kind](arguments, spans)
     spans["peak memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print("\n" + json.dumps(spans))
+
+
+RUN = {"stock": run_stock, "ours": run_ours, "counted": run_ours_in_one_process}
 
 
 def make_model(path: Path) -> None:
@@ -173,7 +184,7 @@ def contend(kind: str, deployment: str, files: list[Path], work: Path, num_reque
     """Run one contender; returns its seconds."""
     entries = [ENTRY.format(path=file, deployment=deployment) for file in files]
     arguments = ["-r", *entries, "-m", str(num_requests), "-n", "1", "--suite", kind, "-o", str(work / "output")]
-    arguments += ["--local-path", str(work / "env")]
+    arguments += ["--local-path", str(work / f"env-{kind}")]
     command = [sys.executable, "-m", "benchmarks.sweep_overhead", "--child", kind, *arguments]
     start = time.perf_counter()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -186,7 +197,7 @@ def contend(kind: str, deployment: str, files: list[Path], work: Path, num_reque
 
 def own_cost(spans: dict[str, float]) -> float:
     """Processor seconds of ours that are neither HELM's nor the model's."""
-    return spans["runs cpu of all threads"] - sum(spans[f"{stage} cpu"] for stage in ("adapt", "finish", "passes"))
+    return spans["runs cpu of all threads"] - sum(spans[f"{stage} cpu"] for stage in ("adapt", "finish"))
 
 
 def main() -> None:
@@ -201,7 +212,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model")
-        write_entries(work / "env", work / "model")
+        for kind in RUN:
+            write_entries(work / f"env-{kind}", work / "model")
         files = []
         for run in range(options.runs):
             files.append(work / f"questions{run}.jsonl")
@@ -211,19 +223,22 @@ def main() -> None:
         found = {
             "stock": contend("stock", "simple/trivial", files, work, each),
             "ours": contend("ours", "flexgen/trivial", files, work, each),
+            "counted": contend("counted", "flexgen/trivial", files, work, each),
         }
-    ours, stock, count = found["ours"], found["stock"], each * options.runs
+    ours, counted, stock, count = found["ours"], found["counted"], found["stock"], each * options.runs
     content = {
         "requests": count,
         "runs": options.runs,
         "seconds": found,
-        "own_ms_per_request": 1e3 * own_cost(ours) / count,
-        "look_up_ms_per_request": 1e3 * ours["look up cpu"] / count,
-        "helms_ms_per_request": 1e3 * (ours["adapt cpu"] + ours["finish cpu"]) / count,
+        "own_ms_per_request": 1e3 * own_cost(counted) / count,
+        "translate_ms_per_request": 1e3 * counted["translate cpu"] / count,
+        "look_up_ms_per_request": 1e3 * counted["look up cpu"] / count,
+        "helms_ms_per_request": 1e3 * (counted["adapt cpu"] + counted["finish cpu"]) / count,
+        "cores": len(os.sched_getaffinity(0)),
         "whole_ms_per_request": 1e3 * ours["runs"] / count,
         "stock_ms_per_request": 1e3 * stock["runs"] / count,
         "ratio": stock["runs"] / ours["runs"],
-        "processor_time_ratio": stock["runs cpu of all threads"] / ours["runs cpu of all threads"],
+        "processor_time_ratio": stock["runs cpu of all threads"] / counted["runs cpu of all threads"],
     }
     for name, value in content.items():
         print(f"{name}: {value}")

@@ -49,12 +49,13 @@ class PromptTokenizer:
             "be told from the text; use a tokenizer that puts special tokens around a text only"
         )
 
-    def plain(self, text: str, room: int | None = None) -> list[int]:
+    def plain(self, text: str, room: int | None = None, own: Sequence[int] | None = None) -> list[int]:
         """Ids of a text that no template wrote.
 
-        `room`: where the prefix alone would make them more than this, it is left out.
+        `room`: where the prefix alone would make them more than this, it is left out. `own`: what the tokenizer makes
+        of the text without special tokens, where that is known.
         """
-        own = self.rendered(text)
+        own = self.rendered(text) if own is None else list(own)
         if self._begins_itself(own) or (room is not None and len(own) <= room < len(self.prefix) + len(own)):
             return own
         return [*self.prefix, *own]

@@ -15,6 +15,7 @@ from flexgen_helm.terminal.deadline import Deadline
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.workers.engine_processes import engine_processes
+from flexgen_helm.workers.helper_processes import prepare_helpers
 
 if TYPE_CHECKING:
     from helm.benchmark.executor import ExecutionSpec
@@ -60,6 +61,7 @@ def sweep(arguments: Sequence[str]) -> int:
     args = parse_sweep_flags(arguments)
     policy = policy_from_flags(args)
     engine_processes.prepare()
+    prepare_helpers("flexgen_helm.sweeps.preloaded")  # before HELM is imported here, which takes as long
     from flexgen_helm.runs.launch import prepare, set_up_logging, take_back, watch_folders
     from flexgen_helm.sweeps.lock import FILE_NAME, SuiteLock
     from flexgen_helm.sweeps.log import JsonLog
@@ -117,6 +119,7 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
             args.output_path,
             args.suite,
             diary,
+            args.plugins or (),
             skip_completed_runs=args.skip_completed_runs,
             exit_on_error=args.exit_on_error,
         )

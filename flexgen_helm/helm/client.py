@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
-from functools import cached_property
-from hashlib import sha256
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helm.clients.client import CachingClient
 from helm.common.cache import CacheConfig
 from helm.common.hierarchical_logger import hlog
-from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 from helm.tokenizers.tokenizer import Tokenizer
 
@@ -24,13 +23,19 @@ require_engine()
 from engine.checkpoint.side_files import read_generation_config  # noqa: E402 - after the line that says whose engine
 from engine.errors import CheckpointError, ConfigError, EngineError, one_line  # noqa: E402
 from engine.job import Job  # noqa: E402
+from engine.planning.limits import Limits  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.kept_answers import ClientCache  # noqa: E402
-from flexgen_helm.helm.requests.asked import Answer, Asked, Work, raise_first  # noqa: E402
+from flexgen_helm.helm.request_cache import RequestCache  # noqa: E402
+from flexgen_helm.helm.requests.asked import Answer, Asked, Portion, Work, raise_first  # noqa: E402
 from flexgen_helm.helm.requests.carrying import Carrier  # noqa: E402
-from flexgen_helm.helm.requests.results import Response, Timing, failure, known_result, result  # noqa: E402
+from flexgen_helm.helm.requests.entries import Found, PackedEntries, entries  # noqa: E402
+from flexgen_helm.helm.requests.results import Response, Timing, failure, known_response, result  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
+
+if TYPE_CHECKING:
+    from flexgen_helm.helm.known_tokens import KnownTokens
 
 Progress = Callable[[int, int, int], None]
 """Called with (requests done, requests in all, tokens that the engine worked through for those done)."""
@@ -73,6 +78,8 @@ class FlexGenClient(CachingClient):
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k {top_k} of {self._model} is below 1; leave it out to sample among all tokens")
         self._tokenizer = tokenizer
+        self.tokenizer_name = tokenizer_name or ""
+        """HELM's."""
         self.policy = Policy.load(policy)
         self._end_of_text_token = end_of_text_token
         self._apply_chat_template = apply_chat_template
@@ -128,8 +135,15 @@ class FlexGenClient(CachingClient):
 
     @property
     def known_identity(self) -> dict[str, str | int | None] | None:
-        """`identity` as soon as an answer was found or made; None before, since finding it may take long."""
+        """`identity` as soon as an answer was found or made; None before, since finding it may take long.
+
+        A process that has no engine is given it.
+        """
         return self._served.known_identity
+
+    @known_identity.setter
+    def known_identity(self, identity: dict[str, str | int | None]) -> None:
+        self._served.known_identity = identity
 
     @property
     def source(self) -> tuple[str, str]:
@@ -153,15 +167,18 @@ class FlexGenClient(CachingClient):
     def check(self, requests: Sequence[Request]) -> None:
         """Raise the error of the first request that cannot be run, saying how many there are; loads no weights."""
         bad: dict[int, EngineError] = {}
-        for place, request in enumerate(requests):
+        for place, entry in enumerate(entries(self._translator, requests)):
             try:
-                self._jobs(request, self._translator.render(request))
+                if isinstance(entry, EngineError):
+                    raise entry
+                entry.jobs()
             except EngineError as error:
                 bad[place] = error
         raise_first(bad, len(requests))
 
     def make_request(self, request: Request) -> RequestResult:
         """Answer one request from the cache, or together with those that other threads are making."""
+        engines.guard.check()
 
         def compute() -> Response:
             started = time.time()
@@ -176,9 +193,9 @@ class FlexGenClient(CachingClient):
                 text = self._translator.render(request)
                 key = self._translator.key(request, text)
                 with self._answers.kept(self._served, self._translator, tell=hlog) as kept:
-                    known = known_result(kept.find(key))
+                    known = known_response(kept.find(key))
                 if known is not None:
-                    return known
+                    return result(known, cached=True)
                 response = compute()
                 with self._answers.opened() as cache:
                     cache.put([({**key, "identity": self._served.identity}, response)])
@@ -194,89 +211,85 @@ class FlexGenClient(CachingClient):
         Results are in HELM's cache as soon as their sweep ends. A bad request fails in its own result; raises
         `EngineError` for a fault of model, policy or engine.
         """
+        engines.guard.check()
         report = progress or (lambda done, total, tokens: None)
-        asked = self.look_up(requests)
-        results = dict(asked.known)
+        asked = self.find(entries(self._translator, requests))
+        results = {place: result(response, cached=True) for place, response in asked.known.items()}
         results.update({place: failure(requests[place], error) for place, error in asked.refused.items()})
         num_tokens = 0
         report(len(results), len(requests), num_tokens)
         with Carrier(lambda: self.carry_out(asked, observe), self.close) as carrier:
             for answers in carrier:
                 for answer in answers:
-                    results.update(dict.fromkeys(answer.places, answer.result))
+                    results.update(dict.fromkeys(answer.work.places, answer.result))
                     num_tokens += answer.prompt_tokens + answer.new_tokens
                 report(len(results), len(requests), num_tokens)
         return [results[place] for place in range(len(requests))]
 
-    def look_up(self, requests: Sequence[Request]) -> Asked:
+    def pack(self, requests: Sequence[Request], known: KnownTokens) -> PackedEntries:
+        """What `unpack` makes entries of, in another process; `known` keeps what it tokenizes for it."""
+        return PackedEntries.made(self._translator, requests, self.tokenizer_name, known)
+
+    def unpack(self, packed: PackedEntries) -> Iterator[Found]:
+        """The entries of a run, for `find`."""
+        return packed.unpack(self._translator.one_of_each)
+
+    def find(self, found: Iterable[Found], under_way: Mapping[str, Work] | None = None) -> Asked:
         """Find what HELM's cache answers, and make ready what is left; loads no weights.
 
+        What equals a request of `under_way` is neither looked up nor asked again: its places are in `Asked.joined`.
         Raises `EngineError` for a fault of model, policy or cache.
         """
-        translator = self._translator
-        asked = Asked(total=len(requests))
-        with self._answers.kept(self._served, translator) as kept:
-            for place, request in enumerate(requests):
-                try:
-                    text = translator.render(request)
-                    key = translator.key(request, text)
-                except EngineError as error:
-                    asked.refused[place] = error
-                    continue
-                name = sha256(request_to_key(key).encode()).hexdigest()  # the key itself holds the prompt once more
-                if name in asked.todo:
-                    asked.todo[name].places.append(place)
-                elif known := known_result(kept.find(key)):
-                    asked.known[place] = known
-                else:
-                    try:
-                        ids, jobs = self._jobs(request, text)
-                    except EngineError as error:
-                        asked.refused[place] = error
-                        continue
-                    asked.todo[name] = Work(request=request, key=key, places=[place], ids=ids, jobs=jobs)
-        return asked
+        with self._answers.kept(self._served, self._translator) as kept:
+            return kept.look_up(found, under_way or {})
 
     def carry_out(self, asked: Asked, observe: Observer | None = None) -> Iterator[list[Answer]]:
         """Let the engine answer what is left of `asked`, and yield the answers of each sweep when they are kept.
 
         Empties `asked.todo`, so that nothing is held longer than it is needed. `observe` sees the engine's sweeps.
         """
-        todo, asked.todo = list(asked.todo.values()), {}
-        if not todo:
+        portion, asked.todo = Portion(list(asked.todo.values())), {}
+        if not portion.num_requests:
             return
-        owners: list[tuple[Work, int] | None] = [(work, place) for work in todo for place in range(len(work.jobs))]
-        jobs, num_requests = [job for work in todo for job in work.jobs], len(todo)
-        todo.clear()
-        started = time.time()
         with self._answers.opened() as cache:
-            for finished in self._served.sweeps(jobs, observe):
-                jobs.clear()  # the engine has them now
-                done: list[tuple[Work, float]] = []
-                for each in finished:
-                    owner, owners[each.index] = owners[each.index], None
-                    assert owner is not None
-                    work, place = owner
-                    work.completions[place] = each.completion
-                    if len(work.completions) == len(work.jobs):
-                        done.append((work, each.seconds))
-                answers, kept = [], []
-                for work, seconds in done:
-                    response = self._response(work, Timing(seconds=seconds, started=started, num_requests=num_requests))
-                    if not isinstance(response, EngineError):
-                        kept.append(({**work.key, "identity": self._served.identity}, response))
-                    answers.append(Answer.of(work, response))
-                self._served.check_weights()
-                cache.put(kept)
-                yield answers
+            for finished in self._served.sweeps(portion.take_jobs(), observe):
+                yield self._keep(cache, portion.done(finished))
 
-    def _jobs(self, request: Request, text: str) -> tuple[tuple[int, ...], list[Job]]:
-        """Token ids of a rendered prompt and the checked jobs that answer it."""
-        ids = self._translator.encode(request, text)
-        jobs = self._translator.jobs(request, text, ids)
-        for job in jobs:
-            job.check()
-        return ids, jobs
+    def asking(self, portion: Portion) -> Iterator[list[tuple[Work, Timing]]]:
+        """Let the engine, which may be at work on other portions, answer one; yield what each sweep has finished."""
+        for finished in self._served.sweeps(portion.take_jobs()):
+            yield portion.done(finished)
+
+    @contextmanager
+    def running(self, jobs: Sequence[Job], share: float, observe: Observer) -> Iterator[Limits | None]:
+        """Have the engine loaded, for jobs of which `jobs` are a `share`; `observe` sees its sweeps meanwhile.
+
+        Yields how large its sweeps are, where it tells.
+        """
+        with self._served.running(jobs, share) as engine:
+            engine.observer = partial(observe, engine)
+            try:
+                plan = getattr(engine, "plan", None)
+                yield None if plan is None else plan.limits
+            finally:
+                engine.observer = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[Callable[[Iterable[tuple[Work, Timing]]], list[Answer]]]:
+        """Inside, what this yields keeps answers of the engine in HELM's cache, in a transaction, and returns them."""
+        with self._answers.opened() as cache:
+            yield partial(self._keep, cache)
+
+    def _keep(self, cache: RequestCache, done: Iterable[tuple[Work, Timing]]) -> list[Answer]:
+        answers, kept = [], []
+        for work, timing in done:
+            response = self._response(work, timing)
+            if not isinstance(response, EngineError):
+                kept.append(({**work.key, "identity": self._served.identity}, response))
+            answers.append(Answer.of(work, response))
+        self._served.check_weights()
+        cache.put(kept)
+        return answers
 
     def _response(self, work: Work, timing: Timing) -> Response | EngineError:
         completions = [work.completions[place] for place in range(len(work.jobs))]

@@ -25,6 +25,7 @@ from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
+from flexgen_helm.workers.engine_guard import EngineGuard
 from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
@@ -108,8 +109,12 @@ class Served:
 
     @property
     def known_identity(self) -> Identity | None:
-        """`identity` if it has been found by now; waits for nothing."""
+        """`identity` if it has been found by now; waits for nothing. A process that has no engine is given it."""
         return self._identity
+
+    @known_identity.setter
+    def known_identity(self, identity: Identity) -> None:
+        self._identity = identity
 
     def _digest_of_engine(self) -> str | None:
         """None where no engine reads the weight files, or where it was closed before it had read them all."""
@@ -167,15 +172,15 @@ class Served:
                     engine.observer = None
 
     @contextmanager
-    def running(self, jobs: Sequence[Job]) -> Iterator[RunningEngine]:
-        """The engine, loaded for `jobs` if need be; it is not taken for idle meanwhile."""
+    def running(self, jobs: Sequence[Job], share: float = 1.0) -> Iterator[RunningEngine]:
+        """The engine, loaded if need be for work of which `jobs` are a `share`; it is not taken for idle meanwhile."""
         with self._registry.loading:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             engine = self._engine
             if engine is None:
                 self._registry.close_idle()
-                engine = self._engine = self._load(jobs)
+                engine = self._engine = self._load(jobs, share)
             with self._lock:
                 self._num_users += 1
         try:
@@ -184,15 +189,15 @@ class Served:
             with self._lock:
                 self._num_users -= 1
 
-    def _load(self, jobs: Sequence[Job]) -> RunningEngine:
-        """Load the engine, placed for `jobs` where the policy leaves that open; later ones have to do with it."""
+    def _load(self, jobs: Sequence[Job], share: float) -> RunningEngine:
+        """Load the engine, placed for work of which `jobs` are a `share` where the policy leaves that open."""
         path = self.description.path
         try:
             with htrack_block(f"Loading {path}"):
-                chosen = choose(path, self.description.dtype, self.policy, jobs, engine_processes.memory)
+                chosen = choose(path, self.description.dtype, self.policy, jobs, engine_processes.memory, share)
                 if chosen.note:
                     hlog(chosen.note)
-                self._estimate = chosen.estimate
+                self._estimate = chosen.estimate if share == 1.0 else None
                 source, rest = self._open()
                 engine = self._registry.load(path, chosen.policy, self._window)
                 try:  # else the engine may have read others than those of the identity
@@ -240,6 +245,7 @@ class EngineRegistry:
         self.loading = threading.Lock()
         """Held while an engine loads; a second one would measure memory that the first is about to take."""
         self._lock = threading.Lock()
+        self.guard = EngineGuard()
         self._served: dict[tuple[str, Policy, int | None], Served] = {}
         self._described: dict[str, ModelDescription | EngineError] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -12,6 +12,9 @@ from engine.checkpoint.identity.result import differences, last_change, sampled_
 from engine.errors import ConfigError, EngineError
 from flexgen_helm.helm.engines import Served
 from flexgen_helm.helm.request_cache import RequestCache, Response
+from flexgen_helm.helm.requests.asked import Asked, Work
+from flexgen_helm.helm.requests.entries import Found
+from flexgen_helm.helm.requests.results import known_response
 from flexgen_helm.helm.requests.translate import CLIENT, Key, Translator
 
 _SETTINGS = ("dtype", "compress_weight", "compress_cache", "batch_invariant")
@@ -83,6 +86,30 @@ class KeptAnswers:
         self._num_moved = 0
         self._outdated: dict[str, None] = {}
         """What has changed since requests were answered, each once."""
+
+    def look_up(self, found: Iterable[Found], under_way: Mapping[str, Work]) -> Asked:
+        """Find the answers to requests, and make ready what is left; `under_way` are those of other runs, by name."""
+        asked = Asked()
+        for place, entry in enumerate(found):
+            asked.total += 1
+            if isinstance(entry, EngineError):
+                asked.refused[place] = entry
+            elif entry.name in under_way:
+                asked.joined.setdefault(entry.name, []).append(place)
+            elif entry.name in asked.todo:
+                asked.todo[entry.name].places.append(place)
+            elif response := known_response(self.find(entry.key)):
+                asked.known[place] = response
+            else:
+                try:
+                    ids, jobs = entry.jobs()
+                except EngineError as error:
+                    asked.refused[place] = error
+                    continue
+                asked.todo[entry.name] = Work(
+                    name=entry.name, request=entry.request, key=entry.key, places=[place], ids=ids, jobs=jobs
+                )
+        return asked
 
     def find(self, key: Key) -> Response | None:
         """The answer to the request with this key, which is without an identity; None if there is none to be used."""

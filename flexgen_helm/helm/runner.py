@@ -30,6 +30,7 @@ from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
 from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.records.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
+from flexgen_helm.planning.environment import Environment, environment  # noqa: E402
 
 
 class RunsFailed(RunnerError):
@@ -87,9 +88,11 @@ class FlexGenRunner(Runner):
         )
         context = self.executor.context
         if isinstance(context, LocalContext):
-            from flexgen_helm.helm.uncached_tokenizer import UncachedTokenizer  # imports transformers
+            from flexgen_helm.helm.known_tokens import KnownTokens  # imports transformers
 
-            context.tokenizer = UncachedTokenizer(context.tokenizer.credentials, context.cache_backend_config)
+            context.tokenizer = KnownTokens(context.tokenizer.credentials, context.cache_backend_config)
+        self.environment: Callable[[], Environment] = environment
+        """What records say of where they were made."""
         self.beginning = Beginning(Path(self.runs_path))
         self.executor = WholeRunExecutor(self.executor, self._report, self.tell, self.beginning)
 
@@ -139,7 +142,7 @@ class FlexGenRunner(Runner):
     def keep_provenance(self, run_spec: RunSpec, client: FlexGenClient, folder: Path) -> None:
         """Write the record of a run whose files are in `folder`; raises `OSError`."""
         deployment = str(run_spec.adapter_spec.model_deployment)
-        found = provenance_of(run_spec.name, deployment, client, self.beginning.moment, folder)
+        found = provenance_of(run_spec.name, deployment, client, self.beginning.moment, folder, self.environment())
         write_provenance(folder, found)
 
     def _is_run_completed(self, run_path: str) -> bool:
@@ -226,12 +229,19 @@ class WholeRunExecutor(Executor):
                 self._tell(line)
 
     def client_of(self, states: Sequence[RequestState]) -> FlexGenClient | None:
+        """Our client, if all requests go to one deployment of it."""
         deployments = {state.request.model_deployment for state in states}
-        if len(deployments) != 1 or not isinstance(self.context, LocalContext):
-            return None
-        deployment = deployments.pop()
-        if not issubclass(get_class_by_name(get_model_deployment(deployment).client_spec.class_name), FlexGenClient):
-            return None
+        return self.our_client(deployments.pop()) if len(deployments) == 1 and self.is_ours(*deployments) else None
+
+    def is_ours(self, deployment: str) -> bool:
+        """Whether our client serves a deployment."""
+        if not isinstance(self.context, LocalContext):
+            return False
+        return issubclass(get_class_by_name(get_model_deployment(deployment).client_spec.class_name), FlexGenClient)
+
+    def our_client(self, deployment: str) -> FlexGenClient:
+        """The client of a deployment that is ours."""
+        assert isinstance(self.context, LocalContext)
         client = self.context.client._get_client(deployment)
         assert isinstance(client, FlexGenClient)
         if self.beginning is not None:

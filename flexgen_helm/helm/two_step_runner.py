@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from helm.benchmark.adaptation.adapters.adapter_factory import AdapterFactory
 from helm.benchmark.adaptation.scenario_state import ScenarioState
@@ -31,12 +31,18 @@ from helm.benchmark.scenarios.scenario import (
 )
 from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block
+from helm.common.local_context import LocalContext
 
 from engine.errors import EngineError
 from flexgen_helm.helm.dataclass_json import dumps
+from flexgen_helm.helm.engines import engines
 from flexgen_helm.helm.records.provenance import FILE_NAME
 from flexgen_helm.helm.runner import FlexGenRunner, WholeRunExecutor
 from flexgen_helm.helm.scratch import SCRATCH
+from flexgen_helm.helm.window_checks import adapted
+
+if TYPE_CHECKING:
+    from flexgen_helm.helm.known_tokens import KnownTokens
 
 _LAST_FILE = "per_instance_stats.json"
 """What HELM writes last: a run that has all files counts as completed."""
@@ -54,6 +60,8 @@ class Adapted:
     run_spec: RunSpec
     scenario: Scenario
     state: ScenarioState
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    """How many tokens prompts have, as HELM counts them, where that is known."""
 
 
 class TwoStepRunner(FlexGenRunner):
@@ -70,6 +78,12 @@ class TwoStepRunner(FlexGenRunner):
             **flags,
         )  # fmt: skip
 
+    @property
+    def known_tokens(self) -> KnownTokens:
+        """HELM's tokenizers, as its adapters and metrics ask them."""
+        assert isinstance(self.executor.context, LocalContext), "runs in two steps have no server"
+        return cast("KnownTokens", self.executor.context.tokenizer)
+
     def adapt(self, run_spec: RunSpec) -> Adapted:
         """Make a run's requests; raises whatever the scenario does."""
         parallelism = self.executor.execution_spec.parallelism
@@ -82,10 +96,11 @@ class TwoStepRunner(FlexGenRunner):
         if spec.max_eval_instances is not None:
             instances = downsample_eval_instances(instances, spec.max_eval_instances, spec.eval_splits or EVAL_SPLITS)
         instances = DataPreprocessor(run_spec.data_augmenter_spec).preprocess(instances, parallelism)
-        states = AdapterFactory.get_adapter(spec, self.tokenizer_service).adapt(instances, parallelism)
+        adapter = AdapterFactory.get_adapter(spec, self.tokenizer_service)
+        states = adapted(adapter, instances, parallelism, self.known_tokens)
         return Adapted(run_spec, scenario, ScenarioState(spec, states, run_spec.annotators))
 
-    def finish(self, adapted: Adapted, state: ScenarioState) -> None:
+    def finish(self, made: Adapted, state: ScenarioState) -> None:
         """Annotate, compute metrics and write all files of a run whose results are in `state`.
 
         Raises `NoRoom` when its directory cannot be written, and whatever annotators and metrics do.
@@ -93,7 +108,7 @@ class TwoStepRunner(FlexGenRunner):
         state = self.annotator_executor.execute(state)
         stats: list[Stat] = []
         per_instance_stats: list[PerInstanceStats] = []
-        for metric_spec in adapted.run_spec.metric_specs:
+        for metric_spec in made.run_spec.metric_specs:
             metric = create_metric(metric_spec)
             with htrack_block(metric):
                 found = metric.evaluate(
@@ -102,11 +117,12 @@ class TwoStepRunner(FlexGenRunner):
             stats.extend(found.aggregated_stats)
             per_instance_stats.extend(found.per_instance_stats)
         hlog(f"Generated {len(stats)} stats.")
+        engines.guard.check_not_asked()
         self._write(
-            adapted,
+            made,
             {
-                "run_spec.json": adapted.run_spec,
-                "scenario.json": adapted.scenario,
+                "run_spec.json": made.run_spec,
+                "scenario.json": made.scenario,
                 "scenario_state.json": state,
                 "stats.json": remove_stats_nans(stats),
                 _LAST_FILE: remove_per_instance_stats_nans(per_instance_stats),
@@ -122,15 +138,15 @@ class TwoStepRunner(FlexGenRunner):
         """Beside the suite's directory, in which HELM takes every directory for a run."""
         return Path(f"{self.runs_path}{SCRATCH}")
 
-    def _write(self, adapted: Adapted, files: dict[str, Any]) -> None:
-        run_spec = adapted.run_spec
+    def _write(self, made: Adapted, files: dict[str, Any]) -> None:
+        run_spec = made.run_spec
         scratch, target = self._scratch / run_spec.name, Path(self._get_run_path(run_spec))
         try:
             scratch.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 write(str(scratch / name), dumps(content))
                 _settle(scratch / name)
-            names = [FILE_NAME] if self._keep_provenance(adapted, scratch) else []
+            names = [FILE_NAME] if self._keep_provenance(made, scratch) else []
             target.mkdir(parents=True, exist_ok=True)
             (target / _LAST_FILE).unlink(missing_ok=True)  # not completed until the new ones are all there
             for name in (*names, *files):
@@ -147,12 +163,12 @@ class TwoStepRunner(FlexGenRunner):
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _keep_provenance(self, adapted: Adapted, scratch: Path) -> bool:
+    def _keep_provenance(self, made: Adapted, scratch: Path) -> bool:
         """Write the record of a run of our client beside its files; False for a run of another one."""
         assert isinstance(self.executor, WholeRunExecutor)
-        client = self.executor.client_of(adapted.state.request_states)
+        client = self.executor.client_of(made.state.request_states)
         if client is not None:
-            self.keep_provenance(adapted.run_spec, client, scratch)
+            self.keep_provenance(made.run_spec, client, scratch)
         return client is not None
 
 

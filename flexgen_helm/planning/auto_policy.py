@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import ConfigError, EngineError
@@ -38,14 +38,23 @@ def memory_for(policy: Policy) -> Memory:
 
 
 def choose(
-    path: str, dtype: str, policy: Policy, jobs: Sequence[Job], memory: Callable[[Policy], Memory] = memory_for
+    path: str,
+    dtype: str,
+    policy: Policy,
+    jobs: Sequence[Job],
+    memory: Callable[[Policy], Memory] = memory_for,
+    share: float = 1.0,
 ) -> Chosen:
-    """`policy` with the places of weights chosen for `jobs` of the model in directory `path`.
+    """`policy` with the places of weights chosen for work of the model in directory `path`.
+
+    `jobs` are a `share` of that work, and what else comes is taken to be like them.
 
     As it is where it says them itself, on a machine whose device is the host, and where nothing is known of it.
     Compression is never chosen: it changes results.
     """
     load = workload_of(jobs)
+    if load is not None and share < 1.0:
+        load = replace(load, num_runs=math.ceil(load.num_runs / share))
     if policy.weights is not None or policy.kv_cache is not None or load is None:
         return Chosen(policy, None, "")
     device = resolve_device(policy.device)
@@ -71,9 +80,8 @@ def choose(
     places = [f"{weights.gpu:g} % of the weights on the device"]
     places += [f"{weights.disk:g} % on disk"] if weights.disk else []
     places += ["attention on the host"] if best.policy.cpu_cache_compute and not policy.cpu_cache_compute else []
-    note = (
-        f"auto: {', '.join(places)}; at least {best.seconds:.1f} s for {len(jobs)} requests, bound by {best.bottleneck}"
-    )
+    count = len(jobs) if share == 1.0 else f"about {math.ceil(len(jobs) / share)}"
+    note = f"auto: {', '.join(places)}; at least {best.seconds:.1f} s for {count} requests, bound by {best.bottleneck}"
     return Chosen(best.policy, best, note)
 
 

@@ -17,9 +17,9 @@ from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.planning.environment import environment
+from flexgen_helm.sweeps.foreseen import Foreseen, foresee, told, told_together
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
-from flexgen_helm.sweeps.preparing import foresee, told
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
 from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepRecord, write_record
 
@@ -40,6 +40,8 @@ class SweepDiary:
         self._ended: dict[str, RunRecord] = {}
         self._current: ModelSweep | None = None
         self._requests: dict[str, PendingRun] = {}
+        self._num_preparing = 0
+        self._foreseen: list[Foreseen] = []
         self._started = _now()
         self._environment = environment()
         self._json_log = json_log
@@ -95,34 +97,38 @@ class SweepDiary:
         """An earlier command had completed it."""
         self._end(run_spec.name, "skipped")
 
-    def preparing(self, run_spec: RunSpec, number: int, total: int) -> None:
+    def preparing(self, run_spec: RunSpec) -> None:
         """A run's requests are about to be made."""
-        self._progress.standing.doing = f"preparing {short_name(run_spec.name)} ({number}/{total})"
+        self._num_preparing += 1
+        if self._current is None:
+            number = f"{self._num_preparing}/{len(self._deployments)}"
+            self._progress.standing.doing = f"preparing {short_name(run_spec.name)} ({number})"
 
     def prepared(self, run: PendingRun) -> None:
         """A run's requests are made."""
         self._requests[run.name] = run
         self._progress.standing.requests += run.total
         self._progress.standing.requests_done += run.cached
+        if self._current is not None:
+            self._progress.standing.tokens = self._current.most_tokens
 
-    def forecast(self, models: Sequence[ModelSweep]) -> None:
-        """All requests are made: say what those that are left will take."""
-        found = [foresee(model) for model in models]
-        for line in told(found):
+    def forecast(self, model: ModelSweep) -> None:
+        """All requests of a model are made: say what those that are left will take, and what was left."""
+        each = foresee(model)
+        for line in told(each):
             self._progress.tell(line)
-        for each in found:
-            numbers = {} if each.forecast is None else each.forecast.as_mapping()
-            self._json_log.write("forecast", deployment=each.deployment, cached=each.cached, **numbers)
+        self._foreseen.append(each)
+        if len(self._foreseen) == len(set(self._deployments.values())):
+            for line in told_together(self._foreseen):
+                self._progress.tell(line)
+        numbers = {} if each.forecast is None else each.forecast.as_mapping()
+        self._json_log.write("forecast", deployment=each.deployment, cached=each.cached, **numbers)
 
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""
         self._current, now = model, self._progress.standing
-        now.doing = f"loading {model.deployment}" if model.asked.todo else model.deployment
-        now.tokens, now.tokens_done = model.asked.most_tokens, 0
-        self._progress.say(
-            f"{model.deployment}: {len(model.runs)} runs, {model.num_requests} requests, {model.cached} of them from "
-            f"the cache, {len(model.asked.todo)} to compute"
-        )
+        now.doing = f"loading {model.deployment}" if model.num_todo else model.deployment
+        now.tokens, now.tokens_done = model.most_tokens, 0
         for line in model.client.notes:
             self._progress.say(f"{model.deployment}: {line}")
 
@@ -130,13 +136,13 @@ class SweepDiary:
         """The engine has answered."""
         now = self._progress.standing
         now.doing = model.deployment
-        now.requests_done += len(answer.places)
+        now.requests_done += len(answer.work.places)
         now.tokens_done += answer.most_tokens
         for run in model.runs_of(answer):
             if run.is_answered:
                 now.active.pop(run.name, None)
             else:
-                now.active[run.name] = (len(run.results), run.total)
+                now.active[run.name] = (len(run.outcomes), run.total)
 
     def done(self, run: PendingRun, failed: Sequence[str]) -> None:
         """A run's files are written; `failed` says why some of its requests count as empty answers."""
@@ -179,7 +185,7 @@ class SweepDiary:
             error=error,
             requests=pending.total if pending else 0,
             cached=pending.cached if pending else 0,
-            failed_requests=pending.num_failed if pending else 0,
+            failed_requests=len(pending.failed) if pending else 0,
             new_tokens=pending.new_tokens if pending else 0,
             seconds=self._current.tally.seconds if self._current and pending else 0.0,
         )

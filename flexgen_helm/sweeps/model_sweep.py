@@ -1,18 +1,20 @@
-"""One model's part of a suite: the requests of all its runs in one call of the engine, each run told when whole."""
+"""One model's part of a suite: the runs whose requests are made, and what of them is left to be answered."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Generator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from helm.benchmark.adaptation.request_state import RequestState
-from helm.common.request import RequestResult
-
+from engine.errors import EngineError
+from engine.job import Job
+from engine.planning.limits import Limits
+from engine.schedule.prefix import common_length
 from flexgen_helm.helm.client import FlexGenClient
-from flexgen_helm.helm.requests.asked import Answer, Asked, raise_first
-from flexgen_helm.helm.requests.carrying import Carrier
-from flexgen_helm.helm.two_step_runner import Adapted
+from flexgen_helm.helm.requests.asked import Answer, Work, raise_first
+from flexgen_helm.helm.requests.entries import PackedEntries
+from flexgen_helm.sweeps.helm_side import Outcome
 from flexgen_helm.sweeps.tally import Tally
 
 
@@ -20,95 +22,137 @@ from flexgen_helm.sweeps.tally import Tally
 class PendingRun:
     """A run whose requests are under way."""
 
-    adapted: Adapted
+    name: str
+    """HELM's."""
+    adapted: Any
+    """What finishes it."""
     first: int
     """Place of its first request among the model's."""
     total: int
     cached: int
-    results: dict[int, RequestResult] = field(default_factory=dict)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
     """By place within the run."""
     new_tokens: int = 0
 
     @property
-    def name(self) -> str:
-        """HELM's name of it."""
-        return str(self.adapted.run_spec.name)
-
-    @property
     def is_answered(self) -> bool:
         """Whether all its requests are."""
-        return len(self.results) == self.total
+        return len(self.outcomes) == self.total
 
     @property
-    def num_failed(self) -> int:
-        """Its requests that the engine could not answer."""
-        return sum(not result.success for result in self.results.values())
+    def failed(self) -> list[str]:
+        """Why requests have no answer."""
+        errors = (self.outcomes[place] for place in sorted(self.outcomes))
+        return [f"{type(error).__name__}: {error}" for error in errors if isinstance(error, EngineError)]
 
-    @property
-    def states(self) -> list[RequestState]:
-        """Its requests, as HELM made them."""
-        states: list[RequestState] = self.adapted.state.request_states
-        return states
+
+@dataclass
+class Amount:
+    """How much work requests are."""
+
+    tokens: int = 0
+    """Of prompts, and at most to be generated."""
+    jobs: int = 0
+    rows: int = 0
+    """Prompt tokens to compute, about: without those with which the request before begins, too."""
+
+    def add(self, other: Amount, sign: int = 1) -> None:
+        """Add other work, or take it off."""
+        self.tokens += sign * other.tokens
+        self.jobs += sign * other.jobs
+        self.rows += sign * other.rows
+
+    def fills(self, limits: Limits, sweeps: int = 1) -> bool:
+        """Whether it fills so many of the engine's sweeps."""
+        return self.jobs >= sweeps * limits.seats or self.rows >= sweeps * limits.rows_per_sweep
 
 
 class ModelSweep:
-    """All requests of the runs of one deployment."""
+    """The runs of one deployment."""
 
     def __init__(self, deployment: str, client: FlexGenClient) -> None:
         self.deployment = deployment
         self.client = client
-        self.asked = Asked()
         self.runs: list[PendingRun] = []
-        self._firsts: list[int] = []
         self.tally = Tally()
+        self.num_requests = 0
+        """Of all runs so far."""
         self.cached = 0
         """Requests that HELM's cache answered."""
+        self.jobs: list[Job] = []
+        """Of all requests that are to be computed, as long as a forecast may be asked for."""
+        self.num_todo = 0
+        """Requests that are to be computed; equal ones count once while they are under way."""
+        self.most_tokens = 0
+        """Of those: of prompts, and at most to be generated."""
+        self.under_way = Amount()
+        """What has no answer yet."""
+        self._under_way: dict[str, Work] = {}
+        self._waiting: list[tuple[Work, Amount]] = []
+        """What of that the engine has not been given."""
+        self._amounts: dict[str, Amount] = {}
+        self._firsts: list[int] = []
 
-    def add(self, adapted: Adapted) -> PendingRun:
+    def add(self, name: str, adapted: Any, entries: PackedEntries) -> PendingRun:
         """Look a run's requests up; raises `EngineError` if one of them cannot be run, or for a fault of the model."""
-        found = self.client.look_up([state.request for state in adapted.state.request_states])
+        found = self.client.find(self.client.unpack(entries), self._under_way)
         raise_first(found.refused, found.total)
-        known = found.known
-        run = PendingRun(adapted, self.asked.total, found.total, len(known), results=dict(known))
-        found.known = {}
-        self.asked.add(found)
+        first = self.num_requests
+        run = PendingRun(name, adapted, first, found.total, len(found.known))
+        run.outcomes = {place: (response, True) for place, response in found.known.items()}
+        for joined, places in found.joined.items():
+            self._under_way[joined].places += [first + place for place in places]
+        before: tuple[int, ...] = ()
+        for work in found.todo.values():
+            work.places = [first + place for place in work.places]
+            rows = work.prompt_rows - len(work.jobs) * common_length(before, work.ids)
+            before = work.ids
+            self._wait(work, Amount(work.most_tokens, len(work.jobs), max(1, rows)))
+        self.num_requests += run.total
         self.cached += run.cached
         self.runs.append(run)
-        self._firsts.append(run.first)
+        self._firsts.append(first)
         return run
 
+    def _wait(self, work: Work, amount: Amount) -> None:
+        self._under_way[work.name] = work
+        self._waiting.append((work, amount))
+        self._amounts[work.name] = amount
+        self.under_way.add(amount)
+        self.jobs += work.jobs
+        self.num_todo += 1
+        self.most_tokens += amount.tokens
+
     @property
-    def num_requests(self) -> int:
-        """Requests of all its runs."""
-        return self.asked.total
+    def waiting_tokens(self) -> int:
+        """Of what the engine has not been given."""
+        return sum(amount.tokens for _, amount in self._waiting)
 
-    def answered(self, on_answer: Callable[[Answer], None]) -> Generator[PendingRun, None, None]:
-        """Yield each run as soon as its last request is answered; `on_answer` is called for every answer.
+    def take(self, limits: Limits | None = None) -> Sequence[Work]:
+        """Requests for the engine: as many as fill whole sweeps of these limits, or all."""
+        filled, number = Amount(), len(self._waiting) if limits is None else 0
+        if limits is not None:
+            for place, (_, amount) in enumerate(self._waiting, start=1):
+                filled.add(amount)
+                if filled.fills(limits):
+                    filled, number = Amount(), place
+        taken, self._waiting = self._waiting[:number], self._waiting[number:]
+        return [work for work, _ in taken]
 
-        The engine goes on, and answers are kept in HELM's cache, whatever the caller does with a run: both happen in
-        threads of their own. Raises `EngineError` for a fault of the engine; what was answered by then is kept.
-        """
-        self.tally.restart()
-        with Carrier(lambda: self.client.carry_out(self.asked, self.tally.observe), self.client.close) as carrier:
-            yield from [run for run in self.runs if run.is_answered]
-            for answers in carrier:
-                whole: dict[int, PendingRun] = {}
-                for answer in answers:
-                    self.tally.answered(answer)
-                    whole.update(self._deliver(answer))
-                    on_answer(answer)
-                yield from whole.values()
-
-    def runs_of(self, answer: Answer) -> list[PendingRun]:
-        """The runs that asked for it, one for each of its places."""
-        return [self.runs[bisect_right(self._firsts, place) - 1] for place in answer.places]
-
-    def _deliver(self, answer: Answer) -> dict[int, PendingRun]:
+    def deliver(self, answer: Answer) -> list[PendingRun]:
         """Give an answer to the runs that asked for it; returns those that it makes whole."""
-        whole = {}
-        for place, run in zip(answer.places, self.runs_of(answer), strict=True):
-            run.results[place - run.first] = answer.result
+        work = self._under_way.pop(answer.work.name)
+        self.under_way.add(self._amounts.pop(work.name), -1)
+        self.tally.answered(answer)
+        whole: dict[int, PendingRun] = {}
+        for place, run in zip(work.places, self.runs_of(answer), strict=True):
+            outcome = answer.outcome
+            run.outcomes[place - run.first] = outcome if isinstance(outcome, EngineError) else (outcome, False)
             run.new_tokens += answer.new_tokens
             if run.is_answered:
                 whole[id(run)] = run
-        return whole
+        return list(whole.values())
+
+    def runs_of(self, answer: Answer) -> list[PendingRun]:
+        """The runs that asked for it, one for each of its places."""
+        return [self.runs[bisect_right(self._firsts, place) - 1] for place in answer.work.places]

@@ -1,14 +1,10 @@
-"""Runs a suite: all requests are made first, then answered model by model, and each run is written when it is whole."""
+"""Runs a suite: requests are made ahead, answered model by model, and each run is written when it is whole."""
 
 from __future__ import annotations
 
-import gc
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from sys import getswitchinterval, setswitchinterval
+from collections.abc import Sequence
 
-from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
@@ -16,27 +12,35 @@ from engine.errors import EngineError
 from flexgen_helm.helm.preflight import find_unusable_metrics
 from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
-from flexgen_helm.helm.runner import RunsFailed, failed_requests, settled
-from flexgen_helm.helm.two_step_runner import Adapted, NoRoom, TwoStepRunner
+from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests
+from flexgen_helm.helm.two_step_runner import NoRoom, TwoStepRunner
 from flexgen_helm.sweeps.diary import SweepDiary
+from flexgen_helm.sweeps.flow import Flow
+from flexgen_helm.sweeps.helm_side import PRELOADED, HelmSide, Setting
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
-from flexgen_helm.sweeps.preparing import prepare
-
-_SWITCH_INTERVAL_S = 0.0001
-"""How long HELM's adapters and metrics may keep the interpreter from the engine's thread, which gives it away at every
-tensor operation and wants it back. With Python's own 5 ms a small model ran up to nine times slower beside them; with
-this, 1.6 times, and they lost nothing."""
+from flexgen_helm.workers.helper_processes import HelperProcesses, Here, num_helpers
 
 
 class SweepRunner(TwoStepRunner):
     """Runs run specs as one job and tells a `SweepDiary` what becomes of them."""
 
     def __init__(
-        self, execution_spec: ExecutionSpec, output_path: str, suite: str, diary: SweepDiary, **flags: bool
+        self,
+        execution_spec: ExecutionSpec,
+        output_path: str,
+        suite: str,
+        diary: SweepDiary,
+        plugins: Sequence[str] = (),
+        **flags: bool,
     ) -> None:
-        """As `TwoStepRunner`; `diary` is told in the thread that calls `run_all`."""
+        """As `TwoStepRunner`; `diary` is told in the thread that calls `run_all`.
+
+        `plugins` are those that the user has named: processes that help import them, too.
+        """
         super().__init__(execution_spec, output_path, suite, **flags)
         self.diary = diary
+        self._suite = suite
+        self._plugins = tuple(plugins)
         self._failures: dict[str, Exception] = {}
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
@@ -45,20 +49,34 @@ class SweepRunner(TwoStepRunner):
         Raises `NoRoom` at once where nothing can be written; with `exit_on_error`, the first error as it is.
         """
         self.clear_scratch()
+        assert isinstance(self.executor, WholeRunExecutor)
         try:
-            with _short_turns():
-                models, others = prepare(self, self._left(run_specs), self.diary, self._fail)
-                self.diary.forecast(models)
-                gc.freeze()  # requests of a whole suite live long; looking through them again and again takes long too
-                for model in sorted(models, key=lambda model: model.asked.shared_tokens, reverse=True):
-                    self._sweep(model)
-                for adapted in others:
-                    self._run_as_helm_does(adapted)
+            ours: list[RunSpec] = []
+            others: list[RunSpec] = []
+            for run_spec in self._left(run_specs):
+                (ours if self.executor.is_ours(_deployment(run_spec)) else others).append(run_spec)
+            here = HelmSide(self)
+            with self._helpers(len(ours), here) as helpers:
+                Flow(ours, self.executor.our_client, helpers, here, self).run()
+            for run_spec in others:
+                self._run_as_helm_does(run_spec)
         finally:
-            gc.unfreeze()
             self.clear_scratch()
         if self._failures:
             raise RunsFailed(self._failures)
+
+    def _helpers(self, num_runs: int, here: HelmSide) -> HelperProcesses | Here:
+        number = num_helpers(num_runs)
+        if not number:
+            return Here(here)
+        setting = Setting(
+            execution_spec=self.executor.execution_spec,
+            output_path=self.output_path,
+            suite=self._suite,
+            plugins=self._plugins,
+            moment=self.beginning.moment,
+        )
+        return HelperProcesses(number, PRELOADED, setting.open)
 
     def _left(self, run_specs: Sequence[RunSpec]) -> list[RunSpec]:
         """Run specs that are to be run and whose metrics can be made."""
@@ -69,66 +87,62 @@ class SweepRunner(TwoStepRunner):
             else:
                 todo.append(run_spec)
         for name, error in find_unusable_metrics(todo).items():
-            self._fail(name, error)
+            self.failed(name, error)
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
 
-    def _sweep(self, model: ModelSweep) -> None:
-        """Answer a model's requests and finish its runs; a fault on the way to an answer fails those that are left."""
-        if model.client.writes_date:
-            self.beginning.keep()
-        self.diary.begin(model)
-        waiting = {run.name: run for run in model.runs}
-
-        def on_answer(answer: Answer) -> None:
-            self.diary.answered(model, answer)
-
-        try:
-            with closing(model.answered(on_answer)) as whole:
-                for run in whole:
-                    del waiting[run.name]
-                    self._finish(run)
-        except Exception as error:
-            if isinstance(error, NoRoom | CacheFull) or (self.exit_on_error and self._failures):
-                raise
-            for name in waiting:
-                self._fail(name, error)
-        self.diary.end(model)
-
-    def _finish(self, run: PendingRun) -> None:
-        """Write a run's files, and let go of its requests."""
-        adapted = run.adapted
-        results = [run.results[place] for place in range(run.total)]
-        try:
-            states = settled(run.states, results)
-            self.finish(adapted, ScenarioState(adapted.state.adapter_spec, states, adapted.state.annotator_specs))
-        except NoRoom:
-            raise
-        except Exception as error:
-            self._fail(run.name, error)
-        else:
-            failed = [str(result.error) for result in results if not result.success]
-            self.diary.done(run, failed)
-            if failed:
-                self._failures[run.name] = ExecutorError(failed_requests(failed))
-        adapted.state.request_states = []
-        adapted.state.request_state_map.clear()
-        adapted.state.instances = []
-
-    def _run_as_helm_does(self, adapted: Adapted) -> None:
+    def _run_as_helm_does(self, run_spec: RunSpec) -> None:
         """Execute a run of another client, request by request."""
-        run_spec, states = adapted.run_spec, adapted.state.request_states
-        run = PendingRun(adapted, 0, len(states), 0)
-        self.diary.preparing(run_spec, 1, 1)
+        self.diary.preparing(run_spec)
         try:
+            adapted = self.adapt(run_spec)
+            self.known_tokens.forget()
+            run = PendingRun(run_spec.name, None, 0, len(adapted.state.request_states), 0)
+            self.diary.prepared(run)
             self.finish(adapted, self.executor.execute(adapted.state))
         except NoRoom:
             raise
         except Exception as error:
-            self._fail(run_spec.name, error)
+            self.failed(run_spec.name, error)
         else:
             self.diary.done(run, failed=[])
+        self.known_tokens.forget()
 
-    def _fail(self, name: str, error: Exception) -> None:
+    # What the flow tells
+
+    def preparing(self, run_spec: RunSpec) -> None:
+        """A run's requests are about to be made."""
+        self.diary.preparing(run_spec)
+
+    def prepared(self, run: PendingRun) -> None:
+        """A run's requests are made."""
+        self.diary.prepared(run)
+
+    def foretell(self, model: ModelSweep) -> None:
+        """All requests of a model are made."""
+        self.diary.forecast(model)
+
+    def begin(self, model: ModelSweep) -> None:
+        """A model is about to be asked."""
+        if model.client.writes_date:
+            self.beginning.keep()
+        model.tally.restart()
+        self.diary.begin(model)
+
+    def answered(self, model: ModelSweep, answer: Answer) -> None:
+        """The engine has answered."""
+        self.diary.answered(model, answer)
+
+    def ended(self, run: PendingRun) -> None:
+        """A run is written."""
+        failed = run.failed
+        self.diary.done(run, failed)
+        if failed:
+            self._failures[run.name] = ExecutorError(failed_requests(failed))
+
+    def failed(self, name: str, error: Exception) -> None:
+        """A run failed; the others go on, unless its error is to end all."""
+        if isinstance(error, NoRoom):
+            raise error
         self._failures[name] = error
         is_expected = isinstance(error, EngineError | ExecutorError)
         trace = "" if is_expected else "".join(traceback.format_exception(error))
@@ -136,12 +150,15 @@ class SweepRunner(TwoStepRunner):
         if self.exit_on_error:
             raise error
 
+    def fault(self, error: Exception) -> None:
+        """A fault on the way to an answer fails the runs that are left of a model, unless it is to end all."""
+        if isinstance(error, NoRoom | CacheFull) or (self.exit_on_error and self._failures):
+            raise error
 
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    before = getswitchinterval()
-    setswitchinterval(_SWITCH_INTERVAL_S)
-    try:
-        yield
-    finally:
-        setswitchinterval(before)
+    def end(self, model: ModelSweep) -> None:
+        """All runs of a model have ended."""
+        self.diary.end(model)
+
+
+def _deployment(run_spec: RunSpec) -> str:
+    return str(run_spec.adapter_spec.model_deployment)

@@ -37,8 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _engines_in_this_process() -> Iterator[None]:
-    """A process for each engine would import torch anew; `test_engine_processes` and the command line have them."""
+    """A process for each engine would import torch anew; `test_engine_processes` and the command line have them.
+
+    HELM's side is in this process, too, however many cores there are; `test_flow` has it in others.
+    """
     from flexgen_helm.helm.engines import engines
+    from flexgen_helm.workers import helper_processes
     from flexgen_helm.workers.engine_processes import engine_processes
 
     with pytest.MonkeyPatch.context() as patch:
@@ -46,6 +50,7 @@ def _engines_in_this_process() -> Iterator[None]:
         patch.setattr(engine_processes, "load", load_in_this_process)
         patch.setattr(engine_processes, "prepare", lambda: None)
         patch.setattr(engine_processes, "memory", memory_for)
+        patch.setattr(helper_processes, "usable_cores", lambda: 1)
         yield
 
 

@@ -19,7 +19,7 @@ from engine.errors import ConfigError, one_line
 from engine.reading import find_file, open_file
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.translate import SEEDS
-from flexgen_helm.planning.environment import Hardware, environment
+from flexgen_helm.planning.environment import Environment, Hardware
 from flexgen_helm.planning.stored import read_versioned, replace_text
 
 FILE_NAME = "flexgen_run.json"
@@ -57,9 +57,10 @@ class Provenance:
     """Hex digests (SHA-256) of the run's `SEALED` files."""
 
 
-def provenance_of(name: str, deployment: str, client: FlexGenClient, began: datetime, folder: Path) -> Provenance:
+def provenance_of(
+    name: str, deployment: str, client: FlexGenClient, began: datetime, folder: Path, found: Environment
+) -> Provenance:
     """That of a run of our client whose files lie in `folder`; raises `OSError` where they cannot be read."""
-    found = environment()
     return Provenance(
         run=name,
         written=datetime.now().astimezone().isoformat(timespec="seconds"),

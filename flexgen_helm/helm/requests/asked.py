@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from helm.common.request import Request, RequestResult
 
 from engine.errors import EngineError
 from engine.job import Completion, Job
-from engine.schedule.prefix import common_length
-from flexgen_helm.helm.requests.results import Response, failure, result
+from flexgen_helm.helm.batcher import Done
+from flexgen_helm.helm.requests.results import Response, Timing, failure, result
 from flexgen_helm.helm.requests.translate import Key
 
 
@@ -19,6 +19,8 @@ from flexgen_helm.helm.requests.translate import Key
 class Work:
     """A request that is not in the cache, and the places of all requests that are equal to it."""
 
+    name: str
+    """A digest of `key`: equal requests have the same."""
     request: Request
     key: Key
     """In the cache, but for the identity of the model."""
@@ -47,9 +49,9 @@ class Work:
 class Answer:
     """What the engine answered."""
 
-    places: tuple[int, ...]
-    """Of the requests that it answers."""
-    result: RequestResult
+    work: Work
+    outcome: Response | EngineError
+    """What the cache keeps, or why there is nothing."""
     prompt_tokens: int
     prompt_rows: int
     new_tokens: int
@@ -57,18 +59,54 @@ class Answer:
     """Prompt tokens, and new ones as many as it was allowed."""
 
     @classmethod
-    def of(cls, work: Work, response: Response | EngineError) -> Answer:
-        """What the engine made of `work`: a response, or why there is none."""
+    def of(cls, work: Work, outcome: Response | EngineError) -> Answer:
+        """What the engine made of `work`."""
         return cls(
-            places=tuple(work.places),
-            result=failure(work.request, response)
-            if isinstance(response, EngineError)
-            else result(response, cached=False),
+            work=work,
+            outcome=outcome,
             prompt_tokens=work.prompt_tokens,
             prompt_rows=work.prompt_rows,
             new_tokens=sum(len(completion.tokens) for completion in work.completions.values()),
             most_tokens=work.most_tokens,
         )
+
+    @property
+    def result(self) -> RequestResult:
+        """As HELM has it."""
+        if isinstance(self.outcome, EngineError):
+            return failure(self.work.request, self.outcome)
+        return result(self.outcome, cached=False)
+
+
+class Portion:
+    """Requests that are asked in one call of the engine."""
+
+    def __init__(self, works: list[Work]) -> None:
+        self.num_requests = len(works)
+        self._started = time.time()
+        self._owners: list[tuple[Work, int] | None] = [
+            (work, place) for work in works for place in range(len(work.jobs))
+        ]
+        self.jobs = [job for work in works for job in work.jobs]
+        """Until the engine has them."""
+
+    def take_jobs(self) -> list[Job]:
+        """The jobs, once."""
+        jobs, self.jobs = self.jobs, []
+        return jobs
+
+    def done(self, finished: Iterable[Done]) -> list[tuple[Work, Timing]]:
+        """The requests that are answered with what a sweep has finished."""
+        whole = []
+        for each in finished:
+            owner, self._owners[each.index] = self._owners[each.index], None
+            assert owner is not None, "a job is answered once"
+            work, place = owner
+            work.completions[place] = each.completion
+            if len(work.completions) == len(work.jobs):
+                timing = Timing(seconds=each.seconds, started=self._started, num_requests=self.num_requests)
+                whole.append((work, timing))
+        return whole
 
 
 @dataclass(eq=False, kw_only=True)
@@ -76,38 +114,19 @@ class Asked:
     """Requests that were looked up, by their places."""
 
     total: int = 0
-    known: dict[int, RequestResult] = field(default_factory=dict)
+    known: dict[int, Response] = field(default_factory=dict)
     """From the cache."""
     refused: dict[int, EngineError] = field(default_factory=dict)
     """Those that cannot be run."""
+    joined: dict[str, list[int]] = field(default_factory=dict)
+    """Those that are under way for somebody else, by their names."""
     todo: dict[str, Work] = field(default_factory=dict)
-    """What is left for the engine, by a digest of its key in the cache: equal requests are asked once."""
-
-    def add(self, other: Asked) -> int:
-        """Append other requests; returns the place of the first of them."""
-        first = self.total
-        self.total += other.total
-        self.known.update({first + place: known for place, known in other.known.items()})
-        self.refused.update({first + place: error for place, error in other.refused.items()})
-        for name, work in other.todo.items():
-            work.places = [first + place for place in work.places]
-            if name in self.todo:
-                self.todo[name].places += work.places
-            else:
-                self.todo[name] = work
-        return first
+    """What is left for the engine, by name: equal requests are asked once."""
 
     @property
     def most_tokens(self) -> int:
         """Of what is left: in prompts, and at most to be generated."""
         return sum(work.most_tokens for work in self.todo.values())
-
-    @property
-    def shared_tokens(self) -> int:
-        """Prompt tokens of what is left that its neighbours in sorted order begin with too."""
-        ordered = sorted(work.ids for work in self.todo.values())
-        shared = sum(common_length(left, right) for left, right in pairwise(ordered))
-        return shared + sum(len(work.ids) * (len(work.jobs) - 1) for work in self.todo.values())
 
 
 def raise_first(refused: Mapping[int, EngineError], total: int) -> None:

@@ -120,12 +120,15 @@ def result(response: Response, *, cached: bool) -> RequestResult:
     )
 
 
-def known_result(stored: Response | None) -> RequestResult | None:
+def known_response(stored: Response | None) -> Response | None:
     """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
     try:
-        return None if stored is None or is_outdated(stored) else result(stored, cached=True)
+        if stored is None or is_outdated(stored):
+            return None
+        result(stored, cached=True)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
+    return stored
 
 
 def _generated_output(prompt: Response, completion: Response) -> GeneratedOutput:

@@ -167,18 +167,18 @@ class Translator:
             "frequency_penalty": float(request.frequency_penalty),
         }
 
-    def encode(self, request: Request, text: str) -> tuple[int, ...]:
+    def encode(self, request: Request, text: str, own: Sequence[int] | None = None) -> tuple[int, ...]:
         """Token ids of a request whose rendered prompt is `text`, by `PromptTokenizer`; raises `PromptError`.
 
         HELM begins language-modelling prompts with the tokenizer's own beginning, and fills windows without counting
-        it.
+        it. `own`: what the tokenizer makes of the text without special tokens, where that is known.
         """
         try:
             with self._tokenizer:
                 if self._rendering.is_templated(request):
-                    ids = self._one_of_each(self._prompts.rendered(text))
+                    ids = self.one_of_each(self._prompts.rendered(text) if own is None else own)
                 else:
-                    ids = self._one_of_each(self._prompts.plain(text, room=self.window))
+                    ids = self.one_of_each(self._prompts.plain(text, self.window, own))
         except JobError as error:
             raise PromptError(str(error)) from None
         except (TypeError, ValueError) as error:  # lone surrogates, for example
@@ -186,7 +186,7 @@ class Translator:
         self._check_length(ids)
         return ids
 
-    def _one_of_each(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def one_of_each(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The same numbers as objects that all prompts share: those of a suite hold millions of equal ones."""
         return tuple(map(self._numbers.setdefault, ids, ids))
 

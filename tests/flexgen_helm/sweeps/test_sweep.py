@@ -167,20 +167,20 @@ def test_runs_of_other_clients_are_run_as_helm_runs_them(
     assert differences(suite("both"), suite("helms")) == []
 
 
-def test_a_prompt_is_tokenized_once_for_helm_and_once_for_us(
+def test_a_prompt_is_tokenized_once_for_helm_and_for_us(
     cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HELM's adapter asks whether it fits and its metrics how long it is; its cache of tokens is not written."""
-    from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     encoded: list[str] = []
-    make = HuggingFaceTokenizer._tokenize_do_it
+    encode = PreTrainedTokenizerFast._encode_plus
 
-    def watched(self: Any, request: dict[str, Any]) -> dict[str, Any]:
-        encoded.extend([request["text"]] if request["encode"] else [])
-        return make(self, request)
+    def watched(self: Any, text: Any, *args: Any, **settings: Any) -> Any:
+        encoded.extend([text] if isinstance(text, str) else text)
+        return encode(self, text, *args, **settings)
 
-    monkeypatch.setattr(HuggingFaceTokenizer, "_tokenize_do_it", watched)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", watched)
     assert cli("sweep", "-r", SUBJECTS[0], "--model", tiny_llama, "-m", 3, "--suite", "once") == 0
     (state,) = [json.loads(file.read_text()) for file in suite("once").glob("*/scenario_state.json")]
     prompts = [each["request"]["prompt"] for each in state["request_states"]]
@@ -188,7 +188,7 @@ def test_a_prompt_is_tokenized_once_for_helm_and_once_for_us(
     assert {file.name for file in Path("prod_env/cache").iterdir() if file.is_file()} == {"flexgen.sqlite"}
 
 
-def test_several_models_take_turns_the_one_that_shares_most_first(
+def test_several_models_take_turns_in_the_order_of_their_runs(
     cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine]
 ) -> None:
     for model in (tiny_llama, tiny_gpt2):
@@ -196,7 +196,7 @@ def test_several_models_take_turns_the_one_that_shares_most_first(
     few, many = "model=local/tiny-llama", "model=local/tiny-gpt2"
     assert cli("sweep", "-r", f"{SUBJECTS[0]},{few}", *(f"{each},{many}" for each in SUBJECTS), "-m", 3,
                "--suite", "two") == 0  # fmt: skip
-    assert [model.deployment for model in record_of("two").models] == ["flexgen/tiny-gpt2", "flexgen/tiny-llama"]
+    assert [model.deployment for model in record_of("two").models] == ["flexgen/tiny-llama", "flexgen/tiny-gpt2"]
     assert [len(engine.calls) for engine in fake_engines] == [1, 1]
 
 

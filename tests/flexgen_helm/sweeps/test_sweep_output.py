@@ -10,12 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helm.common.request import RequestResult
 
 from engine.errors import ConfigError, EngineError, JobError
-from engine.job import Job
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.helm.requests.asked import Answer, Asked, Work
+from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.scores import Score
 from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.sweeps import log as sweep_log
@@ -98,9 +96,10 @@ def test_a_full_disk_ends_the_json_log_and_nothing_else() -> None:
 
 
 def answer(tokens: int = 10) -> Answer:
+    nothing: Any = None
     return Answer(
-        places=(0,),
-        result=RequestResult(True, [], [], False),
+        work=nothing,
+        outcome={},
         prompt_tokens=tokens,
         prompt_rows=tokens,
         new_tokens=1,
@@ -137,26 +136,6 @@ def test_a_timeline_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
         tally.observe(SimpleNamespace(), timing(begun=float(number)))  # type: ignore[arg-type]
     assert len(tally._points) <= 8 * 5
     assert sum(point.prefill_rows for point in tally.timeline()) == 30 * 1000
-
-
-def work(ids: tuple[int, ...], place: int, *, num_jobs: int = 1, new: int = 1) -> Work:
-    jobs = [Job(prompt=ids, max_new_tokens=new, prompt_logprobs=not new)] * num_jobs
-    return Work(request=None, key={}, places=[place], ids=ids, jobs=jobs)  # type: ignore[arg-type]
-
-
-def test_what_runs_ask_is_put_together_and_equal_requests_once() -> None:
-    first, second = Asked(total=2), Asked(total=3)
-    first.todo = {"x": work((1, 2, 3, 4), 0), "y": work((1, 2, 3, 5), 1, num_jobs=3)}
-    second.todo = {"x": work((1, 2, 3, 4), 1), "z": work((7, 8), 2, new=0)}
-    second.known = {0: RequestResult(True, [], [], True)}
-    whole = Asked()
-    assert (whole.add(first), whole.add(second)) == (0, 2)
-    assert {name: each.places for name, each in whole.todo.items()} == {"x": [0, 3], "y": [1], "z": [4]}
-    assert list(whole.known) == [2]
-    assert whole.total == 5
-    assert whole.shared_tokens == 3 + 2 * 4
-    assert whole.most_tokens == 5 + 3 * 5 + 2
-    assert whole.todo["z"].prompt_rows == 1
 
 
 def record(num_failed: int = 1) -> SweepRecord:

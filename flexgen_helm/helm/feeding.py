@@ -1,0 +1,136 @@
+"""Requests on their way to an engine that is at work on others already, and answers on their way back."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+
+from engine.job import Job
+from engine.planning.limits import Limits
+from flexgen_helm.helm.client import FlexGenClient
+from flexgen_helm.helm.engines import Observer
+from flexgen_helm.helm.requests.asked import Answer, Portion, Work
+from flexgen_helm.helm.requests.results import Timing
+
+_CLOSING_S = 0.1
+"""How often an engine that is to end is told so, until it has."""
+
+Tell = Callable[[list[Answer] | BaseException], None]
+_Done = list[tuple[Work, Timing]]
+
+
+class _Ended:
+    """The last thing that is heard of a portion."""
+
+
+class Feed:
+    """Asks a model's engine portion by portion and keeps its answers in HELM's cache, in threads of its own.
+
+    A context manager. When it is left before everything is answered, as by an interrupt, the engine ends after the pass
+    at hand, whose answers are kept, too.
+    """
+
+    def __init__(self, client: FlexGenClient, observe: Observer, tell: Tell) -> None:
+        """`observe` sees the engine's sweeps, in a thread of the engine.
+
+        `tell` is called in another thread: with no answers when the engine is open, with answers as soon as they are
+        kept, and with what ended the engine, if anything did, which is the last.
+        """
+        self.limits: Limits | None = None
+        """How large the engine's sweeps are; None as long as it is not open, and where it does not tell."""
+        self._client = client
+        self._observe = observe
+        self._tell = tell
+        self._is_open = threading.Event()
+        self._is_ending = False
+        self._done: queue.SimpleQueue[_Done | BaseException | _Ended | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._num_open = 0
+        """Portions that are not answered; of the thread that calls `ask` and of none other."""
+        self._num_ended = 0
+        """Portions that have ended; of the thread that keeps answers."""
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.put(None)
+        while any(thread.is_alive() for thread in self._threads):
+            if error is not None or self._is_ending:
+                self._is_ending = True
+                self._client.close()  # again and again: an engine that is still loading can be closed when it is there
+            for thread in self._threads:
+                thread.join(_CLOSING_S)
+
+    def ask(self, works: Sequence[Work], share: float) -> None:
+        """Hand over requests; the first, which are a `share` of all that there will be, have the engine opened."""
+        portion = Portion(list(works))
+        self._num_open += 1
+        if self._num_open == 1:
+            self._start(self._keep, portion.jobs, share)
+        self._start(self._ask, portion)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the engine has been asked for anything."""
+        return self._num_open > 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine is there, so that `limits` are known if it tells them."""
+        return self._is_open.is_set()
+
+    def _start(self, do: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=do, args=args, name="flexgen-sweep", daemon=True)
+        self._threads = [*(each for each in self._threads if each.is_alive()), thread]
+        thread.start()
+
+    def _ask(self, portion: Portion) -> None:
+        try:
+            self._is_open.wait()
+            if not self._is_ending:
+                for done in self._client.asking(portion):
+                    self._done.put(done)
+        except BaseException as error:
+            self._done.put(error)
+        finally:
+            self._done.put(_Ended())
+
+    def _keep(self, first: Sequence[Job], share: float) -> None:
+        try:
+            with self._client.running(first, share, self._observe) as self.limits, self._client.keeping() as keep:
+                self._is_open.set()
+                self._tell([])
+                for done in self._heard():
+                    if done:
+                        self._tell(keep(done))
+        except BaseException as error:
+            self._is_ending = True
+            self._is_open.set()
+            self._tell(error)
+
+    def _heard(self) -> Iterator[_Done]:
+        """What is answered, all that is there at once; raises a fault when nothing more can come."""
+        fault: BaseException | None = None
+        is_over = False
+        while self._num_ended < self._num_open or not (is_over or fault):
+            heard = [self._done.get()]
+            while not self._done.empty():
+                heard.append(self._done.get())
+            done: _Done = []
+            for each in heard:
+                if isinstance(each, list):
+                    done += each
+                elif isinstance(each, _Ended):
+                    self._num_ended += 1
+                elif each is None:
+                    is_over = True
+                else:
+                    fault = fault or each
+            yield done
+        if fault is not None:
+            raise fault

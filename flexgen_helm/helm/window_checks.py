@@ -1,0 +1,69 @@
+"""Lets HELM's adapters ask once, for all prompts together, whether they fit into the model's window."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from helm.benchmark.adaptation.adapters.adapter import Adapter
+from helm.benchmark.adaptation.request_state import RequestState
+from helm.benchmark.scenarios.scenario import Instance
+from helm.benchmark.window_services.window_service import WindowService
+
+if TYPE_CHECKING:
+    from flexgen_helm.helm.known_tokens import KnownTokens
+
+
+def adapted(adapter: Adapter, instances: list[Instance], parallelism: int, known: KnownTokens) -> list[RequestState]:
+    """What `adapter.adapt` returns, and the random states that it leaves, with prompts tokenized in one call.
+
+    The adapter is told of every prompt that it fits. Then all are tokenized together, and HELM's own window service is
+    asked, which finds their tokens in `known`. If it says otherwise of one, the adapter begins again from the same
+    random states, with the window service as it is.
+    """
+    window, states = adapter.window_service, (random.getstate(), np.random.get_state())
+    noted = _Noted(window)
+    adapter.window_service = cast(WindowService, noted)
+    try:
+        found: list[RequestState] = adapter.adapt(instances, parallelism)
+    except Exception:  # perhaps of what it was told; if not, it comes again
+        is_right = False
+    else:
+        known.encode(str(getattr(window, "tokenizer_name", "")), (text for _, text, _ in noted.asked))
+        is_right = noted.is_right()
+    finally:
+        adapter.window_service = window
+    if is_right:
+        return found
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    again: list[RequestState] = adapter.adapt(instances, parallelism)
+    return again
+
+
+class _Noted:
+    """A window service that notes what it is asked and says that everything fits; all else is the real one's."""
+
+    def __init__(self, window: Any) -> None:
+        self._window = window
+        self.asked: list[tuple[str, str, int]] = []
+        """Method, text, tokens of the completion."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._window, name)
+
+    def fits_within_context_window(self, text: str, expected_completion_token_length: int = 0) -> bool:
+        self.asked.append(("fits_within_context_window", text, expected_completion_token_length))
+        return True
+
+    def truncate_from_right(self, text: str, expected_completion_token_length: int = 0) -> str:
+        self.asked.append(("truncate_from_right", text, expected_completion_token_length))
+        return text
+
+    def is_right(self) -> bool:
+        """Whether the real one says the same of everything."""
+        return all(
+            getattr(self._window, method)(text, length) == (True if method.startswith("fits") else text)
+            for method, text, length in self.asked
+        )

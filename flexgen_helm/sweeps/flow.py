@@ -1,0 +1,275 @@
+"""The order of a suite's work: requests are made ahead of the engine, and runs are finished behind it."""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from helm.benchmark.run_spec import RunSpec
+
+from flexgen_helm.helm.client import FlexGenClient
+from flexgen_helm.helm.feeding import Feed
+from flexgen_helm.helm.requests.asked import Answer
+from flexgen_helm.sweeps.helm_side import HelmSide, Made, unpack
+from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.workers.engine_guard import EngineElsewhere
+
+FIRST_TOKENS = 1 << 20
+"""Of requests that are made, at least, when a model is loaded for them and what else comes: they tell its policy."""
+MOST_TOKENS = 1 << 22
+"""Of requests that are made and not answered, at which no more are made, unless the engine's sweeps are that large."""
+_SWEEPS_AHEAD = 3
+"""Sweeps that what is made and not answered fills: one is computed, one is to follow, one is being made."""
+
+
+class Helpers(Protocol):
+    """Who does tasks: `HelperProcesses`, or `Here`."""
+
+    @property
+    def num_free(self) -> int:
+        """Tasks that can be started now."""
+
+    def start(self, method: str, *args: Any, then: Callable[[Any], None]) -> None:
+        """Have a method of `HelmSide` called."""
+
+
+class Watcher(Protocol):
+    """Is told what happens, in the thread that runs the flow."""
+
+    def preparing(self, run_spec: RunSpec) -> None:
+        """A run's requests are about to be made."""
+
+    def prepared(self, run: PendingRun) -> None:
+        """A run's requests are made."""
+
+    def foretell(self, model: ModelSweep) -> None:
+        """All requests of a model are made."""
+
+    def begin(self, model: ModelSweep) -> None:
+        """A model is about to be asked."""
+
+    def answered(self, model: ModelSweep, answer: Answer) -> None:
+        """The engine has answered."""
+
+    def ended(self, run: PendingRun) -> None:
+        """A run is written."""
+
+    def failed(self, name: str, error: Exception) -> None:
+        """A run failed; may raise, which ends the flow."""
+
+    def fault(self, error: Exception) -> None:
+        """The engine, or its cache, has failed; may raise, which ends the flow."""
+
+    def end(self, model: ModelSweep) -> None:
+        """All runs of a model have ended."""
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A model's part, before and after its engine is there."""
+
+    deployment: str
+    unmade: deque[RunSpec]
+    """Those whose making has not begun."""
+    left: dict[str, None]
+    """Runs that have not ended."""
+    to_make: int
+    """Runs that are not made."""
+    num_runs: int
+    model: ModelSweep | None = None
+    is_foretold: bool = False
+    finishing: set[str] = field(default_factory=set)
+    """Runs that are whole."""
+
+
+class Flow:
+    """Takes runs of our client through making, answering and finishing, model by model in HELM's order.
+
+    Makes requests ahead, also of models that come later, as far as `MOST_TOKENS` or a few sweeps of the engine; hands
+    them over in whole sweeps, so that none is computed half empty; and finishes runs while the engine goes on.
+    """
+
+    def __init__(
+        self,
+        run_specs: Sequence[RunSpec],
+        client_of: Callable[[str], FlexGenClient],
+        helpers: Helpers,
+        here: HelmSide,
+        watcher: Watcher,
+    ) -> None:
+        """`client_of` gives the client of a deployment; `here` does what a helper has no engine for."""
+        self._client_of = client_of
+        self._helpers = helpers
+        self._here = here
+        self._watcher = watcher
+        by_deployment: dict[str, list[RunSpec]] = {}
+        for run_spec in run_specs:
+            by_deployment.setdefault(str(run_spec.adapter_spec.model_deployment), []).append(run_spec)
+        self._turns = [
+            _Turn(deployment, deque(specs), dict.fromkeys(each.name for each in specs), len(specs), len(specs))
+            for deployment, specs in by_deployment.items()
+        ]
+        self._finishing: deque[tuple[_Turn, PendingRun]] = deque()
+        """Runs that are whole, and that nobody has begun to finish."""
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """What is to be done in this thread."""
+        self._feed: Feed | None = None
+
+    def run(self) -> None:
+        """Run everything; returns when every run has ended. Raises what the watcher raises."""
+        for turn in self._turns:
+            while turn.model is None and turn.left:
+                self._step()
+            model = turn.model
+            if model is None:
+                continue
+            with Feed(model.client, model.tally.observe, partial(self._hear, turn)) as self._feed:
+                has_begun = False
+                while turn.left:
+                    if not has_begun and (turn.to_make == 0 or model.waiting_tokens >= FIRST_TOKENS):
+                        has_begun = True
+                        self._watcher.begin(model)
+                    if has_begun:
+                        self._hand_over(turn, model, self._feed)
+                    self._step()
+            self._feed = None
+            self._watcher.end(model)
+
+    def _step(self) -> None:
+        """Do one thing: what has come in, before a task is started, before waiting for something to come in."""
+        try:
+            self._inbox.get_nowait()()
+        except queue.Empty:
+            if not self._start_task():
+                self._inbox.get()()
+
+    def _hand_over(self, turn: _Turn, model: ModelSweep, feed: Feed) -> None:
+        """Give the engine what fills its sweeps; all at first, and when no more comes."""
+        is_all = turn.to_make == 0 or feed.limits is None
+        if feed.is_asked and not feed.is_open and turn.to_make > 0:
+            return  # what fills its sweeps is not known yet
+        works = model.take(None if is_all else feed.limits)
+        if works:
+            feed.ask(works, max(0.001, 1 - turn.to_make / turn.num_runs))
+
+    def _hear(self, turn: _Turn, told: list[Answer] | BaseException) -> None:
+        self._inbox.put(partial(self._heard, turn, told))
+
+    def _heard(self, turn: _Turn, told: list[Answer] | BaseException) -> None:
+        if isinstance(told, BaseException):
+            if not isinstance(told, Exception):
+                raise told
+            self._watcher.fault(told)
+            turn.to_make, turn.is_foretold = 0, True
+            turn.unmade.clear()
+            for name in [name for name in turn.left if name not in turn.finishing]:
+                self._fail(turn, name, told)
+            return
+        assert turn.model is not None
+        for answer in told:
+            whole = turn.model.deliver(answer)
+            self._watcher.answered(turn.model, answer)
+            for run in whole:
+                self._whole(turn, run)
+
+    # Making and finishing
+
+    def _start_task(self) -> bool:
+        """Start what comes next, if somebody is free and something is to be done."""
+        if self._helpers.num_free < 1:
+            return False
+        turn = self._to_make()
+        if turn is not None and (not self._finishing or self._is_hungry()):
+            self._make(turn)
+        elif self._finishing:
+            self._finish(*self._finishing.popleft())
+        else:
+            return False
+        return True
+
+    def _is_hungry(self) -> bool:
+        """Whether the engine may soon have nothing to do; a few runs that are whole may wait meanwhile."""
+        return self._num_tokens() < FIRST_TOKENS and len(self._finishing) < 2 * max(1, self._helpers.num_free)
+
+    def _to_make(self) -> _Turn | None:
+        """Whose requests are made next; None where there are enough, or all."""
+        turn = next((turn for turn in self._turns if turn.unmade), None)
+        if turn is None or self._num_tokens() < MOST_TOKENS:
+            return turn
+        limits = None if self._feed is None else self._feed.limits
+        current = next(turn for turn in self._turns if turn.left)
+        if limits is None or current is not turn or turn.model is None:
+            return None
+        return None if turn.model.under_way.fills(limits, _SWEEPS_AHEAD) else turn
+
+    def _num_tokens(self) -> int:
+        """Of requests that are made and not answered."""
+        return sum(turn.model.under_way.tokens for turn in self._turns if turn.model is not None)
+
+    def _make(self, turn: _Turn) -> None:
+        run_spec = turn.unmade.popleft()
+        self._watcher.preparing(run_spec)
+        self._helpers.start("make", run_spec, then=partial(self._then, self._made, turn, run_spec))
+
+    def _then(self, do: Callable[..., None], *args: Any) -> None:
+        """Have `do` called in the thread of the flow."""
+        self._inbox.put(partial(do, *args))
+
+    def _made(self, turn: _Turn, run_spec: RunSpec, made: Made | BaseException) -> None:
+        name = run_spec.name
+        try:
+            if isinstance(made, EngineElsewhere):
+                made = self._here.make(run_spec)
+            if isinstance(made, BaseException):
+                raise made
+            if name in turn.left:
+                if turn.model is None:
+                    turn.model = ModelSweep(turn.deployment, self._client_of(turn.deployment))
+                run = turn.model.add(name, made.adapted, made.entries)
+                self._watcher.prepared(run)
+                if run.is_answered:
+                    self._whole(turn, run)
+        except Exception as error:
+            self._fail(turn, name, error)
+        turn.to_make = max(0, turn.to_make - 1)
+        if turn.to_make == 0 and turn.model is not None and not turn.is_foretold:
+            turn.is_foretold = True
+            self._watcher.foretell(turn.model)
+            turn.model.jobs = []
+
+    def _whole(self, turn: _Turn, run: PendingRun) -> None:
+        turn.finishing.add(run.name)
+        self._finishing.append((turn, run))
+
+    def _finish(self, turn: _Turn, run: PendingRun) -> None:
+        assert turn.model is not None
+        outcomes = [run.outcomes[place] for place in range(run.total)]
+        args = (run.adapted, outcomes, turn.model.client.known_identity)
+        run.adapted = None
+        self._helpers.start("finish", *args, then=partial(self._then, self._finished, turn, run, args))
+
+    def _finished(self, turn: _Turn, run: PendingRun, args: tuple[Any, ...], outcome: BaseException | None) -> None:
+        if isinstance(outcome, EngineElsewhere):
+            adapted, *others = args
+            try:
+                self._here.finish(unpack(adapted), *others)
+                outcome = None
+            except Exception as error:
+                outcome = error
+        if isinstance(outcome, Exception):
+            self._fail(turn, run.name, outcome)
+        elif outcome is not None:
+            raise outcome
+        else:
+            self._watcher.ended(run)
+            turn.left.pop(run.name, None)
+        run.outcomes.clear()
+
+    def _fail(self, turn: _Turn, name: str, error: Exception) -> None:
+        if name in turn.left:
+            del turn.left[name]
+            self._watcher.failed(name, error)

@@ -1,0 +1,56 @@
+"""What the requests of a suite's models will take, when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.errors import EngineError
+from engine.planning.hardware_profile import HardwareProfile
+from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, lines
+from flexgen_helm.sweeps.model_sweep import ModelSweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """What is left of a model's requests, and what it takes."""
+
+    deployment: str
+    todo: int
+    """Requests to compute; equal ones count once."""
+    cached: int
+    """Requests that HELM's cache answers."""
+    forecast: Forecast | None
+    """None where nothing is left, or nothing can be said."""
+    problem: str = ""
+    """Why there is none."""
+
+
+def foresee(model: ModelSweep, profile: HardwareProfile | None = None) -> Foreseen:
+    """What a model's requests take, on this machine or that of `profile`; loads no weights."""
+    jobs = model.jobs
+    found, problem = None, ""
+    try:
+        found = forecast_of(*model.client.source, model.client.policy, jobs, profile) if jobs else None
+    except EngineError as error:
+        problem = str(error)
+    return Foreseen(
+        deployment=model.deployment, todo=model.num_todo, cached=model.cached, forecast=found, problem=problem
+    )
+
+
+def told(model: Foreseen) -> Iterator[str]:
+    """Lines on a model."""
+    yield f"{model.deployment}: {model.todo:,} requests to compute, {model.cached:,} answered by HELM's cache"
+    if model.problem:
+        yield f"  no forecast: {model.problem}"
+    if model.forecast is not None:
+        yield from (f"  {line}" for line in lines(model.forecast))
+
+
+def told_together(models: Sequence[Foreseen]) -> Iterator[str]:
+    """A line on all models, where there are several."""
+    known = [model.forecast for model in models if model.forecast is not None]
+    seconds = [each.seconds for each in known if each.seconds is not None]
+    if len(seconds) > 1:
+        yield f"{len(seconds)} models, one after the other: {duration(sum(seconds))} at least"

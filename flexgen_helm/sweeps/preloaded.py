@@ -1,0 +1,23 @@
+"""What processes of `HelmSideThere` are forked from imports this: all that making and finishing runs takes."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import helm.benchmark.adaptation.adapter_spec
+import helm.benchmark.metrics.basic_metrics
+import helm.benchmark.metrics.common_metric_specs
+import helm.clients.auto_client  # noqa: F401
+from tqdm import tqdm
+
+import flexgen_helm.helm.known_tokens
+import flexgen_helm.sweeps.helm_side  # noqa: F401
+from flexgen_helm.workers.helper_program import outlive_signals
+
+outlive_signals()
+tqdm.set_lock(
+    threading.RLock()
+)  # its own one is a semaphore of the system's, which a process that is ended leaves behind
+gc.collect()
+gc.freeze()  # what is never looked through again stays shared

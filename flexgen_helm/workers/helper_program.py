@@ -1,0 +1,97 @@
+"""What a process that helps does: the tasks that it is given, and nothing of what signals to its group say."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from engine.errors import one_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a task has come to, and what was logged meanwhile."""
+
+    outcome: Any
+    """What it returned, or the exception that it raised."""
+    logged: list[tuple[str, int, str]]
+    """Logger, level and text."""
+
+
+def work(line: Connection, make: Callable[[], Any], levels: dict[str, int]) -> None:
+    """Do what comes over `line`, in the main thread: some of HELM's metrics use signals."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent says what follows
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), name="flexgen-parent", daemon=True).start()
+    logged = _Logged()
+    for name, level in levels.items():
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [logged], False
+        logger.setLevel(level)
+    found: Any = None
+    while True:
+        try:
+            method, args = line.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        try:
+            found = found or make()
+            outcome = getattr(found, method)(*args)
+        except BaseException as error:
+            outcome = _carried(error)
+        line.send(Told(outcome=outcome, logged=logged.take()))
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _carried(error: BaseException) -> BaseException:
+    """An error that another process can read, with the traceback as a note."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        found = pickle.loads(pickle.dumps(error))
+        same = type(found) is type(error) and str(found) == str(error)
+    except Exception:
+        same = False
+    if not same:
+        error = RuntimeError(f"{type(error).__name__}: {one_line(error)}")
+    error = error.with_traceback(None)
+    error.__cause__ = error.__context__ = None
+    error.add_note(trace)
+    return error
+
+
+class _Logged(logging.Handler):
+    """Keeps what is logged, for the parent to log it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[tuple[str, int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append((record.name, record.levelno, record.getMessage()))
+
+    def take(self) -> list[tuple[str, int, str]]:
+        lines, self._lines = self._lines, []
+        return lines
+
+
+def outlive_signals() -> None:
+    """Called in what helpers are forked from: signals of the group end neither it nor them."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with contextlib.suppress(ValueError):  # imported by another thread of another program
+            signal.signal(number, signal.SIG_IGN)
