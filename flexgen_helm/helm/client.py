@@ -35,7 +35,7 @@ from flexgen_helm.helm.requests.results import Response, Timing, failure, known_
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
 if TYPE_CHECKING:
-    from flexgen_helm.helm.known_tokens import KnownTokens
+    from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
 Progress = Callable[[int, int, int], None]
 """Called with (requests done, requests in all, tokens that the engine worked through for those done)."""

@@ -88,7 +88,7 @@ class FlexGenRunner(Runner):
         )
         context = self.executor.context
         if isinstance(context, LocalContext):
-            from flexgen_helm.helm.known_tokens import KnownTokens  # imports transformers
+            from flexgen_helm.helm.requests.known_tokens import KnownTokens  # imports transformers
 
             context.tokenizer = KnownTokens(context.tokenizer.credentials, context.cache_backend_config)
         self.environment: Callable[[], Environment] = environment

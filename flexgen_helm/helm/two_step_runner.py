@@ -42,7 +42,7 @@ from flexgen_helm.helm.scratch import SCRATCH
 from flexgen_helm.helm.window_checks import adapted
 
 if TYPE_CHECKING:
-    from flexgen_helm.helm.known_tokens import KnownTokens
+    from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
 _LAST_FILE = "per_instance_stats.json"
 """What HELM writes last: a run that has all files counts as completed."""

@@ -12,7 +12,7 @@ from helm.benchmark.scenarios.scenario import Instance
 from helm.benchmark.window_services.window_service import WindowService
 
 if TYPE_CHECKING:
-    from flexgen_helm.helm.known_tokens import KnownTokens
+    from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
 
 def adapted(adapter: Adapter, instances: list[Instance], parallelism: int, known: KnownTokens) -> list[RequestState]:

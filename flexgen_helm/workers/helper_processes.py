@@ -156,12 +156,12 @@ class HelperProcesses:
         ours, theirs = multiprocessing.Pipe()
         levels = {name: logging.getLogger(name).getEffectiveLevel() for name in ("helm", "flexgen_helm", "engine")}
         process = _Process(target=work, args=(theirs, self._make, levels), name=f"flexgen-helper-{slot}")
+        with _without_main_module():
+            process.start()  # which waits until what it is forked from has imported everything
         with self._lock:
-            if self._is_closed:
-                raise EOFError
-            with _without_main_module():
-                process.start()
             self._processes[slot] = process
+            if self._is_closed:
+                process.kill()
         theirs.close()
         return ours
 

@@ -18,7 +18,7 @@ from engine.job import Job, Sampling
 from flexgen_helm.helm.requests.translate import Key, Translator
 
 if TYPE_CHECKING:
-    from flexgen_helm.helm.known_tokens import KnownTokens
+    from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
 Settings = tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool]
 """Of a job, but for its prompt: most new tokens, sampling, stops, and whether the prompt is scored."""

@@ -45,7 +45,7 @@ from helm.common.local_context import LocalContext
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from tiny_models import train_sentencepiece, train_tokenizer
 
-from flexgen_helm.helm.known_tokens import KnownTokens
+from flexgen_helm.helm.requests.known_tokens import KnownTokens
 from flexgen_helm.helm.window_checks import adapted
 
 SERVICES = "helm.benchmark.window_services"

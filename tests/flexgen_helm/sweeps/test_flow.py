@@ -62,6 +62,14 @@ def test_runs_made_in_other_processes_are_those_of_helms_run_one(
     common = ("--model", tiny_llama, "-m", 4, "--disable-cache", "--plugins", plugin)
     alone = ("--suite", "alone", "-n", 1)
     assert cli("run", "-r", *entries, "odd:deaths=1", *common, *alone) == 0
+    finished_here: list[str] = []
+    finish = HelmSide.finish
+
+    def noted(self: HelmSide, adapted: Any, *args: Any) -> None:
+        finished_here.append(adapted.run_spec.name.split(",model")[0])
+        finish(self, adapted, *args)
+
+    monkeypatch.setattr(HelmSide, "finish", noted)
     monkeypatch.setattr(runner, "num_helpers", lambda num_runs: 2)
     assert cli("sweep", "-r", *entries, "odd:deaths=1", "odd:deaths=9", *common, "--suite", "beside") == 1
     out = capsys.readouterr().out
@@ -73,6 +81,7 @@ def test_runs_made_in_other_processes_are_those_of_helms_run_one(
     (asking,) = (SUITES / "beside").glob("odd:deaths=0*/stats.json")
     (judged,) = [stat for stat in json.loads(asking.read_text()) if "judge" in stat["name"]["name"]]
     assert judged["sum"] == 3
+    assert finished_here == ["odd:deaths=0,asks=yes"]  # where the engine is
 
 
 def test_a_run_is_made_when_those_before_it_are_answered_where_memory_is_full(

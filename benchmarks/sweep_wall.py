@@ -1,0 +1,153 @@
+"""A suite through HELM beside the engine alone: what HELM's side adds to the wall clock.
+
+    python -m benchmarks.sweep_wall --data DIR --model DIR --work DIR [--subjects …] [--instances N] [-- FLAGS OF SWEEP]
+
+DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv`. Three programs, one after the other: the sweep of a question,
+whose time is start-up; the sweep of all subjects, from the command to its end; and the engine alone with the very jobs
+that the sweep gave it, without HELM. `--work` must be empty or absent: nothing may be answered by HELM's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.helm_client import place_data
+from flexgen_helm.planning.environment import hardware
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.sweeps.record import read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+_MARK = "the sweep has ended"
+
+
+def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
+    """Inside the sweep's program: run it, say when it has ended, and only then write down what the engine was given."""
+    from engine.workers.packing import PackedJobs
+    from flexgen_helm import run
+    from flexgen_helm.helm.requests.asked import Portion
+
+    given: list[Any] = []
+    take = Portion.take_jobs
+
+    def noted(self: Portion) -> list[Any]:
+        jobs = take(self)
+        given.extend(jobs)
+        return jobs
+
+    Portion.take_jobs = noted  # type: ignore[method-assign]
+    code = run.main(["sweep", *arguments])
+    print(_MARK, flush=True)
+    jobs_file.write_bytes(pickle.dumps(PackedJobs.of(list(enumerate(given)))))
+    return code
+
+
+def engine_child(jobs_file: Path, model: Path, policy: str) -> int:
+    """Inside the engine's program: the same jobs at once, without HELM; prints seconds as JSON."""
+    begun = time.perf_counter()
+    from engine import Engine
+
+    jobs = [job for _, job in pickle.loads(jobs_file.read_bytes()).unpack()]
+    passes: list[float] = []
+    with Engine.from_pretrained(str(model), policy) as engine:
+        engine.wait_until_loaded()
+        loaded = time.perf_counter()
+        engine.observer = lambda timing: passes.append(timing.sweep_s - timing.load_s)
+        engine.run(jobs)
+        ended = time.perf_counter()
+    print(json.dumps({"jobs": len(jobs), "start_s": loaded - begun, "run_s": ended - loaded, "passes_s": sum(passes),
+                      "passes": len(passes)}))  # fmt: skip
+    return 0
+
+
+def started(arguments: list[str], work: Path) -> tuple[float, str]:
+    """Seconds of a program, up to its mark if it gives one, and what it printed."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env["HF_HUB_OFFLINE"] = "1"
+    begun, seconds, lines = time.perf_counter(), 0.0, []
+    command = [sys.executable, "-m", "benchmarks.sweep_wall", *arguments]
+    with subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, text=True, env=env) as program:
+        assert program.stdout is not None
+        for line in program.stdout:
+            if line.strip() == _MARK:
+                seconds = time.perf_counter() - begun
+            lines.append(line)
+    if program.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{''.join(lines)[-3000:]}")
+    return seconds or time.perf_counter() - begun, "".join(lines)
+
+
+def main() -> None:
+    """Run all three and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="directory with mmlu/{dev,test}/*.csv")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
+    parser.add_argument("--work", type=Path, required=True, help="directory of output and cache; empty or absent")
+    parser.add_argument("--subjects", nargs="+", help="default: all there are")
+    parser.add_argument("--instances", type=int, help="questions of each subject; default: all")
+    parser.add_argument("--policy", default="auto", help="of sweep and engine")
+    parser.add_argument("--name", default="sweep-wall", help="name of the record")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
+    options, flags = parser.parse_known_args()
+    subjects = options.subjects or sorted(
+        file.name.removesuffix("_test.csv") for file in (options.data / "mmlu/test").glob("*.csv")
+    )
+    work: Path = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if any(work.iterdir()):
+        raise SystemExit(f"{work} is not empty")
+    place_data(options.data, subjects, work / "benchmark_output", gsm=False)
+    jobs_file, model = work / "jobs", options.model.resolve()
+    common = ["--model", str(model), "--policy", options.policy, *(flag for flag in flags if flag != "--")]
+    entries = [f"mmlu:subject={subject}" for subject in subjects]
+    few = ["-r", entries[0], "-m", "1", "--suite", "few", "--disable-cache"]
+    start_up_s, _ = started(["--sweep-child", str(work / "few"), *few, *common], work)
+    print(f"start-up, one question: {start_up_s:.1f} s", flush=True)
+    whole = ["-r", *entries, *(["-m", str(options.instances)] if options.instances else []), "--suite", "whole"]
+    whole += ["--json-log", "events.jsonl"]
+    wall_s, _ = started(["--sweep-child", str(jobs_file), *whole, *common], work)
+    found = read_record(work / "benchmark_output" / "runs" / "whole")
+    assert found is not None
+    (record,) = found.models
+    passes_s = record.time_split.prefill + record.time_split.decode
+    print(f"sweep: {wall_s:.1f} s, of which {record.sweeps} passes took {passes_s:.1f} s", flush=True)
+    _, told = started(["--engine-child", str(jobs_file), str(model), options.policy], work)
+    alone = json.loads(told.splitlines()[-1])
+    content = {
+        "model": model.name,
+        "subjects": len(subjects),
+        "requests": record.requests,
+        "computed": record.computed,
+        "prompt_tokens": record.prompt_tokens,
+        "cores": len(os.sched_getaffinity(0)),
+        "device": hardware().device,
+        "start_up_s": start_up_s,
+        "sweep_s": wall_s,
+        "model_s": record.seconds,
+        "sweep_passes": record.sweeps,
+        "sweep_passes_s": passes_s,
+        "engine_alone": alone,
+        "passes_ratio": passes_s / alone["passes_s"],
+        "wall_ratio": wall_s / (start_up_s + alone["run_s"]),
+        "processor_s": sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]),
+    }
+    for name, value in content.items():
+        print(f"{name}: {value}")
+    print(write_record(options.name, content, options.out))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--sweep-child"]:
+        sys.exit(sweep_child(Path(sys.argv[2]), sys.argv[3:]))
+    elif sys.argv[1:2] == ["--engine-child"]:
+        sys.exit(engine_child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))
+    else:
+        main()
