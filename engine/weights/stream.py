@@ -69,7 +69,7 @@ class WeightStream:
                 arena.io,
                 staging,
                 [placed.disk_spans for placed in streamed],
-                lambda unit: streamed[unit].complete.is_set() and not streamed[unit].missing,
+                lambda unit: streamed[unit].is_in_place,
                 ahead=overlap and len(streamed) > NUM_SLOTS,  # else they stay in the slots
             )
         self._expanded = arena.empty(max((p.expanded[-1].end for p in order if p.coded), default=0), "device")
@@ -120,7 +120,7 @@ class WeightStream:
     @staticmethod
     def _bytes(placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
         """A parameter's stored bytes on the device."""
-        if extent.end <= placed.split.device:
+        if extent.end <= placed.start:
             return placed.parts["device"][extent.first : extent.end]
         return slot[extent.first - placed.start : extent.end - placed.start]
 
