@@ -72,7 +72,7 @@ class SharedMemory:
     def lock(self, number: int) -> bool:
         """Whether this process has lock `number` now; False if another one has it."""
         try:
-            self._set_lock(number, fcntl.F_WRLCK)
+            self._set_lock(number, 1, fcntl.F_WRLCK)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
@@ -81,14 +81,19 @@ class SharedMemory:
 
     def unlock(self, number: int) -> None:
         """Let go of a lock."""
-        self._set_lock(number, fcntl.F_UNLCK)
+        self._set_lock(number, 1, fcntl.F_UNLCK)
 
-    def _set_lock(self, number: int, kind: int) -> None:
-        # `struct flock`: kind, whence, first, length, process (none: the lock is of the handle)
-        fcntl.fcntl(self._handle, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, number, 1, 0))
+    def unlock_all(self) -> None:
+        """Let go of all locks."""
+        self._set_lock(0, 0, fcntl.F_UNLCK)
+
+    def _set_lock(self, number: int, count: int, kind: int) -> None:
+        # `struct flock`: kind, whence, first, length (0: all), process (none: the lock is of the handle)
+        fcntl.fcntl(self._handle, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, number, count, 0))
 
     def close(self) -> None:
         """Let go of all locks; the memory stays as long as somebody has a view of it."""
+        self.unlock_all()  # the mapping keeps the handle, and with it the locks
         os.close(self._handle)
 
 

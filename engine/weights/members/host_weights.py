@@ -76,8 +76,7 @@ class HostWeights:
 
     def leave(self) -> None:
         """Let others put what this member began."""
-        for number in self._number.values():
-            self._memory.unlock(number)
+        self._memory.unlock_all()
 
     def give_up(self, fault: EngineError) -> None:
         """Tell all members of a fault that any of them would meet."""
