@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
-from engine.errors import EngineError, JobError
+from engine.errors import EngineError, JobError, UnsupportedError
 from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
 from engine.job import Completion, Job, is_whole
 from engine.member import Member
@@ -205,6 +205,11 @@ class Engine:
         the stages are done. Other jobs wait until this returns. Raises `JobError` for a job that this model cannot
         run, and otherwise as `LayerwiseComparison.run`.
         """
+        if (group := self.parts.group) is not None:
+            raise UnsupportedError(
+                f"each of {group.count} engines has a part of the weights (gather-weights), and they compute together "
+                "only; open the model on one device to compare it with stock layers"
+            )
         texts = []
         for job, completion in zip(jobs, completions, strict=True):
             self._check(job)

@@ -29,6 +29,7 @@ from engine.schedule.scheduler import Scheduler
 from engine.text.decoding import Text
 from engine.weights.kept import KeptWeights
 from engine.weights.loading import check_checkpoint, load_checkpoint
+from engine.weights.members.group import Group
 from engine.weights.store import WeightStore
 from engine.weights.stored_form import shape_of
 from engine.weights.stream import WeightStream
@@ -57,6 +58,8 @@ class Parts:
     scheduler: Scheduler
     executor: Executor
     arena: Arena
+    group: Group | None
+    """The engines that this one sweeps together with."""
     tokenizer: PreTrainedTokenizerBase
     text: Text
     window: int | None
@@ -70,6 +73,8 @@ class Parts:
     def close(self) -> None:
         """Free page-locked memory and offload files; nothing may be under way any more."""
         self.stream.close()
+        if self.group is not None:
+            self.group.close()
         self.weights.close()
         self.executor.close()
         self.arena.close()
@@ -108,14 +113,15 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing)
     end_limit = accelerator.limit_memory(device, policy.gpu_memory) if policy.gpu_memory is not None else _no_limit
     arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
-    store = stream = None
+    store = stream = group = None
     try:
         if plan.uses_disk:
             arena.check_offload_dir()
         store = WeightStore(model, plan.weights, arena, codec=codec, member=member)
         loading = fill(store)
         store.claim_disk()
-        stream = WeightStream(store, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
+        group = Group(member, device) if member is not None and member.gather else None
+        stream = WeightStream(store, group, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
         cache = KVCache(
             model.kv_shapes,
             dtype,
@@ -137,6 +143,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
             scheduler=Scheduler(plan.limits, cache.room, share_prefix=policy.share_prefix),
             executor=Executor(model, stream, cache, hidden, plan.limits),
             arena=arena,
+            group=group,
             tokenizer=tokenizer,
             text=Text(tokenizer, frozenset(special.end_of_text)),
             window=description.window,
@@ -147,6 +154,8 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     except BaseException as error:
         if stream is not None:
             stream.close()
+        if group is not None:
+            group.close()
         if store is not None:
             store.close()
         arena.close()
