@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +47,7 @@ class Group:
         os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink: a driver that lacks it ends the process
         on_cuda = device.type == "cuda"
         try:
-            with accelerator.on_device(device) if on_cuda else warnings.catch_warnings():
+            with accelerator.on_device(device) if on_cuda else nullcontext():
                 distributed.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
                     init_method=Path(member.meeting).absolute().as_uri(),
@@ -65,28 +66,35 @@ class Group:
     def agree(self, *, sweep: bool, leave: bool = False) -> Agreed:
         """Wait for all members to say what they are about to do. Raises `EngineError` when one has gone."""
         said = torch.tensor([sweep, leave], dtype=torch.int32)
-        try:
+        with self._naming_the_lost():
             distributed.all_reduce(said, group=self._agreeing)
-        except RuntimeError as error:
-            raise EngineError(
-                f"one of the {self._member.count} engines that share the weights has gone: {one_line(error)}; start "
-                "all of them again"
-            ) from error
         swept, left = said.tolist()
         return Agreed(sweep=swept > 0, leave=left > 0)
 
     def gather(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
         """Bring what the other members have of a unit to `slot`, in which this one's part is.
 
-        On a device with streams the current one goes on when it is there; else this returns then.
+        On a device with streams the current one goes on when it is there; else this returns then. Raises `EngineError`
+        when a member has gone.
         """
         size = placed.gathered_bytes // self._member.count
         whole = slot[: placed.gathered_bytes]
         own = whole[self._member.index * size : (self._member.index + 1) * size]
         gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-        work = gather(whole, own, async_op=True)
-        assert work is not None
-        work.wait()
+        with self._naming_the_lost():
+            work = gather(whole, own, async_op=True)
+            assert work is not None
+            work.wait()
+
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise EngineError(
+                f"one of the {self.count} engines that share the weights has gone: {one_line(error)}; start all of "
+                "them again"
+            ) from error
 
     def close(self) -> None:
         """Leave, after all members have agreed to."""
