@@ -11,9 +11,10 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
-from engine.errors import EngineError, JobError
+from engine.errors import EngineError, JobError, UnsupportedError
 from engine.generation import Generation, Settings, jobs_of, prompts_of, rows_of, sequences_of
 from engine.job import Completion, Job, is_whole
+from engine.member import Member
 from engine.memory.tiers import Tier
 from engine.opening import Fill, Parts, explained, fill_from, open_parts
 from engine.pending import AsyncPending, Finished, Pending
@@ -46,26 +47,31 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, policy: Policy | str | Path | Mapping[str, Any] = "auto", *, window: int | None = None
+        cls,
+        model: str,
+        policy: Policy | str | Path | Mapping[str, Any] = "auto",
+        *,
+        window: int | None = None,
+        member: Member | None = None,
     ) -> Engine:
         """Load `model`, a hub id or directory, as `policy` says.
 
         policy: the name of a shipped one, a YAML file, a mapping, or "auto". window: most positions of a sequence, in
-        place of what the model's files tell. Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or
-        `CapacityError` when the policy does not fit the memory at hand. Returns when the checkpoint is known to fit the
-        model; its weights are read while the first jobs run.
+        place of what the model's files tell. member: which this is of several engines that share the weights. Raises
+        `ConfigError`, `CheckpointError`, `UnsupportedError`, or `CapacityError` when the policy does not fit the memory
+        at hand. Returns when the checkpoint is known to fit the model; its weights are read while the first jobs run.
         """
         policy = Policy.load(policy)
         description = with_window(describe(model), window)
-        return cls.open(description, policy, fill_from(description, policy))
+        return cls.open(description, policy, fill_from(description, policy), member)
 
     @classmethod
-    def open(cls, description: ModelDescription, policy: Policy, fill: Fill) -> Engine:
+    def open(cls, description: ModelDescription, policy: Policy, fill: Fill, member: Member | None = None) -> Engine:
         """Open the described model with weights that `fill` puts in place (benchmarks fill random ones).
 
         What `fill` returns is iterated in the background while the first sweep runs, and waits where it must.
         """
-        return cls(open_parts(description, policy, fill))
+        return cls(open_parts(description, policy, fill, member))
 
     def run(self, jobs: Iterable[Job]) -> list[Completion]:
         """Run `jobs` and return their completions in the same order."""
@@ -199,6 +205,11 @@ class Engine:
         the stages are done. Other jobs wait until this returns. Raises `JobError` for a job that this model cannot
         run, and otherwise as `LayerwiseComparison.run`.
         """
+        if (group := self.parts.group) is not None:
+            raise UnsupportedError(
+                f"each of {group.count} engines has a part of the weights (gather-weights), and they compute together "
+                "only; open the model on one device to compare it with stock layers"
+            )
         texts = []
         for job, completion in zip(jobs, completions, strict=True):
             self._check(job)

@@ -17,16 +17,19 @@ from engine.errors import CapacityError, EngineError, UnsupportedError, named, o
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
 from engine.kernels.threads import limit_threads
+from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.arena import Arena
 from engine.model.causal_model import CausalModel
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.planning.planner import Plan, make_plan
+from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy
 from engine.schedule.scheduler import Scheduler
 from engine.text.decoding import Text
 from engine.weights.kept import KeptWeights
 from engine.weights.loading import check_checkpoint, load_checkpoint
+from engine.weights.members.group import Group
 from engine.weights.store import WeightStore
 from engine.weights.stored_form import shape_of
 from engine.weights.stream import WeightStream
@@ -55,6 +58,8 @@ class Parts:
     scheduler: Scheduler
     executor: Executor
     arena: Arena
+    group: Group | None
+    """The engines that this one sweeps together with."""
     tokenizer: PreTrainedTokenizerBase
     text: Text
     window: int | None
@@ -68,6 +73,8 @@ class Parts:
     def close(self) -> None:
         """Free page-locked memory and offload files; nothing may be under way any more."""
         self.stream.close()
+        if self.group is not None:
+            self.group.close()
         self.weights.close()
         self.executor.close()
         self.arena.close()
@@ -85,8 +92,8 @@ def fill_from(description: ModelDescription, policy: Policy) -> Fill:
     return fill
 
 
-def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Parts:
-    """Open the described model with weights that `fill` puts in place.
+def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member: Member | None = None) -> Parts:
+    """Open the described model with weights that `fill` puts in place; member: which this is of several engines.
 
     Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or `CapacityError` when the policy does not fit the
     memory at hand.
@@ -96,19 +103,25 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     device = accelerator.indexed(torch.device(device_name))
     dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
     model, tokenizer, special = _open_model(description, policy, dtype, device)
-    memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+    if member is None:
+        memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        sharing = ALONE
+    else:
+        memory, sharing = member.memory, Sharing(count=member.count, gather=member.gather)
     codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
-    plan = make_plan(shape_of(model, codec, cache_codec), policy, memory, on_cpu=device.type == "cpu")
+    shape, on_cpu = shape_of(model, codec, cache_codec), device.type == "cpu"
+    plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing)
     end_limit = accelerator.limit_memory(device, policy.gpu_memory) if policy.gpu_memory is not None else _no_limit
     arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
-    store = stream = None
+    store = stream = group = None
     try:
         if plan.uses_disk:
             arena.check_offload_dir()
-        store = WeightStore(model, plan.weights, arena, codec=codec)
+        store = WeightStore(model, plan.weights, arena, codec=codec, member=member)
         loading = fill(store)
         store.claim_disk()
-        stream = WeightStream(store, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
+        group = Group(member, device) if member is not None and member.gather else None
+        stream = WeightStream(store, group, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
         cache = KVCache(
             model.kv_shapes,
             dtype,
@@ -130,6 +143,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
             scheduler=Scheduler(plan.limits, cache.room, share_prefix=policy.share_prefix),
             executor=Executor(model, stream, cache, hidden, plan.limits),
             arena=arena,
+            group=group,
             tokenizer=tokenizer,
             text=Text(tokenizer, frozenset(special.end_of_text)),
             window=description.window,
@@ -140,6 +154,8 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill) -> Par
     except BaseException as error:
         if stream is not None:
             stream.close()
+        if group is not None:
+            group.close()
         if store is not None:
             store.close()
         arena.close()

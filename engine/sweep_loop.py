@@ -12,6 +12,7 @@ from engine.advance import advance
 from engine.errors import EngineError, NumericsError
 from engine.executor import Answer
 from engine.job import Completion
+from engine.lockstep import Lockstep
 from engine.memory import accelerator
 from engine.opening import Parts, explained
 from engine.pending import Call, Finished
@@ -43,6 +44,7 @@ class SweepLoop:
         self._loaded = math.inf
         """When all weights were in place, by `time.perf_counter`."""
         self._fault: BaseException | None = None
+        self._lockstep = Lockstep(parts.executor, parts.group)
         self._thread = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
         self._loader = threading.Thread(target=self._load, name="flexgen-load", daemon=True)
         self._loader.start()
@@ -138,6 +140,7 @@ class SweepLoop:
         except BaseException as error:
             self._fault = explained(error, self._parts.policy)
         finally:
+            self._lockstep.leave()
             with self._changed:
                 self._changed.notify_all()  # who waits to borrow the parts
                 calls = {id(call): call for call, _ in [*self._owner.values(), *self._inbox]}
@@ -152,7 +155,8 @@ class SweepLoop:
             while self._is_lent or (scheduler.is_idle and not self._inbox and not self._closing):
                 self._is_waiting = True
                 self._changed.notify_all()
-                self._changed.wait()
+                if not self._changed.wait(self._lockstep.idle_s):
+                    break  # the other members of a group may have work
             self._is_waiting = False
             if self._closing:
                 return False
@@ -180,6 +184,7 @@ class SweepLoop:
         batches = scheduler.next_sweep()
         self._deliver([(sequence, completion_of(sequence, text)) for sequence in scheduler.take_failed()])
         if not batches:
+            self._lockstep.sweep([])
             return
         self._tell_entered()
         num_sequences = len(scheduler.running)
@@ -236,12 +241,12 @@ class SweepLoop:
         executor, scheduler, device = self._parts.executor, self._parts.scheduler, self._parts.arena.device
         while batches:
             try:
-                return batches, executor.sweep(batches)
+                return batches, self._lockstep.sweep(batches)
             except Exception as error:
                 if not accelerator.is_out_of_memory(error):
                     raise
                 reason = str(explained(error, self._parts.policy))
-            executor.recover()
+            self._lockstep.recover()
             accelerator.release_memory(device)
             batches = scheduler.cut_smaller(batches, reason)
             executor.limits = scheduler.limits

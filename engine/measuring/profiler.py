@@ -11,6 +11,7 @@ import torch
 from engine.kernels.threads import limit_threads
 from engine.measuring import rates
 from engine.measuring.disk_rates import disk_rates
+from engine.measuring.together import rates_together
 from engine.memory import accelerator
 from engine.memory.cores import usable_cores
 from engine.planning.hardware import free_host_memory, resolve_device, resolve_dtype
@@ -109,6 +110,7 @@ def _measure(
 ) -> HardwareProfile:
     seconds = effort.seconds
     to_device, from_device, both_ways = rates.link_rates(device, effort.copy_bytes, seconds)
+    links_together, gather = _together(device, effort.copy_bytes) if device.type == "cuda" else (None, None)
     alone, beside = _host_attention(device, effort)
     found, machine = accelerator.memory(device), replace(this_machine(), host_memory_bytes=host_memory)
     return HardwareProfile(
@@ -136,7 +138,15 @@ def _measure(
         host_attention_beside_copy_bytes_s=beside,
         disk_read_bytes_s=disk_read,
         disk_write_bytes_s=disk_written,
+        links_together_bytes_s=links_together,
+        gather_bytes_s=gather,
     )
+
+
+def _together(device: torch.device, num_bytes: int) -> tuple[float, float] | tuple[None, None]:
+    """Of this and all cards of its kind, links together and gathering; None where it is the only one."""
+    like = [str(each) for each in accelerator.devices() if accelerator.name_of(each) == accelerator.name_of(device)]
+    return rates_together(like, num_bytes) if len(like) > 1 else (None, None)
 
 
 def _host_attention(device: torch.device, effort: Effort) -> tuple[dict[str, float], dict[str, float]]:

@@ -111,6 +111,13 @@ class Arena:
             tensor = torch.empty(num_bytes, dtype=torch.uint8)
         return self._counted(tensor, tier, tier == "host" and self.pinned)
 
+    def shared(self, tensor: torch.Tensor, tier: Literal["device", "host"]) -> torch.Tensor:
+        """Take in a uint8 tensor of memory that processes share as a part of `tier`: page-locked as `empty` is."""
+        if tensor.numel() == 0:
+            return tensor
+        locked = tier == "host" and self.pinned
+        return self._counted(_locked(tensor) if locked else tensor, tier, locked)
+
     def staging(self, num_bytes: int) -> torch.Tensor:
         """A new uint8 tensor `[num_bytes]` in host memory for direct reads and quick copies to the device.
 
@@ -178,10 +185,15 @@ def _page_locked(num_bytes: int) -> torch.Tensor:
     # Registering takes the time of the page faults, unless several threads have had them before.
     with ThreadPoolExecutor(min(16, usable_cores())) as pool:
         list(pool.map(touch, range(0, num_bytes, _TOUCH_BYTES)))
-    code = accelerator.lock_pages(tensor.data_ptr(), num_bytes)
+    return _locked(tensor)
+
+
+def _locked(tensor: torch.Tensor) -> torch.Tensor:
+    """Lock the pages of mapped memory, which the process has."""
+    code = accelerator.lock_pages(tensor.data_ptr(), tensor.numel())
     if code:
         raise CapacityError(
-            f"cannot page-lock {num_bytes / 1e9:.1f} GB of host memory (CUDA error {code}); "
+            f"cannot page-lock {tensor.numel() / 1e9:.1f} GB of host memory (CUDA error {code}); "
             "raise the locked-memory limit, lower the cpu share, or set pin-weight: false"
         )
     return tensor

@@ -10,6 +10,9 @@ from engine.policy import Share
 ALIGNMENT = 64
 """Bytes to which parameters and tier borders are aligned inside a unit."""
 
+_PART_ALIGNMENT = 512
+"""Bytes to which the parts of a unit are aligned that several engines hold: what cards copy best."""
+
 
 def align(num_bytes: int) -> int:
     """Round up to the alignment of parameters."""
@@ -42,6 +45,30 @@ class Split:
         """(tier, first byte, end byte) of each part."""
         host_end = self.device + self.host
         return ("device", 0, self.device), ("host", self.device, host_end), ("disk", host_end, self.num_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The bytes of a unit that one engine holds of it."""
+
+    first: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """How many they are."""
+        return self.end - self.first
+
+
+def part_bytes(num_bytes: int, count: int) -> int:
+    """Bytes of each of `count` equal parts that cover a unit, the last of which may reach past its end."""
+    return -(-num_bytes // (count * _PART_ALIGNMENT)) * _PART_ALIGNMENT
+
+
+def part_of(num_bytes: int, index: int, count: int) -> Part:
+    """Part `index` of `count` of a unit, as far as there are bytes."""
+    size = part_bytes(num_bytes, count)
+    return Part(first=min(num_bytes, index * size), end=min(num_bytes, (index + 1) * size))
 
 
 def split_bytes(num_bytes: int, share: Share, row_bytes: int = ALIGNMENT) -> Split:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from engine.memory.disk.file import BLOCK, align_up
 from engine.memory.tiers import Tier, percents
 from engine.planning.hardware import Memory
-from engine.planning.limits import LOGITS_BYTES, READ_AHEAD_BYTES, STAGING_BUFFERS
+from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS
 from engine.planning.model_shape import ModelShape
+from engine.planning.sharing import ALONE, Sharing, WeightBytes
 from engine.policy import Policy, Share
 
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
@@ -30,28 +31,60 @@ LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
 
 
 class Demand:
-    """What a model, its working memory and its buffers take under a policy, and the room that a tier has for them."""
+    """What a model, its working memory and its buffers take under a policy, and the room that a tier has for them.
 
-    def __init__(self, shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool) -> None:
+    Of several engines that share the weights, what one of them takes, if nothing else is said.
+    """
+
+    def __init__(
+        self, shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool, sharing: Sharing = ALONE
+    ) -> None:
         self.shape, self.policy, self.memory, self.on_cpu = shape, policy, memory, on_cpu
+        self.sharing = sharing
+        self.weights = WeightBytes(shape, sharing)
+
+    def device_room(self, gpu: float) -> int:
+        """What the device tier may take when `gpu` percent of the weights are there.
+
+        Where that is the host's memory, all engines take their part of it, but for weights that lie there once.
+        """
+        count, memory = self.sharing.count, self.memory
+        if not memory.shared or count == 1:
+            return memory.device
+        once = 0 if self.sharing.gather else self.weights.of_one(gpu)
+        return min(memory.device, (memory.host + (count - 1) * once) // count)
+
+    def host_left(self, weights: Share) -> int:
+        """What weights leave one engine of the host's memory."""
+        left = (self.memory.host - self.weights.on_host(weights.cpu)) // self.sharing.count
+        left -= self.read_ahead(weights)
+        return left - self._on_host_too(weights) if self.memory.shared else left
+
+    def disk_left(self, weights: Share) -> int:
+        """What weights leave one engine of the disk."""
+        return (self.memory.disk - self.weights.on_disk(weights.disk)) // self.sharing.count
+
+    def _on_host_too(self, weights: Share) -> int:
+        """One engine's part of what the device tier takes where that is the host's memory."""
+        own, count = self.weights.of_one(weights.gpu), self.sharing.count
+        return self.device_weights(weights) - own + (own if self.sharing.gather else -(-own // count))
 
     def read_ahead(self, weights: Share) -> int:
         """Staging memory for weights on disk; no more than they are, nor than half of what others leave."""
-        left = max(0, self.rooms(weights.gpu)["host"] - self.part(weights.cpu))
-        return min(READ_AHEAD_BYTES, left // 2 // BLOCK * BLOCK, align_up(self.part(weights.disk)))
-
-    def part(self, percent: float) -> int:
-        return round(self.shape.weight_bytes * percent / 100)
+        left = max(0, self.rooms(weights.gpu)["host"] - self.weights.on_host(weights.cpu)) // self.sharing.count
+        return min(READ_AHEAD_BYTES, left // 2 // BLOCK * BLOCK, align_up(self.weights.of_one(weights.disk)))
 
     def slots(self, weights: Share) -> int:
+        if self.sharing.gather:
+            return GATHER_SLOTS * max(self.shape.unit_bytes)
         if weights.gpu >= 100:
             return 0
         # A parameter cut by the border passes through the slot whole: at most one per unit, so at most a unit.
-        return 2 * max(self.shape.unit_bytes)
+        return SLOTS * max(self.shape.unit_bytes)
 
     def device_weights(self, weights: Share) -> int:
         outer = self.shape.outer_bytes if weights.gpu < 100 else 0
-        return self.part(weights.gpu) + self.slots(weights) + outer + self.shape.expanded_bytes
+        return self.weights.of_one(weights.gpu) + self.slots(weights) + outer + self.shape.expanded_bytes
 
     def work(self, rows: int, left: int | None = None) -> int:
         """What computing so many rows takes, logits included; `left` is what weights leave of the device, if known."""
@@ -144,8 +177,12 @@ class Demand:
         return max(1, int(min([*rows, _MOST_HIDDEN_ROWS])))
 
     def rooms(self, gpu: float) -> dict[Tier, int]:
-        """Bytes of weights that each tier can take when `gpu` percent of them are on the device."""
-        memory, transit = self.memory, self.device_weights(Share(gpu=gpu, cpu=100 - gpu)) - self.part(gpu)
-        work = self.work(LEAST_BATCH_ROWS)
-        host = memory.host - (self.part(gpu) + transit + work if memory.shared else 0)
-        return {"device": memory.device - transit - work, "host": host, "disk": memory.disk}
+        """Bytes of weights that each tier can take when `gpu` percent are on the device; host and disk: of all."""
+        share = Share(gpu=gpu, cpu=100 - gpu)
+        transit, work = self.device_weights(share) - self.weights.of_one(gpu), self.work(LEAST_BATCH_ROWS)
+        taken = self.sharing.count * (self._on_host_too(share) + work) if self.memory.shared else 0
+        return {
+            "device": self.device_room(gpu) - transit - work,
+            "host": self.memory.host - taken,
+            "disk": self.memory.disk,
+        }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from engine.errors import CapacityError
+from engine.memory.tiers import Tier
 from engine.planning.demand import LEAST_BATCH_ROWS, Demand
 from engine.policy import Share
 
@@ -21,16 +22,17 @@ class Fit:
         total, memory, rooms = need.shape.weight_bytes, need.memory, need.rooms(weights.gpu)
         work = need.work(LEAST_BATCH_ROWS)
         parts = {
-            "device": need.part(weights.gpu),
-            "host": need.part(weights.cpu),
-            "disk": need.part(weights.disk),
+            "device": need.weights.of_one(weights.gpu),
+            "host": need.weights.on_host(weights.cpu),
+            "disk": need.weights.on_disk(weights.disk),
         }
-        transit = memory.device - rooms["device"] - work
+        device = need.device_room(weights.gpu)
+        transit = device - rooms["device"] - work
         self.check_transit(weights)
         if parts["device"] > rooms["device"]:
             raise CapacityError(
-                f"weights {gb(total)} x {weights.gpu:g} % + layers in transit {gb(transit)} + work {gb(work)} "
-                f"exceed the {gb(memory.device)} of device memory; {self._advice(weights)}"
+                f"weights {gb(need.weights.of_one(100))} x {weights.gpu:g} % + layers in transit {gb(transit)} + work "
+                f"{gb(work)} exceed the {gb(device)} of device memory; {self._advice(weights)}"
             )
         if parts["host"] > rooms["host"]:
             raise CapacityError(
@@ -46,14 +48,16 @@ class Fit:
     def check_transit(self, weights: Share) -> None:
         """Raise `CapacityError` when the device cannot even hold layers in transit and the work on them."""
         need = self._demand
-        if need.rooms(0)["device"] >= 0 or need.part(weights.gpu) <= need.rooms(weights.gpu)["device"]:
+        if need.rooms(0)["device"] >= 0 or need.weights.of_one(weights.gpu) <= need.rooms(weights.gpu)["device"]:
             return
-        layers = "two layers" + (" and one expanded" if need.shape.expanded_bytes else "")
+        layers = ("three layers" if need.sharing.gather else "two layers") + (
+            " and one expanded" if need.shape.expanded_bytes else ""
+        )
         slots, work = need.device_weights(Share(gpu=0, cpu=100)), need.work(LEAST_BATCH_ROWS)
         enough = need.with_logits(need.device_weights(weights) + LEAST_BATCH_ROWS * need.shape.work_row_bytes)
         raise CapacityError(
             f"even with no weights on the device, {layers} ({gb(slots)}) and the work on them ({gb(work)}) "
-            f"exceed the {gb(need.memory.device)} {self._larger_device(enough)}"
+            f"exceed the {gb(need.device_room(0))} {self._larger_device(enough)}"
         )
 
     def _larger_device(self, enough: int) -> str:
@@ -69,9 +73,14 @@ class Fit:
     def _advice(self, weights: Share) -> str:
         """Name the nearest shares that fit, in whole percents; what a tier cannot take goes to memory before disk."""
         need = self._demand
-        percent = {tier: self._percent(room) for tier, room in need.rooms(0).items()}
+        whole: dict[Tier, int] = {
+            "device": need.weights.of_one(100),
+            "host": need.weights.on_host(100),
+            "disk": need.weights.on_disk(100),
+        }
+        percent = {tier: _percent(room, whole[tier]) for tier, room in need.rooms(0).items()}
         gpu = min(int(weights.gpu), percent["device"])
-        host = self._percent(need.rooms(gpu)["host"])
+        host = _percent(need.rooms(gpu)["host"], whole["host"])
         disk = int(weights.disk) if need.policy.offload_dir is None else min(int(weights.disk), percent["disk"])
         cpu = min(100 - gpu - disk, host)
         gpu = min(100 - cpu - disk, percent["device"]) if not need.memory.shared else gpu
@@ -83,9 +92,10 @@ class Fit:
         advice = f"the nearest that fits is weights: {{gpu: {gpu}, cpu: {cpu}, disk: {disk}}}"
         return advice + (" with an offload-dir" if disk and need.policy.offload_dir is None else "")
 
-    def _percent(self, num_bytes: int) -> int:
-        """Whole percents of the weights that fit into this many bytes."""
-        return max(0, min(100, int(100 * num_bytes / self._demand.shape.weight_bytes)))
+
+def _percent(num_bytes: int, whole: int) -> int:
+    """Whole percents of weights of `whole` bytes that fit into so many."""
+    return max(0, min(100, int(100 * num_bytes / whole)))
 
 
 def _rounded_up(num_bytes: float) -> str:

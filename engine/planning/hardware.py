@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
 
 from engine.errors import ConfigError, InstallationError
 from engine.memory.paths import existing_parent
+from engine.memory.tiers import Memory as Memory
 from engine.planning.host_growth import known_limits, tried
 from engine.planning.host_limits import HostLimits, host_limits, own_memory
 
 _USABLE_HOST = 0.9
 """Of the host memory that can be had, what a run may use."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes that a run may use on each tier."""
-
-    device: int
-    host: int
-    disk: int
-    shared: bool = False
-    """Device and host tier are the same memory (the CPU): together they may use `host`."""
 
 
 def resolve_device(name: str) -> str:

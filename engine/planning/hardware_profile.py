@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class HardwareProfile:
     """The same while a copy to the device runs; on a CPU, equal to it."""
     disk_read_bytes_s: float
     disk_write_bytes_s: float
+    links_together_bytes_s: float | None = None
+    """As `to_device_bytes_s`, of each card while all like cards bring the same memory; None where there is one."""
+    gather_bytes_s: float | None = None
+    """That reach each card from all the others, when all gather the parts of all; None where there is one."""
 
     @property
     def cores(self) -> int:
@@ -111,7 +115,7 @@ class HardwareProfile:
         for name in ("host_attention_bytes_s", "host_attention_beside_copy_bytes_s"):
             values[name] = _by_dtype(values[name], f"{where}: {_key(name)}")
         for item in fields(cls):
-            if item.type == "float":
+            if item.type == "float" or (item.type == "float | None" and values[item.name] is not None):
                 values[item.name] = _rate(values[item.name], f"{where}: {_key(item.name)}")
         return cls(**values)
 
@@ -121,7 +125,7 @@ class HardwareProfile:
 
     def as_mapping(self) -> dict[str, Any]:
         """The mapping that `from_mapping` reads back as this profile."""
-        mapping = {_key(item.name): getattr(self, item.name) for item in fields(self)}
+        mapping = {_key(item.name): value for item in fields(self) if (value := getattr(self, item.name)) is not None}
         machine = {_key(item.name): getattr(self.machine, item.name) for item in fields(Machine)}
         mapping["machine"] = {**machine, "accelerators": list(self.machine.accelerators)}
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
@@ -208,9 +212,10 @@ def _values(kind: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any
     for key in mapping:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
-    if missing := [key for key in known if key not in mapping]:
+    needed = [_key(item.name) for item in fields(kind) if item.default is MISSING]
+    if missing := [key for key in needed if key not in mapping]:
         raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
-    return {name: mapping[key] for key, name in known.items()}
+    return {name: mapping.get(key) for key, name in known.items()}
 
 
 def _mapping(value: Any, where: str) -> Mapping[Any, Any]:

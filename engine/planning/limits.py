@@ -50,6 +50,13 @@ class Limits:
         return self.sequences_per_batch * self.batches
 
 
+SLOTS = 2
+"""Device memory that layers pass through in turn: one is computed with, and one is filled."""
+
+GATHER_SLOTS = 3
+"""The same where a layer's parts are gathered: while that is done, this engine's part of the next one comes."""
+
+
 STAGING_BUFFERS = 4
 """For offloaded keys and values: one is computed with, two are full, and one is filled. The link is not idle while
 other work is computed."""

@@ -12,6 +12,7 @@ from engine.planning.fit import Fit, gb
 from engine.planning.hardware import Memory
 from engine.planning.limits import Limits
 from engine.planning.model_shape import ModelShape
+from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share
 
 _CACHE_RESERVE = 0.06
@@ -58,27 +59,28 @@ class Plan:
         return self.weights.disk > 0 or self.activations.disk > 0 or self.cache_budgets["disk"] > 0
 
 
-def make_plan(shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool) -> Plan:
+def make_plan(shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool, sharing: Sharing = ALONE) -> Plan:
     """Make `policy` definite, filling what it leaves open greedily: device, then host, then disk if there is one.
 
-    Raises `CapacityError`, with the numbers and the nearest policy that fits, when it does not fit.
+    Of several engines that share the weights, `memory` has the device of each, and host and disk of all together; the
+    plan is that of each. Raises `CapacityError`, with the numbers and the nearest policy that fits, when it does not
+    fit.
     """
-    return _Planner(shape, policy, memory, on_cpu).plan()
+    return _Planner(shape, policy, memory, on_cpu, sharing).plan()
 
 
 class _Planner:
-    def __init__(self, shape: ModelShape, policy: Policy, memory: Memory, on_cpu: bool) -> None:
+    def __init__(self, shape: ModelShape, policy: Policy, memory: Memory, on_cpu: bool, sharing: Sharing) -> None:
         self.shape, self.policy, self.memory, self.on_cpu = shape, policy, memory, on_cpu
-        self.demand = Demand(shape, policy, memory, on_cpu=on_cpu)
+        self.demand = Demand(shape, policy, memory, on_cpu=on_cpu, sharing=sharing)
         self.fit = Fit(self.demand)
 
     def plan(self) -> Plan:
         weights = self.policy.weights or self._greedy_weights()
         self.fit.check_weights(weights)
-        device = self.memory.device - self.demand.device_weights(weights)
-        host = self.memory.host - self.demand.part(weights.cpu) - self.demand.read_ahead(weights)
+        device = self.demand.device_room(weights.gpu) - self.demand.device_weights(weights)
+        host = self.demand.host_left(weights)
         if self.memory.shared:  # device and host tier are one memory
-            host -= self.demand.device_weights(weights)
             device = min(device, host)
         rows = self.demand.rows_per_batch(device)
         own_rows = self.demand.own_rows(rows, device)
@@ -88,7 +90,7 @@ class _Planner:
             host -= self.demand.work(own_rows, beside_weights)
         if not self.on_cpu:
             host -= min(self.demand.behind_disk(rows), max(0, host) // 4)
-        disk = self.memory.disk - self.demand.part(weights.disk)
+        disk = self.demand.disk_left(weights)
         left: dict[Tier, int] = {"device": device, "host": host, "disk": disk}
         activations = self.policy.activations or self._activations(left, rows)
         hidden_rows = self.demand.hidden_rows(activations, left)
@@ -126,8 +128,9 @@ class _Planner:
         return int(_FREE_ROWS * self._streamed_part(weights))
 
     def _streamed_part(self, weights: Share) -> float:
-        """What a sweep brings of weights, in parts of the bytes that all have as numbers."""
-        return self.shape.stored_part * (100 - weights.gpu) / 100
+        """What a sweep brings of weights over the link, in parts of the bytes that all have as numbers."""
+        sharing = self.demand.sharing
+        return self.shape.stored_part * (100 - weights.gpu) / 100 / (sharing.count if sharing.gather else 1)
 
     def _brings_cache(self) -> bool:
         """Whether keys and values off the device are brought there beside the computation."""
@@ -188,18 +191,17 @@ class _Planner:
         return on_host
 
     def _greedy_weights(self) -> Share:
-        shape, memory = self.shape, self.memory
+        shape, memory, bytes_of = self.shape, self.memory, self.demand.weights
         kept = self.demand.needed(SMALL_BATCH_ROWS) + _CACHE_RESERVE * memory.device
-        resident = shape.weight_bytes + shape.expanded_bytes + kept
-        if resident <= memory.device:
+        if self.demand.device_weights(Share(gpu=100, cpu=0)) + kept <= self.demand.device_room(100):
             return Share(gpu=100, cpu=0)
         slots = self.demand.slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + shape.expanded_bytes
-        rest = memory.device - slots
+        rest = self.demand.device_room(0) - slots
         rows = self.demand.rows_per_batch(rest)
         room = rest - self.demand.needed(rows) - _CACHE_RESERVE * memory.device
-        gpu = int(max(0.0, min(99.0, 100 * room / shape.weight_bytes)))
-        host = memory.host - (memory.device if memory.shared else 0)
-        cpu = int(max(0.0, min(100.0 - gpu, 100 * 0.9 * host / shape.weight_bytes)))
+        gpu = int(max(0.0, min(99.0, 100 * room / bytes_of.of_one(100))))
+        host = memory.host - (self.demand.sharing.count * self.demand.device_room(0) if memory.shared else 0)
+        cpu = int(max(0.0, min(100.0 - gpu, 100 * 0.9 * host / bytes_of.on_host(100))))
         if gpu + cpu < 100 and self.policy.offload_dir is None:
             self.fit.check_transit(Share(gpu=0, cpu=100))
             raise CapacityError(

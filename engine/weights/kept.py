@@ -10,9 +10,9 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,7 +24,7 @@ import transformers
 
 from engine.checkpoint.identity.result import NUMERICS_VERSION
 from engine.checkpoint.identity.sampled import weights_state
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, EngineError
 from engine.memory import accelerator
 from engine.memory.paths import cache_directory
 from engine.reading import read_json_object
@@ -38,6 +38,7 @@ _MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20
 _USED_PART = 0.9
 """Of the free space, what may be taken: runs write their results to the same disk, as a rule."""
+_POLL_S = 0.005
 _CURE = "XDG_CACHE_HOME names another directory"
 
 _log = logging.getLogger(__name__)
@@ -83,28 +84,31 @@ class KeptWeights:
         self._lock: int | None = None
         self._writer: threading.Thread | None = None
         self._written: list[Path] = []
+        member = weights.member
+        self._may_write = member is None or (member.index == 0 and not member.gather)
         _drop_superseded(self.folder, self.manifest)
         for name in weights.unit_names:
             self._open(name)
 
     def steps(self, name: str, own: list[Step]) -> Iterator[Step]:
-        """What brings unit `name`: reading its file where there is one, else `own` steps, after which it is written."""
+        """What brings unit `name`: reading its file where there is one, else `own` steps, after which it is written.
+
+        Of several engines that share the weights, the first one writes, and what is gathered is not written: none has
+        all bytes of a layer.
+        """
         if name not in self._opened:
-            yield from own[:-1]
-            yield replace(own[-1], act=lambda: self._keep_after(own[-1:], name))
+            yield from own
+            yield Step(lambda: self._complete.put(name), [])
             return
         tensor, sums = self._opened.pop(name)
 
         def reject() -> None:
             self._tell_bad(name, "it is damaged")
-            self._keep_after(own, name)
+            for step in own:
+                step.act()
+            self._complete.put(name)
 
         yield Step(lambda: self._weights.put_unit(name, tensor), [tensor], sums=sums, reject=reject)
-
-    def _keep_after(self, steps: list[Step], name: str) -> None:
-        for step in steps:
-            step.act()
-        self._complete.put(name)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -144,12 +148,12 @@ class KeptWeights:
         names = iter(self._complete.get, None)
         try:
             first = next(names, None)
-            if first is None or not self._claim():
+            if first is None or not self._may_write or not self._claim():
                 return
             with accelerator.on_stream(stream, device) if stream is not None else nullcontext():
                 for name in chain([first], names):
                     self._write_unit(name)
-        except _Stopped:
+        except (_Stopped, EngineError):  # of an engine whose loading has ended, who loads it tells
             pass
         except OSError as error:
             self._undo()
@@ -159,6 +163,11 @@ class KeptWeights:
                 os.close(self._lock)
 
     def _write_unit(self, name: str) -> None:
+        while not self._weights.is_complete(name):  # another process may put it in place
+            if self._stopping:
+                raise _Stopped
+            time.sleep(_POLL_S)
+
         def read(first: int, end: int) -> torch.Tensor:
             if self._stopping:
                 raise _Stopped

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,8 @@ from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.model.causal_model import CausalModel
 from engine.reading import find_file
 from engine.weights.kept import KeptWeights
-from engine.weights.read_ahead import FileSpan, Step, run_steps
+from engine.weights.members.dealing import bring
+from engine.weights.read_ahead import FileSpan, Step
 from engine.weights.receiver import Nowhere, Receiver
 from engine.weights.rounds import Load, Source, rounds_of
 from engine.weights.store import WeightStore
@@ -42,9 +42,17 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     missing or have another shape.
     """
     store.source = source = OpenedWeights(path)
-    store.digest = digest = WeightDigest(path, source)
+    if store.member is None or store.member.index == 0:  # one of several reads all files for it, once
+        store.digest = WeightDigest(path, source)
+    digest = store.digest
     plan, unexpected = _planned(path, store)
-    steps = plan.run(kept, lambda span: digest.follow(span.file, span.first, span.end))
+    by_unit = plan.by_unit()
+
+    def follow(span: FileSpan) -> None:
+        if digest is not None:
+            digest.follow(span.file, span.first, span.end)
+
+    steps = bring(by_unit, store, kept if plan.is_by_unit else None, follow)
     source.check_names()
     _tell_unread(path, store.model.module, unexpected)
     return _watched(steps, store, source, digest)
@@ -60,7 +68,8 @@ def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[Step]]:
 
     Units come in the order of the sweep. Raises `CheckpointError` as `load_checkpoint` does.
     """
-    return _planned(path, receiver)[0].by_unit()
+    by_unit = _planned(path, receiver)[0].by_unit()
+    return {unit: [step for _, step in steps] for unit, steps in by_unit.items()}
 
 
 def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
@@ -89,14 +98,18 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     return plan, unexpected
 
 
-def _watched(steps: Iterator[None], store: WeightStore, source: OpenedWeights, digest: WeightDigest) -> Iterator[None]:
+def _watched(
+    steps: Iterator[None], store: WeightStore, source: OpenedWeights, digest: WeightDigest | None
+) -> Iterator[None]:
     """Iterate `steps`; then the weight files must be as they were, and are let go of unless the store reads them on."""
     try:
         yield from steps
         source.check()
-        digest.finish()
+        if digest is not None:
+            digest.finish()
     except BaseException:
-        digest.close()  # who waits for it need not wait for the engine to be closed
+        if digest is not None:
+            digest.close()  # who waits for it need not wait for the engine to be closed
         raise
     if not store.adopted_bytes:
         source.close()
@@ -132,9 +145,11 @@ class _Plan:
         self._places = tensor_places(path)
         self._steps: dict[str, Step] = {}
         """By the (first) parameter that a step brings."""
+        self._brought: dict[str, set[str]] = {}
+        """All that a step brings, where it is more, by the same."""
         self._unit_of = {name: unit.name for unit in store.model.units for name in unit.owners}
         self._missing = set(self._unit_of)
-        self._is_by_unit = True
+        self.is_by_unit = True
         """No step brings parameters of several units."""
 
     def add(self, name: str, load: Load, source: str) -> None:
@@ -191,10 +206,11 @@ class _Plan:
             _check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
         rounds = rounds_of(self._path, target, converter, sources)
         for name, tensor in self._shapes(target, converter, rounds[0]):
-            self._is_by_unit &= self._unit_of.get(name) == self._unit_of[target]
+            self.is_by_unit &= self._unit_of.get(name) == self._unit_of[target]
             shape = torch.Size([len(rounds) * tensor.shape[0], *tensor.shape[1:]]) if len(rounds) > 1 else tensor.shape
             self._check_shape(name, shape)
             self._missing.discard(name)
+            self._brought.setdefault(target, set()).add(name)
 
         def step() -> None:
             names: set[str] = set()
@@ -230,16 +246,6 @@ class _Plan:
         for name, value in one.convert(target, model=model.module, config=model.config).items():
             yield name, value[0] if isinstance(value, list) else value
 
-    def run(self, kept: KeptWeights | None, follow: Callable[[FileSpan], None]) -> Iterator[None]:
-        """Raise `CheckpointError` when something is missing; else an iterator that brings a parameter at each step.
-
-        `follow` is called for what has been read of the weight files.
-        """
-        by_unit = self.by_unit()
-        if kept is None or not self._is_by_unit:
-            return run_steps(chain.from_iterable(by_unit.values()), follow)
-        return _run_kept(by_unit, kept, follow)
-
     def check_missing(self) -> None:
         """Raise `CheckpointError` when the weight files lack a parameter."""
         if self._missing:
@@ -248,12 +254,17 @@ class _Plan:
                 f"{min(self._missing)}; the download is incomplete or belongs to another model"
             )
 
-    def by_unit(self) -> dict[str, list[Step]]:
-        """The steps of each unit, in the order of the sweep; raises `CheckpointError` when something is missing."""
+    def by_unit(self) -> dict[str, list[tuple[set[str], Step]]]:
+        """The steps of each unit, in the order of the sweep, and which parameters each of them brings.
+
+        Raises `CheckpointError` when something is missing.
+        """
         self.check_missing()
-        by_unit: dict[str, list[Step]] = {unit.name: [] for unit in self._store.model.units if unit.owners}
+        by_unit: dict[str, list[tuple[set[str], Step]]] = {
+            unit.name: [] for unit in self._store.model.units if unit.owners
+        }
         for name, step in self._steps.items():
-            by_unit[self._unit_of[name]].append(step)
+            by_unit[self._unit_of[name]].append((self._brought.get(name, {name}), step))
         self._steps.clear()
         return by_unit
 
@@ -268,8 +279,3 @@ class _Plan:
                 f"{self._path}: {name} is {list(shape)} in the weight files but {list(expected)} by "
                 "config.json; they do not belong together"
             )
-
-
-def _run_kept(by_unit: dict[str, list[Step]], kept: KeptWeights, follow: Callable[[FileSpan], None]) -> Iterator[None]:
-    with kept:
-        yield from run_steps((step for unit, steps in by_unit.items() for step in kept.steps(unit, steps)), follow)

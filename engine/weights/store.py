@@ -10,16 +10,16 @@ import torch
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.kernels.codec import GROUP, Codec
-from engine.memory import accelerator
+from engine.member import Member
 from engine.memory.arena import Arena
 from engine.memory.disk.io import wait_for
-from engine.memory.layout import Extent, align, lay_out, split_bytes, streamed_from
+from engine.memory.layout import Extent, align
 from engine.memory.tiers import Tier
 from engine.model.causal_model import CausalModel
-from engine.model.unit import Unit
 from engine.policy import Share
+from engine.weights.members.arrivals import Arrivals
+from engine.weights.members.placing import place_unit, shared_weights
 from engine.weights.placed_unit import Place, PlacedUnit
-from engine.weights.stored_form import encoded_names, stored_sizes, whole_sizes
 
 _CHUNK_ELEMENTS = 16 << 20
 _CONVERTED_ELEMENTS = 1 << 20
@@ -36,8 +36,18 @@ class WeightStore:
     its bytes are those, else in a file for each unit.
     """
 
-    def __init__(self, model: CausalModel, share: Share, arena: Arena, *, codec: Codec | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        share: Share,
+        arena: Arena,
+        *,
+        codec: Codec | None = None,
+        member: Member | None = None,
+    ) -> None:
+        """member: of several engines that share the weights."""
         self.model = model
+        self.member = member
         self.arena = arena
         self.codec = codec
         self._device = arena.device
@@ -45,21 +55,22 @@ class WeightStore:
         """Units that have parameters, by name, in the order of the sweep."""
         for unit in model.units:
             if unit.owners:
-                self.placed[unit.name] = self._place(unit, share)
+                self.placed[unit.name] = place_unit(model, unit, share, arena, codec=codec, member=member)
         self._extent_of = {
             extent.name: (placed, extent) for placed in self.placed.values() for extent in placed.extents
         }
+        shared = None if member is None else shared_weights(self.placed, member, arena.device)
+        self.arrivals = Arrivals(self.placed, arena, shared)
+        """Which units are complete, and who brings what."""
         self.source: OpenedWeights | None = None
         """The checkpoint's files, while they are read."""
         self.digest: WeightDigest | None = None
         """Of the checkpoint's files."""
-        self._fault: BaseException | None = None
 
     def placed_bytes(self) -> dict[str, dict[Tier, int]]:
         """Bytes of each unit on each tier."""
         return {
-            name: {tier: end - first for tier, first, end in placed.split.parts()}
-            for name, placed in self.placed.items()
+            name: {tier: end - first for tier, first, end in placed.tiers()} for name, placed in self.placed.items()
         }
 
     @property
@@ -85,13 +96,16 @@ class WeightStore:
             each.name: [each.first, each.end, str(state[each.name].dtype), each.name in placed.coded]
             for each in placed.extents
         }
-        return json.dumps(layout), placed.split.num_bytes
+        return json.dumps(layout), placed.num_bytes
 
     def stored_bytes(self, unit: str, first: int, end: int) -> torch.Tensor:
-        """Bytes of a unit that is complete, from `first` to `end`, in host memory; they may be a view."""
+        """Bytes of a unit that is complete, from `first` to `end`, in host memory; they may be a view.
+
+        Of one whose parts are gathered, no engine has all.
+        """
         placed = self.placed[unit]
         pieces: list[torch.Tensor] = []
-        for tier, begin, stop in placed.split.parts():
+        for tier, begin, stop in placed.tiers():
             low, high = max(first, begin), min(end, stop)
             if low < high and tier == "disk":
                 read = torch.zeros(high - low, dtype=torch.uint8)  # what lies between parameters is on no disk
@@ -105,29 +119,15 @@ class WeightStore:
         """Copy all bytes of a unit, as `stored_bytes` gives them, to their places; its parameters arrive by that."""
         placed = self.placed[unit]
         self._claim_host(placed)
-        for tier, first, end in placed.split.parts():
-            if tier != "disk":
+        for tier, first, end in placed.tiers():
+            if tier != "disk" and tier in placed.brings:
                 placed.parts[tier].copy_(stored[first:end])
         self._claim(placed)
-        for place in placed.places.values():
+        for place in placed.places.values() if "disk" in placed.brings else ():
             if not place.is_adopted:  # the checkpoint holds it
                 self._write_to_disk(placed, place.first, stored[place.first : place.end], torch.uint8)
         for name in placed.unit.owners:
             self.arrive(name)
-
-    def _place(self, unit: Unit, share: Share) -> PlacedUnit:
-        state = self.model.state
-        coded = encoded_names(self.model, unit, self.codec)
-        extents, num_bytes = lay_out(stored_sizes(self.model, unit, self.codec))
-        if unit.name == "embedding":  # cut between rows, which are looked up one by one
-            table = state[extents[0].name]
-            num_bytes = extents[0].end
-            split = split_bytes(num_bytes, share, table.shape[1] * table.element_size())
-        else:
-            split = split_bytes(num_bytes, share)
-        parts: dict[Tier, torch.Tensor] = {"device": self.arena.empty(split.device, "device")}
-        expanded = lay_out(whole_sizes(self.model, unit))[0] if coded else []
-        return PlacedUnit(unit, extents, split, parts, streamed_from(extents, split), set(unit.owners), coded, expanded)
 
     def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
         """Copy a parameter, or consecutive elements of it, to its place, in the model's dtype or encoded."""
@@ -152,6 +152,7 @@ class WeightStore:
         self._write(placed, extent.first + self.model.packed[name].first_byte(part), stored, torch.uint8)
 
     def _claim_host(self, placed: PlacedUnit) -> None:
+        self.arrivals.begin(placed)
         if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
             placed.parts["host"] = self.arena.empty(placed.split.host, "host")
 
@@ -187,9 +188,9 @@ class WeightStore:
 
     def _write(self, placed: PlacedUnit, begin: int, source: torch.Tensor, dtype: torch.dtype) -> None:
         """Write numbers of one parameter, as `dtype`, to the unit's stored bytes from `begin` on."""
-        for tier, first, end in placed.split.parts():
+        for tier, first, end in placed.tiers():
             low, high = max(first, begin), min(end, begin + source.numel() * dtype.itemsize)
-            if low >= high:
+            if low >= high or tier not in placed.brings:
                 continue
             piece = source[(low - begin) // dtype.itemsize : (high - begin) // dtype.itemsize]
             if tier == "disk":
@@ -217,12 +218,13 @@ class WeightStore:
         """
         placed, extent = self._extent_of[name]
         like = self.model.state[name]
-        low = max(extent.first, placed.split.device + placed.split.host)
-        is_same = name not in placed.coded and dtype == like.dtype and low < extent.end
+        (disk,) = (first for tier, first, _ in placed.tiers() if tier == "disk")
+        low, end = max(extent.first, disk), min(extent.end, placed.part.end)
+        is_same = name not in placed.coded and dtype == like.dtype and low < end
         if not is_same or not self.arena.is_on_same_disk(path):
             return like.numel()
         file = self.arena.opened(path)
-        placed.places[name] = Place(low, extent.end, file, first + low - extent.first, True)
+        placed.places[name] = Place(low, end, file, first + low - extent.first, True)
         return (low - extent.first) // dtype.itemsize
 
     def claim_disk(self) -> None:
@@ -231,32 +233,37 @@ class WeightStore:
             self._claim(placed)
 
     def _claim(self, placed: PlacedUnit) -> None:
-        begin, size, layout = placed.split.device + placed.split.host, 0, {}
+        (disk,) = (first for tier, first, _ in placed.tiers() if tier == "disk")
+        size, layout = 0, {}
         for extent in placed.extents:
-            if extent.end > begin and extent.name not in placed.places:
-                layout[extent.name] = max(begin, extent.first), extent.end, size
-                size = align(size + extent.end - max(begin, extent.first))
+            first, end = max(disk, extent.first), min(extent.end, placed.part.end)
+            if first < end and extent.name not in placed.places:
+                layout[extent.name] = first, end, size
+                size = align(size + end - first)
         if layout:
             file = self.arena.file(size)
             placed.places.update(
                 {name: Place(first, end, file, at, False) for name, (first, end, at) in layout.items()}
             )
 
+    def is_complete(self, unit: str) -> bool:
+        """Whether all of a unit is in place; raises the fault that ended loading."""
+        return unit not in (placed.unit.name for placed in self.arrivals.left())
+
+    def needs(self, name: str) -> bool:
+        """Whether this process brings anything of a parameter."""
+        placed, extent = self._extent_of[name]
+        return placed.needs(extent)
+
     def arrive(self, name: str) -> None:
         """Tell that all of a parameter is in place; its unit may be used as soon as that is so of all."""
         placed, _ = self._extent_of[name]
-        placed.missing.discard(name)
-        if placed.missing:
-            return
-        if accelerator.has_streams(self._device):
-            accelerator.current_stream(self._device).synchronize()  # other streams read it
-        placed.complete.set()
+        self.arrivals.begin(placed)
+        self.arrivals.arrive(placed, name)
 
     def give_up(self, fault: BaseException) -> None:
         """End loading: threads that wait for an incomplete unit get `fault`."""
-        self._fault = fault
-        for placed in self.placed.values():
-            placed.complete.set()
+        self.arrivals.give_up(fault)
 
     def wait(self) -> None:
         """Return when every parameter is in place; raises the fault that kept one from arriving."""
@@ -271,9 +278,7 @@ class WeightStore:
 
     def wait_for(self, placed: PlacedUnit) -> None:
         """Return when a unit is complete; raises the fault that ended loading."""
-        placed.complete.wait()
-        if placed.missing and self._fault is not None:
-            raise self._fault
+        self.arrivals.wait_for(placed)
 
     def close(self) -> None:
         """Let go of the weights; the arena frees the memory."""
@@ -281,6 +286,7 @@ class WeightStore:
             self.digest.close()
         if self.source is not None:
             self.source.close()
+        self.arrivals.close()
         for placed in self.placed.values():
             for module, attribute in placed.unit.owners.values():
                 module._parameters[attribute] = None

@@ -12,16 +12,14 @@ import torch
 from engine.memory import accelerator
 from engine.memory.disk.file import BLOCK
 from engine.memory.disk.io import wait_for
-from engine.memory.layout import Extent
-from engine.planning.limits import READ_AHEAD_BYTES
-from engine.weights.binding import Binding, bind, parameter_of
+from engine.memory.staged import StagedCopies
+from engine.planning.limits import GATHER_SLOTS, SLOTS
+from engine.weights.binding import Binding, bind, binding, bindings, stored_bytes
+from engine.weights.members.group import Group
 from engine.weights.placed_unit import PlacedUnit
 from engine.weights.store import WeightStore
 from engine.weights.sweep_reader import SweepReader
 from engine.weights.token_embedding import TokenEmbedding
-
-NUM_SLOTS = 2
-_STAGE_BYTES = 64 << 20
 
 
 @dataclass(eq=False)
@@ -45,20 +43,24 @@ class WeightStream:
     stored encoded is expanded once in a sweep, into device memory that all layers use in turn; its slot is free for the
     next but one from then on. What is on disk is read in the order of the sweep, ahead of it as far as
     `read_ahead_bytes` of staging memory reach.
+
+    In a `group`, this engine's part of a layer is brought to its place in the slot, and then the others'. While one
+    layer is computed, the next is gathered and this engine's part of the next but one is brought.
     """
 
-    def __init__(self, store: WeightStore, *, overlap: bool = True, read_ahead_bytes: int = READ_AHEAD_BYTES) -> None:
+    def __init__(self, store: WeightStore, group: Group | None, *, overlap: bool, read_ahead_bytes: int) -> None:
         self._store = store
         self._model = store.model
         self._device = store.arena.device
         self._overlap = overlap
+        self._group = group
         arena, units = store.arena, store.placed
         last = units["embedding"] if store.model.is_tied else units["head"]
         order = [*(units[f"layer.{index}"] for index in range(len(store.model.layers))), last]
         self._by_step = order
         self._streamed = [placed for placed in order if placed.num_streamed]
-        size = max((placed.num_streamed for placed in self._streamed), default=0)
-        count = min(NUM_SLOTS, len(self._streamed))
+        size = max((placed.num_slot_bytes for placed in self._streamed), default=0)
+        count = min(SLOTS if group is None else GATHER_SLOTS, len(self._streamed))
         self._slots = [_Slot(index, arena.empty(size, "device")) for index in range(count)]
         self._next = {id(a): b for a, b in pairwise([*self._streamed, *self._streamed[:1]])}
         self._reader: SweepReader | None = None
@@ -69,65 +71,50 @@ class WeightStream:
                 arena.io,
                 staging,
                 [placed.disk_spans for placed in streamed],
-                lambda unit: streamed[unit].complete.is_set() and not streamed[unit].missing,
-                ahead=overlap and len(streamed) > NUM_SLOTS,  # else they stay in the slots
+                lambda unit: streamed[unit].is_in_place,
+                ahead=overlap and len(streamed) > count,  # else they stay in the slots
             )
         self._expanded = arena.empty(max((p.expanded[-1].end for p in order if p.coded), default=0), "device")
         self._outer = _Slot(-1, arena.empty(units["outer"].num_streamed if "outer" in units else 0, "device"))
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream = accelerator.new_stream(self._device)
-        self._stage: list[tuple[torch.Tensor, Any]] = []
+        self._gather_stream = None if group is None else accelerator.new_stream(self._device)
+        self._num_passed = 0
+        """Layers of the sweep at hand that need their slots no more."""
+        self._staged = StagedCopies(self._device)
         self._views: dict[int, list[list[Binding]]] = {}
         """Of a streamed unit, by slot: an odd number of units visits both slots in turn."""
         self._bind()
         self._embedding = TokenEmbedding(store.model, units["embedding"], arena, store.wait_for)
 
     def _bind(self) -> None:
+        state = self._model.state
         for placed in self._store.placed.values():
             if placed.coded:
                 memory = [self._expanded[extent.first : extent.end] for extent in placed.expanded]
-                bind([self._binding(placed, e, m) for e, m in zip(placed.expanded, memory, strict=True)])
+                bind([binding(state, placed, e, m) for e, m in zip(placed.expanded, memory, strict=True)])
             elif placed.unit.name == "outer" or (placed.unit.name != "embedding" and not placed.num_streamed):
-                bind(self._bindings(placed, self._outer.memory))
+                bind(bindings(state, placed, self._outer.memory))
             elif placed.unit.name != "embedding":
-                self._views[id(placed)] = [self._bindings(placed, slot.memory) for slot in self._slots]
+                self._views[id(placed)] = [bindings(state, placed, slot.memory) for slot in self._slots]
                 bind(self._views[id(placed)][0])
         table = self._store.placed["embedding"]
         if table.num_streamed == 0:
-            bind(self._bindings(table, self._outer.memory))
+            bind(bindings(state, table, self._outer.memory))
         if self._model.is_tied:
             output = self._model.output
             assert output is not None
             memories = [slot.memory for slot in self._slots] if table.num_streamed else [self._outer.memory]
-            heads: list[list[Binding]] = [
-                [(output, "weight", parameter_of(self._view(table, table.extents[0], memory)))] for memory in memories
-            ]
+            views = [bindings(state, table, memory)[0][2] for memory in memories]
+            heads: list[list[Binding]] = [[(output, "weight", view)] for view in views]
             bind(heads[0])
             if table.num_streamed:
                 self._views[id(table)] = heads
 
-    def _bindings(self, placed: PlacedUnit, slot: torch.Tensor) -> list[Binding]:
-        return [self._binding(placed, extent, self._bytes(placed, extent, slot)) for extent in placed.extents]
-
-    def _binding(self, placed: PlacedUnit, extent: Extent, memory: torch.Tensor) -> Binding:
-        like = self._model.state[extent.name]
-        return (*placed.unit.owners[extent.name], parameter_of(memory.view(like.dtype).view(like.shape)))
-
-    def _view(self, placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
-        like = self._model.state[extent.name]
-        return self._bytes(placed, extent, slot).view(like.dtype).view(like.shape)
-
-    @staticmethod
-    def _bytes(placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
-        """A parameter's stored bytes on the device."""
-        if extent.end <= placed.split.device:
-            return placed.parts["device"][extent.first : extent.end]
-        return slot[extent.first - placed.start : extent.end - placed.start]
-
     def _expand(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
         """Fill the memory that the unit's parameters are views of."""
         for extent, place in zip(placed.extents, placed.expanded, strict=True):
-            stored, memory = self._bytes(placed, extent, slot), self._expanded[place.first : place.end]
+            stored, memory = stored_bytes(placed, extent, slot), self._expanded[place.first : place.end]
             if extent.name in placed.coded:
                 codec = self._model.packed.get(extent.name) or self._store.codec
                 assert codec is not None
@@ -147,17 +134,17 @@ class WeightStream:
     def acquire(self, step: int) -> None:
         """Wait until layer `step` (or, behind the last layer, the head) can compute, and start fetching the next."""
         placed = self._by_step[step]
-        if step == 0 and "outer" in self._store.placed:
-            self._bring_outer(self._store.placed["outer"])
+        if step == 0:
+            self._num_passed = 0
+            if "outer" in self._store.placed:
+                self._bring_outer(self._store.placed["outer"])
         self._store.wait_for(placed)
         if not placed.num_streamed:
             if placed.coded:
                 self._expand(placed, self._outer.memory)
+            self._num_passed = step + 1
             return
-        slot = self._slot_with(placed)
-        if slot is None:
-            slot = next(slot for slot in self._slots if not slot.in_use)
-            self._fetch(placed, slot)
+        slot = self._filled(placed)
         if not placed.coded:
             bind(self._views[id(placed)][slot.index])
         self._await_arrival(slot)
@@ -166,6 +153,7 @@ class WeightStream:
             self._free(slot)
             self._prefetch(placed)
             self._prefetch(self._next[id(placed)])
+            self._num_passed = step + 1
             return
         slot.in_use = True
         self._prefetch(placed)
@@ -178,12 +166,24 @@ class WeightStream:
             return
         self._free(slot)
         self._prefetch(placed)
+        self._num_passed = step + 1
 
     def release_all(self) -> None:
-        """Let all slots be filled anew, after a sweep that ended in an error."""
+        """Let all slots be filled anew, after a sweep that ended in an error.
+
+        The other members of a group go on with the sweep, and wait for this one's part of the layers that are left.
+        """
         for slot in self._slots:
             if slot.in_use:
                 self._free(slot)
+        for placed in self._by_step[self._num_passed :] if self._group is not None else ():
+            if placed.num_streamed:
+                slot = self._filled(placed)
+                self._await_arrival(slot)
+                self._free(slot)
+                self._prefetch(placed)
+                self._prefetch(self._next[id(placed)])
+        self._num_passed = len(self._by_step)
 
     def _free(self, slot: _Slot) -> None:
         """Let a slot be filled anew, once the computation asked for until now has read it."""
@@ -192,12 +192,24 @@ class WeightStream:
             slot.released = accelerator.current_stream(self._device).record_event()
 
     def _prefetch(self, placed: PlacedUnit) -> None:
-        following = self._next[id(placed)]
-        if not self._overlap or self._slot_with(following) is not None:
-            return
-        slot = next((slot for slot in self._slots if not slot.in_use and slot.content is not placed), None)
-        if slot is not None:
-            self._fetch(following, slot)
+        """Fetch those that follow a unit, in their order, as far as there are slots that neither it nor they are in."""
+        kept, following = [placed], self._next[id(placed)]
+        while self._overlap and following is not placed:
+            if self._slot_with(following) is None:
+                free = (slot for slot in self._slots if not slot.in_use and slot.content not in kept)
+                if (slot := next(free, None)) is None:
+                    return
+                self._fetch(following, slot)
+            kept.append(following)
+            following = self._next[id(following)]
+
+    def _filled(self, placed: PlacedUnit) -> _Slot:
+        """The slot that a unit is in, or is being brought to."""
+        slot = self._slot_with(placed)
+        if slot is None:
+            slot = next(slot for slot in self._slots if not slot.in_use)
+            self._fetch(placed, slot)
+        return slot
 
     def _slot_with(self, placed: PlacedUnit) -> _Slot | None:
         return next((slot for slot in self._slots if slot.content is placed), None)
@@ -223,14 +235,24 @@ class WeightStream:
 
     def _fill(self, placed: PlacedUnit, slot: _Slot) -> Any:
         self._store.wait_for(placed)
+        gathers = placed.gathered_bytes > 0
         if self._copy_stream is None:
             self._copy(placed, slot.memory)
+            if self._group is not None and gathers:
+                self._group.gather(placed, slot.memory)
             return None
         with accelerator.on_device(self._device), accelerator.on_stream(self._copy_stream, self._device):
             if slot.released is not None:
                 self._copy_stream.wait_event(slot.released)
             self._copy(placed, slot.memory)
-            return self._copy_stream.record_event()
+            copied = self._copy_stream.record_event()
+        if self._group is None or not gathers:
+            return copied
+        with accelerator.on_device(self._device), accelerator.on_stream(self._gather_stream, self._device):
+            assert self._gather_stream is not None
+            self._gather_stream.wait_event(copied)
+            self._group.gather(placed, slot.memory)
+            return self._gather_stream.record_event()
 
     def _copy(self, placed: PlacedUnit, target: torch.Tensor) -> None:
         for tier, offset, piece in placed.pieces():
@@ -238,7 +260,7 @@ class WeightStream:
             if self._copy_stream is None or tier == "device" or (tier == "host" and self._store.arena.pinned):
                 destination.copy_(piece, non_blocking=True)
             else:
-                self._copy_staged(piece, destination)
+                self._staged.copy(piece, destination)
         if not placed.split.disk:
             return
         if id(placed) not in self._number:
@@ -263,20 +285,6 @@ class WeightStream:
         """An event behind all copies issued so far; None on devices without streams."""
         return None if self._copy_stream is None else accelerator.current_stream(self._device).record_event()
 
-    def _copy_staged(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy pageable or mapped bytes to the device through two page-locked buffers in turn."""
-        if not self._stage:
-            self._stage = [(accelerator.page_locked(_STAGE_BYTES, dtype=torch.uint8), None) for _ in range(2)]
-        for turn, first in enumerate(range(0, source.numel(), _STAGE_BYTES)):
-            buffer, copied = self._stage[turn % 2]
-            if copied is not None:
-                copied.synchronize()
-            size = min(_STAGE_BYTES, source.numel() - first)
-            buffer[:size].copy_(source[first : first + size])
-            target[first : first + size].copy_(buffer[:size], non_blocking=True)
-            event = accelerator.current_stream(self._device).record_event()
-            self._stage[turn % 2] = buffer, event
-
     def close(self) -> None:
         """Stop fetching and let go of the device memory, which the arena frees."""
         self._fetcher.shutdown(wait=True, cancel_futures=True)
@@ -287,5 +295,5 @@ class WeightStream:
         self._expanded = self._outer.memory = torch.empty(0, dtype=torch.uint8)
         self._views.clear()
         self._next.clear()
-        for listed in (self._by_step, self._streamed, self._slots, self._stage):
+        for listed in (self._by_step, self._streamed, self._slots):
             listed.clear()

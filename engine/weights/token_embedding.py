@@ -64,7 +64,7 @@ class TokenEmbedding:
         like = self._model.state[table.extents[0].name]
         rows = torch.empty(len(unique), like.shape[1], dtype=like.dtype, device=self._device)
         row_bytes = like.shape[1] * like.element_size()
-        for tier, first, end in table.split.parts():
+        for tier, first, end in table.tiers():
             here = ((unique >= first // row_bytes) & (unique < end // row_bytes)).nonzero()[:, 0]
             if len(here):
                 if tier == "disk":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from engine.engine import Engine
+    from engine.member import Member
     from engine.model.causal_model import CausalModel
     from engine.policy import Policy
     from engine.weights.store import WeightStore
@@ -173,8 +174,8 @@ def shape_model(shape: str, dtype: str, folder: Path) -> CausalModel:
         return CausalModel(folder, getattr(torch, dtype), torch.device("cpu"))
 
 
-def open_dummy(shape: str, policy: Policy) -> Engine:
-    """An engine over random weights of `shape`, all in place."""
+def open_dummy(shape: str, policy: Policy, member: Member | None = None) -> Engine:
+    """An engine over random weights of `shape`, all in place; member: which it is of several that share them."""
     from engine.checkpoint.description import ModelDescription
     from engine.engine import Engine
 
@@ -190,7 +191,7 @@ def open_dummy(shape: str, policy: Policy) -> Engine:
             num_layers=num_layers(config),
         )
         with _speaking_of(shape, Path(folder)):
-            engine = Engine.open(description, policy, fill_randomly)
+            engine = Engine.open(description, policy, fill_randomly, member)
         try:
             engine.wait_until_loaded()
         except BaseException:

@@ -25,6 +25,7 @@ from engine.errors import CapacityError, ConfigError, EngineError, InstallationE
 from engine.measuring import disk_rates, rates
 from engine.measuring import profiler as measuring
 from engine.measuring.profiler import Effort, measure
+from engine.measuring.together import rates_together
 from engine.memory.disk.file import READERS
 from engine.planning import hardware_profile
 from engine.planning.hardware_profile import HOST_DTYPES, HardwareProfile
@@ -532,3 +533,23 @@ def test_time_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     disk_rates.disk_rates(str(tmp_path), num_bytes=1 << 30, seconds=-1.0)
     assert len(written) <= READERS
     assert set(read) <= set(written)  # what was never written is not on the disk
+
+
+def test_what_cards_do_together_may_be_left_out() -> None:
+    """Profiles of one card, and earlier ones, do not have it."""
+    profile = HardwareProfile.load("t4")
+    assert profile.links_together_bytes_s is None
+    assert "gather-bytes-s" not in profile.as_mapping()
+    measured = replace(profile, links_together_bytes_s=50e9, gather_bytes_s=380e9)
+    assert HardwareProfile.from_mapping(measured.as_mapping()) == measured
+    with pytest.raises(ConfigError, match="gather-bytes-s: -1 is not a positive number"):
+        HardwareProfile.from_mapping({**measured.as_mapping(), "gather-bytes-s": -1})
+
+
+def test_devices_measure_together() -> None:
+    """Processes, here on the CPU; nothing is left of them."""
+    link, gather = rates_together(["cpu", "cpu"], 1 << 20)
+    assert link > 0
+    assert gather > 0
+    with pytest.raises(EngineError, match=r"2 devices cannot measure together: .*nowhere"):
+        rates_together(["nowhere", "nowhere"], 1 << 20)

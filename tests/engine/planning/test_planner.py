@@ -15,6 +15,7 @@ from engine.planning.hardware import Memory
 from engine.planning.limits import Limits
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import Plan, make_plan
+from engine.planning.sharing import Sharing
 from engine.policy import Share, parse_bytes
 
 GB = 10**9
@@ -347,3 +348,48 @@ def test_a_plan_for_the_cpu_holds_all_that_a_sweep_takes(megabytes: int) -> None
     assert taken <= memory.host
     assert plan.cache_budgets["device"] >= 1208 * shape.cache_row_bytes
     assert limits.logits_bytes == min(128 << 20, (memory.device - shape.weight_bytes) // 16)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_weights_of_several_engines_lie_in_host_memory_once(count: int) -> None:
+    """Each plans as one alone does that has the weights and its part of the rest."""
+    policy, weights = Policy(weights=Share(gpu=10, cpu=90)), round(0.9 * OPT_30B.weight_bytes)
+    host = weights + count * 40 * GB
+    together = make_plan(OPT_30B, policy, replace(T4, host=host), on_cpu=False, sharing=Sharing(count=count))
+    assert together == make_plan(OPT_30B, policy, replace(T4, host=weights + 40 * GB), on_cpu=False)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_engines_that_gather_hold_a_part_of_the_weights_each(count: int) -> None:
+    """Device memory by hand: a part of each layer, three whole ones in transit, and the (tied) table as alone."""
+    layer, table = OPT_30B.unit_bytes[0], OPT_30B.unit_bytes[-1]
+    transit = 3 * layer + OPT_30B.outer_bytes
+    own = (48 * layer / count + table + OPT_30B.outer_bytes) * 0.4
+    sharing = Sharing(count=count, gather=True)
+    enough = Memory(device=int(own + transit + 4 * GB), host=200 * GB, disk=0)
+    policy = Policy(weights=Share(gpu=40, cpu=60))
+    make_plan(OPT_30B, policy, enough, on_cpu=False, sharing=sharing)
+    with pytest.raises(CapacityError, match=r"exceed the .* of device memory; the nearest that fits"):
+        make_plan(OPT_30B, policy, replace(enough, device=int(own + transit)), on_cpu=False, sharing=sharing)
+    greedy = make_plan(OPT_30B, Policy(), T4, on_cpu=False, sharing=sharing).weights.gpu
+    assert greedy > 0.8 * count * make_plan(OPT_30B, Policy(), T4, on_cpu=False).weights.gpu
+
+
+@settings(max_examples=100)
+@given(shapes, memories, st.integers(2, 4), st.booleans())
+def test_engines_that_share_weights_stay_within_memory_together(
+    shape: ModelShape, memory: Memory, count: int, gather: bool
+) -> None:
+    try:
+        plan = make_plan(shape, Policy(), memory, on_cpu=memory.shared, sharing=Sharing(count=count, gather=gather))
+    except CapacityError:
+        assume(False)
+    assume(not plan.is_tight)
+    rows = plan.limits.rows_per_sweep * shape.hidden_row_bytes / 100
+    for_all = shape.weight_bytes * plan.weights.cpu / 100
+    for_each = plan.activations.cpu * rows + plan.cache_budgets["host"] + plan.read_ahead_bytes
+    if memory.shared:
+        own = shape.weight_bytes * plan.weights.gpu / 100
+        for_all += own if not gather else own - count
+        for_each += plan.activations.gpu * rows + plan.cache_budgets["device"]
+    assert for_all + count * for_each <= memory.host + 64 * count

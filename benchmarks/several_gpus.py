@@ -1,0 +1,260 @@
+"""One device beside several that share the weights, in one call: seconds, their quotient, and what should be reached.
+
+    python -m benchmarks.several_gpus [--devices cuda:0 cuda:1] [--settings NAME …] [--out DIR]
+
+Each setting is opened on one device, and then on all of them in each of its ways: *each* for itself, which brings all
+weights over its own link from one copy in host memory, and *gather*, which brings a part and gathers the others'. Every
+device is a process; requests are dealt out evenly, and seconds are from asking to the last answer. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.member import Member
+from engine.memory.tiers import Memory
+from engine.policy import Policy
+from flexgen_helm.planning.record import write_record
+from flexgen_helm.planning.roofline import Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """A workload, and what several devices should reach with it."""
+
+    workload: str
+    """Of one device; where it is `each`, the others have as much."""
+    each: bool = False
+    reach: dict[str, float] | None = None
+    """By way: the least quotient of one device's requests a second and that of two; None where none is named."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is opened, and what is run then."""
+
+    shape: str
+    policy: dict[str, Any]
+    rows: tuple[Row, ...]
+    alone: dict[str, Any] | None = None
+    """What the one device has in place of the policy, if anything."""
+    ways: tuple[str, ...] = ("each", "gather")
+
+
+_SMALL = {"gpu-memory": "16GB"}
+SETTINGS = {
+    "opt-30b": Setting(
+        "opt-30b",
+        _SMALL,
+        (
+            Row("1x100x400+100:1", reach={"gather": 1.04 / 0.60}),
+            Row("10x100x400+100:1", reach={"each": 1.88, "gather": 1.88}),
+            Row("1x80x0+512:32", each=True, reach={"each": 1.85, "gather": 2.2}),
+        ),
+    ),
+    "opt-30b-4bit": Setting(
+        "opt-30b",
+        {**_SMALL, "compress-weight": 4, "compress-cache": 4, "weights": {"gpu": 50, "cpu": 50}},
+        (Row("1x256x0+512:32", each=True, reach={"each": 1.85, "gather": 1.85}),),
+    ),
+    "opt-13b-split": Setting(
+        "opt-13b",
+        {**_SMALL, "weights": {"gpu": 100}},
+        (Row("1x100x400+100:1", reach={"gather": 1 / 1.1}),),
+        alone={"weights": {"gpu": 100}},
+        ways=("gather",),
+    ),
+}
+
+
+class Process:
+    """An engine on one device, told by lines what to do."""
+
+    def __init__(self, shape: str, policy: dict[str, Any], handle: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.several_gpus", "--serve", shape, json.dumps(policy)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[handle],
+            text=True,
+            cwd=ROOT,
+        )
+
+    def tell(self, message: Any) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        print(json.dumps(message), file=self._process.stdin, flush=True)
+
+    def hear(self) -> Any:
+        """The next answer; `RuntimeError` where the process ends or cannot go on."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise RuntimeError(answer["error"])
+                return answer
+        raise RuntimeError(f"a process ended with exit code {self._process.wait()}")
+
+    def end(self) -> None:
+        """Let the process end; it is killed where it does not."""
+        with contextlib.suppress(OSError):
+            self.tell(None)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(60)
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(shape: str, policy: dict[str, Any]) -> None:
+    """Open an engine as the parent says, and run what it asks for."""
+    from engine.errors import EngineError
+    from engine.planning.hardware import available_memory, resolve_device
+    from flexgen_helm.planning.dummy import open_dummy
+
+    wanted = Policy.from_mapping(policy)
+    memory = available_memory(resolve_device(wanted.device), wanted.gpu_memory, wanted.cpu_memory, None)
+    print(json.dumps(asdict(memory)), flush=True)
+    told = json.loads(input())
+    member = Member(**{**told, "memory": Memory(**told["memory"])}) if told else None
+    try:
+        start = time.perf_counter()
+        with open_dummy(shape, wanted, member) as engine:
+            placed = engine.parts.weights.placed_bytes()
+            weights = {tier: sum(each[tier] for each in placed.values()) for tier in ("device", "host", "disk")}
+            print(
+                json.dumps({"weights": weights, "load_s": time.perf_counter() - start, "plan": asdict(engine.plan)}),
+                flush=True,
+            )
+            while asked := json.loads(input()):
+                jobs = Workload.parse(asked["workload"]).jobs(engine.parts.model.vocab_size, asked["seed"])
+                before, start = engine.num_sweeps, time.perf_counter()
+                done = engine.run(jobs[asked["index"] :: asked["count"]])
+                failed = next((str(each.error) for each in done if each.error is not None), None)
+                told = {"error": failed} if failed else {"seconds": time.perf_counter() - start}
+                print(json.dumps({**told, "sweeps": engine.num_sweeps - before}), flush=True)
+    except EngineError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+
+
+@contextlib.contextmanager
+def opened(setting: Setting, devices: Sequence[str], way: str | None) -> Iterator[tuple[list[Process], dict[str, Any]]]:
+    """Engines on `devices`, all weights in place, and what they hold; way: None for one engine alone."""
+    policy = setting.policy if way is not None or setting.alone is None else setting.alone
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        handle = os.memfd_create("weights")
+        stack.callback(os.close, handle)
+        processes = [Process(setting.shape, {**policy, "device": device}, handle) for device in devices]
+        for process in processes:
+            stack.callback(process.end)
+        memories = [process.hear() for process in processes]
+        least = {**memories[0], **{key: min(each[key] for each in memories) for key in ("device", "host", "disk")}}
+        for index, process in enumerate(processes):
+            member = {
+                "index": index,
+                "count": len(devices),
+                "gather": way == "gather",
+                "memory": least,
+                "weights": handle if way == "each" else None,
+                "meeting": f"{folder}/meeting" if way == "gather" else None,
+            }
+            process.tell(member if way else None)
+        found = [process.hear() for process in processes]
+        own = sum(each["weights"]["host"] for each in found)
+        yield (
+            processes,
+            {
+                "load_s": max(each["load_s"] for each in found),
+                "plan": found[0]["plan"],
+                "weights": [each["weights"] for each in found],
+                "host_bytes_of_weights": os.fstat(handle).st_blocks * 512 if way == "each" else own,
+            },
+        )
+
+
+def timed(processes: list[Process], row: Row) -> dict[str, Any]:
+    """Seconds of a workload, after a rehearsal of it."""
+    load = Workload.parse(row.workload)
+    if row.each:
+        load = Workload(load.num_runs, load.num_jobs * len(processes), load.shared, load.own, load.new)
+    for seed in (1, 0):
+        start = time.perf_counter()
+        for index, process in enumerate(processes):
+            process.tell({"workload": str(load), "seed": seed, "index": index, "count": len(processes)})
+        answers = [process.hear() for process in processes]
+        seconds = time.perf_counter() - start
+    return {
+        "workload": str(load),
+        "seconds": seconds,
+        "requests_s": load.num_requests / seconds,
+        "sweeps": [answer["sweeps"] for answer in answers],
+        "each_s": [answer["seconds"] for answer in answers],
+    }
+
+
+def run(name: str, setting: Setting, devices: Sequence[str]) -> list[dict[str, Any]]:
+    """Time a setting on one device and on all, in each way; prints a line for each, and returns all as a record."""
+    records: list[dict[str, Any]] = []
+    base: list[float] = []
+    for way in (None, *setting.ways):
+        used = devices if way else devices[:1]
+        try:
+            with opened(setting, used, way) as (processes, found):
+                rows = [timed(processes, row) for row in setting.rows]
+        except RuntimeError as error:
+            print(f"{name:>16} {way or 'one device':>10}  {error}", flush=True)
+            records.append({"setting": name, "way": way, "devices": list(used), "error": str(error)})
+            continue
+        base = base or [row["requests_s"] for row in rows]
+        for given, row, one in zip(setting.rows, rows, base, strict=True):
+            row["quotient"] = row["requests_s"] / one
+            row["reach"] = (given.reach or {}).get(way or "")
+            told = f"x {row['quotient']:.2f}" + (f" (reach {row['reach']:.2f})" if row["reach"] else "")
+            print(
+                f"{name:>16} {way or 'one device':>10} {row['workload']:>20} {row['seconds']:9.3f} s  {told}",
+                flush=True,
+            )
+        print(f"{'':>16} {'':>10} weights in host memory {found['host_bytes_of_weights'] / 1e9:.3f} GB", flush=True)
+        records.append({"setting": name, "way": way, "devices": list(used), **found, "rows": rows})
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time the settings and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--devices", nargs="+", default=["cuda:0", "cuda:1"], help="one process each; cpu cpu runs, too"
+    )
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help=", ".join(SETTINGS))
+    parser.add_argument("--shape", help="in place of those of the settings (a small one shows that all of it runs)")
+    parser.add_argument("--rows", nargs="+", help="workloads in place of those of the settings, as `bench` has them")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.serve:
+        serve(options.serve[0], json.loads(options.serve[1]))
+        return
+    records = []
+    for name in options.settings:
+        setting = SETTINGS[name]
+        rows = tuple(Row(each) for each in options.rows) if options.rows else setting.rows
+        shape = options.shape or setting.shape
+        records += run(name, Setting(shape, setting.policy, rows, setting.alone, setting.ways), options.devices)
+        print(write_record("several-gpus", {"runs": records}, options.out), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Sweeps of an engine in step with the others of its group, if it is in one."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from engine.errors import EngineError
+from engine.executor import Answer, Executor
+from engine.schedule.segment import Segment
+from engine.weights.members.group import Group
+
+IDLE_S = 0.02
+"""How often an idle member of a group asks whether the others compute."""
+
+
+class Lockstep:
+    """Computes sweeps when all members of a group are ready to; without a group, at once."""
+
+    def __init__(self, executor: Executor, group: Group | None) -> None:
+        self._executor = executor
+        self._group = group
+        self._is_sweeping = False
+        self._has_left = group is None
+
+    @property
+    def idle_s(self) -> float | None:
+        """How long nothing may be asked of this engine before it takes part in the others' sweeps."""
+        return None if self._group is None else IDLE_S
+
+    def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
+        """`Executor.sweep`; with nothing to compute, take part in a sweep of others, if they have something.
+
+        Raises `EngineError` when a member has ended.
+        """
+        if self._group is not None:
+            agreed = self._group.agree(sweep=bool(batches))
+            if agreed.leave:
+                self._has_left = True
+                raise EngineError("another engine of those that share the weights has ended; start all of them again")
+            if not agreed.sweep:
+                return []
+        elif not batches:
+            return []
+        self._is_sweeping = True
+        answers = self._executor.sweep(batches)
+        self._is_sweeping = False
+        return answers
+
+    def recover(self) -> None:
+        """Be ready for another sweep after one that ended in an error."""
+        self._executor.recover()
+        self._is_sweeping = False
+
+    def leave(self) -> None:
+        """Let the others know that this member ends; they end, too.
+
+        In the middle of a sweep they cannot be told: they wait for layers until this process ends.
+        """
+        if self._group is not None and not self._has_left and not self._is_sweeping:
+            self._has_left = True
+            with suppress(EngineError):
+                self._group.agree(sweep=False, leave=True)

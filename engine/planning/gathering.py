@@ -1,0 +1,40 @@
+"""Whether several devices are to gather weights from each other, or bring all of them each (pure)."""
+
+from __future__ import annotations
+
+from engine.errors import CapacityError
+from engine.planning.hardware import Memory
+from engine.planning.hardware_profile import HardwareProfile
+from engine.planning.model_shape import ModelShape
+from engine.planning.planner import make_plan
+from engine.planning.sharing import Sharing
+from engine.policy import Policy
+
+
+def chooses_gather(
+    profile: HardwareProfile | None, shape: ModelShape, policy: Policy, memory: Memory, count: int
+) -> bool:
+    """Whether a sweep's weights reach `count` like cards sooner where each has a part and they gather the rest.
+
+    Parts and what is gathered come side by side. Where the cards were not measured together, they gather: a link from
+    card to card is as fast as one from the host at least, and more weights stay on the cards. Where the weights fit in
+    one way only, that is taken; where each card holds them all, nothing is gathered.
+    """
+    plans = {}
+    for gather in (False, True):
+        try:
+            sharing = Sharing(count=count, gather=gather)
+            plans[gather] = make_plan(shape, policy, memory, on_cpu=False, sharing=sharing)
+        except CapacityError:
+            continue
+    if len(plans) < 2:
+        return True in plans
+    alone_bytes = shape.weight_bytes * (100 - plans[False].weights.gpu) / 100
+    if alone_bytes == 0:
+        return False
+    if profile is None or profile.gather_bytes_s is None or profile.links_together_bytes_s is None:
+        return True
+    part_bytes = shape.weight_bytes / count * (100 - plans[True].weights.gpu) / 100
+    others_bytes = shape.weight_bytes * (count - 1) / count
+    link = profile.links_together_bytes_s
+    return max(part_bytes / link, others_bytes / profile.gather_bytes_s) < alone_bytes / link

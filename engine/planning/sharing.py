@@ -1,0 +1,46 @@
+"""How the engines of one machine share the weights of a model (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.planning.model_shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How many engines run the same model, each on a device of its own, and whose weights are whose."""
+
+    count: int = 1
+    gather: bool = False
+    """Each has a part of every layer, and they are put together layer by layer; else each has all weights."""
+
+
+ALONE = Sharing()
+
+
+class WeightBytes:
+    """What percents of the weights take where engines share them.
+
+    The token embedding and what is needed throughout stay whole with every engine; of the rest each has a part where
+    it is gathered. Where each has all, what lies in host memory lies there once.
+    """
+
+    def __init__(self, shape: ModelShape, sharing: Sharing) -> None:
+        is_tied = shape.embedding_bytes == 0
+        gathered = sum(shape.unit_bytes[:-1] if is_tied else shape.unit_bytes) if sharing.gather else 0
+        self._all, self._sharing = shape.weight_bytes, sharing
+        self._own = shape.weight_bytes - gathered * (sharing.count - 1) / sharing.count
+        """Of one engine's own, all of it resident."""
+
+    def of_one(self, percent: float) -> int:
+        """Bytes of one engine's own."""
+        return round(self._own * percent / 100)
+
+    def on_host(self, percent: float) -> int:
+        """Bytes in host memory, of all engines together."""
+        return self.on_disk(percent) if self._sharing.gather else round(self._all * percent / 100)
+
+    def on_disk(self, percent: float) -> int:
+        """Bytes on disk, of all engines together."""
+        return round(self._own * percent / 100) * self._sharing.count

@@ -1,0 +1,44 @@
+"""The order in which a process brings weights to their places, alone or as one of several that deal them out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+
+from engine.weights.kept import KeptWeights
+from engine.weights.read_ahead import FileSpan, Step, run_steps
+from engine.weights.store import WeightStore
+
+_POLL_S = 0.005
+"""How often is looked whether a unit is there that another process was to put."""
+
+
+def bring(
+    by_unit: Mapping[str, Iterable[tuple[Iterable[str], Step]]],
+    store: WeightStore,
+    kept: KeptWeights | None,
+    follow: Callable[[FileSpan], None],
+) -> Iterator[None]:
+    """Do the steps of each unit that this process needs, one an iteration, until all units are complete.
+
+    by_unit: by a unit's name, in the order of the sweep, what its steps bring. What other processes were to put and did
+    not, this one puts in the end. `follow` is called for what has been read of the weight files.
+    """
+
+    def needed(unit: str) -> Iterator[Step]:
+        return (step for names, step in by_unit[unit] if any(map(store.needs, names)))
+
+    def dealt() -> Iterator[Step]:
+        for unit in by_unit:
+            store.arrivals.begin(store.placed[unit])
+            yield from needed(unit) if kept is None else kept.steps(unit, list(needed(unit)))
+
+    with kept or nullcontext():
+        yield from run_steps(dealt(), follow)
+        while left := list(store.arrivals.left()):
+            for placed in left:
+                if store.arrivals.take_over(placed):
+                    yield from run_steps(needed(placed.unit.name), follow)
+            time.sleep(_POLL_S)
+            yield

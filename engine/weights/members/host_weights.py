@@ -1,0 +1,104 @@
+"""Weights in host memory that all engines of a machine read, each unit put there by one of them."""
+
+from __future__ import annotations
+
+import mmap
+from itertools import accumulate
+
+import torch
+
+from engine import errors
+from engine.errors import EngineError
+from engine.member import Member
+from engine.memory.shared import SharedMemory
+
+_FAULT_BYTES = 4096
+_FLAGS = 8
+"""Place of the first unit's flag, behind the length of the fault."""
+_SEPARATOR = "\0"
+
+
+class HostWeights:
+    """The shared bytes of units, which of them are complete, and who puts which.
+
+    Every member makes the same layout: a page with the fault that ended loading, a byte for each unit that is set when
+    it is complete, and the units, each from a page's first byte on. Units are dealt out among the members. Who puts one
+    holds its lock; where a member ends before a unit is complete, another one can take it over.
+    """
+
+    def __init__(self, member: Member, sizes: dict[str, int]) -> None:
+        """sizes: bytes of each unit that has any. Raises `CapacityError` where so much memory is not allowed."""
+        assert member.weights is not None
+        self._member = member
+        self._number = {unit: number for number, unit in enumerate(sizes)}
+        begin = _FAULT_BYTES + _to_page(_FLAGS + len(sizes))
+        ends = list(accumulate(map(_to_page, sizes.values()), initial=begin))
+        self._ranges = {
+            unit: (first, first + size) for (unit, size), first in zip(sizes.items(), ends[:-1], strict=True)
+        }
+        self._memory = SharedMemory(member.weights, ends[-1])
+        self._fault = self._memory.claim(0, _FAULT_BYTES)
+        self._flags = self._memory.claim(_FAULT_BYTES, begin)
+        self._flags, self._length = self._flags[_FLAGS:], self._flags[:_FLAGS].view(torch.int64)
+
+    def __contains__(self, unit: str) -> bool:
+        """Whether a unit has shared bytes."""
+        return unit in self._ranges
+
+    def view(self, unit: str) -> torch.Tensor:
+        """The shared bytes of a unit, to be used from when they are claimed."""
+        first, end = self._ranges[unit]
+        return self._memory.whole[first:end]
+
+    def claim(self, unit: str) -> torch.Tensor:
+        """The shared bytes of a unit, in memory for good; `CapacityError` where the system gives no more."""
+        return self._memory.claim(*self._ranges[unit])
+
+    def is_complete(self, unit: str) -> bool:
+        """Whether all bytes of a unit are in place."""
+        return bool(self._flags[self._number[unit]])
+
+    def begin(self, unit: str, *, of_others: bool = False) -> bool:
+        """Whether this member is to put a unit now: nobody has, nobody does, and it was dealt to it, or to others."""
+        number = self._number[unit]
+        is_dealt = of_others or number % self._member.count == self._member.index
+        if not is_dealt or self.is_complete(unit) or not self._memory.lock(number):
+            return False
+        if self.is_complete(unit):  # since we looked
+            self._memory.unlock(number)
+            return False
+        return True
+
+    def finish(self, unit: str) -> None:
+        """Tell that a unit that this member began is complete."""
+        self._flags[self._number[unit]] = 1
+        self._memory.unlock(self._number[unit])
+
+    def leave(self) -> None:
+        """Let others put what this member began."""
+        self._memory.unlock_all()
+
+    def give_up(self, fault: EngineError) -> None:
+        """Tell all members of a fault that any of them would meet."""
+        if not int(self._length):
+            text = f"{type(fault).__name__}{_SEPARATOR}{fault}".encode()[:_FAULT_BYTES]
+            self._fault[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            self._length.fill_(len(text))
+
+    @property
+    def fault(self) -> EngineError | None:
+        """What a member gave up for."""
+        length = int(self._length)
+        if not length:
+            return None
+        name, _, text = bytes(self._fault[:length].tolist()).decode(errors="replace").partition(_SEPARATOR)
+        fault: EngineError = getattr(errors, name)(text)
+        return fault
+
+    def close(self) -> None:
+        """Let go of locks; memory goes with the last view of it."""
+        self._memory.close()
+
+
+def _to_page(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
