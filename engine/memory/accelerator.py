@@ -124,6 +124,11 @@ def memory(device: torch.device) -> tuple[int, int] | None:
     return int(free), int(total)
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device with streams, as its maker tells: nothing is taken of it for the question."""
+    return int(_module(device).get_device_properties(device).total_memory)
+
+
 def limit_memory(device: torch.device, num_bytes: int) -> Callable[[], None]:
     """Let torch reserve at most `num_bytes` of `device`, where torch can be told so; what is returned ends that.
 
@@ -144,7 +149,7 @@ def limit_memory(device: torch.device, num_bytes: int) -> Callable[[], None]:
 
 
 def _set_limit(device: torch.device) -> None:
-    total = _module(device).get_device_properties(device).total_memory
+    total = total_memory(device)
     lowest = min(_LIMITS[device], default=total)
     _module(device).set_per_process_memory_fraction(min(1.0, lowest / total), device)
 
