@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from engine.asking.front import Front
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import ConfigError, EngineError, JobError
-from engine.front import Front
 from engine.job import Completion, Job
 from engine.member import Member
 from engine.memory import accelerator

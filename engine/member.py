@@ -1,26 +1,28 @@
-"""One of several engines that run one model together, each in a process of its own."""
+"""One of several engines that run the same model on the devices of one machine (pure)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from engine.planning.hardware import Memory
+from engine.memory.tiers import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One of several engines that run the same model in processes of one machine, each on a device of its own."""
+    """One of several engines that run the same model in processes of one machine, each on a device of its own.
+
+    All members are opened with the same model and policy, but for the device, and with the same memory, so that they
+    make the same plan.
+    """
 
     index: int
     """0 .. count - 1."""
     count: int
     gather: bool
-    """Whether weights are split among the members and gathered layer by layer; else each has them all."""
+    """Weights are split among the members and gathered layer by layer; else each has them all."""
     memory: Memory
-    """What every member may plan with: the least of all."""
+    """What every member may plan with: `device` for each (the least of all), `host` and `disk` for all together."""
     weights: int | None
-    """File descriptor of the shared memory (memfd) for weights in host memory; where each has them all."""
+    """File descriptor of the shared memory (memfd, empty at first) for weights in host memory; each for itself."""
     meeting: str | None
-    """Path of the file through which torch.distributed's processes meet; with `gather` only."""
+    """Path of the file, absent at first, through which torch.distributed's processes meet; gather only."""

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError, did_you_mean, shown
+from engine.memory.device_names import parse_device
 from engine.reading import expand_home, find_file, read_yaml
 
 PadMode = Literal["bucket"] | int | None
 Bits = Literal[4, 8] | None
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-_DEVICE = re.compile(r"auto|all|cpu(:\d+)?|mps|cuda(:\d+)?|xpu(:\d+)?")
-_ONE_OF_SEVERAL = re.compile(r"(cpu|cuda|xpu):(\d{1,6})")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
 _LARGEST = 1 << 60
 """Of a memory, in bytes."""
@@ -167,8 +166,8 @@ class Policy:
         for key in ("compress_weight", "compress_cache"):
             if key in values:
                 values[key] = _bits(values[key], f"{where}: {key.replace('_', '-')}")
-        if isinstance(values.get("device"), list | tuple):
-            values["device"] = _several(values["device"], f"{where}: device")
+        if "device" in values:
+            values["device"] = parse_device(values["device"], f"{where}: device")
         if values.get("gather_weights") == "auto":
             values["gather_weights"] = None
         if values.get("offload_dir") is not None:
@@ -195,13 +194,7 @@ class Policy:
                 raise ConfigError(f"{where}: {name.replace('_', '-')} {shown(value)} is not true or false")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{where}: unknown dtype {shown(self.dtype)}{did_you_mean(str(self.dtype), DTYPES)}")
-        if isinstance(self.device, tuple):
-            _several(self.device, f"{where}: device")
-        elif not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise ConfigError(
-                f"{where}: device {shown(self.device)} is none of auto, all, cpu, cuda, cuda:N, mps, xpu, xpu:N, and no "
-                "list such as [cuda:0, cuda:1]"
-            )
+        parse_device(self.device, f"{where}: device")
         if self.gather_weights is not None and not isinstance(self.gather_weights, bool):
             raise ConfigError(f"{where}: gather-weights {shown(self.gather_weights)} is none of auto, true, false")
         if self.gather_weights and isinstance(self.device, str) and self.device not in ("auto", "all"):
@@ -252,27 +245,6 @@ def _directory(value: Any, where: str) -> str:
     if not text or "\0" in text or len(text.encode()) > _LONGEST_PATH:
         raise ConfigError(f"{where}: {shown(value)} is not the name of a directory")
     return str(expand_home(text, ConfigError, where))
-
-
-def _several(value: Any, where: str) -> str | tuple[str, ...]:
-    """The devices of a list, such as `("cuda:0", "cuda:1")`; the one of a list of one."""
-    names: list[str] = []
-    for each in value:
-        match = _ONE_OF_SEVERAL.fullmatch(each) if isinstance(each, str) else None
-        if match is None:
-            raise ConfigError(
-                f"{where}: {shown(each)} is no device of a list; write its number, as in [cuda:0, cuda:1]"
-            )
-        names.append(f"{match[1]}:{int(match[2])}")
-    if not names:
-        raise ConfigError(f"{where}: the list names no device")
-    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
-    if twice is not None:
-        raise ConfigError(f"{where}: {twice} is in the list {names.count(twice)} times; name each device once")
-    kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
-    if len(kinds) > 1:
-        raise ConfigError(f"{where}: {' and '.join(kinds)} do not run one model together; name devices of one kind")
-    return names[0] if len(names) == 1 else tuple(names)
 
 
 def _bits(value: Any, where: str) -> Bits:

@@ -25,6 +25,7 @@ ROOMS = {
         "model",
         "weights",
         "verification",
+        "asking",
         "workers",
     ),
     "flexgen_helm": (
@@ -43,7 +44,21 @@ ROOMS = {
     ),
 }
 """In this order: a room imports only rooms before it, and the ground. The files beside the rooms import all of them."""
-GROUND = {"engine": ("errors", "reading", "logit_rules", "job", "policy", "pending"), "flexgen_helm": ()}
+GROUND = {
+    "engine": (
+        "device_names",
+        "errors",
+        "front",
+        "generation",
+        "job",
+        "logit_rules",
+        "member",
+        "pending",
+        "policy",
+        "reading",
+    ),
+    "flexgen_helm": (),
+}
 """Files beside the rooms that every room may import; they import no room but the first."""
 LIGHT_ROOMS = ("engine.planning", "engine.schedule")
 LIGHT_FILES = (

@@ -66,6 +66,19 @@ def current_stream(device: torch.device) -> Any:
     return _module(device).current_stream(device)
 
 
+def timed_event(device: torch.device) -> Any:
+    """A point in what the computing stream of `device` is asked to do, whose time is known when it has come there."""
+    event = _module(device).Event(enable_timing=True)
+    event.record(current_stream(device))
+    return event
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """Seconds from one `timed_event` to a later one; waits until the device has come there."""
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
+
+
 def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
     """What is asked of `device` inside goes to `stream`."""
     context: AbstractContextManager[Any] = _module(device).stream(stream)

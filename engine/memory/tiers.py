@@ -1,7 +1,8 @@
-"""The three tiers of memory, and the percents of a share by tier (pure)."""
+"""The three tiers of memory, what a run may use of each, and the percents of a share by tier (pure)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from engine.policy import Share
@@ -15,3 +16,14 @@ TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 def percents(share: Share) -> dict[Tier, float]:
     """The percents of a share by tier."""
     return {"device": share.gpu, "host": share.cpu, "disk": share.disk}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a run may use on each tier."""
+
+    device: int
+    host: int
+    disk: int
+    shared: bool = False
+    """Device and host tier are the same memory (the CPU): together they may use `host`."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import CapacityError, ConfigError, InstallationError
+from engine.memory.device_names import kind_of
 
 _OWN_BYTES = 1 << 30
 """What a process of ours takes of a card before anything is placed: the driver's context."""
@@ -43,11 +44,11 @@ def devices_of(asked: str | tuple[str, ...], seen: Sequence[Device], cores: int)
     if isinstance(asked, str):
         if asked not in ("auto", "all"):
             return (asked,)
-        best = _kind(seen[0].name) if seen and asked == "all" else "cuda"  # "auto" has never meant another kind
-        kind = [each for each in seen if _kind(each.name) == best]
-        return tuple(each.name for each in kind if asked == "all" or each.is_like(kind[0]))
-    kind = _kind(asked[0])
-    count = cores if kind == "cpu" else sum(_kind(each.name) == kind for each in seen)
+        best = kind_of(seen[0].name) if seen and asked == "all" else "cuda"  # "auto" has never meant another kind
+        able = [each for each in seen if kind_of(each.name) == best]
+        return tuple(each.name for each in able if asked == "all" or each.is_like(able[0]))
+    kind = kind_of(asked[0])
+    count = cores if kind == "cpu" else sum(kind_of(each.name) == kind for each in seen)
     missing = [name for name in asked if int(name.partition(":")[2]) >= count]
     if missing:
         have = (
@@ -99,11 +100,7 @@ def check_free(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> N
 
 def gathers(asked: bool | None, names: Sequence[str], *, alike: bool) -> bool:
     """Whether several devices keep and bring a part of the weights each; `asked` is the policy's `gather-weights`."""
-    return alike and _kind(names[0]) == "cuda" if asked is None else asked
-
-
-def _kind(name: str) -> str:
-    return name.partition(":")[0]
+    return alike and kind_of(names[0]) == "cuda" if asked is None else asked
 
 
 def _there_are(count: int, kind: str) -> str:

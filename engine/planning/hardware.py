@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
 
 from engine.errors import ConfigError, InstallationError
 from engine.memory.cores import usable_cores
 from engine.memory.paths import existing_parent
+from engine.memory.tiers import Memory as Memory
 from engine.planning.host_growth import known_limits, tried
 from engine.planning.host_limits import HostLimits, host_limits, own_memory
 
 _USABLE_HOST = 0.9
 """Of the host memory that can be had, what a run may use."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes that a run may use on each tier."""
-
-    device: int
-    host: int
-    disk: int
-    shared: bool = False
-    """Device and host tier are the same memory (the CPU): together they may use `host`."""
 
 
 def resolve_device(name: str | tuple[str, ...]) -> str:
@@ -33,9 +22,9 @@ def resolve_device(name: str | tuple[str, ...]) -> str:
     Raises `InstallationError` when a named one is not here.
     """
     if not isinstance(name, str):
-        return [resolve_device(each) for each in name][0]
+        return resolve_device(name[0])
     if name.startswith("cpu"):
-        if (number := int(name.partition(":")[2] or 0)) >= usable_cores():
+        if int(name.partition(":")[2] or 0) >= usable_cores():
             raise InstallationError(
                 f"device {name}: this process may use {usable_cores()} cores, a device of the CPU each at most; name "
                 f"cpu:0 to cpu:{usable_cores() - 1}"

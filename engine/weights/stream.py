@@ -15,6 +15,7 @@ from engine.memory.disk.io import wait_for
 from engine.memory.layout import Extent
 from engine.planning.limits import READ_AHEAD_BYTES
 from engine.weights.binding import Binding, bind, parameter_of
+from engine.weights.link_wait import LinkWait
 from engine.weights.placed_unit import PlacedUnit
 from engine.weights.store import WeightStore
 from engine.weights.sweep_reader import SweepReader
@@ -76,6 +77,7 @@ class WeightStream:
         self._outer = _Slot(-1, arena.empty(units["outer"].num_streamed if "outer" in units else 0, "device"))
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream = accelerator.new_stream(self._device)
+        self.link_wait = LinkWait(self._device)
         self._stage: list[tuple[torch.Tensor, Any]] = []
         self._views: dict[int, list[list[Binding]]] = {}
         """Of a streamed unit, by slot: an odd number of units visits both slots in turn."""
@@ -217,9 +219,10 @@ class WeightStream:
     def _await_arrival(self, slot: _Slot) -> None:
         """Let the computation wait until a slot is filled."""
         assert slot.arrival is not None
-        arrived = slot.arrival.result()
-        if arrived is not None:
-            accelerator.current_stream(self._device).wait_event(arrived)
+        with self.link_wait.waiting():
+            arrived = slot.arrival.result()
+            if arrived is not None:
+                accelerator.current_stream(self._device).wait_event(arrived)
 
     def _fill(self, placed: PlacedUnit, slot: _Slot) -> Any:
         self._store.wait_for(placed)

@@ -22,7 +22,7 @@ class Crew:
     """
 
     def __init__(self, openings: Sequence[Open], take: Take, ended: Ended) -> None:
-        """`openings`: what is opened on each device; `take` and `ended` hear of what processes tell and of their end."""
+        """`openings`: what is opened on each device; `take` and `ended` hear what processes tell, and of their end."""
         self.places = [Place(number, opening) for number, opening in enumerate(openings)]
         """Those in use."""
         self.is_several = len(openings) > 1
@@ -36,6 +36,11 @@ class Crew:
         """Whether no process can go on without the others, since each has a part of the weights."""
         member = self.places[0].opening.member
         return member is not None and member.gather
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one place is left."""
+        return len(self.places) == 1
 
     @property
     def is_open(self) -> bool:
@@ -76,7 +81,7 @@ class Crew:
 
     def take_recalled(self, place: Place) -> None:
         """Take in that a recalled process has ended."""
-        place.is_recalled = False
+        place.is_recalled, place.num_starts = False, max(0, place.num_starts - 1)  # it has not failed by itself
         if not self.is_waiting:
             self.start()
 

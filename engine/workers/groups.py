@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from engine.job import Job
@@ -37,6 +37,10 @@ class Group:
     loads: tuple[Load, ...]
     shared: int
     """Tokens that all of them begin with: another device that takes some of them computes these again."""
+    family: int
+    """That it was cut from with others: what these begin with, too, a device that has some of them computes once."""
+    inherited: int = 0
+    """Tokens that the first job has in common with what others of the family begin with; not in `tokens`."""
 
     @property
     def tokens(self) -> int:
@@ -45,14 +49,17 @@ class Group:
 
     def split(self, count: int) -> tuple[Group, Group]:
         """The first `count` jobs, and the others."""
-        return Group(loads=self.loads[:count], shared=self.shared), Group(loads=self.loads[count:], shared=self.shared)
+        return (
+            replace(self, loads=self.loads[:count]),
+            replace(self, loads=self.loads[count:], inherited=max(self.shared, self.inherited)),
+        )
 
 
 def groups_of(jobs: Mapping[int, Job], num_shares: int, others: int = 0, *, share_prefix: bool = True) -> list[Group]:
     """The groups of `jobs`, by number, in the order of their tokens.
 
-    A group that alone is larger than a fair share of the work is cut where its jobs have least in common. `others`:
-    computed tokens of other work that waits for the same `num_shares` devices.
+    A group that alone is larger than a fair share of the work is cut where its jobs have least in common, unless that
+    costs more than it spares. `others`: computed tokens of other work that waits for the same `num_shares` devices.
     """
     prompts = {number: list(job.prompt) for number, job in jobs.items()}
     order = sorted(prompts, key=prompts.__getitem__) if share_prefix else list(prompts)
@@ -64,17 +71,21 @@ def groups_of(jobs: Mapping[int, Job], num_shares: int, others: int = 0, *, shar
     ends = [0, *accumulate(load.tokens for load in loads)]
     most = (ends[-1] + others) / num_shares if num_shares > 1 else float("inf")
     groups: list[Group] = []
-    work = [(0, len(loads))] if loads else []
+    work: list[tuple[int, int, int | None, int]] = [(0, len(loads), None, 0)] if loads else []
     while work:
-        first, end = work.pop()
-        size = min(common[first : end - 1], default=0)
-        if end - first == 1 or (size >= MIN_SHARED_TOKENS and ends[end] - ends[first] <= most):
-            groups.append(Group(loads=tuple(loads[first:end]), shared=size))
+        first, end, family, inherited = work.pop()
+        size, tokens = min(common[first : end - 1], default=0), ends[end] - ends[first]
+        if end - first == 1 or (size >= MIN_SHARED_TOKENS and (tokens <= most or tokens - size <= size)):
+            family = order[first] if family is None else family
+            groups.append(Group(loads=tuple(loads[first:end]), shared=size, family=family, inherited=inherited))
             continue
         borders = [first, *(at + 1 for at in range(first, end - 1) if common[at] == size), end]
         if size >= MIN_SHARED_TOKENS:
             borders = _joined(borders, ends, most / _PIECES)
-        work += reversed([*pairwise(borders)])
+            work.extend((left, right, order[first], size) for left, right in reversed([*pairwise(borders)][1:]))
+            work.append((first, borders[1], order[first], inherited))
+        else:
+            work.extend((left, right, None, 0) for left, right in reversed([*pairwise(borders)]))
     return groups
 
 

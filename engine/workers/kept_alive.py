@@ -38,8 +38,6 @@ from engine.workers.process import WorkerProcess
 if TYPE_CHECKING:
     from engine.verification.layerwise import Findings
 
-_MOST_DEATHS = 3
-"""Processes in a row that may die before all weights are in place or, where others go on, before a sweep has ended."""
 _log = logging.getLogger(__name__)
 
 
@@ -62,24 +60,20 @@ class KeptAlive:
         Returns when all are open. `observe` is called after each sweep with the device's name, in a thread of this
         object, before completions are delivered. Raises what opening raises.
         """
-        self.deaths: list[str] = []
-        """How processes have ended that were replaced."""
-        self.given_up: dict[str, str] = {}
-        """Devices that are no longer used, by name, and why."""
+        self.deaths: list[str] = []  # how processes have ended that were replaced
+        self.given_up: dict[str, str] = {}  # devices that are no longer used, by name, and why
         self._crew = Crew(openings, self._take, self._died)
         self._observe = observe
         self._changed = threading.Condition()
         self._opened: Opened | None = None
-        self._is_ready = False
-        """Whether the engine has been open on every device."""
+        self._is_ready = False  # whether the engine has been open on every device
         self._digested: Digested | None = None
         policy = openings[0].policy
         does_share = policy.share_prefix and policy.pad_to_seq_len is None
         self._ledger = Ledger(len(openings), share_prefix=does_share, in_step=self._crew.gathers)
         self._fault: BaseException | None = None
         self._is_closing = False
-        self._notes: list[str] = []
-        """Warnings while the model was being opened."""
+        self._notes: list[str] = []  # warnings while the model was being opened
         self._comparison = Comparison()
         with self._changed:
             self._crew.start(processes)
@@ -96,7 +90,7 @@ class KeptAlive:
     @property
     def opened(self) -> Opened:
         """What the first device's process has told of its engine."""
-        assert self._opened is not None, "it is open as soon as it is made"
+        assert self._opened is not None
         return self._opened
 
     @property
@@ -149,8 +143,7 @@ class KeptAlive:
     def close(self) -> None:
         """End the processes after the sweep at hand, whose completions are delivered; waiting calls fail."""
         with self._changed:
-            self._is_closing = True
-            closing = self._crew.part(self._comparison.place)
+            self._is_closing, closing = True, self._crew.part(self._comparison.place)
         for process in closing:
             process.wait()
         self._end(EngineError("the engine was closed while this job was waiting"))
@@ -223,9 +216,8 @@ class KeptAlive:
     def _take_fault(self, place: Place, process: WorkerProcess, error: BaseException) -> None:
         place.last_words = one_line(error)
         if type(error) is not EngineError:  # it was raised on purpose: another process would say the same
-            is_of_device = isinstance(error, CapacityError | InstallationError) and self._is_ready
-            if is_of_device and len(self._crew.places) > 1:
-                place.num_deaths = _MOST_DEATHS
+            if self._is_ready and not self._crew.is_alone and isinstance(error, CapacityError | InstallationError):
+                place.condemn()  # the device is no longer what it was
             else:
                 self._end(error)
         process.kill()
@@ -265,22 +257,18 @@ class KeptAlive:
             [each.number for each in ended],
             is_job_at_fault=not any(each.num_starts for each in ended),  # else weights were still being read
         )
-        is_hopeless = place.num_starts >= _MOST_DEATHS or (len(crew.places) > 1 and place.num_deaths >= _MOST_DEATHS)
-        if is_hopeless and len(crew.places) == 1:
+        is_hopeless = place.is_hopeless(is_alone=crew.is_alone)
+        if is_hopeless and crew.is_alone:
             times = f"{place.num_starts} times in a row before all weights were in place"
             self._end(EngineError(f"the engine's process ended {times}: {told}"))
             return
         if is_hopeless:
-            _log.warning(
-                "device %s is given up, since its process ends each time (%s); others go on", place.device, reason
-            )
+            _log.warning("device %s is given up: its process ends each time (%s); others go on", place.device, reason)
             self.given_up[place.device] = reason
             self._ledger.give_up(place.number)
         else:
-            _log.warning(
-                "the engine's process ended (%s); it is started again, and what it had not answered is asked again",
-                told,
-            )
+            restarted = "it is started again, and what it had not answered is asked again"
+            _log.warning("the engine's process ended (%s); %s", told, restarted)
             self.deaths.append(told)
         error = EngineError(
             f"computing this request ended the engine's process each time, at last alone ({reason}); the others are "

@@ -9,6 +9,8 @@ from engine.workers.messages import Open, Opened, Tells, Told
 from engine.workers.process import WorkerProcess
 from engine.workers.sharing_out import Room
 
+_MOST_DEATHS = 3
+"""Processes in a row that may die before all weights are in place or, where others go on, before a sweep has ended."""
 _SWEEPS_AHEAD = 2
 """That a device is given work for: the one after the next is there when the next begins, and so are its prefixes."""
 
@@ -58,6 +60,14 @@ class Place:
         process = self.process = process or WorkerProcess()
         process.listen(lambda told: tell(self, process, told), lambda how: ended(self, process, how))
         process.send(self.opening)
+
+    def is_hopeless(self, *, is_alone: bool) -> bool:
+        """Whether its process has ended too often; where it is the only place, all that counts is that weights came."""
+        return self.num_starts >= _MOST_DEATHS or (not is_alone and self.num_deaths >= _MOST_DEATHS)
+
+    def condemn(self) -> None:
+        """Be hopeless as soon as its process has ended: no other one would do better."""
+        self.num_deaths = _MOST_DEATHS
 
     def become(self, index: int, count: int, weights: int | None, meeting: str | None) -> None:
         """Be the engine's member `index` of `count` from the next start on."""

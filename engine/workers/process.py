@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.spawn import get_executable
 
 from engine.errors import EngineError
+from engine.planning.hardware import Memory
 from engine.policy import Policy
 from engine.workers.messages import Close, Look, Open, Seen, Tells, Told
 
@@ -68,6 +69,13 @@ class WorkerProcess:
             self.kill()
             raise EngineError(f"the engine's process ended ({_described(self._process.returncode)})") from None
         return seen
+
+    def memory(self, policy: Policy) -> Memory:
+        """What memory a run under `policy` may use, as `look` finds it; raises what keeps it from being known."""
+        found = self.look(policy).memory
+        if isinstance(found, EngineError):
+            raise found
+        return found
 
     def listen(self, tell: Callable[[Tells], None], ended: Callable[[str], None]) -> None:
         """From now on tell each message, and at last how the process ended, in a thread of its own; call it once."""

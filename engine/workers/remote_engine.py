@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.asking.front import Front
 from engine.errors import JobError, UnsupportedError
-from engine.front import Front
 from engine.job import Completion, Job
 from engine.member import Member
 from engine.pending import Call, Finished, Pending
@@ -48,6 +49,7 @@ class RemoteEngine(Front):
         """Passes over the weights so far, of all devices."""
         self._observing = threading.Lock()
         seats = seats_for(policy, process)
+        self._is_several = seats.memory is not None
         openings = [
             Open(
                 model=model,
@@ -174,4 +176,4 @@ class RemoteEngine(Front):
         with self._observing:
             self.num_sweeps += 1
             if self.observer is not None:
-                self.observer(timing)
+                self.observer(replace(timing, device=device) if self._is_several else timing)

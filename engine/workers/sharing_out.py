@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.job import Job
 from engine.workers.groups import Group, Load, groups_of
@@ -29,7 +29,9 @@ class _Held:
     rows: int = 0
     """Of those that wait."""
     tokens: int = 0
-    """Of all."""
+    """Of all, and of what they begin with."""
+    families: Counter[int] = field(default_factory=Counter)
+    """Of the groups that they are of, with the number of jobs of each."""
 
 
 class SharingOut:
@@ -52,6 +54,8 @@ class SharingOut:
         """Of those."""
         self._groups: deque[Group] = deque()
         """With loads of jobs that may be gone."""
+        self._family_of: dict[int, int] = {}
+        """Of jobs that devices have, and of those in groups."""
         self._begun: dict[int, Group] = {}
         """The rest of a group that a device has a part of."""
 
@@ -82,6 +86,7 @@ class SharingOut:
             held.waiting.add(number)
             held.rows += load.rows
             held.tokens += load.tokens
+            held.families[self._family_of.get(number, number)] += 1
 
     def entered(self, numbers: Iterable[int]) -> None:
         """Take in that devices have begun to compute jobs."""
@@ -98,6 +103,11 @@ class SharingOut:
                 held = self._held[place]
                 self._enter(held, number)
                 held.tokens -= held.loads.pop(number).tokens
+                family = self._family_of.get(number, number)
+                held.families[family] -= 1
+                if not held.families[family]:
+                    del held.families[family]
+            self._family_of.pop(number, None)
 
     def give_up(self, place: int) -> None:
         """Let others take the rest of the group that a device has a part of."""
@@ -116,6 +126,11 @@ class SharingOut:
                 hungry.discard(place)
                 continue
             numbers = [load.number for load in part.loads]
+            again = part.inherited if part.family not in self._held[place].families else 0
+            if again:
+                first = part.loads[0]
+                self._loads[first.number] = replace(first, rows=first.rows + again)
+                self._tokens += again
             self.hand_over(place, numbers)
             given.setdefault(place, []).extend(numbers)
         return given
@@ -145,6 +160,7 @@ class SharingOut:
             self._groups.extend(groups)
         for group in groups:
             self._loads.update((load.number, load) for load in group.loads)
+            self._family_of.update((load.number, group.family) for load in group.loads)
             self._tokens += group.tokens
 
     def _has_room(self, place: int, room: Room) -> bool:
@@ -156,7 +172,7 @@ class SharingOut:
         group = self._live(self._begun.pop(place, None))
         while group is None and self._groups:
             group = self._live(self._groups.popleft())
-        if group is None:
+        if group is None and not self._held[place].waiting:
             group = self._half_of_the_largest_rest()
         if group is None:
             return None
@@ -195,7 +211,7 @@ class SharingOut:
         if group is None or all(load.number in self._loads for load in group.loads):
             return group
         loads = tuple(load for load in group.loads if load.number in self._loads)
-        return Group(loads=loads, shared=group.shared) if loads else None
+        return replace(group, loads=loads) if loads else None
 
 
 def _within(sizes: Iterable[int], most: float) -> int:

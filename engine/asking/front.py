@@ -16,7 +16,7 @@ from engine.policy import Policy
 if TYPE_CHECKING:
     import torch
 
-    from engine.generation import Generation, Settings
+    from engine.asking.generation import Generation, Settings
 
 
 class Front(ABC):
@@ -146,7 +146,7 @@ class Front(ABC):
         end-of-text if it came, padding; with `return_dict`, a `Generation`. Raises `JobError`, before anything is
         computed, for a prompt that cannot be served, and when one fails.
         """
-        from engine.generation import Generation, jobs_of, prompts_of, rows_of, sequences_of
+        from engine.asking.generation import Generation, jobs_of, prompts_of, rows_of, sequences_of
 
         pad = self.pad_token if pad_token_id is None else pad_token_id
         if not is_whole(pad) or not -(2**63) <= pad < 2**63:
