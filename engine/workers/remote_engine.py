@@ -50,6 +50,8 @@ class RemoteEngine(Front):
         self._observing = threading.Lock()
         seats = seats_for(policy, process)
         self._is_several = seats.memory is not None
+        self.gathers = seats.gather
+        """Whether each device has a part of the weights, and all gather them."""
         openings = [
             Open(
                 model=model,
