@@ -13,9 +13,9 @@ from engine.memory import accelerator
 from engine.memory.disk.file import BLOCK
 from engine.memory.disk.io import wait_for
 from engine.memory.layout import Extent
+from engine.memory.link_wait import LinkWait
 from engine.planning.limits import READ_AHEAD_BYTES
 from engine.weights.binding import Binding, bind, parameter_of
-from engine.weights.link_wait import LinkWait
 from engine.weights.placed_unit import PlacedUnit
 from engine.weights.store import WeightStore
 from engine.weights.sweep_reader import SweepReader
