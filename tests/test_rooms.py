@@ -44,21 +44,7 @@ ROOMS = {
     ),
 }
 """In this order: a room imports only rooms before it, and the ground. The files beside the rooms import all of them."""
-GROUND = {
-    "engine": (
-        "device_names",
-        "errors",
-        "front",
-        "generation",
-        "job",
-        "logit_rules",
-        "member",
-        "pending",
-        "policy",
-        "reading",
-    ),
-    "flexgen_helm": (),
-}
+GROUND = {"engine": ("errors", "reading", "logit_rules", "job", "member", "policy", "pending"), "flexgen_helm": ()}
 """Files beside the rooms that every room may import; they import no room but the first."""
 LIGHT_ROOMS = ("engine.planning", "engine.schedule")
 LIGHT_FILES = (
