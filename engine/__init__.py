@@ -12,8 +12,8 @@ from engine.job import Completion, Job, Sampling
 from engine.policy import Policy
 
 if TYPE_CHECKING:
+    from engine.asking.generation import Generation
     from engine.engine import Engine
-    from engine.generation import Generation
 
 __distribution__ = "flexgen-helm"
 """Tells this package from any other distribution's top-level `engine`; the plugin checks it."""
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> object:
 
         return Engine
     if name == "Generation":
-        from engine.generation import Generation
+        from engine.asking.generation import Generation
 
         return Generation
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

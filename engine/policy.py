@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError, did_you_mean, shown
+from engine.memory.device_names import parse_device
 from engine.reading import expand_home, find_file, read_yaml
 
 PadMode = Literal["bucket"] | int | None
 Bits = Literal[4, 8] | None
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
 _LARGEST = 1 << 60
 """Of a memory, in bytes."""
@@ -122,7 +122,10 @@ class Policy:
     batch_invariant: bool = False
     """Answers have the same bits whatever is computed beside them, at a cost."""
     dtype: str = "auto"
-    device: str = "auto"
+    device: str | tuple[str, ...] = "auto"
+    """One device, several of one kind, "all" of the best kind, or "auto": one, or all like cards of a machine."""
+    gather_weights: bool | None = None
+    """Several devices each keep and bring a part of the weights, and gather them; else each brings them all itself."""
     gpu_memory: int | None = None
     """Bytes torch may reserve on the device (on the CPU: bytes of the device tier)."""
     cpu_memory: int | None = None
@@ -163,6 +166,10 @@ class Policy:
         for key in ("compress_weight", "compress_cache"):
             if key in values:
                 values[key] = _bits(values[key], f"{where}: {key.replace('_', '-')}")
+        if "device" in values:
+            values["device"] = parse_device(values["device"], f"{where}: device")
+        if values.get("gather_weights") == "auto":
+            values["gather_weights"] = None
         if values.get("offload_dir") is not None:
             values["offload_dir"] = _directory(values["offload_dir"], f"{where}: offload-dir")
         policy = cls(**values)
@@ -187,10 +194,11 @@ class Policy:
                 raise ConfigError(f"{where}: {name.replace('_', '-')} {shown(value)} is not true or false")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{where}: unknown dtype {shown(self.dtype)}{did_you_mean(str(self.dtype), DTYPES)}")
-        if not isinstance(self.device, str):
-            raise ConfigError(f"{where}: device {shown(self.device)}: lists of devices are not supported yet; name one")
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"{where}: device {shown(self.device)} is none of auto, cpu, cuda, cuda:N, mps, xpu")
+        parse_device(self.device, f"{where}: device")
+        if self.gather_weights is not None and not isinstance(self.gather_weights, bool):
+            raise ConfigError(f"{where}: gather-weights {shown(self.gather_weights)} is none of auto, true, false")
+        if self.gather_weights and isinstance(self.device, str) and self.device not in ("auto", "all"):
+            raise ConfigError(f"{where}: gather-weights needs several devices; device {self.device} is one")
         if self.batch_invariant and self.cpu_cache_compute and (self.kv_cache is None or self.kv_cache.cpu != 100):
             raise ConfigError(
                 f"{where}: batch-invariant with cpu-cache-compute needs kv-cache: {{cpu: 100}}, since a sequence on "
@@ -220,6 +228,8 @@ class Policy:
             if value != item.default:
                 if isinstance(value, Share):
                     value = value.as_mapping()
+                elif isinstance(value, tuple):
+                    value = list(value)
                 elif item.name in ("gpu_memory", "cpu_memory"):
                     value = f"{value / 1000:.17g}kB"
                 mapping[item.name.replace("_", "-")] = value

@@ -206,15 +206,18 @@ class SweepLoop:
         scheduler.finish(sequence for sequence, _ in done)
         scheduler.isolate(suspects)
         prefill_rows, decode_rows = count_rows(batches)
+        load_s = max(0.0, min(swept, self._loaded) - scheduled)
         self._observe(
             SweepTiming(
                 begun=begun,
                 host_s=scheduled - begun + time.perf_counter() - swept,
-                load_s=max(0.0, min(swept, self._loaded) - scheduled),
+                load_s=load_s,
                 sweep_s=swept - scheduled,
+                link_s=min(self._parts.stream.link_wait.take(), swept - scheduled - load_s),
                 prefill_rows=prefill_rows,
                 decode_rows=decode_rows,
                 num_sequences=num_sequences,
+                device=str(self._parts.arena.device),
             )
         )
         self._deliver(done)  # last: whoever sees the result finds the room free

@@ -12,6 +12,8 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,8 @@ import numpy as np
 
 from engine.errors import EngineError, one_line
 from engine.pending import Pending
-from engine.planning.hardware import Memory, available_memory, resolve_device
+from engine.planning.devices import Device
+from engine.planning.hardware import available_memory, resolve_device
 from engine.workers.messages import (
     Ask,
     Close,
@@ -98,12 +101,18 @@ class Serving:
 
     def _serve(self) -> None:
         from engine.engine import Engine  # takes seconds: here, before anybody has asked for anything
+        from engine.kernels.threads import limit_threads
 
         while isinstance(first := self._inbox.get(), Look):
-            self._outbox.put(Seen(memory=_memory(first)))
+            self._outbox.put(_seen(first))
         if not isinstance(first, Open):
             return
-        with self._telling_notes(), Engine.from_pretrained(first.model, first.policy, window=first.window) as engine:
+        if first.member is not None:
+            limit_threads(first.member.count)
+        with (
+            self._telling_notes(),
+            Engine.from_pretrained(first.model, first.policy, window=first.window, member=first.member) as engine,
+        ):
             self._is_open = True
             engine.observer = lambda timing: self._outbox.put(Swept(timing=timing))
             parts = engine.parts
@@ -114,6 +123,7 @@ class Serving:
                     plan=engine.plan,
                     window=engine.window,
                     vocab_size=parts.model.vocab_size,
+                    pad_token=parts.pad_token,
                     placed=parts.weights.placed_bytes(),
                 )
             )
@@ -196,6 +206,8 @@ class Serving:
         try:
             while True:
                 told = self._line.recv()
+                if isinstance(told, Open) and told.member is not None and told.member.weights is not None:
+                    told = replace(told, member=replace(told.member, weights=reduction.recv_handle(self._line)))
                 if isinstance(told, Close) and not self._is_open:
                     os._exit(0)  # nothing of what is being opened is needed any more
                 self._inbox.put(told)
@@ -236,13 +248,21 @@ class _Telling(logging.Handler):
         self._outbox.put(Note(logger=record.name, level=record.levelno, text=record.getMessage()))
 
 
-def _memory(look: Look) -> Memory | EngineError:
-    policy = look.policy
+def _seen(look: Look) -> Seen:
+    import torch
+
+    from engine.memory import accelerator
+
+    policy, found = look.policy, []
+    for each in accelerator.devices():
+        found.append(Device(name=str(each), model=accelerator.name_of(each), num_bytes=accelerator.total_memory(each)))
+    devices = tuple(found)
     try:
         device = resolve_device(policy.device)
-        return available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        return Seen(devices=devices, free=accelerator.memory(torch.device(device)), memory=memory)
     except EngineError as error:
-        return error
+        return Seen(devices=devices, free=None, memory=error)
 
 
 def _carried(error: BaseException) -> BaseException:

@@ -25,6 +25,7 @@ ROOMS = {
         "model",
         "weights",
         "verification",
+        "asking",
         "workers",
     ),
     "flexgen_helm": (

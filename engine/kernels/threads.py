@@ -9,12 +9,15 @@ import torch
 from engine.memory.cores import usable_cores
 
 
-def limit_threads() -> None:
+def limit_threads(num_processes: int = 1) -> None:
     """Let torch use no more threads than the process has cores, or as many as control groups grant the time of.
+
+    Of `num_processes` that compute beside each other, each gets an equal part of the cores, at least one.
 
     Torch knows which cores a process may run on, but no quota. With more threads than that, those whose time is used
     up keep the others waiting: half a core computed 2.7 times as many products with one thread as with two. It holds
     for the whole process; where OMP_NUM_THREADS or MKL_NUM_THREADS says how many, that holds.
     """
-    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() and torch.get_num_threads() > usable_cores():
-        torch.set_num_threads(usable_cores())
+    most = max(1, usable_cores() // num_processes)
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() and torch.get_num_threads() > most:
+        torch.set_num_threads(most)

@@ -66,6 +66,19 @@ def current_stream(device: torch.device) -> Any:
     return _module(device).current_stream(device)
 
 
+def timed_event(device: torch.device) -> Any:
+    """A point in what the computing stream of `device` is asked to do, whose time is known when it has come there."""
+    event = _module(device).Event(enable_timing=True)
+    event.record(current_stream(device))
+    return event
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """Seconds from one `timed_event` to a later one; waits until the device has come there."""
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
+
+
 def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
     """What is asked of `device` inside goes to `stream`."""
     context: AbstractContextManager[Any] = _module(device).stream(stream)
@@ -124,10 +137,8 @@ def memory(device: torch.device) -> tuple[int, int] | None:
     return int(free), int(total)
 
 
-def all_memory(device: torch.device) -> int | None:
-    """Bytes of `device`; None where its memory is the host's. On CUDA this takes no memory there, as `memory` does."""
-    if device.type not in _WITH_STREAMS:
-        return None
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device with streams, as its maker tells: nothing is taken of it for the question."""
     return int(_module(device).get_device_properties(device).total_memory)
 
 
@@ -151,8 +162,7 @@ def limit_memory(device: torch.device, num_bytes: int) -> Callable[[], None]:
 
 
 def _set_limit(device: torch.device) -> None:
-    total = all_memory(device)
-    assert total is not None
+    total = total_memory(device)
     lowest = min(_LIMITS[device], default=total)
     _module(device).set_per_process_memory_fraction(min(1.0, lowest / total), device)
 

@@ -6,6 +6,7 @@ import os
 import warnings
 
 from engine.errors import ConfigError, InstallationError
+from engine.memory.cores import usable_cores
 from engine.memory.paths import existing_parent
 from engine.memory.tiers import Memory as Memory
 from engine.planning.host_growth import known_limits, tried
@@ -15,16 +16,27 @@ _USABLE_HOST = 0.9
 """Of the host memory that can be had, what a run may use."""
 
 
-def resolve_device(name: str) -> str:
-    """The device "auto" stands for; `InstallationError` when a named one is not here."""
-    if name == "cpu":
-        return "cpu"
+def resolve_device(name: str | tuple[str, ...]) -> str:
+    """The device that a policy's `device` stands for, the first where it stands for several.
+
+    Raises `InstallationError` when a named one is not here.
+    """
+    if not isinstance(name, str):
+        return resolve_device(name[0])
+    if name.startswith("cpu"):
+        if int(name.partition(":")[2] or 0) >= usable_cores():
+            raise InstallationError(
+                f"device {name}: this process may use {usable_cores()} cores, a device of the CPU each at most; name "
+                f"cpu:0 to cpu:{usable_cores() - 1}"
+            )
+        return "cpu"  # torch computes on one CPU: its devices are processes with a part of the cores each
     import torch
 
     from engine.memory import accelerator
 
-    if name == "auto":
-        return "cuda" if accelerator.is_available("cuda") else "cpu"
+    if name in ("auto", "all"):
+        kinds = ("cuda", "xpu") if name == "all" else ("cuda",)
+        return next((kind for kind in kinds if accelerator.is_available(kind)), "cpu")
     kind, _, index = name.partition(":")
     if not accelerator.is_available(kind):
         raise InstallationError(f"device {name}: torch {torch.__version__} sees no {kind} device; use device: cpu")

@@ -22,11 +22,15 @@ class SweepTiming:
     """Seconds of the pass over the layers, to the answers of the last one."""
     load_s: float
     """Those of `sweep_s` in which weights were still being read for the first time."""
+    link_s: float
+    """Those of `sweep_s`, after loading, in which nothing was computed since weights were on their way."""
     prefill_rows: int
     """Prompt tokens that went through the layers, those of a shared prefix once."""
     decode_rows: int
     """Rows of running sequences: one each, and their drafts."""
     num_sequences: int
+    device: str
+    """The device that computed it, by the name that torch or, of several, the policy has for it."""
 
 
 def count_rows(batches: Iterable[Iterable[Segment]]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from engine.memory import accelerator
 from engine.memory.disk.file import BLOCK
 from engine.memory.disk.io import wait_for
+from engine.memory.link_wait import LinkWait
 from engine.memory.staged import StagedCopies
 from engine.planning.limits import GATHER_SLOTS, SLOTS
 from engine.weights.binding import Binding, bind, binding, bindings, stored_bytes
@@ -31,7 +32,7 @@ class _Slot:
     content: PlacedUnit | None = None
     arrival: Future[Any] | None = None
     in_use: bool = False
-    released: Any = field(default=None)
+    released: Any = None
     """Event of the last computation that reads the slot."""
 
 
@@ -82,6 +83,7 @@ class WeightStream:
         self._num_passed = 0
         """Layers of the sweep at hand that need their slots no more."""
         self._staged = StagedCopies(self._device)
+        self.link_wait = LinkWait(self._device)
         self._views: dict[int, list[list[Binding]]] = {}
         """Of a streamed unit, by slot: an odd number of units visits both slots in turn."""
         self._bind()
@@ -105,8 +107,7 @@ class WeightStream:
             output = self._model.output
             assert output is not None
             memories = [slot.memory for slot in self._slots] if table.num_streamed else [self._outer.memory]
-            views = [bindings(state, table, memory)[0][2] for memory in memories]
-            heads: list[list[Binding]] = [[(output, "weight", view)] for view in views]
+            heads: list[list[Binding]] = [[(output, "weight", bindings(state, table, each)[0][2])] for each in memories]
             bind(heads[0])
             if table.num_streamed:
                 self._views[id(table)] = heads
@@ -229,9 +230,10 @@ class WeightStream:
     def _await_arrival(self, slot: _Slot) -> None:
         """Let the computation wait until a slot is filled."""
         assert slot.arrival is not None
-        arrived = slot.arrival.result()
-        if arrived is not None:
-            accelerator.current_stream(self._device).wait_event(arrived)
+        with self.link_wait.waiting():
+            arrived = slot.arrival.result()
+            if arrived is not None:
+                accelerator.current_stream(self._device).wait_event(arrived)
 
     def _fill(self, placed: PlacedUnit, slot: _Slot) -> Any:
         self._store.wait_for(placed)

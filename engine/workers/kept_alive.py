@@ -1,22 +1,22 @@
-"""An engine's process that is replaced when it dies, and the jobs that it was given."""
+"""An engine's processes, one for each device, which are replaced when they die, and the jobs that they were given."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineError, named, one_line
+from engine.errors import CapacityError, ConfigError, EngineError, InstallationError, UnsupportedError, named, one_line
 from engine.job import Completion, Job
 from engine.pending import Call
 from engine.schedule.timing import SweepTiming
+from engine.workers.comparison import Comparison
+from engine.workers.crew import Crew
 from engine.workers.ledger import Ledger
 from engine.workers.messages import (
     Ask,
-    Compare,
     Compared,
     Digested,
     Done,
@@ -32,85 +32,86 @@ from engine.workers.messages import (
     Tells,
 )
 from engine.workers.packing import PackedJobs
+from engine.workers.place import Place
 from engine.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from engine.verification.layerwise import Findings
 
-_MOST_STARTS = 3
-"""Processes in a row that may die before all weights are in place."""
 _log = logging.getLogger(__name__)
 
 
 class KeptAlive:
-    """Runs an engine in a process; one that dies is started again, and what it had not answered is asked again.
+    """Runs an engine in processes; one that dies is started again, and what it had not answered is asked again.
 
     A fault that the engine raises on purpose, such as weights that have changed, is final. Anything else ends the
-    process; a job that does so again and again is found (see `Suspects`) and fails alone.
+    process; a job that does so again and again is found (see `Suspects`) and fails alone. Of several devices, one whose
+    processes die again and again is given up, and the others take over its jobs.
     """
 
     def __init__(
-        self, opening: Open, process: WorkerProcess | None, observe: Callable[[SweepTiming], None] = lambda timing: None
+        self,
+        openings: Sequence[Open],
+        processes: Sequence[WorkerProcess | None],
+        observe: Callable[[SweepTiming, str], None] = lambda timing, device: None,
     ) -> None:
-        """Open what `opening` says, in `process` if one waits for that; returns when it is open.
+        """Open on each device what `openings` says, in the process that waits there, if one does.
 
-        `observe` is called after each sweep, in a thread of this object, before completions are delivered. Raises what
-        opening raises.
+        Returns when all are open. `observe` is called after each sweep with the device's name, in a thread of this
+        object, before completions are delivered. Raises what opening raises.
         """
-        self.deaths: list[str] = []
-        """How processes have ended that were replaced."""
-        self._opening = opening
+        self.deaths: list[str] = []  # how processes have ended that were replaced
+        self.given_up: dict[str, str] = {}  # devices that are no longer used, by name, and why
+        self._crew = Crew(openings, self._take, self._died)
         self._observe = observe
         self._changed = threading.Condition()
-        self._process: WorkerProcess | None = None
         self._opened: Opened | None = None
-        self._is_open = False
-        """Whether the process of now has opened the model."""
+        self._is_ready = False  # whether the engine has been open on every device
         self._digested: Digested | None = None
-        self._num_starts = 0
-        """Since weights were last in place."""
-        self._ledger = Ledger()
+        policy = openings[0].policy
+        does_share = policy.share_prefix and policy.pad_to_seq_len is None
+        self._ledger = Ledger(len(openings), share_prefix=does_share, in_step=self._crew.gathers)
         self._fault: BaseException | None = None
-        self._last_words = ""
-        """What the process said of its end."""
         self._is_closing = False
-        self._notes: list[str] = []
-        """Warnings while the model was being opened."""
-        self._comparing = threading.Lock()
-        self._stages: queue.SimpleQueue[Stage | Compared | BaseException] | None = None
+        self._notes: list[str] = []  # warnings while the model was being opened
+        self._comparison = Comparison()
         with self._changed:
-            self._start(process)
+            self._crew.start(processes)
             try:
-                self._wait_for(lambda: self._is_open)
+                self._wait_for(lambda: self._crew.is_open)
             except BaseException:
                 self._is_closing = True
-                process, self._process = self._process, None
-                if process is not None:
-                    process.kill()
+                self._crew.kill()
                 raise
+            self._is_ready = True
         for note in self._notes:
             warnings.warn(note, stacklevel=4)
 
     @property
     def opened(self) -> Opened:
-        """What the process has told of its engine."""
-        assert self._opened is not None, "it is open as soon as it is made"
+        """What the first device's process has told of its engine."""
+        assert self._opened is not None
         return self._opened
 
-    def submit(self, call: Call, jobs: Mapping[int, Job]) -> None:
-        """Take in a call's jobs; raises the fault that ended the engine, or `EngineError` when it is closed."""
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of the devices in use."""
+        return tuple(place.device for place in self._crew.places)
+
+    def submit(self, call: Call) -> None:
+        """Take in a call, whose `left` are jobs; raises the fault that ended the engine, or that it is closed."""
         with self._changed:
             self._check_serving()
-            self._ledger.add(call, jobs)
-            self._start_if_dead()
+            self._ledger.add(call, call.left)
+            self._crew.start_the_dead()
             self._feed()
 
     def abandon(self, call: Call) -> None:
         """Drop what of a call has not ended."""
         with self._changed:
             call_number = self._ledger.drop(call)
-            if call_number is not None and self._process is not None:
-                self._process.send(Drop(call=call_number))
+            if call_number is not None:
+                self._crew.tell(Drop(call=call_number))
             self._feed()
 
     def digest(self) -> str | None:
@@ -125,34 +126,26 @@ class KeptAlive:
     def compare(
         self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
     ) -> Findings:
-        """As `Engine.compare_with_stock`; raises `EngineError` when the process dies meanwhile."""
-        stages: queue.SimpleQueue[Stage | Compared | BaseException] = queue.SimpleQueue()
-        with self._comparing:
+        """As `Engine.compare_with_stock`, on one device; raises `EngineError` when its process dies meanwhile."""
+        if self._crew.gathers:
+            raise UnsupportedError(
+                "comparing with stock layers needs all weights in one process: set gather-weights: false, or name one "
+                "device"
+            )
+        with self._comparison.alone:
             with self._changed:
                 self._check_serving()
-                self._start_if_dead()
-                self._wait_for(lambda: self._is_open)
-                assert self._process is not None
-                self._stages = stages
-                self._process.send(Compare(jobs=tuple(jobs), completions=tuple(completions)))
-            while isinstance(told := stages.get(), Stage):  # if interrupted, `close` finds that it goes on
-                progress(told.done, told.total)
-            with self._changed:
-                self._stages = None
-        outcome = told.outcome if isinstance(told, Compared) else told
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+                self._crew.start_the_dead()
+                self._wait_for(lambda: self._crew.places[0].opened is not None)
+                self._comparison.begin(self._crew.places[0], jobs, completions)
+            return self._comparison.outcome(progress)
 
     def close(self) -> None:
-        """End the process after the sweep at hand, whose completions are delivered; waiting calls fail."""
+        """End the processes after the sweep at hand, whose completions are delivered; waiting calls fail."""
         with self._changed:
-            self._is_closing = True
-            process, self._process = self._process, None
-            if process is not None and (self._stages is not None or not self._is_open):
-                process.kill()  # nothing of what it does is kept
-        if process is not None:
-            process.close()
+            self._is_closing, closing = True, self._crew.part(self._comparison.place)
+        for process in closing:
+            process.wait()
         self._end(EngineError("the engine was closed while this job was waiting"))
 
     def _check_serving(self) -> None:
@@ -162,65 +155,78 @@ class KeptAlive:
             raise EngineError("the engine is closed")
 
     def _wait_for(self, is_there: Callable[[], bool]) -> None:
-        """Wait, with the lock held, for what the process is to tell."""
+        """Wait, with the lock held, for what a process is to tell."""
         while not is_there():
             self._check_serving()
             self._changed.wait()
 
-    def _start(self, process: WorkerProcess | None = None) -> None:
-        self._num_starts += 1
-        self._is_open = False
-        process = self._process = process or WorkerProcess()
-        process.listen(lambda told: self._take(process, told), lambda how: self._died(process, how))
-        process.send(self._opening)
-
-    def _start_if_dead(self) -> None:
-        if self._process is None:
-            self._start()
-
     def _feed(self) -> None:
-        """Give the process what it may compute now; the lock is held."""
-        if self._is_open and self._process is not None:
-            for call, jobs in self._ledger.to_send().items():
-                self._process.send(Ask(call=call, jobs=PackedJobs.of(jobs)))
+        """Give the processes what they may compute now; the lock is held."""
+        able = {place.number: place for place in self._crew.places if place.opened is not None}
+        if self._fault is None and able:
+            for number, asked in self._ledger.to_send({number: place.room for number, place in able.items()}).items():
+                for call, jobs in asked.items():
+                    able[number].send(Ask(call=call, jobs=PackedJobs.of(jobs)))
 
-    def _take(self, process: WorkerProcess, told: Tells) -> None:
-        """Act on what the process says, in the thread that listens to it."""
+    def _take(self, place: Place, process: WorkerProcess, told: Tells) -> None:
+        """Act on what a process says, in the thread that listens to it."""
         if isinstance(told, Swept):
             try:
-                self._observe(told.timing)
+                self._observe(told.timing, place.device)
             except Exception as error:  # nobody would hear the process any more
                 self._end(EngineError(f"the observer of sweeps failed: {named(error)}"))
                 process.kill()
-            return
         with self._changed:
-            if isinstance(told, Done):
+            if isinstance(told, Swept):
+                place.num_deaths = 0
+            elif isinstance(told, Done):
                 self._deliver(told.completions.unpack())
             elif isinstance(told, Entered):
                 self._ledger.entered(told.numbers.tolist())
-            elif isinstance(told, Opened):
-                self._opened, self._is_open = told, True
                 self._feed()
+            elif isinstance(told, Opened):
+                self._take_opened(place, told)
             elif isinstance(told, Loaded):
-                self._num_starts = 0
+                place.num_starts = 0
+                place.is_complete = place.is_complete or not place.is_first
             elif isinstance(told, Digested):
-                self._digested = told
+                if place.is_first:
+                    self._digested, place.is_complete = told, True
             elif isinstance(told, Stage | Compared):
-                if self._stages is not None:
-                    self._stages.put(told)
+                self._comparison.tell(told)
             elif isinstance(told, Note):
-                self._note(told)
+                self._note(place, told)
             elif isinstance(told, Fault):
-                self._last_words = one_line(told.error)
-                if type(told.error) is not EngineError:
-                    self._end(told.error)  # it was raised on purpose: another process would say the same
-                process.kill()
+                self._take_fault(place, process, told.error)
             self._changed.notify_all()
 
-    def _note(self, note: Note) -> None:
+    def _take_opened(self, place: Place, told: Opened) -> None:
+        place.opened = told
+        if self._opened is None or place.is_first:
+            self._opened = told
+        if told.dtype != self._opened.dtype:
+            self._end(
+                ConfigError(
+                    f"devices {', '.join(self.devices)} compute in {self._opened.dtype} and {told.dtype}: set a dtype "
+                    "that all of them have"
+                )
+            )
+        self._feed()
+
+    def _take_fault(self, place: Place, process: WorkerProcess, error: BaseException) -> None:
+        place.last_words = one_line(error)
+        if type(error) is not EngineError:  # it was raised on purpose: another process would say the same
+            if self._is_ready and not self._crew.is_alone and isinstance(error, CapacityError | InstallationError):
+                place.condemn()  # the device is no longer what it was
+            else:
+                self._end(error)
+        process.kill()
+
+    def _note(self, place: Place, note: Note) -> None:
         if note.logger is None and self._opened is None:
-            self._notes.append(note.text)
-        else:
+            if note.text not in self._notes:
+                self._notes.append(note.text)
+        elif place.is_first or note.level >= logging.WARNING:  # what all of them do is told once
             logging.getLogger(note.logger or __name__).log(note.level, "%s", note.text)
 
     def _deliver(self, done: Iterable[tuple[int, Completion]]) -> None:
@@ -228,38 +234,61 @@ class KeptAlive:
             call.put(results)
         self._feed()
 
-    def _died(self, process: WorkerProcess, how: str) -> None:
+    def _died(self, place: Place, process: WorkerProcess, how: str) -> None:
         """Start another process in place of one that has ended, in the thread that listened to it."""
         with self._changed:
-            reason, self._last_words = self._last_words or how, ""
-            if self._stages is not None:
-                self._stages.put(EngineError(f"the engine's process ended while it compared layers: {reason}"))
-            if self._process is process:
-                self._process = None
-                if self._num_starts >= _MOST_STARTS:
-                    self._end(
-                        EngineError(
-                            f"the engine's process ended {self._num_starts} times in a row before all weights were in "
-                            f"place: {reason}"
-                        )
-                    )
+            reason, place.last_words = place.last_words or how, ""
+            self._comparison.died(place, reason)
+            if place.process is process:
+                place.process = place.opened = None
+                if self._fault is None and place.is_recalled:
+                    self._ledger.died([place.number], is_job_at_fault=False)
+                    self._crew.take_recalled(place)
                 elif self._fault is None:
-                    self._replace(reason)
+                    self._replace(place, reason)
             self._changed.notify_all()
 
-    def _replace(self, reason: str) -> None:
-        _log.warning(
-            "the engine's process ended (%s); it is started again, and what it had not answered is asked again", reason
+    def _replace(self, place: Place, reason: str) -> None:
+        """Find who is at fault that a process has ended by itself, and go on without, or with another one."""
+        crew, told = self._crew, f"{place.device}: {reason}" if self._crew.is_several else reason
+        ended = [place, *(other for other in crew.places if crew.gathers and other is not place)]
+        place.num_deaths += not self._ledger.is_on_trial(place.number)
+        failed = self._ledger.died(
+            [each.number for each in ended],
+            is_job_at_fault=not any(each.num_starts for each in ended),  # else weights were still being read
         )
-        self.deaths.append(reason)
-        failed = self._ledger.died(is_job_at_fault=not self._num_starts)  # else weights were still being read
+        is_hopeless = place.is_hopeless(is_alone=crew.is_alone)
+        if is_hopeless and crew.is_alone:
+            times = f"{place.num_starts} times in a row before all weights were in place"
+            self._end(EngineError(f"the engine's process ended {times}: {told}"))
+            return
+        if is_hopeless:
+            _log.warning("device %s is given up: its process ends each time (%s); others go on", place.device, reason)
+            self.given_up[place.device] = reason
+            self._ledger.give_up(place.number)
+        else:
+            restarted = "it is started again, and what it had not answered is asked again"
+            _log.warning("the engine's process ended (%s); %s", told, restarted)
+            self.deaths.append(told)
         error = EngineError(
             f"computing this request ended the engine's process each time, at last alone ({reason}); the others are "
             "answered without it"
         )
         self._deliver((number, Completion(error=error)) for number in failed)
-        if not self._ledger.is_empty or self._opened is None or self._digested is None:
-            self._start()
+        self._go_on(place, is_given_up=is_hopeless)
+
+    def _go_on(self, place: Place, *, is_given_up: bool) -> None:
+        """Start what is to be started after the process of `place` has ended."""
+        crew = self._crew
+        is_needed = crew.gathers or not place.is_complete  # others wait for its part of the weights
+        if is_given_up:
+            crew.give_up(place)
+        if crew.is_waiting:
+            return  # all are started when the last one has ended
+        if crew.gathers or (is_given_up and is_needed):
+            crew.recall(place)
+        elif not is_given_up and (not self._ledger.is_empty or not self._is_ready or is_needed):
+            crew.start_at(place)
 
     def _end(self, fault: BaseException) -> None:
         """Tell everybody who waits that there is nothing more to come."""

@@ -1,18 +1,22 @@
-"""Jobs that have no answer yet, and which of them a process has (pure)."""
+"""Jobs that have no answer yet, and which of them a device has (pure)."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from engine.job import Completion, Job
 from engine.pending import Call, Finished
+from engine.workers.sharing_out import Room, SharingOut
 from engine.workers.suspects import Suspects
+
+Asked = dict[int, list[tuple[int, Job]]]
+"""Jobs with their numbers, by the number of their call."""
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Waiting:
     call: Call
     call_number: int
     index: int
@@ -20,15 +24,23 @@ class _Asked:
 
 
 class Ledger:
-    """Keeps every job until it is answered, by a number of its own; what a process dies with is sent again."""
+    """Keeps every job until it is answered, by a number of its own; what a process dies with is asked again.
 
-    def __init__(self) -> None:
-        self._asked: dict[int, _Asked] = {}
-        self._unsent: dict[int, None] = {}
-        """Those of `asked` that no process has, in their order."""
+    Of several devices each gets a part of the jobs (see `SharingOut`); one gets all of them, as they come.
+    """
+
+    def __init__(self, num_places: int = 1, *, share_prefix: bool = True, in_step: bool = False) -> None:
+        """`num_places`: devices. `in_step`: their processes live and die together."""
+        self._alive = set(range(num_places))
+        self._is_shared = num_places > 1
+        self._in_step = in_step
+        self._asked: dict[int, _Waiting] = {}
+        self._shares = SharingOut(num_places, share_prefix=share_prefix)
         self._entered: set[int] = set()
         """Those that have been begun to compute."""
         self._suspects = Suspects()
+        self._apart: int | None = None
+        """The device that computes suspects by themselves."""
         self._numbers, self._call_numbers = itertools.count(), itertools.count()
 
     @property
@@ -39,37 +51,40 @@ class Ledger:
     def add(self, call: Call, jobs: Mapping[int, Job]) -> None:
         """Take in a call's jobs, by their positions there."""
         call_number = next(self._call_numbers)
+        new: dict[int, Job] = {}
         for index, job in jobs.items():
             number = next(self._numbers)
-            self._asked[number] = _Asked(call, call_number, index, job)
-            self._unsent[number] = None
+            self._asked[number] = _Waiting(call, call_number, index, job)
+            new[number] = job
+        self._shares.add(new)
 
     def drop(self, call: Call) -> int | None:
-        """Forget what of a call is not answered; the number that a process knows it by, if anything was left."""
+        """Forget what of a call is not answered; the number that processes know it by, if anything was left."""
         gone = {number: asked.call_number for number, asked in self._asked.items() if asked.call is call}
         self._forget(gone)
         return next(iter(gone.values()), None)
 
-    def to_send(self) -> dict[int, list[tuple[int, Job]]]:
-        """What the process may compute now, by the number of its call; it has these from now on."""
-        group = self._suspects.group
-        if group is None:
-            chosen, self._unsent = list(self._unsent), {}
-        elif group <= self._unsent.keys():  # nobody else is with it: all that was sent has been answered, or has died
-            chosen = sorted(group)
-            for number in chosen:
-                del self._unsent[number]
+    def to_send(self, rooms: Mapping[int, Room]) -> dict[int, Asked]:
+        """What each of these devices may compute now; it has that from now on. Others have no process just now."""
+        given = self._trial(rooms)
+        if self._suspects.trial is None:
+            self._apart = None
+        elif self._in_step or not self._is_shared:
+            rooms = {}
+        rooms = {place: room for place, room in rooms.items() if place != self._apart}
+        if self._is_shared:
+            given |= self._shares.hand_out(rooms)
         else:
-            chosen = []
-        by_call: dict[int, list[tuple[int, Job]]] = {}
-        for number in chosen:
-            asked = self._asked[number]
-            by_call.setdefault(asked.call_number, []).append((number, asked.job))
-        return by_call
+            for place in rooms:
+                given[place] = self._shares.unsent
+                self._shares.hand_over(place, given[place])
+        return {place: self._by_call(numbers) for place, numbers in given.items() if numbers}
 
     def entered(self, numbers: Iterable[int]) -> None:
-        """Take in that the process has begun to compute jobs."""
-        self._entered.update(number for number in numbers if number in self._asked)
+        """Take in that a process has begun to compute jobs."""
+        known = [number for number in numbers if number in self._asked]
+        self._entered.update(known)
+        self._shares.entered(known)
 
     def answered(self, done: Iterable[tuple[int, Completion]]) -> list[tuple[Call, Finished]]:
         """Take in answers; returns them by call and position, without those that nobody waits for any more."""
@@ -85,14 +100,33 @@ class Ledger:
         self._forget(gone)
         return list(finished.values())
 
-    def died(self, *, is_job_at_fault: bool) -> list[int]:
-        """Take in that the process has ended, and may have been ended by a job; returns the jobs that are to fail."""
+    def died(self, places: Collection[int], *, is_job_at_fault: bool) -> list[int]:
+        """Take in that devices' processes have ended, the first one's by itself, and may have been ended by a job.
+
+        Returns the jobs that are to fail.
+        """
+        had = [number for place in places for number in self._shares.held(place)]
         failed = []
-        if is_job_at_fault:
-            failed = self._suspects.died(self._entered or self._asked.keys() - self._unsent.keys())
-        self._entered.clear()
-        self._unsent = dict.fromkeys(sorted(self._asked))
+        if is_job_at_fault and had:
+            begun = [number for number in had if number in self._entered]
+            failed = self._suspects.died(begun or had, next(iter(places)))
+        self._entered.difference_update(had)
+        self._shares.remove(had)
+        for place in places:
+            self._shares.give_up(place)
+        self._apart = None
+        suspects = self._suspects.jobs
+        self._shares.remove(suspects)
+        self._shares.add({number: self._asked[number].job for number in had if number not in suspects})
         return failed
+
+    def give_up(self, place: int) -> None:
+        """Take in that a device, whose process has ended, gets no other one."""
+        self._alive.discard(place)
+
+    def is_on_trial(self, place: int) -> bool:
+        """Whether what a device computes are suspects, or it may have been: its death tells nothing of the device."""
+        return self._suspects.trial is not None and (place == self._apart or not self._is_shared)
 
     def clear(self) -> list[Call]:
         """Forget everything; returns the calls that had something left."""
@@ -100,10 +134,33 @@ class Ledger:
         self._forget(list(self._asked))
         return list(calls.values())
 
+    def _trial(self, rooms: Mapping[int, Room]) -> dict[int, list[int]]:
+        """The suspects that are to be computed now, by the device that has nothing else meanwhile."""
+        trial = self._suspects.trial
+        if trial is None:
+            return {}
+        busy = [place for place in self._alive if self._shares.held(place)]
+        if self._apart is None or self._apart not in busy:
+            others = self._alive - {trial.died_at} or self._alive  # another device, if only one of them is at fault
+            able = others & rooms.keys() if self._is_shared and not self._in_step else rooms.keys()
+            self._apart = min(able, key=lambda place: (self._shares.tokens(place), place), default=None)
+        if self._apart is None or (busy if self._in_step else self._apart in busy):
+            return {}
+        numbers = sorted(trial.jobs)
+        self._shares.hand_over(self._apart, numbers)
+        return {self._apart: numbers}
+
+    def _by_call(self, numbers: Iterable[int]) -> Asked:
+        by_call: Asked = {}
+        for number in numbers:
+            asked = self._asked[number]
+            by_call.setdefault(asked.call_number, []).append((number, asked.job))
+        return by_call
+
     def _forget(self, numbers: Iterable[int]) -> None:
         numbers = list(numbers)
         for number in numbers:
             del self._asked[number]
-            self._unsent.pop(number, None)
             self._entered.discard(number)
+        self._shares.remove(numbers)
         self._suspects.ended(numbers)

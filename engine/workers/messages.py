@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.job import Completion, Job
+from engine.member import Member
 from engine.memory.tiers import Tier
+from engine.planning.devices import Device
 from engine.planning.hardware import Memory
 from engine.planning.planner import Plan
 from engine.policy import Policy
@@ -21,16 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Say what memory a run under this policy may use; only before a model is open."""
+    """Say what devices there are, and what memory a run under this policy may use; only before a model is open."""
 
     policy: Policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What memory a run may use, or why that is not known."""
+    """What devices there are, and what memory a run may use, on the first of those of its policy."""
 
+    devices: tuple[Device, ...]
+    """All that torch sees, the best kind first; empty where there is the CPU alone."""
+    free: tuple[int, int] | None
+    """Bytes of the policy's device that are free, and all; None where its memory is the host's."""
     memory: Memory | EngineError
+    """Or why that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,11 @@ class Open:
     policy: Policy
     window: int | None
     """Most positions of a sequence, in place of what the model's files tell."""
+    member: Member | None
+    """Which of several engines it is; None where it is the only one.
+
+    Its descriptor of shared memory is the sender's; the message is followed by one of the receiver's own.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +96,7 @@ class Opened:
     plan: Plan
     window: int | None
     vocab_size: int
+    pad_token: int
     placed: Mapping[str, Mapping[Tier, int]]
     """Bytes of each unit's weights by tier."""
 

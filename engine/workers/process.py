@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.spawn import get_executable
 
 from engine.errors import EngineError
 from engine.planning.hardware import Memory
 from engine.policy import Policy
-from engine.workers.messages import Close, Look, Tells, Told
+from engine.workers.messages import Close, Look, Open, Seen, Tells, Told
 
 PROGRAM = "engine.worker"
 """The module whose `main` such a process runs."""
@@ -34,7 +36,7 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         """Start it; it imports what it needs, and waits."""
-        self._line, theirs = multiprocessing.Pipe()
+        self._line, theirs = (_beyond_standard(line) for line in multiprocessing.Pipe())
         self._sending = threading.Lock()
         self._listener: threading.Thread | None = None
         program = f"import sys; sys.path[:] = {sys.path!r}; from {PROGRAM} import main; main({theirs.fileno()})"
@@ -44,7 +46,8 @@ class WorkerProcess:
                 [os.fsdecode(get_executable()), *flags, "-c", program],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,  # nobody is asked anything
-                stdout=2,  # what it may print is no output of the command
+                stdout=2 if _is_open(2) else subprocess.DEVNULL,  # what it may print is no output of the command
+                stderr=None if _is_open(2) else subprocess.DEVNULL,
             )
         finally:
             theirs.close()
@@ -54,21 +57,25 @@ class WorkerProcess:
         """The number that the system knows it by."""
         return self._process.pid
 
-    def look(self, policy: Policy) -> Memory:
-        """What memory a run under `policy` may use, as the process finds it; before it listens and opens a model.
+    def look(self, policy: Policy) -> Seen:
+        """What devices there are, and what memory a run under `policy` may use; before it listens and opens a model.
 
         The process that asks touches no device for it. Raises `EngineError` when the process has ended.
         """
         self.send(Look(policy=policy))
         try:
-            seen = self._line.recv()
+            seen: Seen = self._line.recv()
         except (EOFError, OSError):
             self.kill()
             raise EngineError(f"the engine's process ended ({_described(self._process.returncode)})") from None
-        if isinstance(seen.memory, EngineError):
-            raise seen.memory
-        memory: Memory = seen.memory
-        return memory
+        return seen
+
+    def memory(self, policy: Policy) -> Memory:
+        """What memory a run under `policy` may use, as `look` finds it; raises what keeps it from being known."""
+        found = self.look(policy).memory
+        if isinstance(found, EngineError):
+            raise found
+        return found
 
     def listen(self, tell: Callable[[Tells], None], ended: Callable[[str], None]) -> None:
         """From now on tell each message, and at last how the process ended, in a thread of its own; call it once."""
@@ -81,10 +88,16 @@ class WorkerProcess:
         """Say something; what is said to a process that has ended is lost, as `listen` tells."""
         with self._sending, contextlib.suppress(OSError):
             self._line.send(message)
+            if isinstance(message, Open) and message.member is not None and message.member.weights is not None:
+                reduction.send_handle(self._line, message.member.weights, self.pid)
 
     def close(self) -> None:
         """Let it end after the sweep at hand; returns when it has, and all that it said was told."""
         self.send(Close())
+        self.wait()
+
+    def wait(self) -> None:
+        """Return when it has ended, and all that it said was told."""
         self._process.wait()
         if self._listener is not None:
             self._listener.join()
@@ -109,6 +122,23 @@ class WorkerProcess:
         with self._sending:
             line.close()
         ended(_described(self._process.returncode))
+
+
+def _is_open(descriptor: int) -> bool:
+    """Whether the program that starts a process has this descriptor: a daemon may have none of the standard ones."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _beyond_standard(line: Connection) -> Connection:
+    """`line`, by a descriptor that is none of the standard ones: the process that is started has others for those."""
+    if line.fileno() > 2:
+        return line
+    with line:
+        return Connection(fcntl.fcntl(line.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 def _described(code: int) -> str:

@@ -1,29 +1,35 @@
-"""An engine in a process of its own, asked as one in this process is."""
+"""An engine in processes of its own, one for each device, asked as one in this process is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from engine.errors import JobError
+from engine.asking.front import Front
+from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job
-from engine.pending import Finished, Pending
+from engine.member import Member
+from engine.pending import Call, Finished, Pending
 from engine.planning.planner import Plan
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
 from engine.workers.kept_alive import KeptAlive
 from engine.workers.messages import Open, Opened
 from engine.workers.process import WorkerProcess
+from engine.workers.seats import seats_for
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from engine.verification.layerwise import Findings
 
 
-class RemoteEngine:
-    """Runs jobs as `engine.Engine` does, in a process that is replaced when it dies (see `KeptAlive`).
+class RemoteEngine(Front):
+    """Runs jobs as `engine.Engine` does, in processes that are replaced when they die (see `KeptAlive`).
 
     Safe to use from several threads; a context manager.
     """
@@ -38,26 +44,59 @@ class RemoteEngine:
         """
         self.policy = policy
         self.observer: Callable[[SweepTiming], None] | None = None
-        """Called after each sweep, before its completions are delivered, in a thread of this engine."""
+        """Called after each sweep, before its completions are delivered, in a thread of this engine; one at a time."""
         self.num_sweeps = 0
-        """Passes over the weights so far."""
-        self._place = KeptAlive(Open(model=model, policy=policy, window=window), process, self._observe)
+        """Passes over the weights so far, of all devices."""
+        self._observing = threading.Lock()
+        seats = seats_for(policy, process)
+        self._is_several = seats.memory is not None
+        self.gathers = seats.gather
+        """Whether each device has a part of the weights, and all gather them."""
+        openings = [
+            Open(
+                model=model,
+                policy=own,
+                window=window,
+                member=None
+                if seats.memory is None
+                else Member(
+                    index=index,
+                    count=len(seats.policies),
+                    gather=seats.gather,
+                    memory=seats.memory,
+                    weights=None,
+                    meeting=None,
+                ),
+            )
+            for index, own in enumerate(seats.policies)
+        ]
+        self._place = KeptAlive(openings, seats.processes, self._observe)
 
     @classmethod
     def from_pretrained(
-        cls, model: str, policy: Policy | str | Path = "auto", *, window: int | None = None
+        cls, model: str, policy: Policy | str | Path | Mapping[str, Any] = "auto", *, window: int | None = None
     ) -> RemoteEngine:
         """As `Engine.from_pretrained`."""
         return cls(model, Policy.load(policy), window=window)
 
     @property
     def opened(self) -> Opened:
-        """What the process has told of its engine."""
+        """What the first device's process has told of its engine."""
         return self._place.opened
 
     @property
+    def parts(self) -> Any:
+        """Raises `UnsupportedError`: they are in other processes."""
+        raise UnsupportedError("an engine in processes of its own has no parts here; name one device")
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of the devices that it computes on now, as the policy has them."""
+        return self._place.devices
+
+    @property
     def plan(self) -> Plan:
-        """Where everything lies."""
+        """Where everything lies, on each device."""
         return self.opened.plan
 
     @property
@@ -66,34 +105,37 @@ class RemoteEngine:
         return self.opened.window
 
     @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+        return self.opened.vocab_size
+
+    @property
+    def pad_token(self) -> int:
+        """The token that rows are filled up with: the model's, else its end-of-text."""
+        return self.opened.pad_token
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        from engine.checkpoint.tokenizer import load_tokenizer  # and transformers, which few need here
+
+        return load_tokenizer(Path(self.opened.path))
+
+    @property
     def deaths(self) -> Sequence[str]:
         """How processes have ended that were replaced."""
         return tuple(self._place.deaths)
 
-    def run(self, jobs: Iterable[Job]) -> list[Completion]:
-        """As `Engine.run`."""
-        jobs = list(jobs)
-        found = dict(self.stream(jobs))
-        return [found[index] for index in range(len(jobs))]
+    @property
+    def given_up(self) -> Mapping[str, str]:
+        """Devices that are no longer used since their process ended again and again, by name, and how."""
+        return dict(self._place.given_up)
 
-    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion]]:
-        """As `Engine.stream`."""
-        return _each(self.sweeps(jobs))
-
-    def sweeps(self, jobs: Iterable[Job]) -> Pending:
-        """As `Engine.sweeps`."""
-        good: dict[int, Job] = {}
-        bad: Finished = []
-        for index, job in enumerate(jobs):
-            try:
-                job.check()
-                job.check_fits(self.opened.vocab_size, self.window, self.policy.pad_to_seq_len)
-                good[index] = job
-            except JobError as error:
-                bad.append((index, Completion(error=error)))
-        pending = Pending(dict.fromkeys(good), bad, self._place.abandon)
-        self._place.submit(pending.call, good)
-        return pending
+    def sweeps(self, jobs: Iterable[Job], entered: Callable[[list[int]], None] | None = None) -> Pending:
+        """As `Engine.sweeps`, but for `entered`: only an engine in this process tells."""
+        if entered is not None:
+            raise UnsupportedError("an engine in processes of its own does not tell when jobs are begun")
+        return super().sweeps(jobs)
 
     def weights_digest(self) -> str | None:
         """As `Engine.weights_digest`."""
@@ -105,28 +147,35 @@ class RemoteEngine:
         completions: Sequence[Completion],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Findings:
-        """As `Engine.compare_with_stock`; raises `EngineError` when the process dies meanwhile."""
+        """As `Engine.compare_with_stock`, on one device; raises `EngineError` when its process dies meanwhile.
+
+        Raises `UnsupportedError` where devices have a part of the weights each.
+        """
         return self._place.compare(jobs, completions, progress)
 
     def close(self) -> None:
-        """End the process after the sweep at hand, whose completions are delivered; waiting calls fail."""
+        """End the processes after the sweep at hand, whose completions are delivered; waiting calls fail."""
         self._place.close()
 
-    def __enter__(self) -> RemoteEngine:
-        return self
+    def _accepted(self, jobs: Iterable[Job]) -> tuple[dict[int, Job], Finished]:
+        good: dict[int, Job] = {}
+        bad: Finished = []
+        for index, job in enumerate(jobs):
+            try:
+                self._check(job)
+                good[index] = job
+            except JobError as error:
+                bad.append((index, Completion(error=error)))
+        return good, bad
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _submit(self, call: Call) -> None:
+        self._place.submit(call)
 
-    def _observe(self, timing: SweepTiming) -> None:
-        self.num_sweeps += 1
-        if self.observer is not None:
-            self.observer(timing)
+    def _abandon(self, call: Call) -> None:
+        self._place.abandon(call)
 
-
-def _each(sweeps: Pending) -> Iterator[tuple[int, Completion]]:
-    with closing(sweeps):
-        for finished in sweeps:
-            yield from finished
+    def _observe(self, timing: SweepTiming, device: str) -> None:
+        with self._observing:
+            self.num_sweeps += 1
+            if self.observer is not None:
+                self.observer(replace(timing, device=device) if self._is_several else timing)

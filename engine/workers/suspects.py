@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 _STRIKES = 2
-"""Deaths of processes that a job took part in, until it is suspected."""
+"""Deaths of processes that a job took part in, wherever, until it is suspected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Jobs that are computed without anybody else."""
+
+    jobs: tuple[int, ...]
+    died_at: int
+    """The device whose process they ended at last: another one shows whether it was the device's own fault."""
 
 
 class Suspects:
@@ -18,25 +28,36 @@ class Suspects:
 
     def __init__(self) -> None:
         self._deaths: Counter[int] = Counter()
-        self._groups: list[list[int]] = []
-        """To be computed one group after the other, each without anybody else."""
+        self._trials: list[Trial] = []
+        """To be held one after the other."""
+
+    @property
+    def trial(self) -> Trial | None:
+        """The jobs that may only be computed by themselves, now; None: there are none."""
+        return self._trials[0] if self._trials else None
 
     @property
     def group(self) -> frozenset[int] | None:
-        """The jobs that may be computed now; None: all."""
-        return frozenset(self._groups[0]) if self._groups else None
+        """Those of the trial of now; None: all jobs may be computed."""
+        return frozenset(self._trials[0].jobs) if self._trials else None
 
-    def died(self, at_work: Collection[int]) -> list[int]:
-        """Take in that a process died while it computed these; returns the jobs that are to fail."""
-        if self._groups:
-            group = self._groups[0]
-            if len(group) == 1:
-                self.ended(group)
-                return group
-            self._groups[:1] = _halves(group)
+    @property
+    def jobs(self) -> set[int]:
+        """Of all trials that are to come."""
+        return {number for trial in self._trials for number in trial.jobs}
+
+    def died(self, at_work: Collection[int], place: int = 0) -> list[int]:
+        """Take in that a device's process died while it computed these; returns the jobs that are to fail."""
+        if self._trials and at_work and set(at_work) <= set(self._trials[0].jobs):
+            jobs = self._trials[0].jobs
+            if len(jobs) == 1:
+                self.ended(jobs)
+                return list(jobs)
+            self._trials[:1] = _halves(jobs, place)
             return []
         self._deaths.update(at_work)
-        self._groups = _halves(sorted(number for number in at_work if self._deaths[number] >= _STRIKES))
+        suspected = sorted(number for number in at_work if self._deaths[number] >= _STRIKES)
+        self._trials += _halves(tuple(suspected), place)
         return []
 
     def ended(self, numbers: Iterable[int]) -> None:
@@ -44,11 +65,11 @@ class Suspects:
         gone = set(numbers)
         for number in gone:
             del self._deaths[number]
-        if self._groups:
-            groups = ([number for number in group if number not in gone] for group in self._groups)
-            self._groups = [group for group in groups if group]
+        if self._trials:
+            left = (replace(each, jobs=tuple(n for n in each.jobs if n not in gone)) for each in self._trials)
+            self._trials = [trial for trial in left if trial.jobs]
 
 
-def _halves(numbers: list[int]) -> list[list[int]]:
-    middle = (len(numbers) + 1) // 2
-    return [half for half in (numbers[:middle], numbers[middle:]) if half]
+def _halves(jobs: tuple[int, ...], place: int) -> list[Trial]:
+    middle = (len(jobs) + 1) // 2
+    return [Trial(jobs=half, died_at=place) for half in (jobs[:middle], jobs[middle:]) if half]

@@ -260,7 +260,7 @@ class FlexGenLM(TemplateLM):
 model_registry.register("flexgen", target=FlexGenLM)
 
 
-def _device(asked: str | None, of_policy: str) -> str:
+def _device(asked: str | None, of_policy: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """The device to run on: a harness's default that nobody may have asked for yields, as HFLM lets it."""
     if asked is None or (asked == _DEFAULT_DEVICE and of_policy != "auto"):
         return of_policy

@@ -67,7 +67,7 @@ def hardware() -> Hardware:
     machine, devices = this_machine(), accelerator.devices()
     return Hardware(
         device=(*machine.accelerators, machine.processor)[0],
-        device_memory_bytes=accelerator.all_memory(devices[0]) if devices else None,
+        device_memory_bytes=accelerator.total_memory(devices[0]) if devices else None,
         host=socket.gethostname(),
         cores=machine.cores,
         host_memory_bytes=known_limits().total,

@@ -10,6 +10,8 @@ from flexgen_helm.reports.data import ModelRow, Report
 from flexgen_helm.reports.markup import Markup, join, tag
 from flexgen_helm.reports.words import NONE, clock, percent, plural, signed_percent
 
+_DEVICE_COLUMNS = ("Device", "Computing", "Waiting for the link", "Waiting for HELM", "Passes")
+
 
 def models_section(report: Report) -> Markup | None:
     """A card for each model; None for a suite without a record of its sweep."""
@@ -43,6 +45,7 @@ def _card(row: ModelRow) -> Markup:
         else None,
         _limit(row),
         _time_split(row),
+        _devices(row),
         _timeline(row),
         _mapping("Policy", record.policy or {"policy": "auto"}, is_open=True),
         _mapping("Plan", record.plan, is_open=False),
@@ -82,6 +85,30 @@ def _time_split(row: ModelRow) -> Markup | None:
         for name, value in parts
     ]
     return join([tag("h4", "Where the time went"), bar, tag("ul", *keys, class_="keys")])
+
+
+def _devices(row: ModelRow) -> Markup | None:
+    """For each device, how long it computed and what it waited for."""
+    if not row.record.devices:
+        return None
+    head = tag("tr", *(tag("th", name, scope="col") for name in _DEVICE_COLUMNS))
+    rows = [
+        tag(
+            "tr",
+            tag("th", each.device, scope="row"),
+            *(tag("td", clock(seconds)) for seconds in (each.computing, each.link, each.helm)),
+            tag("td", f"{each.sweeps:,}"),
+        )
+        for each in row.record.devices
+    ]
+    lost = [f"{each.device} was given up: {each.given_up}" for each in row.record.devices if each.given_up]
+    return join(
+        [
+            tag("h4", "Devices, after the weights were in place"),
+            tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="wide"),
+            *(tag("p", line, class_="small") for line in lost),
+        ]
+    )
 
 
 def _timeline(row: ModelRow) -> Markup | None:

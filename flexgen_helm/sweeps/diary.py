@@ -165,6 +165,8 @@ class SweepDiary:
         if deaths := model.tally.deaths():
             times = "once" if len(deaths) == 1 else f"{len(deaths)} times, at last"
             self.notes.append(f"{model.deployment}: the engine's process ended {times} ({deaths[-1]}) and was replaced")
+        for device, reason in model.tally.given_up().items():
+            self.notes.append(f"{model.deployment}: device {device} was given up ({reason}); the others did its work")
         self._current = None
         self._progress.standing.active = {}
         self._progress.standing.doing = f"{model.deployment} done"
@@ -244,6 +246,7 @@ def _model_record(model: ModelSweep) -> ModelRecord:
         identity=model.client.known_identity or {},
         seeds=SEEDS,
         deaths=tally.deaths(),
+        devices=tally.devices(),
     )
 
 

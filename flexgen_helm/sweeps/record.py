@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 from engine.reading import find_file
 from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.planning.stored import SINCE, read_versioned, replace_text
+from flexgen_helm.sweeps.device_time import DeviceTime
 
 FILE_NAME = "flexgen_sweep.json"
 VERSION = 1
@@ -84,6 +85,8 @@ class ModelRecord:
     """How the seeds of sampled completions follow from what is asked."""
     deaths: tuple[str, ...] = field(default=(), metadata=SINCE)
     """How processes of its engine have ended that were replaced; what they had not answered was asked again."""
+    devices: tuple[DeviceTime, ...] = field(default=(), metadata=SINCE)
+    """Where the time of each device went."""
 
 
 @dataclass(frozen=True, kw_only=True)

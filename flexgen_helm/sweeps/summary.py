@@ -40,7 +40,8 @@ def _speed(model: ModelRecord) -> str:
         parts.append(f"{model.computed / max(model.seconds, 1e-9):.1f} requests/s")
     if model.fraction is not None:
         parts.append(f"{model.fraction:.0%} of the limit")
-    return f"{model.deployment}: {', '.join(parts)}"
+    told = [f"{model.deployment}: {', '.join(parts)}", *map(str, model.devices)]
+    return "; ".join(told)
 
 
 def _table(scores: Sequence[Score], failed: Mapping[str, int]) -> list[str]:

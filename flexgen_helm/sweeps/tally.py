@@ -18,6 +18,7 @@ from flexgen_helm.planning.estimate import resource_seconds
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.roofline import Work
 from flexgen_helm.planning.sizes import Sizes
+from flexgen_helm.sweeps.device_time import DeviceClock, DeviceTime
 from flexgen_helm.sweeps.record import MOST_POINTS, TimelinePoint, TimeSplit, thinned
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Tally:
         """Of its sweeps, without waiting for weights that were still being loaded."""
         self.num_sweeps = self.prefill_rows = self.decode_rows = 0
         self.computed = self.prompt_tokens = self.prompt_rows = self.new_tokens = 0
-        self._prefill_s = self._decode_s = self._load_s = 0.0
+        self._prefill_s = self._decode_s = self._load_s = self._opening_s = 0.0
+        self._devices: dict[str, DeviceClock] = {}
         self._points: list[TimelinePoint] = []
         self._engine: RunningEngine | None = None
         self._limit_of: _Limit | None = None
@@ -54,7 +56,8 @@ class Tally:
         with self._lock:
             if self.first_sweep is None:
                 self.first_sweep, self._engine = timing.begun, engine
-                self._load_s += max(0.0, timing.begun - self.started)
+                self._opening_s = max(0.0, timing.begun - self.started)
+            self._devices.setdefault(timing.device, DeviceClock(timing.device, timing.begun)).add(timing)
             self._load_s += timing.load_s
             self.longest_s = max(self.longest_s, timing.host_s + computing)
             self._prefill_s += computing * timing.prefill_rows / rows
@@ -97,11 +100,28 @@ class Tally:
         return 0.0 if self.first_sweep is None else time.perf_counter() - self.first_sweep
 
     def split(self, seconds: float) -> TimeSplit:
-        """Where `seconds` of the model went."""
+        """Where `seconds` of the model went; of several devices, in the mean."""
         with self._lock:
-            used = self._load_s + self._prefill_s + self._decode_s
-            host = max(0.0, seconds - used)
-            return TimeSplit(load=self._load_s, prefill=self._prefill_s, decode=self._decode_s, host=host)
+            parts = (self._load_s, self._prefill_s, self._decode_s)
+            load, prefill, decode = (part / max(1, len(self._devices)) for part in parts)
+            load += self._opening_s
+            host = max(0.0, seconds - load - prefill - decode)
+            return TimeSplit(load=load, prefill=prefill, decode=decode, host=host)
+
+    def devices(self) -> tuple[DeviceTime, ...]:
+        """Where the time of each device went, those that were given up included."""
+        given_up = getattr(self._engine, "given_up", {})
+        with self._lock:
+            return tuple(clock.time(time.perf_counter(), given_up) for _, clock in sorted(self._devices.items()))
+
+    @property
+    def num_devices(self) -> int:
+        """How many have swept."""
+        return max(1, len(self._devices))
+
+    def given_up(self) -> dict[str, str]:
+        """Devices that the engine does not use any more, and why."""
+        return dict(getattr(self._engine, "given_up", {}))
 
     def timeline(self) -> tuple[TimelinePoint, ...]:
         """The sweeps so far, neighbours together."""
@@ -136,19 +156,20 @@ class _Limit:
 
     def __init__(self, engine: Engine | RemoteEngine) -> None:
         self._plan: Plan = engine.plan
+        self._gathers = getattr(engine, "gathers", False)  # the rates from card to card are not in the profile
         self._profile: HardwareProfile | None = None
         with suppress(ConfigError):
             self._profile = HardwareProfile.load()
             self._sizes: Sizes = sizes_of(engine)
 
     def __call__(self, tally: Tally) -> float | None:
-        if self._profile is None:
+        if self._profile is None or self._gathers:
             return None
         limits, sizes, rows = self._plan.limits, self._sizes, tally.prefill_rows + tally.decode_rows
         fewest = max(
             math.ceil(rows / limits.rows_per_sweep), math.ceil((tally.computed + tally.decode_rows) / limits.seats)
         )
-        sweeps = min(max(1, fewest), max(1, tally.num_sweeps))
+        sweeps = min(max(tally.num_devices, fewest), max(1, tally.num_sweeps))
         work = Work(
             sweeps=sweeps,
             flop=2.0 * sizes.layer_parameters * rows
@@ -157,7 +178,8 @@ class _Limit:
             from_device_bytes=0.0,
             device_bytes=sweeps * sizes.sweep_bytes,
         )
-        return max(resource_seconds(work, self._profile, limits.rows_per_batch, sizes.disk_bytes).values())
+        seconds = max(resource_seconds(work, self._profile, limits.rows_per_batch, sizes.disk_bytes).values())
+        return seconds / tally.num_devices  # each has a link and a device's rates of its own
 
 
 def _plain(value: Any) -> Any:

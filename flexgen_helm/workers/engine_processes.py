@@ -35,7 +35,7 @@ class EngineProcesses:
             waiting = self._waiting
             assert waiting is not None
             try:
-                return waiting.look(policy)
+                return waiting.memory(policy)
             except BaseException:
                 self._waiting = None
                 waiting.kill()

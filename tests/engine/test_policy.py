@@ -18,7 +18,7 @@ from engine.policy import Share, parse_bytes, policy_directories
 KEYS = {
     "gpu-batch-size", "num-gpu-batches", "percent", "weights", "kv-cache", "activations", "pad-to-seq-len",
     "compress-weight", "compress-cache", "cpu-cache-compute", "pin-weight", "overlap", "share-prefix", "dtype",
-    "device", "gpu-memory", "cpu-memory", "offload-dir", "batch-invariant",
+    "device", "gather-weights", "gpu-memory", "cpu-memory", "offload-dir", "batch-invariant",
 }  # fmt: skip
 
 
@@ -118,7 +118,15 @@ def test_an_unknown_key_suggests_the_nearest(wrong: str, meant: str) -> None:
         ({"overlap": "yes"}, ["overlap", "'yes'"]),
         ({"dtype": "floaty16"}, ["dtype", "float16"]),
         ({"device": "gpu"}, ["device", "'gpu'", "cuda"]),
-        ({"device": ["cuda:0", "cuda:1"]}, ["device", "lists"]),
+        ({"device": ["cuda:0", "cuda:00"]}, ["device", "cuda:0", "2 times"]),
+        ({"device": ["cuda:0", "cpu:0"]}, ["device", "cuda and cpu", "one kind"]),
+        ({"device": ["cuda", "cuda:1"]}, ["device", "'cuda'", "number"]),
+        ({"device": ["cuda:0", 1]}, ["device", "1", "[cuda:0, cuda:1]"]),
+        ({"device": []}, ["device", "no device"]),
+        ({"device": "cuda:0, cuda:1"}, ["device", "list such as"]),
+        ({"device": None}, ["device", "None"]),
+        ({"device": "cuda:1", "gather-weights": True}, ["gather-weights", "cuda:1", "several"]),
+        ({"gather-weights": 2}, ["gather-weights", "2", "auto, true, false"]),
         ({"gpu-memory": "16 gigs"}, ["gpu-memory", "'16 gigs'", "16GB"]),
         ({"cpu-memory": -1}, ["cpu-memory", "-1"]),
         ({"cpu-memory": 0}, ["cpu-memory", "0"]),
@@ -218,7 +226,9 @@ policies = st.builds(
     overlap=st.booleans(),
     share_prefix=st.booleans(),
     dtype=st.sampled_from(["auto", "float32", "float16", "bfloat16"]),
-    device=st.sampled_from(["auto", "cpu", "cuda", "cuda:1", "mps", "xpu:0"]),
+    device=st.sampled_from(
+        ["auto", "cpu", "cuda", "cuda:1", "mps", "xpu:0", "all", ("cuda:0", "cuda:3"), ("cpu:0", "cpu:1")]
+    ),
     gpu_memory=st.none() | st.integers(1, 2**45),
     cpu_memory=st.none() | st.integers(1, 2**45),
     offload_dir=st.just("/some/where"),

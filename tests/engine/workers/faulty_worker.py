@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from engine import worker
+from engine import Engine, Policy, worker
 from engine.executor import Executor
 
-KILLS, RAISES, RUNS_OUT, SLOW = 401, 402, 403, 404
+KILLS, RAISES, RUNS_OUT, SLOW, FAILS_ON_SECOND = 401, 402, 403, 404, 405
 
 
 def main(line: int) -> None:
@@ -20,6 +20,15 @@ def main(line: int) -> None:
     torch.set_num_threads(1)
     sweep = Executor.sweep
     num_failures = 0
+    opening = Engine.from_pretrained
+    device = ""
+
+    def opened(model: str, policy: Policy, **others: Any) -> Engine:
+        nonlocal device
+        device = str(policy.device)
+        if device.startswith(os.environ.get("FLEXGEN_TEST_CANNOT_OPEN", "nothing")):
+            raise RuntimeError("CUDA error: device unavailable")
+        return opening(model, policy, **others)
 
     def faulty(self: Any, batches: Any) -> Any:
         nonlocal num_failures
@@ -29,6 +38,8 @@ def main(line: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if RAISES in first:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if FAILS_ON_SECOND in first and device == "cpu:1":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if RUNS_OUT in first and num_failures < 2:
             num_failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -36,5 +47,6 @@ def main(line: int) -> None:
             time.sleep(0.2)
         return sweep(self, batches)
 
+    Engine.from_pretrained = opened  # type: ignore[method-assign,assignment]
     Executor.sweep = faulty  # type: ignore[method-assign]
     worker.main(line)

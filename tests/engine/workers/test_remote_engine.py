@@ -72,7 +72,7 @@ def here(model: str) -> Iterator[Engine]:
 
 
 def pid_of(engine: RemoteEngine) -> int:
-    found = engine._place._process
+    found = engine._place._crew.places[0].process
     assert found is not None
     return found.pid
 
@@ -205,7 +205,7 @@ from engine.workers.remote_engine import RemoteEngine
 waiting = WorkerProcess()
 engine = RemoteEngine({model!r}, Policy(device="cpu"))
 heir = os.fork() or time.sleep(60)  # keeps the parent's ends of the lines open
-print(waiting.pid, engine._place._process.pid, heir, flush=True)
+print(waiting.pid, engine._place._crew.places[0].process.pid, heir, flush=True)
 time.sleep(60)
 """
 

@@ -108,7 +108,7 @@ def answer(tokens: int = 10) -> Answer:
 
 
 def timing(**fields: Any) -> SweepTiming:
-    sweep = {"begun": 100.0, "host_s": 0.5, "sweep_s": 4.0, "load_s": 0.0}
+    sweep = {"begun": 100.0, "host_s": 0.5, "sweep_s": 4.0, "load_s": 0.0, "link_s": 0.25, "device": "cpu"}
     return SweepTiming(**{**sweep, "prefill_rows": 30, "decode_rows": 10, "num_sequences": 3, **fields})
 
 
@@ -125,8 +125,24 @@ def test_a_tally_adds_sweeps_up() -> None:
     assert (tally.num_sweeps, tally.prefill_rows, tally.decode_rows) == (2, 30, 13)
     assert (tally.computed, tally.prompt_tokens, tally.new_tokens, tally.saved_tokens) == (4, 80, 4, 50)
     assert [(point.at, point.seconds, point.sequences) for point in tally.timeline()] == [(3.0, 4.5, 3), (8.0, 1.5, 3)]
+    (device,) = tally.devices()
+    assert (device.device, device.sweeps, device.link) == ("cpu", 2, 0.5)
+    assert device.computing == (0.5 + 4.0 - 1.0 - 0.25) + (0.5 + 1.0 - 0.25)
     assert tally.plan() == {}
     assert tally.limit_s() is None
+
+
+def test_devices_are_told_apart_and_their_time_is_not_counted_twice() -> None:
+    tally = Tally()
+    tally.started = 100.0
+    engine = SimpleNamespace(given_up={"cuda:1": "it fell off the bus"})
+    for device in ("cuda:0", "cuda:1"):
+        tally.observe(engine, timing(device=device))  # type: ignore[arg-type]
+    assert tally.split(10.0) == TimeSplit(load=0.0, prefill=3.0, decode=1.0, host=6.0)
+    first, second = (each.time(105.0, engine.given_up) for each in tally._devices.values())
+    assert (first.computing, first.link, first.helm, first.given_up) == (4.25, 0.25, 0.5, "")
+    assert str(second) == "cuda:1 computing 85%, link 5%, HELM 10%, given up (it fell off the bus)"
+    assert tally.given_up() == engine.given_up
 
 
 def test_a_timeline_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,115 @@
+"""Which devices a policy's `device` stands for on a machine, and whether they can run one model together (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.errors import CapacityError, ConfigError, InstallationError
+from engine.memory.device_names import kind_of
+
+_OWN_BYTES = 1 << 30
+"""What a process of ours takes of a card before anything is placed: the driver's context."""
+_TAKEN_FRACTION = 0.1
+"""Of a card's memory, beside that, from which on it is held to be busy with somebody else's work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device with memory of its own."""
+
+    name: str
+    """That torch knows it by, such as "cuda:0"."""
+    model: str
+    """What the maker calls it."""
+    num_bytes: int
+    """All its memory."""
+
+    def is_like(self, other: Device) -> bool:
+        """Whether it is as fast and as large, as far as its maker's name tells."""
+        return (self.model, self.num_bytes) == (other.model, other.num_bytes)
+
+
+def stands_for_several(asked: str | tuple[str, ...]) -> bool:
+    """Whether a policy's `device` may stand for several on some machine."""
+    return not isinstance(asked, str) or asked in ("auto", "all")
+
+
+def devices_of(asked: str | tuple[str, ...], seen: Sequence[Device], cores: int) -> tuple[str, ...]:
+    """The names of the devices that `asked` stands for.
+
+    asked: a policy's `device`. seen: those of the machine, the best kind first. cores: that the process may use. Empty
+    where "auto" or "all" is the CPU. Raises `InstallationError` where the list names more than there are.
+    """
+    if isinstance(asked, str):
+        if asked not in ("auto", "all"):
+            return (asked,)
+        best = kind_of(seen[0].name) if seen and asked == "all" else "cuda"  # "auto" has never meant another kind
+        able = [each for each in seen if kind_of(each.name) == best]
+        return tuple(each.name for each in able if asked == "all" or each.is_like(able[0]))
+    kind = kind_of(asked[0])
+    count = cores if kind == "cpu" else sum(kind_of(each.name) == kind for each in seen)
+    missing = [name for name in asked if int(name.partition(":")[2]) >= count]
+    if missing:
+        have = (
+            f"this process may use {count} cores, one at least for each" if kind == "cpu" else _there_are(count, kind)
+        )
+        raise InstallationError(f"device {', '.join(missing)}: {have}; the list names {len(asked)}")
+    return tuple(asked)
+
+
+def check_alike(names: Sequence[str], seen: Sequence[Device], gather: bool | None) -> str:
+    """A line on devices that differ, empty where all are alike; `ConfigError` where they are to gather weights."""
+    found = {each.name: each for each in seen}
+    devices = [found[name] for name in names if name in found]
+    other = next((each for each in devices if not each.is_like(devices[0])), None)
+    if other is None:
+        return ""
+    first = devices[0]
+    differ = f"{first.name} is a {first.model} of {_gb(first.num_bytes)}, {other.name} a {other.model} of "
+    differ += _gb(other.num_bytes)
+    if gather:
+        raise ConfigError(f"gather-weights: {differ}; only like cards gather weights, set gather-weights: false")
+    return f"{differ}: each brings all weights itself, and none takes more memory than the smallest has"
+
+
+def busy(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> dict[str, str]:
+    """Which devices somebody else's work leaves too little of, and why, by name.
+
+    free: bytes that are free and all, by name. gpu_memory: the policy's limit, None for as much as there is.
+    """
+    found = {}
+    for name, (left, total) in free.items():
+        taken, needed = total - left, gpu_memory
+        if needed is not None:
+            if left < min(needed, total - _OWN_BYTES):
+                found[name] = f"{_gb(left)} of its {_gb(total)} are free, less than gpu-memory {_gb(needed)}"
+        elif taken > _OWN_BYTES + _TAKEN_FRACTION * total:
+            found[name] = f"{_gb(taken)} of its {_gb(total)} are taken by others"
+    return found
+
+
+def check_free(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> None:
+    """Raise `CapacityError` where a device that was named is busy: every other would get no more than it has left."""
+    for name, why in busy(free, gpu_memory).items():
+        most = min(left for left, _ in free.values())
+        raise CapacityError(
+            f"device {name}: {why}; wait for it, leave it out, or set gpu-memory to at most {_gb(most)} for all"
+        )
+
+
+def gathers(asked: bool | None, names: Sequence[str], *, alike: bool) -> bool:
+    """Whether several devices keep and bring a part of the weights each; `asked` is the policy's `gather-weights`."""
+    return alike and kind_of(names[0]) == "cuda" if asked is None else asked
+
+
+def _there_are(count: int, kind: str) -> str:
+    return (
+        f"there is {'no' if count == 0 else 'only 1'} {kind} device"
+        if count < 2
+        else (f"there are only {count} {kind} devices")
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,104 @@
+"""The devices that an engine is to run on, each with a process that waits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from engine.errors import EngineError
+from engine.memory.cores import usable_cores
+from engine.planning.devices import busy, check_alike, check_free, devices_of, gathers, stands_for_several
+from engine.planning.hardware import Memory
+from engine.policy import Policy
+from engine.workers.messages import Seen
+from engine.workers.process import WorkerProcess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seats:
+    """Devices, and what they may use."""
+
+    policies: tuple[Policy, ...]
+    """One for each device, which it names."""
+    processes: tuple[WorkerProcess | None, ...]
+    """For each device, one that waits, if one does."""
+    memory: Memory | None = None
+    """What each device's engine may plan with; only of several."""
+    gather: bool = False
+    """Whether each keeps and brings a part of the weights, and all gather them."""
+
+
+def seats_for(policy: Policy, process: WorkerProcess | None) -> Seats:
+    """The seats that `policy` means on this machine; `process` waits already, if there is one.
+
+    The processes look at the devices: this one has no business there. Raises `InstallationError`, `ConfigError` or
+    `CapacityError` where the devices are not here, do not go together, or are busy.
+    """
+    if not stands_for_several(policy.device):
+        return Seats(policies=(policy,), processes=(process,))
+    started = [process or WorkerProcess()]
+    try:
+        seen = started[0].look(policy)
+        names = devices_of(policy.device, seen.devices, usable_cores())
+        if len(names) <= 1:
+            return Seats(policies=(_on(policy, names, seen),), processes=(started[0],))
+        note = check_alike(names, seen.devices, policy.gather_weights)
+        started += [WorkerProcess() for _ in names[1:]]
+        policies = [replace(policy, device=name) for name in names]
+        found = [each.look(own) for each, own in zip(started, policies, strict=True)]
+        if policy.device == "auto":
+            started, policies, found = _free(started, policies, found, policy.gpu_memory)
+        else:
+            check_free(_free_bytes(policies, found), policy.gpu_memory)
+        if len(started) == 1:
+            return Seats(policies=tuple(policies), processes=tuple(started))
+        memories = [_memory(each) for each in found]
+    except BaseException:
+        for each in started:
+            each.kill()
+        raise
+    if note:
+        warnings.warn(note, stacklevel=2)
+    return Seats(
+        policies=tuple(policies),
+        processes=tuple(started),
+        memory=Memory(
+            device=min(each.device for each in memories),
+            host=min(each.host for each in memories),
+            disk=min(each.disk for each in memories),
+            shared=memories[0].shared,
+        ),
+        gather=gathers(policy.gather_weights, [str(each.device) for each in policies], alike=not note),
+    )
+
+
+def _on(policy: Policy, names: Sequence[str], seen: Seen) -> Policy:
+    """The policy of the only device; where the machine has no other one, as the user wrote it."""
+    return replace(policy, device=names[0]) if names and (len(seen.devices) > 1 or policy.device == "all") else policy
+
+
+def _memory(seen: Seen) -> Memory:
+    if isinstance(seen.memory, EngineError):
+        raise seen.memory
+    return seen.memory
+
+
+def _free_bytes(policies: Sequence[Policy], found: Sequence[Seen]) -> dict[str, tuple[int, int]]:
+    return {
+        str(policy.device): seen.free for policy, seen in zip(policies, found, strict=True) if seen.free is not None
+    }
+
+
+def _free(
+    started: list[WorkerProcess], policies: list[Policy], found: list[Seen], gpu_memory: int | None
+) -> tuple[list[WorkerProcess], list[Policy], list[Seen]]:
+    """Those whose device nobody else works on; the first one where somebody works on each."""
+    taken = busy(_free_bytes(policies, found), gpu_memory)
+    kept = [number for number, policy in enumerate(policies) if policy.device not in taken] or [0]
+    for number, process in enumerate(started):
+        if number not in kept:
+            process.kill()
+            name = str(policies[number].device)
+            warnings.warn(f"device {name} is left out: {taken[name]}", stacklevel=3)
+    return [started[n] for n in kept], [policies[n] for n in kept], [found[n] for n in kept]

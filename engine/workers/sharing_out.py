@@ -1,0 +1,225 @@
+"""Which device computes which jobs: handed out group by group, as devices need work (pure)."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from engine.job import Job
+from engine.workers.groups import Group, Load, groups_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How much may wait at a device for its next sweeps."""
+
+    rows: int
+    """Tokens of prompts."""
+    jobs: int
+
+
+@dataclass(kw_only=True)
+class _Held:
+    """What a device has."""
+
+    loads: dict[int, Load] = field(default_factory=dict)
+    waiting: set[int] = field(default_factory=set)
+    """Those that it has not begun to compute."""
+    rows: int = 0
+    """Of those that wait."""
+    tokens: int = 0
+    """Of all, and of what they begin with."""
+    families: Counter[int] = field(default_factory=Counter)
+    """Of the groups that they are of, with the number of jobs of each."""
+
+
+class SharingOut:
+    """Jobs that no device has, and what each device has of them.
+
+    A group goes to the device that has least to compute. A device gets no more of it than it needs for its next sweeps;
+    the rest stays here, its own, until another device has nothing left: that one takes half of the largest rest. A
+    group that is larger than a fair share of all that nobody has yet is divided when it is handed out.
+    """
+
+    def __init__(self, num_places: int, *, share_prefix: bool = True) -> None:
+        """`num_places`: devices, by number. `share_prefix`: whether devices compute a shared prefix once."""
+        self._share_prefix = share_prefix
+        self._held = {place: _Held() for place in range(num_places)}
+        self._place_of: dict[int, int] = {}
+        self._unsent: dict[int, Job] = {}
+        self._loads: dict[int, Load] = {}
+        """Of jobs among the unsent that are in groups."""
+        self._tokens = 0
+        """Of those."""
+        self._groups: deque[Group] = deque()
+        """With loads of jobs that may be gone."""
+        self._family_of: dict[int, int] = {}
+        """Of jobs that devices have, and of those in groups."""
+        self._begun: dict[int, Group] = {}
+        """The rest of a group that a device has a part of."""
+
+    def add(self, jobs: Mapping[int, Job]) -> None:
+        """Take in jobs, by number."""
+        self._unsent.update(jobs)
+
+    @property
+    def unsent(self) -> list[int]:
+        """Every job that no device has, in the order of their numbers."""
+        return sorted(self._unsent)
+
+    def held(self, place: int) -> Collection[int]:
+        """The jobs that a device has."""
+        return self._held[place].loads.keys()
+
+    def tokens(self, place: int) -> int:
+        """Computed tokens of the jobs that a device has."""
+        return self._held[place].tokens
+
+    def hand_over(self, place: int, numbers: Iterable[int]) -> None:
+        """Take in that a device has jobs now that need not have come from here."""
+        held = self._held[place]
+        for number in numbers:
+            load = self._take(number) or Load(number=number, rows=0, new=0)
+            self._place_of[number] = place
+            held.loads[number] = load
+            held.waiting.add(number)
+            held.rows += load.rows
+            held.tokens += load.tokens
+            held.families[self._family_of.get(number, number)] += 1
+
+    def entered(self, numbers: Iterable[int]) -> None:
+        """Take in that devices have begun to compute jobs."""
+        for number in numbers:
+            if number in self._place_of:
+                self._enter(self._held[self._place_of[number]], number)
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Forget jobs, wherever they are."""
+        for number in numbers:
+            self._take(number)
+            place = self._place_of.pop(number, None)
+            if place is not None:
+                held = self._held[place]
+                self._enter(held, number)
+                held.tokens -= held.loads.pop(number).tokens
+                family = self._family_of.get(number, number)
+                held.families[family] -= 1
+                if not held.families[family]:
+                    del held.families[family]
+            self._family_of.pop(number, None)
+
+    def give_up(self, place: int) -> None:
+        """Let others take the rest of the group that a device has a part of."""
+        if (rest := self._begun.pop(place, None)) is not None:
+            self._groups.appendleft(rest)
+
+    def hand_out(self, rooms: Mapping[int, Room]) -> dict[int, list[int]]:
+        """What each of these devices is to get now, in the order to compute it in; it has that from now on."""
+        self._make_groups()
+        given: dict[int, list[int]] = {}
+        hungry = set(rooms)
+        while hungry:
+            place = min(hungry, key=lambda place: (self.tokens(place), place))
+            part = self._next(place, rooms) if self._has_room(place, rooms[place]) else None
+            if part is None:
+                hungry.discard(place)
+                continue
+            numbers = [load.number for load in part.loads]
+            again = part.inherited if part.family not in self._held[place].families else 0
+            if again:
+                first = part.loads[0]
+                self._loads[first.number] = replace(first, rows=first.rows + again)
+                self._tokens += again
+            self.hand_over(place, numbers)
+            given.setdefault(place, []).extend(numbers)
+        return given
+
+    def _take(self, number: int) -> Load | None:
+        """Let a job be no longer among those that no device has."""
+        self._unsent.pop(number, None)
+        load = self._loads.pop(number, None)
+        self._tokens -= 0 if load is None else load.tokens
+        return load
+
+    @staticmethod
+    def _enter(held: _Held, number: int) -> None:
+        if number in held.waiting:
+            held.waiting.discard(number)
+            held.rows -= held.loads[number].rows
+
+    def _make_groups(self) -> None:
+        """Put what has come since the last time into groups."""
+        jobs = {number: job for number, job in self._unsent.items() if number not in self._loads}
+        if not jobs:
+            return
+        groups = groups_of(jobs, len(self._held), self._tokens, share_prefix=self._share_prefix)
+        if self._loads and min(jobs) < min(self._loads):  # some device had them, and has ended
+            self._groups.extendleft(reversed(groups))
+        else:
+            self._groups.extend(groups)
+        for group in groups:
+            self._loads.update((load.number, load) for load in group.loads)
+            self._family_of.update((load.number, group.family) for load in group.loads)
+            self._tokens += group.tokens
+
+    def _has_room(self, place: int, room: Room) -> bool:
+        held = self._held[place]
+        return held.rows < room.rows and len(held.waiting) < room.jobs
+
+    def _next(self, place: int, rooms: Mapping[int, Room]) -> Group | None:
+        """What a device gets next; None where nothing is left for it."""
+        group = self._live(self._begun.pop(place, None))
+        while group is None and self._groups:
+            group = self._live(self._groups.popleft())
+        if group is None and not self._held[place].waiting:
+            group = self._half_of_the_largest_rest()
+        if group is None:
+            return None
+        group, room, held = self._fair_part(place, group, rooms), rooms[place], self._held[place]
+        fitting = _within((load.rows for load in group.loads), room.rows - held.rows)
+        part, rest = group.split(max(1, min(fitting, room.jobs - len(held.waiting))))
+        if rest.loads:
+            self._begun[place] = rest
+        return part
+
+    def _fair_part(self, place: int, group: Group, rooms: Mapping[int, Room]) -> Group:
+        """What a device should get of a group; the others may take the rest at once."""
+        if len(rooms) < 2 or group.tokens <= self._tokens / len(rooms):
+            return group
+        total = sum(self.tokens(other) for other in rooms) + self._tokens + group.shared
+        own, rest = group.split(_within((load.tokens for load in group.loads), total / len(rooms) - self.tokens(place)))
+        if rest.tokens <= group.shared:  # it would cost another device more than it spares this one
+            return group
+        self._groups.appendleft(rest)
+        return own
+
+    def _half_of_the_largest_rest(self) -> Group | None:
+        self._begun = {place: live for place, rest in self._begun.items() if (live := self._live(rest)) is not None}
+        owner = max(self._begun, key=lambda place: self._begun[place].tokens, default=None)
+        if owner is None:
+            return None
+        rest = self._begun[owner]
+        kept, taken = rest.split(_within((load.tokens for load in rest.loads), rest.tokens / 2))
+        if taken.tokens <= rest.shared:
+            return None
+        self._begun[owner] = kept
+        return taken
+
+    def _live(self, group: Group | None) -> Group | None:
+        """A group without jobs that are gone; None where none is left."""
+        if group is None or all(load.number in self._loads for load in group.loads):
+            return group
+        loads = tuple(load for load in group.loads if load.number in self._loads)
+        return replace(group, loads=loads) if loads else None
+
+
+def _within(sizes: Iterable[int], most: float) -> int:
+    """How many of `sizes`, from the first one on, come to at most `most`; at least one."""
+    total = count = 0
+    for size in sizes:
+        total += size
+        if count and total > most:
+            break
+        count += 1
+    return count
