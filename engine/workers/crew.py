@@ -108,11 +108,12 @@ class Crew:
         Nothing is heard of them at their places any more. Returns them, to be waited for.
         """
         closing = []
+        is_torn = self.gathers and not self.is_open  # none would come to the end of a sweep
         for place in self.places:
             process, place.process = place.process, None
             if process is not None:
                 closing.append(process)
-                if place is comparing or place.opened is None:
+                if is_torn or place is comparing or place.opened is None:
                     process.kill()  # nothing of what it does is kept
                 process.send(Close())
         self._forget_shared()

@@ -82,7 +82,7 @@ class Ledger:
 
     def entered(self, numbers: Iterable[int]) -> None:
         """Take in that a process has begun to compute jobs."""
-        known = [number for number in numbers if number in self._asked]
+        known = [number for number in numbers if self._shares.is_held(number)]  # else its process has ended meanwhile
         self._entered.update(known)
         self._shares.entered(known)
 

@@ -72,6 +72,10 @@ class SharingOut:
         """The jobs that a device has."""
         return self._held[place].loads.keys()
 
+    def is_held(self, number: int) -> bool:
+        """Whether a device has a job."""
+        return number in self._place_of
+
     def tokens(self, place: int) -> int:
         """Computed tokens of the jobs that a device has."""
         return self._held[place].tokens

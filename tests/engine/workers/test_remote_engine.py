@@ -197,6 +197,26 @@ def test_closing_delivers_the_sweep_at_hand(model: str) -> None:
     engine.close()
 
 
+WITHOUT_STANDARD = """
+import os, sys
+for number in (0, 1, 2):
+    os.close(number)
+from engine import Job, Policy
+from engine.workers.remote_engine import RemoteEngine
+with RemoteEngine({model!r}, Policy(device="cpu")) as engine:
+    (done,) = engine.run([Job(prompt=[6], max_new_tokens=2)])
+with open({out!r}, "w") as file:
+    file.write(str(done.tokens))
+"""
+
+
+def test_a_program_without_standard_streams_has_workers_all_the_same(model: str, here: Engine, tmp_path: Path) -> None:
+    """As a daemon may be: the line to a process must not be what is a standard stream there."""
+    program = WITHOUT_STANDARD.format(model=model, out=str(tmp_path / "out"))
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=240)
+    assert (tmp_path / "out").read_text() == str(here.run([Job(prompt=[6], max_new_tokens=2)])[0].tokens)
+
+
 PARENT = """
 import os, time
 from engine import Policy

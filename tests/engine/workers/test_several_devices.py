@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,28 @@ def test_one_of_two_dies_and_nothing_is_lost(two: RemoteEngine, here: Engine) ->
     assert [death.partition(":")[2][:2] for death in two.deaths[before:]] == ["1:"]
     assert killed not in pids(two)
     assert not two.given_up
+
+
+@pytest.mark.slow  # twenty processes; one death is in the ordinary tests
+@pytest.mark.parametrize("gather", [False, True])
+def test_processes_killed_at_random_moments_lose_nothing(model: str, here: Engine, gather: bool) -> None:
+    asked, dice = jobs(400, seed=1), random.Random(0)
+    expected = here.run(asked)
+    with RemoteEngine(model, replace(TWO, gather_weights=gather)) as engine:
+        for number in range(20):
+            done: list[Any] = []
+            before = pids(engine)
+            thread = threading.Thread(target=lambda to=done: to.extend(engine.run(asked)))
+            thread.start()
+            time.sleep(dice.uniform(0, 0.5))
+            if found := pids(engine):
+                os.kill(dice.choice(found), signal.SIGKILL)
+            thread.join()
+            assert_same(done, expected)
+            engine.run(asked[:1])  # starts what is dead, so that there is somebody to kill
+            assert len(engine.deaths) + len(engine.given_up) <= number + 1
+            assert not gather or not set(pids(engine)) & set(before) or len(engine.deaths) == 0
+        assert len(engine.deaths) + len(engine.given_up) > 10
 
 
 def test_too_little_memory_on_one_is_no_death(two: RemoteEngine, here: Engine) -> None:

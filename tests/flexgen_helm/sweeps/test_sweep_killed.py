@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,14 +88,21 @@ def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_da
     assert kept(tmp_path) - answers == sum(map(int, log.read_text().split())) > 0
 
 
-def test_a_worker_that_is_killed_costs_no_answer(tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "devices", [["cpu"], pytest.param(["cpu:0", "cpu:1"], marks=pytest.mark.slow)], ids=["one", "two"]
+)
+def test_a_worker_that_is_killed_costs_no_answer(
+    devices: list[str], tiny_llama: Path, helm_data: Path, tmp_path: Path
+) -> None:
     """As the system does where memory runs out."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(json.dumps({"device": devices if len(devices) > 1 else devices[0]}))
     (tmp_path / "benchmark_output").mkdir()
     (tmp_path / "benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", SLOW, "sweep", "-r", *ENTRIES, "-m", "4", "--model", str(tiny_llama), "--suite",
-               "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1"]  # fmt: skip
+               "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1", "--policy", str(policy)]  # fmt: skip
     log = tmp_path / "delivered"
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:  # fmt: skip
@@ -103,14 +111,18 @@ def test_a_worker_that_is_killed_costs_no_answer(tiny_llama: Path, helm_data: Pa
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.005)
-        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(worker), signal.SIGKILL)
+        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+        workers = [child for thread in threads for child in thread.read_text().split()]
+        assert len(workers) == len(devices)
+        os.kill(int(workers[-1]), signal.SIGKILL)
         told, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "suite s: 4 done, 0 failed" in told
-    assert "the engine's process ended once (killed by signal 9" in told
+    where = r"cpu:\d: " if len(devices) > 1 else ""
+    assert re.search(rf"the engine's process ended once \({where}killed by signal 9", told)
     record = json.loads((tmp_path / "benchmark_output/runs/s/flexgen_sweep.json").read_text())
     assert len(record["models"][0]["deaths"]) == 1
+    assert [each["device"] for each in record["models"][0]["devices"]] == devices
     assert kept(tmp_path) == record["models"][0]["computed"] > 0
     assert "ended and was replaced" in (tmp_path / "benchmark_output/runs/s/report.html").read_text()
 
