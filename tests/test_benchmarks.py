@@ -708,6 +708,7 @@ def test_spans_add_up_and_survive_errors() -> None:
     assert spans["it"] >= spans["it cpu"] > 0
 
 
+@pytest.mark.slow
 def test_several_devices_are_timed_beside_one(opt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Here on the CPU; each way, with what it holds in host memory."""
     settings = ["--settings", "opt-30b-4bit", "--shape", opt, "--rows", "1x6x8+4:2"]
