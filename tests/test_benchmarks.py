@@ -21,6 +21,7 @@ from benchmarks import (
     draw,
     memory,
     offloaded,
+    several_gpus,
     sweep_overhead,
     sweep_suite,
     timeline,
@@ -705,3 +706,18 @@ def test_spans_add_up_and_survive_errors() -> None:
         with contextlib.suppress(ValueError):
             timed(range(1000)) if do is sum else timed()
     assert spans["it"] >= spans["it cpu"] > 0
+
+
+@pytest.mark.slow
+def test_several_devices_are_timed_beside_one(opt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here on the CPU; each way, with what it holds in host memory."""
+    settings = ["--settings", "opt-30b-4bit", "--shape", opt, "--rows", "1x6x8+4:2"]
+    several_gpus.main(["--devices", "cpu", "cpu", *settings, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "several-gpus.json").read_text())
+    assert [(run["way"], len(run["devices"])) for run in record["runs"]] == [(None, 1), ("each", 2), ("gather", 2)]
+    for found in record["runs"]:
+        (row,) = found["rows"]
+        assert row["seconds"] > 0
+        assert len(row["each_s"]) == len(found["devices"])
+        assert found["host_bytes_of_weights"] > 0
+    assert capsys.readouterr().out.count("1x6x8+4:2") == 3

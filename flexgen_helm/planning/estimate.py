@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import CapacityError
-from engine.memory.layout import split_bytes
+from engine.memory.layout import part_bytes, split_bytes
 from engine.memory.tiers import TIERS, Tier, percents
+from engine.planning.limits import GATHER_SLOTS, SLOTS
 from engine.planning.planner import Plan
+from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share
 from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.overlap import Overlap
@@ -37,6 +39,9 @@ counted in OPT: norms 4, residuals 6, the activation 8 (four times as wide), key
 _REQUEST_S = 0.55e-3
 """What a request takes while neither device nor link is busy: it comes, is sampled and leaves. 1000 of them took
 OPT-1.3B and OPT-6.7B about that much more than all else here (benchmarks/results/planner-*-choice.json)."""
+
+_WHOLE = ("embedding", "outer")
+"""Units that each of several devices has whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +97,22 @@ def check_room(load: Workload, sizes: Sizes, plan: Plan) -> None:
 
 
 def estimate(
-    model: CausalModel | ModelSizes, profile: HardwareProfile, load: Workload, policy: Policy, plan: Plan
+    model: CausalModel | ModelSizes,
+    profile: HardwareProfile,
+    load: Workload,
+    policy: Policy,
+    plan: Plan,
+    sharing: Sharing = ALONE,
 ) -> Estimate:
-    """What `load` takes under a plan; `CapacityError` when that has no room for a sequence of it."""
-    numbers = ModelSizes.of(model)
-    sizes = numbers.placed(placed_bytes(numbers, policy, plan.weights), policy)
+    """What `load` takes under a plan; `CapacityError` when that has no room for a sequence of it.
+
+    Several devices that share the weights compute an equal part each; what is told is of one of them.
+    """
+    numbers, load = ModelSizes.of(model), load.part_of(sharing.count)
+    sizes = numbers.placed(placed_bytes(numbers, policy, plan.weights, sharing), policy)
+    sizes = replace(sizes, sweep_bytes=numbers.placed(placed_bytes(numbers, policy, plan.weights), policy).sweep_bytes)
+    if sharing.count > 1 and profile.links_together_bytes_s is not None:
+        profile = replace(profile, to_device_bytes_s=profile.links_together_bytes_s)
     check_room(load, sizes, plan)
     crosses = not policy.cpu_cache_compute
     whole = work_of(load, sizes, plan, cache_crosses=crosses)
@@ -121,6 +137,11 @@ def estimate(
     calls = [0.0 if is_host(profile) else sizes.num_layers * seconds for seconds in asking]
     decode_s = resource_seconds(decode, profile, at_once, sizes.disk_bytes) | {"host": calls[1]}
     prefill_s = resource_seconds(prefill, profile, limits.rows_per_batch, sizes.disk_bytes) | {"host": calls[0]}
+    if sharing.gather and profile.gather_bytes_s is not None:
+        stored = numbers.coded[policy.compress_weight, policy.compress_cache].stored
+        split = sum(size for name, size in stored.items() if name not in _WHOLE)
+        gather_s = split * (sharing.count - 1) / sharing.count / profile.gather_bytes_s
+        prefill_s["card to card"], decode_s["card to card"] = prefill.sweeps * gather_s, decode.sweeps * gather_s
     pass_s = sizes.num_layers * _ELEMENTWISE_PASSES * sizes.hidden_row_bytes / profile.device_bytes_s
     prefill_s["arithmetic"] += pass_s * load.prefill_tokens
     decode_s["arithmetic"] += pass_s * load.num_requests * (load.new - 1)
@@ -133,7 +154,7 @@ def estimate(
     if not crosses:
         attended = work_of(load, sizes, plan).to_device_bytes - whole.to_device_bytes
         decode_s |= _host_attention(attended, decode.to_device_bytes, decode_s, profile, policy)
-    weights, held = room_taken(numbers, load, policy, plan)
+    weights, held = room_taken(numbers, load, policy, plan, sharing)
     return Estimate(
         policy=policy,
         plan=plan,
@@ -149,13 +170,14 @@ def estimate(
 
 
 def room_taken(
-    sizes: ModelSizes, load: Workload, policy: Policy, plan: Plan
+    sizes: ModelSizes, load: Workload, policy: Policy, plan: Plan, sharing: Sharing = ALONE
 ) -> tuple[dict[Tier, int], dict[Tier, int]]:
     """Bytes by tier of weights, and of all that is held at the fullest, as in `Estimate`."""
-    units = placed_bytes(sizes, policy, plan.weights)
+    units = placed_bytes(sizes, policy, plan.weights, sharing)
     placed = sizes.placed(units, policy)
     weights: dict[Tier, int] = {tier: sum(tiers[tier] for tiers in units.values()) for tier in TIERS}
-    in_transit = 2 * max(sum(tiers.values()) for tiers in units.values()) if placed.streamed_bytes else 0
+    largest = max(sizes.coded[policy.compress_weight, policy.compress_cache].stored.values())
+    in_transit = GATHER_SLOTS * largest if sharing.gather else SLOTS * largest if placed.streamed_bytes else 0
     taken = weights | {"device": weights["device"] + in_transit}
     return weights, _held(load, placed, plan, taken, num_at_once(load, placed, plan))
 
@@ -216,11 +238,14 @@ def _host_attention(
     }
 
 
-def placed_bytes(sizes: ModelSizes, policy: Policy, share: Share) -> dict[str, dict[Tier, int]]:
-    """Bytes of each unit's weights by tier."""
+def placed_bytes(
+    sizes: ModelSizes, policy: Policy, share: Share, sharing: Sharing = ALONE
+) -> dict[str, dict[Tier, int]]:
+    """Bytes of each unit's weights by tier; of several devices that gather them, what one holds."""
     placed: dict[str, dict[Tier, int]] = {}
     for name, stored in sizes.coded[policy.compress_weight, policy.compress_cache].stored.items():
-        split = split_bytes(stored, share)
+        is_split = sharing.gather and name not in _WHOLE
+        split = split_bytes(part_bytes(stored, sharing.count) if is_split else stored, share)
         placed[name] = {"device": split.device, "host": split.host, "disk": split.disk}
     return placed
 

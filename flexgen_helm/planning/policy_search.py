@@ -16,6 +16,7 @@ from engine.errors import CapacityError
 from engine.planning.hardware import Memory, memory_within
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_plan
+from engine.planning.sharing import ALONE, Sharing, WeightBytes
 from engine.policy import Policy, Share
 from flexgen_helm.planning.estimate import Estimate, estimate, is_host
 from flexgen_helm.planning.model_sizes import ModelSizes
@@ -57,11 +58,12 @@ def search(
     base: Policy,
     *,
     compress: bool,
+    sharing: Sharing = ALONE,
 ) -> list[Estimate]:
     """All policies that fit, the fastest first; of equals, the one that changes least of the numbers comes first.
 
     `base` says what is not searched for: memory limits, directories, and with `compress` false, the bits of codes.
-    Raises `CapacityError`, with what is missing, when none fits.
+    sharing: of several devices that share the weights. Raises `CapacityError`, with what is missing, when none fits.
     """
     sizes = ModelSizes.of(model)
     found: list[Estimate] = []
@@ -76,13 +78,13 @@ def search(
         if (weight, cache) not in sizes.coded:
             raise CapacityError(f"compress-cache: no codec takes this model's keys and values in {cache} bits")
         shape = sizes.coded[weight, cache].shape
-        for share in _shares(shape, memory, base):
+        for share in _shares(shape, memory, base, sharing):
             policy = replace(
                 base, compress_weight=weight, compress_cache=cache, weights=share, cpu_cache_compute=on_host
             )
             try:
-                plan = make_plan(shape, policy, memory, on_cpu=is_host(profile))
-                (tight if plan.is_tight else found).append(estimate(sizes, profile, load, policy, plan))
+                plan = make_plan(shape, policy, memory, on_cpu=is_host(profile), sharing=sharing)
+                (tight if plan.is_tight else found).append(estimate(sizes, profile, load, policy, plan, sharing))
             except CapacityError as error:
                 reason = reason or error
     found = found or tight  # the device may run out of memory, but there is nothing better
@@ -119,14 +121,14 @@ def _kind(found: Estimate) -> tuple[object, ...]:
     return policy.cpu_cache_compute, policy.compress_weight, policy.compress_cache, found.plan.uses_disk
 
 
-def _shares(shape: ModelShape, memory: Memory, base: Policy) -> list[Share | None]:
+def _shares(shape: ModelShape, memory: Memory, base: Policy, sharing: Sharing) -> list[Share | None]:
     """Every whole percent of the weights on the device, and what host memory holds of the rest; the rest is disk.
 
     None stands for what the planner makes of it where host memory is too small and there is no disk: it says so.
     """
     if base.weights is not None:
         return [base.weights]
-    host = min(100, math.floor(100 * memory.host / shape.weight_bytes))
+    host = min(100, math.floor(100 * memory.host / WeightBytes(shape, sharing).on_host(100)))
     shares: list[Share | None] = []
     for gpu in range(101):
         cpu = min(100 - gpu, host)

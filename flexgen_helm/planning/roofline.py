@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
@@ -64,6 +64,12 @@ class Workload:
     def kept(self) -> int:
         """Rows that a request keeps in the KV cache; of one new token, none."""
         return self.own + self.new - 1 if self.new > 1 else 0
+
+    def part_of(self, count: int) -> Workload:
+        """What the busiest of `count` devices gets: whole runs where there are enough, else requests of one."""
+        if self.num_runs >= count:
+            return replace(self, num_runs=math.ceil(self.num_runs / count))
+        return replace(self, num_runs=1, num_jobs=math.ceil(self.num_requests / count))
 
     def prompts(self, vocabulary: int, seed: int = 0) -> list[list[int]]:
         """Random prompts, equal within a run for the first `shared` tokens."""
