@@ -135,6 +135,7 @@ def test_a_model_that_fails_leaves_room_for_the_next_one(
         return sweeps(self, jobs)
 
     monkeypatch.setattr(flow, "MOST_TOKENS", 1)
+    monkeypatch.setattr(flow, "FIRST_TOKENS", 1)
     monkeypatch.setattr(FakeEngine, "sweeps", failing)
     for model in (tiny_llama, tiny_gpt2):
         assert cli("register", model) == 0
