@@ -160,16 +160,17 @@ class Flow:
         self._inbox.put(partial(self._heard, turn, told))
 
     def _heard(self, turn: _Turn, told: list[Answer] | BaseException) -> None:
+        assert turn.model is not None
         if isinstance(told, BaseException):
             if not isinstance(told, Exception):
                 raise told
             self._watcher.fault(told)
             turn.to_make, turn.is_foretold = 0, True
             turn.unmade.clear()
+            turn.model.give_up()
             for name in [name for name in turn.left if name not in turn.finishing]:
                 self._fail(turn, name, told)
             return
-        assert turn.model is not None
         for answer in told:
             whole = turn.model.deliver(answer)
             self._watcher.answered(turn.model, answer)

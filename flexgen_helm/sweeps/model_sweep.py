@@ -153,6 +153,11 @@ class ModelSweep:
                 whole[id(run)] = run
         return list(whole.values())
 
+    def give_up(self) -> None:
+        """Let go of what has no answer, since none will come."""
+        self._waiting, self._under_way, self._amounts, self.jobs = [], {}, {}, []
+        self.under_way = Amount()
+
     def runs_of(self, answer: Answer) -> list[PendingRun]:
         """The runs that asked for it, one for each of its places."""
         return [self.runs[bisect_right(self._firsts, place) - 1] for place in answer.work.places]

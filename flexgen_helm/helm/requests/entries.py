@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from helm.common.key_value_store import request_to_key
@@ -84,7 +84,7 @@ class PackedEntries:
     """The entries of a run, made to the end, for the way between two processes."""
 
     requests: list[Request | EngineError]
-    """Without texts; an error where a request cannot be looked up."""
+    """Without texts, one for all that are told alike; an error where a request cannot be looked up."""
     keys: list[Key]
     """Of those that can be, as are the following."""
     names: list[str]
@@ -156,14 +156,19 @@ class _Packing:
     names: list[str] = field(default_factory=list)
     ids: list[tuple[int, ...]] = field(default_factory=list)
     settings: list[list[Settings] | EngineError] = field(default_factory=list)
-    _same: dict[Any, Any] = field(default_factory=dict)
+    _told: dict[tuple[int, bool], Request] = field(default_factory=dict)
+    _same: dict[Settings, Settings] = field(default_factory=dict)
 
     def add(self, entry: Found) -> None:
         if isinstance(entry, EngineError):
             self.requests.append(entry)
             return
-        self.requests.append(self._once(repr, replace(entry.request, prompt="", messages=None)))
-        self.keys.append({part: self._once(repr, value) for part, value in entry.key.items()})
+        asked = entry.request
+        told = asked.num_completions, asked.echo_prompt  # all that an answer depends on beside the jobs
+        if told not in self._told:
+            self._told[told] = replace(asked, prompt="", messages=None)
+        self.requests.append(self._told[told])
+        self.keys.append(entry.key)
         self.names.append(entry.name)
         try:
             ids, jobs = entry.jobs()
@@ -172,10 +177,7 @@ class _Packing:
             self.settings.append(error)
         else:
             self.ids.append(ids)
-            self.settings.append([self._once(lambda value: value, _settings(job)) for job in jobs])
-
-    def _once(self, name: Callable[[Any], Any], value: Any) -> Any:
-        return self._same.setdefault((type(value), name(value)), value)
+            self.settings.append([self._same.setdefault(found, found) for found in map(_settings, jobs)])
 
 
 def _settings(job: Job) -> Settings:

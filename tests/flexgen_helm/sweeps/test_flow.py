@@ -17,6 +17,7 @@ from fake_engine import FakeEngine
 from question_data import MMLU_SUBJECTS
 from sweeping import differences
 
+from engine.errors import EngineError
 from engine.job import Job
 from flexgen_helm.helm.requests.asked import Work
 from flexgen_helm.run import main
@@ -120,6 +121,30 @@ def test_a_run_is_made_when_those_before_it_are_answered_where_memory_is_full(
     assert record is not None
     assert [run.status for run in record.runs] == ["done"] * 3
     assert [len(engine.calls) for engine in fake_engines] == [3]
+
+
+def test_a_model_that_fails_leaves_room_for_the_next_one(
+    cli: Cli, tiny_llama: Path, tiny_gpt2: Path, fake_engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it did not answer counts no longer as made ahead."""
+    sweeps = FakeEngine.sweeps
+
+    def failing(self: FakeEngine, jobs: Any) -> Any:
+        if self is fake_engines[0]:
+            raise EngineError("the card fell off")
+        return sweeps(self, jobs)
+
+    monkeypatch.setattr(flow, "MOST_TOKENS", 1)
+    monkeypatch.setattr(flow, "FIRST_TOKENS", 1)
+    monkeypatch.setattr(FakeEngine, "sweeps", failing)
+    for model in (tiny_llama, tiny_gpt2):
+        assert cli("register", model) == 0
+    entries = [f"{each},model=local/{name}" for name in ("tiny-llama", "tiny-gpt2") for each in SUBJECTS[:2]]
+    assert cli("sweep", "-r", *entries, "-m", 2, "--suite", "half") == 1
+    record = read_record(SUITES / "half")
+    assert record is not None
+    assert [run.error for run in record.runs] == ["the card fell off"] * 2 + [None] * 2
+    assert [run.status for run in record.runs] == ["failed"] * 2 + ["done"] * 2
 
 
 def work(name: str, ids: tuple[int, ...], *, num_jobs: int = 1, new: int = 1) -> Work:

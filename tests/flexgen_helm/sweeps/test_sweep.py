@@ -174,13 +174,29 @@ def test_a_prompt_is_tokenized_once_for_helm_and_for_us(
     from transformers import PreTrainedTokenizerFast
 
     encoded: list[str] = []
-    encode = PreTrainedTokenizerFast._encode_plus
+    encode, backend = PreTrainedTokenizerFast._encode_plus, PreTrainedTokenizerFast.backend_tokenizer
+
+    class Watched:
+        """A tokenizer of the `tokenizers` package."""
+
+        def __init__(self, found: Any) -> None:
+            self.found = found
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.found, name)
+
+        def encode_batch_fast(self, texts: list[str], **settings: Any) -> Any:
+            encoded.extend(texts)
+            return self.found.encode_batch_fast(texts, **settings)
 
     def watched(self: Any, text: Any, *args: Any, **settings: Any) -> Any:
         encoded.extend([text] if isinstance(text, str) else text)
         return encode(self, text, *args, **settings)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", watched)
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "backend_tokenizer", property(lambda self: Watched(backend.__get__(self)))
+    )
     assert cli("sweep", "-r", SUBJECTS[0], "--model", tiny_llama, "-m", 3, "--suite", "once") == 0
     (state,) = [json.loads(file.read_text()) for file in suite("once").glob("*/scenario_state.json")]
     prompts = [each["request"]["prompt"] for each in state["request_states"]]
