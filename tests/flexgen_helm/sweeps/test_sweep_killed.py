@@ -103,7 +103,8 @@ def test_a_worker_that_is_killed_costs_no_answer(tiny_llama: Path, helm_data: Pa
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.005)
-        (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (worker,) = [each for each in children if b"slow_worker" in Path(f"/proc/{each}/cmdline").read_bytes()]
         os.kill(int(worker), signal.SIGKILL)
         told, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
