@@ -7,21 +7,22 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 from engine.errors import EngineError
-from engine.schedule.segment import Segment
 from engine.weights.members.group import Group
 
 IDLE_S = 0.02
 """How often an idle member of a group asks whether the others compute."""
 
+Batch = TypeVar("Batch")
+"""What a sweep computes, of which it may have nothing."""
 Answer = TypeVar("Answer")
 """What a sweep says of one of its rows."""
 
 
-class Lockstep(Generic[Answer]):
+class Lockstep(Generic[Batch, Answer]):
     """Computes sweeps when all members of a group are ready to; without a group, at once."""
 
     def __init__(
-        self, sweep: Callable[[list[list[Segment]]], list[Answer]], recover: Callable[[], None], group: Group | None
+        self, sweep: Callable[[list[Batch]], list[Answer]], recover: Callable[[], None], group: Group | None
     ) -> None:
         """sweep: computes one; recover: makes ready for another one after an error."""
         self._sweep, self._recover = sweep, recover
@@ -34,7 +35,7 @@ class Lockstep(Generic[Answer]):
         """How long nothing may be asked of this engine before it takes part in the others' sweeps."""
         return None if self._group is None else IDLE_S
 
-    def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
+    def sweep(self, batches: list[Batch]) -> list[Answer]:
         """The answers of a sweep; with nothing to compute, take part in a sweep of others, if they have something.
 
         Raises `EngineError` when a member has ended.
