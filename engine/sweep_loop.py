@@ -45,7 +45,9 @@ class SweepLoop:
         """When all weights were in place, by `time.perf_counter`."""
         self._fault: BaseException | None = None
         executor = parts.executor
-        self._lockstep = Lockstep(lambda batches: executor.sweep(batches), executor.recover, parts.group)
+        self._lockstep: Lockstep[list[Segment], Answer] = Lockstep(
+            lambda batches: executor.sweep(batches), executor.recover, parts.group
+        )
         self._thread = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
         self._loader = threading.Thread(target=self._load, name="flexgen-load", daemon=True)
         self._loader.start()
