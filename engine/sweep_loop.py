@@ -12,7 +12,6 @@ from engine.advance import advance
 from engine.errors import EngineError, NumericsError
 from engine.executor import Answer
 from engine.job import Completion
-from engine.lockstep import Lockstep
 from engine.memory import accelerator
 from engine.opening import Parts, explained
 from engine.pending import Call, Finished
@@ -20,6 +19,7 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Sequence
 from engine.schedule.timing import SweepTiming, count_rows
 from engine.text.completion import completion_of
+from engine.weights.members.lockstep import Lockstep
 
 
 class SweepLoop:
@@ -44,7 +44,10 @@ class SweepLoop:
         self._loaded = math.inf
         """When all weights were in place, by `time.perf_counter`."""
         self._fault: BaseException | None = None
-        self._lockstep = Lockstep(parts.executor, parts.group)
+        executor = parts.executor
+        self._lockstep: Lockstep[list[Segment], Answer] = Lockstep(
+            lambda batches: executor.sweep(batches), executor.recover, parts.group
+        )
         self._thread = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
         self._loader = threading.Thread(target=self._load, name="flexgen-load", daemon=True)
         self._loader.start()

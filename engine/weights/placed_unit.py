@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.memory.disk.file import ByteRange, DiskFile
+from engine.memory.disk.io import DiskIO, wait_for
 from engine.memory.layout import Extent, Part, Split
 from engine.memory.tiers import TIERS, Tier
 from engine.model.unit import Unit
@@ -116,3 +117,12 @@ class PlacedUnit:
         """What is on disk of the stored bytes `first` to `end`, to be read to `first`; without them, to the slot."""
         first, end = self.start if first is None else first, self.num_bytes if end is None else end
         return [place.span(first, end, 0) for place in self.places.values() if place.first < end and place.end > first]
+
+    def copy_from_disk(self, io: DiskIO, target: torch.Tensor) -> None:
+        """Bring what is on disk to a slot at once, of a unit that does not pass through one in turn."""
+        memory = torch.empty(self.num_streamed, dtype=torch.uint8)
+        spans = self.disk_spans()
+        wait_for(io.read(spans, memory))
+        for span in spans:
+            size = span.end - span.first
+            target[span.at : span.at + size].copy_(memory[span.at : span.at + size])

@@ -11,7 +11,6 @@ import torch
 
 from engine.memory import accelerator
 from engine.memory.disk.file import BLOCK
-from engine.memory.disk.io import wait_for
 from engine.memory.link_wait import LinkWait
 from engine.memory.staged import StagedCopies
 from engine.planning.limits import GATHER_SLOTS, SLOTS
@@ -266,22 +265,13 @@ class WeightStream:
         if not placed.split.disk:
             return
         if id(placed) not in self._number:
-            self._copy_from_disk(placed, target)
+            placed.copy_from_disk(self._store.arena.io, target)
             return
         assert self._reader is not None
         for request, blocks in self._reader.take(self._number[id(placed)], self._event):
             for offset, at, size in request.parts:
                 blocking = self._copy_stream is None
                 target[at : at + size].copy_(blocks[offset : offset + size], non_blocking=not blocking)
-
-    def _copy_from_disk(self, placed: PlacedUnit, target: torch.Tensor) -> None:
-        """Bring a unit that does not pass through a slot to the device, once and for all."""
-        memory = torch.empty(placed.num_streamed, dtype=torch.uint8)
-        spans = placed.disk_spans()
-        wait_for(self._store.arena.io.read(spans, memory))
-        for span in spans:
-            size = span.end - span.first
-            target[span.at : span.at + size].copy_(memory[span.at : span.at + size])
 
     def _event(self) -> Any:
         """An event behind all copies issued so far; None on devices without streams."""

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Generic, TypeVar
 
 from engine.errors import EngineError
-from engine.executor import Answer, Executor
-from engine.schedule.segment import Segment
 from engine.weights.members.group import Group
 
 IDLE_S = 0.02
 """How often an idle member of a group asks whether the others compute."""
 
+Batch = TypeVar("Batch")
+"""What a sweep computes, of which it may have nothing."""
+Answer = TypeVar("Answer")
+"""What a sweep says of one of its rows."""
 
-class Lockstep:
+
+class Lockstep(Generic[Batch, Answer]):
     """Computes sweeps when all members of a group are ready to; without a group, at once."""
 
-    def __init__(self, executor: Executor, group: Group | None) -> None:
-        self._executor = executor
+    def __init__(
+        self, sweep: Callable[[list[Batch]], list[Answer]], recover: Callable[[], None], group: Group | None
+    ) -> None:
+        """sweep: computes one; recover: makes ready for another one after an error."""
+        self._sweep, self._recover = sweep, recover
         self._group = group
         self._is_sweeping = False
         self._has_left = group is None
@@ -27,8 +35,8 @@ class Lockstep:
         """How long nothing may be asked of this engine before it takes part in the others' sweeps."""
         return None if self._group is None else IDLE_S
 
-    def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
-        """`Executor.sweep`; with nothing to compute, take part in a sweep of others, if they have something.
+    def sweep(self, batches: list[Batch]) -> list[Answer]:
+        """The answers of a sweep; with nothing to compute, take part in a sweep of others, if they have something.
 
         Raises `EngineError` when a member has ended.
         """
@@ -42,13 +50,13 @@ class Lockstep:
         elif not batches:
             return []
         self._is_sweeping = True
-        answers = self._executor.sweep(batches)
+        answers = self._sweep(batches)
         self._is_sweeping = False
         return answers
 
     def recover(self) -> None:
         """Be ready for another sweep after one that ended in an error."""
-        self._executor.recover()
+        self._recover()
         self._is_sweeping = False
 
     def leave(self) -> None:
