@@ -38,7 +38,7 @@ SIDE_FILES = (
 )
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _OTHER_WHOLE = ("tekken.json", "tiktoken.model")
-"""Further files that make a tokenizer alone; `TOKENIZER_FILES` stays as it was, since the sampled identity goes by it."""
+"""Other files that make a tokenizer alone. They are not in `TOKENIZER_FILES`, by which the sampled identity goes."""
 _OTHER_VOCABULARIES = (
     *_OTHER_WHOLE,
     *("normalizer.json", "bpe.codes", "vocab.bpe", "dict.txt", "byte_maps.json"),

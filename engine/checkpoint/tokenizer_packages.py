@@ -72,8 +72,8 @@ def vocabulary_format(path: Path) -> tuple[Path, VocabularyFormat] | None:
 def check_packages(path: Path) -> None:
     """Raise `InstallationError` where the tokenizer of a model directory needs a package that cannot be imported.
 
-    transformers itself would name another package for SentencePiece files, and make a tokenizer of a tekken.json without
-    mistral-common all the same, one that puts no BOS before a text.
+    transformers itself names another package for SentencePiece files, and without mistral-common it makes a tokenizer
+    of a tekken.json that puts no BOS before a text.
     """
     found = vocabulary_format(path)
     if found is None:
