@@ -10,7 +10,6 @@ from typing import Any
 import models
 import pytest
 import torch
-from check_family import tiny_config
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +57,7 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "families.md"
 
 def directory_of(folder: Path, model_type: str, architecture: str, changes: dict[str, Any]) -> Path:
     """A model directory that is whole but for its weights: reading them would end in another error."""
-    config = tiny_config(model_type, changes)
+    config = models.small_config_of(model_type, **changes)
     config.architectures = [architecture]
     config.save_pretrained(folder)
     models.make_tokenizer().save_pretrained(folder)
