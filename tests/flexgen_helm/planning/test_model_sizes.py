@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_helm.planning.dummy import SHAPES, shape_model
+from flexgen_helm.planning.dummy import shape_model
 from flexgen_helm.planning.model_sizes import ModelSizes, shipped_sizes
+from flexgen_helm.planning.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = ("opt-125m", "opt-30b", "qwen3-30b-a3b")
