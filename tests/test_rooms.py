@@ -30,6 +30,7 @@ ROOMS = {
     "flexgen_helm": (
         "terminal",
         "planning",
+        "checking",
         "workers",
         "helm",
         "data_wrangling",
