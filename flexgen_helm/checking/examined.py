@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.config import check_causal, num_layers, read_config, read_config_file
 from engine.checkpoint.description import ModelDescription, describe
@@ -17,6 +18,11 @@ from engine.errors import EngineError
 from flexgen_helm.checking.memory_needs import MemoryNeeds, memory_needs, plan_here
 from flexgen_helm.checking.model_facts import ModelFacts, model_facts
 from flexgen_helm.checking.tokenizer_facts import TokenizerFacts, tokenizer_facts
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.model.causal_model import CausalModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ def examine(model: str) -> Examined:
     Raises `EngineError` where there is no such model, or no config.json that can be read.
     """
     file = Path(model).expanduser()
-    if file.is_file():
+    if os.path.isfile(file):
         config = read_config_file(file)
         with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder:
             path = Path(folder)
@@ -61,16 +67,14 @@ def examine(model: str) -> Examined:
             except EngineError as error:
                 return _refused(model, config, str(error).replace(str(path), str(file)))
             found = _examined(model, config, described, has_weights=False, has_tokenizer=False)
-    else:
-        path = resolve(model, download_weights=False)
-        config = read_config(path)
-        is_local = file.is_dir()
-        try:
-            described = describe(model, download_weights=False)
-        except EngineError as error:
-            return _refused(model, config, str(error))
-        found = _examined(model, config, described, has_weights=is_local, has_tokenizer=True)
-    return found
+            return replace(found, refusals=tuple(each.replace(folder, str(file)) for each in found.refusals))
+    path = resolve(model, download_weights=False)
+    config = read_config(path)
+    try:
+        described = describe(model, download_weights=False)
+    except EngineError as error:
+        return _refused(model, config, str(error))
+    return _examined(model, config, described, has_weights=file.is_dir(), has_tokenizer=True)
 
 
 def _described(path: Path, config: Mapping[str, Any]) -> ModelDescription:
@@ -104,7 +108,6 @@ def _examined(
     import torch
 
     from engine.checkpoint.tokenizer import load_tokenizer
-    from engine.memory import accelerator
     from engine.model.causal_model import CausalModel
     from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
     from engine.weights.loading import check_checkpoint
@@ -128,10 +131,9 @@ def _examined(
         needs = memory_needs(shape_of(built), dtype)
         device_name = resolve_device("auto")
         runs_in = resolve_dtype("auto", described.dtype, device_name)
-        if runs_in != dtype:
-            built = CausalModel(path, getattr(torch, runs_in), cpu, has_weights=has_weights)
+        _size_as(built, getattr(torch, runs_in))
         memory = available_memory(device_name, None, None, None)
-        here = plan_here(shape_of(built), memory, on_cpu=accelerator.indexed(torch.device(device_name)).type == "cpu")
+        here = plan_here(shape_of(built), memory, on_cpu=device_name == "cpu")
     except EngineError as error:
         refusals.append(str(error))
     if has_tokenizer:
@@ -155,3 +157,9 @@ def _examined(
         notes=tuple(notes),
         refusals=tuple(refusals),
     )
+
+
+def _size_as(model: CausalModel, dtype: torch.dtype) -> None:
+    """Let a model on `meta` have the sizes of another dtype: building it anew takes seconds, and address space."""
+    model.dtype = dtype
+    model.state = {name: like.to(dtype) if like.is_floating_point() else like for name, like in model.state.items()}

@@ -32,7 +32,7 @@ STATE: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", {**_HYBRID, **_KINDS}),
     "zamba2": (
         "Zamba2ForCausalLM",
-        {"layer_types": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 8, "mamba_d_state": 8},
+        {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 8, "mamba_d_state": 8},
     ),
     "nemotron_h": ("NemotronHForCausalLM", {}),
     "falcon_h1": (  # attention and a state-space part side by side in each layer
