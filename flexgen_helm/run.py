@@ -24,6 +24,7 @@ COMMANDS = {
     "complete": "prompts in, completions out, as JSON lines; goes on where it was",
     "bench": "time the engine on random weights of a real shape, beside the machine's limits",
     "plan": "the policy with the least estimated time for a workload, before anything is run",
+    "check": "say whether a model runs, by which path, what it needs, and if a small copy is as in plain transformers",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
     "compare": "what has changed from one suite to a later one; exit code 1 if something is worse",
     "reproduce": "run a finished run again from its record, and say what is equal; exit code 1 if something differs",
@@ -109,6 +110,10 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.commands.bench import bench
 
             return bench(rest)
+        if command == "check":
+            from flexgen_helm.commands.check import check
+
+            return check(rest)
         if command == "verify":
             from flexgen_helm.commands.verify import verify
 

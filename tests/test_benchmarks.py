@@ -33,10 +33,11 @@ from engine.planning.limits import Limits
 from engine.planning.planner import Plan
 from engine.policy import Share
 from flexgen_helm.commands.bench import CURVE, ROWS, bench_policy, table_line, workloads
-from flexgen_helm.planning.dummy import SHAPES, _random_block, open_dummy, random_model, shape_config
+from flexgen_helm.planning.dummy import _random_block, open_dummy, random_model, shape_config
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.record import write_record
 from flexgen_helm.planning.roofline import Rates, Work, Workload, least_seconds, measure_rates, work_of
+from flexgen_helm.planning.shapes import SHAPES
 from flexgen_helm.planning.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -72,6 +72,7 @@ def test_helm_accepts_its_commands(arguments: list[str]) -> None:
 def test_other_commands_are_accepted() -> None:
     from engine.planning.hardware_profile import HardwareProfile
     from flexgen_helm.commands.bench import bench_parser, workloads
+    from flexgen_helm.commands.check import parse_check_flags
     from flexgen_helm.commands.compare import parse_compare_flags
     from flexgen_helm.commands.complete import complete_parser
     from flexgen_helm.commands.plan import names_shape, parse_plan_flags, plan_parser
@@ -102,6 +103,8 @@ def test_other_commands_are_accepted() -> None:
         Workload.parse(plan_args.work)
         if plan_args.hardware is not None:
             HardwareProfile.load(plan_args.hardware)
+    for arguments in commands_of("flexgen-helm", "check"):
+        parse_check_flags(arguments)
     for arguments in commands_of("flexgen-helm", "verify"):
         assert read_entries(parse_verify_flags(arguments))
     for arguments in commands_of("flexgen-helm", "report"):

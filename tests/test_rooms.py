@@ -31,6 +31,7 @@ ROOMS = {
     "flexgen_helm": (
         "terminal",
         "planning",
+        "checking",
         "workers",
         "helm",
         "data_wrangling",

@@ -37,9 +37,12 @@ SIDE_FILES = (
     "chat_template.json",
 )
 _TEMPLATES = "additional_chat_templates/*.jinja"
+_OTHER_WHOLE = ("tekken.json", "tiktoken.model")
+"""Other files that make a tokenizer alone. They are not in `TOKENIZER_FILES`, by which the sampled identity goes."""
 _OTHER_VOCABULARIES = (
-    *("tekken.json", "normalizer.json", "bpe.codes", "vocab.bpe", "dict.txt", "byte_maps.json"),
-    *("spm.model", "spm_char.model", "sentencepiece.model", "tiktoken.model", "prophetnet.tokenizer"),
+    *_OTHER_WHOLE,
+    *("normalizer.json", "bpe.codes", "vocab.bpe", "dict.txt", "byte_maps.json"),
+    *("spm.model", "spm_char.model", "sentencepiece.model", "prophetnet.tokenizer"),
     *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "emoji.json"),
 )
 """What some families' tokenizers read beside the files above."""
@@ -59,8 +62,9 @@ def check_side_files(path: Path) -> None:
     pipe would hang them, and one of gigabytes would take all memory.
     """
     found = found_side_files(path)
-    if not {file.name for file in found} & {*TOKENIZER_FILES}:
-        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    vocabularies = (*TOKENIZER_FILES, *_OTHER_WHOLE)
+    if not {file.name for file in found} & {*vocabularies}:
+        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(vocabularies)})")
     for file in found:
         with open_file(file, CheckpointError) as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -8,12 +8,17 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.checkpoint.side_files import check_side_files, read_generation_config
+from engine.checkpoint.tokenizer_packages import check_packages
 from engine.errors import CheckpointError, named, shown
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; `CheckpointError` if it cannot be loaded. Runs no code of the directory."""
+    """The tokenizer of a model directory; `CheckpointError` if it cannot be loaded. Runs no code of the directory.
+
+    Raises `InstallationError` where its files need a package that cannot be imported.
+    """
     check_side_files(path)
+    check_packages(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer.decode(tokenizer.encode("a"))  # what its files say of lengths and texts is looked at only then

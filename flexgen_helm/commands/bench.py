@@ -50,7 +50,7 @@ EXAMPLES = (
 
 def bench_parser() -> Parser:
     """The command line of `flexgen-helm bench`."""
-    from flexgen_helm.planning.dummy import SHAPES
+    from flexgen_helm.planning.shapes import SHAPES
 
     parser = Parser(prog="flexgen-helm bench", description=__doc__, examples=EXAMPLES)
     parser.group("model").add_argument(

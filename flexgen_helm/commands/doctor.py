@@ -49,6 +49,7 @@ def examine(offload_dir: str) -> Iterator[Finding]:
         yield _verdict("torchvision", torchvision_problem(), detail)
         yield from _devices()
         if engine_fault is None:
+            yield from _tokenizers()
             yield _profile()
             yield _kept_weights()
     yield _entry_point()
@@ -101,6 +102,18 @@ def _devices() -> Iterator[Finding]:
         assert found is not None
         shown = f"{_gb(found[0])} of {_gb(found[1])} free"
         yield Finding("ok", f"GPU {device}", f"{accelerator.name_of(device)}, {shown}")
+
+
+def _tokenizers() -> Iterator[Finding]:
+    """Packages for tokenizers that come without a tokenizer.json."""
+    from engine.checkpoint.tokenizer_packages import FORMATS
+
+    for each in FORMATS:
+        if problem := each.problem():
+            detail = f"tokenizers published in this format alone cannot be read; run `{each.cure}` ({problem})"
+            yield Finding("missing", each.name, detail)
+        else:
+            yield Finding("ok", each.name, ", ".join(f"{name} {version(name)}" for name in each.packages))
 
 
 def _profile() -> Finding:

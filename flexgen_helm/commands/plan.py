@@ -41,7 +41,7 @@ EXAMPLES = (
 
 def plan_parser() -> Parser:
     """The command line of `flexgen-helm plan`."""
-    from flexgen_helm.planning.dummy import SHAPES
+    from flexgen_helm.planning.shapes import SHAPES
 
     parser = Parser(prog="flexgen-helm plan", description=__doc__, examples=EXAMPLES)
     parser.group("model").add_argument(

@@ -13,6 +13,7 @@ from engine.checkpoint.config import check_causal, load_family_config, num_layer
 from engine.checkpoint.window import window_of
 from engine.errors import ConfigError, EngineError, did_you_mean
 from engine.reading import find_file
+from flexgen_helm.planning.shapes import SHAPES
 
 if TYPE_CHECKING:
     import torch
@@ -23,80 +24,6 @@ if TYPE_CHECKING:
     from engine.model.causal_model import CausalModel
     from engine.policy import Policy
     from engine.weights.store import WeightStore
-
-_OPT = {
-    name: {
-        "model_type": "opt",
-        "dtype": "float16",
-        "hidden_size": width,
-        "ffn_dim": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "word_embed_proj_dim": width,
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 2,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
-    for name, width, layers, heads in (
-        ("opt-125m", 768, 12, 12),
-        ("opt-1.3b", 2048, 24, 32),
-        ("opt-6.7b", 4096, 32, 32),
-        ("opt-13b", 5120, 40, 40),
-        ("opt-30b", 7168, 48, 56),
-        ("opt-66b", 9216, 64, 72),
-        ("opt-175b", 12288, 96, 96),
-    )
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    **_OPT,
-    "llama-3-8b": {  # grouped queries
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-    },
-    "llama-3-70b": {
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-    },
-    "qwen3-30b-a3b": {  # a mixture of 128 experts, 8 at a time; 61 GB
-        "model_type": "qwen3_moe",
-        "dtype": "bfloat16",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-    },
-}
-"""The published config.json of each model, as far as it says something about sizes."""
 
 _BLOCK_ELEMENTS = 1 << 24
 

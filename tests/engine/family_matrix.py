@@ -70,7 +70,12 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "xlnet": {"d_head": 16},
     "rwkv": {"attention_hidden_size": 64},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 8, "mamba_d_state": 8},
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "hybrid", "mamba"],
+        "n_mamba_heads": 8,
+        "mamba_d_state": 8,
+    },
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4},
     "inkling2_text": {"unpadded_vocab_size": 500, "head_dim": 16},

@@ -6,20 +6,25 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-VOCABULARY = 500
-WINDOW = 128
+from flexgen_helm.checking.plain import load_reference, reference_greedy, reference_logprobs
+from flexgen_helm.checking.random_model import make_tokenizer, save_random
+from flexgen_helm.checking.shrinking import VOCABULARY, WINDOW, small_config
+
+__all__ = [
+    "VOCABULARY",
+    "WINDOW",
+    "config_of",
+    "is_known",
+    "load_reference",
+    "make_tokenizer",
+    "reference_greedy",
+    "reference_logprobs",
+    "save_model",
+    "save_random",
+    "small_config_of",
+]
 
 _BASE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 _FFN = {**_BASE, "intermediate_size": 128, "max_position_embeddings": WINDOW}
@@ -214,25 +219,6 @@ def is_known(family: str) -> bool:
     return (FAMILIES | OWN_ATTENTION)[family][0] in CONFIG_MAPPING
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of exactly `VOCABULARY` tokens, trained on the spot."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words = [f"{a}{b}{c}" for a in ("pre", "re", "un") for b in ("place", "load", "fill") for c in ("s", "ed", "ing")]
-    tokenizer.train_from_iterator([" ".join(words), *(f" {n} {n * 37}" for n in range(400))], trainer)
-    assert tokenizer.get_vocab_size() == VOCABULARY
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", model_max_length=WINDOW
-    )
-
-
 def config_of(family: str, **changes: Any) -> PreTrainedConfig:
     """The config of the tiny model of `family`."""
     model_type, config = (FAMILIES | OWN_ATTENTION)[family]
@@ -241,55 +227,11 @@ def config_of(family: str, **changes: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **deepcopy(special | config | changes))
 
 
+def small_config_of(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """The defaults of a model type, shrunk."""
+    return small_config(AutoConfig.for_model(model_type), changes)
+
+
 def save_model(directory: Path, family: str, **changes: Any) -> Path:
     """Write a tiny random model of `family` with its tokenizer to `directory`."""
     return save_random(directory, config_of(family, **changes))
-
-
-def save_random(directory: Path, config: PreTrainedConfig) -> Path:
-    """Write a random model of `config`, whose vocabulary is `VOCABULARY`, with its tokenizer to `directory`."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform, so that an error shows
-            parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-        saved = model.state_dict()
-        for name, buffer in model.named_buffers():
-            if name in saved and buffer.is_floating_point():
-                buffer.mul_(0.9)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 1
-    model.save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
-
-
-def load_reference(directory: Path) -> PreTrainedModel:
-    """The same model in plain `transformers`, float32, as `from_pretrained` makes it by default."""
-    config = AutoConfig.from_pretrained(directory)
-    # Older transformers take an attention by default that leaves out the cap of the scores; newer ones do not.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention)
-    return model.eval()
-
-
-@torch.no_grad()
-def reference_logprobs(model: PreTrainedModel, tokens: list[int]) -> list[float]:
-    """Natural log of p(tokens[i] | tokens[:i]) for i >= 1, by one plain forward."""
-    if len(tokens) == 1:
-        return []
-    logprobs = model(torch.tensor([tokens[:-1]])).logits[0].float().log_softmax(-1)  # the last one may fill the window
-    return [logprobs[i - 1, tokens[i]].item() for i in range(1, len(tokens))]
-
-
-@torch.no_grad()
-def reference_greedy(model: PreTrainedModel, prompt: list[int], max_new_tokens: int) -> list[int]:
-    """Greedy tokens of `model.generate`, end-of-text excluded."""
-    output = model.generate(  # type: ignore[operator]
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
-    tokens = output[0, len(prompt) :].tolist()
-    return tokens[:-1] if tokens and tokens[-1] == 2 else tokens

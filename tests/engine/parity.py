@@ -1,16 +1,34 @@
-"""The comparison with plain `transformers`: jobs of every kind, what it makes of them, and where completions differ."""
+"""The policies under which families are compared with plain `transformers`, and what is known of the jobs."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
 from typing import Any
 
-import models
-import torch
-from transformers import PreTrainedModel
+from flexgen_helm.checking.jobs import (
+    INNER,
+    JOBS,
+    OUTER,
+    REACH,
+    TOLERANCE,
+    Expected,
+    contradictions,
+    differences,
+    expect,
+    reach,
+)
 
-from engine import Completion, Job
+__all__ = [
+    "INNER",
+    "JOBS",
+    "OUTER",
+    "REACH",
+    "TOLERANCE",
+    "Expected",
+    "contradictions",
+    "differences",
+    "expect",
+    "reach",
+]
 
 POLICIES: dict[str, dict[str, Any]] = {
     "device": {"percent": [100, 0, 100, 0, 100, 0]},
@@ -24,108 +42,9 @@ PADDINGS = {"packed": None, "bucket": "bucket", "fixed": 80}
 SELECTION = (("device", "packed"), ("thirds", "packed"), ("small", "bucket"))
 """Policies and paddings that meet all a family's code can notice: parameters bound once or passing through slots, keys
 and values on every tier, company of several kinds, several sweeps, padding."""
-TOLERANCE = 1e-4
-"""Of log-probabilities, in float32: splitting a prompt reorders sums."""
-REACH = 500 * TOLERANCE
-"""What context must at least be able to do to log-probabilities for agreement to say anything about attention."""
-OUTER, INNER = 24, 20
-"""Lengths of a shared prefix, and of one that some of its users share besides."""
-
-
-def make_jobs() -> list[Job]:
-    """Prompts with shared and nested prefixes, of one token, of unequal lengths; scoring, one token, many tokens."""
-    rng = random.Random(1)
-
-    def words(count: int) -> list[int]:
-        return [rng.randrange(3, models.VOCABULARY) for _ in range(count)]
-
-    outer, inner, wide = words(OUTER), words(INNER), words(30)
-    users = [outer + words(count) for count in (5, 9, 1, 9)]
-    nested = [outer + inner + words(count) for count in (3, 7, 1, 6)]
-    lone = [words(1), words(1), words(30), words(17), wide, [*wide[:-1], 3]]
-    jobs = [
-        Job(prompt=prompt, max_new_tokens=8, prompt_logprobs=index % 2 == 0)
-        for index, prompt in enumerate([*users[1:], *nested[:-1], *lone])
-    ]
-    jobs += [Job(prompt=prompt, max_new_tokens=0, prompt_logprobs=True) for prompt in (nested[-1], words(12), words(1))]
-    jobs += [Job(prompt=prompt, max_new_tokens=1) for prompt in (users[0], words(11))]
-    return jobs
-
-
-JOBS = make_jobs()
 WIDE = 29
 """Tokens that two of the lone prompts share."""
 SAVED = 7 * OUTER + 3 * INNER + WIDE
 """Prompt tokens that need no computing: all users but the first of each prefix."""
 UNFED = sum(1 for job in JOBS if job.max_new_tokens == 0 and len(job.prompt) > 1)
 """Last tokens that nothing is asked behind."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What plain transformers makes of a job."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    """Of the prompt but its first token, then of the tokens."""
-    finish_reason: str
-
-
-def expect(model: PreTrainedModel) -> list[Expected]:
-    """What `model`, in plain transformers, makes of `JOBS`."""
-    answers = []
-    for job in JOBS:
-        prompt, count = list(job.prompt), job.max_new_tokens
-        tokens = models.reference_greedy(model, prompt, count) if count else []
-        logprobs = models.reference_logprobs(model, prompt + tokens)
-        answers.append(Expected(tokens, logprobs, "length" if len(tokens) == count else "endoftext"))
-    return answers
-
-
-def contradictions(model: PreTrainedModel, expected: list[Expected]) -> int:
-    """Answers whose tokens, by `model.generate` with its cache, are not the greedy ones of `model`'s plain forward."""
-    found = 0
-    for job, answer in zip(JOBS, expected, strict=True):
-        tokens = [*job.prompt, *answer.tokens]
-        with torch.no_grad():
-            logits = model(torch.tensor([tokens])).logits[0, len(job.prompt) - 1 : -1]
-        found += logits.argmax(-1).tolist() != answer.tokens
-    return found
-
-
-def differences(expected: list[Expected], done: list[Completion]) -> tuple[list[str], float]:
-    """Where completions of `JOBS` differ, in words, and the largest difference of a log-probability."""
-    found, largest = [], 0.0
-    for index, (job, answer, completion) in enumerate(zip(JOBS, expected, done, strict=True)):
-        size = len(job.prompt)
-        if completion.error is not None:
-            found.append(f"job {index} ({size} tokens): {completion.error}")
-            continue
-        ended = (list(completion.tokens), completion.finish_reason)
-        if ended != (answer.tokens, answer.finish_reason):
-            found.append(f"job {index} ({size} tokens): {ended} instead of {(answer.tokens, answer.finish_reason)}")
-            continue
-        scored = completion.prompt_logprobs
-        if (scored is not None) != job.prompt_logprobs or (scored is not None and scored[0] is not None):
-            found.append(f"job {index} ({size} tokens): prompt log-probabilities {scored}")
-            continue
-        values = [*(scored[1:] if scored is not None else ()), *completion.logprobs]
-        oracle = answer.logprobs if job.prompt_logprobs else answer.logprobs[size - 1 :]
-        if len(values) != len(oracle):
-            found.append(f"job {index} ({size} tokens): {len(values)} log-probabilities instead of {len(oracle)}")
-            continue
-        apart = max((abs(a - b) for a, b in zip(values, oracle, strict=True)), default=0.0)
-        largest = max(largest, apart)
-        if not apart <= TOLERANCE:  # as NaN is not
-            found.append(f"job {index} ({size} tokens): log-probabilities differ by up to {apart:.2g}")
-    return found, largest
-
-
-def reach(model: PreTrainedModel) -> float:
-    """How far the first token of a prompt moves the log-probabilities of those after the second, at most."""
-    moved = 0.0
-    for job in JOBS[:2]:
-        first, *rest = job.prompt
-        before, after = (models.reference_logprobs(model, [token, *rest]) for token in (first, first % 400 + 50))
-        moved = max(moved, *(abs(a - b) for a, b in zip(before[1:], after[1:], strict=True)))
-    return moved

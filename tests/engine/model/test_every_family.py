@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import check_family
 import family_matrix
 import models
 import pytest
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from engine import Completion, Engine, Job
 from engine.errors import CheckpointError, UnsupportedError
+from flexgen_helm.checking.random_model import save_small
 
 CASES = family_matrix.cases()
 POLICIES: tuple[dict[str, Any], ...] = (
@@ -70,7 +70,8 @@ def differences(model: PreTrainedModel, jobs: list[Job], done: list[Completion])
 
 def outcome(name: str, folder: Path) -> str:
     """What becomes of a case: "equal", the one line of its refusal, or what differs."""
-    directory = check_family.build(folder / "model", check_family.tiny_config(*CASES[name]))
+    model_type, changes = CASES[name]
+    directory = save_small(folder / "model", models.small_config_of(model_type, **changes))
     for policy in POLICIES:
         settings = {"device": "cpu", "offload-dir": str(folder / "offload"), **policy}
         try:

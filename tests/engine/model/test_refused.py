@@ -10,7 +10,6 @@ from typing import Any
 import models
 import pytest
 import torch
-from check_family import tiny_config
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,7 +32,7 @@ STATE: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", {**_HYBRID, **_KINDS}),
     "zamba2": (
         "Zamba2ForCausalLM",
-        {"layer_types": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 8, "mamba_d_state": 8},
+        {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 8, "mamba_d_state": 8},
     ),
     "nemotron_h": ("NemotronHForCausalLM", {}),
     "falcon_h1": (  # attention and a state-space part side by side in each layer
@@ -58,7 +57,7 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "families.md"
 
 def directory_of(folder: Path, model_type: str, architecture: str, changes: dict[str, Any]) -> Path:
     """A model directory that is whole but for its weights: reading them would end in another error."""
-    config = tiny_config(model_type, changes)
+    config = models.small_config_of(model_type, **changes)
     config.architectures = [architecture]
     config.save_pretrained(folder)
     models.make_tokenizer().save_pretrained(folder)

@@ -518,6 +518,9 @@ def test_doctor_is_content_here_and_imports_no_helm(tmp_path: Path) -> None:
         "torchvision",
         "crfm-helm",
         "host memory",
+        "SentencePiece",
+        "tiktoken",
+        "tekken",
         "offload-dir",
         "helm entry point",
     } <= looked_at

@@ -53,6 +53,7 @@ def test_the_help_of_every_command_ends_with_examples(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flexgen_helm.commands.bench import bench_parser
+    from flexgen_helm.commands.check import check_parser
     from flexgen_helm.commands.complete import complete_parser
     from flexgen_helm.commands.plan import plan_parser
     from flexgen_helm.commands.register import register_parser
@@ -66,6 +67,7 @@ def test_the_help_of_every_command_ends_with_examples(
         "register": register_parser,
         "complete": complete_parser,
         "bench": bench_parser,
+        "check": check_parser,
         "plan": plan_parser,
         "verify": run_parser,
     }
@@ -122,9 +124,16 @@ FILES = {
     "bench": ("--shape", "--policy", "--out"),
     "report": ("", "--previous", "--reference", "-o"),
     "compare": ("", "--json", "-o"),
+    "check": ("", "--json"),
     "doctor": ("--offload-dir",),
 }
-NEEDED = {"complete": ["--model", "m"], "plan": ["--shape", "opt-125m"], "register": ["m/m"], "report": ["s"]}
+NEEDED = {
+    "check": ["m/m"],
+    "complete": ["--model", "m"],
+    "plan": ["--shape", "opt-125m"],
+    "register": ["m/m"],
+    "report": ["s"],
+}
 
 
 @pytest.mark.parametrize("bad", list(BAD_NAMES))

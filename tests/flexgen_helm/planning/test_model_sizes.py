@@ -10,12 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_helm.planning.dummy import SHAPES, shape_model
+from flexgen_helm.planning.dummy import shape_model
 from flexgen_helm.planning.model_sizes import ModelSizes, shipped_sizes
+from flexgen_helm.planning.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = ("opt-125m", "opt-30b", "qwen3-30b-a3b")
-"""Few layers, more of them, and experts; the others are of the same families."""
+"""Few layers, more of them, and experts; the others are of the same families, or large."""
+PUBLISHED = {
+    "llama-3-8b": 8.03,
+    "llama-3-70b": 70.55,
+    "qwen3-30b-a3b": 30.53,
+    "mixtral-8x7b": 46.70,
+    "gpt-oss-20b": 20.91,
+    "gpt-oss-120b": 116.83,
+    "deepseek-v3": 671.03,
+    "kimi-k2": 1026.4,
+}
+"""Parameters in billions, as the models' own pages or papers have them."""
 
 
 @pytest.mark.parametrize(
@@ -26,6 +38,14 @@ def test_shipped_sizes_are_those_of_the_model(shape: str, tmp_path: Path) -> Non
     assert ModelSizes.from_mapping(json.loads(json.dumps(built.as_mapping()))) == built
     assert shipped_sizes(shape, "bfloat16") == shipped_sizes(shape, "float16") == built
     assert shipped_sizes(shape, "float32") is None
+
+
+@pytest.mark.parametrize(("shape", "billions"), PUBLISHED.items())
+def test_shipped_sizes_have_the_published_number_of_parameters(shape: str, billions: float) -> None:
+    """Routers' float32 parameters count twice here: 0.02 % of them all."""
+    sizes = shipped_sizes(shape, "bfloat16")
+    assert sizes is not None
+    assert sum(sizes.coded[None, None].stored.values()) / 2e9 == pytest.approx(billions, rel=2e-3)
 
 
 def test_a_plan_for_a_shipped_shape_and_profile_imports_no_torch(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""A small random copy of a model, run by the engine under several policies beside plain transformers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError, named
+from flexgen_helm.checking.jobs import (
+    JOBS,
+    LONGEST,
+    REACH,
+    TOLERANCE,
+    Expected,
+    contradictions,
+    differences,
+    expect,
+    reach,
+)
+from flexgen_helm.checking.left_out import left_out
+from flexgen_helm.checking.plain import load_reference
+from flexgen_helm.checking.random_model import save_small
+from flexgen_helm.checking.shrinking import small_config
+from flexgen_helm.checking.undecided import UndecidedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "all on the device": {"percent": [100, 0, 100, 0, 100, 0]},
+    "thirds on device, host and disk": {"percent": [34, 33, 34, 33, 34, 33]},
+    "two at a time, padded": {
+        "percent": [50, 50, 50, 50, 50, 50],
+        "gpu-batch-size": 2,
+        "num-gpu-batches": 2,
+        "pad-to-seq-len": "bucket",
+    },
+}
+"""They meet all that a family's code can notice: parameters bound once or passing through slots, keys and values on
+every tier, company of several kinds, several sweeps, padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What came of the jobs under one policy."""
+
+    policy: str
+    jobs: int
+    differing: int
+    largest: float
+    """Of the log-probabilities that belong to the same tokens, the largest difference (natural logs)."""
+    first: tuple[str, ...]
+    """The first differences, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What came of a model's small copy."""
+
+    num_layers: int
+    parameters: int
+    reach: float
+    """How far a prompt's first token moves later log-probabilities, at most."""
+    runs: tuple[Run, ...]
+    open_questions: tuple[str, ...]
+    """Why agreement does not say that the model agrees, too."""
+
+    @property
+    def verdict(self) -> str:
+        """One of "equal", "different" and "undecided"."""
+        if any(run.differing for run in self.runs):
+            return "different"
+        return "undecided" if self.open_questions else "equal"
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of a log-probability under any policy."""
+        return max(run.largest for run in self.runs)
+
+    def mapping(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return {**asdict(self), "verdict": self.verdict, "tolerance": TOLERANCE}
+
+
+def try_copy(full: PreTrainedConfig, changes: Mapping[str, Any]) -> Trial:
+    """Shrink `full`, with `changes` of it as they are, and compare the engine with plain transformers, on the CPU.
+
+    Raises `UndecidedError` where there is nothing to compare.
+    """
+    small = small_config(full, changes)
+    questions = left_out(full, small, LONGEST)
+    with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder, _one_thread():
+        directory = save_small(Path(folder) / "model", small)
+        reference = load_reference(directory)
+        try:
+            expected, moved = expect(reference), reach(reference)
+            contradicted = contradictions(reference, expected)
+        except Exception as error:  # of the family's own code at sizes it does not expect
+            raise UndecidedError(
+                f"{small.model_type}, shrunk, does not run in plain transformers: {named(error)}"
+            ) from None
+        if contradicted:
+            raise UndecidedError(
+                f"plain transformers contradicts itself, so there is nothing to compare with: for {contradicted} of "
+                f"{len(expected)} prompts, generate gives other tokens than the greedy ones of the forward"
+            )
+        if moved <= REACH:
+            questions.append(
+                f"the beginning of a prompt moves log-probabilities of the copy by {moved:.1g} at most, too little for "
+                "agreement to say anything of attention"
+            )
+        runs = tuple(_run(directory, name, Path(folder) / "offload", expected) for name in POLICIES)
+        return Trial(
+            num_layers=int(getattr(small.get_text_config(), "num_hidden_layers", 0)),
+            parameters=int(reference.num_parameters()),
+            reach=moved,
+            runs=runs,
+            open_questions=tuple(questions),
+        )
+
+
+def _run(directory: Path, policy: str, offload: Path, expected: list[Expected]) -> Run:
+    from engine.engine import Engine
+
+    settings = {"device": "cpu", "offload-dir": str(offload), **POLICIES[policy]}
+    try:
+        with Engine.from_pretrained(str(directory), policy=settings) as engine:
+            done = engine.run(JOBS)
+    except EngineError as error:
+        raise UndecidedError(f"the engine runs the model's family, but not its copy: {error}") from None
+    found, largest = differences(expected, done)
+    return Run(policy=policy, jobs=len(done), differing=len(found), largest=largest, first=tuple(found[:3]))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, torch has one thread: so small a model takes longer with more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,7 @@
+"""The error of what can be said neither to be equal nor to differ."""
+
+from __future__ import annotations
+
+
+class UndecidedError(Exception):
+    """Nothing can be found out about a model's small copy; the message is one line."""
