@@ -86,7 +86,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     else:
         source, target = place.to(tl.int64), pair
     column = column_tile * tile_columns + tl.arange(0, tile_columns)
-    column_from = tl.where(column < columns, column, 0).to(tl.int64)
+    column_from = (column % columns).to(tl.int64)  # which stay neighbours, so that they are loaded together
     step = tl.arange(0, tile_inner)
     left = rows + source[:, None] * row_stride + step[None, :] * row_step
     right = matrices + expert * matrix_batch + step[:, None] * matrix_stride + column_from[None, :] * matrix_step
