@@ -84,14 +84,16 @@ class StockForward:
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """Inside, the layers attend, and compute experts, by the stock implementations."""
-        config = self._model.config
+        """Inside, the layers attend, and compute experts and norms, by the stock implementations."""
+        config, context = self._model.config, self._model.sweeping
         before = config._attn_implementation
+        context.is_stock = True
         with stock_experts(self._model.module, self._model.expert_configs):
             if not self._model.is_padded:  # those always attend so
                 config._attn_implementation = self.attention
             try:
                 yield
             finally:
+                context.is_stock = False
                 if not self._model.is_padded:
                     config._attn_implementation = before
