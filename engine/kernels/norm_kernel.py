@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.norms import RMSNorm
-
 _BLOCK = 4096
 """Numbers that one program takes, at most; a row is never shared out."""
 
@@ -48,8 +46,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(result + row * width + column, scaled.to(kind), mask=inside)
 
 
-def norm(told: RMSNorm, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows `[…, width]` of 16 bits, with any strides, normed and scaled by weight `[width]`, on the current device."""
+def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int) -> torch.Tensor:
+    """Rows `[…, width]` of 16 bits, with any strides, normed and scaled by weight `[width]`, on the current device.
+
+    `eps` is added to the mean of the squares; scaling: see `engine.kernels.norms.Scaling`.
+    """
     width = rows.shape[-1]
     flat = rows.reshape(-1, width)
     if flat.stride(1) != 1:
@@ -66,9 +67,9 @@ def norm(told: RMSNorm, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
         result,
         len(flat),
         flat.stride(0),
-        told.eps,
+        eps,
         width=width,
-        scaling=int(told.scaling),
+        scaling=int(scaling),
         block_rows=block_rows,
         block_width=block_width,
         num_warps=min(16, max(4, block_rows * block_width // 1024)),

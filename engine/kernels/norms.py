@@ -41,8 +41,8 @@ class RMSNorm:
         return (normed * factor).to(rows.dtype)
 
 
-Kernel = Callable[[RMSNorm, torch.Tensor, torch.Tensor], torch.Tensor]
-"""A norm, rows and weight of 16 bits of one dtype, on the current device: as `RMSNorm` by torch's functions."""
+Kernel = Callable[[torch.Tensor, torch.Tensor, float, int], torch.Tensor]
+"""Rows and weight of 16 bits of one dtype on the current device, eps and scaling of a norm: what that makes of them."""
 
 
 @cache

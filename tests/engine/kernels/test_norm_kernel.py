@@ -15,10 +15,10 @@ for scaling in Scaling:
     for rows, width in ((torch.randn(3, 5, 4, 48), 48), (torch.randn(7, 200)[:, 20:170], 150)):
         sizes = torch.logspace(-4, 1, len(rows)).view(-1, *[1] * (rows.ndim - 1))  # the smallest show what is added
         rows, weight = (rows * sizes).half(), torch.randn(width).half()
-        found = norm(told, rows, weight)
+        found = norm(rows, weight, told.eps, told.scaling)
         torch.testing.assert_close(found, told(rows, weight), rtol=2e-3, atol=1e-3)
         assert (found == told(rows, weight)).float().mean() > 0.99
-        assert torch.equal(norm(told, rows[1:2], weight), found[1:2])
+        assert torch.equal(norm(rows[1:2], weight, told.eps, told.scaling), found[1:2])
     print("same")
 """
 
