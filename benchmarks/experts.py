@@ -23,7 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from engine.measuring.rates import median_seconds
 from engine.memory import accelerator
-from engine.model.experts.interface import experts, is_understood
+from engine.model.experts.interface import experts, is_understood, prepare
 from engine.model.sweep_context import SweepContext
 from flexgen_helm.planning.record import write_record
 from flexgen_helm.planning.roofline import Rates, measure_rates
@@ -70,6 +70,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     module.__dict__["sweeping"] = SweepContext()
     if not is_understood(module):
         raise SystemExit(f"{shape.kind.__name__} is not computed by our function")
+    prepare(module)
     return module
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.kernels.grouped import mixture
 from engine.memory import accelerator
-from engine.model.experts.interface import experts
+from engine.model.experts.interface import experts, prepare
 from engine.model.sweep_context import SweepContext
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,9 @@ def module_of(family: str, dtype: torch.dtype) -> Any:
     for parameter in found.parameters():
         parameter.data = torch.randn(parameter.shape) * 0.1
     found.__dict__["sweeping"] = SweepContext()
-    return found.to("cuda", dtype)
+    prepare(found.to(dtype))
+    assert dtype is torch.float32 or found.__dict__["gating"] is not None
+    return found.to("cuda")
 
 
 def inputs(module: Any, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.grouped.gating import Gating
 from engine.kernels.grouped.matrices import Matrices
 from engine.memory import accelerator
 
@@ -43,6 +44,18 @@ def _tile_kernel(starts, tiles, count, rows: tl.constexpr, width: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _gated(gate, value, limit, alpha, kind: tl.constexpr, has_alpha: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As `Gating` does it, rounded wherever torch's own functions round; what is no number stays none."""
+    gate = tl.where(gate > limit, limit, gate).to(kind).to(tl.float32)
+    value = tl.where(value > limit, limit, tl.where(value < -limit, -limit, value)).to(kind).to(tl.float32)
+    if has_alpha:
+        scaled = (gate * alpha).to(kind).to(tl.float32)
+        share = (1.0 / (1.0 + tl.exp(-scaled))).to(kind).to(tl.float32)
+        return (value + 1.0).to(kind).to(tl.float32) * (gate * share).to(kind).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _product_kernel(  # type: ignore[no-untyped-def]
     rows,
     order,
@@ -62,15 +75,22 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     bias_step,
     bias_to_second,
     result_stride,
+    limit,
+    alpha,
     rows_of: tl.constexpr,
-    is_swiglu: tl.constexpr,
+    is_gated: tl.constexpr,
+    is_interleaved: tl.constexpr,
+    has_alpha: tl.constexpr,
     has_bias: tl.constexpr,
     fits: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
     tile_inner: tl.constexpr,
 ):
-    across = tl.cdiv(columns, tile_columns)
+    # Of two numbers that become one, both are computed here: side by side, or in two tiles.
+    stored_columns: tl.constexpr = tile_columns // 2 if is_interleaved else tile_columns
+    is_twice: tl.constexpr = is_gated and not is_interleaved
+    across = tl.cdiv(columns, stored_columns)
     tile, column_tile = tl.program_id(0) // across, tl.program_id(0) % across
     expert = tl.load(tiles + 3 * tile).to(tl.int64)
     first, end = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
@@ -86,7 +106,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     else:
         source, target = place.to(tl.int64), pair
     column = column_tile * tile_columns + tl.arange(0, tile_columns)
-    column_from = (column % columns).to(tl.int64)  # which stay neighbours, so that they are loaded together
+    # Neighbours stay neighbours, so that they are loaded together.
+    column_from = (column % (2 * columns if is_interleaved else columns)).to(tl.int64)
     step = tl.arange(0, tile_inner)
     left = rows + source[:, None] * row_stride + step[None, :] * row_step
     right = matrices + expert * matrix_batch + step[:, None] * matrix_stride + column_from[None, :] * matrix_step
@@ -101,7 +122,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             a = tl.load(left, mask=within[None, :], other=0.0)
             b = tl.load(right, mask=within[:, None], other=0.0)
         sums = tl.dot(a, b, sums)
-        if is_swiglu:
+        if is_twice:
             if fits:
                 c = tl.load(right + to_second)
             else:
@@ -113,12 +134,16 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     if has_bias:
         biases = bias + expert * bias_batch + column_from * bias_step
         sums += tl.load(biases).to(tl.float32)[None, :]
-        if is_swiglu:
+        if is_twice:
             seconds += tl.load(biases + bias_to_second).to(tl.float32)[None, :]
-    if is_swiglu:  # rounded wherever torch's own functions round
-        gate = sums.to(kind).to(tl.float32)
-        gate = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-        sums = gate * seconds.to(kind).to(tl.float32)
+    if is_gated:
+        if is_interleaved:
+            pairs = tl.reshape(sums.to(kind), (tile_rows, stored_columns, 2))
+            gate, value = tl.split(pairs)
+        else:
+            gate, value = sums.to(kind), seconds.to(kind)
+        sums = _gated(gate.to(tl.float32), value.to(tl.float32), limit, alpha, kind, has_alpha)
+    column = column_tile * stored_columns + tl.arange(0, stored_columns)
     stored = result + target[:, None] * result_stride + column[None, :]
     tl.store(stored, sums.to(kind), mask=inside[:, None] & (column < columns)[None, :])
 
@@ -169,17 +194,14 @@ def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weigh
     starts = torch.searchsorted(sorted_experts, experts, out_int32=True)
     sizes = _sizes(-(-num_pairs // matrices.count), hidden.device, hidden.itemsize)
     tiles = _tiles(starts, num_pairs, sizes["tile_rows"])
-    second_rows = matrices.second.shape[1]
-    if matrices.is_swiglu:
-        inner = torch.empty(num_pairs, second_rows, dtype=hidden.dtype, device=hidden.device)
-        halved = {**sizes, "tile_columns": max(16, sizes["tile_columns"] // 2)}
-        _multiply(hidden, order, tiles, matrices.first, matrices.first_bias, inner, halved, num_choices, is_swiglu=True)
-    else:
-        between = torch.empty(num_pairs, matrices.first.shape[2], dtype=hidden.dtype, device=hidden.device)
-        _multiply(hidden, order, tiles, matrices.first, matrices.first_bias, between, sizes, num_choices)
-        inner = matrices.activation(between)
+    width = matrices.first.shape[2] if matrices.gating is None else matrices.second.shape[1]
+    inner = torch.empty(num_pairs, width, dtype=hidden.dtype, device=hidden.device)
+    first = matrices.first, matrices.first_bias
+    _multiply(hidden, order, tiles, *first, inner, sizes, rows_of=num_choices, gating=matrices.gating)
+    if matrices.gating is None:
+        inner = matrices.activation(inner)
     places = torch.empty(num_pairs, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-    _multiply(inner, order, tiles, matrices.second, matrices.second_bias, places, sizes, 0)
+    _multiply(inner, order, tiles, matrices.second, matrices.second_bias, places, sizes)
     kernel: Any = _sum_kernel
     kernel[(num_tokens, -(-hidden.shape[1] // _SUMMED))](
         places,
@@ -215,18 +237,22 @@ def _multiply(
     bias: torch.Tensor | None,
     result: torch.Tensor,
     sizes: dict[str, int],
-    rows_of: int,
     *,
-    is_swiglu: bool = False,
+    rows_of: int = 0,
+    gating: Gating | None = None,
 ) -> None:
     """Fill `result` with products of rows in the order of their experts.
 
-    rows_of: places of `order` that belong to each of `rows`, which are gathered; 0: they are in that order already,
-    and what becomes of them is put where `order` says.
+    gating: what is done with the products before they are stored. rows_of: places of `order` that belong to each of
+    `rows`, which are gathered; 0: they are in that order already, and what becomes of them is put where `order` says.
     """
     columns, inner = result.shape[1], matrices.shape[1]
+    is_interleaved = gating is not None and gating.is_interleaved
+    if gating is not None and not is_interleaved:
+        sizes = {**sizes, "tile_columns": sizes["tile_columns"] // 2}
+    stored_columns = sizes["tile_columns"] // 2 if is_interleaved else sizes["tile_columns"]
     kernel: Any = _product_kernel
-    kernel[(len(tiles) * -(-columns // sizes["tile_columns"]),)](
+    kernel[(len(tiles) * -(-columns // stored_columns),)](
         rows,
         order,
         tiles,
@@ -240,8 +266,12 @@ def _multiply(
         columns * matrices.stride(2),
         *((0, 0, 0) if bias is None else (*bias.stride(), columns * bias.stride(1))),
         result.stride(0),
+        float("inf") if gating is None else gating.limit,
+        0.0 if gating is None or gating.alpha is None else gating.alpha,
         rows_of=rows_of,
-        is_swiglu=is_swiglu,
+        is_gated=gating is not None,
+        is_interleaved=is_interleaved,
+        has_alpha=gating is not None and gating.alpha is not None,
         has_bias=bias is not None,
         fits=inner % _INNER == 0,
         tile_inner=_INNER,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.grouped.gating import Gating
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -22,8 +24,8 @@ class Matrices:
     """`[experts, hidden size]`."""
     activation: Callable[[torch.Tensor], torch.Tensor]
     """Rows of the first product `[rows, between]` -> rows for the second `[rows, inner size]`, each by itself."""
-    is_swiglu: bool
-    """Whether `activation` is silu(a) * b of the two halves `[a | b]` of a row, which are `inner size` wide each."""
+    gating: Gating | None
+    """What `activation` is, if that is known."""
 
     @property
     def count(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,15 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+from transformers.integrations.moe import ExpertsInterface
 
+from engine.kernels.grouped.gating import Gating
 from engine.kernels.grouped.matrices import Matrices
 from engine.kernels.grouped.mixture import mixture
 from engine.model.sweep_context import SweepContext
 
 EXPERTS_NAME = "flexgen"
 """The name under which `transformers` finds our experts function."""
+_SIZES = (0.1, 1.0, 30.0)
+"""Of the numbers in rows that a gate is tried with: the largest reach its limits."""
+_ROWS = 4
+"""Of each size."""
 
 
 def experts(
@@ -42,10 +48,17 @@ def take_experts(model: PreTrainedModel) -> list[PreTrainedConfig]:
     modules = _modules_of_experts(model)
     if not all(map(is_understood, modules)):
         return []
+    for module in modules:
+        prepare(module)
     configs = _configs_of(modules)
     for config in configs:
         config._experts_implementation = EXPERTS_NAME
     return configs
+
+
+def prepare(module: nn.Module) -> None:
+    """Note in a module that is understood what its gate is, for our function."""
+    module.__dict__["gating"] = gating_of(module)
 
 
 def keep_experts_apart(model: PreTrainedModel) -> None:
@@ -105,13 +118,29 @@ def _matrices(module: nn.Module) -> Matrices:
     if not told.is_transposed:
         first, second = first.mT, second.mT
     activation = told._apply_gate if told.has_gate else told.act_fn
-    return Matrices(first, second, first_bias, second_bias, activation, _is_swiglu(module))
+    return Matrices(first, second, first_bias, second_bias, activation, told.__dict__.get("gating"))
 
 
-def _is_swiglu(module: nn.Module) -> bool:
+def gating_of(module: nn.Module) -> Gating | None:
+    """The gate that a module computes of rows of its own dtype, found out by calling it; None if it is none we know."""
     told: Any = module
-    is_default = told.has_gate and getattr(type(told), "_apply_gate", None) is _default_apply_gate
-    return is_default and type(getattr(told, "act_fn", None)) in (nn.SiLU, SiLUActivation)
+    if not told.has_gate:
+        return None
+    dtype, width = told.down_proj.dtype, told.down_proj.shape[1 if told.is_transposed else 2]
+    numbers = torch.randn(_ROWS, 2 * width, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([numbers * size for size in _SIZES]).to(dtype)
+    try:
+        found = told._apply_gate(rows)
+    except Exception:  # it does not run on the host, or not in this dtype
+        return None
+    limits = [math.inf, *_numbers(module, "limit", "swiglu_limit")]
+    alphas = [None, *_numbers(module, "alpha", "swiglu_alpha")]
+    known = (Gating(*each) for each in itertools.product((False, True), limits, alphas))
+    return next((gating for gating in known if torch.equal(found, gating(rows))), None)
+
+
+def _numbers(module: nn.Module, *names: str) -> list[float]:
+    return [float(value) for name in names if isinstance(value := getattr(module, name, None), int | float)]
 
 
 def _modules_of_experts(model: nn.Module) -> list[nn.Module]:

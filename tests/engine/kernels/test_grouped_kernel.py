@@ -8,16 +8,19 @@ _SCRIPT = """
 import torch
 from torch.nn.functional import silu
 from engine.kernels.grouped import kernel
+from engine.kernels.grouped.gating import Gating
 from engine.kernels.grouped.matrices import Matrices
 
 torch.manual_seed(0)
 count, width, inner, choices, tokens = 5, 70, 40, 2, 20
-halves = lambda x: silu(x[:, :inner]) * x[:, inner:]
-pairs = lambda x: x[:, ::2].clamp(max=1.0) * (x[:, 1::2] + 1)
-for activation, is_swiglu, has_bias in ((halves, True, True), (pairs, False, False)):
+halves = lambda x: silu(x[:, :inner].clamp(max=1.5)) * x[:, inner:].clamp(-1.5, 1.5)
+pairs = lambda x: x[:, ::2] * torch.sigmoid(1.7 * x[:, ::2]) * (x[:, 1::2] + 1)
+others = lambda x: x[:, ::2].relu() * x[:, 1::2]
+cases = (halves, Gating(False, 1.5), True), (pairs, Gating(True, alpha=1.7), True), (others, None, False)
+for activation, gating, has_bias in cases:
     first, second = torch.randn(count, 2 * inner, width).half() / 8, torch.randn(count, inner, width).half() / 8
     biases = (torch.randn(count, 2 * inner).half(), torch.randn(count, width).half()) if has_bias else (None, None)
-    matrices = Matrices(first.mT, second, *biases, activation, is_swiglu)
+    matrices = Matrices(first.mT, second, *biases, activation, gating)
     hidden = torch.randn(tokens, width).half()
     # The last token chose one expert that there is not, as some families say "none"; nobody chose expert 3.
     index = torch.stack([torch.randperm(4)[:choices] for _ in range(tokens)])
@@ -44,4 +47,4 @@ for activation, is_swiglu, has_bias in ((halves, True, True), (pairs, False, Fal
 
 
 def test_the_kernels_mix_experts_in_tritons_interpreter() -> None:
-    assert interpreted(_SCRIPT) == ["right"] * 2
+    assert interpreted(_SCRIPT) == ["right"] * 3

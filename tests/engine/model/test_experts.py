@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.moe import use_experts_implementation
 
+from engine.kernels.grouped.gating import Gating
 from engine.model.causal_model import CausalModel
-from engine.model.experts.interface import EXPERTS_NAME, experts, is_understood
+from engine.model.experts.interface import EXPERTS_NAME, experts, gating_of, is_understood
 from engine.model.stock import StockForward
 from engine.model.sweep_context import SweepContext
 
@@ -50,6 +51,37 @@ def test_equal_to_the_loop_of_the_family(family: str, rows: int) -> None:
             return
         index[0, 1] = module.num_experts  # which means none
         torch.testing.assert_close(experts(module, hidden, index, weights), module(hidden, index, weights))
+
+
+@pytest.mark.parametrize(
+    ("family", "gating"),
+    [("mixtral", Gating(False)), ("gpt-oss", Gating(True, 7.0, 1.702)), ("deepseek-v3", Gating(False))],
+)
+def test_gates_are_known_by_what_they_compute(family: str, gating: Gating) -> None:
+    """The numbers are those of the families' published configs."""
+    module: Any = module_of(family).bfloat16()
+    assert gating_of(module) == gating
+    module._apply_gate = lambda rows: gating(rows) * 1.01
+    assert gating_of(module) is None
+
+
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "act_fn"), ("gpt-oss", "alpha"), ("gpt-oss", "limit")])
+def test_other_gates_are_left_to_the_module(family: str, name: str) -> None:
+    module: Any = module_of(family).bfloat16()
+    gate = module._apply_gate
+    given = {"act_fn": nn.GELU(), "alpha": 1.5, "limit": 3.0}[name]
+
+    def changed(rows: torch.Tensor) -> torch.Tensor:
+        """With another number than the one that the module tells of."""
+        told = getattr(module, name)
+        setattr(module, name, given)
+        try:
+            return gate(rows)
+        finally:
+            setattr(module, name, told)
+
+    module._apply_gate = changed
+    assert gating_of(module) is None
 
 
 @use_experts_implementation
