@@ -35,11 +35,14 @@ def _products(
     rows: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor | None, counts: list[int]
 ) -> torch.Tensor:
     """Rows `[n, k]`, sorted by expert, each times the matrix `[k, m]` of its expert; rows of none become zeros."""
-    result = rows.new_zeros(len(rows), matrices.shape[2])
+    result = rows.new_empty(len(rows), matrices.shape[2])
     first = 0
     for expert, count in enumerate(counts):
         if count:
-            part = torch.mm(rows[first : first + count], matrices[expert])
-            result[first : first + count] = part if biases is None else part + biases[expert]
+            part = result[first : first + count]
+            torch.mm(rows[first : first + count], matrices[expert], out=part)
+            if biases is not None:
+                part += biases[expert]
         first += count
+    result[first:] = 0
     return result
