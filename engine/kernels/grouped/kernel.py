@@ -1,4 +1,4 @@
-"""Triton kernels for experts of a mixture in 16 bits, on cards that have Triton: three launches for a layer's tokens.
+"""Triton kernels for experts of a mixture in 16 bits, on cards that have Triton: two products and a sum.
 
 A number of a product is the sum of its terms in the same order, by the same instructions, in tiles of any size: what a
 row becomes depends neither on the rows beside it nor on how many there are (`engine.kernels.invariant.product_kernel`
