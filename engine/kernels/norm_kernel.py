@@ -1,7 +1,7 @@
 """The Triton kernel for root-mean-square norms of rows of 16 bits, on accelerators that have Triton.
 
-Written out in torch's functions a norm reads or writes its rows eleven times, seven of them in 32 bits. A row is summed in
-an order that follows from its width alone, and rounded where torch's functions round it.
+Written out in torch's functions a norm reads or writes its rows eleven times, seven of them in 32 bits. A row is
+summed in an order that follows from its width alone, and rounded where torch's functions round it.
 """
 
 from __future__ import annotations
