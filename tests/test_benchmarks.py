@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from benchmarks import (
     compression,
     data_wrangling,
     draw,
+    experts,
     memory,
     offloaded,
     several_gpus,
@@ -654,6 +656,28 @@ def test_codes_are_compared_at_their_bits(tmp_path: Path, monkeypatch: pytest.Mo
     coarse, fine = rows["engine, 4 bits"], rows["engine, 8 bits"]
     assert (coarse["bits"], fine["bits"]) == (4.5, 8.5)
     assert fine["relative_error"] == pytest.approx(coarse["relative_error"] / 17, rel=0.1)
+
+
+def test_experts_of_each_shape_agree_with_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {
+        "qwen3-30b-a3b": {"hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 8},
+        "gpt-oss-120b": {"hidden_size": 32, "intermediate_size": 16, "num_local_experts": 8},
+    }
+    shapes = {name: dataclasses.replace(shape, config=tiny[name]) for name, shape in experts.SHAPES.items()}
+    monkeypatch.setattr(experts, "SHAPES", shapes)
+    rates = dict.fromkeys(("flop_s", "to_device_bytes_s", "from_device_bytes_s", "device_bytes_s"), 1e9)
+    monkeypatch.setattr(experts, "measure_rates", lambda *_: Rates(**rates))
+    monkeypatch.setattr(experts, "seconds_of", lambda call, device: float(len(call())))
+    arguments = ["--device", "cpu", "--dtype", "float32", "--tokens", "9", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["experts", *arguments])
+    experts.main()
+    record = json.loads((tmp_path / "experts.json").read_text())
+    assert record["differing"] == []
+    row = record["shapes"]["qwen3-30b-a3b"][0]
+    assert row["products_s"] == pytest.approx(2 * 9 * 8 * 3 * 32 * 16 / 1e9)
+    assert row["matrices_s"] == pytest.approx(8 * 3 * 32 * 16 * 4 / 1e9)
+    for name in ("ours", *experts.THEIRS):
+        assert row[name]["fraction_of_limit"] == pytest.approx(max(row["products_s"], row["matrices_s"]) / 9)
 
 
 def test_a_suites_requests_are_asked_in_one_call(opt: str) -> None:

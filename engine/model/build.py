@@ -104,12 +104,6 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None
     return model
 
 
-def set_experts_apart(config: PreTrainedConfig) -> None:
-    """Let a mixture's experts be computed one after the other, each with products of its own rows."""
-    for each in (config, config.get_text_config()):
-        each._experts_implementation = "eager"
-
-
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of the decoder layers, in the order in which they are called."""
     count = getattr(_text_config(model), "num_hidden_layers", None)

@@ -19,8 +19,10 @@ from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
 from engine.kernels.packed_matrix import PackedMatrix
 from engine.model.attention import flash
-from engine.model.build import build, decoder_layers, set_experts_apart
+from engine.model.build import build, decoder_layers
+from engine.model.experts.interface import keep_experts_apart, take_experts
 from engine.model.family_probe import probe
+from engine.model.norms import fuse_norms
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -46,8 +48,10 @@ class CausalModel:
         self.device, self.dtype = device, dtype
         self.module = build(path, dtype)
         self.config = self.module.config
-        if batch_invariant:  # grouped products choose by how many rows each expert has
-            set_experts_apart(self.config)
+        self.expert_configs = take_experts(self.module)
+        """Those of its configs by which experts are computed by our function."""
+        if batch_invariant and not self.expert_configs:  # grouped products choose by how many rows each expert has
+            keep_experts_apart(self.module)
         self.sweeping = SweepContext(arithmetic=BatchInvariant() if batch_invariant else nullcontext())
         """Tells our attention function, called from inside the layers, what it works on."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
@@ -85,6 +89,7 @@ class CausalModel:
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.kv_shapes: list[KVShape] = probe(self)
+        fuse_norms(self.layers, self.sweeping, device, dtype)
         for root in (self.module, *self.layers):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):

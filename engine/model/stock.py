@@ -12,6 +12,7 @@ from engine.errors import UnsupportedError
 from engine.kernels.codec import Codec
 from engine.model.build import default_attention
 from engine.model.causal_model import CausalModel
+from engine.model.experts.interface import stock_experts
 from engine.model.padded import CacheView
 from engine.model.stock_cache import KeysAndValues, StockView, stock_views
 from engine.model.stub import LayerCall
@@ -83,14 +84,16 @@ class StockForward:
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """Inside, the layers attend by the stock implementation."""
-        if self._model.is_padded:  # they always do
-            yield
-            return
-        config = self._model.config
+        """Inside, the layers attend, and compute experts and norms, by the stock implementations."""
+        config, context = self._model.config, self._model.sweeping
         before = config._attn_implementation
-        config._attn_implementation = self.attention
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        context.is_stock = True
+        with stock_experts(self._model.module, self._model.expert_configs):
+            if not self._model.is_padded:  # those always attend so
+                config._attn_implementation = self.attention
+            try:
+                yield
+            finally:
+                context.is_stock = False
+                if not self._model.is_padded:
+                    config._attn_implementation = before

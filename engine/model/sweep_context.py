@@ -29,6 +29,8 @@ class SweepContext:
     """Of each layer, how many tokens a token attends to at most; None for all before it."""
     arithmetic: AbstractContextManager[Any] = field(default_factory=nullcontext)
     """What the model's own code is to be called in."""
+    is_stock: bool = False
+    """Whether the model's modules are to compute with functions of transformers alone."""
     is_checking: bool = False
     """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
     attended: int = 0

@@ -145,6 +145,14 @@ def test_products_in_wider_numbers() -> None:
     torch.testing.assert_close(found, rows.float() @ matrices.float())
 
 
+def test_products_go_where_they_are_wanted() -> None:
+    rows, matrix, found = torch.randn(3, 8), torch.randn(8, 4), torch.zeros(5, 4)
+    with BatchInvariant():
+        torch.mm(rows, matrix, out=found[1:4])
+    torch.testing.assert_close(found[1:4], rows @ matrix)
+    assert not found[[0, 4]].any()
+
+
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_a_sum_at_given_places_is_refused(accumulate: bool) -> None:
     target, where = torch.zeros(4), torch.tensor([1, 1])

@@ -66,6 +66,7 @@ _MOVES = frozenset(
         "scalar_tensor",
         "scatter",
         "scatter_",
+        "searchsorted",
         "select_scatter",
         "slice_scatter",
         "sort",

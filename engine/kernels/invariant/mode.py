@@ -166,8 +166,9 @@ class BatchInvariant(TorchDispatchMode):
             if not was_watching:
                 self._look_away()
 
-    def _mm(self, func: Any, rows: torch.Tensor, matrix: torch.Tensor, **_: Any) -> Any:
-        return self._products.mm(rows, matrix)
+    def _mm(self, func: Any, rows: torch.Tensor, matrix: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
+        product = self._products.mm(rows, matrix)
+        return product if out is None else out.copy_(product)
 
     def _addmm(self, func: Any, bias: Any, rows: Any, matrix: Any, *, beta: float = 1, alpha: float = 1) -> Any:
         return self._products.mm(rows, matrix, bias) if beta == alpha == 1 else NotImplemented

@@ -1,0 +1,48 @@
+"""Experts of a mixture by functions of torch: any device, any dtype.
+
+Under the mode of batch invariance (`engine.kernels.invariant`) its products and sums are the mode's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels.grouped.matrices import Matrices
+
+
+def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted sum of the experts that each token chose: hidden `[tokens, hidden size]` -> the same shape.
+
+    index, weights: `[tokens, choices]`, of experts from 0 on. A choice of an expert that there is not adds nothing.
+    The host waits for the number of rows of each expert.
+    """
+    num_choices = index.shape[1]
+    chosen = index.flatten()
+    order = chosen.sort(stable=True).indices
+    counts = torch.bincount(chosen, minlength=matrices.count).tolist()[: matrices.count]
+    rows = hidden[order.div(num_choices, rounding_mode="floor")].to(matrices.first.dtype)
+    between = _products(rows, matrices.first, matrices.first_bias, counts)
+    inner = matrices.activation(between)
+    found = _products(inner, matrices.second, matrices.second_bias, counts)
+    places = torch.empty_like(found)
+    places[order] = found
+    terms = places.unflatten(0, (-1, num_choices)) * weights[..., None]
+    summed: torch.Tensor = terms.sum(dim=1).to(hidden.dtype)
+    return summed
+
+
+def _products(
+    rows: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor | None, counts: list[int]
+) -> torch.Tensor:
+    """Rows `[n, k]`, sorted by expert, each times the matrix `[k, m]` of its expert; rows of none become zeros."""
+    result = rows.new_empty(len(rows), matrices.shape[2])
+    first = 0
+    for expert, count in enumerate(counts):
+        if count:
+            part = result[first : first + count]
+            torch.mm(rows[first : first + count], matrices[expert], out=part)
+            if biases is not None:
+                part += biases[expert]
+        first += count
+    result[first:] = 0
+    return result

@@ -1,0 +1,57 @@
+"""Root-mean-square norms as families write them, and one kernel in their place where a device can have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+
+import torch
+
+from engine.memory import accelerator
+
+
+class Scaling(IntEnum):
+    """How the rows of a norm are multiplied by its weight."""
+
+    ROUNDED = 0
+    """After they were rounded to their dtype."""
+    WIDE = 1
+    """In float32, before they are rounded."""
+    WIDE_FROM_ONE = 2
+    """The same, by 1 + weight."""
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """A norm of rows: each divided by the root of the mean of its squares, in float32, and scaled."""
+
+    eps: float
+    """What is added to that mean."""
+    scaling: Scaling
+
+    def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Rows `[…, width]` scaled by weight `[width]`, in the dtype of the rows, by torch's functions."""
+        wide = rows.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.scaling is Scaling.ROUNDED:
+            return weight * normed.to(rows.dtype)
+        factor = weight.float() + (1.0 if self.scaling is Scaling.WIDE_FROM_ONE else 0.0)
+        return (normed * factor).to(rows.dtype)
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, float, int], torch.Tensor]
+"""Rows and weight of 16 bits of one dtype on the current device, eps and scaling of a norm: what that makes of them."""
+
+
+@cache
+def kernel_for(device: torch.device) -> Kernel | None:
+    """Our kernel's function, where Triton compiles for the device."""
+    if not accelerator.runs_triton(device):
+        return None
+    try:
+        from engine.kernels.norm_kernel import norm
+    except ImportError:  # torch without Triton
+        return None
+    return norm

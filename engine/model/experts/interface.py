@@ -1,0 +1,156 @@
+"""The function that `transformers` layers call for the experts of a mixture, and which modules it is taken for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from engine.kernels.grouped.gating import Gating
+from engine.kernels.grouped.matrices import Matrices
+from engine.kernels.grouped.mixture import mixture
+from engine.model.sweep_context import SweepContext
+
+EXPERTS_NAME = "flexgen"
+"""The name under which `transformers` finds our experts function."""
+_SIZES = (0.1, 1.0, 30.0)
+"""Of the numbers in rows that a gate is tried with: the largest reach its limits."""
+_ROWS = 4
+"""Of each size."""
+
+
+def experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The function registered with `transformers.ExpertsInterface`, for modules that are understood.
+
+    hidden_states: `[rows, hidden size]`, returned in the same shape; the others `[rows, choices]`.
+    """
+    if hidden_states.is_meta:
+        return torch.empty_like(hidden_states)
+    context: SweepContext = module.__dict__["sweeping"]
+    with context.apart():
+        return mixture(_matrices(module), hidden_states, top_k_index, top_k_weights)
+
+
+def take_experts(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Let the experts of `model` be computed by our function, if it understands all of them.
+
+    Returns the configs that say so now; none if `transformers`' own functions are left to it.
+    """
+    modules = _modules_of_experts(model)
+    if not all(map(is_understood, modules)):
+        return []
+    for module in modules:
+        prepare(module)
+    configs = _configs_of(modules)
+    for config in configs:
+        config._experts_implementation = EXPERTS_NAME
+    return configs
+
+
+def prepare(module: nn.Module) -> None:
+    """Note in a module that is understood what its gate is, for our function."""
+    module.__dict__["gating"] = gating_of(module)
+
+
+def keep_experts_apart(model: PreTrainedModel) -> None:
+    """Let experts be computed one after the other by `transformers`, each with products of its own rows."""
+    for config in [model.config, model.config.get_text_config(), *_configs_of(_modules_of_experts(model))]:
+        config._experts_implementation = "eager"
+
+
+@contextmanager
+def stock_experts(model: PreTrainedModel, configs: list[PreTrainedConfig]) -> Iterator[None]:
+    """Inside, experts that are ours by `configs` are computed by what `from_pretrained` takes by default."""
+    for config in configs:
+        config._experts_implementation = model.get_correct_experts_implementation(None)
+    try:
+        yield
+    finally:
+        for config in configs:
+            config._experts_implementation = EXPERTS_NAME
+
+
+def is_understood(module: nn.Module) -> bool:
+    """Whether a module of experts consists of nothing but two matrices an expert, of one of the known layouts.
+
+    What else transformers' interface may tell (a norm behind the experts, say) and parameters of other names or sizes
+    leave a module to transformers' own functions.
+    """
+    told = vars(module)
+    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    if any(type(told.get(flag)) is not bool for flag in flags) or told["has_post_expert_norm"]:
+        return False
+    first = "gate_up_proj" if told["has_gate"] else "up_proj"
+    names = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if told["has_bias"] else set())
+    found = dict(module.named_parameters())
+    if told["_is_expert_parallel"] or found.keys() != names or list(module.named_buffers()):
+        return False
+    matrices = _matrices(module)
+    if matrices.first.ndim != 3 or matrices.second.ndim != 3:
+        return False
+    count, width, between = matrices.first.shape
+    inner = between // 2 if told["has_gate"] else between
+    biases = [x.shape for x in (matrices.first_bias, matrices.second_bias) if x is not None]
+    return (
+        count == told.get("num_experts")
+        and between == inner * (2 if told["has_gate"] else 1)
+        and matrices.second.shape == (count, inner, width)
+        and biases in ([], [(count, between), (count, width)])
+    )
+
+
+def _matrices(module: nn.Module) -> Matrices:
+    """Views of the parameters of a module that is understood, which may be bound anew for each sweep."""
+    told: Any = module
+    first = told.gate_up_proj if told.has_gate else told.up_proj
+    first_bias = (told.gate_up_proj_bias if told.has_gate else told.up_proj_bias) if told.has_bias else None
+    second_bias = told.down_proj_bias if told.has_bias else None
+    second = told.down_proj
+    if not told.is_transposed:
+        first, second = first.mT, second.mT
+    activation = told._apply_gate if told.has_gate else told.act_fn
+    return Matrices(first, second, first_bias, second_bias, activation, told.__dict__.get("gating"))
+
+
+def gating_of(module: nn.Module) -> Gating | None:
+    """The gate that a module computes of rows of its own dtype, found out by calling it; None if it is none we know."""
+    told: Any = module
+    if not told.has_gate:
+        return None
+    dtype, width = told.down_proj.dtype, told.down_proj.shape[1 if told.is_transposed else 2]
+    numbers = torch.randn(_ROWS, 2 * width, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([numbers * size for size in _SIZES]).to(dtype)
+    try:
+        found = told._apply_gate(rows)
+    except Exception:  # it does not run on the host, or not in this dtype
+        return None
+    limits = [math.inf, *_numbers(module, "limit", "swiglu_limit")]
+    alphas = [None, *_numbers(module, "alpha", "swiglu_alpha")]
+    known = (Gating(*each) for each in itertools.product((False, True), limits, alphas))
+    return next((gating for gating in known if torch.equal(found, gating(rows))), None)
+
+
+def _numbers(module: nn.Module, *names: str) -> list[float]:
+    return [float(value) for name in names if isinstance(value := getattr(module, name, None), int | float)]
+
+
+def _modules_of_experts(model: nn.Module) -> list[nn.Module]:
+    """Those that ask transformers' interface how they are to be computed."""
+    return [module for module in model.modules() if "_is_expert_parallel" in vars(module)]
+
+
+def _configs_of(modules: list[nn.Module]) -> list[Any]:
+    """The configs that say how they are computed, each once."""
+    return list({id(module.config): module.config for module in modules}.values())
+
+
+ExpertsInterface.register(EXPERTS_NAME, experts)

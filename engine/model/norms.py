@@ -1,0 +1,77 @@
+"""Which modules of a model's layers are root-mean-square norms: found out by calling them, not by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import nn
+
+from engine.kernels.norms import Kernel, RMSNorm, Scaling, kernel_for
+from engine.model.sweep_context import SweepContext
+
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+_SIZES = (1e-4, 1e-2, 1.0, 30.0)
+"""Of the numbers in rows that a module is tried with: the smallest show what is added to the mean of their squares."""
+_ROWS = 16
+"""Of each size."""
+
+
+def fuse_norms(layers: Iterable[nn.Module], context: SweepContext, device: torch.device, dtype: torch.dtype) -> None:
+    """Let norms in `layers` be one kernel each, where there is one for the device and the dtype.
+
+    A module is one if what it returns for random rows has the bits of `RMSNorm` by torch's functions.
+    """
+    kernel = kernel_for(device) if dtype in (torch.float16, torch.bfloat16) else None
+    if kernel is None:
+        return
+    for layer in layers:
+        for module in layer.modules():
+            told = norm_of(module, dtype)
+            if told is not None:
+                module.__dict__["forward"] = partial(_normed, module, module.forward, told, kernel, context)
+
+
+def norm_of(module: nn.Module, dtype: torch.dtype) -> RMSNorm | None:
+    """The norm that a module computes of rows of `dtype`; None if it is none, or computes another one."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 1 or weight.dtype != dtype or len(list(module.parameters())) > 1:
+        return None
+    if any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        return None
+    epsilons = [value for name in _EPS_NAMES if isinstance(value := getattr(module, name, None), float)]
+    if len(epsilons) != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    width = weight.shape[0]
+    rows = torch.cat([torch.randn(_ROWS, width, generator=generator) * size for size in _SIZES]).to(dtype)
+    factor = torch.randn(width, generator=generator).to(dtype)
+    try:
+        found = torch.func.functional_call(module, {"weight": factor}, (rows.unflatten(0, (2, -1)),))
+    except Exception:  # it takes something else than rows
+        return None
+    if not isinstance(found, torch.Tensor) or found.dtype != dtype or found.numel() != rows.numel():
+        return None
+    known = (RMSNorm(epsilons[0], scaling) for scaling in Scaling)
+    return next((told for told in known if torch.equal(found.flatten(0, -2), told(rows, factor))), None)
+
+
+def _normed(
+    module: nn.Module,
+    plain: Callable[[torch.Tensor], torch.Tensor],
+    told: RMSNorm,
+    kernel: Kernel,
+    context: SweepContext,
+    hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if context.is_stock or hidden_states.dtype != weight.dtype or not _is_there(hidden_states):
+        return plain(hidden_states)
+    return kernel(hidden_states, weight, told.eps, told.scaling)
+
+
+def _is_there(rows: torch.Tensor) -> bool:
+    """Whether rows are where the kernel runs: layers are called on the host, too, when a model is opened."""
+    return rows.is_cuda

@@ -1,0 +1,83 @@
+"""Protects: a module is taken for a root-mean-square norm only if it computes one, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from engine.kernels.norms import RMSNorm, Scaling
+from engine.model import norms
+from engine.model.causal_model import CausalModel
+from engine.model.norms import norm_of
+from engine.model.stock import StockForward
+
+DTYPE = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [(LlamaRMSNorm, Scaling.ROUNDED), (GptOssRMSNorm, Scaling.WIDE), (Gemma2RMSNorm, Scaling.WIDE_FROM_ONE)],
+)
+def test_norms_of_transformers_are_known_by_what_they_compute(kind: Any, scaling: Scaling) -> None:
+    with torch.device("meta"):
+        module = kind(48, eps=1e-5).to(DTYPE)
+    assert norm_of(module, DTYPE) == RMSNorm(1e-5, scaling)
+    assert norm_of(module, torch.float16) is None  # its weight is of another dtype
+
+
+class Norm(nn.Module):
+    """As Llama's, but for what a test changes."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(48, dtype=DTYPE))
+        self.eps = 1e-5
+        self.used = {"eps": 1e-5, "shift": 0.0, "power": -0.5, "middle": 0.0, **changes}
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        wide = rows.float()
+        wide = wide - self.used["middle"] * wide.mean(-1, keepdim=True)
+        normed = wide * (wide.pow(2).mean(-1, keepdim=True) + self.used["eps"]).pow(self.used["power"])
+        return (self.weight + self.used["shift"]) * normed.to(rows.dtype)
+
+
+CHANGES = ({"eps": 2e-5}, {"shift": 0.1}, {"power": -0.49}, {"middle": 1.0})
+
+
+def test_others_are_not_taken_for_one() -> None:
+    assert norm_of(Norm(), DTYPE) == RMSNorm(1e-5, Scaling.ROUNDED)
+    for changes in CHANGES:
+        assert norm_of(Norm(**changes), DTYPE) is None
+    biased = Norm()
+    biased.bias = nn.Parameter(torch.zeros(48, dtype=DTYPE))
+    assert norm_of(biased, DTYPE) is None
+    assert norm_of(nn.LayerNorm(48, bias=False, dtype=DTYPE), DTYPE) is None
+    assert norm_of(nn.Linear(48, 48, bias=False, dtype=DTYPE), DTYPE) is None
+
+
+def test_stock_layers_compute_their_own(build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+
+    def kernel(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int) -> torch.Tensor:
+        calls.append(eps)
+        return RMSNorm(eps, Scaling(scaling))(rows, weight)
+
+    monkeypatch.setattr(norms, "kernel_for", lambda device: kernel)
+    monkeypatch.setattr(norms, "_is_there", lambda rows: True)
+    model = CausalModel(build("llama"), DTYPE, torch.device("cpu"))
+    module: Any = model.layers[0].get_submodule("input_layernorm")
+    module._parameters["weight"] = nn.Parameter(torch.randn(64).to(DTYPE), requires_grad=False)
+    rows = torch.randn(3, 64).to(DTYPE)
+    ours = module(rows)
+    assert len(calls) == 1
+    with StockForward(model).attending():
+        assert torch.equal(module(rows), ours)
+    assert len(calls) == 1

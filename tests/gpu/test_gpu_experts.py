@@ -1,0 +1,77 @@
+"""On a CUDA device our kernels for experts compute what transformers' loop does, with the same bits in any company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from engine.kernels.grouped import mixture
+from engine.memory import accelerator
+from engine.model.experts.interface import experts, prepare
+from engine.model.sweep_context import SweepContext
+
+pytestmark = pytest.mark.gpu
+
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {"hidden_size": 512, "moe_intermediate_size": 192, "num_experts": 32, "num_experts_per_tok": 8},
+    "gpt-oss": {"hidden_size": 320, "intermediate_size": 336, "num_local_experts": 16, "num_experts_per_tok": 4},
+    "deepseek-v3": {"hidden_size": 264, "moe_intermediate_size": 72, "n_routed_experts": 4},
+}
+"""The last ones fill no tile."""
+
+
+def module_of(family: str, dtype: torch.dtype) -> Any:
+    config = models.config_of(family, num_hidden_layers=2, **SIZES[family])
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    found: nn.Module = next(module for module in model.modules() if "_is_expert_parallel" in vars(module))
+    for parameter in found.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.1
+    found.__dict__["sweeping"] = SweepContext()
+    prepare(found.to(dtype))
+    assert dtype is torch.float32 or found.__dict__["gating"] is not None
+    return found.to("cuda")
+
+
+def inputs(module: Any, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = module.down_proj.shape[2 if module.is_transposed else 1]
+    choices = module.config.num_experts_per_tok
+    weights, index = torch.randn(rows, module.num_experts, device="cuda").softmax(-1).topk(choices)
+    return torch.randn(rows, width, device="cuda").to(dtype), index, weights.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", SIZES)
+@torch.no_grad()
+def test_as_near_to_float64_as_transformers(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = module_of(family, dtype)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert mixture._kernel_for(device) is not None or not accelerator.runs_triton(device)
+    for rows in (1, 3, 60, 500, 2000):
+        given = inputs(module, rows, dtype)
+        found, theirs = experts(module, *given), module(*given)
+        module.double()
+        exact = module(given[0].double(), given[1], given[2].double())
+        module.to(dtype)
+        error, expected = ((x.double() - exact).norm() / exact.norm() for x in (found, theirs))
+        assert error <= 1.2 * expected + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", SIZES)
+@torch.no_grad()
+def test_no_bit_depends_on_company(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = module_of(family, dtype)
+    hidden, index, weights = inputs(module, 3000, dtype)  # large tiles
+    whole = experts(module, hidden, index, weights)
+    for taken in (slice(0, 1), slice(40, 47), slice(100, 230), slice(1700, 2400)):
+        part = experts(module, hidden[taken], index[taken], weights[taken])
+        assert torch.equal(part, whole[taken])
+    order = torch.randperm(3000, device="cuda")
+    assert torch.equal(experts(module, hidden[order], index[order], weights[order]), whole[order])

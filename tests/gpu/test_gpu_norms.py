@@ -1,0 +1,42 @@
+"""On a CUDA device the kernel of norms gives what torch's functions give, with the same bits in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models
+import pytest
+import torch
+
+from engine.kernels.norms import RMSNorm, Scaling, kernel_for
+from engine.model.causal_model import CausalModel
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaling", Scaling)
+@pytest.mark.parametrize("width", [64, 128, 720, 2048, 8192])
+def test_as_by_torch(width: int, scaling: Scaling, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kernel = kernel_for(torch.device("cuda", torch.cuda.current_device()))
+    if kernel is None:
+        pytest.skip("Triton does not compile for this card")
+    told = RMSNorm(1e-6, scaling)
+    rows = (torch.randn(1000, width, device="cuda") * torch.logspace(-3, 2, 1000, device="cuda")[:, None]).to(dtype)
+    weight = torch.randn(width, device="cuda").to(dtype)
+    found, expected = kernel(rows, weight, told.eps, told.scaling), told(rows, weight)
+    assert (found == expected).float().mean() > 0.99  # sums in another order move a number by one step, rarely
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+    for taken in (slice(0, 1), slice(333, 400)):
+        assert torch.equal(kernel(rows[taken], weight, told.eps, told.scaling), found[taken])
+
+
+def test_layers_on_a_card_have_it(tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if kernel_for(device) is None:
+        pytest.skip("Triton does not compile for this card")
+    path = models.save_model(tmp_path, "qwen3-moe")
+    model = CausalModel(path, torch.bfloat16, device)
+    fused = [name for name, module in model.layers[0].named_modules() if "forward" in vars(module)]
+    assert len(fused) == 4
