@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from engine import Engine, Job
-from engine.checkpoint.packed_parts import find_packed
+from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.quantized.packed_parts import find_packed
 from engine.errors import UnsupportedError
-from engine.kernels.packed_matrix import EightBitRows, FourBitBlocks, PackedMatrix
+from engine.kernels.packed.bitsandbytes import EightBitRows, FourBitBlocks
+from engine.kernels.packed.parameter import PackedParameter
 from engine.weights.stored_form import shape_of
 
 RECORDS = json.loads((Path(__file__).parent / "packed_matrices.json").read_text())
@@ -37,13 +39,23 @@ def tensor_of(record: dict[str, Any]) -> torch.Tensor:
     return raw.view(getattr(torch, record["dtype"])).view(record["shape"])
 
 
-def stored(matrix: PackedMatrix, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The bytes that are kept and moved."""
-    memory = torch.full((matrix.num_bytes,), 255, dtype=torch.uint8)
-    for name in matrix.parts:
-        raw = parts[name].reshape(-1).view(torch.uint8)
-        memory[matrix.first_byte(name) : matrix.first_byte(name) + len(raw)] = raw
+def stored(packed: PackedParameter, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The bytes that are kept and moved, of the checkpoint's tensors."""
+    memory = torch.full((packed.num_bytes,), 255, dtype=torch.uint8)
+    for source in packed.parts:
+        raw = parts[source].reshape(-1).view(torch.uint8)
+        memory[packed.first_byte(source) : packed.first_byte(source) + len(raw)] = raw
     return memory
+
+
+class Alone(torch.nn.Module):
+    """A model of one linear layer, as names of a checkpoint are looked up in."""
+
+    base_model_prefix = ""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 22])
@@ -52,12 +64,13 @@ def test_numbers_are_those_of_the_library(
     name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them, and unpacked in pieces, too."""
-    monkeypatch.setattr("engine.kernels.packed_matrix._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("engine.kernels.packed.matrix.CHUNK_ELEMENTS", chunk)
     record = RECORDS[name]
-    parts = {part: tensor_of(each) for part, each in record["parts"].items()}
+    parts = {f"layer.{part}": tensor_of(each) for part, each in record["parts"].items()}
     layer = torch.nn.Linear(*record["shape"][::-1], bias=False)
-    save_file({f"layer.{part}": each for part, each in parts.items()}, tmp_path / "model.safetensors")
-    (matrix,) = find_packed(tmp_path, record["config"], {"layer.weight": layer}, lambda each: each).values()
+    save_file(parts, tmp_path / "model.safetensors")
+    names = CheckpointNames(Alone(layer), {"layer.weight": layer.weight})
+    (matrix,) = find_packed(tmp_path, record["config"], {"layer.weight": layer}, names).values()
     expected = tensor_of(record["numbers"])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         values = torch.full((expected.numel(),), torch.nan, dtype=dtype)
@@ -65,7 +78,7 @@ def test_numbers_are_those_of_the_library(
         assert values.view(expected.shape).equal(expected.to(dtype))
 
 
-def run(directory: Path, tmp_path: Path, policy: str, **settings: Any) -> tuple[Any, PackedMatrix]:
+def run(directory: Path, tmp_path: Path, policy: str, **settings: Any) -> tuple[Any, PackedParameter]:
     """Completions of the jobs, and one of the packed matrices."""
     settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path / "off"), **settings}
     with Engine.from_pretrained(str(directory), policy=settings) as engine:
@@ -117,7 +130,7 @@ def test_compressed_tensors_with_zeros(weights: dict[str, Any], tmp_path: Path) 
     """Which transformers 5.24 cannot load; the numbers are those of the library."""
     directory = quantized.save_compressed(tmp_path / "model", "llama", weights, "pack-quantized")
     done, matrix = run(directory, tmp_path, "20-80")
-    assert "weight_zero_point" in matrix.parts
+    assert "weight_zero_point" in matrix.matrix.parts
     assert parity.differences(parity.expect(quantized.dense(directory)), done)[0] == []
 
 
@@ -162,9 +175,9 @@ def test_packed_bytes_are_what_is_kept_and_planned(tmp_path: Path) -> None:
         for name, matrix in engine.parts.model.packed.items():
             placed, extent = store._extent_of[name]
             memory = store.stored_bytes(placed.unit.name, extent.first, extent.end)
-            for part, form in matrix.parts.items():
-                raw = state[form.source].reshape(-1).view(torch.uint8)
-                assert memory[matrix.first_byte(part) :][: len(raw)].equal(raw)
+            for source in matrix.parts:
+                raw = state[source].reshape(-1).view(torch.uint8)
+                assert memory[matrix.first_byte(source) :][: len(raw)].equal(raw)
         layer = sum(store.placed_bytes()["layer.0"].values())
         assert layer == shape.unit_bytes[0]
         assert shape.stored_part < 0.2
@@ -201,7 +214,7 @@ def test_bitsandbytes_checkpoints(settings: dict[str, Any], build: Callable[[str
             numbers = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
         reference.get_submodule(name).weight.data.copy_(numbers)
     done, matrix = run(tmp_path / "model", tmp_path, "thirds")
-    assert type(matrix) is (FourBitBlocks if "load_in_4bit" in settings else EightBitRows)
+    assert type(matrix.matrix) is (FourBitBlocks if "load_in_4bit" in settings else EightBitRows)
     assert parity.differences(parity.expect(reference), done)[0] == []
 
 

@@ -1,0 +1,60 @@
+"""The ways in which checkpoints are quantized that can be run, by the names that they have in configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.checkpoint.quantized.compressed import COMPRESSED_TENSORS
+from engine.checkpoint.quantized.floats import FBGEMM_FP8, FP8, MODELOPT, MXFP4
+from engine.checkpoint.quantized.method import Kind, Loads, Method, Told
+from engine.checkpoint.quantized.words import AUTO_ROUND, AWQ, GPTQ
+from engine.errors import UnsupportedError
+from engine.kernels.packed.bitsandbytes import QUANT_STATES, EightBitRows, FourBitBlocks
+
+
+def _bitsandbytes_kind(told: Told, parts: Loads, is_expert: bool) -> Kind | None:
+    state = next((parts[name] for name in QUANT_STATES if name in parts), None)
+    if state is not None:
+        return Kind(FourBitBlocks, {"state": bytes(state().tolist())}, is_for_experts=False)
+    return Kind(EightBitRows, {}, is_for_experts=False) if "SCB" in parts else None
+
+
+BITSANDBYTES = Method(lambda _: None, _bitsandbytes_kind)
+METHODS: dict[str, Method] = {
+    "bitsandbytes": BITSANDBYTES,
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "fp8": FP8,
+    "fbgemm_fp8": FBGEMM_FP8,
+    "mxfp4": MXFP4,
+    "modelopt": MODELOPT,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "auto-round": AUTO_ROUND,
+}
+
+
+def checked_method(path: Path, quantization: Told) -> str:
+    """What a config's quantization_config says that quantized the model; `UnsupportedError` if it cannot be run."""
+    method = quantization.get("quant_method")
+    if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
+        method = "bitsandbytes"  # as its first checkpoints have it
+    method = str(getattr(method, "value", method) or "")
+    if method not in METHODS:
+        raise UnsupportedError(f"{path} is quantized by {method or 'an unnamed method'}, which cannot be run; {cure()}")
+    if problem := METHODS[method].problem(quantization):
+        raise UnsupportedError(f"{path} is quantized by {method} with {problem}, which cannot be run; {cure()}")
+    return method
+
+
+def left_unrounded(path: Path, quantization: Told) -> str | None:
+    """What the format rounds besides weights, and is not rounded here, in words; None if nothing.
+
+    Raises `UnsupportedError` as `checked_method` does.
+    """
+    return METHODS[checked_method(path, quantization)].unrounded(quantization)
+
+
+def cure() -> str:
+    """What to do about a checkpoint that cannot be run."""
+    *others, last = METHODS
+    return f"take the unquantized checkpoint, or one that is {', '.join(others)} or {last}"
