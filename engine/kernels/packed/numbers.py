@@ -183,5 +183,5 @@ def as_rows(scales: torch.Tensor) -> torch.Tensor:
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """float32 of exponents, uint8 with a bias of 127; 255 is not a number."""
-    numbers = torch.ldexp(torch.ones((), device=exponents.device), exponents.int() - 127)
+    numbers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
     return numbers.masked_fill(exponents == 255, torch.nan)
