@@ -99,6 +99,12 @@ COMPRESSED = {
     "8 bits, inputs too": ("llama", INT8, "int-quantized", {"inputs": TOKEN}),
     "float8": ("gemma2", FLOAT8, "naive-quantized", {}),
     "float8, inputs too": ("llama", FLOAT8, "float-quantized", {"inputs": {**TOKEN, "type": "float"}}),
+    "float8 in blocks, inputs in groups": (
+        "llama",
+        {**FLOAT8, "strategy": "block", "block_structure": [16, 32]},
+        "float-quantized",
+        {"inputs": {**TOKEN, "type": "float", "strategy": "group", "group_size": 32}},
+    ),
     "float8, inputs of one scale": ("llama", FLOAT8, "float-quantized", {"inputs": {**STATIC, "type": "float"}}),
 }
 
@@ -262,8 +268,8 @@ def instead(**told: Any) -> Callable[[Path], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "fp8": (tell(quant_method="fp8"), ("by fp8", "unquantized", "gptq or awq")),
-    "mxfp4": (tell(quant_method="mxfp4"), ("by mxfp4",)),
+    "hqq": (tell(quant_method="hqq"), ("by hqq", "unquantized", "awq or auto-round")),
+    "fields of another method": (tell(quant_method="mxfp4"), ("by mxfp4 with the field 'bits'",)),
     "no method": (tell(quant_method=None), ("an unnamed method",)),
     "marlin": (tell(checkpoint_format="marlin"), ("gptq", "the layout 'marlin'")),
     "AWQ by columns": (tell(quant_method="awq", version="gemv"), ("awq", "the layout gemv")),
@@ -300,8 +306,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("the field 'codebook'",),
     ),
     "a group's format": (
-        instead(config_groups={"a": {"weights": INT4, "format": "mxfp8-quantized"}}),
-        ("the format 'mxfp8-quantized'",),
+        instead(config_groups={"a": {"weights": INT4, "format": "marlin-24"}}),
+        ("the format 'marlin-24'",),
     ),
     "groups as a list": (instead(config_groups=[INT4]), ("config_groups [",)),
     "words of 8 bits": (tell(pack_dtype="int8"), ("gptq", "words of 'int8'")),
@@ -333,7 +339,10 @@ def test_what_cannot_be_run_is_refused_by_name(name: str, tmp_path: Path) -> Non
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-RUN = {"int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"}
+RUN = {
+    *("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+}
 
 
 def test_every_format_of_the_library_is_run_or_refused_by_name(tmp_path: Path) -> None:
@@ -353,7 +362,7 @@ def test_exponents_are_no_scales(tmp_path: Path) -> None:
     directory = quantized.save_compressed(tmp_path / "model", "llama", FLOAT8, "naive-quantized")
     scales = {f"{Q}.weight_scale": torch.full((64, 2), 116, dtype=torch.uint8)}
     edit_state(lambda state: state.update(scales))(directory)
-    with pytest.raises(UnsupportedError, match="weight_scale is uint8, no plain numbers"):
+    with pytest.raises(UnsupportedError, match="its tensors are mxfp8-quantized, and the format is 'naive-quantized'"):
         Engine.from_pretrained(str(directory), policy={"device": "cpu"})
 
 
