@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 
 Pack = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 """From a matrix to the tensors that a format has of it."""
+EXPERTS = r"experts\.\d+\.\w+\.weight$"
 MATRICES = r"(experts\.\d+\.\w+|self_attn\.\w+)\.weight$"
 """Experts and what attention computes with, in the families of the tests."""
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def save_packed(
-    directory: Path, family: str, pack: Pack, told: dict[str, Any], *, which: str = MATRICES, **changes: Any
+    directory: Path, family: str, pack: Pack, told: dict[str, Any] | None, *, which: str = MATRICES, **changes: Any
 ) -> Path:
-    """A model of `family` whose matrices that are called `which` are packed, and its config tells so."""
+    """A model of `family` whose matrices that are called `which` are packed, and its config tells so, if it is to."""
     models.save_model(directory, family, **changes)
     state: dict[str, torch.Tensor] = {}
     for name, values in load_file(directory / "model.safetensors").items():
@@ -32,7 +33,8 @@ def save_packed(
         else:
             state[name] = values
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    quantized.edit_config(directory, quantization_config=told)
+    if told is not None:
+        quantized.edit_config(directory, quantization_config=told)
     return directory
 
 
@@ -99,8 +101,10 @@ def save_mxfp4(directory: Path, **changes: Any) -> Path:
     return directory
 
 
-def compressed(layout: str, inputs: dict[str, Any] | None = None, **weights: Any) -> tuple[Pack, dict[str, Any]]:
-    """compressed-tensors' own compressor of a layout, and what a config tells of it."""
+def compressed(
+    layout: str, scale_type: torch.dtype = torch.float32, **weights: Any
+) -> tuple[Pack, dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
+    """compressed-tensors' own compressor of a layout, what a config tells of it, and its own decompressor."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -108,10 +112,9 @@ def compressed(layout: str, inputs: dict[str, Any] | None = None, **weights: Any
     scheme = QuantizationScheme(
         targets=["Linear"],
         weights=QuantizationArgs(**weights),
-        input_activations=None if inputs is None else QuantizationArgs(**inputs),
         format=layout,
     )
-    args = scheme.weights
+    args, compressor = scheme.weights, BaseCompressor.get_value_from_registry(layout)
 
     def pack(values: torch.Tensor) -> dict[str, torch.Tensor]:
         whole = generate_gparam(values.min(), values.max()) if args.strategy == "tensor_group" else None
@@ -125,12 +128,17 @@ def compressed(layout: str, inputs: dict[str, Any] | None = None, **weights: Any
             grouped = values.unflatten(1, (-1, args.group_size))
         scale, zero = calculate_qparams(grouped.amin(dims), grouped.amax(dims), args, global_scale=whole)
         scale, zero = (each.view(-1, 1) if args.strategy == "channel" else each for each in (scale, zero))
+        scale = scale.to(scale_type)
         state = {"weight": values, "weight_scale": scale}
         if not args.symmetric:
             state["weight_zero_point"] = zero
         if whole is not None:
             state["weight_global_scale"] = whole.float()
-        return dict(BaseCompressor.get_value_from_registry(layout).compress(state, scheme))
+        return dict(compressor.compress(state, scheme))
+
+    def unpack(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        numbers: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
+        return numbers
 
     told = {
         "quant_method": "compressed-tensors",
@@ -139,4 +147,4 @@ def compressed(layout: str, inputs: dict[str, Any] | None = None, **weights: Any
         "ignore": ["lm_head"],
         "quantization_status": "compressed",
     }
-    return pack, told
+    return pack, told, unpack

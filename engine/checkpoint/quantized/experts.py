@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from engine.checkpoint.quantized.method import Kind, Load
+from engine.checkpoint.quantized.method import Kind
 from engine.errors import CheckpointError
+from engine.kernels.packed.matrix import PartForm
 from engine.kernels.packed.parameter import PackedParameter
 
 
@@ -23,8 +24,10 @@ class Piece:
     module: str
     """Its name in the checkpoint, but for the part."""
     kind: Kind
-    loads: Mapping[str, Load]
-    """Its tensors, by the name of the part."""
+    forms: Mapping[str, PartForm]
+    """Its parts."""
+    unread: frozenset[str]
+    """Names of further tensors of it in the checkpoint."""
 
 
 def stacked(pieces: list[Piece], converter: WeightConverter, shape: torch.Size) -> PackedParameter:
@@ -47,16 +50,14 @@ def stacked(pieces: list[Piece], converter: WeightConverter, shape: torch.Size) 
         _check_experts(pattern, [piece.module for piece in experts], count)
     if rows % len(by_pattern):
         raise ValueError(f"{rows} rows do not go into {len(by_pattern)} matrices")
-    kind, forms = pieces[0].kind, pieces[0].kind.forms(pieces[0].loads)
+    kind, forms = pieces[0].kind, pieces[0].forms
     for piece in pieces:
-        if piece.kind != kind or piece.kind.forms(piece.loads) != forms:
+        if (piece.kind, piece.forms) != (kind, forms):
             raise ValueError(f"{piece.module} is packed in another way than {pieces[0].module}, or has another shape")
     matrix = kind.make(torch.Size((rows // len(by_pattern), columns)), forms)
     ordered = [piece for expert in zip(*by_pattern.values(), strict=True) for piece in expert]
-    unread = frozenset(f"{piece.module}.{part}" for piece in pieces for part in piece.loads if part in kind.form.unread)
-    return PackedParameter(
-        matrix, [{part: f"{piece.module}.{part}" for part in forms} for piece in ordered], unread=unread
-    )
+    sources = [{part: f"{piece.module}.{part}" for part in forms} for piece in ordered]
+    return PackedParameter(matrix, sources, unread=frozenset().union(*(piece.unread for piece in pieces)))
 
 
 def _check_experts(pattern: str, modules: list[str], count: int) -> None:

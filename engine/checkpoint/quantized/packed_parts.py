@@ -68,7 +68,9 @@ class _Finder:
                 elif owner is None or not self._may_be_experts(kind, owner, target, pattern):
                     self._refuse_place(module, owner)
                 elif pattern is not None:
-                    pieces.setdefault(target, []).append(Piece(pattern, module, kind, loads))
+                    forms = kind.forms(loads)
+                    others = _others(module, loads, forms)
+                    pieces.setdefault(target, []).append(Piece(pattern, module, kind, forms, others))
                 else:
                     found[target] = self._at_once(kind, module, loads, owner, target)
             except (UnsupportedError, CheckpointError):
@@ -108,8 +110,8 @@ class _Finder:
         matrix = kind.make(owner.weight.shape, forms)
         if rounding is not None:
             rounding.attach(owner, scale)
-        others = frozenset(f"{module}.{name}" for name in loads if name not in forms and name != "bias")
-        return PackedParameter(matrix, [{name: f"{module}.{name}" for name in forms}], unread=others)
+        sources = [{name: f"{module}.{name}" for name in forms}]
+        return PackedParameter(matrix, sources, unread=_others(module, loads, forms))
 
     def _at_once(self, kind: Kind, name: str, loads: dict[str, Load], owner: nn.Module, target: str) -> PackedParameter:
         """Experts `[experts, columns, rows]` whose parts `[experts, ...]` are tensors each."""
@@ -133,6 +135,11 @@ class _Finder:
     def _refuse(self, where: str, error: Exception) -> None:
         reason = one_line(error) if isinstance(error, ValueError) else named(error)
         raise UnsupportedError(f"{self.path}: {where} is quantized by {self.name}: {reason}; {cure()}") from None
+
+
+def _others(module: str, loads: Mapping[str, Load], forms: Mapping[str, PartForm]) -> frozenset[str]:
+    """Names of a module's tensors that are no parts of its matrix, and not its bias."""
+    return frozenset(f"{module}.{name}" for name in loads if name not in forms and name != "bias")
 
 
 def _parameter(owner: nn.Module, target: str) -> torch.Tensor:

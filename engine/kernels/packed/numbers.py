@@ -81,10 +81,10 @@ class InverseScaledNumbers(ScaledNumbers):
     unread = ("activation_scale",)
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, wide: bool = False) -> None:
-        super().__init__(shape, parts, wide=wide)
         if parts["weight_scale_inv"].shape.numel() != 1:
             told = f"weight_scale_inv is {list(parts['weight_scale_inv'].shape)}, not one number"
             raise ValueError(f"{told}, and there is no weight_block_size")
+        super().__init__(shape, parts, wide=wide)
 
 
 class RowScaledNumbers(ScaledNumbers):
