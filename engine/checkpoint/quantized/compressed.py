@@ -120,12 +120,12 @@ def _rounding(told: Told) -> InputRounding | None:
     return InputRounding.of(inputs) if inputs and not _is_left_unrounded(inputs) else None
 
 
-def _unrounded(told: Told) -> str | None:
+def _unrounded(told: Told, has_experts: bool) -> str | None:
     inputs = [group.get("input_activations") for group in _groups(told)]
     bits = sorted({int(each["num_bits"]) for each in inputs if each and _is_left_unrounded(each)})
     if bits:
         return f"inputs of linear layers, in floats of {' and '.join(map(str, bits))} bits"
-    return "inputs of experts, in 8 bits" if any(inputs) else None
+    return "inputs of experts, in 8 bits" if has_experts and any(inputs) else None
 
 
 def _kind(told: Told, loads: Loads, is_expert: bool) -> Kind | None:

@@ -52,7 +52,7 @@ def _fp8_kind(told: Told, parts: Loads, is_expert: bool) -> Kind | None:
     return Kind.of(ScaledBlocks, block=(block[0], block[1]))
 
 
-def _fp8_unrounded(told: Told) -> str | None:
+def _fp8_unrounded(told: Told, has_experts: bool) -> str | None:
     return f"inputs of linear layers and experts, in float8 ({told.get('activation_scheme') or 'dynamic'})"
 
 
@@ -64,7 +64,7 @@ def _fbgemm_kind(told: Told, parts: Loads, is_expert: bool) -> Kind | None:
     return Kind.of(RowScaledNumbers, wide=True) if "weight_scale" in parts or _is_small(parts) else None
 
 
-def _fbgemm_unrounded(told: Told) -> str | None:
+def _fbgemm_unrounded(told: Told, has_experts: bool) -> str | None:
     return "inputs of linear layers and experts, in float8 (dynamic)"
 
 
@@ -101,7 +101,7 @@ def _modelopt_kind(told: Told, parts: Loads, is_expert: bool) -> Kind | None:
     return Kind.of(ModelOptFp8 if told["quant_algo"] == "FP8" else ModelOptNvFp4)
 
 
-def _modelopt_unrounded(told: Told) -> str | None:
+def _modelopt_unrounded(told: Told, has_experts: bool) -> str | None:
     bits = {"FP8": "float8", "NVFP4": "floats of 4 bits"}.get(told["quant_algo"])
     found = [f"inputs of linear layers and experts, in {bits}"] if bits else []
     if told.get("kv_cache_quant_algo") or told.get("kv_cache_scheme"):

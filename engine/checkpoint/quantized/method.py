@@ -54,7 +54,7 @@ def _no_rounding(told: Told) -> InputRounding | None:
     return None
 
 
-def _nothing(told: Told) -> str | None:
+def _nothing(told: Told, has_experts: bool) -> str | None:
     return None
 
 
@@ -68,8 +68,8 @@ class Method:
     """The format of a module with these tensors, experts' or not; None if it is not quantized. Raises `ValueError`."""
     rounding: Callable[[Told], InputRounding | None] = _no_rounding
     """How inputs of its linear layers are rounded."""
-    unrounded: Callable[[Told], str | None] = _nothing
-    """What the format rounds besides weights, and is not rounded here, in words; None if nothing."""
+    unrounded: Callable[[Told, bool], str | None] = _nothing
+    """What the format rounds besides weights, and is not rounded here, of a model with experts or without; in words."""
     cut: Callable[[str], tuple[str, str] | None] | None = None
     """From a tensor's name to the parameter's and the part's, where that is not "module.part"; None: none."""
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from engine.checkpoint.config import text_config
 from engine.checkpoint.quantized.compressed import COMPRESSED_TENSORS
+from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.floats import FBGEMM_FP8, FP8, MODELOPT, MXFP4
 from engine.checkpoint.quantized.method import Kind, Loads, Method, Told
 from engine.checkpoint.quantized.words import AUTO_ROUND, AWQ, GPTQ
 from engine.errors import UnsupportedError
 from engine.kernels.packed.bitsandbytes import QUANT_STATES, EightBitRows, FourBitBlocks
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _bitsandbytes_kind(told: Told, parts: Loads, is_expert: bool) -> Kind | None:
@@ -46,12 +52,16 @@ def checked_method(path: Path, quantization: Told) -> str:
     return method
 
 
-def left_unrounded(path: Path, quantization: Told) -> str | None:
-    """What the format rounds besides weights, and is not rounded here, in words; None if nothing.
+def left_unrounded(path: Path, config: Mapping[str, Any]) -> str | None:
+    """What a directory's format rounds besides weights, and is not rounded here, in words; None if nothing.
 
-    Raises `UnsupportedError` as `checked_method` does.
+    config: its config.json. Raises `UnsupportedError` as `checked_method` does.
     """
-    return METHODS[checked_method(path, quantization)].unrounded(quantization)
+    told = declared_quantization(path, config.get("quantization_config"))
+    if told is None:
+        return None
+    counts = [text_config(config).get(key) for key in _EXPERT_KEYS]
+    return METHODS[checked_method(path, told)].unrounded(told, any(counts))
 
 
 def cure() -> str:

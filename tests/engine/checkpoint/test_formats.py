@@ -19,7 +19,8 @@ from quantized import edit_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine import Engine, Job
+from engine import Engine, Job, Policy
+from engine.checkpoint.identity.result import identity_beside_weights
 from engine.errors import EngineError
 from engine.kernels.packed.matrix import PartForm
 from engine.kernels.packed.numbers import ScaledBlocks
@@ -213,6 +214,22 @@ def test_weights_in_memory_are_those_of_the_files(tmp_path: Path) -> None:
         found = engine.compare_with_stock(jobs, engine.run(jobs))
     assert found.has_compared_weights
     assert [stage.name for stage in found.stages if not stage.is_within] == []
+
+
+def test_what_is_not_rounded_is_in_the_identity(tmp_path: Path) -> None:
+    """And so in every record of a run; a checkpoint whose format rounds nothing else has no such line."""
+    policy = Policy(device="cpu")
+    packers.save_packed(tmp_path / "float8", "mixtral", *LOADED["float8 in blocks"][1]())
+    found = identity_beside_weights(str(tmp_path / "float8"), policy)
+    assert found["left_unrounded"] == "inputs of linear layers and experts, in float8 (dynamic)"
+    packers.save_mxfp4(tmp_path / "mxfp4")
+    assert "left_unrounded" not in identity_beside_weights(str(tmp_path / "mxfp4"), policy)
+    pack, told = compressed("float-quantized", **FLOAT8, strategy="channel")
+    inputs = {**FLOAT8, "strategy": "token", "dynamic": True}
+    told["config_groups"]["group_0"]["input_activations"] = inputs
+    packers.save_packed(tmp_path / "experts", "mixtral", pack, told)
+    found = identity_beside_weights(str(tmp_path / "experts"), policy)
+    assert found["left_unrounded"] == "inputs of experts, in 8 bits"
 
 
 def test_modelopts_own_file_is_read(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from engine import Engine, Job
 from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.quantized.methods import METHODS, checked_method
 from engine.checkpoint.quantized.packed_parts import find_packed
 from engine.errors import UnsupportedError
 from engine.kernels.packed.bitsandbytes import EightBitRows, FourBitBlocks
@@ -355,6 +356,23 @@ def test_every_format_of_the_library_is_run_or_refused_by_name(tmp_path: Path) -
         tell(format=name)(directory)
         with pytest.raises(UnsupportedError, match=f"compressed-tensors with the format '{name}'"):
             Engine.from_pretrained(str(directory), policy={"device": "cpu"})
+
+
+def test_every_method_of_transformers_is_run_or_refused_by_name(tmp_path: Path) -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    run = {"bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq"}
+    names = AUTO_QUANTIZATION_CONFIG_MAPPING.keys() | {"exl3", "modelopt"}
+    for name in names - run - {"auto-round", "modelopt"}:
+        with pytest.raises(
+            UnsupportedError, match=f"is quantized by {name}, which cannot be run; take the unquantized"
+        ):
+            checked_method(tmp_path, {"quant_method": name})
+    for name in run & METHODS.keys():
+        assert checked_method(tmp_path, {"quant_method": name}) == name
+    for name in ("auto-round", "modelopt"):
+        with pytest.raises(UnsupportedError, match=f"by {name} with the (packing_format|quant_algo) None"):
+            checked_method(tmp_path, {"quant_method": name})
 
 
 def test_exponents_are_no_scales(tmp_path: Path) -> None:
