@@ -12,7 +12,7 @@ from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.floats import FBGEMM_FP8, FP8, MODELOPT, MXFP4
 from engine.checkpoint.quantized.method import Kind, Loads, Method, Told
 from engine.checkpoint.quantized.words import AUTO_ROUND, AWQ, GPTQ
-from engine.errors import UnsupportedError
+from engine.errors import UnsupportedError, named
 from engine.kernels.packed.bitsandbytes import QUANT_STATES, EightBitRows, FourBitBlocks
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -47,7 +47,11 @@ def checked_method(path: Path, quantization: Told) -> str:
     method = str(getattr(method, "value", method) or "")
     if method not in METHODS:
         raise UnsupportedError(f"{path} is quantized by {method or 'an unnamed method'}, which cannot be run; {cure()}")
-    if problem := METHODS[method].problem(quantization):
+    try:
+        problem = METHODS[method].problem(quantization)
+    except Exception as error:  # whatever fields of another kind lead to
+        problem = f"fields that cannot be meant ({named(error)})"
+    if problem:
         raise UnsupportedError(f"{path} is quantized by {method} with {problem}, which cannot be run; {cure()}")
     return method
 

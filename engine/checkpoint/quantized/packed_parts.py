@@ -58,6 +58,8 @@ class _Finder:
         for module, loads in by_module.items():
             source = module if self.method.cut else f"{module}.weight"
             target, pattern = self.names.target(source)
+            if not self.names.has(target):
+                continue  # of layers that the model does not have, e.g. for predicting several tokens
             owner = self.owners.get(target)
             try:
                 kind = self.method.kind(self.told, loads, owner is not None and not isinstance(owner, nn.Linear))

@@ -25,6 +25,7 @@ from engine.errors import EngineError
 from engine.kernels.packed.matrix import PartForm
 from engine.kernels.packed.numbers import ScaledBlocks
 from engine.model.causal_model import CausalModel
+from engine.weights.loading import check_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries about themselves
 
@@ -168,6 +169,20 @@ def test_experts_expand_to_what_is_computed_by_hand(name: str, tmp_path: Path) -
     packers.save_packed(tmp_path / "packed", "mixtral", pack, told)
     packers.save_packed(tmp_path / "plain", "mixtral", numbers, None)
     check(tmp_path / "packed", tmp_path / "plain", torch.float32)
+
+
+def test_layers_that_the_model_does_not_have_are_left_out(good: Path, tmp_path: Path) -> None:
+    """As DeepSeek-V3's last one, which predicts a second token."""
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    expected = expanded(tmp_path, torch.float32)
+    edit(
+        lambda state: state.update(
+            {name.replace("layers.1.", "layers.9."): values.clone() for name, values in [*state.items()]}
+        )
+    )(tmp_path)
+    found = expanded(tmp_path, torch.float32)
+    assert expected.keys() == found.keys()
+    check_checkpoint(tmp_path, CausalModel(tmp_path, torch.float32, torch.device("cpu")))
 
 
 def test_blocks_are_smaller_at_the_edges() -> None:

@@ -296,7 +296,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         (Q, "a perm, which is not understood"),
     ),
     "the embedding": (move("model.embed_tokens"), ("model.embed_tokens", "only linear layers")),
-    "experts": (move("model.layers.1.mlp.experts.0.up_proj"), ("experts.0.up_proj", "only linear layers")),
+    "a norm": (move("model.layers.1.input_layernorm"), ("input_layernorm (LlamaRMSNorm)", "only linear layers")),
     "a cache of another kind": (
         instead(transform_config={"a": 1}),
         ("transform_config",),
