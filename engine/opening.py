@@ -191,7 +191,7 @@ def _open_model(
     special = special_tokens(path, model.config, tokenizer)
     if policy.compress_cache:
         _check_cache_codec(model)
-    if policy.compress_weight and getattr(model.config, "quantization_config", None):
+    if policy.compress_weight and model.quantization:
         raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
     return model, tokenizer, special
 

@@ -31,6 +31,10 @@ class CheckpointNames:
             self._found[name] = self._find(name)
         return self._found[name]
 
+    def has(self, target: str) -> bool:
+        """Whether the model has a parameter or persistent buffer of this name."""
+        return target in self._state
+
     def _find(self, name: str) -> tuple[str, str | None]:
         target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
         if target not in self._state and name in self._state:

@@ -35,6 +35,7 @@ SIDE_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "hf_quant_config.json",
 )
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _OTHER_WHOLE = ("tekken.json", "tiktoken.model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,21 +15,25 @@ _FLOAT_MAX = 448.0
 
 @dataclass(frozen=True)
 class InputRounding:
-    """Rounds each row to a grid of its own, or of the layer's, scale; rows do not affect each other."""
+    """Rounds rows to a grid whose scale is that of the row, a group in it, or the layer; rows are rounded apart."""
 
     is_float: bool
     """float8_e4m3fn instead of whole numbers."""
     is_static: bool
-    """The checkpoint has a scale for each layer; else a token's largest number makes it."""
+    """The checkpoint has a scale for each layer; else a token's, or its group's, largest number makes it."""
+    group: int | None = None
+    """Numbers of a row that share a scale; None: all."""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> InputRounding | None:
         """What a config's input_activations mean; None where it is something else that cannot be done here."""
-        asked = arguments.get("dynamic"), arguments.get("strategy")
+        asked, group = (arguments.get("dynamic"), arguments.get("strategy")), arguments.get("group_size")
         kinds = {"int": False, "float": True}
         kind = arguments.get("type", "int")
         if arguments.get("num_bits") != 8 or not arguments.get("symmetric") or kind not in kinds:
             return None
+        if asked == (True, "group") and type(group) is int and group > 0 and arguments.get("scale_dtype") is None:
+            return cls(is_float=kinds[kind], is_static=False, group=group)
         if asked not in ((True, "token"), (False, "tensor")):
             return None
         return cls(is_float=kinds[kind], is_static=not asked[0])
@@ -42,6 +46,8 @@ class InputRounding:
 
     def rounded(self, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
         """`[..., width]` -> the same shape and dtype, as compressed-tensors' `fake_quantize` has it."""
+        if self.group is not None:
+            return replace(self, group=None).rounded(rows.unflatten(-1, (-1, self.group))).flatten(-2)
         least, greatest = (-_FLOAT_MAX, _FLOAT_MAX) if self.is_float else (-128.0, 127.0)
         if scale is None:
             scales = rows.abs().amax(-1, keepdim=True) / ((greatest - least) / 2)

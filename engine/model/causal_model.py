@@ -13,11 +13,13 @@ from torch import nn
 
 from engine.cache.shape import KVShape
 from engine.checkpoint.names import CheckpointNames
-from engine.checkpoint.packed_parts import checked_method, find_packed
+from engine.checkpoint.quantized.declared import declared_quantization
+from engine.checkpoint.quantized.methods import checked_method
+from engine.checkpoint.quantized.packed_parts import find_packed
 from engine.checkpoint.tied_head import is_tied
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
-from engine.kernels.packed_matrix import PackedMatrix
+from engine.kernels.packed.parameter import PackedParameter
 from engine.model.attention import flash
 from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, take_experts
@@ -74,7 +76,9 @@ class CausalModel:
         slots = decoder_layers(self.module)
         self.layers = list(slots)
         self.units = self._find_units()
-        self.packed: dict[str, PackedMatrix] = self._find_packed(path, has_weights)
+        self.quantization = declared_quantization(path, getattr(self.config, "quantization_config", None))
+        """What the model directory says of how it is quantized; None if it is not."""
+        self.packed: dict[str, PackedParameter] = self._find_packed(path, has_weights)
         """Parameters that the checkpoint holds packed."""
         self.recorder = CallRecorder(len(self.layers))
         """What stands in for the layers while the model's own forward is called."""
@@ -178,22 +182,15 @@ class CausalModel:
             raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
         return list(units.values())
 
-    def _find_packed(self, path: Path, has_weights: bool) -> dict[str, PackedMatrix]:
-        quantization = getattr(self.config, "quantization_config", None)
-        if not quantization:
+    def _find_packed(self, path: Path, has_weights: bool) -> dict[str, PackedParameter]:
+        if not self.quantization:
+            return {}
+        if not has_weights:
+            checked_method(path, self.quantization)
             return {}
         units = [unit for unit in self.units if unit.name == "head" or unit.name.startswith("layer.")]
         owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
-        told = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        if not has_weights:
-            checked_method(path, told)
-            return {}
-
-        def name_of(source: str) -> str | None:
-            target, pattern = self.names.target(source)
-            return target if pattern is None else None
-
-        return find_packed(path, told, owners, name_of)
+        return find_packed(path, self.quantization, owners, self.names)
 
     @torch.no_grad()
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:

@@ -76,14 +76,16 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     """What is to be read, and the names of tensors that the model has no place for."""
     model, names = receiver.model, receiver.model.names
     plan = _Plan(path, receiver)
-    packed = {
-        part.source: (target, name) for target, whole in model.packed.items() for name, part in whole.parts.items()
-    }
+    packed = {source: target for target, whole in model.packed.items() for source in whole.parts}
+    unread = {name for whole in model.packed.values() for name in whole.unread}
+    parts: dict[str, list[tuple[str, Load]]] = {}
     merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
     unexpected: set[str] = set()
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
         if name in packed:
-            plan.add_packed(*packed[name], load, name)
+            parts.setdefault(packed[name], []).append((name, load))
+            continue
+        if name in unread:
             continue
         target, pattern = names.target(name)
         if target not in model.state:
@@ -95,6 +97,8 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
+    for target, found in parts.items():
+        plan.add_packed(target, found)
     return plan, unexpected
 
 
@@ -181,24 +185,17 @@ class _Plan:
         placed = [(*self._places[name], tensor.nbytes) for name, tensor in sources if name in self._places]
         return tuple(FileSpan(file, first, first + num_bytes) for file, first, num_bytes in placed)
 
-    def add_packed(self, name: str, part: str, load: Load, source: str) -> None:
-        """Plan to put a part of a packed parameter, `source` in the checkpoint, together with its other parts."""
-        tensor, before = load(), self._steps.pop(name, None)
-        whole = self._store.model.packed[name]
-        tensors = [tensor, *(before.tensors if before is not None else [])]
-        spans = (*self._spans([(source, tensor)]), *(before.spans if before is not None else ()))
-        is_last = len(tensors) == len(whole.parts)
+    def add_packed(self, name: str, sources: list[tuple[str, Load]]) -> None:
+        """Plan to put all parts of a packed parameter, which are `sources` in the checkpoint."""
+        tensors = {source: load() for source, load in sources}  # mapped, not read
 
         def step() -> None:
-            if before is not None:
-                before.act()
-            self._store.put_packed(name, part, tensor)
-            if is_last:
-                self._store.arrive(name)
+            for source, tensor in tensors.items():
+                self._store.put_packed(name, source, tensor)
+            self._store.arrive(name)
 
-        self._steps[name] = Step(step, tensors, spans)
-        if is_last:
-            self._missing.discard(name)
+        self._steps[name] = Step(step, [*tensors.values()], self._spans(tensors.items()))
+        self._missing.discard(name)
 
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""

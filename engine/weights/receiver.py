@@ -24,7 +24,7 @@ class Receiver(Protocol):
     def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
         """Take a parameter, or consecutive elements of it."""
 
-    def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
+    def put_packed(self, name: str, source: str, tensor: torch.Tensor) -> None:
         """Take a part of a packed parameter, as the checkpoint has it."""
 
     def put_buffer(self, name: str, tensor: torch.Tensor) -> None:

@@ -144,12 +144,12 @@ class WeightStore:
         """Fill a persistent buffer of the model."""
         self.model.put_buffer(name, tensor)
 
-    def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
+    def put_packed(self, name: str, source: str, tensor: torch.Tensor) -> None:
         """Copy a part of a packed parameter, as the checkpoint has it, to its place."""
         placed, extent = self._extent_of[name]
         self._claim_host(placed)
         stored = tensor.contiguous().reshape(-1).view(torch.uint8)
-        self._write(placed, extent.first + self.model.packed[name].first_byte(part), stored, torch.uint8)
+        self._write(placed, extent.first + self.model.packed[name].first_byte(source), stored, torch.uint8)
 
     def _claim_host(self, placed: PlacedUnit) -> None:
         self.arrivals.begin(placed)

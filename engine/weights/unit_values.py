@@ -60,12 +60,12 @@ class UnitValues:
             self._values[name] = torch.empty(like.shape, dtype=tensor.dtype)
         self._values[name].view(-1)[first_element : first_element + tensor.numel()].copy_(tensor.reshape(-1))
 
-    def put_packed(self, name: str, part: str, tensor: torch.Tensor) -> None:
+    def put_packed(self, name: str, source: str, tensor: torch.Tensor) -> None:
         """Take a part of a packed parameter."""
         whole = self.model.packed[name]
         if name not in self._stored:
             self._stored[name] = torch.zeros(whole.num_bytes, dtype=torch.uint8)
-        first, stored = whole.first_byte(part), tensor.contiguous().reshape(-1).view(torch.uint8)
+        first, stored = whole.first_byte(source), tensor.contiguous().reshape(-1).view(torch.uint8)
         self._stored[name][first : first + len(stored)] = stored
 
     def put_buffer(self, name: str, tensor: torch.Tensor) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.config import read_config
 from engine.checkpoint.description import ModelDescription
+from engine.checkpoint.quantized.declared import declared_quantization
+from engine.checkpoint.quantized.methods import left_unrounded
 from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.job import Completion, FinishReason, Job
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
@@ -55,13 +57,17 @@ def find_place(description: ModelDescription, policy: Policy) -> Place:
 
 def _check_quantizer(description: ModelDescription) -> None:
     """Unlike the engine, `transformers` needs the format's own library."""
-    quantization = read_config(Path(description.path)).get("quantization_config")
+    path = Path(description.path)
+    config = read_config(path)
+    quantization = declared_quantization(path, config.get("quantization_config"))
     if not quantization:
         return
+    if unrounded := left_unrounded(path, config):
+        raise UnsupportedError(f"it comes quantized, and its own library rounds what is not rounded here: {unrounded}")
     from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
-        AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment()
+        AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True).validate_environment()
     except (ImportError, RuntimeError, ValueError) as error:
         raise UnsupportedError(
             f"it comes quantized, and transformers cannot run it as a whole here: {' '.join(str(error).split())[:300]}"

@@ -65,6 +65,9 @@ def save_compressed(
             values = values.reshape(1, -1)
         elif args.strategy == "group":
             values = values.unflatten(1, (-1, args.group_size))
+        elif args.strategy == "block":
+            rows, columns = args.block_structure
+            values = values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)
         scale, zero = calculate_qparams(values.amin(-1), values.amax(-1), args)
         module.weight_scale.data.copy_(scale.view(module.weight_scale.shape))
         if hasattr(module, "weight_zero_point"):
@@ -116,6 +119,27 @@ def packed_words(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
+def grouped(
+    values: torch.Tensor, method: str, bits: int = 4, group: int = 32, order: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A matrix in GPTQ's or AWQ's layout, and the numbers that it stands for; `order`: of the inputs' groups."""
+    groups = torch.arange(values.shape[1]) // group
+    if order is not None:
+        groups = groups[order]
+    least = torch.stack([values[:, groups == each].amin(1) for each in groups.unique()])
+    greatest = torch.stack([values[:, groups == each].amax(1) for each in groups.unique()])
+    scales = ((greatest - least) / (2**bits - 1)).half()
+    zeros = (-least / scales).round().clamp(1, 2**bits - 1)
+    codes = (values.t() / scales[groups] + zeros[groups]).round().clamp(0, 2**bits - 1)
+    numbers = (scales[groups] * (codes - zeros[groups]).half()).t().float().contiguous()
+    if method == "gptq":
+        words, packed_zeros = packed_words(codes.t(), bits).t().contiguous(), packed_words(zeros - 1, bits)
+        return {"qweight": words, "qzeros": packed_zeros, "g_idx": groups.to(torch.int32), "scales": scales}, numbers
+    columns = [column // 8 * 8 + (0, 2, 4, 6, 1, 3, 5, 7)[column % 8] for column in range(values.shape[0])]
+    words, packed_zeros = packed_words(codes[:, columns], 4), packed_words(zeros[:, columns], 4)
+    return {"qweight": words, "qzeros": packed_zeros, "scales": scales}, numbers
+
+
 def save_grouped(directory: Path, method: str, bits: int = 4, *, by_activity: bool = False, group: int = 32) -> Path:
     """A llama in GPTQ's or AWQ's layout, whose numbers `expected` in the directory holds besides."""
     models.save_model(directory, "llama")
@@ -124,24 +148,9 @@ def save_grouped(directory: Path, method: str, bits: int = 4, *, by_activity: bo
     random = torch.Generator().manual_seed(1)
     for name in layers_of(models.load_reference(directory)):
         values = state.pop(f"{name}.weight")
-        groups = torch.arange(values.shape[1]) // group
-        if by_activity:
-            groups = groups[torch.randperm(len(groups), generator=random)]
-        least = torch.stack([values[:, groups == each].amin(1) for each in groups.unique()])
-        greatest = torch.stack([values[:, groups == each].amax(1) for each in groups.unique()])
-        scales = ((greatest - least) / (2**bits - 1)).half()
-        zeros = (-least / scales).round().clamp(1, 2**bits - 1)
-        codes = (values.t() / scales[groups] + zeros[groups]).round().clamp(0, 2**bits - 1)
-        expected[f"{name}.weight"] = (scales[groups] * (codes - zeros[groups]).half()).t().float().contiguous()
-        if method == "gptq":
-            state[f"{name}.qweight"] = packed_words(codes.t(), bits).t().contiguous()
-            state[f"{name}.qzeros"] = packed_words(zeros - 1, bits)
-            state[f"{name}.g_idx"] = groups.to(torch.int32)
-        else:
-            order = [column // 8 * 8 + (0, 2, 4, 6, 1, 3, 5, 7)[column % 8] for column in range(values.shape[0])]
-            state[f"{name}.qweight"] = packed_words(codes[:, order], 4)
-            state[f"{name}.qzeros"] = packed_words(zeros[:, order], 4)
-        state[f"{name}.scales"] = scales
+        order = torch.randperm(values.shape[1], generator=random) if by_activity else None
+        parts, expected[f"{name}.weight"] = grouped(values, method, bits, group, order)
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     save_file(expected, directory / "expected.st")
     told = {"quant_method": method, "bits": bits, "group_size": group, "desc_act": by_activity, "sym": False}

@@ -12,6 +12,7 @@ from engine.checkpoint.identity.modelling_source import source_digest, source_fi
 from engine.checkpoint.identity.sampled import sampled_fingerprint
 from engine.checkpoint.identity.weight_digest import weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
+from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.side_files import MAX_SIDE_BYTES, found_side_files
 from engine.checkpoint.weight_files import weight_files
 from engine.errors import CheckpointError
@@ -56,7 +57,19 @@ def identity_beside_weights(model: str, policy: Policy) -> Identity:
         "files": _side_digest(path),
         "source": source_digest(read_config(path)),
         **result_settings(description, policy),
+        **_left_unrounded(path),
     }
+
+
+def _left_unrounded(path: Path) -> Identity:
+    """What a quantized checkpoint's format rounds and the engine does not; a line only where there is such a thing."""
+    config = read_config(path)
+    if declared_quantization(path, config.get("quantization_config")) is None:
+        return {}
+    from engine.checkpoint.quantized.methods import left_unrounded  # loads torch
+
+    found = left_unrounded(path, config)
+    return {} if found is None else {"left_unrounded": found}
 
 
 def check_beside_weights(earlier: Identity, model: str, policy: Policy) -> None:

@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from engine import Engine, Job
-from engine.checkpoint.packed_parts import find_packed
+from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.quantized.methods import METHODS, checked_method
+from engine.checkpoint.quantized.packed_parts import find_packed
 from engine.errors import UnsupportedError
-from engine.kernels.packed_matrix import EightBitRows, FourBitBlocks, PackedMatrix
+from engine.kernels.packed.bitsandbytes import EightBitRows, FourBitBlocks
+from engine.kernels.packed.parameter import PackedParameter
 from engine.weights.stored_form import shape_of
 
 RECORDS = json.loads((Path(__file__).parent / "packed_matrices.json").read_text())
@@ -37,13 +40,23 @@ def tensor_of(record: dict[str, Any]) -> torch.Tensor:
     return raw.view(getattr(torch, record["dtype"])).view(record["shape"])
 
 
-def stored(matrix: PackedMatrix, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The bytes that are kept and moved."""
-    memory = torch.full((matrix.num_bytes,), 255, dtype=torch.uint8)
-    for name in matrix.parts:
-        raw = parts[name].reshape(-1).view(torch.uint8)
-        memory[matrix.first_byte(name) : matrix.first_byte(name) + len(raw)] = raw
+def stored(packed: PackedParameter, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The bytes that are kept and moved, of the checkpoint's tensors."""
+    memory = torch.full((packed.num_bytes,), 255, dtype=torch.uint8)
+    for source in packed.parts:
+        raw = parts[source].reshape(-1).view(torch.uint8)
+        memory[packed.first_byte(source) : packed.first_byte(source) + len(raw)] = raw
     return memory
+
+
+class Alone(torch.nn.Module):
+    """A model of one linear layer, as names of a checkpoint are looked up in."""
+
+    base_model_prefix = ""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 22])
@@ -52,12 +65,13 @@ def test_numbers_are_those_of_the_library(
     name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them, and unpacked in pieces, too."""
-    monkeypatch.setattr("engine.kernels.packed_matrix._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("engine.kernels.packed.matrix.CHUNK_ELEMENTS", chunk)
     record = RECORDS[name]
-    parts = {part: tensor_of(each) for part, each in record["parts"].items()}
+    parts = {f"layer.{part}": tensor_of(each) for part, each in record["parts"].items()}
     layer = torch.nn.Linear(*record["shape"][::-1], bias=False)
-    save_file({f"layer.{part}": each for part, each in parts.items()}, tmp_path / "model.safetensors")
-    (matrix,) = find_packed(tmp_path, record["config"], {"layer.weight": layer}, lambda each: each).values()
+    save_file(parts, tmp_path / "model.safetensors")
+    names = CheckpointNames(Alone(layer), {"layer.weight": layer.weight})
+    (matrix,) = find_packed(tmp_path, record["config"], {"layer.weight": layer}, names).values()
     expected = tensor_of(record["numbers"])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         values = torch.full((expected.numel(),), torch.nan, dtype=dtype)
@@ -65,7 +79,7 @@ def test_numbers_are_those_of_the_library(
         assert values.view(expected.shape).equal(expected.to(dtype))
 
 
-def run(directory: Path, tmp_path: Path, policy: str, **settings: Any) -> tuple[Any, PackedMatrix]:
+def run(directory: Path, tmp_path: Path, policy: str, **settings: Any) -> tuple[Any, PackedParameter]:
     """Completions of the jobs, and one of the packed matrices."""
     settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path / "off"), **settings}
     with Engine.from_pretrained(str(directory), policy=settings) as engine:
@@ -86,6 +100,12 @@ COMPRESSED = {
     "8 bits, inputs too": ("llama", INT8, "int-quantized", {"inputs": TOKEN}),
     "float8": ("gemma2", FLOAT8, "naive-quantized", {}),
     "float8, inputs too": ("llama", FLOAT8, "float-quantized", {"inputs": {**TOKEN, "type": "float"}}),
+    "float8 in blocks, inputs in groups": (
+        "llama",
+        {**FLOAT8, "strategy": "block", "block_structure": [16, 32]},
+        "float-quantized",
+        {"inputs": {**TOKEN, "type": "float", "strategy": "group", "group_size": 32}},
+    ),
     "float8, inputs of one scale": ("llama", FLOAT8, "float-quantized", {"inputs": {**STATIC, "type": "float"}}),
 }
 
@@ -117,7 +137,7 @@ def test_compressed_tensors_with_zeros(weights: dict[str, Any], tmp_path: Path) 
     """Which transformers 5.24 cannot load; the numbers are those of the library."""
     directory = quantized.save_compressed(tmp_path / "model", "llama", weights, "pack-quantized")
     done, matrix = run(directory, tmp_path, "20-80")
-    assert "weight_zero_point" in matrix.parts
+    assert "weight_zero_point" in matrix.matrix.parts
     assert parity.differences(parity.expect(quantized.dense(directory)), done)[0] == []
 
 
@@ -162,9 +182,9 @@ def test_packed_bytes_are_what_is_kept_and_planned(tmp_path: Path) -> None:
         for name, matrix in engine.parts.model.packed.items():
             placed, extent = store._extent_of[name]
             memory = store.stored_bytes(placed.unit.name, extent.first, extent.end)
-            for part, form in matrix.parts.items():
-                raw = state[form.source].reshape(-1).view(torch.uint8)
-                assert memory[matrix.first_byte(part) :][: len(raw)].equal(raw)
+            for source in matrix.parts:
+                raw = state[source].reshape(-1).view(torch.uint8)
+                assert memory[matrix.first_byte(source) :][: len(raw)].equal(raw)
         layer = sum(store.placed_bytes()["layer.0"].values())
         assert layer == shape.unit_bytes[0]
         assert shape.stored_part < 0.2
@@ -201,7 +221,7 @@ def test_bitsandbytes_checkpoints(settings: dict[str, Any], build: Callable[[str
             numbers = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
         reference.get_submodule(name).weight.data.copy_(numbers)
     done, matrix = run(tmp_path / "model", tmp_path, "thirds")
-    assert type(matrix) is (FourBitBlocks if "load_in_4bit" in settings else EightBitRows)
+    assert type(matrix.matrix) is (FourBitBlocks if "load_in_4bit" in settings else EightBitRows)
     assert parity.differences(parity.expect(reference), done)[0] == []
 
 
@@ -249,8 +269,8 @@ def instead(**told: Any) -> Callable[[Path], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "fp8": (tell(quant_method="fp8"), ("by fp8", "unquantized", "gptq or awq")),
-    "mxfp4": (tell(quant_method="mxfp4"), ("by mxfp4",)),
+    "hqq": (tell(quant_method="hqq"), ("by hqq", "unquantized", "awq or auto-round")),
+    "fields of another method": (tell(quant_method="mxfp4"), ("by mxfp4 with the field 'bits'",)),
     "no method": (tell(quant_method=None), ("an unnamed method",)),
     "marlin": (tell(checkpoint_format="marlin"), ("gptq", "the layout 'marlin'")),
     "AWQ by columns": (tell(quant_method="awq", version="gemv"), ("awq", "the layout gemv")),
@@ -276,7 +296,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         (Q, "a perm, which is not understood"),
     ),
     "the embedding": (move("model.embed_tokens"), ("model.embed_tokens", "only linear layers")),
-    "experts": (move("model.layers.1.mlp.experts.0.up_proj"), ("experts.0.up_proj", "only linear layers")),
+    "a norm": (move("model.layers.1.input_layernorm"), ("input_layernorm (LlamaRMSNorm)", "only linear layers")),
     "a cache of another kind": (
         instead(transform_config={"a": 1}),
         ("transform_config",),
@@ -287,8 +307,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("the field 'codebook'",),
     ),
     "a group's format": (
-        instead(config_groups={"a": {"weights": INT4, "format": "mxfp8-quantized"}}),
-        ("the format 'mxfp8-quantized'",),
+        instead(config_groups={"a": {"weights": INT4, "format": "marlin-24"}}),
+        ("the format 'marlin-24'",),
     ),
     "groups as a list": (instead(config_groups=[INT4]), ("config_groups [",)),
     "words of 8 bits": (tell(pack_dtype="int8"), ("gptq", "words of 'int8'")),
@@ -320,7 +340,10 @@ def test_what_cannot_be_run_is_refused_by_name(name: str, tmp_path: Path) -> Non
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-RUN = {"int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"}
+RUN = {
+    *("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+}
 
 
 def test_every_format_of_the_library_is_run_or_refused_by_name(tmp_path: Path) -> None:
@@ -335,12 +358,29 @@ def test_every_format_of_the_library_is_run_or_refused_by_name(tmp_path: Path) -
             Engine.from_pretrained(str(directory), policy={"device": "cpu"})
 
 
+def test_every_method_of_transformers_is_run_or_refused_by_name(tmp_path: Path) -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    run = {"bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq"}
+    names = AUTO_QUANTIZATION_CONFIG_MAPPING.keys() | {"exl3", "modelopt"}
+    for name in names - run - {"auto-round", "modelopt"}:
+        with pytest.raises(
+            UnsupportedError, match=f"is quantized by {name}, which cannot be run; take the unquantized"
+        ):
+            checked_method(tmp_path, {"quant_method": name})
+    for name in run & METHODS.keys():
+        assert checked_method(tmp_path, {"quant_method": name}) == name
+    for name in ("auto-round", "modelopt"):
+        with pytest.raises(UnsupportedError, match=f"by {name} with the (packing_format|quant_algo) None"):
+            checked_method(tmp_path, {"quant_method": name})
+
+
 def test_exponents_are_no_scales(tmp_path: Path) -> None:
     """MXFP8's scales are exponents in one byte each: taken for numbers, they are off by a factor of 237,568."""
     directory = quantized.save_compressed(tmp_path / "model", "llama", FLOAT8, "naive-quantized")
     scales = {f"{Q}.weight_scale": torch.full((64, 2), 116, dtype=torch.uint8)}
     edit_state(lambda state: state.update(scales))(directory)
-    with pytest.raises(UnsupportedError, match="weight_scale is uint8, no plain numbers"):
+    with pytest.raises(UnsupportedError, match="its tensors are mxfp8-quantized, and the format is 'naive-quantized'"):
         Engine.from_pretrained(str(directory), policy={"device": "cpu"})
 
 

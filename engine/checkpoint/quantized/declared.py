@@ -1,0 +1,43 @@
+"""What a model directory says of how it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, UnsupportedError, shown
+from engine.reading import find_file, read_json_object
+
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where ModelOpt writes it, beside a config.json that may say nothing."""
+_MODELOPT_FIELDS = ("producer", "quantization")
+
+
+def declared_quantization(path: Path, told: Any) -> Mapping[str, Any] | None:
+    """What config.json tells as its quantization_config, `told`, else what ModelOpt's file tells; None if nothing does.
+
+    Raises `CheckpointError` for a file that cannot be read, `UnsupportedError` for one that is not understood.
+    """
+    if told:
+        found: Mapping[str, Any] = told if isinstance(told, Mapping) else told.to_dict()
+        return found
+    file = path / MODELOPT_FILE
+    if not find_file(file, CheckpointError):
+        return None
+    content = read_json_object(file, CheckpointError)
+    inner = content.get("quantization")
+    producer = content.get("producer") or {}
+    name = producer.get("name") if isinstance(producer, Mapping) else None
+    if not isinstance(inner, Mapping) or name != "modelopt":
+        raise UnsupportedError(
+            f"{file}: the quantization {shown(inner)} of the producer {shown(name or producer)}; an object, by "
+            "modelopt, is understood there"
+        )
+    if strange := [key for key, value in content.items() if value and key not in _MODELOPT_FIELDS]:
+        raise UnsupportedError(
+            f"{file}: the field {shown(strange[0])} is not understood; take the unquantized checkpoint"
+        )
+    return (
+        {**inner, "quant_method": "modelopt"} if inner.get("quant_algo") or inner.get("kv_cache_quant_algo") else None
+    )

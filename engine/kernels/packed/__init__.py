@@ -1,0 +1,1 @@
+"""Matrices and experts as quantized checkpoints hold them, and what they stand for."""

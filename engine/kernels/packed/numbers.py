@@ -1,0 +1,187 @@
+"""Matrices of small numbers, whole or float8, with scales: of all, of rows, of groups in them, or of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from engine.kernels.packed.matrix import PLAIN, PartForm, Parts, RowsApart, scaled, unpacked, word_bits
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class PackedIntegers(RowsApart):
+    """compressed-tensors' pack-quantized: whole numbers of 2, 4 or 8 bits along a row; scales of groups or rows."""
+
+    names = ("weight_packed", "weight_scale")
+    optional = ("weight_zero_point",)
+    unread = ("weight_shape",)
+
+    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, in_scale_type: bool = False) -> None:
+        """in_scale_type: computed in the type of the scales, as the library has experts; else in the model's."""
+        super().__init__(shape, parts)
+        self._expect_dtype("weight_packed", torch.int32)
+        self._expect_dtype("weight_zero_point", torch.int32)
+        self._expect_plain("weight_scale")
+        self._in_scale_type = in_scale_type
+        self._bits = word_bits(parts["weight_packed"].shape[-1], self.columns)
+        groups = num_groups(parts["weight_scale"].shape, shape)
+        words = -(-self.rows * self._bits // 32)
+        self._expect({"weight_packed": (self.rows, -(-self.columns * self._bits // 32))})
+        self._expect({"weight_zero_point": (words, groups)})
+
+    def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
+        tables = {"codes": parts["weight_packed"], "scales": as_rows(parts["weight_scale"])}
+        if "weight_zero_point" in parts:
+            packed = parts["weight_zero_point"].transpose(1, 2)
+            middle = 1 << (self._bits - 1)
+            tables["zeros"] = unpacked(packed, self._bits)[..., : self.rows].transpose(1, 2).sub(middle)
+        return tables
+
+    def _numbers(self, tables: Parts, dtype: torch.dtype) -> torch.Tensor:
+        codes = unpacked(tables["codes"], self._bits)[..., : self.columns].sub_(1 << (self._bits - 1))
+        kind = tables["scales"].dtype if self._in_scale_type else dtype
+        return scaled(codes, tables["scales"], tables.get("zeros"), kind)
+
+
+class ScaledNumbers(RowsApart):
+    """compressed-tensors' int-quantized, float-quantized and naive-quantized, and other float8: numbers and scales."""
+
+    names = ("weight", "weight_scale")
+    optional: ClassVar[tuple[str, ...]] = ("weight_zero_point",)
+
+    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, wide: bool = False) -> None:
+        """wide: products are computed in float32 and rounded then; else in the model's type."""
+        super().__init__(shape, parts)
+        self._wide = wide
+        self._scale = self.names[1]
+        self._expect_dtype("weight", torch.int8, *FLOAT8)
+        self._expect_plain(self._scale)
+        num_groups(parts[self._scale].shape, shape)
+        self._expect({"weight": (self.rows, self.columns), "weight_zero_point": tuple(parts[self._scale].shape)})
+
+    def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
+        tables = {"codes": parts["weight"], "scales": as_rows(parts[self._scale])}
+        if "weight_zero_point" in parts:
+            tables["zeros"] = as_rows(parts["weight_zero_point"])
+        return tables
+
+    def _numbers(self, tables: Parts, dtype: torch.dtype) -> torch.Tensor:
+        kind = torch.float32 if self._wide else dtype
+        return scaled(tables["codes"], tables["scales"], tables.get("zeros"), kind)
+
+
+class InverseScaledNumbers(ScaledNumbers):
+    """Float8 of quant_method fp8 without blocks: a scale of the matrix, which it calls the inverse of one."""
+
+    names = ("weight", "weight_scale_inv")
+    optional = ()
+    unread = ("activation_scale",)
+
+    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, wide: bool = False) -> None:
+        if parts["weight_scale_inv"].shape.numel() != 1:
+            told = f"weight_scale_inv is {list(parts['weight_scale_inv'].shape)}, not one number"
+            raise ValueError(f"{told}, and there is no weight_block_size")
+        super().__init__(shape, parts, wide=wide)
+
+
+class RowScaledNumbers(ScaledNumbers):
+    """Float8 of quant_method fbgemm_fp8: a scale for each row."""
+
+    optional = ()
+    unread = ("input_scale_ub",)
+
+    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, wide: bool = False) -> None:
+        super().__init__(shape, parts, wide=wide)
+        self._expect({"weight_scale": (self.rows, 1)})
+
+
+class ModelOptFp8(ScaledNumbers):
+    """Float8 of ModelOpt: a scale of the matrix."""
+
+    optional = ()
+    unread = ("input_scale", "k_scale", "v_scale")
+
+    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> None:
+        super().__init__(shape, parts)
+        self._expect_dtype("weight", torch.float8_e4m3fn)
+        if parts["weight_scale"].shape.numel() != 1:
+            raise ValueError(f"weight_scale is {list(parts['weight_scale'].shape)}, not one number")
+
+
+class ExponentScaledNumbers(RowsApart):
+    """MXFP8: float8, and for each 32 numbers of a row a power of two, stored as its exponent and 127."""
+
+    names = ("weight", "weight_scale")
+
+    def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> None:
+        super().__init__(shape, parts)
+        self._expect_dtype("weight", torch.float8_e4m3fn)
+        self._expect_dtype("weight_scale", torch.uint8)
+        self._expect({"weight": (self.rows, self.columns), "weight_scale": (self.rows, self.columns // 32)})
+        if self.columns % 32:
+            raise ValueError(f"{self.columns} columns are no multiple of groups of 32")
+
+    def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
+        return {"codes": parts["weight"], "exponents": parts["weight_scale"]}
+
+    def _numbers(self, tables: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return scaled(tables["codes"], powers_of_two(tables["exponents"]), None, torch.float32)
+
+
+class ScaledBlocks(RowsApart):
+    """Float8 in blocks, of DeepSeek's kind: a scale for each rectangle, which is smaller at the far edges."""
+
+    names = ("weight", "weight_scale_inv")
+
+    def __init__(
+        self, shape: torch.Size, parts: Mapping[str, PartForm], *, block: tuple[int, int], wide: bool = True
+    ) -> None:
+        """block: rows and columns that share a scale. wide: computed in float32; else in the model's type."""
+        super().__init__(shape, parts)
+        self._block, self._wide = block, wide
+        self._scale = self.names[1]
+        self._expect_dtype("weight", *FLOAT8)
+        exponents = () if self._scale == "weight_scale" else (torch.float8_e8m0fnu, torch.uint8)
+        self._expect_dtype(self._scale, *PLAIN, *exponents)
+        self._expect({"weight": (self.rows, self.columns)})
+        self._expect({self._scale: (-(-self.rows // block[0]), -(-self.columns // block[1]))})
+
+    def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
+        scales = parts[self._scale]
+        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+            scales = powers_of_two(scales.view(torch.uint8))
+        scales = scales.repeat_interleave(self._block[0], 1)[:, : self.rows]
+        return {"codes": parts["weight"], "scales": scales}
+
+    def _numbers(self, tables: Parts, dtype: torch.dtype) -> torch.Tensor:
+        kind = torch.float32 if self._wide else dtype
+        scales = tables["scales"].to(kind).repeat_interleave(self._block[1], -1)[..., : self.columns]
+        return tables["codes"].to(kind) * scales
+
+
+class CompressedBlocks(ScaledBlocks):
+    """Float8 in blocks, of compressed-tensors."""
+
+    names = ("weight", "weight_scale")
+
+
+def num_groups(scale: torch.Size, shape: torch.Size) -> int:
+    """Groups of a row that have a scale each, by the shape of the scales; `ValueError` where they are of neither."""
+    rows, groups = scale if len(scale) == 2 else (scale.numel(), 1)
+    if rows not in (1, shape[0]) or shape[1] % groups:
+        raise ValueError(f"weight_scale {list(scale)} is neither of rows nor of groups in them, of {list(shape)}")
+    return groups
+
+
+def as_rows(scales: torch.Tensor) -> torch.Tensor:
+    """Scales `[matrices, rows, groups]` of one, of one a row, or of groups; a single row stands for all."""
+    return scales if scales.ndim == 3 else scales.reshape(len(scales), -1, 1)
+
+
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """float32 of exponents, uint8 with a bias of 127; 255 is not a number."""
+    numbers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
+    return numbers.masked_fill(exponents == 255, torch.nan)

@@ -1,0 +1,75 @@
+"""A parameter of the model that a checkpoint holds packed: where its parts lie in stored bytes, and their expansion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.packed.matrix import PackedMatrix
+from engine.memory.layout import Extent, lay_out
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the checkpoint."""
+
+    name: str
+    """What the format calls it."""
+    first: int
+    """The first of the matrices that it belongs to."""
+    count: int
+    """Matrices that it belongs to."""
+
+
+class PackedParameter:
+    """A linear layer's matrix, or experts': matrices of one format and shape, below one another or each transposed.
+
+    Stored bytes are the parts one after the other, aligned: of each part first that of the first matrix, then that of
+    the second, and so on.
+    """
+
+    def __init__(
+        self,
+        matrix: PackedMatrix,
+        sources: Sequence[Mapping[str, str]],
+        *,
+        is_transposed: bool = False,
+        count: int | None = None,
+        unread: frozenset[str] = frozenset(),
+    ) -> None:
+        """sources: for each matrix the names of its parts in the checkpoint, or, with `count`, for all of them at once.
+
+        is_transposed: the parameter is `[matrices, columns, rows]`. unread: names of tensors that belong to it and
+        change nothing.
+        """
+        self.matrix, self.is_transposed, self.unread = matrix, is_transposed, unread
+        self.num_matrices = len(sources) if count is None else count
+        each = self.num_matrices // len(sources)
+        self.parts: dict[str, Part] = {
+            source: Part(name, index * each, each)
+            for index, named in enumerate(sources)
+            for name, source in named.items()
+        }
+        """By the checkpoint's names."""
+        sizes = {name: form.num_bytes * self.num_matrices for name, form in matrix.parts.items()}
+        extents, self.num_bytes = lay_out(sizes)
+        self._extents: dict[str, Extent] = {extent.name: extent for extent in extents}
+
+    def first_byte(self, source: str) -> int:
+        """Where a tensor of the checkpoint begins in the stored bytes."""
+        part = self.parts[source]
+        return self._extents[part.name].first + part.first * self.matrix.parts[part.name].num_bytes
+
+    def decode(self, stored: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the numbers that `stored` bytes stand for into flat `values`."""
+        tensors = {}
+        for name, form in self.matrix.parts.items():
+            extent = self._extents[name]
+            tensors[name] = stored[extent.first : extent.end].view(form.dtype).view(self.num_matrices, *form.shape)
+        rows, columns = self.matrix.rows, self.matrix.columns
+        if self.is_transposed:
+            self.matrix.fill(tensors, values.view(self.num_matrices, columns, rows).transpose(1, 2))
+        else:
+            self.matrix.fill(tensors, values.view(self.num_matrices, rows, columns))
