@@ -61,7 +61,7 @@ def sweep(arguments: Sequence[str]) -> int:
     args = parse_sweep_flags(arguments)
     policy = policy_from_flags(args)
     engine_processes.prepare()
-    prepare_helpers("flexgen_helm.sweeps.preloaded")  # before HELM is imported here, which takes as long
+    prepare_helpers("flexgen_helm.sweeps.beside.preloaded")  # before HELM is imported here, which takes as long
     from flexgen_helm.runs.launch import prepare, set_up_logging, take_back, watch_folders
     from flexgen_helm.sweeps.lock import FILE_NAME, SuiteLock
     from flexgen_helm.sweeps.log import JsonLog

@@ -14,7 +14,7 @@ from helm.benchmark.run_spec import RunSpec
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.feeding import Feed
 from flexgen_helm.helm.requests.asked import Answer
-from flexgen_helm.sweeps.helm_side import HelmSide, Made, unpack
+from flexgen_helm.sweeps.beside.helm_side import HelmSide, Made, unpack
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.workers.engine_guard import EngineElsewhere
 

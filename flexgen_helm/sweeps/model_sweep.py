@@ -14,7 +14,7 @@ from engine.schedule.prefix import common_length
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.asked import Answer, Work, raise_first
 from flexgen_helm.helm.requests.entries import PackedEntries
-from flexgen_helm.sweeps.helm_side import Outcome
+from flexgen_helm.sweeps.beside.helm_side import Outcome
 from flexgen_helm.sweeps.tally import Tally
 
 

@@ -16,8 +16,8 @@ from engine.planning.hardware_profile import HardwareProfile
 from flexgen_helm.helm.runner import WholeRunExecutor
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.helm.two_step_runner import TwoStepRunner
+from flexgen_helm.sweeps.beside.helm_side import HelmSide
 from flexgen_helm.sweeps.foreseen import foresee, told, told_together
-from flexgen_helm.sweeps.helm_side import HelmSide
 from flexgen_helm.sweeps.model_sweep import ModelSweep
 from flexgen_helm.terminal.progress import StatusLine
 

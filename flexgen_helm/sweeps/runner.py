@@ -14,9 +14,9 @@ from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.two_step_runner import NoRoom, TwoStepRunner
+from flexgen_helm.sweeps.beside.helm_side import PRELOADED, HelmSide, Setting
 from flexgen_helm.sweeps.diary import SweepDiary
 from flexgen_helm.sweeps.flow import Flow
-from flexgen_helm.sweeps.helm_side import PRELOADED, HelmSide, Setting
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.workers.helper_processes import HelperProcesses, Here, num_helpers
 

@@ -23,7 +23,7 @@ from flexgen_helm.helm.requests.asked import Work
 from flexgen_helm.run import main
 from flexgen_helm.runs import launch
 from flexgen_helm.sweeps import flow, runner
-from flexgen_helm.sweeps.helm_side import HelmSide
+from flexgen_helm.sweeps.beside.helm_side import HelmSide
 from flexgen_helm.sweeps.model_sweep import Amount, ModelSweep
 from flexgen_helm.sweeps.record import read_record
 

@@ -12,7 +12,7 @@ import helm.clients.auto_client  # noqa: F401
 from tqdm import tqdm
 
 import flexgen_helm.helm.requests.known_tokens
-import flexgen_helm.sweeps.helm_side  # noqa: F401
+import flexgen_helm.sweeps.beside.helm_side  # noqa: F401
 from flexgen_helm.workers.helper_program import outlive_signals
 
 outlive_signals()

@@ -24,7 +24,7 @@ from flexgen_helm.helm.runner import WholeRunExecutor, settled
 from flexgen_helm.helm.two_step_runner import Adapted, TwoStepRunner
 from flexgen_helm.planning.environment import Environment, environment
 
-PRELOADED = "flexgen_helm.sweeps.preloaded"
+PRELOADED = "flexgen_helm.sweeps.beside.preloaded"
 """The module that imports what such a process needs."""
 
 Outcome = tuple[Response, bool] | EngineError
