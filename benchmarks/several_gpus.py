@@ -185,9 +185,10 @@ def opened(setting: Setting, devices: Sequence[str], way: str | None) -> Iterato
         )
 
 
-def timed(processes: list[Process], row: Row) -> dict[str, Any]:
-    """Seconds of a workload, after a rehearsal of its first run up to the second new token."""
+def timed(processes: list[Process], row: Row, most_new: int) -> dict[str, Any]:
+    """Seconds of a workload with at most so many new tokens, after a rehearsal of its first run up to the second."""
     load = Workload.parse(row.workload)
+    load = Workload(load.num_runs, load.num_jobs, load.shared, load.own, min(load.new, most_new))
     if row.each:
         load = Workload(load.num_runs, load.num_jobs * len(processes), load.shared, load.own, load.new)
     rehearsal = Workload(1, load.num_jobs, load.shared, load.own, min(2, load.new))
@@ -206,18 +207,17 @@ def timed(processes: list[Process], row: Row) -> dict[str, Any]:
     }
 
 
-def run(name: str, setting: Setting, devices: Sequence[str]) -> list[dict[str, Any]]:
-    """Time a setting on one device and on all, in each way; prints a line for each, and returns all as a record."""
-    records: list[dict[str, Any]] = []
+def run(name: str, setting: Setting, devices: Sequence[str], most_new: int) -> Iterator[dict[str, Any]]:
+    """Time a setting on one device and on all, in each way; prints a line for each, and yields a record of each way."""
     base: list[float] = []
     for way in (None, *setting.ways):
         used = devices if way else devices[:1]
         try:
             with opened(setting, used, way) as (processes, found):
-                rows = [timed(processes, row) for row in setting.rows]
+                rows = [timed(processes, row, most_new) for row in setting.rows]
         except RuntimeError as error:
             print(f"{name:>16} {way or 'one device':>10}  {error}", flush=True)
-            records.append({"setting": name, "way": way, "devices": list(used), "error": str(error)})
+            yield {"setting": name, "way": way, "devices": list(used), "error": str(error)}
             continue
         base = base or [row["requests_s"] for row in rows]
         for given, row, one in zip(setting.rows, rows, base, strict=True):
@@ -229,8 +229,7 @@ def run(name: str, setting: Setting, devices: Sequence[str]) -> list[dict[str, A
                 flush=True,
             )
         print(f"{'':>16} {'':>10} weights in host memory {found['host_bytes_of_weights'] / 1e9:.3f} GB", flush=True)
-        records.append({"setting": name, "way": way, "devices": list(used), **found, "rows": rows})
-    return records
+        yield {"setting": name, "way": way, "devices": list(used), **found, "rows": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -242,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help=", ".join(SETTINGS))
     parser.add_argument("--shape", help="in place of those of the settings (a small one shows that all of it runs)")
     parser.add_argument("--rows", nargs="+", help="workloads in place of those of the settings, as `bench` has them")
+    parser.add_argument("--ways", nargs="+", choices=["each", "gather"], help="default: those of the settings")
+    parser.add_argument("--most-new", type=int, default=1 << 20, help="new tokens of a request, at most")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -253,8 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = SETTINGS[name]
         rows = tuple(Row(each) for each in options.rows) if options.rows else setting.rows
         shape = options.shape or setting.shape
-        records += run(name, Setting(shape, setting.policy, rows, setting.alone, setting.ways), options.devices)
-        print(write_record("several-gpus", {"runs": records}, options.out), flush=True)
+        asked = Setting(shape, setting.policy, rows, setting.alone, options.ways or setting.ways)
+        for record in run(name, asked, options.devices, options.most_new):
+            records.append(record)
+            path = write_record("several-gpus", {"runs": records}, options.out)  # after each: what follows takes long
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

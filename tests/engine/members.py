@@ -31,6 +31,8 @@ class Case:
     """Of each member."""
     gather: bool = False
     memory: Memory = MEMORY
+    devices: tuple[str, ...] = ()
+    """Of each member, where the policy's is not for all."""
 
 
 @dataclass(kw_only=True)
@@ -54,7 +56,8 @@ def opened(case: Case, index: int, count: int, handle: int, meeting: Path) -> En
         weights=None if case.gather else handle,
         meeting=str(meeting) if case.gather else None,
     )
-    return Engine.from_pretrained(case.model, policy=case.policy, member=member)
+    policy = {**case.policy, "device": case.devices[index]} if case.devices else case.policy
+    return Engine.from_pretrained(case.model, policy=policy, member=member)
 
 
 def run(

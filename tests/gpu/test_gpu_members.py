@@ -51,7 +51,10 @@ def test_two_answer_as_one_alone(family: str, policy: str, gather: bool, tmp_pat
     settings |= POLICIES[policy]
     with Engine.from_pretrained(str(path), policy=settings) as engine:
         expected, held = _numbers(engine.run(JOBS)), engine.placed_bytes()
-    case = members.Case(model=str(path), policy=settings, jobs=[JOBS, JOBS], gather=gather, memory=MEMORY)
+    devices = ("cuda:0", "cuda:1") if gather else ("cuda:0", "cuda:0")
+    case = members.Case(
+        model=str(path), policy=settings, jobs=[JOBS, JOBS], gather=gather, memory=MEMORY, devices=devices
+    )
     ((first, second),) = members.run([case], 2, tmp_path)
     assert (first.error, second.error) == (None, None)
     assert _numbers(first.done) == expected
