@@ -4,7 +4,8 @@
 
 Each setting is opened on one device, and then on all of them in each of its ways: *each* for itself, which brings all
 weights over its own link from one copy in host memory, and *gather*, which brings a part and gathers the others'. Every
-device is a process; requests are dealt out evenly, and seconds are from asking to the last answer. Weights are random.
+device is a process; requests are dealt out evenly, run by run, and seconds are from asking to the last answer. Weights
+are random.
 """
 
 from __future__ import annotations
@@ -141,8 +142,10 @@ def serve(shape: str, policy: dict[str, Any]) -> None:
             )
             while asked := json.loads(input()):
                 jobs = Workload.parse(asked["workload"]).jobs(engine.parts.model.vocab_size, asked["seed"])
+                index, count = asked["index"], asked["count"]
+                own = jobs[len(jobs) * index // count : len(jobs) * (index + 1) // count]  # neighbours share prefixes
                 before, start = engine.num_sweeps, time.perf_counter()
-                done = engine.run(jobs[asked["index"] :: asked["count"]])
+                done = engine.run(own)
                 failed = next((str(each.error) for each in done if each.error is not None), None)
                 told = {"error": failed} if failed else {"seconds": time.perf_counter() - start}
                 print(json.dumps({**told, "sweeps": engine.num_sweeps - before}), flush=True)

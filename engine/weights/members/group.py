@@ -26,8 +26,8 @@ _TIMEOUT = timedelta(minutes=30)
 class Agreed:
     """What the members of a group are about to do."""
 
-    sweep: bool
-    """Any of them has something to compute."""
+    sweep: int
+    """How many of them have something to compute."""
     leave: bool
     """Any of them ends."""
 
@@ -69,7 +69,7 @@ class Group:
         with self._naming_the_lost():
             distributed.all_reduce(said, group=self._agreeing)
         swept, left = said.tolist()
-        return Agreed(sweep=swept > 0, leave=left > 0)
+        return Agreed(sweep=swept, leave=left > 0)
 
     def gather(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
         """Bring what the other members have of a unit to `slot`, in which this one's part is.

@@ -11,6 +11,9 @@ from engine.weights.members.group import Group
 
 IDLE_S = 0.02
 """How often an idle member of a group asks whether the others compute."""
+_WAITED_FOR_S = 0.05
+"""How long members that have got something to compute wait once for those that have not: what a caller asks of all of
+them does not arrive at the same moment, and would otherwise take two sweeps."""
 
 Batch = TypeVar("Batch")
 """What a sweep computes, of which it may have nothing."""
@@ -29,11 +32,16 @@ class Lockstep(Generic[Batch, Answer]):
         self._group = group
         self._is_sweeping = False
         self._has_left = group is None
+        self._has_begun = False
+        """Whether some member has had something to compute since all were idle."""
+        self._is_waited_for = False
 
     @property
     def idle_s(self) -> float | None:
         """How long nothing may be asked of this engine before it takes part in the others' sweeps."""
-        return None if self._group is None else IDLE_S
+        if self._group is None:
+            return None
+        return _WAITED_FOR_S if self._is_waited_for else IDLE_S
 
     def sweep(self, batches: list[Batch]) -> list[Answer]:
         """The answers of a sweep; with nothing to compute, take part in a sweep of others, if they have something.
@@ -41,18 +49,27 @@ class Lockstep(Generic[Batch, Answer]):
         Raises `EngineError` when a member has ended.
         """
         if self._group is not None:
-            agreed = self._group.agree(sweep=bool(batches))
-            if agreed.leave:
-                self._has_left = True
-                raise EngineError("another engine of those that share the weights has ended; start all of them again")
-            if not agreed.sweep:
+            num_ready = self._agree(self._group, batches)
+            is_early, self._has_begun = 0 < num_ready < self._group.count and not self._has_begun, num_ready > 0
+            self._is_waited_for = is_early and not batches
+            if num_ready == 0 or self._is_waited_for:
                 return []
+            if is_early:
+                self._agree(self._group, batches)
         elif not batches:
             return []
         self._is_sweeping = True
         answers = self._sweep(batches)
         self._is_sweeping = False
         return answers
+
+    def _agree(self, group: Group, batches: list[Batch]) -> int:
+        """How many members have something to compute; raises `EngineError` when one has ended."""
+        agreed = group.agree(sweep=bool(batches))
+        if agreed.leave:
+            self._has_left = True
+            raise EngineError("another engine of those that share the weights has ended; start all of them again")
+        return agreed.sweep
 
     def recover(self) -> None:
         """Be ready for another sweep after one that ended in an error."""
