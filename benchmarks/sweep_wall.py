@@ -1,10 +1,11 @@
 """A suite through HELM beside the engine alone: what HELM's side adds to the wall clock.
 
-    python -m benchmarks.sweep_wall --data DIR --model DIR --work DIR [--subjects …] [--instances N] [-- FLAGS OF SWEEP]
+    python -m benchmarks.sweep_wall --data DIR --model DIR --work DIR [--shape llama-3-8b] [--subjects …] [-- FLAGS]
 
-DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv`. Three programs, one after the other: the sweep of a question,
-whose time is start-up; the sweep of all subjects, from the command to its end; and the engine alone with the very jobs
-that the sweep gave it, without HELM. `--work` must be empty or absent: nothing may be answered by HELM's cache.
+DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv`; FLAGS are those of `sweep`. With `--shape`, the model has
+random weights of that shape, and of `--model` only the tokenizer. Three programs, one after the other: the sweep of a
+question, whose time is start-up; the sweep of all subjects, from the command to its end; and the engine alone with the
+very jobs that the sweep gave it, without HELM. `--work` must be empty or absent: HELM's cache is to answer nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +22,31 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.helm_client import place_data
+from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.planning.environment import hardware
 from flexgen_helm.planning.record import write_record
 from flexgen_helm.sweeps.record import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "the sweep has ended"
+
+
+def make_model(source: Path, shape: str, folder: Path) -> None:
+    """Random weights of a shape, with the tokenizer of `source`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    content = shape_config(shape)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    content.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    if len(tokenizer) > config.vocab_size:
+        raise SystemExit(f"the tokenizer of {source} has {len(tokenizer)} tokens, {shape} only {config.vocab_size}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, content["dtype"]))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
@@ -91,6 +111,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory with mmlu/{dev,test}/*.csv")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--work", type=Path, required=True, help="directory of output and cache; empty or absent")
+    parser.add_argument("--shape", help="take random weights of this shape, and only the tokenizer of the model")
     parser.add_argument("--subjects", nargs="+", help="default: all there are")
     parser.add_argument("--instances", type=int, help="questions of each subject; default: all")
     parser.add_argument("--policy", default="auto", help="of sweep and engine")
@@ -106,6 +127,9 @@ def main() -> None:
         raise SystemExit(f"{work} is not empty")
     place_data(options.data, subjects, work / "benchmark_output", gsm=False)
     jobs_file, model = work / "jobs", options.model.resolve()
+    if options.shape:
+        model = work / options.shape
+        make_model(options.model.resolve(), options.shape, model)
     common = ["--model", str(model), "--policy", options.policy, *(flag for flag in flags if flag != "--")]
     entries = [f"mmlu:subject={subject}" for subject in subjects]
     few = ["-r", entries[0], "-m", "1", "--suite", "few", "--disable-cache"]
