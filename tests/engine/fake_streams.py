@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,7 +32,23 @@ class Streams:
                 outer.called[name] += 1
                 return lambda *arguments: self  # an event, too, can be waited for
 
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+                self._at: float | None = None
+
+            def record(self, stream: Any) -> None:
+                assert isinstance(stream, Stream)
+                self._at = time.perf_counter()
+
+            def synchronize(self) -> None:
+                assert self._at is not None
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1000 * float(end._at - self._at)
+
         self.Stream = Stream
+        self.Event = Event
         self.current = Stream(torch.device("cpu"))
 
     def current_stream(self, device: torch.device) -> Any:

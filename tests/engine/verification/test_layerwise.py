@@ -356,8 +356,8 @@ def test_weights_that_were_loaded_wrongly(
     monkeypatch.setattr(
         WeightStore,
         "put_packed",
-        lambda self, name, part, tensor: put_packed(
-            self, name, part, change(tensor) if name == spoiled and part == "qweight" else tensor
+        lambda self, name, source, tensor: put_packed(
+            self, name, source, change(tensor) if name == spoiled and source.endswith(".qweight") else tensor
         ),
     )
     path = quantized.save_grouped(tmp_path, "gptq") if kind == "packed" else build("llama")
