@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.errors import CapacityError
 from engine.planning.hardware import Memory
 from engine.planning.hardware_profile import HardwareProfile
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_plan
-from engine.planning.sharing import Sharing
+from engine.planning.sharing import Resources, Sharing
 from engine.policy import Policy
+
+
+def sharing_of(policy: Policy, found: Resources, shape: ModelShape, profile: HardwareProfile | None) -> Sharing:
+    """How the devices of `found` share the weights: as `policy` says, else in the way by which they arrive sooner.
+
+    profile: rates of the machine; None where they are not known: then `found` says it.
+    """
+    sharing = found.sharing
+    if policy.gather_weights is not None or not sharing.gather or profile is None:
+        return sharing
+    return replace(sharing, gather=chooses_gather(profile, shape, policy, found.memory, sharing.count))
 
 
 def chooses_gather(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.memory.tiers import Memory
 from engine.planning.model_shape import ModelShape
 
 
@@ -17,6 +18,16 @@ class Sharing:
 
 
 ALONE = Sharing()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a run may use of a machine under a policy."""
+
+    memory: Memory
+    """`device` of each device (the least of all), `host` and `disk` of all together."""
+    sharing: Sharing = ALONE
+    """How many devices there are; whether they gather where nothing is known of their rates."""
 
 
 class WeightBytes:

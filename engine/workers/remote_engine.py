@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -35,12 +36,12 @@ class RemoteEngine(Front):
     """
 
     def __init__(
-        self, model: str, policy: Policy, *, window: int | None = None, process: WorkerProcess | None = None
+        self, model: str, policy: Policy, *, window: int | None = None, waiting: Sequence[WorkerProcess] = ()
     ) -> None:
         """Open `model`, a hub id or directory; returns when it is open, and raises what opening it raises.
 
-        window: most positions of a sequence, in place of what the model's files tell. process: one that waits for its
-        first message.
+        window: most positions of a sequence, in place of what the model's files tell. waiting: processes that were
+        asked for no model yet; those that are not needed are ended.
         """
         self.policy = policy
         self.observer: Callable[[SweepTiming], None] | None = None
@@ -48,7 +49,9 @@ class RemoteEngine(Front):
         self.num_sweeps = 0
         """Passes over the weights so far, of all devices."""
         self._observing = threading.Lock()
-        seats = seats_for(policy, process)
+        seats = seats_for(policy, waiting)
+        for note in seats.notes:
+            warnings.warn(note, stacklevel=2)
         self._is_several = seats.memory is not None
         self.gathers = seats.gather
         """Whether each device has a part of the weights, and all gather them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,39 +26,47 @@ class Seats:
     """What each device's engine may plan with; only of several."""
     gather: bool = False
     """Whether each keeps and brings a part of the weights, and all gather them."""
+    notes: tuple[str, ...] = ()
+    """Lines on devices that are left out, or not alike."""
 
 
-def seats_for(policy: Policy, process: WorkerProcess | None) -> Seats:
-    """The seats that `policy` means on this machine; `process` waits already, if there is one.
+def seats_for(policy: Policy, waiting: Sequence[WorkerProcess] = ()) -> Seats:
+    """The seats that `policy` means on this machine; `waiting` wait already: those that are not needed are ended.
 
     The processes look at the devices: this one has no business there. Raises `InstallationError`, `ConfigError` or
     `CapacityError` where the devices are not here, do not go together, or are busy.
     """
     if not stands_for_several(policy.device):
-        return Seats(policies=(policy,), processes=(process,))
-    started = [process or WorkerProcess()]
+        return Seats(policies=(policy,), processes=tuple(_first(list(waiting), 1)) or (None,))
+    started = list(waiting) or [WorkerProcess()]
     try:
         seen = started[0].look(policy)
         names = devices_of(policy.device, seen.devices, usable_cores())
         if len(names) <= 1:
-            return Seats(policies=(_on(policy, names, seen),), processes=(started[0],))
+            return Seats(policies=(_on(policy, names, seen),), processes=tuple(_first(started, 1)))
         note = check_alike(names, seen.devices, policy.gather_weights)
-        started += [WorkerProcess() for _ in names[1:]]
+        started = _first(started, len(names))
+        started += [WorkerProcess() for _ in names[len(started) :]]
         policies = [replace(policy, device=name) for name in names]
         found = [each.look(own) for each, own in zip(started, policies, strict=True)]
+        notes = [note] if note else []
         if policy.device == "auto":
-            started, policies, found = _free(started, policies, found, policy.gpu_memory)
+            taken = busy(_free_bytes(policies, found), policy.gpu_memory)
+            kept = [number for number, own in enumerate(policies) if own.device not in taken] or [0]
+            for number in set(range(len(policies))).difference(kept):
+                started[number].kill()
+                notes.append(f"device {policies[number].device} is left out: {taken[str(policies[number].device)]}")
+            started, policies = [started[n] for n in kept], [policies[n] for n in kept]
+            found = [found[n] for n in kept]
         else:
             check_free(_free_bytes(policies, found), policy.gpu_memory)
         if len(started) == 1:
-            return Seats(policies=tuple(policies), processes=tuple(started))
+            return Seats(policies=tuple(policies), processes=tuple(started), notes=tuple(notes))
         memories = [_memory(each) for each in found]
     except BaseException:
         for each in started:
             each.kill()
         raise
-    if note:
-        warnings.warn(note, stacklevel=2)
     return Seats(
         policies=tuple(policies),
         processes=tuple(started),
@@ -70,6 +77,7 @@ def seats_for(policy: Policy, process: WorkerProcess | None) -> Seats:
             shared=memories[0].shared,
         ),
         gather=gathers(policy.gather_weights, [str(each.device) for each in policies], alike=not note),
+        notes=tuple(notes),
     )
 
 
@@ -90,15 +98,8 @@ def _free_bytes(policies: Sequence[Policy], found: Sequence[Seen]) -> dict[str, 
     }
 
 
-def _free(
-    started: list[WorkerProcess], policies: list[Policy], found: list[Seen], gpu_memory: int | None
-) -> tuple[list[WorkerProcess], list[Policy], list[Seen]]:
-    """Those whose device nobody else works on; the first one where somebody works on each."""
-    taken = busy(_free_bytes(policies, found), gpu_memory)
-    kept = [number for number, policy in enumerate(policies) if policy.device not in taken] or [0]
-    for number, process in enumerate(started):
-        if number not in kept:
-            process.kill()
-            name = str(policies[number].device)
-            warnings.warn(f"device {name} is left out: {taken[name]}", stacklevel=3)
-    return [started[n] for n in kept], [policies[n] for n in kept], [found[n] for n in kept]
+def _first(processes: list[WorkerProcess], count: int) -> list[WorkerProcess]:
+    """The first of them; the others are ended."""
+    for each in processes[count:]:
+        each.kill()
+    return processes[:count]

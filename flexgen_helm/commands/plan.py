@@ -23,6 +23,7 @@ from flexgen_helm.planning.forecast import REACHED
 from flexgen_helm.planning.roofline import Workload
 from flexgen_helm.runs.flags import add_memory_flags, names_entries, parse_run_flags, policy_from_flags, run_parser
 from flexgen_helm.terminal.parser import Parser
+from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
     from flexgen_helm.planning.estimate import Estimate
@@ -127,6 +128,8 @@ def _plan_entries(arguments: Sequence[str]) -> int:
     """Make the entries' requests, and print what they take."""
     args = parse_plan_flags(arguments)
     policy = policy_from_flags(args)
+    if args.hardware is None:
+        engine_processes.prepare()  # it says what may be used, and imports what it needs beside HELM
     from engine.planning.hardware_profile import HardwareProfile
     from flexgen_helm.runs.launch import prepare, set_up_logging
     from flexgen_helm.runs.registration import DEPLOYMENTS

@@ -194,7 +194,7 @@ class Served:
         path = self.description.path
         try:
             with htrack_block(f"Loading {path}"):
-                chosen = choose(path, self.description.dtype, self.policy, jobs, engine_processes.memory, share)
+                chosen = choose(path, self.description.dtype, self.policy, jobs, engine_processes.resources, share)
                 if chosen.note:
                     hlog(chosen.note)
                 self._estimate = chosen.estimate if share == 1.0 else None

@@ -9,13 +9,17 @@ from pathlib import Path
 
 from engine.errors import ConfigError, EngineError
 from engine.job import Job
-from engine.planning.hardware import Memory, available_memory, resolve_device, resolve_dtype
+from engine.planning.gathering import sharing_of
+from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.planning.hardware_profile import HardwareProfile
+from engine.planning.planner import Plan
+from engine.planning.sharing import Resources, Sharing
 from engine.policy import Policy
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.sequence import Prefix
 from engine.schedule.sequence import Sequence as Running
 from flexgen_helm.planning.estimate import Estimate, is_host
+from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.policy_search import best_of, search
 from flexgen_helm.planning.roofline import Workload
 
@@ -31,10 +35,14 @@ class Chosen:
     """A line on how it came about; empty where there was nothing to choose."""
 
 
-def memory_for(policy: Policy) -> Memory:
-    """What memory a run under `policy` may use, as this process finds it."""
+Look = Callable[[Policy], Resources]
+"""Finds what a run under a policy may use of this machine; raises `EngineError` where that cannot be found."""
+
+
+def resources_here(policy: Policy) -> Resources:
+    """What a run under `policy` may use of its device, the first of several, as this process finds it."""
     device = resolve_device(policy.device)
-    return available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+    return Resources(memory=available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir))
 
 
 def choose(
@@ -42,28 +50,34 @@ def choose(
     dtype: str,
     policy: Policy,
     jobs: Sequence[Job],
-    memory: Callable[[Policy], Memory] = memory_for,
+    look: Look = resources_here,
     share: float = 1.0,
 ) -> Chosen:
-    """`policy` with the places of weights chosen for work of the model in directory `path`.
+    """`policy` with the places of weights, and whether devices gather them, chosen for work of the model in `path`.
 
     `jobs` are a `share` of that work, and what else comes is taken to be like them.
 
-    As it is where it says them itself, on a machine whose device is the host, and where nothing is known of it.
+    What it says itself stays; all does on a machine whose device is the host, and where nothing is known of it.
     Compression is never chosen: it changes results.
     """
     load = workload_of(jobs)
-    if load is not None and share < 1.0:
-        load = replace(load, num_runs=math.ceil(load.num_runs / share))
-    if policy.weights is not None or policy.kv_cache is not None or load is None:
+    if load is None:
         return Chosen(policy, None, "")
+    if share < 1.0:
+        load = replace(load, num_runs=math.ceil(load.num_runs / share))
+    try:
+        found = look(policy)
+    except EngineError:  # the engine will say it, with its own numbers
+        return Chosen(policy, None, "")
+    is_placed = policy.weights is not None or policy.kv_cache is not None
+    is_open = policy.gather_weights is None and found.sharing.gather
     device = resolve_device(policy.device)
-    if device == "cpu":
+    if device == "cpu" or (is_placed and not is_open):
         return Chosen(policy, None, "")
     try:
         profile = HardwareProfile.load()
     except ConfigError as error:
-        return Chosen(policy, None, f"auto: placed by rule; {error}")
+        return Chosen(policy, None, "" if is_placed else f"auto: placed by rule; {error}")
     if is_host(profile):
         return Chosen(policy, None, "")
     import torch
@@ -71,18 +85,31 @@ def choose(
     from engine.model.causal_model import CausalModel
 
     try:
-        found = memory(policy)
         model = CausalModel(Path(path), getattr(torch, resolve_dtype(policy.dtype, dtype, device)), torch.device("cpu"))
-        best = best_of(search(model, profile, found, load, policy, compress=False))
-    except EngineError:  # the engine will say it, with its own numbers
+        sizes = ModelSizes.of(model)
+        sharing = sharing_of(policy, found, sizes.shape_under(policy), profile)
+        if is_open:
+            policy = replace(policy, gather_weights=sharing.gather)
+        if is_placed:
+            return Chosen(policy, None, "")
+        best = best_of(search(sizes, profile, found.memory, load, policy, compress=False, sharing=sharing))
+    except EngineError:
         return Chosen(policy, None, "")
-    weights = best.plan.weights
-    places = [f"{weights.gpu:g} % of the weights on the device"]
-    places += [f"{weights.disk:g} % on disk"] if weights.disk else []
+    places = [_on_devices(best.plan, sharing)]
+    places += [f"{best.plan.weights.disk:g} % on disk"] if best.plan.weights.disk else []
     places += ["attention on the host"] if best.policy.cpu_cache_compute and not policy.cpu_cache_compute else []
     count = len(jobs) if share == 1.0 else f"about {math.ceil(len(jobs) / share)}"
     note = f"auto: {', '.join(places)}; at least {best.seconds:.1f} s for {count} requests, bound by {best.bottleneck}"
     return Chosen(best.policy, best, note)
+
+
+def _on_devices(plan: Plan, sharing: Sharing) -> str:
+    percent = f"{plan.weights.gpu:g} %"
+    if sharing.count == 1:
+        return f"{percent} of the weights on the device"
+    if sharing.gather:
+        return f"{percent} of its part of the weights on each of {sharing.count} devices, which gather them"
+    return f"{percent} of the weights on each of {sharing.count} devices"
 
 
 def workload_of(jobs: Sequence[Job]) -> Workload | None:

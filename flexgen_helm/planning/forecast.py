@@ -11,13 +11,15 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.job import Job
 from engine.memory.tiers import TIERS, Tier
-from engine.planning.hardware import Memory, available_memory, resolve_device, resolve_dtype
+from engine.planning.gathering import sharing_of
+from engine.planning.hardware import Memory, resolve_device, resolve_dtype
 from engine.planning.hardware_profile import HardwareProfile
 from engine.planning.planner import Plan, make_plan
+from engine.planning.sharing import Resources, Sharing
 from engine.policy import Policy
 from engine.schedule.cutting import padded_length
 from engine.schedule.sequence import Sequence as Running
-from flexgen_helm.planning.auto_policy import shared_sequences, workload_of_shared
+from flexgen_helm.planning.auto_policy import Look, resources_here, shared_sequences, workload_of_shared
 from flexgen_helm.planning.estimate import check_room, estimate, is_host, placed_bytes, room_taken
 from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.policy_search import best_of, memory_of, search
@@ -44,14 +46,17 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a model's requests take under a policy on a machine. Bytes are those of the whole."""
+    """What a model's requests take under a policy on a machine. Bytes are those of the whole, of all devices."""
 
     requests: int
     tokens: Tokens
     policy: Policy
     plan: Plan
+    """Of each device."""
+    devices: int
+    """How many compute, a part of the requests each."""
     sweeps: int
-    """Passes over the layers, at least."""
+    """Passes over the layers, at least; of the busiest device."""
     to_device_bytes: float
     """Over the link: weights, keys and values, hidden states; 0 where the device is the host."""
     from_device_bytes: float
@@ -59,9 +64,9 @@ class Forecast:
     """Weights read from disk."""
     weights: Mapping[Tier, int]
     held: Mapping[Tier, int]
-    """At the fullest, besides what computing takes."""
+    """At the fullest, besides what computing takes; on the device tier, as in `weights`, of each device."""
     memory: Memory
-    """What may be used."""
+    """What may be used: `device` of each device."""
     on_host: bool
     """Whether the device is the host."""
     seconds: float | None
@@ -97,12 +102,18 @@ def _shares(policy: Policy) -> bool:
 
 
 def forecast_of(
-    path: str, dtype: str, policy: Policy, jobs: Sequence[Job], profile: HardwareProfile | None = None
+    path: str,
+    dtype: str,
+    policy: Policy,
+    jobs: Sequence[Job],
+    profile: HardwareProfile | None = None,
+    look: Look = resources_here,
 ) -> Forecast | None:
     """What `jobs` of the model in directory `path`, of number format `dtype`, take; None where nothing can be run.
 
-    On this machine, or on the one of `profile`. Where the policy leaves the places open, they are those that the engine
-    takes: the best found where the machine's rates are known, else those of the planner's rule. Loads no weights.
+    On this machine, of which `look` says what may be used, or on one device of the one of `profile`. Where the policy
+    leaves the places open, they are those that the engine takes: the best found where the machine's rates are known,
+    else those of the planner's rule. Loads no weights.
     Raises `EngineError` for a model that cannot be run, `CapacityError` where the policy has no room on the machine.
     """
     runnable = shared_sequences(jobs)
@@ -113,7 +124,7 @@ def forecast_of(
         load = Workload(1, len(runnable), 0, math.ceil(tokens.computed / len(runnable)), load.new)
     if profile is None:
         device = resolve_device(policy.device)
-        memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        found = look(policy)
         dtype, on_host, why = resolve_dtype(policy.dtype, dtype, device), device == "cpu", ""
         try:
             profile = HardwareProfile.load()
@@ -122,25 +133,29 @@ def forecast_of(
         if profile is not None and is_host(profile) != on_host:
             profile, why = None, f"the machine's profile is not of the device {device}"
     else:
-        memory, on_host, why = memory_of(profile, policy, _DISK), is_host(profile), ""
+        found = Resources(memory=memory_of(profile, policy, _DISK))
+        on_host, why = is_host(profile), ""
         dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
     sizes = _sizes(path, dtype)
-    policy, plan, seconds, bottleneck = _placed(sizes, policy, memory, load, profile, on_host=on_host)
-    placed = sizes.placed(placed_bytes(sizes, policy, plan.weights), policy)
+    sharing = sharing_of(policy, found, sizes.shape_under(policy), None if on_host else profile)
+    policy, plan, seconds, bottleneck = _placed(sizes, policy, found.memory, load, profile, sharing, on_host=on_host)
+    load, devices = load.part_of(sharing.count), sharing.count
+    placed = sizes.placed(placed_bytes(sizes, policy, plan.weights, sharing), policy)
     work = work_of(load, placed, plan, cache_crosses=not policy.cpu_cache_compute)
-    weights, held = room_taken(sizes, load, policy, plan)
+    weights, held = _of_all(*room_taken(sizes, load, policy, plan, sharing), sharing)
     return Forecast(
         requests=len(jobs),
         tokens=tokens,
         policy=policy,
         plan=plan,
+        devices=devices,
         sweeps=work.sweeps,
-        to_device_bytes=0.0 if on_host else work.to_device_bytes,
-        from_device_bytes=0.0 if on_host else work.from_device_bytes,
-        disk_bytes=float(work.sweeps * placed.disk_bytes),
+        to_device_bytes=0.0 if on_host else devices * work.to_device_bytes,
+        from_device_bytes=0.0 if on_host else devices * work.from_device_bytes,
+        disk_bytes=float(devices * work.sweeps * placed.disk_bytes),
         weights=weights,
         held=held,
-        memory=memory,
+        memory=found.memory,
         on_host=on_host,
         seconds=seconds,
         bottleneck=bottleneck or why,
@@ -156,22 +171,36 @@ def _sizes(path: str, dtype: str) -> ModelSizes:
 
 
 def _placed(
-    sizes: ModelSizes, policy: Policy, memory: Memory, load: Workload, profile: HardwareProfile | None, *, on_host: bool
+    sizes: ModelSizes,
+    policy: Policy,
+    memory: Memory,
+    load: Workload,
+    profile: HardwareProfile | None,
+    sharing: Sharing,
+    *,
+    on_host: bool,
 ) -> tuple[Policy, Plan, float | None, str]:
     """The policy with its places, its plan, seconds and what bounds them, as far as rates are known."""
     is_open = policy.weights is None and policy.kv_cache is None
     if is_open and profile is not None and not on_host:  # as `auto_policy.choose`
-        best = best_of(search(sizes, profile, memory, load, policy, compress=False))
+        best = best_of(search(sizes, profile, memory, load, policy, compress=False, sharing=sharing))
         return best.policy, best.plan, best.seconds, best.bottleneck
-    codes = policy.compress_weight, policy.compress_cache
-    if codes not in sizes.coded:
-        raise ConfigError(f"compress-cache: no codec takes this model's keys and values in {codes[1]} bits")
-    plan = make_plan(sizes.coded[codes].shape, policy, memory, on_cpu=on_host)
+    plan = make_plan(sizes.shape_under(policy), policy, memory, on_cpu=on_host, sharing=sharing)
     if profile is None:
         check_room(load, sizes.placed(placed_bytes(sizes, policy, plan.weights), policy), plan)
         return policy, plan, None, ""
-    found = estimate(sizes, profile, load, policy, plan)
+    found = estimate(sizes, profile, load, policy, plan, sharing)
     return policy, plan, found.seconds, found.bottleneck
+
+
+def _of_all(
+    weights: Mapping[Tier, int], held: Mapping[Tier, int], sharing: Sharing
+) -> tuple[dict[Tier, int], dict[Tier, int]]:
+    """What each of several devices has, on the host and on disk added up; whole weights lie in host memory once."""
+    times: dict[Tier, int] = {"device": 1, "host": sharing.count if sharing.gather else 1, "disk": sharing.count}
+    all_weights = {tier: times[tier] * weights[tier] for tier in TIERS}
+    others = {tier: (1 if tier == "device" else sharing.count) * (held[tier] - weights[tier]) for tier in TIERS}
+    return all_weights, {tier: all_weights[tier] + others[tier] for tier in TIERS}
 
 
 def lines(found: Forecast) -> Iterator[str]:
@@ -195,12 +224,13 @@ def lines(found: Forecast) -> Iterator[str]:
 def _rooms(found: Forecast) -> Iterator[str]:
     rooms = {"device": found.memory.device, "host": found.memory.host, "disk": found.memory.disk}
     if found.memory.shared:  # one memory, whatever the policy calls its parts
-        held, weights = (each["device"] + each["host"] for each in (found.held, found.weights))
+        held, weights = (found.devices * each["device"] + each["host"] for each in (found.held, found.weights))
         yield f"memory {size(held)} of {size(rooms['host'])} ({size(weights)} of weights)"
     for tier in TIERS[2:] if found.memory.shared else TIERS:
         if found.held[tier] or tier != "disk":
             told = f"{size(found.held[tier])} of {size(rooms[tier])}"
-            yield f"{_NAMES[tier]} {told} ({size(found.weights[tier])} of weights)"
+            each = f"each of {found.devices} GPUs" if tier == "device" and found.devices > 1 else _NAMES[tier]
+            yield f"{each} {told} ({size(found.weights[tier])} of weights)"
 
 
 def duration(seconds: float) -> str:

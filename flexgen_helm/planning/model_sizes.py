@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.config import count_of
+from engine.errors import ConfigError
 from engine.memory.tiers import Tier
 from engine.planning.model_shape import ModelShape
 from engine.policy import Bits, Policy
@@ -61,6 +62,15 @@ class ModelSizes:
     def can_encode_cache(self) -> bool:
         """Whether a codec takes keys and values of every layer."""
         return (None, 4) in self.coded
+
+    def shape_under(self, policy: Policy) -> ModelShape:
+        """What the engine's planner needs under `policy`'s compression; `ConfigError` where no codec takes it."""
+        coded = self.coded.get((policy.compress_weight, policy.compress_cache))
+        if coded is None:
+            raise ConfigError(
+                f"compress-cache: no codec takes this model's keys and values in {policy.compress_cache} bits"
+            )
+        return coded.shape
 
     @classmethod
     def of(cls, model: CausalModel | ModelSizes) -> ModelSizes:

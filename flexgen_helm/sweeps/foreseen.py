@@ -9,6 +9,7 @@ from engine.errors import EngineError
 from engine.planning.hardware_profile import HardwareProfile
 from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, lines
 from flexgen_helm.sweeps.model_sweep import ModelSweep
+from flexgen_helm.workers.engine_processes import engine_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,15 @@ class Foreseen:
 
 
 def foresee(model: ModelSweep, profile: HardwareProfile | None = None) -> Foreseen:
-    """What a model's requests take, on this machine or that of `profile`; loads no weights."""
+    """What a model's requests take, on this machine or that of `profile`; loads no weights.
+
+    Of this machine, the processes of engines say what may be used: this one touches no device.
+    """
     jobs = model.jobs
     found, problem = None, ""
     try:
-        found = forecast_of(*model.client.source, model.client.policy, jobs, profile) if jobs else None
+        look = engine_processes.last_resources
+        found = forecast_of(*model.client.source, model.client.policy, jobs, profile, look) if jobs else None
     except EngineError as error:
         problem = str(error)
     return Foreseen(

@@ -1,4 +1,4 @@
-"""The engines of this program, each in a process of its own, the first one of which may be started ahead of time."""
+"""The engines of this program, in processes of their own, the first one of which may be started ahead of time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.planning.hardware import Memory
+    from engine.planning.sharing import Resources
     from engine.policy import Policy
     from engine.workers.process import WorkerProcess
     from engine.workers.remote_engine import RemoteEngine
@@ -18,43 +18,67 @@ class EngineProcesses:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: WorkerProcess | None = None
+        self._waiting: list[WorkerProcess] = []
+        """Those for the next engine; the first is of its first device."""
+        self._found: dict[tuple[object, ...], Resources] = {}
+        """By what of a policy they depend on, as they were found last."""
 
     def prepare(self) -> None:
         """Start a process for the next engine, which imports what it needs while others do, and waits."""
         from engine.workers.process import WorkerProcess
 
         with self._lock:
-            if self._waiting is None:
-                self._waiting = WorkerProcess()
+            if not self._waiting:
+                self._waiting = [WorkerProcess()]
 
-    def memory(self, policy: Policy) -> Memory:
-        """What memory a run under `policy` may use: asked of the next engine's process, not to touch a device here."""
-        self.prepare()
+    def resources(self, policy: Policy) -> Resources:
+        """What a run under `policy` may use now: asked of the next engine's processes, not to touch a device here.
+
+        Raises `EngineError` where its devices are not here, do not go together, or are busy.
+        """
+        from engine.planning.sharing import Resources, Sharing
+        from engine.workers.process import WorkerProcess
+        from engine.workers.seats import seats_for
+
         with self._lock:
-            waiting = self._waiting
-            assert waiting is not None
+            waiting, self._waiting = self._waiting or [WorkerProcess()], []
+            seats = seats_for(policy, waiting)
+            processes = [each for each in seats.processes if each is not None]
             try:
-                return waiting.memory(policy)
+                memory = seats.memory or processes[0].memory(seats.policies[0])
             except BaseException:
-                self._waiting = None
-                waiting.kill()
+                processes[0].kill()
                 raise
+            self._waiting = processes
+            sharing = Sharing(count=len(seats.policies), gather=seats.gather)
+            found = self._found[_asked(policy)] = Resources(memory=memory, sharing=sharing)
+            return found
+
+    def last_resources(self, policy: Policy) -> Resources:
+        """As `resources`, but as they were found last, if ever: an engine that was loaded since has taken of them."""
+        with self._lock:
+            found = self._found.get(_asked(policy))
+        return found or self.resources(policy)
 
     def load(self, path: str, policy: Policy, window: int | None = None) -> RemoteEngine:
-        """Open a model in the process that waits, or in a new one; returns as `Engine.from_pretrained` does."""
+        """Open a model in the processes that wait, or in new ones; returns as `Engine.from_pretrained` does."""
         from engine.workers.remote_engine import RemoteEngine
 
         with self._lock:
-            waiting, self._waiting = self._waiting, None
-        return RemoteEngine(path, policy, window=window, process=waiting)
+            waiting, self._waiting = self._waiting, []
+        return RemoteEngine(path, policy, window=window, waiting=waiting)
 
     def close(self) -> None:
-        """End the process that waits."""
+        """End the processes that wait."""
         with self._lock:
-            waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.kill()
+            waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each.kill()
+
+
+def _asked(policy: Policy) -> tuple[object, ...]:
+    """What of a policy decides what may be used."""
+    return policy.device, policy.gather_weights, policy.gpu_memory, policy.cpu_memory, policy.offload_dir
 
 
 engine_processes = EngineProcesses()

@@ -18,7 +18,7 @@ from in_this_process import load_in_this_process
 from tiny_models import random_gpt2, random_llama, random_opt, save_tiny_model
 
 from engine import EngineError
-from flexgen_helm.planning.auto_policy import memory_for
+from flexgen_helm.planning.auto_policy import resources_here
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -49,7 +49,8 @@ def _engines_in_this_process() -> Iterator[None]:
         patch.setattr(engines, "load", load_in_this_process)
         patch.setattr(engine_processes, "load", load_in_this_process)
         patch.setattr(engine_processes, "prepare", lambda: None)
-        patch.setattr(engine_processes, "memory", memory_for)
+        patch.setattr(engine_processes, "resources", resources_here)
+        patch.setattr(engine_processes, "last_resources", resources_here)
         patch.setattr(helper_processes, "usable_cores", lambda: 1)
         yield
 

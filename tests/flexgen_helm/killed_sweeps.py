@@ -106,10 +106,12 @@ def main() -> None:
 
     import flexgen_helm.sweeps.runner  # noqa: F401 - imported before the first fork
     from flexgen_helm.helm.engines import engines
+    from flexgen_helm.planning.auto_policy import resources_here
     from flexgen_helm.runs import launch
     from flexgen_helm.workers.engine_processes import engine_processes
 
     engines.load, engine_processes.prepare = load_in_this_process, lambda: None  # type: ignore[method-assign]
+    engine_processes.resources = engine_processes.last_resources = resources_here  # type: ignore[method-assign]
 
     torch.set_num_threads(1)
     launch.register_builtin_configs_from_helm_package()  # longer than a sweep of ours; once is enough

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from engine import Policy
-from engine.planning.gathering import chooses_gather
+from engine.planning.gathering import chooses_gather, sharing_of
 from engine.planning.hardware import Memory
 from engine.planning.hardware_profile import HardwareProfile
 from engine.planning.model_shape import ModelShape
+from engine.planning.sharing import ALONE, Resources, Sharing
 from engine.policy import Share
 
 GB = 10**9
@@ -56,3 +57,15 @@ def test_where_one_way_alone_fits_it_is_taken() -> None:
     whole, card = Policy(weights=Share(gpu=100, cpu=0)), replace(CARD, device=40 * GB)
     assert chooses_gather(profile(50e9, 1e9), SHAPE, whole, card, 2)
     assert not chooses_gather(profile(50e9, 400e9), SHAPE, NONE_RESIDENT, replace(CARD, device=int(2.9 * GB)), 2)
+
+
+def test_what_is_said_or_ruled_out_is_not_chosen_anew() -> None:
+    """Rates under which gathering takes longer decide only what the policy leaves open, of cards that could gather."""
+    slow, two = profile(50e9, 24e9), Sharing(count=2, gather=True)
+    found = Resources(memory=CARD, sharing=two)
+    assert sharing_of(NONE_RESIDENT, found, SHAPE, slow) == Sharing(count=2)
+    assert sharing_of(replace(NONE_RESIDENT, gather_weights=True), found, SHAPE, slow) == two
+    assert sharing_of(NONE_RESIDENT, found, SHAPE, None) == two
+    fast, unlike = profile(50e9, 400e9), Resources(memory=CARD, sharing=Sharing(count=2))
+    assert sharing_of(NONE_RESIDENT, unlike, SHAPE, fast) == Sharing(count=2)
+    assert sharing_of(NONE_RESIDENT, Resources(memory=CARD), SHAPE, fast) == ALONE

@@ -60,7 +60,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def devices(policy: Policy) -> list[Any]:
-    return [each.device for each in seats_for(policy, None).policies]
+    return [each.device for each in seats_for(policy).policies]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,9 @@ def test_what_is_meant(machine: Any, cards: list[Any], asked: Any, expected: lis
 
 def test_unlike_cards_bring_all_weights_each_and_no_more_than_the_smallest_holds(machine: Any) -> None:
     machine(H200, T4)
-    with pytest.warns(UserWarning, match=r"cuda:0 is a NVIDIA H200 of 140\.0 GB, cuda:1 a Tesla T4 of 16\.0 GB: each"):
-        found = seats_for(Policy(device="all"), None)
+    found = seats_for(Policy(device="all"))
+    (note,) = found.notes
+    assert note.startswith("cuda:0 is a NVIDIA H200 of 140.0 GB, cuda:1 a Tesla T4 of 16.0 GB: each")
     assert not found.gather
     assert found.memory is not None
     assert found.memory.device == 16 * GB
@@ -96,16 +97,17 @@ def test_unlike_cards_bring_all_weights_each_and_no_more_than_the_smallest_holds
 
 def test_like_cards_gather_unless_told_otherwise(machine: Any) -> None:
     machine(H200, H200)
-    assert seats_for(Policy(device="all"), None).gather
-    assert not seats_for(Policy(device="all", gather_weights=False), None).gather
-    assert not seats_for(Policy(device=("cpu:0", "cpu:1")), None).gather
-    assert seats_for(Policy(device=("cpu:0", "cpu:1"), gather_weights=True), None).gather
+    assert seats_for(Policy(device="all")).gather
+    assert not seats_for(Policy(device="all", gather_weights=False)).gather
+    assert not seats_for(Policy(device=("cpu:0", "cpu:1"))).gather
+    assert seats_for(Policy(device=("cpu:0", "cpu:1"), gather_weights=True)).gather
 
 
 def test_auto_leaves_out_a_busy_card(machine: Any) -> None:
     started = machine(H200, H200, H200, taken={1: 70 * GB})
-    with pytest.warns(UserWarning, match=r"cuda:1 is left out: 70\.0 GB of its 140\.0 GB are taken by others"):
-        assert devices(Policy()) == ["cuda:0", "cuda:2"]
+    found = seats_for(Policy())
+    assert [each.device for each in found.policies] == ["cuda:0", "cuda:2"]
+    assert found.notes == ("device cuda:1 is left out: 70.0 GB of its 140.0 GB are taken by others",)
     assert [each.is_killed for each in started] == [False, True, False]
 
 
@@ -143,7 +145,7 @@ def test_what_is_refused(
 ) -> None:
     started = machine(*cards, taken=taken)
     with pytest.raises(error) as raised:
-        seats_for(policy, None)
+        seats_for(policy)
     message = str(raised.value)
     assert all(part in message for part in parts)
     assert "\n" not in message
@@ -157,3 +159,14 @@ def test_a_card_that_others_use_a_little_of_is_not_busy(machine: Any) -> None:
 
 def test_a_name_is_taken_as_it_is() -> None:
     assert devices_of("cuda:7", (), 1) == ("cuda:7",)
+
+
+def test_processes_that_wait_get_the_devices_in_their_order_and_no_more_are_started_or_kept(machine: Any) -> None:
+    started = machine(H200, H200)
+    waiting = seats_for(Policy()).processes
+    assert seats_for(Policy()).processes != waiting
+    assert len(started) == 4
+    assert seats_for(Policy(), waiting).processes == waiting
+    assert len(started) == 4
+    assert seats_for(Policy(device="cuda:1"), waiting).processes == waiting[:1]
+    assert [each.is_killed for each in waiting] == [False, True]

@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 from engine.job import Job, Sampling
 from engine.planning.hardware import Memory
 from engine.planning.hardware_profile import HardwareProfile
+from engine.planning.sharing import Resources, Sharing
 from engine.policy import Policy, Share
 from flexgen_helm.helm import engines
 from flexgen_helm.planning import auto_policy
@@ -109,6 +110,42 @@ def test_what_is_said_stays(opt: Path, card: HardwareProfile) -> None:
     coded = choose(str(opt), "float16", Policy(compress_weight=4), jobs).policy
     assert (coded.compress_weight, coded.compress_cache) == (4, None)
     assert coded.weights is not None
+
+
+@pytest.mark.parametrize(("gather_bytes_s", "gather"), [(400e9, True), (4e9, False)])
+def test_several_cards_are_placed_for_as_they_share_the_weights(
+    gather_bytes_s: float,
+    gather: bool,
+    opt: Path,
+    card: HardwareProfile,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Two cards over links of 40 GB/s each: a link from card to card that is slower than those does not pay."""
+    profile = replace(card, links_together_bytes_s=40e9, gather_bytes_s=gather_bytes_s)
+    monkeypatch.setattr(auto_policy.HardwareProfile, "load", lambda: profile)
+    found = Resources(memory=MEMORY, sharing=Sharing(count=2, gather=True))
+    load, base = Workload.parse("2x100x400+100:1"), Policy(gpu_memory=16 * GB)
+    chosen = choose(str(opt), "float16", base, load.jobs(50_000), lambda policy: found)
+    assert chosen.policy.gather_weights is gather
+    assert chosen.policy.weights is not None
+    assert chosen.estimate is not None
+    model = shape_model("opt-30b", "float16", tmp_path)
+    (same,) = [
+        each
+        for each in search(model, profile, MEMORY, load, base, compress=False, sharing=Sharing(count=2, gather=gather))
+        if each.policy == replace(chosen.policy, gather_weights=None)
+    ]
+    assert chosen.estimate.seconds == same.seconds
+    assert ("which gather them" in chosen.note) is gather
+    assert "on each of 2 devices" in chosen.note
+
+    placed = Policy(gpu_memory=16 * GB, weights=Share(gpu=0, cpu=100))
+    assert choose(str(opt), "float16", placed, load.jobs(50_000), lambda policy: found) == Chosen(
+        replace(placed, gather_weights=gather), None, ""
+    )
+    said = replace(placed, gather_weights=not gather)
+    assert choose(str(opt), "float16", said, load.jobs(50_000), lambda policy: found).policy is said
 
 
 def test_where_nothing_is_known(opt: Path, card: HardwareProfile, monkeypatch: pytest.MonkeyPatch) -> None:

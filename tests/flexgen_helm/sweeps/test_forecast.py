@@ -14,9 +14,12 @@ from question_data import MMLU_SUBJECTS
 from transformers import AutoModelForCausalLM
 
 from engine.job import Job
+from engine.planning import hardware
+from engine.planning.hardware import Memory
+from engine.planning.sharing import Resources, Sharing
 from engine.policy import Policy
 from flexgen_helm.commands.plan import ENTRIES_EXAMPLES, parse_plan_flags
-from flexgen_helm.planning.forecast import duration, forecast_of, size
+from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, size
 from flexgen_helm.run import main
 from flexgen_helm.runs import launch
 from flexgen_helm.sweeps.record import read_record
@@ -91,6 +94,37 @@ def test_weights_are_where_they_are_said_to_be(tiny_llama: Path, tmp_path: Path)
     assert 0.75 * inside * 0.98 <= found.disk_bytes / found.sweeps <= 0.75 * whole * 1.02
     assert (found.requests, found.sweeps) == (10, 3)
     assert (found.tokens.prompt, found.tokens.computed, found.tokens.generated) == (410, 40 + 10, 30)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_several_devices_take_what_each_brings(
+    gather: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three quarters on disk, of two devices: each with all of it, or half of layers and head; half of the requests."""
+
+    def touched(*_: object) -> Memory:
+        raise AssertionError("the command's own process looks for memory")
+
+    monkeypatch.setattr(hardware, "memory_within", touched)
+    policy = Policy.from_mapping({"weights": {"gpu": 25, "cpu": 0, "disk": 75}, "offload-dir": str(tmp_path)})
+    jobs = [Job(prompt=[number] * 40, max_new_tokens=3) for number in range(10, 20)]
+    memory = Memory(device=10**9, host=10**9, disk=10**9, shared=True)
+
+    def found(sharing: Sharing) -> Forecast:
+        resources = Resources(memory=memory, sharing=sharing)
+        forecast = forecast_of(str(tiny_llama), "float32", policy, jobs, look=lambda _: resources)
+        assert forecast is not None
+        return forecast
+
+    one, two = found(Sharing()), found(Sharing(count=2, gather=gather))
+    assert (one.devices, two.devices) == (1, 2)
+    assert (one.sweeps, two.sweeps) == (3, 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    split = [*model.model.layers.parameters(), *model.lm_head.parameters()]  # the head is not tied
+    split_bytes = sum(each.numel() * each.element_size() for each in split)
+    twice = 2 * one.weights["disk"] - (0.75 * split_bytes if gather else 0)
+    assert two.weights["disk"] == pytest.approx(twice, rel=0.02)
+    assert two.held["host"] - two.weights["host"] == pytest.approx(one.held["host"] - one.weights["host"], rel=0.01)
 
 
 @pytest.mark.parametrize(
