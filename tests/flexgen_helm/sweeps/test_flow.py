@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +19,6 @@ from sweeping import differences
 from engine.errors import EngineError
 from engine.job import Job
 from flexgen_helm.helm.requests.asked import Work
-from flexgen_helm.run import main
-from flexgen_helm.runs import launch
 from flexgen_helm.sweeps import flow, runner
 from flexgen_helm.sweeps.beside.helm_side import HelmSide
 from flexgen_helm.sweeps.model_sweep import Amount, ModelSweep
@@ -30,21 +27,6 @@ from flexgen_helm.sweeps.record import read_record
 SUBJECTS = [f"mmlu:subject={subject}" for subject in MMLU_SUBJECTS]
 SUITES = Path("benchmark_output/runs")
 Cli = Callable[..., int]
-
-
-@pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helm_data: Path, register_helms_configs: Callable[[], None]
-) -> Iterator[Cli]:
-    """Run a command line in a directory that has HELM's data."""
-    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
-    (tmp_path / "here/benchmark_output").mkdir(parents=True)
-    (tmp_path / "here/benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
-    monkeypatch.chdir(tmp_path / "here")
-    handler = logging.NullHandler()
-    logging.getLogger("helm").addHandler(handler)
-    yield lambda *arguments: main([str(argument) for argument in arguments])
-    logging.getLogger("helm").removeHandler(handler)
 
 
 def test_runs_made_in_other_processes_are_those_of_helms_run_one(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,10 @@ from engine.policy import Policy
 from flexgen_helm.commands.plan import ENTRIES_EXAMPLES, parse_plan_flags
 from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, size
 from flexgen_helm.run import main
-from flexgen_helm.runs import launch
 from flexgen_helm.sweeps.record import read_record
 
 Cli = Callable[..., int]
 ENTRIES = [*(f"mmlu:subject={subject}" for subject in MMLU_SUBJECTS[:2]), "simple_mcqa:max_train_instances=1"]
-
-
-@pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helm_data: Path, register_helms_configs: Callable[[], None]
-) -> Iterator[Cli]:
-    """Run a command line in a directory that has HELM's data."""
-    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
-    (tmp_path / "here/benchmark_output").mkdir(parents=True)
-    (tmp_path / "here/benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
-    monkeypatch.chdir(tmp_path / "here")
-    handler = logging.NullHandler()
-    logging.getLogger("helm").addHandler(handler)
-    yield lambda *arguments: main([str(argument) for argument in arguments])
-    logging.getLogger("helm").removeHandler(handler)
 
 
 def test_a_sweep_takes_what_its_first_lines_say(cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import inspect
 import json
-import logging
 import os
 import random
 import shutil
@@ -29,32 +28,12 @@ from scenario_files import table
 from sweeping import SUITE_FILES, differences, final_files
 from tiny_models import ours, write_entries
 
-from flexgen_helm.run import main
 from flexgen_helm.runs import launch
 from flexgen_helm.sweeps.record import SweepRecord, read_record
 
 EASY = "synthetic_reasoning_natural:difficulty=easy"
 SUBJECTS = [f"mmlu:subject={subject}" for subject in MMLU_SUBJECTS]
 Cli = Callable[..., int]
-
-
-@pytest.fixture
-def cli(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    helm_data: Path,
-    register_helms_configs: Callable[[], None],
-) -> Iterator[Cli]:
-    """Run a command line in a directory that has HELM's data."""
-    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
-    folder = tmp_path / "here"
-    (folder / "benchmark_output").mkdir(parents=True)
-    (folder / "benchmark_output" / "scenarios").symlink_to(helm_data / "scenarios")
-    monkeypatch.chdir(folder)
-    handler = logging.NullHandler()
-    logging.getLogger("helm").addHandler(handler)
-    yield lambda *arguments: main([str(argument) for argument in arguments])
-    logging.getLogger("helm").removeHandler(handler)
 
 
 def suite(name: str) -> Path:
@@ -640,7 +619,6 @@ def test_a_refused_sweep_leaves_alone_what_another_made_meanwhile(
     refusal: str, cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both begin where nothing is; one is quicker."""
-    from flexgen_helm.runs import launch
     from flexgen_helm.sweeps.lock import SuiteLock
 
     prepare, other = launch.prepare, SuiteLock(suite("same" if "suite" in refusal else "other"))
