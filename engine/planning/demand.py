@@ -11,6 +11,10 @@ from engine.planning.sharing import ALONE, Sharing, WeightBytes
 from engine.policy import Policy, Share
 
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
+_MORE_ROWS = (32768, 16384)
+"""For small layers on an accelerator, whose micro-batches else end before the host has asked for the next."""
+_MOST_OPERATIONS = 1e12
+"""On the rows of such a micro-batch, in a layer: 1.5 ms of a fast card, about what a host needs to ask for it."""
 _WORK_FRACTION = 0.3
 """Share of the device memory left by the weights that a micro-batch's temporaries may take."""
 _LOGITS_COPIES = {"cpu": 4, "other": 3}
@@ -142,8 +146,17 @@ class Demand:
         growing = max(num_bytes * 16 // (16 - copies) + 1, num_bytes + (copies << 20))
         return min(growing, num_bytes + copies * LOGITS_BYTES)
 
-    def rows_per_batch(self, left: int) -> int:
+    @property
+    def row_operations(self) -> float:
+        """Operations on one row in a layer, about: two a weight, which is of two bytes as a number."""
+        return self.shape.weight_bytes / self.shape.stored_part / len(self.shape.unit_bytes)
+
+    def rows_per_batch(self, left: int, *, is_resident: bool = False) -> int:
+        """Rows of a micro-batch whose temporaries fit into what is `left`; more for small layers that are resident."""
         choices = _ROWS["cpu" if self.on_cpu else "other"]
+        if is_resident and not self.on_cpu:
+            more = (rows for rows in _MORE_ROWS if rows * self.row_operations <= _MOST_OPERATIONS)
+            choices = (*more, *choices)
         fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 

@@ -82,7 +82,7 @@ class _Planner:
         host = self.demand.host_left(weights)
         if self.memory.shared:  # device and host tier are one memory
             device = min(device, host)
-        rows = self.demand.rows_per_batch(device)
+        rows = self.demand.rows_per_batch(device, is_resident=weights.gpu >= 100)
         own_rows = self.demand.own_rows(rows, device)
         beside_weights = device
         device -= self.demand.needed(own_rows, beside_weights)
@@ -139,9 +139,7 @@ class _Planner:
     def _rows_between_fetches(self) -> int | None:
         if not self._brings_cache():
             return None
-        shape = self.shape
-        per_row = shape.weight_bytes / shape.stored_part / len(shape.unit_bytes)  # 2 a weight, which is of 2 bytes
-        return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / per_row))
+        return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / self.demand.row_operations))
 
     def _admission(self, weights: Share) -> Admission | None:
         """How many prompts are let in at once; None where the weights come from a disk, which is slower than the link.

@@ -393,3 +393,17 @@ def test_engines_that_share_weights_stay_within_memory_together(
         for_all += own if not gather else own - count
         for_each += plan.activations.gpu * rows + plan.cache_budgets["device"]
     assert for_all + count * for_each <= memory.host + 64 * count
+
+
+def test_small_layers_on_the_device_are_computed_in_larger_micro_batches() -> None:
+    """A host that asks for them one by one would be slower than a card that computes them."""
+    small = replace(OPT_30B, unit_bytes=(7_000_000,) * 30 + (57_000_000,), work_row_bytes=40_000)
+    card, resident = Memory(device=140 * GB, host=100 * GB, disk=0), Share(gpu=100, cpu=0)
+
+    def rows(shape: ModelShape, weights: Share, memory: Memory = card) -> int:
+        return make_plan(shape, Policy(weights=weights), memory, on_cpu=False).limits.rows_per_batch
+
+    assert rows(small, resident) == 32768
+    assert rows(small, Share(gpu=50, cpu=50)) == rows(OPT_30B, resident) == 8192
+    assert rows(small, resident, replace(card, device=3 * GB)) == 16384
+    assert rows(replace(small, unit_bytes=(1_000_000_000,) * 30), resident) == 8192
