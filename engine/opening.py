@@ -16,7 +16,7 @@ from engine.checkpoint.tokenizer import SpecialTokens, load_tokenizer, special_t
 from engine.errors import CapacityError, EngineError, UnsupportedError, named, one_line
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
-from engine.kernels.threads import limit_threads
+from engine.kernels.threads import limit_threads, one_thread
 from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.arena import Arena
@@ -187,7 +187,8 @@ def _open_model(
     policy.check_window(description.window)
     path = Path(description.path)
     tokenizer = load_tokenizer(path)
-    model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant, has_weights=has_weights)
+    with one_thread():  # its modules are tried with few rows
+        model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant, has_weights=has_weights)
     special = special_tokens(path, model.config, tokenizer)
     if policy.compress_cache:
         _check_cache_codec(model)
