@@ -15,6 +15,7 @@ import models
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
+from warm_processes import WarmProcesses
 
 Build = Callable[[str], Path]
 
@@ -71,3 +72,16 @@ def reference(build: Build) -> Callable[[str], PreTrainedModel]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of all tiny models."""
     return models.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def _warm() -> Iterator[WarmProcesses]:
+    with WarmProcesses("from engine.engine import Engine") as warm:
+        yield warm
+
+
+@pytest.fixture(scope="module")
+def warm_processes(_warm: WarmProcesses) -> Iterator[None]:
+    """Processes of the tests of a module need not import torch; see `warm_processes.py`."""
+    with _warm.in_use():
+        yield

@@ -24,6 +24,8 @@ from engine.workers.remote_engine import RemoteEngine
 sys.path.insert(0, str(Path(__file__).parent))  # where workers of these tests find `faulty_worker`, too
 from faulty_worker import FAILS_ON_SECOND, KILLS, RUNS_OUT, SLOW
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 TWO = Policy(device=("cpu:0", "cpu:1"))
 """On any machine: two cores are the least that tests run on."""
 
@@ -57,7 +59,7 @@ def model(build: Callable[[str], Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def two(model: str) -> Iterator[RemoteEngine]:
+def two(model: str, warm_processes: None) -> Iterator[RemoteEngine]:
     with pytest.MonkeyPatch.context() as patch:
         from engine.workers import seats
 
