@@ -75,13 +75,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def _warm() -> Iterator[WarmProcesses]:
+def warm() -> Iterator[WarmProcesses]:
+    """What processes are forked from that need not import torch."""
     with WarmProcesses("from engine.engine import Engine") as warm:
         yield warm
 
 
-@pytest.fixture(scope="module")
-def warm_processes(_warm: WarmProcesses) -> Iterator[None]:
-    """Processes of the tests of a module need not import torch; see `warm_processes.py`."""
-    with _warm.in_use():
+@pytest.fixture
+def warm_processes(warm: WarmProcesses) -> Iterator[None]:
+    """Processes of the test are such forks."""
+    with warm.in_use():
         yield
