@@ -15,7 +15,6 @@ import models
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
-from warm_processes import WarmProcesses
 
 Build = Callable[[str], Path]
 
@@ -72,17 +71,3 @@ def reference(build: Build) -> Callable[[str], PreTrainedModel]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of all tiny models."""
     return models.make_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[WarmProcesses]:
-    """What processes are forked from that need not import torch."""
-    with WarmProcesses("from engine.engine import Engine") as warm:
-        yield warm
-
-
-@pytest.fixture
-def warm_processes(warm: WarmProcesses) -> Iterator[None]:
-    """Processes of the test are such forks."""
-    with warm.in_use():
-        yield
