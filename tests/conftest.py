@@ -12,6 +12,8 @@ from engine.engine import Engine
 import helm.benchmark.metrics.basic_metrics
 import helm.benchmark.metrics.common_metric_specs
 import helm.clients.auto_client
+from few_questions import SRNScenario, begin_with_few
+SRNScenario.__init__ = begin_with_few
 import flexgen_helm.sweeps.runner
 from flexgen_helm.runs import launch
 launch.register_builtin_configs_from_helm_package()  # takes longer than a sweep of ours; once is enough

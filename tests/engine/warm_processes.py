@@ -35,7 +35,7 @@ _SUBREAPER = 36
 _MOST_BYTES = 1 << 17
 _MOST_DESCRIPTORS = 32
 _PARAMETERS = tuple(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]  # type: ignore[attr-defined]
-_FLAGS = ("-B", "-u")
+_FLAGS = ("-B", "-P", "-u")
 """Those of the interpreter that make no difference to a fork of one that has them."""
 _SERVE = "import sys; sys.path[:] = {path!r}; import warm_processes; warm_processes.serve({line}, {imports!r})"
 

@@ -14,7 +14,9 @@ import helm.benchmark.metrics.bias_metrics  # noqa: F401 - NLTK keeps the output
 import pytest
 import scenario_data
 from fake_engine import FakeEngine
+from few_questions import begin_with_few
 from helm.benchmark import run
+from helm.benchmark.scenarios.synthetic_reasoning_natural_scenario import SRNScenario
 from in_this_process import load_in_this_process
 from tiny_models import random_gpt2, random_llama, random_opt, save_tiny_model
 
@@ -200,6 +202,13 @@ def register_helms_configs() -> Iterator[Callable[[], None]]:
         for module in (launch, run):
             patch.setattr(module, "register_builtin_configs_from_helm_package", once)
         yield once
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_questions() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SRNScenario, "__init__", begin_with_few)
+        yield
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ def conf(*entries: str, name: str = "suite.conf") -> str:
     return name
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_suite_is_what_its_runs_are_one_by_one(
     cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,19 +82,20 @@ def test_a_suite_is_what_its_runs_are_one_by_one(
     assert split.load + split.prefill + split.decode + split.host == pytest.approx(model.seconds, rel=0.02)
     assert model.plan["limits"]["sequences_per_batch"] > 0
 
-    helm = Path(sys.executable).parent
-    made = subprocess.run([helm / "helm-summarize", "--suite", "together"], capture_output=True, text=True, check=False)
+    summarize = [sys.executable, "-m", "helm.benchmark.presentation.summarize", "--suite", "together"]
+    made = subprocess.run(summarize, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert len(json.loads((suite("together") / "runs.json").read_text())) == 6
-    assert len(served_runs(helm / "helm-server", "together")) == 6
+    assert len(served_runs("together")) == 6
 
 
-def served_runs(helm_server: Path, name: str) -> list[Any]:
+def served_runs(name: str) -> list[Any]:
     """What helm-server shows of a suite's runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([helm_server, "--port", str(port), "--suite", name], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "helm.benchmark.server", "--port", str(port), "--suite", name]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         while server.poll() is None:
             with suppress(OSError):
