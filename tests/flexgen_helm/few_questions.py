@@ -12,4 +12,4 @@ _begin = SRNScenario.__init__
 def begin_with_few(self: Any, *args: Any, **named: Any) -> None:
     """In place of `SRNScenario.__init__`."""
     _begin(self, *args, **named)
-    self.num_train_instances, self.num_val_instances, self.num_test_instances = 100, 10, 100
+    self.num_train_instances, self.num_val_instances, self.num_test_instances = 150, 10, 80
