@@ -197,28 +197,28 @@ def test_several_models_take_turns_in_the_order_of_their_runs(
     assert [len(engine.calls) for engine in fake_engines] == [1, 1]
 
 
-def test_57_subjects_take_no_more_passes_than_one_of_as_many_requests(
+def test_many_subjects_take_no_more_passes_than_one_of_as_many_requests(
     cli: Cli, tiny_llama: Path, tmp_path: Path
 ) -> None:
     Path("benchmark_output/scenarios").unlink()
     data = Path("benchmark_output/scenarios/mmlu/data")
     dice = random.Random(1)
-    subjects = [f"subject_{n}" for n in range(57)]
+    subjects = [f"subject_{n}" for n in range(19)]
     for subject in (*subjects, "all_in_one"):
-        for split, count in (("dev", 5), ("val", 1), ("test", 4 if subject != "all_in_one" else 4 * 57)):
+        for split, count in (("dev", 5), ("val", 1), ("test", 4 if subject != "all_in_one" else 4 * 19)):
             rows = []
             for _ in range(count):
                 a, b = dice.randint(2, 999), dice.randint(2, 999)
                 rows.append([f"{subject}: {a} plus {b}?", a + b, a - b, a * b, a, "A"])
             table(data / split / f"{subject}_{split}.csv", rows)
-    policy = ("--gpu-batch-size", 16, "--num-gpu-batches", 2)
+    policy = ("--gpu-batch-size", 8, "--num-gpu-batches", 2)
     common = ("--model", tiny_llama, "--disable-cache", *policy)
     assert cli("sweep", "-r", "mmlu:subject=all_in_one", *common, "--suite", "one") == 0
     entries = conf(*(f"mmlu:subject={subject}" for subject in subjects))
     assert cli("sweep", entries, *common, "--suite", "all") == 0
     one, (model,) = record_of("one").models[0], record_of("all").models
-    assert model.computed == 57 * 5
-    assert one.computed == 4 * 57 + 1
+    assert model.computed == 19 * 5
+    assert one.computed == 4 * 19 + 1
     per_request = one.sweeps / one.computed
     assert model.sweeps / model.computed <= 1.2 * per_request
     alone = ("--suite", "alone", "--runner-class-name", "flexgen_helm.runner.FlexGenRunner", "-n", 1)
