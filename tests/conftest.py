@@ -1,11 +1,15 @@
-"""Processes that tests start without importing torch and HELM anew."""
+"""How many threads tests compute with, and processes that they start without importing torch and HELM anew."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from warm_processes import WarmProcesses
+
+# Tiny matrices are slower on several threads, and much slower where other processes take turns with them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 IMPORTS = """
 from engine.engine import Engine

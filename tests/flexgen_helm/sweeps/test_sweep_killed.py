@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize("number", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_sweeps_lose_no_request(number: int, tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [sys.executable, Path(__file__).parents[1] / "killed_sweeps.py", helm_data, tiny_llama, tmp_path]
     done = subprocess.run(
         [*map(str, program), str(number), str(number)], env=environment, capture_output=True, text=True, check=False
@@ -62,7 +62,7 @@ class SlowSweep:
     def begin(self) -> subprocess.Popen[str]:
         """Start it, or let it go on."""
         path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        environment = {**os.environ, "PYTHONPATH": path}
         return subprocess.Popen(
             self._command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
