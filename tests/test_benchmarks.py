@@ -280,6 +280,7 @@ def test_encoded_dummy_weights_are_those_that_are_encoded_on_loading(opt: str) -
         assert found.any()
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_comparison_with_stock_layers_is_timed_beside_its_run(opt: str, tmp_path: Path) -> None:
     rows = ["1x3x0+8:4", "2x2x20+4:1"]
     policy = tmp_path / "policy.yaml"
@@ -693,6 +694,7 @@ def test_a_suites_requests_are_asked_in_one_call(opt: str) -> None:
     assert asked["sweep_s"] + asked["host_s"] <= asked["seconds"]
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_row_is_recorded_under_its_name_and_others_go_on(
     opt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from engine.memory.disk.file import BLOCK, align_up
-from engine.memory.tiers import Tier, percents
-from engine.planning.hardware import Memory
+from engine.memory.tiers import Memory, Tier, percents
 from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing, WeightBytes

@@ -246,10 +246,6 @@ class WeightStore:
                 {name: Place(first, end, file, at, False) for name, (first, end, at) in layout.items()}
             )
 
-    def is_complete(self, unit: str) -> bool:
-        """Whether all of a unit is in place; raises the fault that ended loading."""
-        return unit not in (placed.unit.name for placed in self.arrivals.left())
-
     def needs(self, name: str) -> bool:
         """Whether this process brings anything of a parameter."""
         placed, extent = self._extent_of[name]

@@ -383,6 +383,7 @@ with Engine.from_pretrained({str(model)!r}, policy={{"device": "cpu", "compress-
     )
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_start_that_was_killed_is_continued(
     model: Path, notices: Notices, only_kept: Callable[[], None], tmp_path: Path, cache: Path
 ) -> None:
@@ -412,7 +413,7 @@ unit_file.zlib = type("zlib", (), {"crc32": staticmethod(crc32)})
     assert notices() == []
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
 def test_two_processes_at_once(model: Path, only_kept: Callable[[], None], tmp_path: Path, cache: Path) -> None:
     together = [start(model) for _ in range(2)]
     told = [process.communicate(timeout=60) for process in together]
