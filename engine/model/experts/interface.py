@@ -86,8 +86,10 @@ def is_understood(module: nn.Module) -> bool:
     leave a module to transformers' own functions.
     """
     told = vars(module)
-    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    if any(type(told.get(flag)) is not bool for flag in flags) or told["has_post_expert_norm"]:
+    flags = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
+    # transformers before 5.18 has no norms behind experts, and no flag that tells of them.
+    has_norm = told.get("has_post_expert_norm", hasattr(module, "post_expert_norm"))
+    if any(type(told.get(flag)) is not bool for flag in flags) or has_norm is not False:
         return False
     first = "gate_up_proj" if told["has_gate"] else "up_proj"
     names = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if told["has_bias"] else set())

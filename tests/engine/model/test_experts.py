@@ -103,6 +103,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a parameter of a part": lambda module: setattr(module, "norm", nn.LayerNorm(8)),
     "biases that it does not tell of": lambda module: setattr(module, "down_proj_bias", nn.Parameter(torch.ones(4, 8))),
     "biases that it lacks": lambda module: setattr(module, "has_bias", True),
+    "a norm that no flag tells of": lambda module: (
+        delattr(module, "has_post_expert_norm"),
+        setattr(module, "post_expert_norm", nn.Identity()),
+    ),
+    "a norm's flag that is no flag": lambda module: setattr(module, "has_post_expert_norm", None),
     "another layout": lambda module: setattr(module, "is_transposed", True),
     "another width between": lambda module: setattr(module, "down_proj", nn.Parameter(torch.ones(4, 8, 4))),
     "fewer experts": lambda module: setattr(module, "num_experts", 3),
@@ -117,6 +122,13 @@ def test_what_is_not_understood_is_not_ours(change: str) -> None:
     assert is_understood(module)
     CHANGES[change](module)
     assert not is_understood(module)
+
+
+def test_modules_of_a_transformers_without_norms_behind_experts_are_understood() -> None:
+    """Before 5.18 no flag tells of such norms, since there are none."""
+    module: Any = Plain(PreTrainedConfig())
+    del module.has_post_expert_norm
+    assert is_understood(module)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
