@@ -20,6 +20,8 @@ from engine.model.sweep_context import SweepContext
 
 EXPERTS_NAME = "flexgen"
 """The name under which `transformers` finds our experts function."""
+_FLAGS = ("has_gate", "has_bias", "is_transposed")
+"""What the interface tells of every module of experts."""
 _SIZES = (0.1, 1.0, 30.0)
 """Of the numbers in rows that a gate is tried with: the largest reach its limits."""
 _ROWS = 4
@@ -86,15 +88,15 @@ def is_understood(module: nn.Module) -> bool:
     leave a module to transformers' own functions.
     """
     told = vars(module)
-    flags = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
-    # transformers before 5.18 has no norms behind experts, and no flag that tells of them.
+    # transformers 5.17 tells neither of norms behind experts nor of experts on several devices: it has no such.
     has_norm = told.get("has_post_expert_norm", hasattr(module, "post_expert_norm"))
-    if any(type(told.get(flag)) is not bool for flag in flags) or has_norm is not False:
+    if any(type(told.get(flag)) is not bool for flag in _FLAGS) or has_norm is not False:
         return False
     first = "gate_up_proj" if told["has_gate"] else "up_proj"
     names = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if told["has_bias"] else set())
     found = dict(module.named_parameters())
-    if told["_is_expert_parallel"] or found.keys() != names or list(module.named_buffers()):
+    is_spread = told.get("_is_expert_parallel", False)
+    if is_spread is not False or found.keys() != names or list(module.named_buffers()):
         return False
     matrices = _matrices(module)
     if matrices.first.ndim != 3 or matrices.second.ndim != 3:
@@ -147,7 +149,7 @@ def _numbers(module: nn.Module, *names: str) -> list[float]:
 
 def _modules_of_experts(model: nn.Module) -> list[nn.Module]:
     """Those that ask transformers' interface how they are to be computed."""
-    return [module for module in model.modules() if "_is_expert_parallel" in vars(module)]
+    return [module for module in model.modules() if vars(module).keys() >= set(_FLAGS)]
 
 
 def _configs_of(modules: list[nn.Module]) -> list[Any]:

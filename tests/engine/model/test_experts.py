@@ -15,7 +15,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from engine.kernels.grouped.gating import Gating
 from engine.model.causal_model import CausalModel
-from engine.model.experts.interface import EXPERTS_NAME, experts, gating_of, is_understood
+from engine.model.experts.interface import EXPERTS_NAME, _modules_of_experts, experts, gating_of, is_understood
 from engine.model.stock import StockForward
 from engine.model.sweep_context import SweepContext
 
@@ -124,11 +124,14 @@ def test_what_is_not_understood_is_not_ours(change: str) -> None:
     assert not is_understood(module)
 
 
-def test_modules_of_a_transformers_without_norms_behind_experts_are_understood() -> None:
-    """Before 5.18 no flag tells of such norms, since there are none."""
+def test_modules_of_a_transformers_that_tells_less_are_understood() -> None:
+    """In 5.17 no flags tell of such norms, nor of experts of several devices, since there are none."""
     module: Any = Plain(PreTrainedConfig())
     del module.has_post_expert_norm
     assert is_understood(module)
+    del module._is_expert_parallel
+    assert is_understood(module)
+    assert _modules_of_experts(nn.Sequential(module)) == [module]
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
