@@ -111,6 +111,7 @@ SIZES = Sizes(
     cache_row_bytes=8,
     device_cache_row_bytes=8,
     expanded_bytes=0,
+    expert_bytes=0,
     hidden_row_bytes=4,
     num_layers=3,
 )

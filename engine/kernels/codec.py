@@ -55,15 +55,22 @@ class Codec:
         codes, steps, leasts = _encode(values.to(dtype).view(-1, GROUP), self.bits)
         return codes.flatten(), steps, leasts
 
-    def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the numbers of `coded` bytes into flat `values`."""
+    def decode(
+        self, coded: torch.Tensor, values: torch.Tensor, first_element: int = 0, num_elements: int | None = None
+    ) -> None:
+        """Write the numbers of `coded` bytes from `first_element` on, a multiple of `GROUP`, into flat `values`.
+
+        num_elements: of all that is coded; None: as many as `values` has.
+        """
         count = values.numel()
-        code_bytes, step_bytes = self.part_bytes(count, values.dtype)
-        used = count // GROUP * values.dtype.itemsize
+        code_bytes, step_bytes = self.part_bytes(num_elements or count, values.dtype)
+        used, skipped = (number // GROUP * values.dtype.itemsize for number in (count, first_element))
         steps, leasts = (
-            coded[first : first + used].view(values.dtype) for first in (code_bytes, code_bytes + step_bytes)
+            coded[first : first + used].view(values.dtype)
+            for first in (code_bytes + skipped, code_bytes + step_bytes + skipped)
         )
-        codes = coded[: self.code_bytes(count)].view(len(steps), -1)
+        begin = self.code_bytes(first_element)
+        codes = coded[begin : begin + self.code_bytes(count)].view(len(steps), -1)
         _fill(values.view(-1, GROUP), codes, steps, leasts, self.bits)
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:

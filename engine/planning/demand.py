@@ -19,6 +19,9 @@ _MOST_OWN_ROWS = 4096
 """Of a prompt that is longer than a micro-batch and has one of its own, what the CPU keeps memory for where it can."""
 _BESIDE_ROW_BYTES = 2048
 """Host memory beside a row's hidden state: its rotary tables, and what is asked and answered of it."""
+_EXPANDED_PART = 0.5
+"""Of the device memory that weights, layers in transit and a small micro-batch leave, what a layer may take that is
+expanded with all its experts, once a sweep. Else these are expanded some at a time, and again for each micro-batch."""
 _FRAGMENTATION = 0.04
 """Of the device memory, what the allocator may hold without being able to use it."""
 _MOST_HIDDEN_ROWS = 1 << 17
@@ -42,6 +45,16 @@ class Demand:
         self.shape, self.policy, self.memory, self.on_cpu = shape, policy, memory, on_cpu
         self.sharing = sharing
         self.weights = WeightBytes(shape, sharing)
+        self.expands_whole = shape.expanded_bytes <= max(shape.least_expanded_bytes, _EXPANDED_PART * self._left())
+        """Whether encoded experts are expanded with their layer, once a sweep; else some at a time, when used."""
+
+    def _left(self) -> int:
+        """Device memory for expanded layers: beside the policy's weights, or all if they fit, else none."""
+        shares = [self.policy.weights] if self.policy.weights else [Share(gpu=100, cpu=0), Share(gpu=0, cpu=100)]
+        left = [
+            self.device_room(each.gpu) - self._kept_weights(each) - self.needed(SMALL_BATCH_ROWS) for each in shares
+        ]
+        return next((each for each in left if each >= self.shape.least_expanded_bytes), left[-1])
 
     def device_room(self, gpu: float) -> int:
         """What the device tier may take when `gpu` percent of the weights are there.
@@ -82,9 +95,18 @@ class Demand:
         # A parameter cut by the border passes through the slot whole: at most one per unit, so at most a unit.
         return SLOTS * max(self.shape.unit_bytes)
 
+    @property
+    def expanded(self) -> int:
+        """Device memory that encoded layers are expanded into, and what that takes besides."""
+        return self.shape.expanded_bytes if self.expands_whole else self.shape.least_expanded_bytes
+
     def device_weights(self, weights: Share) -> int:
+        return self._kept_weights(weights) + self.expanded
+
+    def _kept_weights(self, weights: Share) -> int:
+        """What weights take of the device as they are stored."""
         outer = self.shape.outer_bytes if weights.gpu < 100 else 0
-        return self.weights.of_one(weights.gpu) + self.slots(weights) + outer + self.shape.expanded_bytes
+        return self.weights.of_one(weights.gpu) + self.slots(weights) + outer
 
     def work(self, rows: int, left: int | None = None) -> int:
         """What computing so many rows takes, logits included; `left` is what weights leave of the device, if known."""

@@ -50,6 +50,8 @@ class Plan:
     read_ahead_bytes: int = 0
     """Host memory that weights on disk are read into, ahead of the sweep."""
 
+    expands_whole: bool = True
+    """Encoded experts are expanded with their layer, once a sweep; else some at a time, for each micro-batch."""
     is_tight: bool = False
     """The weights leave less device memory than the worst-case workspace; the plan may run out of memory."""
 
@@ -121,6 +123,7 @@ class _Planner:
             cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
             read_ahead_bytes=self.demand.read_ahead(weights),
+            expands_whole=self.demand.expands_whole,
             is_tight=device < 0,
         )
 
@@ -195,7 +198,7 @@ class _Planner:
         kept = self.demand.needed(SMALL_BATCH_ROWS) + _CACHE_RESERVE * memory.device
         if self.demand.device_weights(Share(gpu=100, cpu=0)) + kept <= self.demand.device_room(100):
             return Share(gpu=100, cpu=0)
-        slots = self.demand.slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + shape.expanded_bytes
+        slots = self.demand.slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + self.demand.expanded
         rest = self.demand.device_room(0) - slots
         rows = self.demand.rows_per_batch(rest)
         room = rest - self.demand.needed(rows) - _CACHE_RESERVE * memory.device

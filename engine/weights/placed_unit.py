@@ -54,9 +54,11 @@ class PlacedUnit:
     start: int
     """First byte that must be brought to the device before use."""
     coded: frozenset[str]
-    """Parameters that are stored encoded. If there are any, the whole unit is expanded before use."""
+    """Parameters that are stored encoded. If there are any, all but the `stacks` are expanded before use."""
+    stacks: frozenset[str]
+    """Those of them that are experts whose numbers are expanded some at a time, while the unit is computed."""
     expanded: list[Extent]
-    """Where its parameters lie then; empty if none is encoded."""
+    """Where the parameters lie that are expanded before; empty if none is encoded."""
     places: dict[str, Place] = field(default_factory=dict)
     """Of what parameters have on disk."""
     brings: frozenset[Tier] = frozenset(TIERS)
@@ -72,6 +74,11 @@ class PlacedUnit:
 
     def __post_init__(self) -> None:
         self.bring(self.brings)
+
+    @property
+    def is_read_late(self) -> bool:
+        """Whether stored bytes are read while the unit is computed, not only when it is expanded before."""
+        return not self.coded or bool(self.stacks)
 
     @property
     def num_streamed(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,8 @@ from engine.memory.disk.file import BLOCK
 from engine.memory.link_wait import LinkWait
 from engine.memory.staged import StagedCopies
 from engine.planning.limits import GATHER_SLOTS, SLOTS
-from engine.weights.binding import Binding, bind, binding, bindings, stored_bytes
+from engine.weights.binding import Binding, bind, bindings
+from engine.weights.encoded.expansion import Expansion
 from engine.weights.members.group import Group
 from engine.weights.placed_unit import PlacedUnit
 from engine.weights.store import WeightStore
@@ -41,8 +43,8 @@ class WeightStream:
     Parameters are views: of the device part where they lie there wholly, else of the slot that their unit passes
     through. Resident bytes of a parameter that is cut by the border are copied within the device. A layer that is
     stored encoded is expanded once in a sweep, into device memory that all layers use in turn; its slot is free for the
-    next but one from then on. What is on disk is read in the order of the sweep, ahead of it as far as
-    `read_ahead_bytes` of staging memory reach.
+    next but one from then on, unless experts are expanded from it while the layer is computed. What is on disk is read
+    in the order of the sweep, ahead of it as far as `read_ahead_bytes` of staging memory reach.
 
     In a `group`, this engine's part of a layer is brought to its place in the slot, and then the others'. While one
     layer is computed, the next is gathered and this engine's part of the next but one is brought.
@@ -74,7 +76,7 @@ class WeightStream:
                 lambda unit: streamed[unit].is_in_place,
                 ahead=overlap and len(streamed) > count,  # else they stay in the slots
             )
-        self._expanded = arena.empty(max((p.expanded[-1].end for p in order if p.coded), default=0), "device")
+        self._expansion = Expansion(store, order)
         self._outer = _Slot(-1, arena.empty(units["outer"].num_streamed if "outer" in units else 0, "device"))
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="flexgen-fetch")
         self._copy_stream = accelerator.new_stream(self._device)
@@ -92,8 +94,7 @@ class WeightStream:
         state = self._model.state
         for placed in self._store.placed.values():
             if placed.coded:
-                memory = [self._expanded[extent.first : extent.end] for extent in placed.expanded]
-                bind([binding(state, placed, e, m) for e, m in zip(placed.expanded, memory, strict=True)])
+                bind(self._expansion.bindings(placed))
             elif placed.unit.name == "outer" or (placed.unit.name != "embedding" and not placed.num_streamed):
                 bind(bindings(state, placed, self._outer.memory))
             elif placed.unit.name != "embedding":
@@ -110,17 +111,6 @@ class WeightStream:
             bind(heads[0])
             if table.num_streamed:
                 self._views[id(table)] = heads
-
-    def _expand(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
-        """Fill the memory that the unit's parameters are views of."""
-        for extent, place in zip(placed.extents, placed.expanded, strict=True):
-            stored, memory = stored_bytes(placed, extent, slot), self._expanded[place.first : place.end]
-            if extent.name in placed.coded:
-                codec = self._model.packed.get(extent.name) or self._store.codec
-                assert codec is not None
-                codec.decode(stored, memory.view(self._model.state[extent.name].dtype))
-            else:
-                memory.copy_(stored)
 
     def look_up_ahead(self, ids: torch.Tensor) -> None:
         """Start looking up the ids that `look_up` will be called with next, while the device computes."""
@@ -141,7 +131,7 @@ class WeightStream:
         self._store.wait_for(placed)
         if not placed.num_streamed:
             if placed.coded:
-                self._expand(placed, self._outer.memory)
+                self._expansion.expand(placed, self._outer.memory)
             self._num_passed = step + 1
             return
         slot = self._filled(placed)
@@ -149,7 +139,8 @@ class WeightStream:
             bind(self._views[id(placed)][slot.index])
         self._await_arrival(slot)
         if placed.coded:
-            self._expand(placed, slot.memory)
+            self._expansion.expand(placed, slot.memory)
+        if not placed.is_read_late:
             self._free(slot)
             self._prefetch(placed)
             self._prefetch(self._next[id(placed)])
@@ -162,11 +153,20 @@ class WeightStream:
         """Tell that layer `step` has computed; its slot may be filled anew."""
         placed = self._by_step[step]
         slot = self._slot_with(placed)
-        if slot is None or placed.coded:
+        if slot is None or not placed.is_read_late:
             return
         self._free(slot)
         self._prefetch(placed)
         self._num_passed = step + 1
+
+    def whole(self, step: int) -> AbstractContextManager[None]:
+        """Inside, all experts of layer `step`, which is acquired, are parameters, as stock layers need them.
+
+        Raises `CapacityError` where they are expanded some at a time else, and the device has no room for all.
+        """
+        placed = self._by_step[step]
+        slot = self._slot_with(placed)
+        return self._expansion.whole(placed, self._outer.memory if slot is None else slot.memory)
 
     def release_all(self) -> None:
         """Let all slots be filled anew, after a sweep that ended in an error.
@@ -284,7 +284,8 @@ class WeightStream:
         if self._reader is not None:
             self._reader.close()
         self._reader = None
-        self._expanded = self._outer.memory = torch.empty(0, dtype=torch.uint8)
+        self._expansion.close(self._by_step)
+        self._outer.memory = torch.empty(0, dtype=torch.uint8)
         self._views.clear()
         self._next.clear()
         for listed in (self._by_step, self._streamed, self._slots):

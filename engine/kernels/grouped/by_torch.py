@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.grouped.matrices import Matrices
+from engine.kernels.grouped.stack import Stack
 
 
 def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -31,18 +32,17 @@ def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weigh
     return summed
 
 
-def _products(
-    rows: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor | None, counts: list[int]
-) -> torch.Tensor:
+def _products(rows: torch.Tensor, stack: Stack, biases: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
     """Rows `[n, k]`, sorted by expert, each times the matrix `[k, m]` of its expert; rows of none become zeros."""
-    result = rows.new_empty(len(rows), matrices.shape[2])
+    result = rows.new_empty(len(rows), stack.shape[2])
     first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = result[first : first + count]
-            torch.mm(rows[first : first + count], matrices[expert], out=part)
+    for group in stack.groups(counts):
+        for expert, matrix in zip(range(*group), stack.take(*group), strict=True):
+            end = first + counts[expert]
+            part = result[first:end]
+            torch.mm(rows[first:end], matrix, out=part)
             if biases is not None:
                 part += biases[expert]
-        first += count
+            first = end
     result[first:] = 0
     return result

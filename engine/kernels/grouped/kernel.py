@@ -16,6 +16,7 @@ import triton.language as tl
 
 from engine.kernels.grouped.gating import Gating
 from engine.kernels.grouped.matrices import Matrices
+from engine.kernels.grouped.stack import Stack
 from engine.memory import accelerator
 
 _INNER = 64
@@ -55,11 +56,13 @@ def _gated(gate, value, limit, alpha, kind: tl.constexpr, has_alpha: tl.constexp
     return (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * value
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["first_expert", "end_expert"])  # type: ignore[untyped-decorator]
 def _product_kernel(  # type: ignore[no-untyped-def]
     rows,
     order,
     tiles,
+    first_expert,
+    end_expert,
     matrices,
     bias,
     result,
@@ -94,7 +97,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     tile, column_tile = tl.program_id(0) // across, tl.program_id(0) % across
     expert = tl.load(tiles + 3 * tile).to(tl.int64)
     first, end = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    if first >= end:  # a tile beyond the last
+    if (first >= end) | (expert < first_expert) | (expert >= end_expert):  # beyond the last, or of others
         return
     place = first + tl.arange(0, tile_rows)
     inside = place < end
@@ -110,7 +113,12 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     column_from = (column % (2 * columns if is_interleaved else columns)).to(tl.int64)
     step = tl.arange(0, tile_inner)
     left = rows + source[:, None] * row_stride + step[None, :] * row_step
-    right = matrices + expert * matrix_batch + step[:, None] * matrix_stride + column_from[None, :] * matrix_step
+    right = (
+        matrices
+        + (expert - first_expert) * matrix_batch
+        + step[:, None] * matrix_stride
+        + column_from[None, :] * matrix_step
+    )
     sums = tl.zeros((tile_rows, tile_columns), dtype=tl.float32)
     seconds = tl.zeros((tile_rows, tile_columns), dtype=tl.float32)
     for start in range(0, inner, tile_inner):
@@ -233,7 +241,7 @@ def _multiply(
     rows: torch.Tensor,
     order: torch.Tensor,
     tiles: torch.Tensor,
-    matrices: torch.Tensor,
+    stack: Stack,
     bias: torch.Tensor | None,
     result: torch.Tensor,
     sizes: dict[str, int],
@@ -241,42 +249,45 @@ def _multiply(
     rows_of: int = 0,
     gating: Gating | None = None,
 ) -> None:
-    """Fill `result` with products of rows in the order of their experts.
+    """Fill `result` with products of rows in the order of their experts, a group of these at a time.
 
     gating: what is done with the products before they are stored. rows_of: places of `order` that belong to each of
     `rows`, which are gathered; 0: they are in that order already, and what becomes of them is put where `order` says.
     """
-    columns, inner = result.shape[1], matrices.shape[1]
+    columns, inner = result.shape[1], stack.shape[1]
     is_interleaved = gating is not None and gating.is_interleaved
     if gating is not None and not is_interleaved:
         sizes = {**sizes, "tile_columns": sizes["tile_columns"] // 2}
     stored_columns = sizes["tile_columns"] // 2 if is_interleaved else sizes["tile_columns"]
     kernel: Any = _product_kernel
-    kernel[(len(tiles) * -(-columns // stored_columns),)](
-        rows,
-        order,
-        tiles,
-        matrices,
-        result if bias is None else bias,
-        result,
-        columns,
-        inner,
-        *rows.stride(),
-        *matrices.stride(),
-        columns * matrices.stride(2),
-        *((0, 0, 0) if bias is None else (*bias.stride(), columns * bias.stride(1))),
-        result.stride(0),
-        float("inf") if gating is None else gating.limit,
-        0.0 if gating is None or gating.alpha is None else gating.alpha,
-        rows_of=rows_of,
-        is_gated=gating is not None,
-        is_interleaved=is_interleaved,
-        has_alpha=gating is not None and gating.alpha is not None,
-        has_bias=bias is not None,
-        fits=inner % _INNER == 0,
-        tile_inner=_INNER,
-        **sizes,
-    )
+    for group in stack.groups():
+        matrices = stack.take(*group)
+        kernel[(len(tiles) * -(-columns // stored_columns),)](
+            rows,
+            order,
+            tiles,
+            *group,
+            matrices,
+            result if bias is None else bias,
+            result,
+            columns,
+            inner,
+            *rows.stride(),
+            *matrices.stride(),
+            columns * matrices.stride(2),
+            *((0, 0, 0) if bias is None else (*bias.stride(), columns * bias.stride(1))),
+            result.stride(0),
+            float("inf") if gating is None else gating.limit,
+            0.0 if gating is None or gating.alpha is None else gating.alpha,
+            rows_of=rows_of,
+            is_gated=gating is not None,
+            is_interleaved=is_interleaved,
+            has_alpha=gating is not None and gating.alpha is not None,
+            has_bias=bias is not None,
+            fits=inner % _INNER == 0,
+            tile_inner=_INNER,
+            **sizes,
+        )
 
 
 @cache

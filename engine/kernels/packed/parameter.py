@@ -62,14 +62,19 @@ class PackedParameter:
         part = self.parts[source]
         return self._extents[part.name].first + part.first * self.matrix.parts[part.name].num_bytes
 
-    def decode(self, stored: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the numbers that `stored` bytes stand for into flat `values`."""
+    def decode(self, stored: torch.Tensor, values: torch.Tensor, first_element: int = 0) -> None:
+        """Write numbers that `stored` bytes stand for, those of whole matrices from `first_element` on, into `values`.
+
+        stored: uint8, of the whole parameter. values: flat.
+        """
+        rows, columns = self.matrix.rows, self.matrix.columns
+        first, count = first_element // (rows * columns), values.numel() // (rows * columns)
         tensors = {}
         for name, form in self.matrix.parts.items():
-            extent = self._extents[name]
-            tensors[name] = stored[extent.first : extent.end].view(form.dtype).view(self.num_matrices, *form.shape)
-        rows, columns = self.matrix.rows, self.matrix.columns
+            begin = self._extents[name].first + first * form.num_bytes
+            part = stored[begin : begin + count * form.num_bytes]
+            tensors[name] = part.view(form.dtype).view(count, *form.shape)
         if self.is_transposed:
-            self.matrix.fill(tensors, values.view(self.num_matrices, columns, rows).transpose(1, 2))
+            self.matrix.fill(tensors, values.view(count, columns, rows).transpose(1, 2))
         else:
-            self.matrix.fill(tensors, values.view(self.num_matrices, rows, columns))
+            self.matrix.fill(tensors, values.view(count, rows, columns))

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ExpertsInterface
 from engine.kernels.grouped.gating import Gating
 from engine.kernels.grouped.matrices import Matrices
 from engine.kernels.grouped.mixture import mixture
+from engine.kernels.grouped.stack import Stack
 from engine.model.sweep_context import SweepContext
 
 EXPERTS_NAME = "flexgen"
@@ -98,9 +99,9 @@ def is_understood(module: nn.Module) -> bool:
     is_spread = told.get("_is_expert_parallel", False)
     if is_spread is not False or found.keys() != names or list(module.named_buffers()):
         return False
-    matrices = _matrices(module)
-    if matrices.first.ndim != 3 or matrices.second.ndim != 3:
+    if found[first].ndim != 3 or found["down_proj"].ndim != 3:
         return False
+    matrices = _matrices(module)
     count, width, between = matrices.first.shape
     inner = between // 2 if told["has_gate"] else between
     biases = [x.shape for x in (matrices.first_bias, matrices.second_bias) if x is not None]
@@ -115,14 +116,39 @@ def is_understood(module: nn.Module) -> bool:
 def _matrices(module: nn.Module) -> Matrices:
     """Views of the parameters of a module that is understood, which may be bound anew for each sweep."""
     told: Any = module
-    first = told.gate_up_proj if told.has_gate else told.up_proj
+    first, second = (_stack(module, name) for name in matrix_names(module))
     first_bias = (told.gate_up_proj_bias if told.has_gate else told.up_proj_bias) if told.has_bias else None
     second_bias = told.down_proj_bias if told.has_bias else None
-    second = told.down_proj
     if not told.is_transposed:
         first, second = first.mT, second.mT
     activation = told._apply_gate if told.has_gate else told.act_fn
     return Matrices(first, second, first_bias, second_bias, activation, told.__dict__.get("gating"))
+
+
+def matrix_names(module: nn.Module) -> tuple[str, str]:
+    """What a module that is understood calls the parameters of its two products."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def names_of_matrices(model: PreTrainedModel) -> frozenset[str]:
+    """Full names of the parameters that `experts` multiplies with, of a model whose experts it computes."""
+    ours = {id(module) for module in _modules_of_experts(model)}
+    named = [(prefix, module) for prefix, module in model.named_modules() if id(module) in ours]
+    return frozenset(f"{prefix}.{name}" for prefix, module in named for name in matrix_names(module))
+
+
+def bind_stack(module: nn.Module, name: str, stack: Stack | None) -> None:
+    """Let `experts` take a module's matrices of this name from `stack`; None: they are the parameter."""
+    stacks: dict[str, Stack] = module.__dict__.setdefault("stacks", {})
+    if stack is None:
+        stacks.pop(name, None)
+    else:
+        stacks[name] = stack
+
+
+def _stack(module: nn.Module, name: str) -> Stack:
+    found: Stack | None = module.__dict__.get("stacks", {}).get(name)
+    return Stack.of(getattr(module, name)) if found is None else found
 
 
 def gating_of(module: nn.Module) -> Gating | None:

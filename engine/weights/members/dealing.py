@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.read_ahead import FileSpan, Step, run_steps
 from engine.weights.store import WeightStore
 

@@ -27,7 +27,7 @@ from engine import Engine, EngineError, Job
 from engine.kernels.codec import Codec
 from engine.weights import kept as kept_weights
 from engine.weights import unit_file
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.store import WeightStore
 
 Notices = Callable[[], list[str]]
