@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from engine.kernels.grouped import mixture
+from engine.kernels.grouped.stack import Stack
 from engine.memory import accelerator
-from engine.model.experts.interface import experts, prepare
+from engine.model.experts.interface import bind_stack, experts, matrix_names, prepare
 from engine.model.sweep_context import SweepContext
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +76,24 @@ def test_no_bit_depends_on_company(family: str, dtype: torch.dtype) -> None:
         assert torch.equal(part, whole[taken])
     order = torch.randperm(3000, device="cuda")
     assert torch.equal(experts(module, hidden[order], index[order], weights[order]), whole[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", SIZES)
+@torch.no_grad()
+def test_some_experts_at_a_time_are_no_bit_different(family: str, dtype: torch.dtype) -> None:
+    """As codes are expanded: into memory in which other experts were before."""
+    torch.manual_seed(0)
+    module = module_of(family, dtype)
+    given = [inputs(module, rows, dtype) for rows in (1, 50, 1000)]
+    expected = [experts(module, *each) for each in given]
+    for at_once, name in zip((3, 1), matrix_names(module), strict=True):
+        numbers = getattr(module, name)
+        scratch = torch.full_like(numbers[:at_once], torch.nan)
+
+        def take(first: int, end: int, numbers: torch.Tensor = numbers, scratch: torch.Tensor = scratch) -> Any:
+            return scratch.fill_(torch.nan)[: end - first].copy_(numbers[first:end])
+
+        bind_stack(module, name, Stack(numbers.shape, dtype, at_once, take))
+    for each, whole in zip(given, expected, strict=True):
+        assert torch.equal(experts(module, *each), whole)

@@ -1,0 +1,162 @@
+"""Protects: experts that are expanded some at a time compute what they do when their layer is expanded at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import companies
+import models
+import packers
+import pytest
+import torch
+from parity import JOBS, POLICIES
+
+from engine import Completion, Engine, Job
+from engine.errors import CapacityError
+from engine.kernels.grouped.stack import Stack
+from engine.weights.encoded.expansion import Expansion
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [8, 16]}
+INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True}
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "mxfp4": packers.save_mxfp4,
+    "float8 in blocks": lambda path: packers.save_packed(path, "deepseek-v3", packers.float8_blocks(8, 16), BLOCKS),
+    "int4": lambda path: packers.save_packed(path, "qwen3-moe", *packers.compressed("pack-quantized", **INT4)[:2]),
+    "codes": lambda path: models.save_model(path, "qwen3-moe"),
+}
+"""Transposed with biases; with dense layers; two matrices of an expert in one parameter; of `compress-weight`."""
+SOME = [JOBS[0], JOBS[2], JOBS[7], JOBS[-1]]
+
+
+@pytest.fixture
+def some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much memory there is, and fewer experts at a time than tiny models have."""
+    monkeypatch.setattr("engine.planning.demand._EXPANDED_PART", 0.0)
+    monkeypatch.setattr("engine.weights.stored_form.GROUP_BYTES", 1)
+
+
+def settings_of(name: str, policy: str, tmp_path: Path, **others: Any) -> dict[str, Any]:
+    compression = {"compress-weight": 4} if name == "codes" else {}
+    return {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path / "off"), **compression, **others}
+
+
+def answers(directory: Path, settings: dict[str, Any], jobs: list[Job], *, whole: bool = False) -> list[Completion]:
+    with Engine.from_pretrained(str(directory), policy=settings) as engine:
+        done = engine.run(jobs)
+        assert engine.parts.plan.expands_whole is whole
+        assert all(placed.is_read_late for placed in engine.parts.weights.placed.values() if placed.stacks)
+        assert any(placed.stacks for placed in engine.parts.weights.placed.values()) is not whole
+        return done
+
+
+@pytest.mark.parametrize(("name", "policy"), [*zip(MODELS, ("disk", "thirds", "device", "small"), strict=True)])
+def test_bits_are_those_of_the_whole_layer_wherever_it_lies(name: str, policy: str, tmp_path: Path) -> None:
+    """Three experts at a time of the smallest, of which there are four."""
+    directory, settings = MODELS[name](tmp_path / "model"), settings_of(name, policy, tmp_path)
+    expected = answers(directory, settings, SOME, whole=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.planning.demand._EXPANDED_PART", 0.0)
+        patch.setattr("engine.weights.stored_form.GROUP_BYTES", 1 << 14)
+        found = answers(directory, settings, SOME)
+    assert [companies.bits(each) for each in found] == [companies.bits(each) for each in expected]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bits_depend_on_no_company(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Though every micro-batch expands its own experts, and whole layers are expanded where a job is alone."""
+    directory = MODELS[name](tmp_path / "model")
+    settings = settings_of(name, "host", tmp_path, dtype="bfloat16", **{"batch-invariant": True})
+    with Engine.from_pretrained(str(directory), policy=settings) as engine:
+        expected = [companies.bits(engine.run([job])[0]) for job in SOME]
+    request.getfixturevalue("some_at_a_time")
+    together = answers(directory, {**settings, "gpu-batch-size": 2, "num-gpu-batches": 2}, SOME)
+    assert [companies.bits(each) for each in together] == expected
+
+
+@pytest.mark.usefixtures("some_at_a_time")
+@pytest.mark.parametrize("name", ["mxfp4", "codes"])
+def test_stock_layers_are_compared_with_all_experts(name: str, tmp_path: Path) -> None:
+    """And with the weight files; what was made for that is gone afterwards."""
+    directory = MODELS[name](tmp_path / "model")
+    with Engine.from_pretrained(str(directory), policy=settings_of(name, "host", tmp_path)) as engine:
+        done = engine.run(SOME)
+        found = engine.compare_with_stock(SOME, done)
+        units = [placed for placed in engine.parts.weights.placed.values() if placed.stacks]
+        owners = [placed.unit.owners[name] for placed in units for name in placed.stacks]
+        held = [module._parameters[attribute] for module, attribute in owners]
+        assert [companies.bits(each) for each in engine.run(SOME)] == [companies.bits(each) for each in done]
+    assert found.has_compared_weights
+    assert [stage.name for stage in found.stages if not stage.is_within] == []
+    assert held
+    assert all(each is not None and each.is_meta for each in held)
+
+
+@pytest.mark.usefixtures("some_at_a_time")
+def test_stock_layers_that_find_no_room_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = MODELS["mxfp4"](tmp_path / "model")
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with Engine.from_pretrained(str(directory), policy=settings_of("mxfp4", "host", tmp_path)) as engine:
+        done = engine.run(SOME[:1])
+        monkeypatch.setattr(Expansion, "_decode", no_room)
+        with pytest.raises(CapacityError, match=r"layer\.0: its experts .*gpu-memory"):
+            engine.compare_with_stock(SOME[:1], done)
+
+
+@pytest.mark.usefixtures("some_at_a_time")
+def test_only_experts_that_were_chosen_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where the host knows which; one token chooses two of four."""
+    taken: list[tuple[str, int]] = []
+    take = Expansion._take
+
+    def noted(self: Expansion, name: str, stored: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        taken.extend((name, expert) for expert in range(first, end))
+        return take(self, name, stored, first, end)
+
+    monkeypatch.setattr(Expansion, "_take", noted)
+    directory = MODELS["int4"](tmp_path / "model")
+    with Engine.from_pretrained(str(directory), policy=settings_of("int4", "host", tmp_path)) as engine:
+        engine.run([Job(prompt=[20], max_new_tokens=1)])
+        choices = engine.parts.model.config.num_experts_per_tok
+        assert choices < engine.parts.model.config.num_experts
+    names = {name for name, _ in taken}
+    assert len(taken) == len(set(taken)) == choices * len(names) > 0
+
+
+def test_memory_for_some_experts_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is too small for a layer of plain numbers runs it, and takes no more than was planned."""
+    monkeypatch.setattr("engine.weights.stored_form.GROUP_BYTES", 1)
+    sizes = {"num_local_experts": 64, "intermediate_size": 128, "hidden_size": 128, "num_hidden_layers": 2}
+    directory = packers.save_mxfp4(tmp_path / "model", **sizes)
+    whole = 64 * 3 * 128 * 128 * 4
+    settings = {**POLICIES["host"], "device": "cpu", "gpu-memory": f"{whole // 1000}kB"}
+    with Engine.from_pretrained(str(directory), policy=settings) as engine:
+        done = engine.run(SOME)
+        assert not engine.parts.plan.expands_whole
+        placed = engine.placed_bytes()["device"]
+    assert placed < whole // 2
+    with Engine.from_pretrained(str(directory), policy={**settings, "gpu-memory": "2GB"}) as engine:
+        assert engine.parts.plan.expands_whole
+        assert [each.tokens for each in engine.run(SOME)] == [each.tokens for each in done]
+
+
+@pytest.mark.parametrize(
+    ("counts", "at_once", "groups"),
+    [
+        (None, 2, [(0, 2), (2, 4), (4, 5)]),
+        (None, 9, [(0, 5)]),
+        ([1, 1, 1, 1, 1], 2, [(0, 2), (2, 4), (4, 5)]),
+        ([0, 3, 1, 0, 2], 9, [(1, 3), (4, 5)]),
+        ([0, 3, 1, 1, 0], 2, [(1, 3), (3, 4)]),
+        ([0, 0, 0, 0, 0], 2, []),
+    ],
+)
+def test_groups_are_consecutive_experts(counts: list[int] | None, at_once: int, groups: list[tuple[int, int]]) -> None:
+    numbers = torch.zeros(5, 2, 3)
+    stack = Stack(numbers.shape, numbers.dtype, at_once, lambda first, end: numbers[first:end])
+    assert list(stack.groups(counts)) == groups
+    assert stack.mT.shape == numbers.mT.shape
