@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine.cache.key_value import KVCache
     from engine.cache.shape import KVShape
     from engine.model.attention.mask import MaskNotes
+    from engine.model.experts.joint import JointExperts
 
 
 @dataclass
@@ -35,6 +36,8 @@ class SweepContext:
     """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
     attended: int = 0
     """While `is_checking`: how often the layer in hand has attended."""
+    joint: JointExperts | None = None
+    """What experts are asked of, for several micro-batches at once; None: they are computed for the one in hand."""
     masks: MaskNotes = field(init=False)
     """Those that the model made for the layers that are probed."""
     batch: Rows = field(init=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.memory.disk.file import BLOCK, align_up
 from engine.memory.tiers import Tier, percents
 from engine.planning.hardware import Memory
-from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS
+from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS, WAITING_BATCHES
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing, WeightBytes
 from engine.policy import Policy, Share
@@ -22,6 +22,11 @@ _BESIDE_ROW_BYTES = 2048
 _EXPANDED_PART = 0.5
 """Of the device memory that weights, layers in transit and a small micro-batch leave, what a layer may take that is
 expanded with all its experts, once a sweep. Else these are expanded some at a time, and again for each micro-batch."""
+_WAITING_PART = 0.25
+"""Of the device memory that weights and a micro-batch's temporaries leave, what micro-batches may hold that wait for
+each other where a layer computes experts."""
+_THREAD_BYTES = 32 << 20
+"""Memory that a card's libraries keep for each thread that multiplies."""
 _FRAGMENTATION = 0.04
 """Of the device memory, what the allocator may hold without being able to use it."""
 _MOST_HIDDEN_ROWS = 1 << 17
@@ -99,6 +104,21 @@ class Demand:
     def expanded(self) -> int:
         """Device memory that encoded layers are expanded into, and what that takes besides."""
         return self.shape.expanded_bytes if self.expands_whole else self.shape.least_expanded_bytes
+
+    def waiting_rows(self, left: int) -> int:
+        """Rows that wait for each other; `left` is what weights and temporaries leave of the device.
+
+        None where layers are expanded whole, under `batch-invariant`, whose mode is of one thread, and on the CPU, where
+        each thread that computes has further ones.
+        """
+        if self.expands_whole or self.on_cpu or self.policy.batch_invariant:
+            return 0
+        room = int(_WAITING_PART * left) - WAITING_BATCHES * _THREAD_BYTES
+        return max(0, room // max(1, self.shape.waiting_row_bytes))
+
+    def waiting(self, rows: int) -> int:
+        """What so many rows take that wait for each other."""
+        return rows * self.shape.waiting_row_bytes + WAITING_BATCHES * _THREAD_BYTES if rows else 0
 
     def device_weights(self, weights: Share) -> int:
         return self._kept_weights(weights) + self.expanded

@@ -88,6 +88,8 @@ class _Planner:
         own_rows = self.demand.own_rows(rows, device)
         beside_weights = device
         device -= self.demand.needed(own_rows, beside_weights)
+        waiting_rows = self.demand.waiting_rows(device)
+        device -= self.demand.waiting(waiting_rows)
         if self.memory.shared:
             host -= self.demand.work(own_rows, beside_weights)
         if not self.on_cpu:
@@ -111,6 +113,7 @@ class _Planner:
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
             admission=self._admission(weights),
             rows_between_fetches=self._rows_between_fetches(),
+            waiting_rows=waiting_rows,
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),

@@ -81,12 +81,23 @@ def least_expanded_bytes(model: CausalModel, unit: Unit, codec: Codec | None) ->
     return others + group_bytes(model, stacks)
 
 
+def _waiting_width(model: CausalModel, names: Iterable[str], choices: int) -> int:
+    """Numbers of a row that waits for experts, of these parameters, and of what they make of it."""
+    widths: dict[str, int] = {}
+    for name in names:
+        like, module = model.state[name], name.rpartition(".")[0]
+        widths[module] = widths.get(module, 0) + like[0].numel() // model.hidden_size
+    # As it is, normed, beside the others', as their sum, and behind a shared expert.
+    return 5 * model.hidden_size + choices * (model.hidden_size + max(widths.values()))
+
+
 def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
     """Sizes that the planner needs, with weights kept as `codec` has them, keys and values as `cache_codec` has."""
     config = model.config.get_text_config()
     sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
     coded = [unit for unit in model.units if encoded_names(model, unit, codec)]
     whole = {unit.name: sum(whole_sizes(model, unit).values()) for unit in coded}
+    stacks = [name for unit in coded for name in stack_names(model, unit, codec)]
     least = [least_expanded_bytes(model, unit, codec) for unit in coded]
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
@@ -112,5 +123,6 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
         is_plain=model.is_plain,
         reads_in_place=model.reads_in_place,
+        waiting_row_bytes=item * _waiting_width(model, stacks, experts) if stacks else 0,
         work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
     )

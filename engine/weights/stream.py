@@ -159,6 +159,10 @@ class WeightStream:
         self._prefetch(placed)
         self._num_passed = step + 1
 
+    def expands_experts(self, step: int) -> bool:
+        """Whether experts of layer `step` are expanded some at a time, by whoever computes them."""
+        return bool(self._by_step[step].stacks)
+
     def whole(self, step: int) -> AbstractContextManager[None]:
         """Inside, all experts of layer `step`, which is acquired, are parameters, as stock layers need them.
 

@@ -145,7 +145,8 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
     tokens = load.prefill_tokens + load.num_requests * steps
     hidden = tokens * sizes.hidden_row_bytes * sizes.num_layers * (1 - plan.activations.gpu / 100)
     shared_rows = load.num_runs * load.shared * steps
-    batches = sweeps if plan.expands_whole else max(sweeps, math.ceil(tokens / plan.limits.rows_per_batch))
+    at_once_rows = max(plan.limits.rows_per_batch, plan.limits.waiting_rows)
+    batches = sweeps if plan.expands_whole else max(sweeps, math.ceil(tokens / at_once_rows))
     expanded = sweeps * (sizes.expanded_bytes - sizes.expert_bytes) + batches * sizes.expert_bytes
     return Work(
         sweeps=sweeps,

@@ -39,8 +39,16 @@ def experts(
     if hidden_states.is_meta:
         return torch.empty_like(hidden_states)
     context: SweepContext = module.__dict__["sweeping"]
+    if context.joint is not None:
+        return context.joint.ask(module, hidden_states, top_k_index, top_k_weights)
+    return compute(module, hidden_states, top_k_index, top_k_weights)
+
+
+def compute(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What `experts` returns, at once."""
+    context: SweepContext = module.__dict__["sweeping"]
     with context.apart():
-        return mixture(_matrices(module), hidden_states, top_k_index, top_k_weights)
+        return mixture(_matrices(module), hidden, index, weights)
 
 
 def take_experts(model: PreTrainedModel) -> list[PreTrainedConfig]:

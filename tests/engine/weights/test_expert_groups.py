@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import companies
 import models
 import packers
+import parity
 import pytest
 import torch
 from parity import JOBS, POLICIES
+from transformers import AutoModelForCausalLM
 
 from engine import Completion, Engine, Job
 from engine.errors import CapacityError
 from engine.kernels.grouped.stack import Stack
+from engine.model.experts.joint import JointExperts
+from engine.planning.demand import Demand
 from engine.weights.encoded.expansion import Expansion
 
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [8, 16]}
@@ -73,6 +78,54 @@ def test_bits_depend_on_no_company(name: str, tmp_path: Path, request: pytest.Fi
     request.getfixturevalue("some_at_a_time")
     together = answers(directory, {**settings, "gpu-batch-size": 2, "num-gpu-batches": 2}, SOME)
     assert [companies.bits(each) for each in together] == expected
+
+
+@pytest.mark.usefixtures("some_at_a_time")
+@pytest.mark.parametrize(("name", "policy"), [("mxfp4", "thirds"), ("float8 in blocks", "disk"), ("int4", "small")])
+def test_micro_batches_that_wait_for_each_other_answer_as_transformers(
+    name: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever hidden states, keys and values lie meanwhile."""
+    directory = MODELS[name](tmp_path / "model")
+    monkeypatch.setattr(Demand, "waiting_rows", lambda self, left: 150)
+    joined: list[int] = []
+    answer = JointExperts._answer
+    monkeypatch.setattr(JointExperts, "_answer", lambda self, asked: (joined.append(len(asked)), answer(self, asked)))
+    settings = settings_of(name, policy, tmp_path, **{"gpu-batch-size": 2, "num-gpu-batches": 6})
+    expected = parity.expect(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
+    with Engine.from_pretrained(str(directory), policy=settings) as engine:
+        assert parity.differences(expected, engine.run(JOBS))[0] == []
+    assert max(joined) > 2
+
+
+@pytest.mark.usefixtures("some_at_a_time")
+def test_experts_are_expanded_once_for_all_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in a sweep, if there is room for all; and where there is none after all, for each micro-batch."""
+    taken: Counter[str] = Counter()
+    take = Expansion._take
+    monkeypatch.setattr(
+        Expansion, "_take", lambda self, name, *others: (taken.update([name]), take(self, name, *others))[1]
+    )
+    monkeypatch.setattr(Demand, "waiting_rows", lambda self, left: 1000)
+    directory = MODELS["mxfp4"](tmp_path / "model")
+    settings = settings_of("mxfp4", "host", tmp_path, **{"gpu-batch-size": 1, "num-gpu-batches": 8})
+    jobs = [Job(prompt=[*range(20 + number, 60)], max_new_tokens=1) for number in range(8)]
+    with Engine.from_pretrained(str(directory), policy=settings) as engine:
+        done = engine.run(jobs)
+        assert set(taken.values()) == {engine.parts.model.config.num_local_experts}
+        taken.clear()
+        answer = JointExperts._answer
+
+        def no_room(*_: Any) -> None:
+            monkeypatch.setattr(JointExperts, "_answer", answer)
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(JointExperts, "_answer", no_room)
+        again = engine.run(jobs)
+        assert min(taken.values()) > 2 * engine.parts.model.config.num_local_experts
+        assert engine.parts.executor.limits.waiting_rows == 0
+        assert engine.parts.executor.limits.rows_per_batch == engine.parts.plan.limits.rows_per_batch
+    assert [each.tokens for each in again] == [each.tokens for each in done]
 
 
 @pytest.mark.usefixtures("some_at_a_time")
