@@ -108,8 +108,8 @@ class Demand:
     def waiting_rows(self, left: int) -> int:
         """Rows that wait for each other; `left` is what weights and temporaries leave of the device.
 
-        None where layers are expanded whole, under `batch-invariant`, whose mode is of one thread, and on the CPU, where
-        each thread that computes has further ones.
+        None where layers are expanded whole, under `batch-invariant`, whose mode is of one thread, and on the CPU,
+        where each thread that computes has further ones.
         """
         if self.expands_whole or self.on_cpu or self.policy.batch_invariant:
             return 0
