@@ -121,7 +121,13 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
         loading = fill(store)
         store.claim_disk()
         group = Group(member, device) if member is not None and member.gather else None
-        stream = WeightStream(store, group, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
+        stream = WeightStream(
+            store,
+            group,
+            overlap=policy.overlap,
+            read_ahead_bytes=plan.read_ahead_bytes,
+            experts_apart=plan.experts_apart,
+        )
         cache = KVCache(
             model.kv_shapes,
             dtype,

@@ -22,9 +22,12 @@ _BESIDE_ROW_BYTES = 2048
 _EXPANDED_PART = 0.5
 """Of the device memory that weights, layers in transit and a small micro-batch leave, what a layer may take that is
 expanded with all its experts, once a sweep. Else these are expanded some at a time, and again for each micro-batch."""
-_WAITING_PART = 0.25
+_TRANSIT_PART = 0.5
+"""Of the device memory that weights leave, what layers in transit may take. Where they would take more, experts come
+apart from them."""
+_WAITING_PART = 0.5
 """Of the device memory that weights and a micro-batch's temporaries leave, what micro-batches may hold that wait for
-each other where a layer computes experts."""
+each other where a layer computes experts; where experts come apart, a sweep has no more rows than that."""
 _THREAD_BYTES = 32 << 20
 """Memory that a card's libraries keep for each thread that multiplies."""
 _FRAGMENTATION = 0.04
@@ -50,16 +53,25 @@ class Demand:
         self.shape, self.policy, self.memory, self.on_cpu = shape, policy, memory, on_cpu
         self.sharing = sharing
         self.weights = WeightBytes(shape, sharing)
-        self.expands_whole = shape.expanded_bytes <= max(shape.least_expanded_bytes, _EXPANDED_PART * self._left())
+        self.experts_apart = False
+        share = self._likely_share()
+        most = max(shape.least_expanded_bytes, _EXPANDED_PART * self._left(share))
+        self.expands_whole = shape.expanded_bytes <= most
         """Whether encoded experts are expanded with their layer, once a sweep; else some at a time, when used."""
+        can_wait = not (self.expands_whole or sharing.gather or on_cpu or policy.batch_invariant)
+        room = self.device_room(share.gpu) - self.weights.of_one(share.gpu)
+        self.experts_apart = can_wait and self.slots(share) > _TRANSIT_PART * room
+        """Whether those are brought some at a time, too, since layers in transit would take too much."""
 
-    def _left(self) -> int:
-        """Device memory for expanded layers: beside the policy's weights, or all if they fit, else none."""
-        shares = [self.policy.weights] if self.policy.weights else [Share(gpu=100, cpu=0), Share(gpu=0, cpu=100)]
-        left = [
-            self.device_room(each.gpu) - self._kept_weights(each) - self.needed(SMALL_BATCH_ROWS) for each in shares
-        ]
-        return next((each for each in left if each >= self.shape.least_expanded_bytes), left[-1])
+    def _likely_share(self) -> Share:
+        """The policy's weights; without any, all on the device where they fit, else none."""
+        resident = Share(gpu=100, cpu=0)
+        fits = self._left(resident) >= self.shape.least_expanded_bytes
+        return self.policy.weights or (resident if fits else Share(gpu=0, cpu=100))
+
+    def _left(self, weights: Share) -> int:
+        """Device memory that these weights leave for expanded layers, beside a small micro-batch."""
+        return self.device_room(weights.gpu) - self._kept_weights(weights) - self.needed(SMALL_BATCH_ROWS)
 
     def device_room(self, gpu: float) -> int:
         """What the device tier may take when `gpu` percent of the weights are there.
@@ -98,7 +110,7 @@ class Demand:
         if weights.gpu >= 100:
             return 0
         # A parameter cut by the border passes through the slot whole: at most one per unit, so at most a unit.
-        return SLOTS * max(self.shape.unit_bytes)
+        return SLOTS * (self.shape.apart_bytes if self.experts_apart else max(self.shape.unit_bytes))
 
     @property
     def expanded(self) -> int:

@@ -52,6 +52,8 @@ class Plan:
 
     expands_whole: bool = True
     """Encoded experts are expanded with their layer, once a sweep; else some at a time, for each micro-batch."""
+    experts_apart: bool = False
+    """Those are brought to the device some at a time, too, apart from what else their layer has."""
     is_tight: bool = False
     """The weights leave less device memory than the worst-case workspace; the plan may run out of memory."""
 
@@ -109,7 +111,10 @@ class _Planner:
             reads_on_host=self.policy.cpu_cache_compute and self.shape.is_plain and not self.policy.batch_invariant,
             gap_rows=_GAP_BYTES // self.demand.stored_row_bytes(),
             reads_in_place=self.shape.reads_in_place,
-            rows_per_sweep=hidden_rows,
+            # Experts that are brought apart come once for all that wait for each other.
+            rows_per_sweep=min(hidden_rows, waiting_rows)
+            if self.demand.experts_apart and waiting_rows
+            else hidden_rows,
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
             admission=self._admission(weights),
             rows_between_fetches=self._rows_between_fetches(),
@@ -127,6 +132,7 @@ class _Planner:
             limits=limits,
             read_ahead_bytes=self.demand.read_ahead(weights),
             expands_whole=self.demand.expands_whole,
+            experts_apart=self.demand.experts_apart,
             is_tight=device < 0,
         )
 

@@ -8,7 +8,9 @@ import torch
 
 from engine.checkpoint.config import count_of
 from engine.kernels.codec import GROUP, Codec
+from engine.memory.layout import align
 from engine.model.causal_model import CausalModel
+from engine.model.experts.interface import matrix_names
 from engine.model.unit import Unit
 from engine.planning.model_shape import ModelShape
 
@@ -17,6 +19,8 @@ _CODED_PART = 0.01
 exact."""
 GROUP_BYTES = 256 << 20
 """Most that experts' numbers take which are expanded at a time; those of one expert may be more."""
+_GAPS = 1 << 10
+"""Between the parts of experts in a slot, at most."""
 _SCORE_COPIES = 3
 """Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
 
@@ -81,14 +85,29 @@ def least_expanded_bytes(model: CausalModel, unit: Unit, codec: Codec | None) ->
     return others + group_bytes(model, stacks)
 
 
+def apart_bytes(model: CausalModel, unit: Unit, codec: Codec | None) -> int:
+    """The most of a unit's stored bytes that passes through a slot at once, experts by themselves, some at a time."""
+    sizes, stacks = stored_sizes(model, unit, codec), stack_names(model, unit, codec)
+    likes = {name: model.state[name] for name in stacks}
+    groups = [sizes[name] * experts_at_once(like) // len(like) for name, like in likes.items()]
+    return max(sum(align(size) for name, size in sizes.items() if name not in stacks), *groups, 0) + _GAPS
+
+
 def _waiting_width(model: CausalModel, names: Iterable[str], choices: int) -> int:
-    """Numbers of a row that waits for experts, of these parameters, and of what they make of it."""
-    widths: dict[str, int] = {}
+    """Numbers of a row that waits for experts, of these parameters, and of what is made of it meanwhile.
+
+    By kernels, as on cards in 16 bits: an inner row, and a row of the result, for each choice.
+    """
+    owners = {name: module for unit in model.units for name, (module, _) in unit.owners.items()}
+    widest = 0
     for name in names:
-        like, module = model.state[name], name.rpartition(".")[0]
-        widths[module] = widths.get(module, 0) + like[0].numel() // model.hidden_size
+        module, hidden = owners[name], model.hidden_size
+        first, second = (model.state[f"{name.rpartition('.')[0]}.{each}"] for each in matrix_names(module))
+        between, inner = first[0].numel() // hidden, second[0].numel() // hidden
+        is_fused = model.dtype.itemsize == 2 and module.__dict__["gating"] is not None
+        widest = max(widest, hidden + inner if is_fused else 4 * hidden + between + inner)
     # As it is, normed, beside the others', as their sum, and behind a shared expert.
-    return 5 * model.hidden_size + choices * (model.hidden_size + max(widths.values()))
+    return 5 * model.hidden_size + choices * widest
 
 
 def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
@@ -123,6 +142,11 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
         is_plain=model.is_plain,
         reads_in_place=model.reads_in_place,
+        apart_bytes=max(
+            head, *(apart_bytes(model, unit, codec) for unit in model.units if unit.name.startswith("layer."))
+        )
+        if stacks
+        else 0,
         waiting_row_bytes=item * _waiting_width(model, stacks, experts) if stacks else 0,
         work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
     )

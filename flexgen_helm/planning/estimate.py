@@ -178,7 +178,7 @@ def room_taken(
     placed = sizes.placed(units, policy)
     weights: dict[Tier, int] = {tier: sum(tiers[tier] for tiers in units.values()) for tier in TIERS}
     coded = sizes.coded[policy.compress_weight, policy.compress_cache]
-    largest = max(coded.stored.values())
+    largest = coded.shape.apart_bytes if plan.experts_apart else max(coded.stored.values())
     in_transit = GATHER_SLOTS * largest if sharing.gather else SLOTS * largest if placed.streamed_bytes else 0
     expanded = coded.shape.expanded_bytes if plan.expands_whole else coded.shape.least_expanded_bytes
     taken = weights | {"device": weights["device"] + in_transit + expanded}

@@ -15,7 +15,7 @@ class Stack:
     shape: torch.Size
     dtype: torch.dtype
     at_once: int
-    """How many experts may be taken at once."""
+    """How many experts may be taken at once, of which the first is a multiple of this."""
     take: Callable[[int, int], torch.Tensor]
     """Matrices `[end - first, rows, columns]` of experts `first` to `end`; of codes, until others are taken."""
 
@@ -32,14 +32,14 @@ class Stack:
         return Stack(shape, self.dtype, self.at_once, lambda first, end: self.take(first, end).mT)
 
     def groups(self, counts: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
-        """First and end of consecutive experts that may be taken at once.
+        """First and end of consecutive experts that may be taken at once, between multiples of `at_once`.
 
         counts: rows of each expert, as far as they are known; experts without rows are in no group.
         """
         first, count = 0, self.shape[0]
         while first < count:
-            end = first
-            while end < min(count, first + self.at_once) and (counts is None or counts[end]):
+            end, border = first, min(count, (first // self.at_once + 1) * self.at_once)
+            while end < border and (counts is None or counts[end]):
                 end += 1
             if end > first:
                 yield first, end

@@ -62,18 +62,23 @@ class PackedParameter:
         part = self.parts[source]
         return self._extents[part.name].first + part.first * self.matrix.parts[part.name].num_bytes
 
-    def decode(self, stored: torch.Tensor, values: torch.Tensor, first_element: int = 0) -> None:
-        """Write numbers that `stored` bytes stand for, those of whole matrices from `first_element` on, into `values`.
+    def ranges(self, first_element: int, num_elements: int) -> list[tuple[int, int]]:
+        """Where in the stored bytes the parts of consecutive numbers lie, which are those of whole matrices."""
+        size = self.matrix.rows * self.matrix.columns
+        first, count = first_element // size, num_elements // size
+        begins = [(self._extents[name].first, form.num_bytes) for name, form in self.matrix.parts.items()]
+        return [(begin + first * each, begin + (first + count) * each) for begin, each in begins]
 
-        stored: uint8, of the whole parameter. values: flat.
-        """
+    def decode(self, stored: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the numbers that `stored` bytes, of the whole parameter, stand for into flat `values`."""
+        self.decode_parts([stored[first:end] for first, end in self.ranges(0, values.numel())], values)
+
+    def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
+        """Write the numbers of some matrices, whose stored bytes lie as `ranges` says, into flat `values`."""
         rows, columns = self.matrix.rows, self.matrix.columns
-        first, count = first_element // (rows * columns), values.numel() // (rows * columns)
-        tensors = {}
-        for name, form in self.matrix.parts.items():
-            begin = self._extents[name].first + first * form.num_bytes
-            part = stored[begin : begin + count * form.num_bytes]
-            tensors[name] = part.view(form.dtype).view(count, *form.shape)
+        count = values.numel() // (rows * columns)
+        named = zip(self.matrix.parts.items(), parts, strict=True)
+        tensors = {name: part.view(form.dtype).view(count, *form.shape) for (name, form), part in named}
         if self.is_transposed:
             self.matrix.fill(tensors, values.view(count, columns, rows).transpose(1, 2))
         else:

@@ -124,7 +124,7 @@ def is_understood(module: nn.Module) -> bool:
 def _matrices(module: nn.Module) -> Matrices:
     """Views of the parameters of a module that is understood, which may be bound anew for each sweep."""
     told: Any = module
-    first, second = (_stack(module, name) for name in matrix_names(module))
+    first, second = (stack_of(module, name) for name in matrix_names(module))
     first_bias = (told.gate_up_proj_bias if told.has_gate else told.up_proj_bias) if told.has_bias else None
     second_bias = told.down_proj_bias if told.has_bias else None
     if not told.is_transposed:
@@ -154,7 +154,8 @@ def bind_stack(module: nn.Module, name: str, stack: Stack | None) -> None:
         stacks[name] = stack
 
 
-def _stack(module: nn.Module, name: str) -> Stack:
+def stack_of(module: nn.Module, name: str) -> Stack:
+    """The matrices of this name that `experts` takes: those that were bound, else the parameter."""
     found: Stack | None = module.__dict__.get("stacks", {}).get(name)
     return Stack.of(getattr(module, name)) if found is None else found
 

@@ -19,9 +19,13 @@ from transformers import AutoModelForCausalLM
 from engine import Completion, Engine, Job
 from engine.errors import CapacityError
 from engine.kernels.grouped.stack import Stack
+from engine.memory.layout import Extent
 from engine.model.experts.joint import JointExperts
 from engine.planning.demand import Demand
 from engine.weights.encoded.expansion import Expansion
+from engine.weights.slots import Slots
+from engine.weights.stored_form import shape_of
+from engine.weights.stream import WeightStream
 
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [8, 16]}
 INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True}
@@ -42,6 +46,20 @@ def some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.weights.stored_form.GROUP_BYTES", 1)
 
 
+@pytest.fixture
+def apart(some_at_a_time: None, monkeypatch: pytest.MonkeyPatch) -> list[WeightStream]:
+    """Experts pass through the slots by themselves, though there is room for their layer; streams that were made."""
+    made: list[WeightStream] = []
+    plain = WeightStream.__init__
+
+    def make(self: WeightStream, *given: Any, **others: Any) -> None:
+        made.append(self)
+        plain(self, *given, **{**others, "experts_apart": True})
+
+    monkeypatch.setattr(WeightStream, "__init__", make)
+    return made
+
+
 def settings_of(name: str, policy: str, tmp_path: Path, **others: Any) -> dict[str, Any]:
     compression = {"compress-weight": 4} if name == "codes" else {}
     return {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path / "off"), **compression, **others}
@@ -51,7 +69,6 @@ def answers(directory: Path, settings: dict[str, Any], jobs: list[Job], *, whole
     with Engine.from_pretrained(str(directory), policy=settings) as engine:
         done = engine.run(jobs)
         assert engine.parts.plan.expands_whole is whole
-        assert all(placed.is_read_late for placed in engine.parts.weights.placed.values() if placed.stacks)
         assert any(placed.stacks for placed in engine.parts.weights.placed.values()) is not whole
         return done
 
@@ -106,10 +123,7 @@ def test_experts_are_expanded_once_for_all_that_wait(tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         Expansion,
         "_take",
-        lambda self, name, stored, first, end: (
-            taken.update([(name, first)]),
-            take(self, name, stored, first, end),
-        )[1],
+        lambda self, extent, *others: (taken.update([(extent.name, others[-2])]), take(self, extent, *others))[1],
     )
     monkeypatch.setattr(Demand, "waiting_rows", lambda self, left: 1000)
     directory = MODELS["mxfp4"](tmp_path / "model")
@@ -133,10 +147,48 @@ def test_experts_are_expanded_once_for_all_that_wait(tmp_path: Path, monkeypatch
     assert [each.tokens for each in again] == [each.tokens for each in done]
 
 
-@pytest.mark.usefixtures("some_at_a_time")
-@pytest.mark.parametrize("name", ["mxfp4", "codes"])
-def test_stock_layers_are_compared_with_all_experts(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "policy"), [*zip(MODELS, ("disk", "thirds", "host", "small"), strict=True)])
+def test_bits_are_the_same_where_experts_pass_by_themselves(
+    name: str, policy: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    directory, settings = MODELS[name](tmp_path / "model"), settings_of(name, policy, tmp_path)
+    expected = answers(directory, settings, SOME, whole=True)
+    request.getfixturevalue("apart")
+    found = answers(directory, settings, SOME)
+    assert [companies.bits(each) for each in found] == [companies.bits(each) for each in expected]
+
+
+def test_experts_that_pass_by_themselves_come_once_in_a_sweep(
+    apart: list[WeightStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all micro-batches that wait for each other; and slots are as large as the largest of what passes."""
+    copied: Counter[int] = Counter()
+    copy = Slots._copy
+    monkeypatch.setattr(
+        Slots, "_copy", lambda self, portion, target: (copied.update([id(portion)]), copy(self, portion, target))
+    )
+    monkeypatch.setattr(Demand, "waiting_rows", lambda self, left: 1000)
+    directory = packers.save_mxfp4(tmp_path / "model", num_local_experts=16)
+    settings = settings_of("mxfp4", "host", tmp_path, **{"gpu-batch-size": 1, "num-gpu-batches": 8})
+    jobs = [Job(prompt=[*range(20 + number, 60)], max_new_tokens=1) for number in range(8)]
+    with Engine.from_pretrained(str(directory), policy=settings) as engine:
+        engine.run(jobs)
+        config, shape = engine.parts.model.config, shape_of(engine.parts.model)
+        (stream,) = apart
+        copied.clear()
+        engine.run(jobs)
+        assert set(copied.values()) == {1}
+        assert len(copied) == config.num_hidden_layers * (1 + 2 * config.num_local_experts) + 1
+        assert max(map(len, stream._slots.memories)) <= shape.apart_bytes
+    assert shape.apart_bytes < max(shape.unit_bytes)
+
+
+@pytest.mark.parametrize(("name", "how"), [("mxfp4", "apart"), ("codes", "some_at_a_time")])
+def test_stock_layers_are_compared_with_all_experts(
+    name: str, how: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """And with the weight files; what was made for that is gone afterwards."""
+    request.getfixturevalue(how)
     directory = MODELS[name](tmp_path / "model")
     with Engine.from_pretrained(str(directory), policy=settings_of(name, "host", tmp_path)) as engine:
         done = engine.run(SOME)
@@ -155,12 +207,15 @@ def test_stock_layers_are_compared_with_all_experts(name: str, tmp_path: Path) -
 def test_stock_layers_that_find_no_room_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = MODELS["mxfp4"](tmp_path / "model")
 
-    def no_room(*_: Any) -> None:
-        raise torch.OutOfMemoryError
+    def no_room(like: torch.Tensor, **others: Any) -> torch.Tensor:
+        if like.is_meta:
+            raise torch.OutOfMemoryError
+        return empty_like(like, **others)
 
     with Engine.from_pretrained(str(directory), policy=settings_of("mxfp4", "host", tmp_path)) as engine:
         done = engine.run(SOME[:1])
-        monkeypatch.setattr(Expansion, "_decode", no_room)
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", no_room)
         with pytest.raises(CapacityError, match=r"layer\.0: its experts .*gpu-memory"):
             engine.compare_with_stock(SOME[:1], done)
 
@@ -171,9 +226,9 @@ def test_only_experts_that_were_chosen_are_expanded(tmp_path: Path, monkeypatch:
     taken: list[tuple[str, int]] = []
     take = Expansion._take
 
-    def noted(self: Expansion, name: str, stored: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        taken.extend((name, expert) for expert in range(first, end))
-        return take(self, name, stored, first, end)
+    def noted(self: Expansion, extent: Extent, *others: Any) -> torch.Tensor:
+        taken.extend((extent.name, expert) for expert in range(*others[-2:]))
+        return take(self, extent, *others)
 
     monkeypatch.setattr(Expansion, "_take", noted)
     directory = MODELS["int4"](tmp_path / "model")
@@ -209,7 +264,7 @@ def test_memory_for_some_experts_is_enough(tmp_path: Path, monkeypatch: pytest.M
         (None, 9, [(0, 5)]),
         ([1, 1, 1, 1, 1], 2, [(0, 2), (2, 4), (4, 5)]),
         ([0, 3, 1, 0, 2], 9, [(1, 3), (4, 5)]),
-        ([0, 3, 1, 1, 0], 2, [(1, 3), (3, 4)]),
+        ([0, 3, 1, 1, 0], 2, [(1, 2), (2, 4)]),
         ([0, 0, 0, 0, 0], 2, []),
     ],
 )
