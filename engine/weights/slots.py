@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,6 +59,8 @@ class Slots:
         count = min(SLOTS if group is None else GATHER_SLOTS, len(portions))
         self._slots = [Slot(index, arena.empty(size, "device")) for index in range(count)]
         self._next = {id(a): b for a, b in pairwise([*portions, *portions[:1]])}
+        self._skipped: set[int] = set()
+        """Portions that nobody will ask for when their turn comes next."""
         self._number = {id(portion): number for number, portion in enumerate(portions)}
         self._reader: SweepReader | None = None
         if any(portion.placed.split.disk for portion in portions):
@@ -102,15 +104,20 @@ class Slots:
 
     def prefetch(self, portion: Portion) -> None:
         """Fetch those that follow one, in their order, as far as there are slots that neither it nor they are in."""
-        kept, following = [portion], self._next[id(portion)]
-        while self._overlap and following is not portion:
+        kept, following = [portion], portion
+        while self._overlap and (following := self._next[id(following)]) is not portion:
+            if id(following) in self._skipped:
+                continue
             if self.slot_with(following) is None:
                 free = (slot for slot in self._slots if not slot.in_use and slot.content not in kept)
                 if (slot := next(free, None)) is None:
                     return
                 self.fetch(following, slot)
             kept.append(following)
-            following = self._next[id(following)]
+
+    def skip(self, portions: Iterable[Portion], *, skipped: bool = True) -> None:
+        """Fetch no portions of these ahead of their turn; or do so again."""
+        (self._skipped.update if skipped else self._skipped.difference_update)(map(id, portions))
 
     def prefetch_behind(self, portion: Portion) -> None:
         """Fetch those that follow one which is needed no more, into its slot, too."""
@@ -125,7 +132,8 @@ class Slots:
         """The slot that a portion is in, or is being brought to from now on."""
         slot = self.slot_with(portion)
         if slot is None:
-            slot = next(slot for slot in self._slots if not slot.in_use)
+            free = [slot for slot in self._slots if not slot.in_use]
+            slot = min(free, key=lambda slot: slot.content is not None and id(slot.content) not in self._skipped)
             self.fetch(portion, slot)
         return slot
 

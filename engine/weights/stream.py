@@ -131,6 +131,7 @@ class WeightStream:
     def release(self, step: int) -> None:
         """Tell that layer `step` has computed; its slot may be filled anew."""
         placed, portion = self._by_step[step], self._portions[step]
+        self._slots.skip(self._expansion.portions(placed), skipped=False)
         slot = self._slots.slot_with(portion)
         if slot is None or not self._is_read_late(placed):
             return

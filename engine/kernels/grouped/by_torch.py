@@ -11,16 +11,22 @@ from engine.kernels.grouped.matrices import Matrices
 from engine.kernels.grouped.stack import Stack
 
 
-def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def mixture(
+    matrices: Matrices,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    counts: list[int] | None = None,
+) -> torch.Tensor:
     """The weighted sum of the experts that each token chose: hidden `[tokens, hidden size]` -> the same shape.
 
     index, weights: `[tokens, choices]`, of experts from 0 on. A choice of an expert that there is not adds nothing.
-    The host waits for the number of rows of each expert.
+    counts: rows of each expert, if the host knows them already; else it waits for them.
     """
     num_choices = index.shape[1]
     chosen = index.flatten()
     order = chosen.sort(stable=True).indices
-    counts = torch.bincount(chosen, minlength=matrices.count).tolist()[: matrices.count]
+    counts = rows_of_experts(index, matrices.count) if counts is None else counts
     rows = hidden[order.div(num_choices, rounding_mode="floor")].to(matrices.first.dtype)
     between = _products(rows, matrices.first, matrices.first_bias, counts)
     inner = matrices.activation(between)
@@ -30,6 +36,12 @@ def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weigh
     terms = places.unflatten(0, (-1, num_choices)) * weights[..., None]
     summed: torch.Tensor = terms.sum(dim=1).to(hidden.dtype)
     return summed
+
+
+def rows_of_experts(index: torch.Tensor, count: int) -> list[int]:
+    """How many rows each of so many experts has; the host waits for it."""
+    rows: list[int] = torch.bincount(index.flatten(), minlength=count).tolist()
+    return rows[:count]
 
 
 def _products(rows: torch.Tensor, stack: Stack, biases: torch.Tensor | None, counts: list[int]) -> torch.Tensor:

@@ -18,6 +18,8 @@ class Stack:
     """How many experts may be taken at once, of which the first is a multiple of this."""
     take: Callable[[int, int], torch.Tensor]
     """Matrices `[end - first, rows, columns]` of experts `first` to `end`; of codes, until others are taken."""
+    expect: Callable[[list[tuple[int, int]]], None] | None = None
+    """Told which groups will be taken next, before the first is, saves bringing the others; None: all are there."""
 
     @classmethod
     def of(cls, numbers: torch.Tensor) -> Stack:
@@ -29,7 +31,7 @@ class Stack:
         """The transposed matrices."""
         experts, rows, columns = self.shape
         shape = torch.Size((experts, columns, rows))
-        return Stack(shape, self.dtype, self.at_once, lambda first, end: self.take(first, end).mT)
+        return Stack(shape, self.dtype, self.at_once, lambda first, end: self.take(first, end).mT, self.expect)
 
     def groups(self, counts: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
         """First and end of consecutive experts that may be taken at once, between multiples of `at_once`.

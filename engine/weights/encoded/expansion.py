@@ -98,7 +98,8 @@ class Expansion:
         for name in placed.stacks:
             like = self._model.state[name]
             take = partial(self._take, extents[name], portion, slot, slots)
-            bind_stack(*placed.unit.owners[name], Stack(like.shape, like.dtype, experts_at_once(like), take))
+            expect = partial(self._expect, name, slots) if name in self._apart else None
+            bind_stack(*placed.unit.owners[name], Stack(like.shape, like.dtype, experts_at_once(like), take, expect))
 
     def _take(
         self, extent: Extent, portion: Portion, memory: torch.Tensor, slots: Slots, first: int, end: int
@@ -117,6 +118,12 @@ class Expansion:
             slots.free(slot)
             slots.prefetch_behind(portion)
         return values.view(end - first, *like.shape[1:])
+
+    def _expect(self, name: str, slots: Slots, groups: list[tuple[int, int]]) -> None:
+        """Experts that are brought apart: those in no group are not brought, in this sweep."""
+        most = experts_at_once(self._model.state[name])
+        taken = {first // most for first, _ in groups}
+        slots.skip(portion for number, portion in enumerate(self._apart[name]) if number not in taken)
 
     def _decode(
         self, extent: Extent, portion: Portion, slot: torch.Tensor, values: torch.Tensor, first_element: int = 0

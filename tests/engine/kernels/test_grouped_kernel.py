@@ -49,6 +49,8 @@ for activation, gating, has_bias in cases:
         kernel._sizes.cache_clear()
         found = kernel.mixture(matrices, hidden[taken], index[taken], weights[taken])
         torch.testing.assert_close(found.double(), expected[taken], rtol=5e-3, atol=5e-3)
+    counts = index[:1].flatten().bincount(minlength=count).tolist()  # groups without rows are left out
+    assert kernel.mixture(matrices, hidden[:1], index[:1], weights[:1], counts).equal(found)
     kernel._TILES = ((16, 16, 64, 4, 5),)
     print("right")
 """

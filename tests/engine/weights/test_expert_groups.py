@@ -22,7 +22,9 @@ from engine.kernels.grouped.stack import Stack
 from engine.memory.layout import Extent
 from engine.model.experts.joint import JointExperts
 from engine.planning.demand import Demand
+from engine.planning.limits import SLOTS
 from engine.weights.encoded.expansion import Expansion
+from engine.weights.portion import Portion
 from engine.weights.slots import Slots
 from engine.weights.stored_form import shape_of
 from engine.weights.stream import WeightStream
@@ -181,6 +183,30 @@ def test_experts_that_pass_by_themselves_come_once_in_a_sweep(
         assert len(copied) == config.num_hidden_layers * (1 + 2 * config.num_local_experts) + 1
         assert max(map(len, stream._slots.memories)) <= shape.apart_bytes
     assert shape.apart_bytes < max(shape.unit_bytes)
+
+
+def test_few_tokens_bring_only_experts_that_were_chosen(
+    apart: list[WeightStream], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that were on their way when the choice became known: no more than there are slots."""
+    copied: list[Portion] = []
+    copy = Slots._copy
+    monkeypatch.setattr(
+        Slots, "_copy", lambda self, portion, target: (copied.append(portion), copy(self, portion, target))
+    )
+    directory = packers.save_mxfp4(tmp_path / "model", num_local_experts=16)
+    settings = settings_of("mxfp4", "host", tmp_path)
+    jobs = [Job(prompt=[*range(20, 60)], max_new_tokens=4), Job(prompt=[20], max_new_tokens=6)]
+    with Engine.from_pretrained(str(directory), policy=settings) as engine:
+        together = engine.run(jobs)
+        copied.clear()
+        (done,) = engine.run(jobs[1:])
+        config = engine.parts.model.config
+        num_moved = sum(portion not in apart[0]._portions for portion in copied)
+    assert done.tokens == together[1].tokens
+    each, num_sweeps = 2 * (config.num_experts_per_tok + SLOTS), len(done.tokens)
+    assert 0 < num_moved <= num_sweeps * config.num_hidden_layers * each
+    assert each < 2 * config.num_local_experts / 2
 
 
 @pytest.mark.parametrize(("name", "how"), [("mxfp4", "apart"), ("codes", "some_at_a_time")])
