@@ -39,8 +39,8 @@ def experts(
     if hidden_states.is_meta:
         return torch.empty_like(hidden_states)
     context: SweepContext = module.__dict__["sweeping"]
-    if context.joint is not None:
-        return context.joint.ask(module, hidden_states, top_k_index, top_k_weights)
+    if context.ask_experts is not None:
+        return context.ask_experts(module, hidden_states, top_k_index, top_k_weights)
     return compute(module, hidden_states, top_k_index, top_k_weights)
 
 

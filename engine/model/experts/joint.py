@@ -103,7 +103,7 @@ class JointExperts:
             calls[0]()
             return
         forwards = [_Forward(call, self._device) for call in calls]
-        self._context.joint = self
+        self._context.ask_experts = self.ask
         try:
             going = forwards
             while going:
@@ -113,7 +113,7 @@ class JointExperts:
                 going = [forward for forward in going if forward.asked is not None]
                 self._answer([forward.asked for forward in going if forward.asked is not None])
         finally:
-            self._current = self._context.joint = None
+            self._current = self._context.ask_experts = None
             for forward in forwards:
                 forward.end()
 

@@ -44,9 +44,9 @@ def forward(
     states = torch.full((number + 1, 1), float(number))
     log.append(("begins", number))
     for module in modules:
-        assert context.joint is not None
+        assert context.ask_experts is not None
         given = (torch.full((number + 1, 1), value) for value in (10 * number, 100 * number))
-        states = context.joint.ask(module, states, *given)
+        states = context.ask_experts(module, states, *given)
         assert context.batch == number
     assert not torch.is_grad_enabled()
     log.append(("ends", number))
@@ -67,13 +67,13 @@ def test_all_ask_before_any_goes_on() -> None:
         *[("begins", 0), ("begins", 1), ("ends", 1), ("begins", 2), ("begins", 3)],
         *[("Linear", 1 + 3), ("Identity", 4), ("ends", 0), ("ends", 3), ("Identity", 3), ("ends", 2)],
     ]
-    assert context.joint is None
+    assert context.ask_experts is None
 
 
 def test_one_call_needs_no_thread() -> None:
     context, joint = joint_of([])
     threads = []
-    joint.run([lambda: threads.append((threading.current_thread(), context.joint))])
+    joint.run([lambda: threads.append((threading.current_thread(), context.ask_experts))])
     assert threads == [(threading.main_thread(), None)]
 
 
@@ -93,7 +93,7 @@ def test_an_error_ends_all(when: str) -> None:
     calls: list[Callable[[], None]] = [partial(forward, context, found, log, number, modules) for number in (0, 2)]
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         joint.run([calls[0], fails, calls[1]])
-    assert context.joint is None
+    assert context.ask_experts is None
     assert [*found] == ([] if when == "before" else [0, 1])
     found.clear()
     joint.run(calls)
