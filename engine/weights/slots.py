@@ -97,7 +97,8 @@ class Slots:
             slot.released = accelerator.current_stream(self._device).record_event()
 
     def free_all(self) -> None:
-        """Let all slots be filled anew."""
+        """Let all slots be filled anew, and fetch all portions when their turn comes."""
+        self._skipped.clear()
         for slot in self._slots:
             if slot.in_use:
                 self.free(slot)

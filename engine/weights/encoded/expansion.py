@@ -86,13 +86,9 @@ class Expansion:
         placed = portion.placed
         extents = {extent.name: extent for extent in placed.extents}
         for place in placed.expanded:
-            memory, extent, like = (
-                self._memory[place.first : place.end],
-                extents[place.name],
-                self._model.state[place.name],
-            )
+            memory, extent = self._memory[place.first : place.end], extents[place.name]
             if place.name in placed.coded:
-                self._decode(extent, portion, slot, memory.view(like.dtype))
+                self._decode(extent, portion, slot, memory.view(self._model.state[place.name].dtype))
             else:
                 memory.copy_(stored_bytes(portion, slot, extent.first, extent.end))
         for name in placed.stacks:
@@ -120,10 +116,11 @@ class Expansion:
         return values.view(end - first, *like.shape[1:])
 
     def _expect(self, name: str, slots: Slots, groups: list[tuple[int, int]]) -> None:
-        """Experts that are brought apart: those in no group are not brought, in this sweep."""
+        """Have experts that are brought apart left out, but for those of some groups, until their layer is computed."""
         most = experts_at_once(self._model.state[name])
         taken = {first // most for first, _ in groups}
-        slots.skip(portion for number, portion in enumerate(self._apart[name]) if number not in taken)
+        for number, portion in enumerate(self._apart[name]):
+            slots.skip([portion], skipped=number not in taken)
 
     def _decode(
         self, extent: Extent, portion: Portion, slot: torch.Tensor, values: torch.Tensor, first_element: int = 0
