@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import companies
 import models
+import packers
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from engine import Engine, Job
 from engine.kernels.grouped import mixture
 from engine.kernels.grouped.stack import Stack
 from engine.memory import accelerator
@@ -97,3 +101,27 @@ def test_some_experts_at_a_time_are_no_bit_different(family: str, dtype: torch.d
         bind_stack(module, name, Stack(numbers.shape, dtype, at_once, take))
     for each, whole in zip(given, expected, strict=True):
         assert torch.equal(experts(module, *each), whole)
+
+
+@pytest.mark.parametrize("how", ["some at a time", "apart"])
+def test_an_engine_that_expands_some_experts_at_a_time_answers_with_the_same_bits(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its micro-batches wait for each other there, and the experts of all their rows are computed at once."""
+    directory = packers.save_mxfp4(tmp_path / "model", num_local_experts=16)
+    policy = {"device": "cuda", "dtype": "bfloat16", "percent": [0, 100, 0, 100, 0, 100]}
+    policy |= {"gpu-batch-size": 2, "num-gpu-batches": 6}
+    jobs = [Job(prompt=[*range(20, 60 + 3 * number)], max_new_tokens=5, prompt_logprobs=True) for number in range(9)]
+    with Engine.from_pretrained(str(directory), policy=policy) as engine:
+        assert engine.parts.plan.expands_whole
+        expected = [companies.bits(each) for each in engine.run(jobs)]
+    monkeypatch.setattr("engine.planning.demand._EXPANDED_PART", 0.0)
+    monkeypatch.setattr("engine.planning.demand._TRANSIT_PART", 0.0 if how == "apart" else 1.0)
+    monkeypatch.setattr("engine.weights.stored_form.GROUP_BYTES", 1 << 14)
+    with Engine.from_pretrained(str(directory), policy=policy) as engine:
+        plan = engine.parts.plan
+        assert (plan.expands_whole, plan.experts_apart) == (False, how == "apart")
+        assert plan.limits.waiting_rows > 0
+        for _ in range(2):
+            assert [companies.bits(each) for each in engine.run(jobs)] == expected
+        assert engine.parts.executor.limits.waiting_rows > 0  # it was not short of memory
