@@ -27,7 +27,7 @@ from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy
 from engine.schedule.scheduler import Scheduler
 from engine.text.decoding import Text
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.loading import check_checkpoint, load_checkpoint
 from engine.weights.members.group import Group
 from engine.weights.store import WeightStore
@@ -117,11 +117,17 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     try:
         if plan.uses_disk:
             arena.check_offload_dir()
-        store = WeightStore(model, plan.weights, arena, codec=codec, member=member)
+        store = WeightStore(model, plan.weights, arena, codec=codec, member=member, expands_whole=plan.expands_whole)
         loading = fill(store)
         store.claim_disk()
         group = Group(member, device) if member is not None and member.gather else None
-        stream = WeightStream(store, group, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
+        stream = WeightStream(
+            store,
+            group,
+            overlap=policy.overlap,
+            read_ahead_bytes=plan.read_ahead_bytes,
+            experts_apart=plan.experts_apart,
+        )
         cache = KVCache(
             model.kv_shapes,
             dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.read_ahead import FileSpan, Step, run_steps
 from engine.weights.store import WeightStore
 

@@ -27,9 +27,9 @@ from engine.errors import CheckpointError, EngineError
 from engine.memory import accelerator
 from engine.memory.paths import cache_directory
 from engine.reading import read_json_object
+from engine.weights.encoded.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit
 from engine.weights.read_ahead import Step
 from engine.weights.store import WeightStore
-from engine.weights.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit
 
 _LAYOUT_VERSION = 1
 """Of the directory and of what is in the files; raised whenever an older one must not be read."""
