@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,17 +61,22 @@ class SlowSweep:
         self._command = [sys.executable, "-c", SLOW, "sweep", "-r", *ENTRIES, "-m", "4", "--model", str(model),
                          "--suite", "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1", *more]  # fmt: skip
 
-    def begin(self) -> subprocess.Popen[str]:
-        """Start it, or let it go on."""
+    @contextmanager
+    def begun(self) -> Iterator[subprocess.Popen[str]]:
+        """Start it, or let it go on; it ends with the block, however that does."""
         path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
         environment = {**os.environ, "PYTHONPATH": path}
-        return subprocess.Popen(
+        with subprocess.Popen(
             self._command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def run(self) -> str:
         """Let it come to its end, and return what it prints."""
-        with self.begin() as process:
+        with self.begun() as process:
             told, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
         return told
@@ -103,7 +110,7 @@ def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_da
     """SIGTERM, twice, as `timeout` sends it: the pass at hand ends, its answers are kept, and the command says so."""
     on_disk = ("--percent", "50", "0", "0", "0", "100", "0", "--offload-dir", "offload")
     sweep = SlowSweep(tmp_path / "here", helm_data, tiny_llama, *on_disk)
-    with sweep.begin() as process:
+    with sweep.begun() as process:
         sweep.wait_for_answers(process)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
@@ -130,7 +137,7 @@ def test_a_worker_that_is_killed_costs_no_answer(
     policy = tmp_path / "policy.yaml"
     policy.write_text(json.dumps({"device": devices if len(devices) > 1 else devices[0]}))
     sweep = SlowSweep(tmp_path / "here", helm_data, tiny_llama, "--policy", str(policy))
-    with sweep.begin() as process:
+    with sweep.begun() as process:
         sweep.wait_for_answers(process)
         assert len(sweep.workers) == len(devices)
         os.kill(sweep.workers[-1], signal.SIGKILL)
@@ -156,7 +163,7 @@ def test_a_sweep_without_any_device_left_goes_on_where_it_was(
     sweep, undisturbed = (
         SlowSweep(tmp_path / name, helm_data, tiny_llama, "--policy", str(policy)) for name in ("here", "undisturbed")
     )
-    with sweep.begin() as process:
+    with sweep.begun() as process:
         sweep.wait_for_answers(process)
         (sweep.folder / "broken").touch()
         told, said = process.communicate(timeout=120)
