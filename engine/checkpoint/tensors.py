@@ -24,7 +24,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """
     file_of: dict[str, Path] = {}
     for file in weight_files(path):
-        for name, load in _safetensors(file) if file.suffix == ".safetensors" else _bin(file):
+        for name, load in tensors_of(file):
             if name in file_of:
                 raise CheckpointError(
                     f"{path}: {shown(name)} is in {file_of[name].name} and in {file.name}; which one is meant "
@@ -32,6 +32,11 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
                 )
             file_of[name] = file
             yield name, load
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Yield (name, load) for every tensor of one file, as `tensors` does."""
+    return _safetensors(file) if file.suffix == ".safetensors" else _bin(file)
 
 
 def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.config import check_causal, num_layers, read_config, read_config_file
 from engine.checkpoint.description import ModelDescription, describe
-from engine.checkpoint.hub import resolve
 from engine.checkpoint.window import window_of
 from engine.errors import EngineError
 from flexgen_helm.checking.memory_needs import MemoryNeeds, memory_needs, plan_here
@@ -68,13 +68,13 @@ def examine(model: str) -> Examined:
                 return _refused(model, config, str(error).replace(str(path), str(file)))
             found = _examined(model, config, described, has_weights=False, has_tokenizer=False)
             return replace(found, refusals=tuple(each.replace(folder, str(file)) for each in found.refusals))
-    path = resolve(model, download_weights=False)
-    config = read_config(path)
+    located = locate(model, download_weights=False)
+    config = read_config(located.path)
     try:
         described = describe(model, download_weights=False)
     except EngineError as error:
         return _refused(model, config, str(error))
-    return _examined(model, config, described, has_weights=file.is_dir(), has_tokenizer=True)
+    return _examined(model, config, described, has_weights=located.is_local, has_tokenizer=True)
 
 
 def _described(path: Path, config: Mapping[str, Any]) -> ModelDescription:
