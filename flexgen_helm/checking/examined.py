@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, adapter_folder, read_lora_config
 from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.config import check_causal, num_layers, read_config, read_config_file
 from engine.checkpoint.description import ModelDescription, describe
@@ -117,6 +118,9 @@ def _examined(
     notes, refusals = [], []
     if described.window is None:
         notes.append("no file names a window: give --max-sequence-length to run, sweep or register")
+    if (adapter := adapter_folder(path)) is not None:
+        rank = read_lora_config(adapter / ADAPTER_CONFIG).rank
+        notes.append(f"an adapter (LoRA of rank {rank}) is merged into the weights while loading; the copy has none")
     if not has_weights:
         notes.append("the weight files were not looked at")
     facts = needs = here = words = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,9 +113,7 @@ class Reference:
             description.path, dtype=getattr(torch, place.dtype), trust_remote_code=False
         )
         if (folder := adapter_folder(Path(description.path))) is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+            model = import_module("peft").PeftModel.from_pretrained(model, folder).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(description.path, trust_remote_code=False)
         return cls(model.to(place.device), tokenizer, window=description.window)
 

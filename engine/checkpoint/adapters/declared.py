@@ -92,9 +92,9 @@ def read_lora_config(file: Path) -> LoraConfig:
         value = told.get(key)
         if not any(value is each or (isinstance(value, str) and value == each) for each in known):
             _refuse(file, f"{key} {shown(value)}")
-    known = {*_VALUES, *_HONOURED, *_WITHOUT_EFFECT}
+    understood = {*_VALUES, *_HONOURED, *_WITHOUT_EFFECT}
     # 0 is a layer, where it says something of layers.
-    if strange := [key for key, value in told.items() if key not in known and (value or type(value) is int)]:
+    if strange := [key for key, value in told.items() if key not in understood and (value or type(value) is int)]:
         _refuse(file, f"the field {shown(strange[0])}")
 
     def take(key: str, kind: type[_T] | tuple[type[_T], ...], words: str, default: _T) -> _T:
