@@ -35,6 +35,8 @@ class Examined:
     """Its config.json."""
     window: int | None
     """Most positions of a sequence."""
+    quantization: Mapping[str, Any] | None
+    """What its files say of how it is quantized."""
     facts: ModelFacts | None
     """None where it is refused before that is known; so with the next ones."""
     needs: MemoryNeeds | None
@@ -94,6 +96,7 @@ def _refused(model: str, config: Mapping[str, Any], reason: str) -> Examined:
         model=model,
         config=config,
         window=None,
+        quantization=None,
         facts=None,
         needs=None,
         here=None,
@@ -123,11 +126,11 @@ def _examined(
         notes.append(f"an adapter (LoRA of rank {rank}) is merged into the weights while loading; the copy has none")
     if not has_weights:
         notes.append("the weight files were not looked at")
-    facts = needs = here = words = None
+    facts = needs = here = words = quantization = None
     try:
         dtype = resolve_dtype(described.dtype, described.dtype, "cpu")
         built = CausalModel(path, getattr(torch, dtype), cpu, has_weights=has_weights)
-        facts = model_facts(built)
+        facts, quantization = model_facts(built), built.quantization
         if has_weights:
             check_checkpoint(path, built)
         elif facts.packed:
@@ -154,6 +157,7 @@ def _examined(
         model=model,
         config=config,
         window=described.window,
+        quantization=quantization,
         facts=facts,
         needs=needs,
         here=here,

@@ -16,8 +16,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from engine.errors import UnsupportedError, shown
 from engine.kernels.packed.matrix import PartForm
 
-_SCALES = torch.bfloat16
-"""Type of compressed-tensors' scales, as checkpoints of models in bfloat16 have them."""
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 _MERGED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 Told = Mapping[str, Any]
@@ -53,15 +51,18 @@ class Layout:
         return f"{plain}_{part}" if self.merged else f"{plain.removesuffix('.weight')}.{part}"
 
 
-def layout_of(told: Told) -> Layout:
-    """The layout of a quantization_config; `UnsupportedError` for one that random codes cannot be made of."""
+def layout_of(told: Told, scale_type: torch.dtype = torch.bfloat16) -> Layout:
+    """The layout of a quantization_config; `UnsupportedError` for one that random codes cannot be made of.
+
+    scale_type: of compressed-tensors' scales, which is that of the model's other numbers.
+    """
     method = told.get("quant_method")
     if method == "mxfp4":
         return Layout(_mxfp4, _is_converted(told, "modules_to_not_convert"), merged=True)
     if method == "fp8" and (block := told.get("weight_block_size")):
         return Layout(lambda shape: _blocks(shape, block), _is_converted(told, "modules_to_not_convert"))
     if method == "compressed-tensors":
-        return Layout(_compressed(told), _is_not_ignored(told.get("ignore") or []))
+        return Layout(_compressed(told, scale_type), _is_not_ignored(told.get("ignore") or []))
     raise UnsupportedError(
         f"random codes are not made of {shown(method)} with these settings: they are of mxfp4, of fp8 in blocks, and of "
         "compressed-tensors' pack-quantized, int-quantized and float-quantized with one config group"
@@ -95,7 +96,7 @@ def _blocks(shape: torch.Size, block: tuple[int, int]) -> Forms:
     return {"weight": PartForm(torch.float8_e4m3fn, shape), "weight_scale_inv": PartForm(torch.float32, grid)}
 
 
-def _compressed(told: Told) -> Callable[[torch.Size], Forms]:
+def _compressed(told: Told, scale_type: torch.dtype) -> Callable[[torch.Size], Forms]:
     groups = [*(told.get("config_groups") or {}).values()]
     weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
     layout, strategy, bits = told.get("format"), weights.get("strategy"), weights.get("num_bits")
@@ -118,11 +119,11 @@ def _compressed(told: Told) -> Callable[[torch.Size], Forms]:
         scales = torch.Size((1,) if strategy == "tensor" else (rows, -(-columns // size)))
         if layout != "pack-quantized":
             dtype = torch.int8 if layout == "int-quantized" else torch.float8_e4m3fn
-            return {"weight": PartForm(dtype, shape), "weight_scale": PartForm(_SCALES, scales)}
+            return {"weight": PartForm(dtype, shape), "weight_scale": PartForm(scale_type, scales)}
         words = torch.Size((rows, -(-columns * bits // 32)))
         return {
             "weight_packed": PartForm(torch.int32, words),
-            "weight_scale": PartForm(_SCALES, scales),
+            "weight_scale": PartForm(scale_type, scales),
             "weight_shape": PartForm(torch.int32, torch.Size((2,))),
         }
 

@@ -13,6 +13,7 @@ from engine.kernels.packed.matrix import PartForm
 from engine.model.build import build
 from flexgen_helm.planning.packed.layouts import Layout, layout_of, linear_matrices, plain_tensors
 
+_SHARD_BYTES = 4 << 30
 _CODES = {
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -24,7 +25,7 @@ _CODES = {
 
 
 def write_weightless(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write model.safetensors of the packed matrices of a config.json's model: a header, and a hole for the numbers.
+    """Write weight files of the packed matrices of a config.json's model: headers, and a hole for the numbers.
 
     The plain tensors are not in it. Raises `UnsupportedError` for a quantization_config that no codes are made of.
     """
@@ -37,12 +38,30 @@ def write_weightless(folder: Path, config: Mapping[str, Any]) -> None:
     finally:
         file.write_text(json.dumps(config), encoding="utf-8")
     found = layout.tensors(plain_tensors(model), linear_matrices(model))
-    _write_header(folder / "model.safetensors", named_forms(layout, found))
+    shards = _shards(named_forms(layout, found))
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, forms in zip(names, shards, strict=True):
+        _write_header(folder / name, forms)
+    places = {tensor: name for name, forms in zip(names, shards, strict=True) for tensor in forms}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
 
 
 def named_forms(layout: Layout, found: Mapping[str, Mapping[str, PartForm]]) -> dict[str, PartForm]:
     """What `Layout.tensors` found, by the checkpoint's names."""
     return {layout.name_of(plain, part): form for plain, forms in found.items() for part, form in forms.items()}
+
+
+def _shards(forms: Mapping[str, PartForm]) -> list[dict[str, PartForm]]:
+    """As published checkpoints are cut, too: a file is mapped as a whole, which must not exceed a machine's memory."""
+    shards: list[dict[str, PartForm]] = [{}]
+    size = 0
+    for name, form in forms.items():
+        if shards[-1] and size + form.num_bytes > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = form
+        size += form.num_bytes
+    return shards
 
 
 def _write_header(file: Path, forms: Mapping[str, PartForm]) -> None:
