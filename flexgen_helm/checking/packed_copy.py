@@ -7,14 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from engine.errors import UnsupportedError
 from flexgen_helm.checking.undecided import UnpackableError
-from flexgen_helm.planning.packed.layouts import layout_of, linear_matrices
-from flexgen_helm.planning.packed.random_codes import RandomCodes
 
 _BLOCK = 8
 """Rows and columns that share a scale in a copy, at most: its matrices are small."""
@@ -24,11 +18,18 @@ _WEIGHTS = "model.safetensors"
 def pack_copy(directory: Path, told: Mapping[str, Any]) -> list[str]:
     """Put random codes in place of the matrices of a small model that a quantization_config packs.
 
-    The copy's config tells so, with groups and blocks of sizes that go into its matrices. Codes stand for numbers of the
-    size of those before. Returns what the packed copy does not do that the model does, in words. Raises
+    The copy's config tells so, with groups and blocks of sizes that go into its matrices. Codes stand for numbers of
+    the size of those before. Returns what the packed copy does not do that the model does, in words. Raises
     `UnpackableError` for a format that codes are not made of.
     """
-    small, questions = _with_small_groups(told), []
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from flexgen_helm.planning.packed.layouts import layout_of, linear_matrices
+    from flexgen_helm.planning.packed.random_codes import RandomCodes
+
+    small, questions = _with_small_groups(told), list[str]()
     if _rounded(small):
         questions.append(
             "the copy's inputs of linear layers are not rounded to a few bits, as the model's are: where one rounding "
@@ -64,6 +65,7 @@ def _rounded(told: dict[str, Any]) -> bool:
     found = [bool(group.get("input_activations")) for group in groups]
     for group in groups:
         group["input_activations"] = None
+        group["format"] = group.get("format") or told.get("format")  # which the library guesses by the inputs, too
     return any(found)
 
 

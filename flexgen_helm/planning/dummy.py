@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.config import check_causal, load_family_config, num_layers, read_config_file
 from engine.checkpoint.window import window_of
-from engine.errors import CheckpointError, ConfigError, EngineError, did_you_mean, shown
+from engine.errors import CheckpointError, ConfigError, EngineError, UnsupportedError, did_you_mean, shown
 from engine.reading import find_file, read_json_object
 from flexgen_helm.planning.shapes import SHAPES
 
@@ -80,7 +80,10 @@ def write_model_directory(shape: str, folder: Path) -> None:
             from flexgen_helm.planning.packed.weightless import write_weightless
 
             checked_method(folder, config["quantization_config"])
-            write_weightless(folder, config)
+            try:
+                write_weightless(folder, config)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{folder}: {error}; name the shape of an unquantized one") from None
     tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": -1}')

@@ -16,6 +16,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from engine.errors import UnsupportedError, shown
 from engine.kernels.packed.matrix import PartForm
 
+_KNOWN = (("pack-quantized", 4), ("pack-quantized", 8), ("int-quantized", 8), ("float-quantized", 8))
+"""Formats of compressed-tensors, and the bits of their numbers."""
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 _MERGED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 Told = Mapping[str, Any]
@@ -64,8 +66,8 @@ def layout_of(told: Told, scale_type: torch.dtype = torch.bfloat16) -> Layout:
     if method == "compressed-tensors":
         return Layout(_compressed(told, scale_type), _is_not_ignored(told.get("ignore") or []))
     raise UnsupportedError(
-        f"random codes are not made of {shown(method)} with these settings: they are of mxfp4, of fp8 in blocks, and of "
-        "compressed-tensors' pack-quantized, int-quantized and float-quantized with one config group"
+        f"random codes are not made of {shown(method)} with these settings: they are of mxfp4, of fp8 in blocks, and "
+        "of compressed-tensors' pack-quantized, int-quantized and float-quantized with one config group"
     )
 
 
@@ -105,7 +107,8 @@ def _compressed(told: Told, scale_type: torch.dtype) -> Callable[[torch.Size], F
         and weights.get("symmetric", True)
         and groups[0].get("targets") == ["Linear"]
         and not weights.get("actorder")
-        and (layout, bits) in (("pack-quantized", 4), ("pack-quantized", 8), ("int-quantized", 8), ("float-quantized", 8))
+        and (layout, bits)
+        in (("pack-quantized", 4), ("pack-quantized", 8), ("int-quantized", 8), ("float-quantized", 8))
     )
     if not is_known:
         raise UnsupportedError(
@@ -124,7 +127,7 @@ def _compressed(told: Told, scale_type: torch.dtype) -> Callable[[torch.Size], F
         return {
             "weight_packed": PartForm(torch.int32, words),
             "weight_scale": PartForm(scale_type, scales),
-            "weight_shape": PartForm(torch.int32, torch.Size((2,))),
+            "weight_shape": PartForm(torch.int64, torch.Size((2,))),
         }
 
     return parts

@@ -52,7 +52,6 @@ class RandomCodes:
             return (_repeated(self._bytes, count) & 1).add_(exponent).view(form.shape)
         return (_repeated(self._factors, count) * unit).to(form.dtype).view(form.shape)
 
-
     def fill(self, store: WeightStore, name: str) -> None:
         """Put a packed parameter of `store` in place: numbers near 1 / sqrt(columns)."""
         whole = store.model.packed[name]

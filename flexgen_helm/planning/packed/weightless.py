@@ -18,6 +18,7 @@ _CODES = {
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.int32: "I32",
+    torch.int64: "I64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
