@@ -179,6 +179,7 @@ INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 W8A8 = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
+    "quantization_status": "compressed",
     "config_groups": {
         "group_0": {
             "targets": ["Linear"],
