@@ -67,7 +67,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]
     header = read_safetensors_header(file)
     try:
         safe_open(file, framework="pt")  # what the library finds wrong with it
-        storage = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+        storage: Any = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}; fetch it again") from None
     data = len(storage) - max((entry["data_offsets"][1] for entry in header.values()), default=0)

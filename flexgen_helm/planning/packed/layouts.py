@@ -101,7 +101,7 @@ def _blocks(shape: torch.Size, block: tuple[int, int]) -> Forms:
 def _compressed(told: Told, scale_type: torch.dtype) -> Callable[[torch.Size], Forms]:
     groups = [*(told.get("config_groups") or {}).values()]
     weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
-    layout, strategy, bits = told.get("format"), weights.get("strategy"), weights.get("num_bits")
+    layout, strategy, bits = told.get("format"), weights.get("strategy"), weights.get("num_bits") or 0
     is_known = (
         strategy in ("group", "channel", "tensor")
         and weights.get("symmetric", True)
