@@ -21,7 +21,7 @@ from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.model.causal_model import CausalModel
 from engine.reading import find_file
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.members.dealing import bring
 from engine.weights.read_ahead import FileSpan, Step
 from engine.weights.receiver import Nowhere, Receiver

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +103,11 @@ def try_copy(full: PreTrainedConfig, changes: Mapping[str, Any], packed: Mapping
 
 
 def _tried(full: PreTrainedConfig, changes: Mapping[str, Any], packed: Mapping[str, Any] | None) -> Trial:
+    from engine.kernels.threads import one_thread
+
     small = small_config(full, changes)
     questions = left_out(full, small, LONGEST)
-    with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder, _one_thread():
+    with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder, one_thread():
         directory = save_small(Path(folder) / "model", small)
         if packed is not None:
             questions += pack_copy(directory, packed)
@@ -155,16 +156,3 @@ def _run(directory: Path, policy: str, offload: Path, expected: list[Expected]) 
         raise UndecidedError(f"the engine runs the model's family, but not its copy: {error}") from None
     found, largest = differences(expected, done)
     return Run(policy=policy, jobs=len(done), differing=len(found), largest=largest, first=tuple(found[:3]))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Inside, torch has one thread: so small a model takes longer with more."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -38,7 +38,9 @@ class Coded:
     row_bytes: Mapping[Tier, int]
     """Of a token's keys and values, all layers, by tier."""
     expanded_bytes: int
-    """Of encoded layers, what a sweep expands; 0 without a codec."""
+    """As in `Sizes`."""
+    expert_bytes: int
+    """As in `Sizes`."""
     shape: ModelShape
     """What the engine's planner needs."""
 
@@ -115,6 +117,7 @@ class ModelSizes:
             cache_row_bytes=coded.row_bytes["host"],
             device_cache_row_bytes=coded.row_bytes["device"],
             expanded_bytes=coded.expanded_bytes,
+            expert_bytes=coded.expert_bytes,
             hidden_row_bytes=self.hidden_row_bytes,
             num_layers=self.num_layers,
         )
@@ -161,16 +164,17 @@ def _active_parameters(model: CausalModel) -> int:
 def _coded(model: CausalModel, weight: Bits, cache: Bits) -> Coded:
     from engine.cache.tables import cache_row_bytes
     from engine.kernels.codec import codec_of
-    from engine.weights.stored_form import encoded_names, shape_of, stored_sizes, whole_sizes
+    from engine.weights.stored_form import encoded_names, shape_of, stack_names, stored_sizes, whole_sizes
 
-    expanded = [unit for unit in model.units if encoded_names(model, unit, codec_of(weight))]
+    codec = codec_of(weight)
+    expanded = [unit for unit in model.units if encoded_names(model, unit, codec)]
+    experts = [whole_sizes(model, unit)[name] for unit in expanded for name in stack_names(model, unit, codec)]
     return Coded(
-        stored={
-            unit.name: sum(stored_sizes(model, unit, codec_of(weight)).values()) for unit in model.units if unit.owners
-        },
+        stored={unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units if unit.owners},
         row_bytes=cache_row_bytes(model.kv_shapes, model.dtype, codec_of(cache)),
         expanded_bytes=sum(sum(whole_sizes(model, unit).values()) for unit in expanded),
-        shape=shape_of(model, codec_of(weight), codec_of(cache)),
+        expert_bytes=sum(experts),
+        shape=shape_of(model, codec, codec_of(cache)),
     )
 
 
