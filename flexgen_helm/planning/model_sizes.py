@@ -61,6 +61,11 @@ class ModelSizes:
     """By the bits of weights and of keys and values; of the latter, only what can be encoded."""
 
     @property
+    def can_encode_weights(self) -> bool:
+        """Whether a codec takes weights: not those of a checkpoint that comes quantized."""
+        return (4, None) in self.coded
+
+    @property
     def can_encode_cache(self) -> bool:
         """Whether a codec takes keys and values of every layer."""
         return (None, 4) in self.coded
@@ -68,6 +73,8 @@ class ModelSizes:
     def shape_under(self, policy: Policy) -> ModelShape:
         """What the engine's planner needs under `policy`'s compression; `ConfigError` where no codec takes it."""
         coded = self.coded.get((policy.compress_weight, policy.compress_cache))
+        if coded is None and policy.compress_weight and not self.can_encode_weights:
+            raise ConfigError("compress-weight: this model comes quantized already; leave it out")
         if coded is None:
             raise ConfigError(
                 f"compress-cache: no codec takes this model's keys and values in {policy.compress_cache} bits"
@@ -81,6 +88,7 @@ class ModelSizes:
             return model
         from engine.cache.key_value import unencodable_layer
 
+        weight_bits = (None,) if model.packed else _BITS
         cache_bits = _BITS if unencodable_layer(model.kv_shapes) is None else (None,)
         widths = sum(shape.key_dim + shape.value_dim for shape in model.kv_shapes)
         config = model.config.get_text_config()
@@ -92,7 +100,7 @@ class ModelSizes:
             hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
             num_layers=len(model.layers),
             head="embedding" if model.is_tied else "head",
-            coded={(weight, cache): _coded(model, weight, cache) for weight in _BITS for cache in cache_bits},
+            coded={(weight, cache): _coded(model, weight, cache) for weight in weight_bits for cache in cache_bits},
         )
 
     def placed(self, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
