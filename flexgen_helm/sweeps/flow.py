@@ -14,7 +14,7 @@ from helm.benchmark.run_spec import RunSpec
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.feeding import Feed
 from flexgen_helm.helm.requests.asked import Answer
-from flexgen_helm.sweeps.beside.helm_side import HelmSide, Made, unpack
+from flexgen_helm.sweeps.beside.helm_side import Identity, Made, Outcome, unpack
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.workers.engine_guard import EngineElsewhere
 
@@ -35,6 +35,16 @@ class Helpers(Protocol):
 
     def start(self, method: str, *args: Any, then: Callable[[Any], None]) -> None:
         """Have a method of `HelmSide` called."""
+
+
+class RunSide(Protocol):
+    """Makes and finishes runs: `HelmSide`, or `JudgeSide`."""
+
+    def make(self, run_spec: RunSpec) -> Made:
+        """Make a run's requests."""
+
+    def finish(self, adapted: Any, outcomes: Sequence[Outcome], identity: Identity | None) -> None:
+        """Write a run whose requests are answered."""
 
 
 class Watcher(Protocol):
@@ -98,17 +108,21 @@ class Flow:
         run_specs: Sequence[RunSpec],
         client_of: Callable[[str], FlexGenClient],
         helpers: Helpers,
-        here: HelmSide,
+        here: RunSide,
         watcher: Watcher,
+        deployment_of: Callable[[RunSpec], str] = lambda run_spec: str(run_spec.adapter_spec.model_deployment),
     ) -> None:
-        """`client_of` gives the client of a deployment; `here` does what a helper has no engine for."""
+        """`client_of` gives the client of a deployment; `here` does what a helper has no engine for.
+
+        `deployment_of` says who answers a run's requests.
+        """
         self._client_of = client_of
         self._helpers = helpers
         self._here = here
         self._watcher = watcher
         by_deployment: dict[str, list[RunSpec]] = {}
         for run_spec in run_specs:
-            by_deployment.setdefault(str(run_spec.adapter_spec.model_deployment), []).append(run_spec)
+            by_deployment.setdefault(deployment_of(run_spec), []).append(run_spec)
         self._turns = [
             _Turn(deployment, deque(specs), dict.fromkeys(each.name for each in specs), len(specs), len(specs))
             for deployment, specs in by_deployment.items()
