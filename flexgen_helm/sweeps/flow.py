@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from helm.benchmark.run_spec import RunSpec
 
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.feeding import Feed
 from flexgen_helm.helm.requests.asked import Answer
-from flexgen_helm.sweeps.beside.helm_side import Identity, Made, Outcome, unpack
+from flexgen_helm.sweeps.beside.helm_side import Made, unpack
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.parts import Helpers, RunSide, Watcher
 from flexgen_helm.workers.engine_guard import EngineElsewhere
 
 FIRST_TOKENS = 1 << 20
@@ -24,58 +27,6 @@ MOST_TOKENS = 1 << 22
 """Of requests that are made and not answered, at which no more are made, unless the engine's sweeps are that large."""
 _SWEEPS_AHEAD = 3
 """Sweeps that what is made and not answered fills: one is computed, one is to follow, one is being made."""
-
-
-class Helpers(Protocol):
-    """Who does tasks: `HelperProcesses`, or `Here`."""
-
-    @property
-    def num_free(self) -> int:
-        """Tasks that can be started now."""
-
-    def start(self, method: str, *args: Any, then: Callable[[Any], None]) -> None:
-        """Have a method of `HelmSide` called."""
-
-
-class RunSide(Protocol):
-    """Makes and finishes runs: `HelmSide`, or `JudgeSide`."""
-
-    def make(self, run_spec: RunSpec) -> Made:
-        """Make a run's requests."""
-
-    def finish(self, adapted: Any, outcomes: Sequence[Outcome], identity: Identity | None) -> None:
-        """Write a run whose requests are answered."""
-
-
-class Watcher(Protocol):
-    """Is told what happens, in the thread that runs the flow."""
-
-    def preparing(self, run_spec: RunSpec) -> None:
-        """A run's requests are about to be made."""
-
-    def prepared(self, run: PendingRun) -> None:
-        """A run's requests are made."""
-
-    def foretell(self, model: ModelSweep) -> None:
-        """All requests of a model are made."""
-
-    def begin(self, model: ModelSweep) -> None:
-        """A model is about to be asked."""
-
-    def answered(self, model: ModelSweep, answer: Answer) -> None:
-        """The engine has answered."""
-
-    def ended(self, run: PendingRun) -> None:
-        """A run is written."""
-
-    def failed(self, name: str, error: Exception) -> None:
-        """A run failed; may raise, which ends the flow."""
-
-    def fault(self, error: Exception) -> None:
-        """The engine, or its cache, has failed; may raise, which ends the flow."""
-
-    def end(self, model: ModelSweep) -> None:
-        """All runs of a model have ended."""
 
 
 @dataclass(eq=False)
@@ -91,7 +42,8 @@ class _Turn:
     """Runs that are not made."""
     num_runs: int
     model: ModelSweep | None = None
-    is_foretold: bool = False
+    is_foretelling: bool = False
+    """Whether somebody is at work on what its requests will take."""
     finishing: set[str] = field(default_factory=set)
     """Runs that are whole."""
 
@@ -127,7 +79,7 @@ class Flow:
             _Turn(deployment, deque(specs), dict.fromkeys(each.name for each in specs), len(specs), len(specs))
             for deployment, specs in by_deployment.items()
         ]
-        self._finishing: deque[tuple[_Turn, PendingRun]] = deque()
+        self._finishing: list[tuple[_Turn, PendingRun]] = []
         """Runs that are whole, and that nobody has begun to finish."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """What is to be done in this thread."""
@@ -143,7 +95,7 @@ class Flow:
                 continue
             with Feed(model.client, model.tally.observe, partial(self._hear, turn)) as self._feed:
                 has_begun = False
-                while turn.left:
+                while turn.left or turn.is_foretelling:
                     if not has_begun and (turn.to_make == 0 or model.waiting_tokens >= FIRST_TOKENS):
                         has_begun = True
                         self._watcher.begin(model)
@@ -179,7 +131,7 @@ class Flow:
             if not isinstance(told, Exception):
                 raise told
             self._watcher.fault(told)
-            turn.to_make, turn.is_foretold = 0, True
+            turn.to_make = 0
             turn.unmade.clear()
             turn.model.give_up()
             for name in [name for name in turn.left if name not in turn.finishing]:
@@ -201,7 +153,9 @@ class Flow:
         if turn is not None and (not self._finishing or self._is_hungry()):
             self._make(turn)
         elif self._finishing:
-            self._finish(*self._finishing.popleft())
+            longest = max(self._finishing, key=lambda each: each[1].total)
+            self._finishing.remove(longest)  # else all would wait for it in the end
+            self._finish(*longest)
         else:
             return False
         return True
@@ -250,11 +204,29 @@ class Flow:
                     self._whole(turn, run)
         except Exception as error:
             self._fail(turn, name, error)
+        is_last = turn.to_make == 1
         turn.to_make = max(0, turn.to_make - 1)
-        if turn.to_make == 0 and turn.model is not None and not turn.is_foretold:
-            turn.is_foretold = True
-            self._watcher.foretell(turn.model)
-            turn.model.jobs = []
+        if is_last and turn.model is not None:
+            self._foretell(turn, turn.model)
+
+    def _foretell(self, turn: _Turn, model: ModelSweep) -> None:
+        """Have said what a model's requests will take; that takes seconds, in which others go on."""
+        jobs, model.jobs = model.jobs, []
+        turn.is_foretelling = True
+
+        def foresee() -> None:
+            found: Future[Callable[[], None]] = Future()
+            try:
+                found.set_result(self._watcher.foresee(model, jobs))
+            except BaseException as error:
+                found.set_exception(error)
+            self._inbox.put(partial(self._foretold, turn, found))
+
+        threading.Thread(target=foresee, name="flexgen-forecast", daemon=True).start()
+
+    def _foretold(self, turn: _Turn, found: Future[Callable[[], None]]) -> None:
+        turn.is_foretelling = False
+        found.result()()
 
     def _whole(self, turn: _Turn, run: PendingRun) -> None:
         turn.finishing.add(run.name)

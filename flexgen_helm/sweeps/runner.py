@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import ConfigError, EngineError, named
+from engine.job import Job
 from flexgen_helm.helm.preflight import find_unusable_metrics
 from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
@@ -19,6 +21,7 @@ from flexgen_helm.judging.kinds import needs_judge
 from flexgen_helm.sweeps.beside.helm_side import PRELOADED, HelmSide, Setting, write
 from flexgen_helm.sweeps.diary import SweepDiary
 from flexgen_helm.sweeps.flow import Flow
+from flexgen_helm.sweeps.foreseen import foresee
 from flexgen_helm.sweeps.judge.side import JudgeSide, annotating
 from flexgen_helm.sweeps.judge.watcher import JudgeWatcher
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
@@ -155,9 +158,9 @@ class SweepRunner(TwoStepRunner):
         """A run's requests are made."""
         self.diary.prepared(run)
 
-    def foretell(self, model: ModelSweep) -> None:
-        """All requests of a model are made."""
-        self.diary.forecast(model)
+    def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
+        """What all requests of a model will take; what is returned tells it."""
+        return partial(self.diary.foretold, foresee(model, jobs))
 
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""

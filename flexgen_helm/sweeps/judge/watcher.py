@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from helm.benchmark.run_spec import RunSpec
 
+from engine.job import Job
 from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.sweeps.diary import SweepDiary
-from flexgen_helm.sweeps.flow import Watcher
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.parts import Watcher
 
 
 class JudgeWatcher:
@@ -29,9 +30,9 @@ class JudgeWatcher:
         """It is made."""
         self._diary.counted(run)
 
-    def foretell(self, model: ModelSweep) -> None:
-        """All that the judge is asked is known."""
-        self._diary.forecast(model)
+    def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
+        """What all that the judge is asked will take."""
+        return self._suite.foresee(model, jobs)
 
     def begin(self, model: ModelSweep) -> None:
         """The judge is about to be asked."""
