@@ -35,6 +35,7 @@ ROOMS = {
         "workers",
         "helm",
         "data_wrangling",
+        "judging",
         "runs",
         "sweeps",
         "suites",

@@ -32,6 +32,7 @@ the end.
 """
 EXAMPLES = (
     "flexgen-helm sweep nightly --suite 2026-11-29 --model facebook/opt-30b --policy opt-30b-t4",
+    "flexgen-helm sweep capabilities --suite caps --model ./my-model -m 100 --judge ./my-judge --judge-policy t4.yaml",
     "flexgen-helm sweep my.conf --suite mine --model ./my-model --gpu-memory 16GB --cpu-memory 48GB -m 100",
 )
 _REFUSED = ("server_url", "runner_class_name", "dry_run", "skip_instances", "cache_instances", "cache_instances_only")
@@ -44,6 +45,10 @@ def sweep_parser() -> Parser:
     parser.usage = "flexgen-helm sweep CONF ... --suite SUITE [FLAGS]"
     told = "files of run entries, or names of shipped ones; as -c"
     parser.group("what to run").add_argument("conf", nargs="*", metavar="CONF", help=told)
+    model = parser.group("model")
+    told = "chat model that gives the verdicts for which HELM's annotators name API models; may be --model's own"
+    model.add_argument("--judge", metavar="MODEL", help=told)
+    model.add_argument("--judge-policy", metavar="POLICY", help="where the judge lives, as --policy (default: auto)")
     output = parser.group("output")
     output.add_argument("--suite", help="name of the suite (required): the directory of its runs")
     output.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
@@ -80,7 +85,7 @@ def sweep(arguments: Sequence[str]) -> int:
         if is_new:
             footprint.wrote(lock)
         try:
-            prepared.models.write(args.local_path, footprint.wrote)
+            prepared.write(args.local_path, footprint.wrote)
             with JsonLog(args.json_log) as json_log:
                 return _run(args, prepared, suite_path, json_log)
         except EngineError:
@@ -96,6 +101,8 @@ def parse_sweep_flags(arguments: Sequence[str]) -> argparse.Namespace:
     if not names_entries(args):
         raise ConfigError("nothing to sweep: name a file of run entries, such as nightly")
     check_suite_name(args.suite or "")
+    if args.judge_policy is not None and args.judge is None:
+        raise ConfigError("--judge-policy says where --judge lives; give --judge too")
     for name in _REFUSED:
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is not for sweeps; use flexgen-helm run")
@@ -120,6 +127,7 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
             args.suite,
             diary,
             args.plugins or (),
+            judge=None if prepared.bench is None else prepared.bench.judge,
             skip_completed_runs=args.skip_completed_runs,
             exit_on_error=args.exit_on_error,
         )

@@ -24,6 +24,7 @@ from engine.reading import read_bytes
 from flexgen_helm.helm.completed import MOST_BYTES, damaged_files
 from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.runner import RunsFailed
+from flexgen_helm.judging.kinds import needs_judge
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.launch import register_what_is_installed
 from flexgen_helm.runs.models import source_of
@@ -61,6 +62,11 @@ def _run_spec(run_path: Path) -> RunSpec:
     if damaged := list(damaged_files(run_path)):
         raise ConfigError(f"{run_path} is no finished run: {', '.join(damaged)} cannot be read; run it again")
     run_spec: RunSpec = from_json(read_bytes(run_path / "run_spec.json", ConfigError, limit=MOST_BYTES), RunSpec)
+    if needs_judge(run_spec):
+        raise ConfigError(
+            f"{run_path} was judged by another model, whose part is not made again; to see whether its answers come "
+            "out again, run the entry in a suite of its own, without --judge, and compare the two scenario_state.json"
+        )
     return run_spec
 
 

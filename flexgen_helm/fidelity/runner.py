@@ -29,6 +29,7 @@ from flexgen_helm.helm.engines import Served, engines
 from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.helm.scores import Score, choose, read_scores, short_name
+from flexgen_helm.judging.judged_runs import without_judge
 from flexgen_helm.planning.environment import environment
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.models import source_of
@@ -55,8 +56,10 @@ class VerifyingRunner(CommandLineRunner):
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Run and compare; raises `EngineError` before anything runs for runs that are not ours.
 
-        Raises `RunsFailed` at the end if a run failed; the others are compared all the same.
+        Raises `RunsFailed` at the end if a run failed; the others are compared all the same. Verdicts of
+        judges are left out: they are answers of other models.
         """
+        run_specs = [without_judge(run_spec) for run_spec in run_specs]
         for run_spec in run_specs:
             self._choose(_served(run_spec))
         failed: RunsFailed | None = None

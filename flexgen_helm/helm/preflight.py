@@ -11,6 +11,7 @@ from helm.common.object_spec import get_class_by_name
 from helm.common.optional_dependencies import OptionalDependencyNotInstalled
 
 from engine.errors import ConfigError, EngineError, InstallationError, named, one_line
+from flexgen_helm.terminal.installation import lacks
 
 _METRICS_THAT_SPLIT_WORDS = {"bleu_1", "bleu_4"}
 
@@ -36,7 +37,7 @@ def _problem(metric_spec: MetricSpec) -> EngineError | None:
     try:
         create_metric(metric_spec)
     except ModuleNotFoundError as error:
-        return InstallationError(f"metric {name} needs the package {error.name}; run `pip install {error.name}`")
+        return InstallationError(f"metric {name} {lacks(error)}")
     except (ImportError, OptionalDependencyNotInstalled) as error:
         return InstallationError(f"metric {name} cannot be imported: {one_line(error)}")
     except Exception as error:

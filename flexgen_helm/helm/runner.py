@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from helm.benchmark.adaptation.request_state import RequestState
 from helm.benchmark.adaptation.scenario_state import ScenarioState
@@ -139,10 +140,14 @@ class FlexGenRunner(Runner):
         if self.executor.client is not None and not self.skip_instances:
             self.keep_provenance(run_spec, self.executor.client, Path(self._get_run_path(run_spec)))
 
-    def keep_provenance(self, run_spec: RunSpec, client: FlexGenClient, folder: Path) -> None:
-        """Write the record of a run whose files are in `folder`; raises `OSError`."""
+    def keep_provenance(
+        self, run_spec: RunSpec, client: FlexGenClient, folder: Path, judged: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the record of a run whose files are in `folder`, with who judged it; raises `OSError`."""
         deployment = str(run_spec.adapter_spec.model_deployment)
         found = provenance_of(run_spec.name, deployment, client, self.beginning.moment, folder, self.environment())
+        if judged is not None:
+            found = dataclasses.replace(found, judge=judged)
         write_provenance(folder, found)
 
     def _is_run_completed(self, run_path: str) -> bool:

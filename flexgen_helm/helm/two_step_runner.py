@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +14,7 @@ from helm.benchmark.adaptation.adapters.adapter_factory import AdapterFactory
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.data_preprocessor import DataPreprocessor
 from helm.benchmark.executor import ExecutionSpec
-from helm.benchmark.metrics.metric import PerInstanceStats, create_metric
+from helm.benchmark.metrics.metric import MetricSpec, PerInstanceStats, create_metric
 from helm.benchmark.metrics.statistic import Stat
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import (
@@ -29,11 +30,14 @@ from helm.benchmark.scenarios.scenario import (
     get_scenario_cache_path,
     with_instance_ids,
 )
+from helm.common.codec import from_json
 from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block
 from helm.common.local_context import LocalContext
 
-from engine.errors import EngineError
+from engine.errors import EngineError, named
+from engine.reading import read_bytes
+from flexgen_helm.helm.completed import MOST_BYTES
 from flexgen_helm.helm.dataclass_json import dumps
 from flexgen_helm.helm.engines import engines
 from flexgen_helm.helm.records.provenance import FILE_NAME
@@ -105,14 +109,29 @@ class TwoStepRunner(FlexGenRunner):
 
         Raises `NoRoom` when its directory cannot be written, and whatever annotators and metrics do.
         """
-        state = self.annotator_executor.execute(state)
+        self.score(made, self.annotator_executor.execute(state))
+
+    def score(
+        self,
+        made: Adapted,
+        state: ScenarioState,
+        seen: Callable[[MetricSpec, ScenarioState], ScenarioState] = lambda metric_spec, state: state,
+        judged: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`finish` of a run that is annotated; `seen` is what a metric sees of it.
+
+        `judged` is what its record says of who has judged it.
+        """
         stats: list[Stat] = []
         per_instance_stats: list[PerInstanceStats] = []
         for metric_spec in made.run_spec.metric_specs:
             metric = create_metric(metric_spec)
             with htrack_block(metric):
                 found = metric.evaluate(
-                    state, self.metric_service, self.eval_cache_path, self.executor.execution_spec.parallelism
+                    seen(metric_spec, state),
+                    self.metric_service,
+                    self.eval_cache_path,
+                    self.executor.execution_spec.parallelism,
                 )
             stats.extend(found.aggregated_stats)
             per_instance_stats.extend(found.per_instance_stats)
@@ -127,7 +146,30 @@ class TwoStepRunner(FlexGenRunner):
                 "stats.json": remove_stats_nans(stats),
                 _LAST_FILE: remove_per_instance_stats_nans(per_instance_stats),
             },
+            judged,
         )
+
+    def hold(self, made: Adapted, state: ScenarioState) -> None:
+        """Write a run whose results are in `state` as far as it is known without annotations.
+
+        It does not look completed: what is left of its files from before goes. Raises `NoRoom`.
+        """
+        target = Path(self._get_run_path(made.run_spec))
+        for name in (_LAST_FILE, FILE_NAME, "stats.json"):
+            (target / name).unlink(missing_ok=True)
+        files = {"run_spec.json": made.run_spec, "scenario.json": made.scenario, "scenario_state.json": state}
+        self._write(made, files)
+
+    def held(self, run_spec: RunSpec) -> Adapted:
+        """A run that `hold` has written, with its results; raises `EngineError` where it is not there."""
+        folder = Path(self._get_run_path(run_spec))
+        try:
+            text = read_bytes(folder / "scenario_state.json", EngineError, limit=MOST_BYTES)
+            return Adapted(run_spec, create_scenario(run_spec.scenario_spec), from_json(text, ScenarioState))
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{folder} cannot be read back ({named(error)}); run the same command again") from None
 
     def clear_scratch(self) -> None:
         """Remove what runs that did not end have left."""
@@ -138,7 +180,7 @@ class TwoStepRunner(FlexGenRunner):
         """Beside the suite's directory, in which HELM takes every directory for a run."""
         return Path(f"{self.runs_path}{SCRATCH}")
 
-    def _write(self, made: Adapted, files: dict[str, Any]) -> None:
+    def _write(self, made: Adapted, files: dict[str, Any], judged: Mapping[str, Any] | None = None) -> None:
         run_spec = made.run_spec
         scratch, target = self._scratch / run_spec.name, Path(self._get_run_path(run_spec))
         try:
@@ -146,7 +188,7 @@ class TwoStepRunner(FlexGenRunner):
             for name, content in files.items():
                 write(str(scratch / name), dumps(content))
                 _settle(scratch / name)
-            names = [FILE_NAME] if self._keep_provenance(made, scratch) else []
+            names = [FILE_NAME] if _LAST_FILE in files and self._keep_provenance(made, scratch, judged) else []
             target.mkdir(parents=True, exist_ok=True)
             (target / _LAST_FILE).unlink(missing_ok=True)  # not completed until the new ones are all there
             for name in (*names, *files):
@@ -163,12 +205,12 @@ class TwoStepRunner(FlexGenRunner):
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _keep_provenance(self, made: Adapted, scratch: Path) -> bool:
+    def _keep_provenance(self, made: Adapted, scratch: Path, judged: Mapping[str, Any] | None) -> bool:
         """Write the record of a run of our client beside its files; False for a run of another one."""
         assert isinstance(self.executor, WholeRunExecutor)
         client = self.executor.client_of(made.state.request_states)
         if client is not None:
-            self.keep_provenance(made.run_spec, client, scratch)
+            self.keep_provenance(made.run_spec, client, scratch, judged)
         return client is not None
 
 

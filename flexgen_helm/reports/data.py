@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
 from engine.reading import read_json
+from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.reports.drift import Drift, References, compression
 from flexgen_helm.suites.comparison import SLOWDOWN, Comparison, ScoreChange, compare_suites
@@ -95,6 +96,10 @@ class Report:
     reference: str | None
     runs: tuple[RunRow, ...]
     models: tuple[ModelRow, ...]
+    judge: ModelRow | None
+    """Who judged runs of the suite, if its last sweep had a judge."""
+    verdicts: tuple[str, ...]
+    """Of each run that has answers without a verdict, how many and why."""
     drift: tuple[Drift, ...]
     comparison: Comparison | None
     trend: tuple[TrendSuite, ...]
@@ -148,6 +153,8 @@ def gather(suite: Suite, previous: Suite | None = None, reference: Path | None =
         models=tuple(
             _model_row(model, suite, comparison, [each for _, each in trend]) for model in suite.models.values()
         ),
+        judge=None if record is None or record.judge is None else _judge_row(record.judge),
+        verdicts=() if record is None else tuple(_verdicts(record)),
         drift=tuple(drift),
         comparison=comparison,
         trend=(
@@ -217,6 +224,30 @@ def _model_row(model: ModelRecord, suite: Suite, comparison: Comparison | None, 
         reason=speed.reason if speed else "",
         trend=tuple(points),
     )
+
+
+def _judge_row(judge: ModelRecord) -> ModelRow:
+    """Without a comparison: what it was asked depends on what others have answered."""
+    return ModelRow(
+        record=judge,
+        compression=compression(judge.policy),
+        tokens_per_second=tokens_per_second(judge),
+        previous=None,
+        verdict="",
+        reason="",
+        trend=(),
+    )
+
+
+def _verdicts(record: SweepRecord) -> Iterator[str]:
+    for run in record.runs:
+        found = Verdicts(
+            read=run.verdicts - run.unreadable_verdicts - run.missing_verdicts,
+            unreadable=run.unreadable_verdicts,
+            unanswered=run.missing_verdicts,
+        )
+        if found.read < found.asked:
+            yield f"{run.name}: {found.told}"
 
 
 def _told(folder: Path) -> tuple[str, ...]:

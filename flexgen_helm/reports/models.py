@@ -17,7 +17,15 @@ def models_section(report: Report) -> Markup | None:
     """A card for each model; None for a suite without a record of its sweep."""
     if not report.models:
         return None
-    return join([tag("h2", "Speed"), *(_card(row) for row in report.models)])
+    return join([tag("h2", "Speed"), *(_card(row) for row in report.models), _judge(report)])
+
+
+def _judge(report: Report) -> Markup | None:
+    """Who judged, and what could not be read of it."""
+    if report.judge is None:
+        return None
+    lines = (tag("p", line, class_="small") for line in report.verdicts)
+    return join([tag("h2", "Judge"), *lines, _card(report.judge)])
 
 
 def _card(row: ModelRow) -> Markup:

@@ -14,6 +14,7 @@ from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.preflight import find_unusable_metrics
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.scores import short_name
+from flexgen_helm.judging.kinds import needs_judge
 from flexgen_helm.terminal.progress import Progress
 
 
@@ -39,7 +40,9 @@ class CommandLineRunner(FlexGenRunner):
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Check all, then run all; raises `RunsFailed` at the end if a run failed, or requests of it did."""
         if not (self.dry_run or self.skip_instances or self.cache_instances_only):
-            self._check([run_spec for run_spec in run_specs if not self._is_done(run_spec)])
+            todo = [run_spec for run_spec in run_specs if not self._is_done(run_spec)]
+            self._check(todo)
+            self._tell_of_judges(todo)
         self._incomplete: dict[str, Exception] = {}
         try:
             super().run_all(run_specs)
@@ -66,6 +69,16 @@ class CommandLineRunner(FlexGenRunner):
     def progress(done: int, total: int, tokens: int) -> None:
         """Pass on what the client reports."""
         CommandLineRunner.display(done, total, tokens)
+
+    def _tell_of_judges(self, run_specs: list[RunSpec]) -> None:
+        """Say before the first answer that a model is asked for verdicts which may need an account."""
+        if judged := [short_name(run_spec.name) for run_spec in run_specs if needs_judge(run_spec)]:
+            more = f" and {len(judged) - 1} more" if len(judged) > 1 else ""
+            self.tell(
+                f"{judged[0]}{more}: HELM asks the models that its annotators "
+                "name for verdicts, with the keys in credentials.conf, when all is answered; flexgen-helm sweep "
+                "--judge MODEL has a model of yours judge"
+            )
 
     def _check(self, run_specs: list[RunSpec]) -> None:
         for problem in find_unusable_metrics(run_specs).values():

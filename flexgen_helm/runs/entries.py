@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError, EngineError, named
 from flexgen_helm.runs.entry_files import read_entry_file
+from flexgen_helm.terminal.installation import lacks
 
 if TYPE_CHECKING:
     from helm.benchmark.presentation.run_entry import RunEntry
@@ -144,6 +145,8 @@ def _build(entry: RunEntry, args: argparse.Namespace) -> list[RunSpec]:
         for run_spec in built:
             _check_trials(run_spec.adapter_spec.num_train_trials)
             create_scenario(run_spec.scenario_spec)  # where many an argument is looked at first
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"run entry {entry.description!r} {lacks(error)}") from None
     except Exception as error:  # run spec functions and scenarios raise whatever they meet
         raise ConfigError(f"run entry {entry.description!r}: {named(error)}") from None
     return built

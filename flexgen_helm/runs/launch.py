@@ -29,6 +29,7 @@ from flexgen_helm.runs import assets, demo
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.entries import assign_models, build_run_specs, check_run_spec_names, read_entries
 from flexgen_helm.runs.flags import CHAT_TEMPLATE, PolicySpec, policy_from_flags
+from flexgen_helm.runs.judges import Bench, find_judge, judged_by
 from flexgen_helm.runs.models import Models
 from flexgen_helm.runs.names import check_run_names
 from flexgen_helm.runs.registration import DEPLOYMENTS, check_local_path
@@ -57,7 +58,7 @@ def carry_out(
     try:
         if is_demo:
             demo.write_facts(assets.countries(), Path(args.output_path))
-        prepared.models.write(args.local_path, footprint.wrote)
+        prepared.write(args.local_path, footprint.wrote)
         if not (args.disable_cache or args.mongo_uri):
             for name in prepared.models.cache_names():
                 footprint.claim(Path(args.local_path) / CACHE_DIR / f"{name}.sqlite")
@@ -109,6 +110,14 @@ class Prepared:
     """Not yet written to where HELM reads them."""
     notes: list[str]
     """Lines that are to be read at the end."""
+    bench: Bench | None = None
+    """The judge, where one is named."""
+
+    def write(self, local_path: str, made: Callable[[Path], None] = lambda file: None) -> None:
+        """`Models.write` of all models, the judge's among them."""
+        self.models.write(local_path, made)
+        if self.bench is not None and self.bench.models is not None:
+            self.bench.models.write(local_path, made)
 
 
 def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: bool = False) -> Prepared:
@@ -137,7 +146,12 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     check_run_names(run_spec.name for run_spec in run_specs)
     num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
     notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
-    return Prepared(run_specs, models, notes)
+    bench = find_judge(args.judge, args.judge_policy, models, named) if getattr(args, "judge", None) else None
+    if bench is not None:
+        run_specs, more = judged_by(bench.judge, run_specs)
+        notes += more
+        check_run_names(run_spec.name for run_spec in run_specs)
+    return Prepared(run_specs, models, notes, bench)
 
 
 def _register_what_helm_ships() -> None:

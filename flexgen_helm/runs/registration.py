@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,11 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
     return end_of_text_token, prefix_token, translator
 
 
+def applies_chat_template(model: str, asked: bool | None) -> bool:
+    """Whether prompts that a hub id or directory answers go through its chat template; `asked` says so if not None."""
+    return _read_tokenizer(describe(model), asked)[2].applies_chat_template
+
+
 def _longest_sequence(
     model: str, given: int | None, description: ModelDescription, translator: Translator
 ) -> tuple[int, int | None]:
@@ -288,7 +294,5 @@ def _as_mapping(entry: ModelMetadata | TokenizerConfig | ModelDeployment) -> dic
 
 
 def _helm_ships(file: str, name: str) -> bool:
-    from importlib import resources
-
     text = resources.files("helm.config").joinpath(file).read_text(encoding="utf-8")
     return re.search(rf"^\s*- name:\s*[\"']?{re.escape(name)}[\"']?\s*(#.*)?$", text, re.MULTILINE) is not None

@@ -16,7 +16,7 @@ from flexgen_helm.helm.completed import MOST_BYTES, num_unanswered
 from flexgen_helm.helm.scores import FALLBACK_METRICS, Score, choose, is_plain, main_metric
 from flexgen_helm.sweeps.record import FILE_NAME, ModelRecord, RunRecord, SweepRecord, read_record
 
-Status = Literal["done", "failed", "skipped", "unfinished"]
+Status = Literal["done", "failed", "skipped", "unjudged", "unfinished"]
 
 RATIOS = {"bits_per_byte": ("num_bytes", 1 / math.log(2)), "perplexity": ("num_perplexity_tokens", 1.0)}
 """Metrics that HELM takes from sums over all instances: minus log-probability per what, times what.
@@ -164,6 +164,8 @@ def _read_run(path: Path, recorded: RunRecord | None, *, is_there: bool) -> Run:
     if recorded is not None:
         if recorded.status == "failed":
             status, error = "failed", recorded.error or "no reason is recorded"
+        elif recorded.status == "unjudged" and is_there:
+            status, error = "unjudged", "it waits for a judge: the same sweep with --judge MODEL judges it"
         elif error and score is None:
             status = "failed"
         else:

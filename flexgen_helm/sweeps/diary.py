@@ -16,12 +16,13 @@ from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
+from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import environment
 from flexgen_helm.sweeps.foreseen import Foreseen, told, told_together
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
-from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepRecord, write_record
+from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepRecord, counted, write_record
 
 
 class SweepDiary:
@@ -35,12 +36,15 @@ class SweepDiary:
         """Lines that are to be read at the end."""
         self.models: list[ModelRecord] = []
         """What has become of the models that are done."""
+        self.judge: ModelRecord | None = None
+        """What has become of the one that judged them."""
         self._suite_path = suite_path
         self._deployments = {spec.name: str(spec.adapter_spec.model_deployment) for spec in run_specs}
         self._ended: dict[str, RunRecord] = {}
         self._current: ModelSweep | None = None
         self._requests: dict[str, PendingRun] = {}
         self._num_preparing = 0
+        self._is_judging = False
         self._foreseen: list[Foreseen] = []
         self._started = _now()
         self._environment = environment()
@@ -62,7 +66,7 @@ class SweepDiary:
         self._progress.__exit__(kind, error, trace)
         is_over = len(self._ended) == len(self._deployments)
         self._write(finished=_now() if is_over else None)
-        counts = {status: self.count(status) for status in ("done", "failed", "skipped")}
+        counts = counted(run.status for run in self._ended.values())
         why = "" if error is None or is_over else f", stopped by {kind.__name__ if kind else ''}"
         logger.info("sweep ends: %s%s", ", ".join(f"{n} {status}" for status, n in counts.items()), why)
         self._json_log.write("end", **counts, complete=is_over)
@@ -73,13 +77,10 @@ class SweepDiary:
         model = self._current
         return 0.0 if model is None else model.tally.longest_s
 
-    def count(self, status: str) -> int:
-        """Runs that ended so."""
-        return sum(run.status == status for run in self._ended.values())
-
     def record(self, finished: str | None = None) -> SweepRecord:
         """What there is to record by now."""
-        models = self.models if self._current is None else [*self.models, _model_record(self._current)]
+        current = None if self._current is None else _model_record(self._current)
+        models = self.models if current is None or self._is_judging else [*self.models, current]
         return SweepRecord(
             suite=self._suite_path.name,
             started=self._started,
@@ -89,6 +90,7 @@ class SweepDiary:
             hardware=self._environment.hardware,
             models=tuple(models),
             runs=tuple(self._ended[name] for name in self._deployments if name in self._ended),
+            judge=current if self._is_judging and current else self.judge,
         )
 
     # What happens
@@ -107,6 +109,15 @@ class SweepDiary:
     def prepared(self, run: PendingRun) -> None:
         """A run's requests are made."""
         self._requests[run.name] = run
+        self.counted(run)
+
+    def judging(self, run_spec: RunSpec) -> None:
+        """What a run's judge is asked is about to be made."""
+        self._is_judging = True
+        self._progress.standing.doing = f"judging {short_name(run_spec.name)}"
+
+    def counted(self, run: PendingRun) -> None:
+        """So many requests are made, be it for a run's judge."""
         self._progress.standing.requests += run.total
         self._progress.standing.requests_done += run.cached
         if self._current is not None:
@@ -143,11 +154,26 @@ class SweepDiary:
             else:
                 now.active[run.name] = (len(run.outcomes), run.total)
 
-    def done(self, run: PendingRun, failed: Sequence[str]) -> None:
-        """A run's files are written; `failed` says why some of its requests count as empty answers."""
+    def held(self, run: PendingRun, failed: Sequence[str], *, is_to_be_judged: bool) -> None:
+        """A run is answered, and waits for a judge, who may come in this sweep; `failed` as in `done`."""
+        self._note(run, failed)
+        if not is_to_be_judged:
+            self._end(run.name, "unjudged", run)
+
+    def done(self, run: PendingRun, failed: Sequence[str], verdicts: Verdicts | None = None) -> None:
+        """A run's files are written; `failed` says why some of its requests count as empty answers.
+
+        `verdicts` are those of a run that was held.
+        """
+        if verdicts is None:
+            self._note(run, failed)
+        elif verdicts.read < verdicts.asked:
+            self.notes.append(f"{short_name(run.name)}: {verdicts.told}")
+        self._end(run.name, "done", run, verdicts=verdicts)
+
+    def _note(self, run: PendingRun, failed: Sequence[str]) -> None:
         if failed:
             self.notes.append(f"{short_name(run.name)}: {failed_requests(failed)}")
-        self._end(run.name, "done", run)
 
     def failed(self, name: str, error: Exception, trace: str = "") -> None:
         """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
@@ -159,8 +185,11 @@ class SweepDiary:
         self._end(name, "failed", self._requests.get(name), error=line)
 
     def end(self, model: ModelSweep) -> None:
-        """All of a model's runs have ended."""
-        self.models.append(_model_record(model))
+        """All of a model's runs have ended, or all that it judges."""
+        if self._is_judging:
+            self.judge = _model_record(model)
+        else:
+            self.models.append(_model_record(model))
         if deaths := model.tally.deaths():
             times = "once" if len(deaths) == 1 else f"{len(deaths)} times, at last"
             self.notes.append(f"{model.deployment}: the engine's process ended {times} ({deaths[-1]}) and was replaced")
@@ -178,7 +207,9 @@ class SweepDiary:
         pending: PendingRun | None = None,
         *,
         error: str | None = None,
+        verdicts: Verdicts | None = None,
     ) -> None:
+        verdicts = verdicts or Verdicts()
         run = self._ended[name] = RunRecord(
             name=name,
             deployment=self._deployments[name],
@@ -189,6 +220,9 @@ class SweepDiary:
             failed_requests=len(pending.failed) if pending else 0,
             new_tokens=pending.new_tokens if pending else 0,
             seconds=self._current.tally.seconds if self._current and pending else 0.0,
+            verdicts=verdicts.asked,
+            unreadable_verdicts=verdicts.unreadable,
+            missing_verdicts=verdicts.unanswered,
         )
         self._requests.pop(run.name, None)
         now = self._progress.standing
@@ -205,6 +239,9 @@ class SweepDiary:
             cached=run.cached,
             failed_requests=run.failed_requests,
             seconds=run.seconds,
+            verdicts=run.verdicts,
+            unreadable_verdicts=run.unreadable_verdicts,
+            missing_verdicts=run.missing_verdicts,
         )
         self._write()
 

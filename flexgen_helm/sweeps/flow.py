@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from helm.benchmark.run_spec import RunSpec
 
-from engine.job import Job
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.feeding import Feed
 from flexgen_helm.helm.requests.asked import Answer
-from flexgen_helm.sweeps.beside.helm_side import HelmSide, Made, unpack
+from flexgen_helm.sweeps.beside.helm_side import Made, unpack
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.parts import Helpers, RunSide, Watcher
 from flexgen_helm.workers.engine_guard import EngineElsewhere
 
 FIRST_TOKENS = 1 << 20
@@ -27,48 +27,6 @@ MOST_TOKENS = 1 << 22
 """Of requests that are made and not answered, at which no more are made, unless the engine's sweeps are that large."""
 _SWEEPS_AHEAD = 3
 """Sweeps that what is made and not answered fills: one is computed, one is to follow, one is being made."""
-
-
-class Helpers(Protocol):
-    """Who does tasks: `HelperProcesses`, or `Here`."""
-
-    @property
-    def num_free(self) -> int:
-        """Tasks that can be started now."""
-
-    def start(self, method: str, *args: Any, then: Callable[[Any], None]) -> None:
-        """Have a method of `HelmSide` called."""
-
-
-class Watcher(Protocol):
-    """Is told what happens, in the thread that runs the flow."""
-
-    def preparing(self, run_spec: RunSpec) -> None:
-        """A run's requests are about to be made."""
-
-    def prepared(self, run: PendingRun) -> None:
-        """A run's requests are made."""
-
-    def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
-        """What all requests of a model take; asked in another thread, and told by calling it in the flow's."""
-
-    def begin(self, model: ModelSweep) -> None:
-        """A model is about to be asked."""
-
-    def answered(self, model: ModelSweep, answer: Answer) -> None:
-        """The engine has answered."""
-
-    def ended(self, run: PendingRun) -> None:
-        """A run is written."""
-
-    def failed(self, name: str, error: Exception) -> None:
-        """A run failed; may raise, which ends the flow."""
-
-    def fault(self, error: Exception) -> None:
-        """The engine, or its cache, has failed; may raise, which ends the flow."""
-
-    def end(self, model: ModelSweep) -> None:
-        """All runs of a model have ended."""
 
 
 @dataclass(eq=False)
@@ -102,17 +60,21 @@ class Flow:
         run_specs: Sequence[RunSpec],
         client_of: Callable[[str], FlexGenClient],
         helpers: Helpers,
-        here: HelmSide,
+        here: RunSide,
         watcher: Watcher,
+        deployment_of: Callable[[RunSpec], str] = lambda run_spec: str(run_spec.adapter_spec.model_deployment),
     ) -> None:
-        """`client_of` gives the client of a deployment; `here` does what a helper has no engine for."""
+        """`client_of` gives the client of a deployment; `here` does what a helper has no engine for.
+
+        `deployment_of` says who answers a run's requests.
+        """
         self._client_of = client_of
         self._helpers = helpers
         self._here = here
         self._watcher = watcher
         by_deployment: dict[str, list[RunSpec]] = {}
         for run_spec in run_specs:
-            by_deployment.setdefault(str(run_spec.adapter_spec.model_deployment), []).append(run_spec)
+            by_deployment.setdefault(deployment_of(run_spec), []).append(run_spec)
         self._turns = [
             _Turn(deployment, deque(specs), dict.fromkeys(each.name for each in specs), len(specs), len(specs))
             for deployment, specs in by_deployment.items()

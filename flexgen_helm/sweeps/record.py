@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ MOST_POINTS = 500
 
 _CURE = "remove it, or run the sweep again"
 
-RunStatus = Literal["done", "failed", "skipped"]
+RunStatus = Literal["done", "failed", "skipped", "unjudged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class RunRecord:
     """HELM's name of the run spec, which is also its directory's."""
     deployment: str
     status: RunStatus
-    """"skipped": an earlier command had completed it."""
+    """"skipped": an earlier command had completed it. "unjudged": it is answered, and waits for a judge."""
     error: str | None = None
     """One line; of a failed run."""
     requests: int
@@ -107,6 +108,12 @@ class RunRecord:
     new_tokens: int
     seconds: float
     """From the sweep's start of the model to the run's last file."""
+    verdicts: int = field(default=0, metadata=SINCE)
+    """Answers that were to be judged by another model."""
+    unreadable_verdicts: int = field(default=0, metadata=SINCE)
+    """Of those, the ones whose verdict could not be read; they score nothing, as do the following."""
+    missing_verdicts: int = field(default=0, metadata=SINCE)
+    """Those that the judge could not be asked, or did not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +132,16 @@ class SweepRecord:
     hardware: Hardware
     models: tuple[ModelRecord, ...] = field(default=())
     runs: tuple[RunRecord, ...] = field(default=())
+    judge: ModelRecord | None = field(default=None, metadata=SINCE)
+    """What the model did that judged runs of the suite; it may be one of `models`, too."""
+
+
+def counted(statuses: Iterable[RunStatus]) -> dict[str, int]:
+    """How many runs ended in which way; those that wait for a judge are named only where there are any."""
+    found = Counter(statuses)
+    return {status: found[status] for status in ("done", "failed", "skipped")} | (
+        {"unjudged": found["unjudged"]} if found["unjudged"] else {}
+    )
 
 
 def thinned(points: Sequence[TimelinePoint], most: int = MOST_POINTS) -> tuple[TimelinePoint, ...]:

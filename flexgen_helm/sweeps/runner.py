@@ -9,17 +9,21 @@ from functools import partial
 from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError, named
 from engine.job import Job
 from flexgen_helm.helm.preflight import find_unusable_metrics
 from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.two_step_runner import NoRoom, TwoStepRunner
-from flexgen_helm.sweeps.beside.helm_side import PRELOADED, HelmSide, Setting
+from flexgen_helm.judging.judge import Judge
+from flexgen_helm.judging.kinds import needs_judge
+from flexgen_helm.sweeps.beside.helm_side import PRELOADED, HelmSide, Setting, write
 from flexgen_helm.sweeps.diary import SweepDiary
 from flexgen_helm.sweeps.flow import Flow
 from flexgen_helm.sweeps.foreseen import foresee
+from flexgen_helm.sweeps.judge.side import JudgeSide, annotating
+from flexgen_helm.sweeps.judge.watcher import JudgeWatcher
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.workers.helper_processes import HelperProcesses, Here, num_helpers
 
@@ -34,16 +38,22 @@ class SweepRunner(TwoStepRunner):
         suite: str,
         diary: SweepDiary,
         plugins: Sequence[str] = (),
+        judge: Judge | None = None,
         **flags: bool,
     ) -> None:
         """As `TwoStepRunner`; `diary` is told in the thread that calls `run_all`.
 
-        `plugins` are those that the user has named: processes that help import them, too.
+        `plugins` are those that the user has named: processes that help import them, too. Without a `judge`, runs that
+        a model is to judge are held.
         """
         super().__init__(execution_spec, output_path, suite, **flags)
         self.diary = diary
         self._suite = suite
         self._plugins = tuple(plugins)
+        self._judge = judge
+        self._to_judge: dict[str, RunSpec] = {}
+        """Runs that a model is to judge, by their names; those that are held have an entry in `_held`."""
+        self._held: dict[str, PendingRun] = {}
         self._failures: dict[str, Exception] = {}
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
@@ -53,6 +63,7 @@ class SweepRunner(TwoStepRunner):
         """
         self.clear_scratch()
         assert isinstance(self.executor, WholeRunExecutor)
+        self._to_judge = {run_spec.name: run_spec for run_spec in run_specs if needs_judge(run_spec)}
         try:
             ours: list[RunSpec] = []
             others: list[RunSpec] = []
@@ -63,10 +74,26 @@ class SweepRunner(TwoStepRunner):
                 Flow(ours, self.executor.our_client, helpers, here, self).run()
             for run_spec in others:
                 self._run_as_helm_does(run_spec)
+            if self._judge is not None and self._held:
+                self._have_judged(self._judge)
         finally:
             self.clear_scratch()
         if self._failures:
             raise RunsFailed(self._failures)
+
+    def _have_judged(self, judge: Judge) -> None:
+        """Have the runs that are held judged, all together."""
+        assert isinstance(self.executor, WholeRunExecutor)
+        client = self.executor.our_client(judge.deployment)
+        side = JudgeSide(self, judge, client)
+
+        def judged(name: str) -> None:
+            run = self._held[name]
+            self.diary.done(run, run.failed, side.verdicts[name])
+
+        watcher = JudgeWatcher(self, self.diary, judged)
+        held = [self._to_judge[name] for name in self._held]
+        Flow(held, self.executor.our_client, Here(side), side, watcher, lambda run_spec: judge.deployment).run()
 
     def _helpers(self, num_runs: int, here: HelmSide) -> HelperProcesses | Here:
         number = num_helpers(num_runs)
@@ -89,9 +116,20 @@ class SweepRunner(TwoStepRunner):
                 self.diary.skipped(run_spec)
             else:
                 todo.append(run_spec)
-        for name, error in find_unusable_metrics(todo).items():
+        for name, error in {**find_unusable_metrics(todo), **self._without_annotators(todo)}.items():
             self.failed(name, error)
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
+
+    def _without_annotators(self, run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
+        """Of each run whose annotators cannot be made, why; nobody asks them without a judge."""
+        problems: dict[str, EngineError] = {}
+        for run_spec in run_specs:
+            if self._judge is not None and run_spec.name in self._to_judge:
+                try:
+                    annotating(run_spec, self._judge, self)
+                except Exception as error:  # they fetch data, and import what they need
+                    problems[run_spec.name] = ConfigError(f"{run_spec.name}: it cannot be judged: {named(error)}")
+        return problems
 
     def _run_as_helm_does(self, run_spec: RunSpec) -> None:
         """Execute a run of another client, request by request."""
@@ -101,13 +139,13 @@ class SweepRunner(TwoStepRunner):
             self.known_tokens.forget()
             run = PendingRun(run_spec.name, None, 0, len(adapted.state.request_states), 0)
             self.diary.prepared(run)
-            self.finish(adapted, self.executor.execute(adapted.state))
+            write(self, adapted, self.executor.execute(adapted.state))
         except NoRoom:
             raise
         except Exception as error:
             self.failed(run_spec.name, error)
         else:
-            self.diary.done(run, failed=[])
+            self.ended(run)
         self.known_tokens.forget()
 
     # What the flow tells
@@ -136,9 +174,13 @@ class SweepRunner(TwoStepRunner):
         self.diary.answered(model, answer)
 
     def ended(self, run: PendingRun) -> None:
-        """A run is written."""
+        """A run is written, or held for its judge."""
         failed = run.failed
-        self.diary.done(run, failed)
+        if run.name in self._to_judge:
+            self._held[run.name] = run
+            self.diary.held(run, failed, is_to_be_judged=self._judge is not None)
+        else:
+            self.diary.done(run, failed)
         if failed:
             self._failures[run.name] = ExecutorError(failed_requests(failed))
 

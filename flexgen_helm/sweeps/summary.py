@@ -8,7 +8,7 @@ from math import fsum
 from pathlib import Path
 
 from flexgen_helm.helm.scores import Score, short_name
-from flexgen_helm.sweeps.record import ModelRecord, SweepRecord
+from flexgen_helm.sweeps.record import ModelRecord, RunRecord, SweepRecord, counted
 from flexgen_helm.terminal.progress import clock
 
 MOST_FAILURES = 10
@@ -19,16 +19,31 @@ MOST_ROWS = 40
 
 def summary(found: SweepRecord, scores: Sequence[Score], notes: Sequence[str], suite_path: Path) -> str:
     """Counts, scores, what failed and why, speed, and where the results are."""
-    counts = {status: sum(run.status == status for run in found.runs) for status in ("done", "failed", "skipped")}
+    counts = counted(run.status for run in found.runs)
     lines = [f"suite {found.suite}: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
     lines += _table(scores, {run.name: run.failed_requests for run in found.runs})
     failed = [run for run in found.runs if run.status == "failed"]
     lines += [f"failed: {short_name(run.name)} ({run.deployment}): {run.error}" for run in failed[:MOST_FAILURES]]
     if len(failed) > MOST_FAILURES:
         lines.append(f"failed: {len(failed) - MOST_FAILURES} more")
+    lines += _unjudged([run for run in found.runs if run.status == "unjudged"])
     lines += notes[:MOST_FAILURES]
     lines += [_speed(model) for model in found.models]
+    if found.judge is not None:
+        lines.append(f"judge {_speed(found.judge)}")
     return "\n".join([*lines, f"results: {suite_path}"])
+
+
+def _unjudged(runs: Sequence[RunRecord]) -> list[str]:
+    """Which runs wait for a judge, and what to do about it."""
+    if not runs:
+        return []
+    named = ", ".join(short_name(run.name) for run in runs[:MOST_FAILURES])
+    more = f" and {len(runs) - MOST_FAILURES} more" if len(runs) > MOST_FAILURES else ""
+    return [
+        f"unjudged: {named}{more}; they are answered, and the same command with --judge MODEL has them judged without "
+        "asking anything again"
+    ]
 
 
 def _speed(model: ModelRecord) -> str:

@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 
+PACKAGES = {"absl": "absl-py", "docx": "python-docx"}
+"""Packages of HELM's scenarios and metrics that are not called what they are imported as."""
 CURE_FOR_THE_PAIR = "run `pip install --force-reinstall torch torchvision`, or `pip uninstall -y torchvision`"
 
 
@@ -31,6 +33,12 @@ def torchvision_problem() -> str | None:
         pair = f"torchvision {version('torchvision')} does not work with torch {version('torch')}"
         return f"{pair} ({_one_line(error)}), so no model can be imported; {CURE_FOR_THE_PAIR}"
     return None
+
+
+def lacks(error: ModuleNotFoundError) -> str:
+    """Say which package is needed, and how to get it."""
+    name = (error.name or "").partition(".")[0]
+    return f"needs the package {name}; run `pip install {PACKAGES.get(name, name)}`"
 
 
 def model_problem() -> str | None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
+import pytest
+import tiktoken
 from helm.benchmark import config_registry, runner
 from helm.benchmark.run_spec import RunSpec
 from tiny_models import ours, write_entries
@@ -19,6 +26,9 @@ DOWNLOADED_WHILE_PARSING = frozenset({"big_bench", "legalbench", "raft"})
 NEEDS_XLRD = frozenset({"ice"})
 """Kinds of entries that HELM does not build without `crfm-helm[scenarios]`."""
 
+NEEDS_DOCX = frozenset({"race_based_med"})
+"""Likewise, without `crfm-helm[medhelm]`."""
+
 Built = dict[str, list[RunSpec] | ConfigError]
 
 
@@ -33,6 +43,18 @@ def register_model(folder: Path) -> None:
     config_registry.register_configs_from_directory(str(folder))
 
 
+@contextmanager
+def what_entries_are_built_with() -> Iterator[None]:
+    """Inside, HELM imports `docx` and loads a tokenizer of tiktoken's, of which making run specs uses nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("docx") is None:
+            docx = ModuleType("docx")
+            docx.Document = None  # type: ignore[attr-defined]
+            patch.setitem(sys.modules, "docx", docx)
+        patch.setattr(tiktoken, "get_encoding", lambda name: None)
+        yield
+
+
 def build(arguments: list[str], output_path: Path) -> Built:
     """Build the entries of a command line: each entry's run specs, or the error; HELM's data is in `output_path`."""
     args = parse_run_flags([*arguments, "-m", "3"])
@@ -44,7 +66,8 @@ def build(arguments: list[str], output_path: Path) -> Built:
     for entry in entries:
         assigned = assign_models([entry], ["local/entries"], lambda _: target, skip_others=False)
         try:
-            built[entry.description] = build_run_specs(assigned, args)
+            with what_entries_are_built_with():
+                built[entry.description] = build_run_specs(assigned, args)
         except ConfigError as error:
             built[entry.description] = error
     runner.set_benchmark_output_path(before)

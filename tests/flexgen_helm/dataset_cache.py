@@ -16,11 +16,11 @@ Rows = list[dict[str, Any]]
 def place_datasets(output: Path, default_cache: Path) -> None:
     """Write them below HELM's output directory, or into `default_cache` where HELM lets the library choose."""
     root = output / "scenarios"
-    _write(root / "raft/data", "ought/raft", "ade_corpus_v2", {"train": _labelled(20, "Sentence", "Label")})
+    write_dataset(root / "raft/data", "ought/raft", "ade_corpus_v2", {"train": _labelled(20, "Sentence", "Label")})
     for subset in ("abercrombie", "proa"):
         rows = [{"text": story(i), "answer": ("Yes", "No")[i % 2]} for i in range(6)]
-        _write(root / "legalbench/data", "nguha/legalbench", subset, {"train": rows, "test": rows[:4]})
-    _write(root / "MATH/data", "hendrycks/competition_math", "default", {"train": _math(10), "test": _math(4)})
+        write_dataset(root / "legalbench/data", "nguha/legalbench", subset, {"train": rows, "test": rows[:4]})
+    write_dataset(root / "MATH/data", "hendrycks/competition_math", "default", {"train": _math(10), "test": _math(4)})
     for scenario, dataset, subset, kind in (
         ("lex_glue", "lex_glue", "ledgar", _labelled(6, "text", "label")),
         ("lex_glue", "lex_glue", "unfair_tos", [{"text": story(i), "labels": [i % 3]} for i in range(6)]),
@@ -40,26 +40,31 @@ def place_datasets(output: Path, default_cache: Path) -> None:
         ),
     ):
         splits = {"train": kind, "validation": kind[:2], "test": kind[2:]}
-        _write(root / scenario / "data", dataset, subset, splits)
+        write_dataset(root / scenario / "data", dataset, subset, splits)
     acts = [{"text": _long(i, 210), "summary": story(i)} for i in range(12)]
-    _write(root / "summarization/data", "billsum", "default", {"train": acts, "test": acts[:4]})
+    write_dataset(root / "summarization/data", "billsum", "default", {"train": acts, "test": acts[:4]})
     cases = [{"summary/long": _long(i, 110), "summary/short": story(i)} for i in range(12)]
     splits = {"train": cases, "validation": cases[:2], "test": cases[2:6]}
-    _write(root / "summarization/data", "allenai/multi_lexsum", "v20220616", splits)
+    write_dataset(root / "summarization/data", "allenai/multi_lexsum", "v20220616", splits)
     pairs = [{"translation": {"cs": f"Kniha {i}: {CITIES[i % 8]}", "en": f"Book {i}: {story(i)}"}} for i in range(6)]
-    _write(default_cache, "wmt14", "cs-en", {"train": pairs, "validation": pairs[:2], "test": pairs[2:]})
+    write_dataset(default_cache, "wmt14", "cs-en", {"train": pairs, "validation": pairs[:2], "test": pairs[2:]})
 
 
-def _write(cache: Path, dataset: str, config: str, splits: dict[str, Rows]) -> None:
+def write_dataset(
+    cache: Path, dataset: str, config: str, splits: dict[str, Rows], features: Any = None, **how: Any
+) -> None:
+    """Write a dataset as if it had been loaded; `features` and `how` are what else `load_dataset` is called with."""
     import datasets
     from datasets.arrow_writer import ArrowWriter
+    from datasets.naming import camelcase_to_snakecase
 
-    name = dataset.split("/")[-1]
+    name = camelcase_to_snakecase(dataset.split("/")[-1])
+    config = datasets.BuilderConfig(config).create_config_id(how, features)
     folder = cache / "___".join([*dataset.split("/")[:-1], name]) / config / "0.0.0" / ("0" * 40)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     info = datasets.DatasetInfo(dataset_name=name, config_name=config, version="0.0.0", splits=datasets.SplitDict())
     for split, rows in splits.items():
-        data = datasets.Dataset.from_list(rows)
+        data = datasets.Dataset.from_list(rows, features=features)
         for column in data.column_names:
             if column.lower() == "label" and data.features[column].dtype == "int64":
                 data = data.cast_column(column, datasets.ClassLabel(names=["no", "yes"]))

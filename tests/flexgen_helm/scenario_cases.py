@@ -18,6 +18,10 @@ class Case:
     """Whether it generates nothing: log-probabilities of prompts are compared too."""
     extra_metrics: frozenset[str] = frozenset()
     """Metrics that need further packages or a network; where those lack, the run is compared without them."""
+    is_chat: bool = False
+    """Whether its requests are messages, which only a model with a chat template is asked."""
+    max_tokens: int | None = None
+    """Of an answer, where the entry's own would not leave a tiny model's window room for a prompt."""
 
 
 def _needs(*metrics: str) -> frozenset[str]:
@@ -126,6 +130,39 @@ CASES = (
     Case("med_qa"),
     Case("bbq:subject=all", quick=True),
     Case("simple_mcqa"),
+    # leaderboards of long answers
+    Case("mmlu_pro:subject=all,output_format_instructions=mmlu_pro", quick=True, max_tokens=32, is_sampled=True),
+    Case("gpqa:subset=main,output_format_instructions=gpqa", max_tokens=32, is_sampled=True),
+    Case("gpqa:subset=diamond,output_format_instructions=gpqa", max_tokens=32, is_sampled=True),
+    Case("ifeval", max_tokens=32, extra_metrics=_needs("IFEvalMetric")),
+    Case("wildbench:subset=v2", quick=True, is_chat=True, max_tokens=32),
+    Case("omni_math", max_tokens=32),
+    Case("xstest", max_tokens=32),
+    Case("anthropic_red_team", max_tokens=32),
+    Case("simple_safety_tests", max_tokens=32),
+    Case("harm_bench", max_tokens=32),
+    Case("harm_bench_gcg_transfer", max_tokens=32),
+    Case("bbq:subject=all,method=multiple_choice_joint,output_format_instructions=mcqa,max_train_instances=0"),
+    Case("air_bench_2024", max_tokens=32),
+    # long contexts
+    Case("ruler_hotpotqa:max_num_words=131072"),
+    Case("ruler_squad:max_num_words=131072"),
+    Case("infinite_bench_en_qa:max_num_words=131072"),
+    Case("infinite_bench_en_mc:max_num_words=131072"),
+    Case("infinite_bench_en_sum:max_num_words=131072", max_tokens=32),
+    Case("openai_mrcr:needles=8,max_num_words=131072", is_chat=True, max_tokens=32),
+    # medicine
+    Case("medcalc_bench"),
+    Case("medec", max_tokens=32),
+    Case("head_qa"),
+    Case("medbullets"),
+    Case("medhelm_med_qa"),
+    Case("medhelm_med_mcqa"),
+    Case("aci_bench", max_tokens=32, extra_metrics=_needs("SummarizationMetric")),
+    Case("med_dialog:subset=healthcaremagic", extra_metrics=_needs("SummarizationMetric")),
+    Case("medi_qa", max_tokens=32, extra_metrics=_needs("SummarizationMetric")),
+    Case("pubmed_qa"),
+    Case("medhallu"),
     # language modelling and ranking
     Case("wikitext_103", only_scores=True),
     Case("the_pile:subset=BookCorpus2", only_scores=True),

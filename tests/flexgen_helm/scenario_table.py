@@ -16,6 +16,7 @@ from scenario_cases import CASES, Case
 
 from engine.errors import ConfigError
 from engine.policy import policy_directories
+from flexgen_helm.judging.kinds import needs_judge
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "scenarios.md"
 COMMAND = "HF_HUB_OFFLINE=1 python tests/flexgen_helm/scenario_table.py"
@@ -28,7 +29,8 @@ name:
 {files}. Policies that come with them: {policies}.
 
 *Requests*: the adapter's method, the most new tokens (T: temperature, n: completions where they are more than one) and
-the most examples in the prompt.
+the most examples in the prompt (which a scenario without any does not have). *Judged*: a model scores the answers. HELM
+names one that needs an account; `--judge MODEL` puts another in its place (docs/judges.md).
 
 *Data*: HELM downloads nearly all of it when a run begins, and leaves alone what is already in place. *At parsing* means
 that without a network (or the file in place) not even the entry is read, nor any other of its file. Metrics of some
@@ -39,12 +41,15 @@ kinds need more packages, without which a run is refused before it begins; so do
 same statistics, but for times, finish reasons and what follows from log-probabilities of tokens generated at
 temperature 0, which the reference reports as 0.0 (all scores of the ranking do). *Sampled*: no two clients draw the
 same; all statistics are there, and a second run draws the same texts. Where a metric's packages are missing the run is
-compared without that metric. `make slow` runs what `make test` does not.
+compared without that metric, and what is judged is compared without its judge, which has tests of its own. Answers of
+more tokens than a tiny model's window has room for are cut to 32. `make slow` runs what `make test` does not.
 
 """
 METHODS = {
+    "chat": "chat",
     "generation": "generation",
     "multiple_choice_joint": "multiple choice, joint",
+    "multiple_choice_joint_chain_of_thought": "multiple choice, joint, reasoning first",
     "multiple_choice_separate_original": "multiple choice, separate",
     "multiple_choice_separate_calibrated": "multiple choice, separate, calibrated",
     "language_modeling": "language modelling",
@@ -56,17 +61,55 @@ BY_HAND = {
     "ice": "by hand, under licence; `crfm-helm[scenarios]`",
     "news_qa": "by hand, built from CNN's stories",
 }
-DOWNLOADED_WITH_GDOWN = {"copyright", "disinformation", "med_qa"}
+GATED = {"gpqa", "xstest"}
+"""Data that the hub gives to those only who have agreed to its conditions."""
+TOKENIZER_WHILE_PARSING = {"openai_mrcr"}
+"""Kinds for which tiktoken fetches its file of tokens when an entry is read."""
+SOURCES = {
+    "air_bench_2024": "`stanford-crfm/air-bench-2024`, for its judge, too",
+    "anthropic_red_team": "`Anthropic/hh-rlhf`",
+    "gpqa": "`Idavidrein/gpqa`",
+    "harm_bench": "a file of GitHub's `centerforaisafety/HarmBench`",
+    "harm_bench_gcg_transfer": "a file of GitHub's `farzaank/harmbench-gcg-ensembled`",
+    "head_qa": "`dvilares/head_qa`",
+    "ifeval": "`google/IFEval`",
+    "infinite_bench_en_mc": "`xinrongzhang2022/InfiniteBench`",
+    "infinite_bench_en_qa": "`xinrongzhang2022/InfiniteBench`",
+    "infinite_bench_en_sum": "`xinrongzhang2022/InfiniteBench`",
+    "medcalc_bench": "`ncbi/MedCalc-Bench`",
+    "medhallu": "`UTAustin-AIHealth/MedHallu`",
+    "medi_qa": "`bigbio/mediqa_qa`",
+    "mmlu_pro": "`TIGER-Lab/MMLU-Pro`",
+    "omni_math": "`KbsdJames/Omni-MATH`",
+    "openai_mrcr": "`openai/mrcr`",
+    "simple_safety_tests": "`Bertievidgen/SimpleSafetyTests`",
+    "wildbench": "`allenai/WildBench`",
+    "xstest": "`walledai/XSTest`",
+}
+"""Data sets of the hub, where nothing else is said."""
+DOWNLOADED_WITH_GDOWN = {"copyright", "disinformation", "med_qa", "medhelm_med_mcqa", "medhelm_med_qa"}
 PACKAGES = {  # of kinds whose metrics need more than `crfm-helm` installs
     **dict.fromkeys(("copyright", "disinformation", "msmarco", "real_toxicity_prompts"), "metrics"),
     **dict.fromkeys(("summarization_cnndm", "summarization_xsum_sampled"), "summarization"),
     **dict.fromkeys(("billsum_legal_summarization", "eurlexsum_legal_summarization"), "summarization"),
     "multilexsum_legal_summarization": "summarization",
+    **dict.fromkeys(("aci_bench", "med_dialog", "medi_qa", "medication_qa"), "summarization"),
+    **dict.fromkeys(("mtsamples_procedures", "mtsamples_replicate"), "summarization"),
+}
+PIP = {
+    "ifeval": "its metric needs `pip install langdetect immutabledict absl-py`",
+    "medication_qa": "read with `pip install openpyxl`",
+    "race_based_med": "read, at parsing, with `pip install python-docx`",
 }
 JUDGED = {"anthropic_hh_rlhf", "grammar", "koala", "open_assistant", "self_instruct", "vicuna"}
 UNTESTED = {
     **dict.fromkeys(JUDGED, "no: answers are judged through a service that needs an account"),
     "ice": "no: HELM does not build it without more packages",
+    "ehr_sql": "no: HELM fetches a database",
+    "medication_qa": "no: an Excel file",
+    "mtsamples_procedures": "no: HELM asks GitHub for the list of files in every run",
+    "mtsamples_replicate": "no: HELM asks GitHub for the list of files in every run",
+    "race_based_med": "no: a Word file",
     "eurlexsum_legal_summarization": "no: its 2048 new tokens leave the tiny model's window no room for a prompt",
 }
 
@@ -80,11 +123,12 @@ def table(built: dict[str, Built]) -> str:
             key = kind_of(entry), _requests(kind_of(entry), run_specs)
             files[key].add(file)
             entries[key][entry] = 1 if isinstance(run_specs, ConfigError) else len(run_specs)
+    sorts = {entry: _sort(requests) for (_, requests), each in entries.items() for entry in each}
     rows = []
     for key in sorted(entries):
         first, *others = sorted(entries[key], key=lambda entry: entry not in {case.entry for case in CASES})
         shown = f"`{first}`" + (f" and {len(others)} more" if others else "")
-        tested = _tested(key, [case for case in CASES if case.entry in entries[key]])
+        tested = _tested(key, [case for case in CASES if case.entry in entries[key]], sorts)
         rows.append((shown, ", ".join(sorted(files[key])), key[1], _data(key[0]), tested))
     policies = {path.stem for folder in policy_directories() for path in folder.glob("helm-*.yaml")}
     head = HEAD.format(
@@ -112,6 +156,7 @@ def _requests(kind: str, run_specs: list[RunSpec] | ConfigError) -> str:
         words += [f"n={adapter.num_outputs}"] if adapter.num_outputs > 1 else []
     if adapter.max_train_instances:
         words.append(f"{adapter.max_train_instances} example{'s' if adapter.max_train_instances > 1 else ''}")
+    words += ["judged"] if needs_judge(run_specs[-1]) else []
     return "; ".join(words)
 
 
@@ -121,6 +166,12 @@ def _data(kind: str) -> str:
     if kind in MADE_BY_HELM:
         return "made by HELM"
     words = ["downloaded at parsing and when run" if kind in DOWNLOADED_WHILE_PARSING else "downloaded when run"]
+    if kind in TOKENIZER_WHILE_PARSING:
+        words[0] = "tiktoken's `o200k_base` at parsing, the rest when run"
+    if kind in SOURCES:
+        words[0] += f": {SOURCES[kind]}"
+    words += ["gated"] if kind in GATED else []
+    words += [PIP[kind]] if kind in PIP else []
     if kind in DOWNLOADED_WITH_GDOWN:
         words[0] += " with `crfm-helm[scenarios]`"
     if kind in PACKAGES:
@@ -128,12 +179,14 @@ def _data(kind: str) -> str:
     return "; ".join(words)
 
 
-def _tested(key: tuple[str, str], cases: list[Case]) -> str:
+def _tested(key: tuple[str, str], cases: list[Case], sorts: dict[str, str]) -> str:
+    """`sorts` are those of the requests of each entry."""
     kind, requests = key
     if not cases:
         same = [case for case in CASES if kind_of(case.entry) == kind]
         if same:
-            return f"as `{same[0].entry}`" if _sort(requests) == _sort_of(same[0]) else "no: no data of ours"
+            alike = [case for case in same if sorts.get(case.entry, METHODS["generation"]) == _sort(requests)]
+            return f"as `{alike[0].entry}`" if alike else "no: no data of ours"
         return UNTESTED[kind]
     told = "sampled" if cases[0].is_sampled else "equal"
     return f"{told}, in make {'test' if any(case.quick for case in cases) else 'slow'}"
@@ -141,10 +194,6 @@ def _tested(key: tuple[str, str], cases: list[Case]) -> str:
 
 def _sort(requests: str) -> str:
     return requests.split(";")[0]
-
-
-def _sort_of(case: Case) -> str:
-    return METHODS["language_modeling"] if case.only_scores else METHODS["generation"]
 
 
 def main() -> None:

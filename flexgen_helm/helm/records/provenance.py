@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from engine.reading import find_file, open_file
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.planning.environment import Environment, Hardware
-from flexgen_helm.planning.stored import read_versioned, replace_text
+from flexgen_helm.planning.stored import SINCE, read_versioned, replace_text
 
 FILE_NAME = "flexgen_run.json"
 VERSION = 1
@@ -55,6 +55,8 @@ class Provenance:
     """HELM's "model", "tokenizer" and "deployment", as its YAML files have them."""
     files: Mapping[str, str]
     """Hex digests (SHA-256) of the run's `SEALED` files."""
+    judge: Mapping[str, Any] = field(default_factory=dict, metadata=SINCE)
+    """Of a run that another model has judged: its "model", "deployment", "policy" and "identity"."""
 
 
 def provenance_of(

@@ -22,6 +22,7 @@ from flexgen_helm.helm.requests.entries import PackedEntries
 from flexgen_helm.helm.requests.results import Response, failure, result
 from flexgen_helm.helm.runner import WholeRunExecutor, settled
 from flexgen_helm.helm.two_step_runner import Adapted, TwoStepRunner
+from flexgen_helm.judging.kinds import needs_judge
 from flexgen_helm.planning.environment import Environment, environment
 
 PRELOADED = "flexgen_helm.sweeps.beside.preloaded"
@@ -72,7 +73,7 @@ class HelmSide:
         return Made(adapted=adapted, total=len(states), entries=entries)
 
     def finish(self, adapted: Adapted, outcomes: Sequence[Outcome], identity: Identity | None) -> None:
-        """Annotate, compute metrics and write all files of a run of our client.
+        """Annotate, compute metrics and write all files of a run of our client; hold one that a model is to judge.
 
         Raises `NoRoom` when its directory cannot be written, `EngineElsewhere` when an engine was to be asked that
         another process has, and whatever annotators and metrics do.
@@ -92,12 +93,20 @@ class HelmSide:
                 runner.known_tokens.count(client.tokenizer_name, adapted.num_tokens)
                 if engines.guard.is_closed and identity is not None:
                     client.known_identity = dict(identity)
-            runner.finish(adapted, ScenarioState(state.adapter_spec, settled(states, results), state.annotator_specs))
+            write(runner, adapted, ScenarioState(state.adapter_spec, settled(states, results), state.annotator_specs))
         except Exception:  # perhaps made of what says that an engine was to be asked
             engines.guard.check_not_asked()
             raise
         finally:
             runner.known_tokens.forget()
+
+
+def write(runner: TwoStepRunner, made: Adapted, state: ScenarioState) -> None:
+    """Finish a run whose results are in `state`, or hold it where a model is to judge it; as `TwoStepRunner` does."""
+    if needs_judge(made.run_spec):
+        runner.hold(made, state)
+    else:
+        runner.finish(made, state)
 
 
 class HelmSideThere(HelmSide):

@@ -6,6 +6,7 @@ import collections
 import functools
 import importlib.util
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -20,10 +21,15 @@ from stats import read
 
 from engine.errors import ConfigError
 from engine.policy import Policy
-from flexgen_helm.runs.entries import read_entries
+from flexgen_helm.runs.entries import Target, assign_models, build_run_specs, read_entries
 from flexgen_helm.runs.flags import parse_run_flags, policy_from_flags
 
 NUM_RUN_SPECS = {
+    "air_bench": 1,
+    "anthropic_red_team": 1,
+    "bbq": 1,
+    "capabilities": 5,
+    "capabilities_reasoning": 5,
     "classic": 455,  # 418 entries; synthetic_efficiency sweeps 5 x 7 sizes, big_bench 4 numbers of examples
     "classic_manual": 46,
     "classic_short": 281,
@@ -31,10 +37,21 @@ NUM_RUN_SPECS = {
     "demo": 3,
     "flexgen_30b": 7,
     "flexgen_fast": 72,
+    "gpqa": 3,
+    "harm_bench": 2,
+    "ifeval": 1,
     "lite": 108,
+    "long_context": 6,
+    "medhelm_public": 17,
     "mmlu": 57,
+    "mmlu_pro": 1,
     "nightly": 12,
+    "omni_math": 1,
     "quick": 7,
+    "safety": 5,
+    "simple_safety_tests": 1,
+    "wildbench": 1,
+    "xstest": 1,
 }
 SAME_NAME = "legal_summarization"  # of three entries of HELM's: in one suite they overwrite each other
 
@@ -92,6 +109,16 @@ def test_only_these_entries_download_while_they_are_parsed(
     built = built_entries.build(["-r", *entries.values()], tmp_path / "nothing")
     failed = {kind_of(entry) for entry, told in built.items() if "a download while parsing" in str(told)}
     assert failed == DOWNLOADED_WHILE_PARSING
+
+
+@pytest.mark.skipif(importlib.util.find_spec("docx") is not None, reason="the package is installed")
+def test_an_entry_that_needs_a_package_says_which(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "helm.benchmark.scenarios.race_based_med_scenario", raising=False)
+    args = parse_run_flags(["-r", "race_based_med"])
+    target = Target(model="local/entries", model_deployment="ours/entries")
+    entries = assign_models(read_entries(args), [target.model], lambda _: target, skip_others=False)
+    with pytest.raises(ConfigError, match=r"race_based_med.* needs the package docx; run `pip install python-docx`"):
+        build_run_specs(entries, args)
 
 
 def test_a_model_that_follows_instructions_gets_those_of_the_lite_leaderboard(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import built_entries
 import dataset_cache
+import leaderboard_data
 import pytest
 import scenario_data
 import yaml
+from helm.benchmark import config_registry
 from scenario_cases import CASES, Case
 from stats import NEVER_COMPARED, ZERO_IN_THE_REFERENCE, assert_alike, read, stats_of, texts_of
 from tiny_models import ours, random_llama, save_tiny_model, write_entries
@@ -20,6 +24,7 @@ WINDOW = 2048
 FETCHING = ("DisinformationHumanEvalMetrics",)
 """Metrics that fetch a file for every run: what people said of other models' texts."""
 NUM_INSTANCES = 2
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
 RANKED_BY_THEM = [
     "exact_match",
     "predicted_index",
@@ -36,22 +41,42 @@ def wide_llama(tokenizer: Any) -> Any:
     return model
 
 
+def fitting(run_spec: Any, max_tokens: int | None) -> Any:
+    """With answers that a tiny model's window has room for; without a judge, who has tests of his own."""
+    from flexgen_helm.judging.judged_runs import without_judge
+
+    adapter = run_spec.adapter_spec
+    adapter = dataclasses.replace(adapter, max_tokens=max_tokens or adapter.max_tokens)
+    return dataclasses.replace(without_judge(run_spec), adapter_spec=adapter)
+
+
 @pytest.fixture(scope="module")
-def prod_env(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with HELM's entries for one tiny model with two deployments, ours and the reference."""
+def prod_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """A directory with HELM's entries for one tiny model with two deployments, ours and the reference.
+
+    Of a model without a chat template, or of one that has one.
+    """
     folder = tmp_path_factory.mktemp("scenarios")
-    model = save_tiny_model(folder / "tiny-wide", wide_llama)
-    reference = {
-        "class_name": "helm.clients.huggingface_client.HuggingFaceClient",
-        "args": {"pretrained_model_name_or_path": str(model), "device": "cpu", "torch_dtype": "torch.float32"},
-    }
-    write_entries(folder / "prod_env", "local/scenarios", model, ours=ours(model), reference=reference)
-    deployments = folder / "prod_env" / "model_deployments.yaml"
-    content = yaml.safe_load(deployments.read_text())
-    for deployment in content["model_deployments"]:
-        deployment["max_sequence_length"] = WINDOW
-    deployments.write_text(yaml.safe_dump(content))
-    return folder / "prod_env"
+
+    @functools.cache
+    def of(is_chat: bool) -> Path:
+        name, template = ("talks", CHAT_TEMPLATE) if is_chat else ("scenarios", None)
+        model = save_tiny_model(folder / f"tiny-{name}", wide_llama, chat_template=template)
+        reference = {
+            "class_name": "helm.clients.huggingface_client.HuggingFaceClient",
+            "args": {"pretrained_model_name_or_path": str(model), "device": "cpu", "torch_dtype": "torch.float32"},
+        }
+        entries = folder / f"prod_env_{name}"
+        write_entries(entries, f"local/{name}", model, ours=ours(model), reference=reference)
+        deployments = entries / "model_deployments.yaml"
+        content = yaml.safe_load(deployments.read_text())
+        for deployment in content["model_deployments"]:
+            deployment["max_sequence_length"] = WINDOW
+        deployments.write_text(yaml.safe_dump(content))
+        config_registry.register_configs_from_directory(str(entries))
+        return entries
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +89,7 @@ def data(helm_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     folder = tmp_path_factory.mktemp("libraries")
     dataset_cache.place_datasets(helm_data, folder / "datasets")
+    leaderboard_data.place_leaderboards(helm_data, folder / "datasets")
     scenario_data.place_punkt(folder / "nltk")
     scenario_data.place_by_hand(folder)
     split_into_sentences = nltk.tokenize._get_punkt_tokenizer
@@ -79,9 +105,11 @@ def data(helm_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def run(prod_env: Path, data: Path, register_helms_configs: Callable[[], None]) -> Iterator[Callable[..., Path]]:
+def run(
+    prod_env: Callable[[bool], Path], data: Path, register_helms_configs: Callable[[], None]
+) -> Iterator[Callable[..., Path]]:
     """Run a case on one deployment, once; returns its directory."""
-    from helm.benchmark import config_registry, runner
+    from helm.benchmark import runner
     from helm.benchmark.run import run_benchmarking
     from helm.common.authentication import Authentication
 
@@ -92,39 +120,41 @@ def run(prod_env: Path, data: Path, register_helms_configs: Callable[[], None]) 
     from flexgen_helm.runs.flags import parse_run_flags
 
     register_helms_configs()
-    config_registry.register_configs_from_directory(str(prod_env))
     runner.set_benchmark_output_path(str(data))
     done: dict[tuple[Case, str, str], Path] = {}
 
     def run(case: Case, host: str, suite: str = "scenarios") -> Path:
         if (case, host, suite) in done:
             return done[case, host, suite]
+        local_path, name = prod_env(case.is_chat), "talks" if case.is_chat else "scenarios"
         args = parse_run_flags(["-r", case.entry, "-m", str(NUM_INSTANCES)])
-        target = Target(model="local/scenarios", model_deployment=f"{host}/scenarios")
-        entries = assign_models(read_entries(args), ["local/scenarios"], lambda _: target, skip_others=False)
-        run_spec = build_run_specs(entries, args)[0]
+        target = Target(model=f"local/{name}", model_deployment=f"{host}/{name}")
+        entries = assign_models(read_entries(args), [target.model], lambda _: target, skip_others=False)
+        with built_entries.what_entries_are_built_with():
+            run_spec = fitting(build_run_specs(entries, args)[0], case.max_tokens)
         usable = [metric for metric in run_spec.metric_specs
                   if not metric.class_name.endswith(FETCHING)
                   and not find_unusable_metrics([dataclasses.replace(run_spec, metric_specs=[metric])])]  # fmt: skip
         lacking = {metric.class_name.split(".")[-1] for metric in run_spec.metric_specs if metric not in usable}
         assert lacking <= case.extra_metrics
-        run_benchmarking(
-            run_specs=[dataclasses.replace(run_spec, metric_specs=usable)],
-            auth=Authentication(""),
-            url=None,
-            local_path=str(prod_env),
-            num_threads=1,
-            output_path=str(data),
-            suite=suite,
-            dry_run=False,
-            skip_instances=False,
-            cache_instances=False,
-            cache_instances_only=False,
-            skip_completed_runs=False,
-            exit_on_error=True,
-            runner_class_name=OURS if host == "ours" else REFERENCE,
-            disable_cache=True,
-        )
+        with built_entries.what_entries_are_built_with():
+            run_benchmarking(
+                run_specs=[dataclasses.replace(run_spec, metric_specs=usable)],
+                auth=Authentication(""),
+                url=None,
+                local_path=str(local_path),
+                num_threads=1,
+                output_path=str(data),
+                suite=suite,
+                dry_run=False,
+                skip_instances=False,
+                cache_instances=False,
+                cache_instances_only=False,
+                skip_completed_runs=False,
+                exit_on_error=True,
+                runner_class_name=OURS if host == "ours" else REFERENCE,
+                disable_cache=True,
+            )
         done[case, host, suite] = data / "runs" / suite / run_spec.name
         return done[case, host, suite]
 

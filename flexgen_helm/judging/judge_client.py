@@ -1,0 +1,44 @@
+"""The client that annotators are given: it notes what they ask, and answers from what the judge has answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from helm.clients.client import Client
+from helm.common.request import Request, RequestResult
+
+from flexgen_helm.judging.judge import Judge
+
+
+class NotAnswered(BaseException):
+    """The judge has not answered yet. No `Exception`, since annotators take those for answers."""
+
+
+class JudgeClient(Client):
+    """Stands for HELM's `AutoClient`, with the judge in place of whatever model is asked.
+
+    Annotators ask one request at a time and wait for its answer. So they are called twice: first what they ask is
+    noted, for the judge to answer all of it together; then they are given the answers.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self.answers: Mapping[str, RequestResult] = {}
+        """What the judge has answered, by `key_of` the request."""
+        self.asked: list[Request] = []
+        """Since this was last emptied, as the judge gets them."""
+
+    def make_request(self, request: Request) -> RequestResult:
+        """The judge's answer; raises `NotAnswered` where there is none."""
+        request = replace(request, model=self._judge.model, model_deployment=self._judge.deployment)
+        self.asked.append(request)
+        answer = self.answers.get(key_of(request))
+        if answer is None:
+            raise NotAnswered
+        return answer
+
+
+def key_of(request: Request) -> str:
+    """Equal for equal requests."""
+    return repr(request)

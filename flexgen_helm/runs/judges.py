@@ -1,0 +1,64 @@
+"""The judge of a command line: one of its models, or one more under a policy of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from helm.benchmark.model_deployment_registry import get_model_deployment
+from helm.benchmark.run_spec import RunSpec
+
+from engine.errors import ConfigError
+from flexgen_helm.judging.judge import Judge
+from flexgen_helm.judging.judged_runs import judged
+from flexgen_helm.judging.kinds import needs_judge
+from flexgen_helm.runs.flags import checked_policy
+from flexgen_helm.runs.models import Models, source_of
+from flexgen_helm.runs.registration import applies_chat_template
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A judge that HELM knows."""
+
+    judge: Judge
+    models: Models | None
+    """Not yet written to where HELM reads them; None where the judge is one of those that are judged."""
+
+
+def find_judge(name: str, policy: str | None, models: Models, named: Collection[str]) -> Bench:
+    """Make HELM know a judge, by its hub id or directory; `named` are the models that are judged, in `models`.
+
+    Raises `ConfigError` for a model that was not trained to follow instructions, as far as its chat template tells,
+    and for two models that HELM would not tell apart. Reads no weights.
+    """
+    is_one_of_them = name in named
+    if is_one_of_them and policy is not None:
+        raise ConfigError(
+            f"--judge-policy {policy}: the judge {name} is the model that is judged, whose policy is --policy; "
+            "leave --judge-policy out"
+        )
+    taken = {models.target(each).model_deployment for each in named}
+    own = models if is_one_of_them else Models(policy=checked_policy(policy) if policy else None)
+    found = own.target(name)
+    if not is_one_of_them and found.model_deployment in taken:
+        raise ConfigError(
+            f"the judge {name} and a model that it is to judge are both {found.model_deployment} for HELM; "
+            "name it as --model does where it is the same model, else rename its directory"
+        )
+    deployment = get_model_deployment(found.model_deployment)
+    if not applies_chat_template(source_of(deployment), deployment.client_spec.args.get("apply_chat_template")):
+        raise ConfigError(
+            f"the judge {source_of(deployment)} has no chat template, or is to run without it, so that it is asked to "
+            "go on with instructions instead of following them; name a chat model"
+        )
+    judge = Judge(model=found.model, deployment=found.model_deployment)
+    return Bench(judge=judge, models=None if is_one_of_them else own)
+
+
+def judged_by(judge: Judge, run_specs: list[RunSpec]) -> tuple[list[RunSpec], list[str]]:
+    """The run specs as the judge judges them, and lines that are to be read at the end."""
+    notes = (
+        [] if any(map(needs_judge, run_specs)) else [f"no run is judged by a model: --judge {judge.model} did nothing"]
+    )
+    return [judged(run_spec, judge) for run_spec in run_specs], notes

@@ -1,0 +1,350 @@
+"""Protects: runs that a model judges are judged by the one that is named, under its name, and never by what it left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import leaderboard_data
+import pytest
+import scenario_files
+from fake_engine import FakeEngine
+from helm.benchmark.adaptation.scenario_state import ScenarioState
+from helm.benchmark.annotation.annotator_factory import AnnotatorFactory
+from helm.benchmark.annotation.model_as_judge import AnnotatorModelInfo
+from helm.common.cache_backend_config import BlackHoleCacheBackendConfig
+from helm.common.codec import from_json
+from judges import CHAT_TEMPLATE, UNREADABLE, Asked, JudgeEngine, mean, verdict_on
+from stats import read
+from sweeping import SUITE_FILES, differences
+from tiny_models import random_llama, save_tiny_model
+
+from engine import EngineError
+from flexgen_helm.helm.engines import engines
+from flexgen_helm.sweeps.record import SweepRecord, read_record
+
+Cli = Callable[..., int]
+NAME = "local_tiny-judge"
+PROMPT = """Be a strict doctor: was {QUESTION} answered by {RESPONSE}?
+<rubric_criteria>{"accuracy": ["score", "explanation"], "clarity": ["score", "explanation"]}</rubric_criteria>"""
+API_NAMES = ("gpt", "claude", "openai")
+
+
+def wide(tokenizer: Any) -> Any:
+    """`random_llama` with room for a template of HELM's and the answer in it."""
+    model = random_llama(tokenizer)
+    model.config.max_position_embeddings = 1 << 15
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("judged")
+    return {
+        name: save_tiny_model(folder / name, wide, chat_template=CHAT_TEMPLATE) for name in ("tiny-model", "tiny-judge")
+    }
+
+
+@pytest.fixture(scope="module")
+def leaderboards(helm_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of `datasets` with data of the leaderboards, whose files are in `helm_data`."""
+    folder = tmp_path_factory.mktemp("datasets")
+    leaderboard_data.place_leaderboards(helm_data, folder)
+    return folder
+
+
+@pytest.fixture
+def cli(cli: Cli, leaderboards: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The command line with the data of the leaderboards, and of a benchmark that a jury judges."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", leaderboards)
+    scenario_files.table(Path("questions.csv"), [("QUESTION",), *((f"question {i}",) for i in range(5))])
+    scenario_files.text(Path("prompt.txt"), "{QUESTION}?")
+    scenario_files.text(Path("rubric.txt"), PROMPT)
+    judges = [{"name": "openai/gpt", "model_name": "openai/gpt-4o-2024-05-13"}, {"name": "c", "model_name": "an/other"}]
+    metrics = [{"name": "jury_score", "prompt_file": "rubric.txt", "judges": judges}]
+    told = {
+        "name": "medhelm_configurable_benchmark",
+        "description": "",
+        "prompt_file": "prompt.txt",
+        "dataset_file": "questions.csv",
+    }
+    scenario_files.text(Path("doctor.yaml"), json.dumps({**told, "metrics": metrics, "max_tokens": 20}))
+    return cli
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
+    """The engines in the order of loading: tiny-judge gives verdicts, others answer anything."""
+    from transformers import AutoTokenizer
+
+    found: list[FakeEngine] = []
+
+    def load(path: str, policy: object, window: int | None = None) -> FakeEngine:
+        assert all(engine.closed for engine in found), "one engine at a time"
+        kind = JudgeEngine if Path(path).name == "tiny-judge" else FakeEngine
+        found.append(kind(AutoTokenizer.from_pretrained(path)))
+        return found[-1]
+
+    engines.close()
+    monkeypatch.setattr(engines, "load", load)
+    yield found
+    engines.close()
+
+
+def suite(name: str) -> Path:
+    return Path("benchmark_output/runs") / name
+
+
+def record_of(name: str) -> SweepRecord:
+    found = read_record(suite(name))
+    assert found is not None
+    return found
+
+
+def conf(*entries: str) -> str:
+    listed = "\n".join(f'{{description: "{each}", priority: 1}}' for each in entries)
+    Path("judged.conf").write_text(f"entries: [{listed}]")
+    return "judged.conf"
+
+
+def run_of(name: str, entry: str) -> Path:
+    (found,) = (path for path in suite(name).iterdir() if path.name.startswith(entry.split(":")[0]))
+    return found
+
+
+def stat(run: Path, name: str) -> dict[str, Any]:
+    """A statistic of a run's test split, over all of it."""
+    (found,) = (
+        each
+        for each in read(run, "stats.json")
+        if each["name"] == {"name": name, "split": each["name"].get("split")} and each["name"]["split"] == "test"
+    )
+    return dict(found)
+
+
+def num_instances_with(run: Path, name: str) -> int:
+    """Instances of a run that have a statistic."""
+    instances = read(run, "per_instance_stats.json")
+    return sum(any(each["name"]["name"] == name for each in instance["stats"]) for instance in instances)
+
+
+def as_helm_annotates(run: Path, folder: Path) -> list[dict[str, Any]]:
+    """What HELM's own annotator makes of a run's answers, asking one at a time; nothing where it cannot read."""
+    state = from_json((run / "scenario_state.json").read_text(), ScenarioState)
+    factory = AnnotatorFactory({}, str(folder), BlackHoleCacheBackendConfig())
+    (spec,) = state.annotator_specs
+    args = {**spec.args, "auto_client": Asked()}
+    if "annotator_models" in args:
+        args["annotator_models"] = {name: AnnotatorModelInfo(**told) for name, told in args["annotator_models"].items()}
+    annotator = factory.get_annotator(type(spec)(spec.class_name, args))
+    annotations = []
+    for each in state.request_states:
+        try:
+            annotations.append(annotator.annotate(each))
+        except Exception:
+            annotations.append({})
+    return annotations
+
+
+HARM_BENCH = "harm_bench:increase_max_tokens=-480"
+WILDBENCH = "wildbench:subset=v2,increase_max_tokens=-1960"
+ENTRIES = {  # entry: the statistic that scores it, and the score that an annotation means
+    "wildbench:subset=v2,increase_max_tokens=-1960": (
+        "wildbench_score_rescaled",
+        lambda told: _scaled(told.get("gpt_score")),
+    ),
+    "omni_math:increase_max_tokens=-4060": ("omni_math_accuracy", lambda told: told.get("gpt_equivalence_judgement")),
+    HARM_BENCH: ("safety_score", lambda told: told.get("gpt_score")),
+    "air_bench_2024": ("air_score", lambda told: told.get("score")),
+    "medhelm_configurable_benchmark:config_path=doctor.yaml": ("jury_score", lambda told: _of_jury(told.get(NAME))),
+}
+
+
+def _scaled(score: float | None) -> float | None:
+    return None if score is None else (score - 1) / 9
+
+
+def _of_jury(told: dict[str, Any] | None) -> float | None:
+    return None if told is None else mean([each["score"] for each in told.values()])
+
+
+def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaderboard_data.place_judge_prompts(Path("prod_env/cache"))
+    arguments = ("--model", models["tiny-model"], "--judge", models["tiny-judge"], "--suite", "judged")
+    assert cli("sweep", conf(*ENTRIES), *arguments) == 0
+    out = capsys.readouterr().out
+    model, judge = loaded
+    assert isinstance(judge, JudgeEngine)
+    assert len(model.calls) == len(judge.calls) == 1, "all that is asked rides together"
+    recorded = {run.name: run for run in record_of("judged").runs}
+    unreadable = 0
+    for entry, (metric, score_of) in ENTRIES.items():
+        run = run_of("judged", entry)
+        assert run.name.endswith(f",judge={NAME}")
+        assert {file.name for file in run.iterdir()} == set(SUITE_FILES)
+        scores = [score_of(told) for told in as_helm_annotates(run, Path("prod_env/cache"))]
+        is_read = [score is not None for score in scores]
+        assert 0 < sum(is_read) < len(scores), f"{entry}: choose other data, so that some can be read and some cannot"
+        told = stat(run, metric)
+        expected = mean([score for score in scores if score is not None])
+        assert told["mean"] == pytest.approx(expected)
+        assert num_instances_with(run, metric) == sum(is_read)
+        share = stat(run, f"judge_{NAME}_verdict_read")
+        assert share["mean"] == pytest.approx(sum(is_read) / len(scores))
+        assert num_instances_with(run, f"judge_{NAME}_verdict_read") == len(scores)
+        assert stat(run, "num_instances")["sum"] == len(scores), "what needs no verdict is of all answers"
+        states = read(run, "scenario_state.json")["request_states"]
+        annotations = [next(iter(state["annotations"].values())) for state in states]
+        assert [each["verdict"] == "read" for each in annotations] == is_read
+        assert {each["judge"] for each in annotations} == {"local/tiny-judge"}
+        assert {each["response_text"] for each in annotations if each["verdict"] == "unreadable"} == {UNREADABLE}
+        missing = is_read.count(False)
+        unreadable += missing
+        assert (recorded[run.name].verdicts, recorded[run.name].unreadable_verdicts) == (len(scores), missing)
+        assert f"of {len(scores)} verdicts {missing} could not be read" in out
+        names = [each["name"] for each in read(run, "stats.json")]
+        names += [each["name"] for instance in read(run, "per_instance_stats.json") for each in instance["stats"]]
+        keys = json.dumps([list(map(list, annotations)), names])
+        assert not any(name in keys for name in API_NAMES), "nothing under the name of the model whose place it took"
+        assert read(run, "flexgen_run.json")["judge"]["deployment"] == "flexgen/tiny-judge"
+    assert sum(verdict_on(prompt) == UNREADABLE for prompt in judge.asked) == unreadable
+    page = (suite("judged") / "report.html").read_text()
+    assert page.count("these answers score nothing") == len(ENTRIES)
+    found = record_of("judged").judge
+    assert found is not None
+    assert (found.deployment, found.computed) == ("flexgen/tiny-judge", len(judge.asked))
+    assert [each.deployment for each in record_of("judged").models] == ["flexgen/tiny-model"]
+
+
+def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = conf(HARM_BENCH, "xstest:increase_max_tokens=-480", "medcalc_bench")
+    arguments = ("sweep", entries, "--model", models["tiny-model"], "-m", 4)
+    assert cli(*arguments, "--suite", "later") == 0
+    out = capsys.readouterr().out
+    assert "suite later: 1 done, 0 failed, 0 skipped, 2 unjudged" in out
+    assert "unjudged: harm_bench, xstest; they are answered" in out
+    assert [run.status for run in record_of("later").runs] == ["unjudged", "unjudged", "done"]
+    held = run_of("later", "harm_bench")
+    assert {file.name for file in held.iterdir()} == {"run_spec.json", "scenario.json", "scenario_state.json"}
+    answers = [state["result"]["completions"] for state in read(held, "scenario_state.json")["request_states"]]
+
+    judged = (*arguments, "--judge", models["tiny-judge"])
+    assert cli(*judged, "--suite", "later") == 0
+    model, judge = loaded
+    assert (len(model.calls), len(judge.calls)) == (1, 1)
+    run = run_of("later", "harm_bench")  # the one that was held is gone
+    assert run.name == f"{held.name},judge={NAME}"
+    assert [state["result"]["completions"] for state in read(run, "scenario_state.json")["request_states"]] == answers
+    assert "unjudged" not in capsys.readouterr().out
+
+    assert cli(*judged, "--suite", "later", "--skip-completed-runs") == 0
+    assert "0 done, 0 failed, 3 skipped" in capsys.readouterr().out
+    assert cli(*judged, "--suite", "at_once", "--local-path", "elsewhere") == 0
+    assert differences(suite("later"), suite("at_once")) == []
+
+
+def test_a_judge_that_fails_is_asked_what_is_left_by_the_same_command(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("sweep", conf(HARM_BENCH), "--model", models["tiny-model"], "--judge", models["tiny-judge"])
+    with monkeypatch.context() as patch:
+        patch.setattr(JudgeEngine, "__init__", _ill)
+        assert cli(*arguments, "--suite", "again") == 1
+    assert [run.status for run in record_of("again").runs] == ["failed"]
+    assert "the judge is ill" in str(record_of("again").runs[0].error)
+    assert not (run_of("again", "harm_bench") / "stats.json").exists()
+    engines.close()  # as the process does
+    assert cli(*arguments, "--suite", "again") == 0
+    model, ill, judge = loaded
+    assert len(model.calls) == 1
+    assert isinstance(ill, JudgeEngine)
+    assert isinstance(judge, JudgeEngine)
+    assert len(ill.asked) == 2
+    assert not set(ill.asked) & set(judge.asked)
+    assert cli(*arguments, "--suite", "whole", "--local-path", "elsewhere") == 0
+    assert differences(suite("again"), suite("whole")) == []
+
+
+def _ill(self: JudgeEngine, tokenizer: Any) -> None:
+    FakeEngine.__init__(self, tokenizer)
+    self.asked = []
+    self.fault, self.fault_after = EngineError("the judge is ill"), 2
+
+
+def test_a_model_may_judge_itself_by_one_engine(cli: Cli, models: dict[str, Path], loaded: list[FakeEngine]) -> None:
+    entries, judge = conf(HARM_BENCH), models["tiny-judge"]
+    # As a model, it answers what is no request of an annotator's.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("judges.verdict_on", lambda prompt: "<reasoning>so</reasoning><score>1</score>")
+        assert cli("sweep", entries, "--model", judge, "--judge", judge, "-m", 3, "--suite", "itself") == 0
+    assert [len(engine.calls) for engine in loaded] == [2]
+    run = run_of("itself", "harm_bench")
+    assert stat(run, "safety_score")["mean"] == stat(run, f"safety_{NAME}_score")["mean"] == 1.0
+
+
+def test_what_a_judge_has_no_room_for_is_counted_and_scores_nothing(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def narrow(tokenizer: Any) -> Any:
+        return random_llama(tokenizer)  # a window of 512 tokens
+
+    judge = save_tiny_model(tmp_path / "tiny-narrow", narrow, chat_template=CHAT_TEMPLATE)
+    arguments = ("--model", models["tiny-model"], "--judge", judge, "-m", 3, "--suite", "narrow")
+    assert cli("sweep", conf(HARM_BENCH), *arguments) == 0
+    assert "of 3 verdicts 3 were not given; these answers score nothing" in capsys.readouterr().out
+    run = run_of("narrow", "harm_bench")
+    assert stat(run, "judge_local_tiny-narrow_verdict_read")["mean"] == 0
+    assert not any("safety_score" in json.dumps(each["name"]) for each in read(run, "stats.json"))
+    (told, *_) = (state["annotations"]["harm_bench"] for state in read(run, "scenario_state.json")["request_states"])
+    assert told["verdict"] == "unanswered"
+    assert "512" in told["error"]
+
+
+def test_other_commands_ask_no_judge_unsaid(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run` asks as HELM does, and says so; what judges were asked is not made again."""
+    common = ("--model", models["tiny-model"], "-m", 2)
+    assert cli("run", "-r", HARM_BENCH, *common, "--suite", "as_helm") == 1
+    told = capsys.readouterr().err
+    assert "HELM asks the models that its annotators name for verdicts" in told
+    assert "openai" in told
+    assert cli("sweep", conf(HARM_BENCH), *common, "--judge", models["tiny-judge"], "--suite", "judged") == 0
+    assert cli("reproduce", run_of("judged", "harm_bench")) == 2
+    assert "was judged by another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--judge", "{tiny_llama}"), "has no chat template"),
+        (("--judge-policy", "auto"), "give --judge too"),
+        (("--judge", "{tiny-model}", "--judge-policy", "auto"), "is the model that is judged"),
+        (("--judge", "{tiny-judge}", "--apply-chat-template", "no", "-r", "live_qa"), "LiveQAAnnotator"),
+        (("--judge", "no-such-model"), "no-such-model"),
+    ],
+)
+def test_what_cannot_judge_is_refused_before_anything_is_written(
+    cli: Cli,
+    models: dict[str, Path],
+    tiny_llama: Path,
+    loaded: list[FakeEngine],
+    arguments: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = {"{tiny_llama}": tiny_llama, **{f"{{{name}}}": path for name, path in models.items()}}
+    given = [paths.get(each, each) for each in arguments]
+    entries, before = conf(HARM_BENCH), sorted(Path().rglob("*"))
+    assert cli("sweep", entries, "--model", models["tiny-model"], *given, "--suite", "bad") == 2
+    assert said in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before
+    assert loaded == []
