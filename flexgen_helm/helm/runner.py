@@ -30,6 +30,7 @@ from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
 from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.records.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
+from flexgen_helm.helm.requests.results import is_cut_off  # noqa: E402
 from flexgen_helm.planning.environment import Environment, environment  # noqa: E402
 
 
@@ -188,6 +189,8 @@ class WholeRunExecutor(Executor):
         self._told: dict[FlexGenClient, list[str]] = {}
         self.failed: list[str] = []
         """Why requests of the run that was executed last failed which now count as empty answers."""
+        self.cut_off = 0
+        """How many of its answers are empty because there was no room for more than their thinking."""
         self.observe: Observer | None = None
         """Sees the engine's sweeps."""
         self.client: FlexGenClient | None = None
@@ -199,7 +202,7 @@ class WholeRunExecutor(Executor):
         Prompts are checked before the engine loads its weights.
         """
         states: list[RequestState] = scenario_state.request_states
-        self.failed = []
+        self.failed, self.cut_off = [], 0
         client = self.client = None if self.execution_spec.dry_run else self.client_of(states)
         if client is None:
             as_helm_does: ScenarioState = super().execute(scenario_state)
@@ -215,6 +218,7 @@ class WholeRunExecutor(Executor):
             hlog(f"Processed {len(results)} requests")
         request_states = settled(states, results)
         self.failed = [str(result.error) for result in results if not result.success]
+        self.cut_off = sum(is_cut_off(each) for result in results for each in result.completions)
         return ScenarioState(
             adapter_spec=scenario_state.adapter_spec,
             request_states=request_states,

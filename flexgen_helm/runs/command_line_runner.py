@@ -12,6 +12,7 @@ from helm.benchmark.run_spec import RunSpec
 from engine.errors import EngineError
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.preflight import find_unusable_metrics
+from flexgen_helm.helm.requests.results import cut_off
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.terminal.progress import Progress
@@ -57,6 +58,9 @@ class CommandLineRunner(FlexGenRunner):
             self.executor.failed = []  # a run that is skipped as completed executes nothing
             self.display.notes.append(f"{name}: {failed_requests(failed)}")
             self._incomplete[run_spec.name] = ExecutorError(failed_requests(failed))
+        if isinstance(self.executor, WholeRunExecutor) and (count := self.executor.cut_off):
+            self.executor.cut_off = 0
+            self.display.notes.append(f"{name}: {cut_off(count)}")
 
     def tell(self, line: str) -> None:
         """Among the first lines that a run shows."""

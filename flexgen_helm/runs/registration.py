@@ -31,9 +31,11 @@ from helm.benchmark.tokenizer_config_registry import (
 )
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
+from engine.checkpoint.side_files import read_generation_config
 from engine.errors import CheckpointError, ConfigError, EngineError, named
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
+from flexgen_helm.helm.requests.shaping import NAMES, Shaping
 from flexgen_helm.helm.requests.translate import Translator
 from flexgen_helm.runs.yaml_lists import MAX_BYTES, add_to_yaml_lists
 
@@ -66,28 +68,24 @@ def entries_for(
     name: str | None = None,
     policy: str | Path | Mapping[str, Any] | Policy = "auto",
     max_sequence_length: int | None = None,
-    apply_chat_template: bool | None = None,
-    top_k: int | None = None,
+    **shaping: Any,
 ) -> Entries:
     """Make the entries of a hub id or model directory; reads its tokenizer, but no weights.
 
-    The HELM model is called `name`, by default the hub id, or local/<directory>. Raises `EngineError` for a model that
-    the engine cannot run, and where the longest sequence is neither given nor to be found.
+    The HELM model is called `name`, by default the hub id, or local/<directory>; `shaping` are args of `Shaping`.
+    Raises `EngineError` for a model that the engine cannot run, and where the longest sequence is not to be found.
     """
     description = describe(model, download_weights=False)
     is_directory = Path(model).expanduser().is_dir()
     source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
-    end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
+    end_of_text_token, prefix_token, translator = _read_tokenizer(description, Shaping.of(shaping))
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
     from engine.opening import check_model  # loads torch and transformers, which are not checked before
 
     check_model(with_window(description, window), Policy.load(policy))
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
-    if apply_chat_template is not None:
-        args["apply_chat_template"] = apply_chat_template
-    if top_k is not None:
-        args["top_k"] = top_k
+    args.update(Shaping.of(shaping).given())
     if window is not None:
         args["window"] = window
     return Entries(
@@ -129,11 +127,12 @@ def _default_name(source: str, is_directory: bool) -> str:
     return f"local/{last}" if is_directory or "/" not in source else source
 
 
-def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | None) -> tuple[str, str, Translator]:
+def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[str, str, Translator]:
     """End-of-text token, prefix token, and what would translate for the model."""
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
     path = description.path
+    settings = read_generation_config(Path(path))
     try:
         wrapped = HuggingFaceTokenizer.create_tokenizer(path, **WITHOUT_CODE)
         with wrapped as tokenizer:
@@ -144,8 +143,8 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
             window=description.window,
             pad_to=None,
             end_of_text_token=end_of_text_token,
-            apply_chat_template=apply_chat_template,
-            top_k=None,
+            shaping=shaping,
+            generation_config={} if settings is None else settings.to_dict(),
         )
     except EngineError:
         raise
@@ -192,7 +191,7 @@ def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int
     """
     args = deployment.client_spec.args
     description = with_window(describe(source, download_weights=False), args.get("window"))
-    _, _, translator = _read_tokenizer(description, args.get("apply_chat_template"))
+    _, _, translator = _read_tokenizer(description, shaping_of(deployment))
     is_asked, own = longest is not None, deployment.max_sequence_length
     longest, window = _longest_sequence(source, longest, description, translator)
     if not is_asked and own is not None:
@@ -201,6 +200,11 @@ def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int
         args = {**args, "window": window}
     client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
     return dataclasses.replace(deployment, max_sequence_length=longest, client_spec=client_spec)
+
+
+def shaping_of(deployment: ModelDeployment) -> Shaping:
+    """What of a deployment of ours shapes its answers."""
+    return Shaping.of({name: value for name, value in deployment.client_spec.args.items() if name in NAMES})
 
 
 def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | dict[str, Any]:

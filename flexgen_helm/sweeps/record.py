@@ -107,6 +107,8 @@ class RunRecord:
     new_tokens: int
     seconds: float
     """From the sweep's start of the model to the run's last file."""
+    cut_off: int = field(default=0, metadata=SINCE)
+    """Answers that are empty because there was no room for more than their thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
