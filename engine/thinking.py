@@ -193,7 +193,7 @@ def _behind_space(text: str, at: int) -> int:
 
 
 def _joined(thoughts: list[str]) -> str | None:
-    return "\n\n".join(thought.strip() for thought in thoughts) if thoughts else None
+    return "\n\n".join(filter(None, map(str.strip, thoughts))) if thoughts else None
 
 
 def _is_count(value: Any) -> bool:

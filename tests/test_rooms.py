@@ -46,7 +46,7 @@ ROOMS = {
 }
 """In this order: a room imports only rooms before it, and the ground. The files beside the rooms import all of them."""
 GROUND = {
-    "engine": ("errors", "reading", "logit_rules", "thinking", "job", "member", "policy", "pending"),
+    "engine": ("errors", "reading", "logit_rules", "thinking", "job", "member", "policy"),
     "flexgen_helm": (),
 }
 """Files beside the rooms that every room may import; they import no room but the first."""
