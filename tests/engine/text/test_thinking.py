@@ -122,6 +122,12 @@ def test_what_ends_before_it_begins_to_think_is_stopped_as_any_text(text_of: Tex
         assert (done.finish_reason, done.end_token, done.text) == ("stop", None, " \n\n".partition(stop)[0])
 
 
+def test_what_turns_out_to_be_an_answer_is_stopped_where_it_would_have_been(text_of: Text) -> None:
+    tokens = text_of.tokenizer.encode("\n" + " " * 60 + "reload", add_special_tokens=False)
+    done = ended(Job(prompt=[1], max_new_tokens=999, thinking=Thinking(style=THINK), stop=["\n"]), tokens, text_of)
+    assert (done.finish_reason, done.text, done.tokens) == ("stop", "", ())
+
+
 # Engines
 
 
@@ -144,7 +150,7 @@ def plain(reference: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
 def prompts() -> list[list[int]]:
     """Some begin alike; long ones repeat themselves, so that drafts come true."""
     shared = [5 + 7 * place % 300 for place in range(20)]
-    return [[*shared, 9, 30], [*shared, 9, 31], [11, 12, 13, 14] * 6, [21]]
+    return [[*shared, 9, 40], [*shared, 9, 41], [11, 12, 13, 14] * 6, [22]]
 
 
 def expected(
@@ -187,6 +193,14 @@ def test_a_budget_is_kept_to_the_token(engine: Engine, plain: PreTrainedModel, i
         assert [done.tokens] == [alone.tokens for alone in engine.run([job])]
         num_saved += len(tokens) - (engine.num_sweeps - before)
     assert num_saved > 5  # drafts came true
+
+
+def test_what_is_due_is_not_drafted(engine: Engine, plain: PreTrainedModel) -> None:
+    """The prompt repeats itself, and what closes the thinking begins as it would go on."""
+    prompt, closing = [11, 12, 13, 14] * 6, [11, 12, 50]
+    thinking = Thinking(style=THINK, is_open=True, budget=0, closing=tuple(closing))
+    (done,) = engine.run([Job(prompt=prompt, max_new_tokens=9, thinking=thinking)])
+    assert list(done.tokens) == expected(plain, prompt, 0, 0, closing, 9)
 
 
 def test_a_budget_that_is_not_used_up_changes_nothing(engine: Engine) -> None:
