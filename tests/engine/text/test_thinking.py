@@ -196,8 +196,8 @@ def test_a_budget_is_kept_to_the_token(engine: Engine, plain: PreTrainedModel, i
 
 
 def test_what_is_due_is_not_drafted(engine: Engine, plain: PreTrainedModel) -> None:
-    """The prompt repeats itself, and what closes the thinking begins as it would go on."""
-    prompt, closing = [11, 12, 13, 14] * 6, [11, 12, 50]
+    """The prompt repeats itself, and what closes the thinking is how it would go on."""
+    prompt, closing = [11, 12, 13, 14] * 6, [11, 12]
     style = Tags(begin="<think>", end=str(engine.tokenizer.decode(closing)))
     thinking = Thinking(style=style, is_open=True, budget=0, closing=tuple(closing))
     (done,) = engine.run([Job(prompt=prompt, max_new_tokens=9, thinking=thinking)])
