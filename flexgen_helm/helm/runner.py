@@ -26,7 +26,7 @@ from engine.errors import EngineError  # noqa: E402 - after the line that says w
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
 from flexgen_helm.helm.engines import Observer  # noqa: E402
-from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
+from flexgen_helm.helm.preflight import find_problems  # noqa: E402
 from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.records.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
@@ -109,11 +109,11 @@ class FlexGenRunner(Runner):
         """Run everything that can be run; raises `RunsFailed` at the end if something failed.
 
         With `exit_on_error`, raises the first error as it is; `CacheFull` in any case. Run specs whose metrics cannot
-        be made fail before anything runs: HELM would find out after all inference.
+        be made, or whose answers leave prompts no room, fail before anything runs.
         """
         failures: dict[str, Exception] = {}
         if not self.dry_run and not self.cache_instances_only:
-            failures.update(find_unusable_metrics([spec for spec in run_specs if not self._is_done(spec)]))
+            failures.update(find_problems([spec for spec in run_specs if not self._is_done(spec)]))
         for error in failures.values():
             if self.exit_on_error:
                 raise error

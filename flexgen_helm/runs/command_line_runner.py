@@ -11,7 +11,7 @@ from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import EngineError
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.helm.preflight import find_unusable_metrics
+from flexgen_helm.helm.preflight import find_problems
 from flexgen_helm.helm.requests.results import cut_off
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.scores import short_name
@@ -72,7 +72,7 @@ class CommandLineRunner(FlexGenRunner):
         CommandLineRunner.display(done, total, tokens)
 
     def _check(self, run_specs: list[RunSpec]) -> None:
-        for problem in find_unusable_metrics(run_specs).values():
+        for problem in find_problems(run_specs).values():
             raise problem
         if len(run_specs) == 1:
             return  # a run checks its own prompts before the engine loads
