@@ -36,8 +36,8 @@ def _no_room(run_spec: RunSpec) -> ConfigError | None:
         return None
     return ConfigError(
         f"{run_spec.name}: max_tokens {spec.max_tokens} leaves no room for a prompt in the {longest} tokens of "
-        f"{deployment.name}, and HELM shortens prompts until both fit; ask for fewer tokens (increase_max_tokens), or for "
-        "longer sequences (--max-sequence-length) if the model takes them"
+        f"{deployment.name}, and HELM shortens prompts until both fit; ask for fewer tokens (increase_max_tokens), or "
+        "for longer sequences (--max-sequence-length) if the model takes them"
     )
 
 
