@@ -30,7 +30,7 @@ from flexgen_helm.helm.preflight import find_problems  # noqa: E402
 from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.records.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
-from flexgen_helm.helm.requests.results import is_cut_off  # noqa: E402
+from flexgen_helm.helm.requests.results import cut_off, is_cut_off  # noqa: E402
 from flexgen_helm.planning.environment import Environment, environment  # noqa: E402
 
 
@@ -219,6 +219,8 @@ class WholeRunExecutor(Executor):
         request_states = settled(states, results)
         self.failed = [str(result.error) for result in results if not result.success]
         self.cut_off = sum(is_cut_off(each) for result in results for each in result.completions)
+        if self.cut_off:
+            hlog(cut_off(self.cut_off))
         return ScenarioState(
             adapter_spec=scenario_state.adapter_spec,
             request_states=request_states,

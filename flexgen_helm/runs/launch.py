@@ -122,8 +122,7 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
         policy=policy,
         path=args.path,
         max_sequence_length=args.max_sequence_length,
-        **shaping_from_flags(args),
-        **({"apply_chat_template": False} if is_demo and not named else {}),
+        **shaping_from_flags(args) | ({"apply_chat_template": False} if is_demo and not named else {}),
     )
     if is_demo and not named:
         named = [str(assets.demo_model())]

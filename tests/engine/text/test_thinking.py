@@ -131,9 +131,6 @@ def test_what_turns_out_to_be_an_answer_is_stopped_where_it_would_have_been(text
 # Engines
 
 
-COUNT = 30
-
-
 @pytest.fixture(scope="module")
 def engine(build: Callable[[str], Path]) -> Iterator[Engine]:
     """One that drafts, as engines do where transfers set the pace."""
@@ -174,15 +171,15 @@ def test_a_budget_is_kept_to_the_token(engine: Engine, plain: PreTrainedModel, i
     decode = engine.tokenizer.decode
     closing = engine.tokenizer.encode("</think>", add_special_tokens=False)
     assert len(closing) > 1
-    jobs, wanted = [], []
+    jobs, wanted, count = [], [], budget + 20
     for prompt in prompts():
         opening = models.reference_greedy(plain, prompt, 2)
         begin = "<think>" if is_open else str(decode(opening)).strip()
         num_opening = 0 if is_open else next(n for n in (1, 2) if begin in str(decode(opening[:n])))
-        wanted.append(expected(plain, prompt, num_opening, budget, closing, COUNT))
+        wanted.append(expected(plain, prompt, num_opening, budget, closing, count))
         style = Tags(begin=begin, end="</think>")
         thinking = Thinking(style=style, is_open=is_open, budget=budget, closing=tuple(closing))
-        jobs.append(Job(prompt=prompt, max_new_tokens=COUNT, thinking=thinking))
+        jobs.append(Job(prompt=prompt, max_new_tokens=count, thinking=thinking))
     together, num_saved = engine.run(jobs), 0
     for job, done, tokens in zip(jobs, together, wanted, strict=True):
         assert done.error is None
