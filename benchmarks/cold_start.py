@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine import Engine, Policy
 from engine.measuring.disk_rates import read_rate
-from engine.weights.kept import weights_directory
+from engine.weights.encoded.kept import weights_directory
 from flexgen_helm.commands.bench import bench_policy, timed
 from flexgen_helm.planning.dummy import random_model, shape_name, write_model_directory
 from flexgen_helm.planning.record import write_record

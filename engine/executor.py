@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,9 +11,11 @@ from engine.batch.micro_batch import MicroBatch
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
 from engine.model.causal_model import CausalModel
+from engine.model.experts.interface import compute
+from engine.model.experts.joint import JointExperts
 from engine.model.padded import PaddedBatch
 from engine.model.stub import LayerCall
-from engine.planning.limits import Limits
+from engine.planning.limits import WAITING_BATCHES, Limits
 from engine.sampling import choose
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
@@ -62,6 +65,7 @@ class Executor:
         self._weights = weights
         self._cache = cache
         self._hidden = hidden
+        self._joint = JointExperts(model.sweeping, compute, model.device)
         self.num_sweeps = 0
         """Passes over the layers so far."""
 
@@ -87,31 +91,50 @@ class Executor:
         ]
         hidden.begin(micro)
         calls: list[list[LayerCall]] = []
+
+        def through(layer: int, index: int) -> None:
+            """Take a micro-batch through a layer."""
+            batch = micro[index]
+            if layer == 0:  # not before: the host looks up embeddings while the device is at the first layer
+                weights.look_up(batch.ids)
+                if index + 1 < len(micro):
+                    weights.look_up_ahead(micro[index + 1].ids)
+                with model.sweeping.arithmetic:
+                    states, recorded = model.record(batch.inputs())
+                calls.append(recorded)
+            else:
+                states = hidden.take(index)
+            model.sweeping.batch = batch
+            with model.sweeping.around_layer():
+                states = model.layer(layer, states, calls[index][layer])
+            hidden.put(index, states)
+
         model.sweeping.cache = cache
         cache.stage_ahead(micro)
         for layer in range(len(model.layers)):
             weights.acquire(layer)
             model.sweeping.layer = layer
-            for index, batch in enumerate(micro):
-                if layer == 0:  # not before: the host looks up embeddings while the device is at the first layer
-                    weights.look_up(batch.ids)
-                    if index + 1 < len(micro):
-                        weights.look_up_ahead(micro[index + 1].ids)
-                    with model.sweeping.arithmetic:
-                        states, recorded = model.record(batch.inputs())
-                    calls.append(recorded)
-                else:
-                    states = hidden.take(index)
-                model.sweeping.batch = batch
-                with model.sweeping.around_layer():
-                    states = model.layer(layer, states, calls[index][layer])
-                hidden.put(index, states)
+            for together in self._together(layer, [batch.num_rows for batch in micro]):
+                self._joint.run([partial(through, layer, index) for index in together])
             weights.release(layer)
         weights.acquire(len(model.layers))
         answers = self._answer(batches)
         weights.release(len(model.layers))
         self.num_sweeps += 1
         return answers
+
+    def _together(self, layer: int, num_rows: list[int]) -> list[list[int]]:
+        """Micro-batches, of so many rows each, that wait for each other where a layer computes experts: neighbours."""
+        most = self.limits.waiting_rows if self._weights.expands_experts(layer) else 0
+        found: list[list[int]] = []
+        rows = 0
+        for index, added in enumerate(num_rows):
+            rows += added
+            if not found or rows > most or len(found[-1]) == WAITING_BATCHES:
+                found.append([])
+                rows = added
+            found[-1].append(index)
+        return found
 
     def _answer(self, batches: list[list[Segment]]) -> list[Answer]:
         asks: list[Ask] = []

@@ -16,7 +16,7 @@ from engine.checkpoint.tokenizer import SpecialTokens, load_tokenizer, special_t
 from engine.errors import CapacityError, EngineError, UnsupportedError, named, one_line
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
-from engine.kernels.threads import limit_threads
+from engine.kernels.threads import limit_threads, one_thread
 from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.arena import Arena
@@ -27,7 +27,7 @@ from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy
 from engine.schedule.scheduler import Scheduler
 from engine.text.decoding import Text
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.loading import check_checkpoint, load_checkpoint
 from engine.weights.members.group import Group
 from engine.weights.store import WeightStore
@@ -117,11 +117,17 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     try:
         if plan.uses_disk:
             arena.check_offload_dir()
-        store = WeightStore(model, plan.weights, arena, codec=codec, member=member)
+        store = WeightStore(model, plan.weights, arena, codec=codec, member=member, expands_whole=plan.expands_whole)
         loading = fill(store)
         store.claim_disk()
         group = Group(member, device) if member is not None and member.gather else None
-        stream = WeightStream(store, group, overlap=policy.overlap, read_ahead_bytes=plan.read_ahead_bytes)
+        stream = WeightStream(
+            store,
+            group,
+            overlap=policy.overlap,
+            read_ahead_bytes=plan.read_ahead_bytes,
+            experts_apart=plan.experts_apart,
+        )
         cache = KVCache(
             model.kv_shapes,
             dtype,
@@ -187,7 +193,8 @@ def _open_model(
     policy.check_window(description.window)
     path = Path(description.path)
     tokenizer = load_tokenizer(path)
-    model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant, has_weights=has_weights)
+    with one_thread():  # its modules are tried with few rows
+        model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant, has_weights=has_weights)
     special = special_tokens(path, model.config, tokenizer)
     if policy.compress_cache:
         _check_cache_codec(model)

@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -49,6 +50,9 @@ from engine.workers.packing import PackedCompletions
 if TYPE_CHECKING:
     from engine.engine import Engine
 
+_TURN_S = 0.0005
+"""How long a thread may hold the interpreter against others. The one that computes lets go of it with every function of
+torch, and would wait for 5 ms, the default, each time that another thread is at work on jobs."""
 _LOOK_S = 0.5
 """How often a process looks whether its parent is still there: a line that others have inherited does not end."""
 
@@ -59,6 +63,7 @@ def main(line: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent says what follows
     threading.Thread(target=_end_with, args=(parent,), name="flexgen-parent", daemon=True).start()
+    sys.setswitchinterval(_TURN_S)
     Serving(Connection(line)).run()
 
 

@@ -35,6 +35,7 @@ from engine.planning.limits import Limits
 from engine.planning.planner import Plan
 from engine.policy import Share
 from engine.weights.binding import stored_bytes
+from engine.weights.portion import Portion
 from flexgen_helm.commands.bench import CURVE, ROWS, bench_policy, table_line, workloads
 from flexgen_helm.planning.dummy import _random_block, open_dummy, random_model, shape_config
 from flexgen_helm.planning.model_sizes import sizes_of
@@ -111,6 +112,7 @@ SIZES = Sizes(
     cache_row_bytes=8,
     device_cache_row_bytes=8,
     expanded_bytes=0,
+    expert_bytes=0,
     hidden_row_bytes=4,
     num_layers=3,
 )
@@ -274,12 +276,13 @@ def test_encoded_dummy_weights_are_those_that_are_encoded_on_loading(opt: str) -
         store, stream = engine.parts.weights, engine.parts.stream
         name = min(name for placed in store.placed.values() for name in placed.coded)
         placed, extent = store._extent_of[name]
-        found = stored_bytes(placed, extent, stream._outer.memory).clone()
+        found = stored_bytes(Portion.whole(placed), stream._outer.memory, extent.first, extent.end).clone()
         store.put(name, _random_block()[: store.model.state[name].numel()])
-        assert found.equal(stored_bytes(placed, extent, stream._outer.memory))
+        assert found.equal(stored_bytes(Portion.whole(placed), stream._outer.memory, extent.first, extent.end))
         assert found.any()
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_comparison_with_stock_layers_is_timed_beside_its_run(opt: str, tmp_path: Path) -> None:
     rows = ["1x3x0+8:4", "2x2x20+4:1"]
     policy = tmp_path / "policy.yaml"
@@ -693,6 +696,7 @@ def test_a_suites_requests_are_asked_in_one_call(opt: str) -> None:
     assert asked["sweep_s"] + asked["host_s"] <= asked["seconds"]
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_row_is_recorded_under_its_name_and_others_go_on(
     opt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,10 +12,10 @@ import torch
 from engine.batch.context_group import ContextGroup, context_groups
 from engine.batch.decode_group import DecodeGroup
 from engine.batch.prefill_group import PrefillGroup
+from engine.batch.prefix_group import Chain, PrefixGroup, prefix_groups
 from engine.batch.rows import Rows
 from engine.planning.limits import Limits
 from engine.schedule.segment import Segment
-from engine.schedule.sequence import Prefix
 
 _MASKED_ROWS = 256
 """Rows of own tokens that one masked attention call over a shared prefix takes at least: they attend to each other in
@@ -40,6 +40,8 @@ class MicroBatch(Rows):
         self._device = device
         self.most_gathered_rows = limits.cached_rows_per_batch
         """Rows of keys and values that attention may gather at once."""
+        self._most_prefix_rows = limits.rows_per_batch
+        """Those of several prefixes: about what the new rows have."""
         decode = [segment for segment in segments if segment.is_decode]
         self.decode_groups = [
             DecodeGroup(group, device, limits.gap_rows)
@@ -73,6 +75,16 @@ class MicroBatch(Rows):
         return [PrefillGroup(run, self._device, ()) for run in runs]
 
     @cached_property
+    def decode_prefixes(self) -> list[PrefixGroup]:
+        """The chains of decode steps, for an attention that takes several at once."""
+        return prefix_groups(self.decode_chains, self._device, self._most_prefix_rows)
+
+    @cached_property
+    def prefill_prefixes(self) -> list[PrefixGroup]:
+        """The chains of new spans, for an attention that takes several at once."""
+        return prefix_groups(self.prefill_chains, self._device, self._most_prefix_rows)
+
+    @cached_property
     def context_groups(self) -> list[ContextGroup]:
         """New spans, for an attention to contexts that are gathered whole."""
         new = [segment for segment in self.segments if not segment.is_decode]
@@ -84,7 +96,7 @@ class MicroBatch(Rows):
         return {"input_ids": ids, "position_ids": self._positions, "use_cache": False}
 
 
-def _chains(segments: list[Segment]) -> list[tuple[int, int, tuple[Prefix, ...]]]:
+def _chains(segments: list[Segment]) -> list[Chain]:
     runs = _runs_of_one_chain(segments)
     return [(run[0].first, run[-1].end, run[0].span.chain) for run in runs if run[0].span.parent is not None]
 

@@ -159,8 +159,15 @@ class KVCache(LayerMemory):
 
     def fork(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
-        parts = [self.read(layer, prefix, len(prefix.tokens)) for prefix in chain]
-        return self.unpack(layer, parts[0] if len(parts) == 1 else torch.cat(parts))
+        return self.unpack(layer, self._prefix_rows(layer, chain))
+
+    def fork_flat(self, layer: int, chains: Iterable[tuple[Prefix, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of several chains, one behind the other: `[rows, heads, dim]`, on the device."""
+        return self._unpack_flat(layer, self._prefix_rows(layer, [prefix for chain in chains for prefix in chain]))
+
+    def _prefix_rows(self, layer: int, prefixes: Sequence[Prefix]) -> torch.Tensor:
+        parts = [self.read(layer, prefix, len(prefix.tokens)) for prefix in prefixes]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read(self, layer: int, span: Span, num_rows: int) -> torch.Tensor:
         """The first rows `[num_rows, width]` of a span, on the device."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.config import check_causal, load_family_config, num_layers, read_config, text_config
-from engine.checkpoint.hub import resolve
 from engine.checkpoint.side_files import check_side_files
 from engine.checkpoint.weight_files import checked_weight_bytes
 from engine.checkpoint.window import longest_window, window_of
@@ -18,7 +17,9 @@ class ModelDescription:
     """What can be known of a model without reading its weights."""
 
     path: str
-    """Local directory."""
+    """Local directory; of an adapter, one of links to its files and to its base model's."""
+    tokenizer: str = ""
+    """The directory (absolute) or hub id that has the tokenizer: of an adapter without one, its base model's."""
     model_type: str
     """As in its config.json, e.g. "opt"."""
     window: int | None
@@ -39,17 +40,18 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     Raises `CheckpointError` for a directory that is missing, without tokenizer, without weights or with a truncated
     shard; `UnsupportedError` for a model that is not a causal language model.
     """
-    path = resolve(model, download_weights=download_weights)
+    located = locate(model, download_weights=download_weights)
+    path = located.path
     config = read_config(path)
     check_causal(path, config)
     check_side_files(path)
-    is_local = Path(model).expanduser().is_dir()
-    weight_bytes = checked_weight_bytes(path) if download_weights or is_local else 0
+    weight_bytes = checked_weight_bytes(path) if download_weights or located.is_local else 0
     text = text_config(config)
     is_rotary = getattr(load_family_config(path), "rope_parameters", None) is not None
     dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
     return ModelDescription(
         path=str(path),
+        tokenizer=located.tokenizer,
         model_type=str(config["model_type"]),
         window=window_of(config),
         longest_window=longest_window(config, is_rotary=is_rotary),

@@ -10,6 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from engine.checkpoint.adapters.declared import ADAPTER_WEIGHTS
 from engine.checkpoint.weight_files import CHOICES, named_weights, weight_map
 from engine.errors import CheckpointError, named, one_line, shown
 from engine.reading import expand_home, find_file
@@ -110,6 +111,8 @@ def _is_side_file(name: str) -> bool:
 
 def _weight_names(path: Path, names: list[str]) -> list[str]:
     """The weight files among a repository's `names` that `transformers` loads; `path` has its small files."""
+    if "config.json" not in names and ADAPTER_WEIGHTS in names:
+        return [ADAPTER_WEIGHTS]
     chosen = named_weights(path) or next((name for name in CHOICES if name in names), None)
     if chosen is None or not chosen.endswith(".index.json"):
         return [chosen] if chosen else []

@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-from engine.checkpoint.weight_files import weight_files
+from engine.checkpoint.weight_files import all_weight_files
 from engine.errors import CheckpointError, EngineError
 from engine.reading import open_file
 
@@ -23,7 +23,7 @@ class OpenedWeights:
     def __init__(self, path: Path) -> None:
         """To be made before the files are opened to be read. Raises `CheckpointError`."""
         self._lock = threading.Lock()
-        self._files = [(file, open_file(file, CheckpointError)) for file in weight_files(path)]
+        self._files = [(file, open_file(file, CheckpointError)) for file in all_weight_files(path)]
         self._states = [_state(os.fstat(stream.fileno())) for _, stream in self._files]
 
     def duplicates(self) -> list[tuple[Path, int]]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, ADAPTER_FOLDER
 from engine.errors import CheckpointError, named
 from engine.reading import find_file, open_file
 
@@ -52,8 +53,14 @@ _OTHER_VOCABULARIES = (
 def found_side_files(path: Path) -> list[Path]:
     """All files there that can change token ids, prompts or results and hold no weights, in a fixed order."""
     names = sorted({*SIDE_FILES, *TOKENIZER_FILES, *_OTHER_VOCABULARIES})
+    names.append(f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}")
     found = [path / name for name in names if find_file(path / name, CheckpointError)]
     return found + [file for file in sorted(path.glob(_TEMPLATES)) if find_file(file, CheckpointError)]
+
+
+def is_vocabulary(file: Path) -> bool:
+    """Whether a side file can make a tokenizer, by its name."""
+    return file.name in (*TOKENIZER_FILES, *_OTHER_WHOLE)
 
 
 def check_side_files(path: Path) -> None:
@@ -63,9 +70,8 @@ def check_side_files(path: Path) -> None:
     pipe would hang them, and one of gigabytes would take all memory.
     """
     found = found_side_files(path)
-    vocabularies = (*TOKENIZER_FILES, *_OTHER_WHOLE)
-    if not {file.name for file in found} & {*vocabularies}:
-        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join(vocabularies)})")
+    if not any(map(is_vocabulary, found)):
+        raise CheckpointError(f"{path} has no tokenizer (none of {', '.join((*TOKENIZER_FILES, *_OTHER_WHOLE))})")
     for file in found:
         with open_file(file, CheckpointError) as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.safetensors_header import read_safetensors_header
 from engine.checkpoint.weight_files import weight_files
-from engine.errors import CheckpointError, one_line, shown
+from engine.errors import CheckpointError, UnsupportedError, one_line, shown
 from engine.reading import open_file
 
 if TYPE_CHECKING:
     import torch
+
+_DTYPES = {
+    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"},
+    **{"U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
+    **{"C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+}
+"""torch's names of the kinds of numbers in safetensors files, but for those of less than a byte."""
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
@@ -24,7 +32,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """
     file_of: dict[str, Path] = {}
     for file in weight_files(path):
-        for name, load in _safetensors(file) if file.suffix == ".safetensors" else _bin(file):
+        for name, load in tensors_of(file):
             if name in file_of:
                 raise CheckpointError(
                     f"{path}: {shown(name)} is in {file_of[name].name} and in {file.name}; which one is meant "
@@ -32,6 +40,11 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
                 )
             file_of[name] = file
             yield name, load
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Yield (name, load) for every tensor of one file, as `tensors` does."""
+    return _safetensors(file) if file.suffix == ".safetensors" else _bin(file)
 
 
 def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:
@@ -47,15 +60,35 @@ def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:
 
 
 def _safetensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Views of one mapping of the file: the library's `get_tensor` reads all of a tensor, since safetensors 0.8."""
+    import torch
     from safetensors import SafetensorError, safe_open
 
-    read_safetensors_header(file)
+    header = read_safetensors_header(file)
     try:
-        handle: Any = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
+        safe_open(file, framework="pt")  # what the library finds wrong with it
+        storage: Any = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{file} cannot be read: {one_line(error)}; fetch it again") from None
-    for name in handle.keys():  # noqa: SIM118 - not a mapping
-        yield name, lambda name=name: handle.get_tensor(name)  # type: ignore[misc]
+    data = len(storage) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    for name, entry in header.items():
+        yield name, lambda name=name, entry=entry: _view(file, storage, data, name, entry)  # type: ignore[misc]
+
+
+def _view(file: Path, storage: torch.UntypedStorage, data: int, name: str, entry: Mapping[str, Any]) -> torch.Tensor:
+    import torch
+
+    kind = _DTYPES.get(entry["dtype"])
+    if kind is None:
+        raise UnsupportedError(f"{file}: {shown(name)} is of the type {entry['dtype']}, which is not understood")
+    first, end = (data + offset for offset in entry["data_offsets"])
+    dtype, shape = getattr(torch, kind), entry["shape"]
+    if first == end:
+        return torch.empty(shape, dtype=dtype)
+    # A storage of its own: numbers need not begin at a multiple of their size.
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage[first:end])
+    numbers: torch.Tensor = whole.view(dtype).view(shape)
+    return numbers
 
 
 def _bin(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

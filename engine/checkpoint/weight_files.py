@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from engine.checkpoint.adapters.declared import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from engine.checkpoint.config import read_config
 from engine.checkpoint.safetensors_header import read_safetensors_header
 from engine.errors import CheckpointError, shown
@@ -35,6 +36,12 @@ def weight_files(path: Path) -> list[Path]:
             f"{path} lacks {len(missing)} of {len(names)} weight files that {chosen} lists, e.g. {missing[0]}"
         )
     return [path / name for name in names]
+
+
+def all_weight_files(path: Path) -> list[Path]:
+    """`weight_files`, and those of the adapter that changes them, if there is one."""
+    adapter = path / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+    return [*weight_files(path), *([adapter] if find_file(adapter, CheckpointError) else [])]
 
 
 def chosen_name(path: Path) -> str | None:

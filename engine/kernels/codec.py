@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +55,27 @@ class Codec:
         codes, steps, leasts = _encode(values.to(dtype).view(-1, GROUP), self.bits)
         return codes.flatten(), steps, leasts
 
+    def ranges(
+        self, first_element: int, num_elements: int, whole_elements: int, dtype: torch.dtype
+    ) -> list[tuple[int, int]]:
+        """Where codes, steps and leasts of some numbers of `dtype` lie in the bytes of all that are encoded together.
+
+        first_element, num_elements: multiples of `GROUP`.
+        """
+        code_bytes, step_bytes = self.part_bytes(whole_elements, dtype)
+        first, end = (at // GROUP * dtype.itemsize for at in (first_element, first_element + num_elements))
+        codes = self.code_bytes(first_element), self.code_bytes(first_element + num_elements)
+        return [codes, *((begin + first, begin + end) for begin in (code_bytes, code_bytes + step_bytes))]
+
     def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
         """Write the numbers of `coded` bytes into flat `values`."""
         count = values.numel()
-        code_bytes, step_bytes = self.part_bytes(count, values.dtype)
-        used = count // GROUP * values.dtype.itemsize
-        steps, leasts = (
-            coded[first : first + used].view(values.dtype) for first in (code_bytes, code_bytes + step_bytes)
-        )
-        codes = coded[: self.code_bytes(count)].view(len(steps), -1)
-        _fill(values.view(-1, GROUP), codes, steps, leasts, self.bits)
+        self.decode_parts([coded[first:end] for first, end in self.ranges(0, count, count, values.dtype)], values)
+
+    def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
+        """Write the numbers of codes, steps and leasts, which are bytes that lie as `ranges` says, into `values`."""
+        steps, leasts = (part.view(values.dtype) for part in parts[1:])
+        _fill(values.view(-1, GROUP), parts[0].view(len(steps), -1), steps, leasts, self.bits)
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         """Bytes of a row of `width` numbers of `dtype`, a multiple of `GROUP`, encoded by `encode_rows`."""

@@ -22,7 +22,7 @@ from engine.kernels.invariant.mode import BatchInvariant
 from engine.kernels.packed.parameter import PackedParameter
 from engine.model.attention import flash
 from engine.model.build import build, decoder_layers
-from engine.model.experts.interface import keep_experts_apart, take_experts
+from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
 from engine.model.norms import fuse_norms
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
@@ -52,6 +52,8 @@ class CausalModel:
         self.config = self.module.config
         self.expert_configs = take_experts(self.module)
         """Those of its configs by which experts are computed by our function."""
+        self.expert_matrices = names_of_matrices(self.module) if self.expert_configs else frozenset[str]()
+        """Parameters that our function computes experts with; it can do with some experts' numbers at a time."""
         if batch_invariant and not self.expert_configs:  # grouped products choose by how many rows each expert has
             keep_experts_apart(self.module)
         self.sweeping = SweepContext(arithmetic=BatchInvariant() if batch_invariant else nullcontext())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from engine.model.sweep_context import SweepContext
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _SIZES = (1e-4, 1e-2, 1.0, 30.0)
 """Of the numbers in rows that a module is tried with: the smallest show what is added to the mean of their squares."""
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "sweeping"})
 _ROWS = 16
 """Of each size."""
 
@@ -26,11 +28,24 @@ def fuse_norms(layers: Iterable[nn.Module], context: SweepContext, device: torch
     kernel = kernel_for(device) if dtype in (torch.float16, torch.bfloat16) else None
     if kernel is None:
         return
+    known: dict[Any, RMSNorm | None] = {}
+    """By what a module is made of: layers have the same norms."""
     for layer in layers:
         for module in layer.modules():
-            told = norm_of(module, dtype)
-            if told is not None:
+            made = _made_of(module)
+            if made not in known:
+                known[made] = norm_of(module, dtype)
+            if (told := known[made]) is not None:
                 module.__dict__["forward"] = partial(_normed, module, module.forward, told, kernel, context)
+
+
+def _made_of(module: nn.Module) -> tuple[Any, ...]:
+    """What is the same of modules that compute the same: class, sizes, and all else that they were given."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    plain = tuple(sorted((k, v) for k, v in own.items() if isinstance(v, bool | int | float | str)))
+    shapes = tuple((name, value.shape, value.dtype) for name, value in module.named_parameters())
+    is_told = len(plain) == len(own) and not module._buffers and not module._modules
+    return (type(module), plain, shapes) if is_told else (id(module),)
 
 
 def norm_of(module: nn.Module, dtype: torch.dtype) -> RMSNorm | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,9 @@ from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from engine.batch.rows import Rows
     from engine.cache.key_value import KVCache
     from engine.cache.shape import KVShape
@@ -35,6 +39,8 @@ class SweepContext:
     """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
     attended: int = 0
     """While `is_checking`: how often the layer in hand has attended."""
+    ask_experts: Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """Computes experts for several micro-batches at once; None: they are computed for the one in hand."""
     masks: MaskNotes = field(init=False)
     """Those that the model made for the layers that are probed."""
     batch: Rows = field(init=False)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from engine.memory.disk.file import BLOCK, align_up
-from engine.memory.tiers import Tier, percents
-from engine.planning.hardware import Memory
-from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS
+from engine.memory.tiers import Memory, Tier, percents
+from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS, WAITING_BATCHES
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing, WeightBytes
 from engine.policy import Policy, Share
 
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
+_MORE_ROWS = (32768, 16384)
+"""For small layers on an accelerator, whose micro-batches else end before the host has asked for the next."""
+_MOST_OPERATIONS = 1e12
+"""On the rows of such a micro-batch, in a layer: 1.5 ms of a fast card, about what a host needs to ask for it."""
 _WORK_FRACTION = 0.3
 """Share of the device memory left by the weights that a micro-batch's temporaries may take."""
 _LOGITS_COPIES = {"cpu": 4, "other": 3}
@@ -19,6 +22,17 @@ _MOST_OWN_ROWS = 4096
 """Of a prompt that is longer than a micro-batch and has one of its own, what the CPU keeps memory for where it can."""
 _BESIDE_ROW_BYTES = 2048
 """Host memory beside a row's hidden state: its rotary tables, and what is asked and answered of it."""
+_EXPANDED_PART = 0.5
+"""Of the device memory that weights, layers in transit and a small micro-batch leave, what a layer may take that is
+expanded with all its experts, once a sweep. Else these are expanded some at a time, and again for each micro-batch."""
+_TRANSIT_PART = 0.5
+"""Of the device memory that weights leave, what layers in transit may take. Where they would take more, experts come
+apart from them."""
+_WAITING_PART = 0.5
+"""Of the device memory that weights and a micro-batch's temporaries leave, what micro-batches may hold that wait for
+each other where a layer computes experts; where experts come apart, a sweep has no more rows than that."""
+_THREAD_BYTES = 32 << 20
+"""Memory that a card's libraries keep for each thread that multiplies."""
 _FRAGMENTATION = 0.04
 """Of the device memory, what the allocator may hold without being able to use it."""
 _MOST_HIDDEN_ROWS = 1 << 17
@@ -42,6 +56,25 @@ class Demand:
         self.shape, self.policy, self.memory, self.on_cpu = shape, policy, memory, on_cpu
         self.sharing = sharing
         self.weights = WeightBytes(shape, sharing)
+        self.experts_apart = False
+        share = self._likely_share()
+        most = max(shape.least_expanded_bytes, _EXPANDED_PART * self._left(share))
+        self.expands_whole = shape.expanded_bytes <= most
+        """Whether encoded experts are expanded with their layer, once a sweep; else some at a time, when used."""
+        can_wait = not (self.expands_whole or sharing.gather or on_cpu or policy.batch_invariant)
+        room = self.device_room(share.gpu) - self.weights.of_one(share.gpu)
+        self.experts_apart = can_wait and self.slots(share) > _TRANSIT_PART * room
+        """Whether those are brought some at a time, too, since layers in transit would take too much."""
+
+    def _likely_share(self) -> Share:
+        """The policy's weights; without any, all on the device where they fit, else none."""
+        resident = Share(gpu=100, cpu=0)
+        fits = self._left(resident) >= self.shape.least_expanded_bytes
+        return self.policy.weights or (resident if fits else Share(gpu=0, cpu=100))
+
+    def _left(self, weights: Share) -> int:
+        """Device memory that these weights leave for expanded layers, beside a small micro-batch."""
+        return self.device_room(weights.gpu) - self._kept_weights(weights) - self.needed(SMALL_BATCH_ROWS)
 
     def device_room(self, gpu: float) -> int:
         """What the device tier may take when `gpu` percent of the weights are there.
@@ -80,11 +113,35 @@ class Demand:
         if weights.gpu >= 100:
             return 0
         # A parameter cut by the border passes through the slot whole: at most one per unit, so at most a unit.
-        return SLOTS * max(self.shape.unit_bytes)
+        return SLOTS * (self.shape.apart_bytes if self.experts_apart else max(self.shape.unit_bytes))
+
+    @property
+    def expanded(self) -> int:
+        """Device memory that encoded layers are expanded into, and what that takes besides."""
+        return self.shape.expanded_bytes if self.expands_whole else self.shape.least_expanded_bytes
+
+    def waiting_rows(self, left: int) -> int:
+        """Rows that wait for each other; `left` is what weights and temporaries leave of the device.
+
+        None where layers are expanded whole, under `batch-invariant`, whose mode is of one thread, and on the CPU,
+        where each thread that computes has further ones.
+        """
+        if self.expands_whole or self.on_cpu or self.policy.batch_invariant:
+            return 0
+        room = int(_WAITING_PART * left) - WAITING_BATCHES * _THREAD_BYTES
+        return max(0, room // max(1, self.shape.waiting_row_bytes))
+
+    def waiting(self, rows: int) -> int:
+        """What so many rows take that wait for each other."""
+        return rows * self.shape.waiting_row_bytes + WAITING_BATCHES * _THREAD_BYTES if rows else 0
 
     def device_weights(self, weights: Share) -> int:
+        return self._kept_weights(weights) + self.expanded
+
+    def _kept_weights(self, weights: Share) -> int:
+        """What weights take of the device as they are stored."""
         outer = self.shape.outer_bytes if weights.gpu < 100 else 0
-        return self.weights.of_one(weights.gpu) + self.slots(weights) + outer + self.shape.expanded_bytes
+        return self.weights.of_one(weights.gpu) + self.slots(weights) + outer
 
     def work(self, rows: int, left: int | None = None) -> int:
         """What computing so many rows takes, logits included; `left` is what weights leave of the device, if known."""
@@ -142,8 +199,17 @@ class Demand:
         growing = max(num_bytes * 16 // (16 - copies) + 1, num_bytes + (copies << 20))
         return min(growing, num_bytes + copies * LOGITS_BYTES)
 
-    def rows_per_batch(self, left: int) -> int:
+    @property
+    def row_operations(self) -> float:
+        """Operations on one row in a layer, about: two a weight, which is of two bytes as a number."""
+        return self.shape.weight_bytes / self.shape.stored_part / len(self.shape.unit_bytes)
+
+    def rows_per_batch(self, left: int, *, is_resident: bool = False) -> int:
+        """Rows of a micro-batch whose temporaries fit into what is `left`; more for small layers that are resident."""
         choices = _ROWS["cpu" if self.on_cpu else "other"]
+        if is_resident and not self.on_cpu:
+            more = (rows for rows in _MORE_ROWS if rows * self.row_operations <= _MOST_OPERATIONS)
+            choices = (*more, *choices)
         fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 

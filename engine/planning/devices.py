@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from engine.errors import CapacityError, ConfigError, InstallationError
 from engine.memory.device_names import kind_of
+from engine.planning.fit import gb
 
 _OWN_BYTES = 1 << 30
 """What a process of ours takes of a card before anything is placed: the driver's context."""
@@ -66,8 +67,8 @@ def check_alike(names: Sequence[str], seen: Sequence[Device], gather: bool | Non
     if other is None:
         return ""
     first = devices[0]
-    differ = f"{first.name} is a {first.model} of {_gb(first.num_bytes)}, {other.name} a {other.model} of "
-    differ += _gb(other.num_bytes)
+    differ = f"{first.name} is a {first.model} of {gb(first.num_bytes)}, {other.name} a {other.model} of "
+    differ += gb(other.num_bytes)
     if gather:
         raise ConfigError(f"gather-weights: {differ}; only like cards gather weights, set gather-weights: false")
     return f"{differ}: each brings all weights itself, and none takes more memory than the smallest has"
@@ -83,9 +84,9 @@ def busy(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> dict[st
         taken, needed = total - left, gpu_memory
         if needed is not None:
             if left < min(needed, total - _OWN_BYTES):
-                found[name] = f"{_gb(left)} of its {_gb(total)} are free, less than gpu-memory {_gb(needed)}"
+                found[name] = f"{gb(left)} of its {gb(total)} are free, less than gpu-memory {gb(needed)}"
         elif taken > _OWN_BYTES + _TAKEN_FRACTION * total:
-            found[name] = f"{_gb(taken)} of its {_gb(total)} are taken by others"
+            found[name] = f"{gb(taken)} of its {gb(total)} are taken by others"
     return found
 
 
@@ -94,7 +95,7 @@ def check_free(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> N
     for name, why in busy(free, gpu_memory).items():
         most = min(left for left, _ in free.values())
         raise CapacityError(
-            f"device {name}: {why}; wait for it, leave it out, or set gpu-memory to at most {_gb(most)} for all"
+            f"device {name}: {why}; wait for it, leave it out, or set gpu-memory to at most {gb(most)} for all"
         )
 
 
@@ -109,7 +110,3 @@ def _there_are(count: int, kind: str) -> str:
         if count < 2
         else (f"there are only {count} {kind} devices")
     )
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"

@@ -50,9 +50,10 @@ class Fit:
         need = self._demand
         if need.rooms(0)["device"] >= 0 or need.weights.of_one(weights.gpu) <= need.rooms(weights.gpu)["device"]:
             return
-        layers = ("three layers" if need.sharing.gather else "two layers") + (
-            " and one expanded" if need.shape.expanded_bytes else ""
-        )
+        layers = "three layers" if need.sharing.gather else "two layers"
+        layers = "two groups of experts, or two layers without," if need.experts_apart else layers
+        if need.expanded:
+            layers += " and one expanded" if need.expands_whole else " and some experts of one expanded"
         slots, work = need.device_weights(Share(gpu=0, cpu=100)), need.work(LEAST_BATCH_ROWS)
         enough = need.with_logits(need.device_weights(weights) + LEAST_BATCH_ROWS * need.shape.work_row_bytes)
         raise CapacityError(

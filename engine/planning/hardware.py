@@ -9,6 +9,7 @@ from engine.errors import ConfigError, InstallationError
 from engine.memory.cores import usable_cores
 from engine.memory.paths import existing_parent
 from engine.memory.tiers import Memory as Memory
+from engine.planning.fit import gb
 from engine.planning.host_growth import known_limits, tried
 from engine.planning.host_limits import HostLimits, host_limits, own_memory
 
@@ -81,7 +82,7 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
         found = accelerator.memory(torch.device(device))
     limits, own = known_limits(), own_memory() if found is None else 0
     if cpu_memory is not None and (placed := _placed(cpu_memory, own)) > limits.available:
-        warnings.warn(f"cpu-memory {_gb(cpu_memory)} exceeds {_beyond(limits, placed)}", stacklevel=2)
+        warnings.warn(f"cpu-memory {gb(cpu_memory)} exceeds {_beyond(limits, placed)}", stacklevel=2)
     return memory_within(
         limits.available,
         None if found is None else found[0],
@@ -124,19 +125,15 @@ def _beyond(limits: HostLimits, placed: int) -> str:
     """What it is that a policy's host memory exceeds, what comes of it, and what to do: the rest of a line."""
     if limits.group_available is not None and placed > limits.group_available:
         return (
-            f"the {_gb(limits.group_available)} that this process's control group (container, batch job) still allows: "
+            f"the {gb(limits.group_available)} that this process's control group (container, batch job) still allows: "
             "using it all the same; lower it or raise the group's limit, since the system ends processes that take more"
         )
-    shown = f"the {_gb(limits.machine_available)} of host memory that the machine says is available: "
+    shown = f"the {gb(limits.machine_available)} of host memory that the machine says is available: "
     if not limits.may_grow or (trial := tried(placed)) is None:
         return f"{shown}using it all the same; lower cpu-memory unless its memory grows on demand"
     if trial.taken >= placed:
         return f"{shown}its memory grows, and it gave as much when tried"
-    return f"{shown}it gave {_gb(trial.taken)} when tried; using cpu-memory all the same; lower it"
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
+    return f"{shown}it gave {gb(trial.taken)} when tried; using cpu-memory all the same; lower it"
 
 
 def free_host_memory() -> int:

@@ -36,6 +36,9 @@ class Limits:
     rows_between_fetches: int | None = None
     """Rows of prompts that are computed between decode steps whose keys and values come from another tier, so that
     those come meanwhile; None where they do not come beside the computation."""
+    waiting_rows: int = 0
+    """Rows of micro-batches that wait for each other where a layer computes experts, so that these are expanded once
+    for all; 0: none waits."""
     pad: PadMode = None
     rectangular: bool = False
     """Micro-batches are rectangles, for families that carry their own attention."""
@@ -49,6 +52,9 @@ class Limits:
         """Sequences that run at once, at most."""
         return self.sequences_per_batch * self.batches
 
+
+WAITING_BATCHES = 16
+"""Most micro-batches that wait for each other; each has a thread."""
 
 SLOTS = 2
 """Device memory that layers pass through in turn: one is computed with, and one is filled."""

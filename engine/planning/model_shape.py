@@ -34,7 +34,14 @@ class ModelShape:
     stored_part: float = 1.0
     """Stored size of the layers divided by their size as plain numbers (the compression ratio)."""
     expanded_bytes: int = 0
-    """Device memory that encoded layers are expanded into, in turn, and what that takes besides; 0 without a codec."""
+    """Device memory that encoded layers are expanded into, in turn, and what that takes besides; 0 if none are."""
+    least_expanded_bytes: int = 0
+    """The same where experts are expanded some at a time; as much if there are none."""
+    apart_bytes: int = 0
+    """The most that passes through a slot at once where experts that are expanded some at a time are brought so, too; 0
+    where there are none."""
+    waiting_row_bytes: int = 0
+    """Of one row, what a layer holds that waits for experts, and what these take; 0 where none are expanded."""
     score_bytes: int = 0
     """Of one row's attention to one key, all heads and their copies, where a family keeps them; else 0."""
 

@@ -50,6 +50,10 @@ class Plan:
     read_ahead_bytes: int = 0
     """Host memory that weights on disk are read into, ahead of the sweep."""
 
+    expands_whole: bool = True
+    """Encoded experts are expanded with their layer, once a sweep; else some at a time, for each micro-batch."""
+    experts_apart: bool = False
+    """Those are brought to the device some at a time, too, apart from what else their layer has."""
     is_tight: bool = False
     """The weights leave less device memory than the worst-case workspace; the plan may run out of memory."""
 
@@ -82,10 +86,12 @@ class _Planner:
         host = self.demand.host_left(weights)
         if self.memory.shared:  # device and host tier are one memory
             device = min(device, host)
-        rows = self.demand.rows_per_batch(device)
+        rows = self.demand.rows_per_batch(device, is_resident=weights.gpu >= 100)
         own_rows = self.demand.own_rows(rows, device)
         beside_weights = device
         device -= self.demand.needed(own_rows, beside_weights)
+        waiting_rows = self.demand.waiting_rows(device)
+        device -= self.demand.waiting(waiting_rows)
         if self.memory.shared:
             host -= self.demand.work(own_rows, beside_weights)
         if not self.on_cpu:
@@ -105,10 +111,14 @@ class _Planner:
             reads_on_host=self.policy.cpu_cache_compute and self.shape.is_plain and not self.policy.batch_invariant,
             gap_rows=_GAP_BYTES // self.demand.stored_row_bytes(),
             reads_in_place=self.shape.reads_in_place,
-            rows_per_sweep=hidden_rows,
+            # Experts that are brought apart come once for all that wait for each other.
+            rows_per_sweep=min(hidden_rows, waiting_rows)
+            if self.demand.experts_apart and waiting_rows
+            else hidden_rows,
             free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
             admission=self._admission(weights),
             rows_between_fetches=self._rows_between_fetches(),
+            waiting_rows=waiting_rows,
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
@@ -121,6 +131,8 @@ class _Planner:
             cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
             limits=limits,
             read_ahead_bytes=self.demand.read_ahead(weights),
+            expands_whole=self.demand.expands_whole,
+            experts_apart=self.demand.experts_apart,
             is_tight=device < 0,
         )
 
@@ -139,9 +151,7 @@ class _Planner:
     def _rows_between_fetches(self) -> int | None:
         if not self._brings_cache():
             return None
-        shape = self.shape
-        per_row = shape.weight_bytes / shape.stored_part / len(shape.unit_bytes)  # 2 a weight, which is of 2 bytes
-        return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / per_row))
+        return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / self.demand.row_operations))
 
     def _admission(self, weights: Share) -> Admission | None:
         """How many prompts are let in at once; None where the weights come from a disk, which is slower than the link.
@@ -195,7 +205,7 @@ class _Planner:
         kept = self.demand.needed(SMALL_BATCH_ROWS) + _CACHE_RESERVE * memory.device
         if self.demand.device_weights(Share(gpu=100, cpu=0)) + kept <= self.demand.device_room(100):
             return Share(gpu=100, cpu=0)
-        slots = self.demand.slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + shape.expanded_bytes
+        slots = self.demand.slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + self.demand.expanded
         rest = self.demand.device_room(0) - slots
         rows = self.demand.rows_per_batch(rest)
         room = rest - self.demand.needed(rows) - _CACHE_RESERVE * memory.device

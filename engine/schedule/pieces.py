@@ -15,7 +15,12 @@ _LEAST_ROWS = 64
 
 
 def smaller(limits: Limits, batches: list[list[Segment]]) -> Limits | None:
-    """Limits under which the work of `batches` takes less memory; None where none do."""
+    """Limits under which the work of `batches` takes less memory; None where none do.
+
+    Those that wait for each other hold most, and wait no more.
+    """
+    if limits.waiting_rows:
+        return replace(limits, waiting_rows=0)
     contexts = [[segment.span.start + segment.past + segment.num_rows for segment in batch] for batch in batches]
     rows = min(limits.rows_per_batch, max(sum(map(rows_of, batch)) for batch in batches)) // 2
     cached = min(limits.cached_rows_per_batch, max(map(sum, contexts))) // 2

@@ -242,13 +242,14 @@ class LayerwiseComparison:
         self, layer: int, stock: Chain, plain: Chain | None, ours: Sequence[_Sweep], values: UnitValues | None
     ) -> None:
         driven, model, name = self._driven, self._driven.model, f"layer {layer}"
-        unencoded = None if values is None else self._check.layer(layer, values)
-        stock.compute(layer)
-        if plain is not None and unencoded is not None:
-            with self._bound(layer, unencoded):
-                plain.compute(layer)
-            for rectangle_rows in stock.all_rows():
-                self._losses[name].add(stock.after.take(rectangle_rows), plain.after.take(rectangle_rows))
+        with driven.stream.whole(layer):
+            unencoded = None if values is None else self._check.layer(layer, values)
+            stock.compute(layer)
+            if plain is not None and unencoded is not None:
+                with self._bound(layer, unencoded):
+                    plain.compute(layer)
+                for rectangle_rows in stock.all_rows():
+                    self._losses[name].add(stock.after.take(rectangle_rows), plain.after.take(rectangle_rows))
         model.sweeping.cache, model.sweeping.layer = driven.cache, layer
         for sweep in ours:
             driven.cache.stage_ahead(sweep.step.batches, [layer])

@@ -9,6 +9,7 @@ from torch import nn
 
 from engine.memory.layout import Extent
 from engine.weights.placed_unit import PlacedUnit
+from engine.weights.portion import Portion
 
 Binding = tuple[nn.Module, str, nn.Parameter]
 """(module, attribute name, parameter view)."""
@@ -25,11 +26,11 @@ def bind(bindings: list[Binding]) -> None:
         module._parameters[attribute] = parameter
 
 
-def stored_bytes(placed: PlacedUnit, extent: Extent, slot: torch.Tensor) -> torch.Tensor:
-    """A parameter's stored bytes on the device: where they are resident, or in the slot that the unit is in."""
-    if extent.end <= placed.start:
-        return placed.parts["device"][extent.first : extent.end]
-    return slot[extent.first - placed.start : extent.end - placed.start]
+def stored_bytes(portion: Portion, slot: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """A unit's stored bytes `first` to `end` on the device: where they are resident, or in a slot with the portion."""
+    if end <= portion.placed.start:
+        return portion.placed.parts["device"][first:end]
+    return portion.of(slot, first, end)
 
 
 def binding(state: Mapping[str, torch.Tensor], placed: PlacedUnit, extent: Extent, memory: torch.Tensor) -> Binding:
@@ -38,6 +39,7 @@ def binding(state: Mapping[str, torch.Tensor], placed: PlacedUnit, extent: Exten
     return (*placed.unit.owners[extent.name], parameter_of(memory.view(like.dtype).view(like.shape)))
 
 
-def bindings(state: Mapping[str, torch.Tensor], placed: PlacedUnit, slot: torch.Tensor) -> list[Binding]:
-    """All parameters of a unit."""
-    return [binding(state, placed, extent, stored_bytes(placed, extent, slot)) for extent in placed.extents]
+def bindings(state: Mapping[str, torch.Tensor], portion: Portion, slot: torch.Tensor) -> list[Binding]:
+    """All parameters of a unit, what is streamed of which passes through a slot at once."""
+    placed = portion.placed
+    return [binding(state, placed, each, stored_bytes(portion, slot, each.first, each.end)) for each in placed.extents]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +13,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
+from engine.checkpoint.adapters.changes import Change, changes_of
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.model.causal_model import CausalModel
 from engine.reading import find_file
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.members.dealing import bring
 from engine.weights.read_ahead import FileSpan, Step
 from engine.weights.receiver import Nowhere, Receiver
@@ -27,8 +29,6 @@ from engine.weights.rounds import Load, Source, rounds_of
 from engine.weights.store import WeightStore
 
 _log = logging.getLogger(__name__)
-
-_ADAPTER = "adapter_config.json"
 
 
 def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = None) -> Iterator[None]:
@@ -75,7 +75,7 @@ def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[Step]]:
 def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     """What is to be read, and the names of tensors that the model has no place for."""
     model, names = receiver.model, receiver.model.names
-    plan = _Plan(path, receiver)
+    plan = _Plan(path, receiver, _changes(path, model))
     packed = {source: target for target, whole in model.packed.items() for source in whole.parts}
     unread = {name for whole in model.packed.values() for name in whole.unread}
     parts: dict[str, list[tuple[str, Load]]] = {}
@@ -102,6 +102,12 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     return plan, unexpected
 
 
+def _changes(path: Path, model: CausalModel) -> dict[str, Change]:
+    owners = {name: module for unit in model.units for name, (module, _) in unit.owners.items()}
+    tied = (model.embedding_name, model.head_name) if model.is_tied else ()
+    return changes_of(path, model.names, model.state, owners, tied=tied, packed=model.packed)
+
+
 def _watched(
     steps: Iterator[None], store: WeightStore, source: OpenedWeights, digest: WeightDigest | None
 ) -> Iterator[None]:
@@ -121,8 +127,9 @@ def _watched(
 
 def _tell_unread(path: Path, module: PreTrainedModel, names: set[str]) -> None:
     """Tell of what is not read: an adapter, and tensors without a parameter that the family does not leave out."""
-    if find_file(path / _ADAPTER, CheckpointError):
-        _log.warning("flexgen-helm: the adapter that %s tells of is not applied; merge it to run it", path / _ADAPTER)
+    if find_file(path / ADAPTER_CONFIG, CheckpointError):
+        text = "flexgen-helm: the adapter that %s tells of is not applied; put it into a directory of its own to run it"
+        _log.warning(text, path / ADAPTER_CONFIG)
     told: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=names)
     module._adjust_missing_and_unexpected_keys(told)
     if left := sorted(told.unexpected_keys):
@@ -143,8 +150,10 @@ def _check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.d
 class _Plan:
     """What is to be read for which parameter, known to fit before anything is read."""
 
-    def __init__(self, path: Path, store: Receiver) -> None:
+    def __init__(self, path: Path, store: Receiver, changes: Mapping[str, Change]) -> None:
+        """changes: what an adapter changes, by parameter."""
         self._store = store
+        self._changes = changes
         self._path = path
         self._places = tensor_places(path)
         self._steps: dict[str, Step] = {}
@@ -174,7 +183,11 @@ class _Plan:
             self._store.put_buffer(name, tensor)
 
     def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
-        """Put a whole parameter, but for what may stay where it is."""
+        """Put a whole parameter, changed by an adapter, or but for what may stay where it is."""
+        if (change := self._changes.get(name)) is not None:
+            dtype = self._store.model.state[name].dtype
+            read = [tensor, *change.tensors]
+            return Step(lambda: self._put(name, change.apply(tensor, dtype)), read, self._spans([(source, tensor)]))
         if source in self._places:
             count = self._store.adopt(name, tensor.dtype, *self._places[source])
             tensor = tensor if count == tensor.numel() else tensor.reshape(-1)[:count]
@@ -204,6 +217,11 @@ class _Plan:
         rounds = rounds_of(self._path, target, converter, sources)
         for name, tensor in self._shapes(target, converter, rounds[0]):
             self.is_by_unit &= self._unit_of.get(name) == self._unit_of[target]
+            if name in self._changes:
+                raise UnsupportedError(
+                    f"{self._path}: its adapter changes {name}, which transformers makes of other matrices of the base "
+                    "model; merge the adapter by peft (merge_and_unload, save_pretrained), and name that directory"
+                )
             shape = torch.Size([len(rounds) * tensor.shape[0], *tensor.shape[1:]]) if len(rounds) > 1 else tensor.shape
             self._check_shape(name, shape)
             self._missing.discard(name)

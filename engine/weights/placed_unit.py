@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.memory.disk.file import ByteRange, DiskFile
-from engine.memory.disk.io import DiskIO, wait_for
 from engine.memory.layout import Extent, Part, Split
 from engine.memory.tiers import TIERS, Tier
 from engine.model.unit import Unit
@@ -54,9 +53,11 @@ class PlacedUnit:
     start: int
     """First byte that must be brought to the device before use."""
     coded: frozenset[str]
-    """Parameters that are stored encoded. If there are any, the whole unit is expanded before use."""
+    """Parameters that are stored encoded. If there are any, all but the `stacks` are expanded before use."""
+    stacks: frozenset[str]
+    """Those of them that are experts whose numbers are expanded some at a time, while the unit is computed."""
     expanded: list[Extent]
-    """Where its parameters lie then; empty if none is encoded."""
+    """Where the parameters lie that are expanded before; empty if none is encoded."""
     places: dict[str, Place] = field(default_factory=dict)
     """Of what parameters have on disk."""
     brings: frozenset[Tier] = frozenset(TIERS)
@@ -77,11 +78,6 @@ class PlacedUnit:
     def num_streamed(self) -> int:
         """Bytes that pass through a slot."""
         return self.num_bytes - self.start
-
-    @property
-    def num_slot_bytes(self) -> int:
-        """Bytes of a slot that it passes through; parts of several engines may reach past the end."""
-        return max(self.num_streamed, self.gathered_bytes)
 
     def bring(self, tiers: frozenset[Tier]) -> None:
         """Let this process put the bytes of `tiers` in place: of their parameters, none has arrived."""
@@ -104,25 +100,6 @@ class PlacedUnit:
         for tier, first, end in self.split.parts():
             yield tier, self.part.first + first, self.part.first + end
 
-    def pieces(self) -> list[tuple[Tier, int, torch.Tensor]]:
-        """(tier, offset in the slot, bytes) of everything in memory that is copied into the slot."""
-        pieces: list[tuple[Tier, int, torch.Tensor]] = []
-        for tier, first, end in self.tiers():
-            low = max(first, self.start)
-            if low < end and tier != "disk":
-                pieces.append((tier, low - self.start, self.parts[tier][low - first : end - first]))
-        return pieces
-
-    def disk_spans(self, first: int | None = None, end: int | None = None) -> list[ByteRange]:
-        """What is on disk of the stored bytes `first` to `end`, to be read to `first`; without them, to the slot."""
-        first, end = self.start if first is None else first, self.num_bytes if end is None else end
-        return [place.span(first, end, 0) for place in self.places.values() if place.first < end and place.end > first]
-
-    def copy_from_disk(self, io: DiskIO, target: torch.Tensor) -> None:
-        """Bring what is on disk to a slot at once, of a unit that does not pass through one in turn."""
-        memory = torch.empty(self.num_streamed, dtype=torch.uint8)
-        spans = self.disk_spans()
-        wait_for(io.read(spans, memory))
-        for span in spans:
-            size = span.end - span.first
-            target[span.at : span.at + size].copy_(memory[span.at : span.at + size])
+    def disk_spans(self, first: int, end: int, at: int = 0) -> list[ByteRange]:
+        """What is on disk of the stored bytes `first` to `end`, to be read to where `first` belongs to byte `at`."""
+        return [place.span(first, end, at) for place in self.places.values() if place.first < end and place.end > first]

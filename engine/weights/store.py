@@ -44,8 +44,9 @@ class WeightStore:
         *,
         codec: Codec | None = None,
         member: Member | None = None,
+        expands_whole: bool = True,
     ) -> None:
-        """member: of several engines that share the weights."""
+        """member: of several engines that share the weights. expands_whole: encoded experts are not left out of it."""
         self.model = model
         self.member = member
         self.arena = arena
@@ -55,7 +56,9 @@ class WeightStore:
         """Units that have parameters, by name, in the order of the sweep."""
         for unit in model.units:
             if unit.owners:
-                self.placed[unit.name] = place_unit(model, unit, share, arena, codec=codec, member=member)
+                self.placed[unit.name] = place_unit(
+                    model, unit, share, arena, codec=codec, member=member, expands_whole=expands_whole
+                )
         self._extent_of = {
             extent.name: (placed, extent) for placed in self.placed.values() for extent in placed.extents
         }
@@ -245,10 +248,6 @@ class WeightStore:
             placed.places.update(
                 {name: Place(first, end, file, at, False) for name, (first, end, at) in layout.items()}
             )
-
-    def is_complete(self, unit: str) -> bool:
-        """Whether all of a unit is in place; raises the fault that ended loading."""
-        return unit not in (placed.unit.name for placed in self.arrivals.left())
 
     def needs(self, name: str) -> bool:
         """Whether this process brings anything of a parameter."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+
 from engine.checkpoint.config import count_of
 from engine.kernels.codec import GROUP, Codec
+from engine.memory.layout import align
 from engine.model.causal_model import CausalModel
+from engine.model.experts.interface import matrix_names
 from engine.model.unit import Unit
 from engine.planning.model_shape import ModelShape
 
 _CODED_PART = 0.01
 """Smallest share of a unit's numbers that makes a parameter worth encoding; routers and norms are smaller, and stay
 exact."""
+GROUP_BYTES = 256 << 20
+"""Most that experts' numbers take which are expanded at a time; those of one expert may be more."""
+_GAPS = 1 << 10
+"""Between the parts of experts in a slot, at most."""
 _SCORE_COPIES = 3
 """Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
 
@@ -35,6 +45,22 @@ def encoded_names(model: CausalModel, unit: Unit, codec: Codec | None) -> frozen
     return packed or (frozenset() if codec is None else coded_names(model, unit))
 
 
+def stack_names(model: CausalModel, unit: Unit, codec: Codec | None) -> frozenset[str]:
+    """Experts of a unit that are stored encoded, and may be expanded some at a time."""
+    return encoded_names(model, unit, codec) & model.expert_matrices
+
+
+def experts_at_once(like: torch.Tensor) -> int:
+    """How many matrices of experts, of a parameter like this, are expanded at a time."""
+    return max(1, min(len(like), GROUP_BYTES // like[0].nbytes))
+
+
+def group_bytes(model: CausalModel, names: Iterable[str]) -> int:
+    """What numbers of experts take that are expanded at a time, of these parameters one after the other."""
+    likes = [model.state[name] for name in names]
+    return max((experts_at_once(like) * like[0].nbytes for like in likes), default=0)
+
+
 def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[str, int]:
     """Bytes of each parameter of a unit, as it is stored."""
     sizes = whole_sizes(model, unit)
@@ -52,12 +78,46 @@ def whole_sizes(model: CausalModel, unit: Unit) -> dict[str, int]:
     return {name: model.state[name].numel() * model.state[name].element_size() for name in unit.owners}
 
 
+def least_expanded_bytes(model: CausalModel, unit: Unit, codec: Codec | None) -> int:
+    """Bytes of an encoded unit as it is computed with where its experts are expanded some at a time."""
+    stacks = stack_names(model, unit, codec)
+    others = sum(size for name, size in whole_sizes(model, unit).items() if name not in stacks)
+    return others + group_bytes(model, stacks)
+
+
+def apart_bytes(model: CausalModel, unit: Unit, codec: Codec | None) -> int:
+    """The most of a unit's stored bytes that passes through a slot at once, experts by themselves, some at a time."""
+    sizes, stacks = stored_sizes(model, unit, codec), stack_names(model, unit, codec)
+    likes = {name: model.state[name] for name in stacks}
+    groups = [sizes[name] * experts_at_once(like) // len(like) for name, like in likes.items()]
+    return max(sum(align(size) for name, size in sizes.items() if name not in stacks), *groups, 0) + _GAPS
+
+
+def _waiting_width(model: CausalModel, names: Iterable[str], choices: int) -> int:
+    """Numbers of a row that waits for experts, of these parameters, and of what is made of it meanwhile.
+
+    By kernels, as on cards in 16 bits: an inner row, and a row of the result, for each choice.
+    """
+    owners = {name: module for unit in model.units for name, (module, _) in unit.owners.items()}
+    widest = 0
+    for name in names:
+        module, hidden = owners[name], model.hidden_size
+        first, second = (model.state[f"{name.rpartition('.')[0]}.{each}"] for each in matrix_names(module))
+        between, inner = first[0].numel() // hidden, second[0].numel() // hidden
+        is_fused = model.dtype.itemsize == 2 and module.__dict__["gating"] is not None
+        widest = max(widest, hidden + inner if is_fused else 4 * hidden + between + inner)
+    # As it is, normed, beside the others', as their sum, and behind a shared expert.
+    return 5 * model.hidden_size + choices * widest
+
+
 def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
     """Sizes that the planner needs, with weights kept as `codec` has them, keys and values as `cache_codec` has."""
     config = model.config.get_text_config()
     sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
     coded = [unit for unit in model.units if encoded_names(model, unit, codec)]
     whole = {unit.name: sum(whole_sizes(model, unit).values()) for unit in coded}
+    stacks = [name for unit in coded for name in stack_names(model, unit, codec)]
+    least = [least_expanded_bytes(model, unit, codec) for unit in coded]
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
     inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
@@ -70,6 +130,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         unit_bytes=(*layers, head),
         # Half bytes of a matrix are spread over whole ones before they become numbers.
         expanded_bytes=max(whole.values(), default=0) * 3 // 2,
+        least_expanded_bytes=max(least, default=0) * 3 // 2,
         stored_part=1.0 if not whole else sum(sizes[name] for name in whole) / sum(whole.values()),
         embedding_bytes=0 if model.is_tied else sizes["embedding"],
         outer_bytes=sizes["outer"],
@@ -81,5 +142,11 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
         is_plain=model.is_plain,
         reads_in_place=model.reads_in_place,
+        apart_bytes=max(
+            head, *(apart_bytes(model, unit, codec) for unit in model.units if unit.name.startswith("layer."))
+        )
+        if stacks
+        else 0,
+        waiting_row_bytes=item * _waiting_width(model, stacks, experts) if stacks else 0,
         work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
     )

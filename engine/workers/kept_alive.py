@@ -162,7 +162,7 @@ class KeptAlive:
 
     def _feed(self) -> None:
         """Give the processes what they may compute now; the lock is held."""
-        able = {place.number: place for place in self._crew.places if place.opened is not None}
+        able = {place.number: place for place in self._crew.places if place.may_be_asked}
         if self._fault is None and able:
             for number, asked in self._ledger.to_send({number: place.room for number, place in able.items()}).items():
                 for call, jobs in asked.items():
@@ -189,9 +189,9 @@ class KeptAlive:
             elif isinstance(told, Loaded):
                 place.num_starts = 0
                 place.is_complete = place.is_complete or not place.is_first
-            elif isinstance(told, Digested):
-                if place.is_first:
-                    self._digested, place.is_complete = told, True
+                self._feed()
+            elif isinstance(told, Digested) and place.is_first:
+                self._digested, place.is_complete = told, True
             elif isinstance(told, Stage | Compared):
                 self._comparison.tell(told)
             elif isinstance(told, Note):
@@ -252,7 +252,7 @@ class KeptAlive:
         """Find who is at fault that a process has ended by itself, and go on without, or with another one."""
         crew, told = self._crew, f"{place.device}: {reason}" if self._crew.is_several else reason
         ended = [place, *(other for other in crew.places if crew.gathers and other is not place)]
-        place.num_deaths += not self._ledger.is_on_trial(place.number)
+        place.num_deaths += not place.num_starts and not self._ledger.is_on_trial(place.number)
         failed = self._ledger.died(
             [each.number for each in ended],
             is_job_at_fault=not any(each.num_starts for each in ended),  # else weights were still being read

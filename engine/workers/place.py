@@ -30,7 +30,8 @@ class Place:
         self.num_starts = 0
         """Processes since weights were last in place."""
         self.num_deaths = 0
-        """In a row, without a sweep between them."""
+        """In a row, with weights in place and without a sweep between them."""
+        self._num_processes = 0
         self.last_words = ""
         """What the process said of its end."""
         self.is_recalled = False
@@ -40,6 +41,14 @@ class Place:
     def device(self) -> str:
         """The device's name."""
         return str(self.opening.policy.device)
+
+    @property
+    def may_be_asked(self) -> bool:
+        """Whether its engine is open, and it is known who would be at fault if its process ended.
+
+        The first process may compute while weights still arrive; a later one is given nothing before they are in place.
+        """
+        return self.opened is not None and (self.num_starts == 0 or self._num_processes == 1)
 
     @property
     def room(self) -> Room:
@@ -56,6 +65,7 @@ class Place:
     ) -> None:
         """Start a process, or take one that waits, and let it open the model; what it tells is passed on."""
         self.num_starts += 1
+        self._num_processes += 1
         self.opened, self.is_recalled = None, False
         process = self.process = process or WorkerProcess()
         process.listen(lambda told: tell(self, process, told), lambda how: ended(self, process, how))

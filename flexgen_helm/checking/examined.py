@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, adapter_folder, read_lora_config
+from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.config import check_causal, num_layers, read_config, read_config_file
 from engine.checkpoint.description import ModelDescription, describe
-from engine.checkpoint.hub import resolve
 from engine.checkpoint.window import window_of
 from engine.errors import EngineError
 from flexgen_helm.checking.memory_needs import MemoryNeeds, memory_needs, plan_here
@@ -34,6 +35,8 @@ class Examined:
     """Its config.json."""
     window: int | None
     """Most positions of a sequence."""
+    quantization: Mapping[str, Any] | None
+    """What its files say of how it is quantized."""
     facts: ModelFacts | None
     """None where it is refused before that is known; so with the next ones."""
     needs: MemoryNeeds | None
@@ -68,13 +71,13 @@ def examine(model: str) -> Examined:
                 return _refused(model, config, str(error).replace(str(path), str(file)))
             found = _examined(model, config, described, has_weights=False, has_tokenizer=False)
             return replace(found, refusals=tuple(each.replace(folder, str(file)) for each in found.refusals))
-    path = resolve(model, download_weights=False)
-    config = read_config(path)
+    located = locate(model, download_weights=False)
+    config = read_config(located.path)
     try:
         described = describe(model, download_weights=False)
     except EngineError as error:
         return _refused(model, config, str(error))
-    return _examined(model, config, described, has_weights=file.is_dir(), has_tokenizer=True)
+    return _examined(model, config, described, has_weights=located.is_local, has_tokenizer=True)
 
 
 def _described(path: Path, config: Mapping[str, Any]) -> ModelDescription:
@@ -93,6 +96,7 @@ def _refused(model: str, config: Mapping[str, Any], reason: str) -> Examined:
         model=model,
         config=config,
         window=None,
+        quantization=None,
         facts=None,
         needs=None,
         here=None,
@@ -117,13 +121,16 @@ def _examined(
     notes, refusals = [], []
     if described.window is None:
         notes.append("no file names a window: give --max-sequence-length to run, sweep or register")
+    if (adapter := adapter_folder(path)) is not None:
+        rank = read_lora_config(adapter / ADAPTER_CONFIG).rank
+        notes.append(f"an adapter (LoRA of rank {rank}) is merged into the weights while loading; the copy has none")
     if not has_weights:
         notes.append("the weight files were not looked at")
-    facts = needs = here = words = None
+    facts = needs = here = words = quantization = None
     try:
         dtype = resolve_dtype(described.dtype, described.dtype, "cpu")
         built = CausalModel(path, getattr(torch, dtype), cpu, has_weights=has_weights)
-        facts = model_facts(built)
+        facts, quantization = model_facts(built), built.quantization
         if has_weights:
             check_checkpoint(path, built)
         elif facts.packed:
@@ -150,6 +157,7 @@ def _examined(
         model=model,
         config=config,
         window=described.window,
+        quantization=quantization,
         facts=facts,
         needs=needs,
         here=here,

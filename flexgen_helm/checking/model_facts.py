@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def model_facts(model: CausalModel) -> ModelFacts:
         num_layers=len(model.layers),
         path="own attention" if model.is_padded else "attention interface",
         windows={} if model.is_padded else dict(windows),
-        packed=_packing(model.config),
+        packed=_packing(model.quantization),
         packed_matrices=len(model.packed),
         rounds_inputs=model.rounds_inputs,
         experts=experts,
@@ -73,10 +74,8 @@ def model_facts(model: CausalModel) -> ModelFacts:
     )
 
 
-def _packing(config: Any) -> str | None:
-    told = getattr(config, "quantization_config", None)
+def _packing(told: Mapping[str, Any] | None) -> str | None:
     if not told:
         return None
-    settings = told if isinstance(told, dict) else told.to_dict()
-    method = settings.get("quant_method") or "an unnamed method"
+    method = told.get("quant_method") or "an unnamed method"
     return str(getattr(method, "value", method))

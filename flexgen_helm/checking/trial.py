@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,11 @@ from flexgen_helm.checking.jobs import (
     reach,
 )
 from flexgen_helm.checking.left_out import left_out
+from flexgen_helm.checking.packed_copy import pack_copy
 from flexgen_helm.checking.plain import load_reference
 from flexgen_helm.checking.random_model import save_small
 from flexgen_helm.checking.shrinking import small_config
-from flexgen_helm.checking.undecided import UndecidedError
+from flexgen_helm.checking.undecided import UndecidedError, UnpackableError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,6 +63,8 @@ class Trial:
 
     num_layers: int
     parameters: int
+    packed: str | None
+    """The format of the copy's matrices; None for plain numbers."""
     reach: float
     """How far a prompt's first token moves later log-probabilities, at most."""
     runs: tuple[Run, ...]
@@ -86,16 +88,35 @@ class Trial:
         return {**asdict(self), "verdict": self.verdict, "tolerance": TOLERANCE}
 
 
-def try_copy(full: PreTrainedConfig, changes: Mapping[str, Any]) -> Trial:
+def try_copy(full: PreTrainedConfig, changes: Mapping[str, Any], packed: Mapping[str, Any] | None = None) -> Trial:
     """Shrink `full`, with `changes` of it as they are, and compare the engine with plain transformers, on the CPU.
 
-    Raises `UndecidedError` where there is nothing to compare.
+    packed: the quantization_config of a model that comes quantized; its copy is packed, too, where that can be. Raises
+    `UndecidedError` where there is nothing to compare.
     """
+    try:
+        return _tried(full, changes, packed)
+    except UnpackableError as error:
+        trial = _tried(full, changes, None)
+        question = f"{error}; the copy's weights are plain numbers, and `flexgen-helm verify` compares the model's"
+        return replace(trial, open_questions=(*trial.open_questions, question))
+
+
+def _tried(full: PreTrainedConfig, changes: Mapping[str, Any], packed: Mapping[str, Any] | None) -> Trial:
+    from engine.kernels.threads import one_thread
+
     small = small_config(full, changes)
     questions = left_out(full, small, LONGEST)
-    with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder, _one_thread():
+    with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder, one_thread():
         directory = save_small(Path(folder) / "model", small)
-        reference = load_reference(directory)
+        if packed is not None:
+            questions += pack_copy(directory, packed)
+        try:
+            reference = load_reference(directory)
+        except Exception as error:  # of a format's library that is not there, or of what it makes of a copy
+            if packed is None:
+                raise
+            raise UnpackableError(f"plain transformers cannot compute such a copy here: {named(error)}") from None
         try:
             expected, moved = expect(reference), reach(reference)
             contradicted = contradictions(reference, expected)
@@ -117,6 +138,7 @@ def try_copy(full: PreTrainedConfig, changes: Mapping[str, Any]) -> Trial:
         return Trial(
             num_layers=int(getattr(small.get_text_config(), "num_hidden_layers", 0)),
             parameters=int(reference.num_parameters()),
+            packed=None if packed is None else str(packed.get("quant_method")),
             reach=moved,
             runs=runs,
             open_questions=tuple(questions),
@@ -134,16 +156,3 @@ def _run(directory: Path, policy: str, offload: Path, expected: list[Expected]) 
         raise UndecidedError(f"the engine runs the model's family, but not its copy: {error}") from None
     found, largest = differences(expected, done)
     return Run(policy=policy, jobs=len(done), differing=len(found), largest=largest, first=tuple(found[:3]))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Inside, torch has one thread: so small a model takes longer with more."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

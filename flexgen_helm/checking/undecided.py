@@ -1,7 +1,11 @@
-"""The error of what can be said neither to be equal nor to differ."""
+"""The errors of what can be said neither to be equal nor to differ."""
 
 from __future__ import annotations
 
 
 class UndecidedError(Exception):
     """Nothing can be found out about a model's small copy; the message is one line."""
+
+
+class UnpackableError(UndecidedError):
+    """A small copy cannot be packed as the model is, or plain transformers cannot compute it so."""

@@ -85,11 +85,11 @@ def check(arguments: Sequence[str]) -> int:
     if not reasons:
         full = config_from(found.config, changes)
         try:
-            trial = try_copy(full, changes)
+            trial = try_copy(full, changes, found.quantization)
         except UndecidedError as error:
             reasons = [str(error)]
         else:
-            reasons = [*trial.open_questions, *_packing(found)]
+            reasons = [*trial.open_questions]
             for line in trial_lines(trial):
                 print(line)
     verdict = verdict_of(found, trial, reasons)
@@ -106,16 +106,6 @@ def verdict_of(found: Examined, trial: Trial | None, reasons: Sequence[str]) -> 
     if trial is not None and trial.verdict == "different":
         return "different"
     return "undecided" if reasons or trial is None else "equal"
-
-
-def _packing(found: Examined) -> list[str]:
-    """Why a packed checkpoint's copy does not say everything."""
-    if found.facts is None or not found.facts.packed:
-        return []
-    return [
-        f"the copy's weights are plain numbers, and the model's are packed by {found.facts.packed}: "
-        "`flexgen-helm verify` compares those"
-    ]
 
 
 def examined_lines(found: Examined) -> list[str]:
@@ -137,7 +127,8 @@ def examined_lines(found: Examined) -> list[str]:
 
 def trial_lines(trial: Trial) -> list[str]:
     """What came of the copy, a line for each policy."""
-    lines = [f"{'copy':<9}  {trial.num_layers} layers, {trial.parameters:,} random parameters, float32 on the CPU"]
+    how = f"packed by {trial.packed}, float32 on the CPU" if trial.packed else "float32 on the CPU"
+    lines = [f"{'copy':<9}  {trial.num_layers} layers, {trial.parameters:,} random parameters, {how}"]
     for run in trial.runs:
         found = f"{run.differing} of {run.jobs} prompts differ, log-probabilities within {run.largest:.1e}"
         lines.append(f"{'':<9}  {run.policy}: {found}")

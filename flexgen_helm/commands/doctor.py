@@ -128,7 +128,7 @@ def _profile() -> Finding:
 
 
 def _kept_weights() -> Finding:
-    from engine.weights.kept import weights_directory
+    from engine.weights.encoded.kept import weights_directory
 
     folder = weights_directory()
     files = [*folder.glob("*/*.safetensors")]

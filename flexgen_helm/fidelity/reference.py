@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.adapters.declared import adapter_folder
 from engine.checkpoint.config import read_config
 from engine.checkpoint.description import ModelDescription
 from engine.checkpoint.quantized.declared import declared_quantization
@@ -44,6 +47,7 @@ def find_place(description: ModelDescription, policy: Policy) -> Place:
     `UnsupportedError` for a checkpoint that comes quantized by what `transformers` cannot run here.
     """
     _check_quantizer(description)
+    _check_merger(description)
     device = resolve_device(policy.device)
     dtype = resolve_dtype(policy.dtype, description.dtype, device)
     num_bytes = description.weight_bytes * _BYTES[dtype] // _BYTES.get(description.dtype, _BYTES[dtype])
@@ -75,6 +79,12 @@ def _check_quantizer(description: ModelDescription) -> None:
         ) from None
 
 
+def _check_merger(description: ModelDescription) -> None:
+    """Unlike the engine, `transformers` needs peft for an adapter."""
+    if adapter_folder(Path(description.path)) and not find_spec("peft"):
+        raise UnsupportedError("it is an adapter, which plain transformers merges by peft, and peft is not installed")
+
+
 class Reference:
     """A model loaded by `from_pretrained`: scores tokens by its forward, decodes greedily by its `generate`."""
 
@@ -103,6 +113,8 @@ class Reference:
         model: Any = AutoModelForCausalLM.from_pretrained(
             description.path, dtype=getattr(torch, place.dtype), trust_remote_code=False
         )
+        if (folder := adapter_folder(Path(description.path))) is not None:
+            model = import_module("peft").PeftModel.from_pretrained(model, folder).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(description.path, trust_remote_code=False)
         return cls(model.to(place.device), tokenizer, window=description.window)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.config import check_causal, load_family_config, num_layers, read_config_file
 from engine.checkpoint.window import window_of
-from engine.errors import ConfigError, EngineError, did_you_mean
-from engine.reading import find_file
+from engine.errors import CheckpointError, ConfigError, EngineError, UnsupportedError, did_you_mean, shown
+from engine.reading import find_file, read_json_object
 from flexgen_helm.planning.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _BLOCK_ELEMENTS = 1 << 24
 def shape_config(shape: str) -> dict[str, Any]:
     """The configuration named `shape`: one of `SHAPES`, a config.json, or a directory that holds one.
 
+    In place of a config.json there may be a JSON object that names another shape as "shape", with what it changes.
     Raises `ConfigError` where there is none, `CheckpointError` for one whose fields cannot be meant.
     """
     if shape in SHAPES:
@@ -38,10 +39,13 @@ def shape_config(shape: str) -> dict[str, Any]:
     file = _config_file(shape)
     if not find_file(file, ConfigError):
         raise ConfigError(f"no shape {shape!r}{did_you_mean(shape, SHAPES)}, and no such config.json or directory")
-    config = read_config_file(file)
-    if config.get("quantization_config"):
-        raise ConfigError(f"{file} is of a quantized checkpoint; name the shape of the unquantized one")
-    return config
+    told = read_json_object(file, CheckpointError)
+    if "model_type" in told or "shape" not in told:
+        return read_config_file(file)
+    base = told.pop("shape")
+    if not isinstance(base, str) or base not in SHAPES:
+        raise ConfigError(f"{file}: shape {shown(base)} is none{did_you_mean(str(base), SHAPES)}")
+    return SHAPES[base] | told
 
 
 def _config_file(shape: str) -> Path:
@@ -56,7 +60,7 @@ def shape_name(shape: str) -> str:
 
 
 def write_model_directory(shape: str, folder: Path) -> None:
-    """Write configuration and a one-word tokenizer of `shape` into `folder`; weights are not among it.
+    """Write configuration and a one-word tokenizer of `shape` into `folder`, and the header of packed weights.
 
     End-of-text is made impossible, so that completions are as long as asked for. Raises `EngineError` for what is no
     causal language model, or has fields that its family does not take.
@@ -71,6 +75,15 @@ def write_model_directory(shape: str, folder: Path) -> None:
     with _speaking_of(shape, folder):
         check_causal(folder, config)
         load_family_config(folder)
+        if config.get("quantization_config"):
+            from engine.checkpoint.quantized.methods import checked_method
+            from flexgen_helm.planning.packed.weightless import write_weightless
+
+            checked_method(folder, config["quantization_config"])
+            try:
+                write_weightless(folder, config)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{folder}: {error}; name the shape of an unquantized one") from None
     tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": -1}')
@@ -128,11 +141,19 @@ def open_dummy(shape: str, policy: Policy, member: Member | None = None) -> Engi
 
 
 def fill_randomly(store: WeightStore) -> Iterator[None]:
-    """Put small random numbers everywhere: one random block, repeated. It is encoded once."""
-    block = _random_block()
+    """Put small random numbers everywhere, or random codes: one random block, repeated. It is encoded once."""
+    from flexgen_helm.planning.packed.random_codes import RandomCodes
+
+    block, packed = _random_block(), store.model.packed
+    random = RandomCodes() if packed else None
     codes: dict[torch.dtype, list[torch.Tensor]] = {}
     for unit in store.model.units:
         for name in unit.owners:
+            if random is not None and name in packed:
+                random.fill(store, name)
+                store.arrive(name)
+                yield
+                continue
             like, codec = store.model.state[name], store.codec_of(name)
             if codec is not None and like.dtype not in codes:
                 codes[like.dtype] = list(codec.encode(block, like.dtype))
@@ -148,13 +169,17 @@ def fill_randomly(store: WeightStore) -> Iterator[None]:
 
 
 def random_model(shape: str) -> PreTrainedModel:
-    """The stock `transformers` model of `shape` in host memory, in its own dtype, filled as `fill_randomly` does."""
+    """The stock `transformers` model of `shape` in host memory, in its own dtype, filled as `fill_randomly` does.
+
+    Of one that is published packed, the unpacked model.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from engine.model.build import parameters_on_meta
 
     config = shape_config(shape)
+    config.pop("quantization_config", None)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
     built = AutoConfig.for_model(config.pop("model_type"), **config)
     with parameters_on_meta():  # real buffers (rotary tables), no storage for parameters

@@ -53,7 +53,8 @@ class Estimate:
     weights: Mapping[Tier, int]
     """Bytes of weights, as stored."""
     held: Mapping[Tier, int]
-    """Bytes at the fullest, besides what computing takes: weights, layers in transit, keys, values, hidden states."""
+    """Bytes at the fullest, besides what computing takes: weights, layers in transit and expanded, keys, values, hidden
+    states."""
     at_once: int
     """Sequences that run at once."""
     sweeps: int
@@ -176,9 +177,11 @@ def room_taken(
     units = placed_bytes(sizes, policy, plan.weights, sharing)
     placed = sizes.placed(units, policy)
     weights: dict[Tier, int] = {tier: sum(tiers[tier] for tiers in units.values()) for tier in TIERS}
-    largest = max(sizes.coded[policy.compress_weight, policy.compress_cache].stored.values())
+    coded = sizes.coded[policy.compress_weight, policy.compress_cache]
+    largest = coded.shape.apart_bytes if plan.experts_apart else max(coded.stored.values())
     in_transit = GATHER_SLOTS * largest if sharing.gather else SLOTS * largest if placed.streamed_bytes else 0
-    taken = weights | {"device": weights["device"] + in_transit}
+    expanded = coded.shape.expanded_bytes if plan.expands_whole else coded.shape.least_expanded_bytes
+    taken = weights | {"device": weights["device"] + in_transit + expanded}
     return weights, _held(load, placed, plan, taken, num_at_once(load, placed, plan))
 
 

@@ -38,7 +38,9 @@ class Coded:
     row_bytes: Mapping[Tier, int]
     """Of a token's keys and values, all layers, by tier."""
     expanded_bytes: int
-    """Of encoded layers, what a sweep expands; 0 without a codec."""
+    """As in `Sizes`."""
+    expert_bytes: int
+    """As in `Sizes`."""
     shape: ModelShape
     """What the engine's planner needs."""
 
@@ -59,6 +61,11 @@ class ModelSizes:
     """By the bits of weights and of keys and values; of the latter, only what can be encoded."""
 
     @property
+    def can_encode_weights(self) -> bool:
+        """Whether a codec takes weights: not those of a checkpoint that comes quantized."""
+        return (4, None) in self.coded
+
+    @property
     def can_encode_cache(self) -> bool:
         """Whether a codec takes keys and values of every layer."""
         return (None, 4) in self.coded
@@ -66,6 +73,8 @@ class ModelSizes:
     def shape_under(self, policy: Policy) -> ModelShape:
         """What the engine's planner needs under `policy`'s compression; `ConfigError` where no codec takes it."""
         coded = self.coded.get((policy.compress_weight, policy.compress_cache))
+        if coded is None and policy.compress_weight and not self.can_encode_weights:
+            raise ConfigError("compress-weight: this model comes quantized already; leave it out")
         if coded is None:
             raise ConfigError(
                 f"compress-cache: no codec takes this model's keys and values in {policy.compress_cache} bits"
@@ -79,6 +88,7 @@ class ModelSizes:
             return model
         from engine.cache.key_value import unencodable_layer
 
+        weight_bits = (None,) if model.packed else _BITS
         cache_bits = _BITS if unencodable_layer(model.kv_shapes) is None else (None,)
         widths = sum(shape.key_dim + shape.value_dim for shape in model.kv_shapes)
         config = model.config.get_text_config()
@@ -90,7 +100,7 @@ class ModelSizes:
             hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
             num_layers=len(model.layers),
             head="embedding" if model.is_tied else "head",
-            coded={(weight, cache): _coded(model, weight, cache) for weight in _BITS for cache in cache_bits},
+            coded={(weight, cache): _coded(model, weight, cache) for weight in weight_bits for cache in cache_bits},
         )
 
     def placed(self, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
@@ -107,6 +117,7 @@ class ModelSizes:
             cache_row_bytes=coded.row_bytes["host"],
             device_cache_row_bytes=coded.row_bytes["device"],
             expanded_bytes=coded.expanded_bytes,
+            expert_bytes=coded.expert_bytes,
             hidden_row_bytes=self.hidden_row_bytes,
             num_layers=self.num_layers,
         )
@@ -153,16 +164,17 @@ def _active_parameters(model: CausalModel) -> int:
 def _coded(model: CausalModel, weight: Bits, cache: Bits) -> Coded:
     from engine.cache.tables import cache_row_bytes
     from engine.kernels.codec import codec_of
-    from engine.weights.stored_form import coded_names, shape_of, stored_sizes, whole_sizes
+    from engine.weights.stored_form import encoded_names, shape_of, stack_names, stored_sizes, whole_sizes
 
-    expanded = [unit for unit in model.units if weight and coded_names(model, unit)]
+    codec = codec_of(weight)
+    expanded = [unit for unit in model.units if encoded_names(model, unit, codec)]
+    experts = [whole_sizes(model, unit)[name] for unit in expanded for name in stack_names(model, unit, codec)]
     return Coded(
-        stored={
-            unit.name: sum(stored_sizes(model, unit, codec_of(weight)).values()) for unit in model.units if unit.owners
-        },
+        stored={unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units if unit.owners},
         row_bytes=cache_row_bytes(model.kv_shapes, model.dtype, codec_of(cache)),
         expanded_bytes=sum(sum(whole_sizes(model, unit).values()) for unit in expanded),
-        shape=shape_of(model, codec_of(weight), codec_of(cache)),
+        expert_bytes=sum(experts),
+        shape=shape_of(model, codec, codec_of(cache)),
     )
 
 

@@ -73,8 +73,10 @@ def search(
     places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
     # Of one token nothing is kept that could be attended to; and where attention is computed changes an answer's bits.
     places = places if load.new > 1 and not base.batch_invariant else places[:1]
-    weight_bits = _BITS if compress else (base.compress_weight,)
+    weight_bits = _BITS if compress and sizes.can_encode_weights else (base.compress_weight,)
     for weight, cache, on_host in product(weight_bits, cache_bits, dict.fromkeys(places)):
+        if weight and not sizes.can_encode_weights:
+            raise CapacityError("compress-weight: this model comes quantized already; leave it out")
         if (weight, cache) not in sizes.coded:
             raise CapacityError(f"compress-cache: no codec takes this model's keys and values in {cache} bits")
         shape = sizes.coded[weight, cache].shape

@@ -145,6 +145,9 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
     tokens = load.prefill_tokens + load.num_requests * steps
     hidden = tokens * sizes.hidden_row_bytes * sizes.num_layers * (1 - plan.activations.gpu / 100)
     shared_rows = load.num_runs * load.shared * steps
+    at_once_rows = max(plan.limits.rows_per_batch, plan.limits.waiting_rows)
+    batches = sweeps if plan.expands_whole else max(sweeps, math.ceil(tokens / at_once_rows))
+    expanded = sweeps * (sizes.expanded_bytes - sizes.expert_bytes) + batches * sizes.expert_bytes
     return Work(
         sweeps=sweeps,
         flop=2.0 * sizes.layer_parameters * tokens
@@ -152,7 +155,8 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
         + 2.0 * sizes.attention_width * _attended_pairs(load),
         to_device_bytes=sweeps * sizes.streamed_bytes + hidden + (moved * past_rows if cache_crosses else 0),
         from_device_bytes=hidden + moved * kept,
-        device_bytes=sweeps * (sizes.sweep_bytes + _EXPANDING_PASSES * sizes.expanded_bytes)
+        device_bytes=sweeps * sizes.sweep_bytes
+        + _EXPANDING_PASSES * expanded
         + (load.num_requests * (1 - off_device) * past_rows + shared_rows) * sizes.device_cache_row_bytes,
     )
 

@@ -51,6 +51,15 @@ _GPT_OSS = {  # every other layer with a window, attention sinks; 4 experts at a
         "original_max_position_embeddings": 4096,
     },
     "rms_norm_eps": 1e-5,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
 }
 _YARN = {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}
 _LATENT = {
@@ -68,7 +77,38 @@ _LATENT = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "rms_norm_eps": 1e-6,
+}
+_FLOAT8_BLOCKS = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}
+_INT4_EXPERTS = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "input_activations": None,
+            "output_activations": None,
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 32,
+                "dynamic": False,
+            },
+        }
+    },
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ],
 }
 SHAPES: dict[str, dict[str, Any]] = {
     **_OPT,
@@ -132,9 +172,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "rms_norm_eps": 1e-5,
     },
-    "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},  # 42 GB
-    "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},  # 234 GB
-    "deepseek-v3": {  # 256 experts in groups, 8 at a time, keys and values from a narrow latent; 1.34 TB
+    "gpt-oss-20b": {**_GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32},  # 14 GB
+    "gpt-oss-120b": {**_GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128},  # 65 GB
+    "deepseek-v3": {  # 256 experts in groups, 8 at a time, keys and values from a narrow latent; 672 GB
         **_LATENT,
         "n_routed_experts": 256,
         "first_k_dense_replace": 3,
@@ -147,8 +187,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 163840,
         "rope_theta": 10000.0,
         "rope_scaling": {**_YARN, "factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        "rms_norm_eps": 1e-6,
+        "quantization_config": _FLOAT8_BLOCKS,
     },
-    "kimi-k2": {  # the same code with more experts and fewer heads; 2.05 TB
+    "kimi-k2": {  # as Kimi-K2-Thinking is: the same code with more experts and fewer heads; 594 GB
         **_LATENT,
         "n_routed_experts": 384,
         "first_k_dense_replace": 1,
@@ -158,9 +200,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "num_key_value_heads": 64,
         "vocab_size": 163840,
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": 262144,
         "rope_theta": 50000.0,
-        "rope_scaling": {**_YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+        "rope_scaling": {**_YARN, "factor": 64.0, "beta_fast": 1.0, "beta_slow": 1.0},
+        "rms_norm_eps": 1e-5,
+        "quantization_config": _INT4_EXPERTS,
     },
 }
-"""The published config.json of each model, as far as it says something about sizes; weights as plain numbers."""
+"""The published config.json of each model, as far as it says something about sizes, in the format that it is
+published in. Where each number comes from is in docs/families.md."""

@@ -25,6 +25,8 @@ class Sizes:
     device_cache_row_bytes: int
     """The same on the device."""
     expanded_bytes: int
-    """Of encoded layers, what a sweep expands; 0 without a codec."""
+    """Of encoded layers, what a sweep expands; 0 if none are encoded."""
+    expert_bytes: int
+    """Those of them that are experts' and may be expanded anew for each micro-batch."""
     hidden_row_bytes: int
     num_layers: int

@@ -9,8 +9,10 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import yaml
 from helm.benchmark.config_registry import register_builtin_configs_from_helm_package, register_configs_from_directory
 from helm.benchmark.run import import_user_plugins, load_entry_point_plugins, run_benchmarking
 from helm.benchmark.run_spec import RunSpec
@@ -138,15 +140,29 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     return Prepared(run_specs, models, notes)
 
 
+def _register_what_helm_ships() -> None:
+    """Make HELM know the models, deployments and tokenizers of its package, 570 kB of YAML.
+
+    It reads them by `yaml.safe_load`, in Python, which takes seconds; libyaml makes the same of them, far faster.
+    """
+    in_python = yaml.safe_load
+    if yaml.__with_libyaml__:
+        yaml.safe_load = partial(yaml.load, Loader=yaml.CSafeLoader)
+    try:
+        register_builtin_configs_from_helm_package()
+    finally:
+        yaml.safe_load = in_python
+
+
 def register_what_is_installed() -> None:
     """Make HELM know what it ships, and what installed plugins register."""
-    register_builtin_configs_from_helm_package()
+    _register_what_helm_ships()
     load_entry_point_plugins()
 
 
 def _register_with_helm(args: argparse.Namespace) -> None:
     """Make HELM know what `helm-run` would make it know."""
-    register_builtin_configs_from_helm_package()
+    _register_what_helm_ships()
     check_local_path(args.local_path)
     try:
         register_configs_from_directory(args.local_path)

@@ -101,7 +101,7 @@ def entries_for(
         tokenizer=TokenizerConfig(
             name=helm_name,
             tokenizer_spec=TokenizerSpec(
-                class_name=TOKENIZER, args={"pretrained_model_name_or_path": source, **WITHOUT_CODE}
+                class_name=TOKENIZER, args={"pretrained_model_name_or_path": description.tokenizer, **WITHOUT_CODE}
             ),
             end_of_text_token=end_of_text_token,
             prefix_token=prefix_token,

@@ -18,7 +18,7 @@ from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.planning.environment import environment
-from flexgen_helm.sweeps.foreseen import Foreseen, foresee, told, told_together
+from flexgen_helm.sweeps.foreseen import Foreseen, told, told_together
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
@@ -113,9 +113,8 @@ class SweepDiary:
         if self._current is not None:
             self._progress.standing.tokens = self._current.most_tokens
 
-    def forecast(self, model: ModelSweep) -> None:
+    def foretold(self, each: Foreseen) -> None:
         """All requests of a model are made: say what those that are left will take, and what was left."""
-        each = foresee(model)
         for line in told(each):
             self._progress.tell(line)
         self._foreseen.append(each)

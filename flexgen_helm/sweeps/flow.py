@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from helm.benchmark.run_spec import RunSpec
 
+from engine.job import Job
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.feeding import Feed
 from flexgen_helm.helm.requests.asked import Answer
@@ -46,8 +49,8 @@ class Watcher(Protocol):
     def prepared(self, run: PendingRun) -> None:
         """A run's requests are made."""
 
-    def foretell(self, model: ModelSweep) -> None:
-        """All requests of a model are made."""
+    def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
+        """What all requests of a model take; asked in another thread, and told by calling it in the flow's."""
 
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""
@@ -81,7 +84,8 @@ class _Turn:
     """Runs that are not made."""
     num_runs: int
     model: ModelSweep | None = None
-    is_foretold: bool = False
+    is_foretelling: bool = False
+    """Whether somebody is at work on what its requests will take."""
     finishing: set[str] = field(default_factory=set)
     """Runs that are whole."""
 
@@ -113,7 +117,7 @@ class Flow:
             _Turn(deployment, deque(specs), dict.fromkeys(each.name for each in specs), len(specs), len(specs))
             for deployment, specs in by_deployment.items()
         ]
-        self._finishing: deque[tuple[_Turn, PendingRun]] = deque()
+        self._finishing: list[tuple[_Turn, PendingRun]] = []
         """Runs that are whole, and that nobody has begun to finish."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """What is to be done in this thread."""
@@ -129,7 +133,7 @@ class Flow:
                 continue
             with Feed(model.client, model.tally.observe, partial(self._hear, turn)) as self._feed:
                 has_begun = False
-                while turn.left:
+                while turn.left or turn.is_foretelling:
                     if not has_begun and (turn.to_make == 0 or model.waiting_tokens >= FIRST_TOKENS):
                         has_begun = True
                         self._watcher.begin(model)
@@ -165,7 +169,7 @@ class Flow:
             if not isinstance(told, Exception):
                 raise told
             self._watcher.fault(told)
-            turn.to_make, turn.is_foretold = 0, True
+            turn.to_make = 0
             turn.unmade.clear()
             turn.model.give_up()
             for name in [name for name in turn.left if name not in turn.finishing]:
@@ -187,7 +191,9 @@ class Flow:
         if turn is not None and (not self._finishing or self._is_hungry()):
             self._make(turn)
         elif self._finishing:
-            self._finish(*self._finishing.popleft())
+            longest = max(self._finishing, key=lambda each: each[1].total)
+            self._finishing.remove(longest)  # else all would wait for it in the end
+            self._finish(*longest)
         else:
             return False
         return True
@@ -236,11 +242,29 @@ class Flow:
                     self._whole(turn, run)
         except Exception as error:
             self._fail(turn, name, error)
+        is_last = turn.to_make == 1
         turn.to_make = max(0, turn.to_make - 1)
-        if turn.to_make == 0 and turn.model is not None and not turn.is_foretold:
-            turn.is_foretold = True
-            self._watcher.foretell(turn.model)
-            turn.model.jobs = []
+        if is_last and turn.model is not None:
+            self._foretell(turn, turn.model)
+
+    def _foretell(self, turn: _Turn, model: ModelSweep) -> None:
+        """Have said what a model's requests will take; that takes seconds, in which others go on."""
+        jobs, model.jobs = model.jobs, []
+        turn.is_foretelling = True
+
+        def foresee() -> None:
+            found: Future[Callable[[], None]] = Future()
+            try:
+                found.set_result(self._watcher.foresee(model, jobs))
+            except BaseException as error:
+                found.set_exception(error)
+            self._inbox.put(partial(self._foretold, turn, found))
+
+        threading.Thread(target=foresee, name="flexgen-forecast", daemon=True).start()
+
+    def _foretold(self, turn: _Turn, found: Future[Callable[[], None]]) -> None:
+        turn.is_foretelling = False
+        found.result()()
 
     def _whole(self, turn: _Turn, run: PendingRun) -> None:
         turn.finishing.add(run.name)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.errors import EngineError
+from engine.job import Job
 from engine.planning.hardware_profile import HardwareProfile
 from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, lines
 from flexgen_helm.sweeps.model_sweep import ModelSweep
@@ -27,12 +28,11 @@ class Foreseen:
     """Why there is none."""
 
 
-def foresee(model: ModelSweep, profile: HardwareProfile | None = None) -> Foreseen:
-    """What a model's requests take, on this machine or that of `profile`; loads no weights.
+def foresee(model: ModelSweep, jobs: Sequence[Job], profile: HardwareProfile | None = None) -> Foreseen:
+    """What a model's requests take, all of which are `jobs`, on this machine or that of `profile`; loads no weights.
 
     Of this machine, the processes of engines say what may be used: this one touches no device.
     """
-    jobs = model.jobs
     found, problem = None, ""
     try:
         look = engine_processes.last_resources

@@ -73,7 +73,7 @@ def rehearse(
         + (f"; {num_others} runs of other clients are left out" if num_others else "")
         + (f"; {len(failures)} runs cannot be made" if failures else "")
     )
-    foreseen = [foresee(model, profile) for model in models.values()]
+    foreseen = [foresee(model, model.jobs, profile) for model in models.values()]
     for each in foreseen:
         yield from told(each)
     yield from told_together(foreseen)

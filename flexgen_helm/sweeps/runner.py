@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import EngineError
+from engine.job import Job
 from flexgen_helm.helm.preflight import find_problems
 from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
@@ -17,6 +19,7 @@ from flexgen_helm.helm.two_step_runner import NoRoom, TwoStepRunner
 from flexgen_helm.sweeps.beside.helm_side import PRELOADED, HelmSide, Setting
 from flexgen_helm.sweeps.diary import SweepDiary
 from flexgen_helm.sweeps.flow import Flow
+from flexgen_helm.sweeps.foreseen import foresee
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.workers.helper_processes import HelperProcesses, Here, num_helpers
 
@@ -117,9 +120,9 @@ class SweepRunner(TwoStepRunner):
         """A run's requests are made."""
         self.diary.prepared(run)
 
-    def foretell(self, model: ModelSweep) -> None:
-        """All requests of a model are made."""
-        self.diary.forecast(model)
+    def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
+        """What all requests of a model will take; what is returned tells it."""
+        return partial(self.diary.foretold, foresee(model, jobs))
 
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""

@@ -276,6 +276,7 @@ with Engine.from_pretrained(directory, policy=policy) as engine:
 """
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_no_file_stays_however_a_process_ends(build: Callable[[str], Path], tmp_path: Path) -> None:
     children: dict[signal.Signals, subprocess.Popen[str]] = {}
     try:

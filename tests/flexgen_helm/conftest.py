@@ -14,11 +14,15 @@ import helm.benchmark.metrics.bias_metrics  # noqa: F401 - NLTK keeps the output
 import pytest
 import scenario_data
 from fake_engine import FakeEngine
+from few_questions import begin_with_few
+from helm.benchmark import run
+from helm.benchmark.scenarios.synthetic_reasoning_natural_scenario import SRNScenario
 from in_this_process import load_in_this_process
 from tiny_models import random_gpt2, random_llama, random_opt, save_tiny_model
 
 from engine import EngineError
 from flexgen_helm.planning.auto_policy import resources_here
+from flexgen_helm.runs import launch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -190,22 +194,26 @@ def helm_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(scope="session")
-def register_helms_configs() -> Callable[[], None]:
+@pytest.fixture(autouse=True, scope="session")
+def register_helms_configs() -> Iterator[Callable[[], None]]:
     """HELM reads its own YAML files anew in every run, which takes longer than our runs; once is enough."""
-    from helm.benchmark.config_registry import register_builtin_configs_from_helm_package
+    once = functools.cache(launch.register_builtin_configs_from_helm_package)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (launch, run):
+            patch.setattr(module, "register_builtin_configs_from_helm_package", once)
+        yield once
 
-    return functools.cache(register_builtin_configs_from_helm_package)
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_questions() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SRNScenario, "__init__", begin_with_few)
+        yield
 
 
 @pytest.fixture
-def helm_run(
-    helm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, register_helms_configs: Callable[[], None]
-) -> Callable[..., Path]:
+def helm_run(helm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Run `helm-run` with its own command line; returns the directory of the suite's runs."""
-    from helm.benchmark import run
-
-    monkeypatch.setattr(run, "register_builtin_configs_from_helm_package", register_helms_configs)
     monkeypatch.chdir(tmp_path)
 
     def helm_run(*arguments: str, suite: str = "suite", local_path: Path = tmp_path / "prod_env") -> Path:

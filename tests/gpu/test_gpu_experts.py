@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import companies
 import models
+import packers
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from engine import Engine, Job
 from engine.kernels.grouped import mixture
+from engine.kernels.grouped.stack import Stack
 from engine.memory import accelerator
-from engine.model.experts.interface import experts, prepare
+from engine.model.experts.interface import bind_stack, experts, matrix_names, prepare
 from engine.model.sweep_context import SweepContext
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +80,48 @@ def test_no_bit_depends_on_company(family: str, dtype: torch.dtype) -> None:
         assert torch.equal(part, whole[taken])
     order = torch.randperm(3000, device="cuda")
     assert torch.equal(experts(module, hidden[order], index[order], weights[order]), whole[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", SIZES)
+@torch.no_grad()
+def test_some_experts_at_a_time_are_no_bit_different(family: str, dtype: torch.dtype) -> None:
+    """As codes are expanded: into memory in which other experts were before."""
+    torch.manual_seed(0)
+    module = module_of(family, dtype)
+    given = [inputs(module, rows, dtype) for rows in (1, 50, 1000)]
+    expected = [experts(module, *each) for each in given]
+    for at_once, name in zip((3, 1), matrix_names(module), strict=True):
+        numbers = getattr(module, name)
+        scratch = torch.full_like(numbers[:at_once], torch.nan)
+
+        def take(first: int, end: int, numbers: torch.Tensor = numbers, scratch: torch.Tensor = scratch) -> Any:
+            return scratch.fill_(torch.nan)[: end - first].copy_(numbers[first:end])
+
+        bind_stack(module, name, Stack(numbers.shape, dtype, at_once, take))
+    for each, whole in zip(given, expected, strict=True):
+        assert torch.equal(experts(module, *each), whole)
+
+
+@pytest.mark.parametrize("how", ["some at a time", "apart"])
+def test_an_engine_that_expands_some_experts_at_a_time_answers_with_the_same_bits(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its micro-batches wait for each other there, and the experts of all their rows are computed at once."""
+    directory = packers.save_mxfp4(tmp_path / "model", num_local_experts=16)
+    policy = {"device": "cuda", "dtype": "bfloat16", "percent": [0, 100, 0, 100, 0, 100]}
+    policy |= {"gpu-batch-size": 2, "num-gpu-batches": 6}
+    jobs = [Job(prompt=[*range(20, 60 + 3 * number)], max_new_tokens=5, prompt_logprobs=True) for number in range(9)]
+    with Engine.from_pretrained(str(directory), policy=policy) as engine:
+        assert engine.parts.plan.expands_whole
+        expected = [companies.bits(each) for each in engine.run(jobs)]
+    monkeypatch.setattr("engine.planning.demand._EXPANDED_PART", 0.0)
+    monkeypatch.setattr("engine.planning.demand._TRANSIT_PART", 0.0 if how == "apart" else 1.0)
+    monkeypatch.setattr("engine.weights.stored_form.GROUP_BYTES", 1 << 14)
+    with Engine.from_pretrained(str(directory), policy=policy) as engine:
+        plan = engine.parts.plan
+        assert (plan.expands_whole, plan.experts_apart) == (False, how == "apart")
+        assert plan.limits.waiting_rows > 0
+        for _ in range(2):
+            assert [companies.bits(each) for each in engine.run(jobs)] == expected
+        assert engine.parts.executor.limits.waiting_rows > 0  # it was not short of memory

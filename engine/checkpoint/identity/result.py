@@ -14,7 +14,7 @@ from engine.checkpoint.identity.weight_digest import weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.side_files import MAX_SIDE_BYTES, found_side_files
-from engine.checkpoint.weight_files import weight_files
+from engine.checkpoint.weight_files import all_weight_files
 from engine.errors import CheckpointError
 from engine.planning.hardware import resolve_device, resolve_dtype
 from engine.policy import Policy
@@ -103,7 +103,7 @@ def last_change(model: str) -> float:
     An answer that was asked for later is of just these weights, files and source.
     """
     path = Path(describe(model).path)
-    files = [path, *weight_files(path), *found_side_files(path), *source_files(read_config(path)).values()]
+    files = [path, *all_weight_files(path), *found_side_files(path), *source_files(read_config(path)).values()]
     return max(max(file.stat().st_ctime, file.lstat().st_ctime) for file in files)  # of links, and what they lead to
 
 

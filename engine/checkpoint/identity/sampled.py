@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, adapter_folder
 from engine.checkpoint.safetensors_header import read_safetensors_header
 from engine.checkpoint.side_files import MAX_SIDE_BYTES, SIDE_FILES, TOKENIZER_FILES
-from engine.checkpoint.weight_files import weight_files
+from engine.checkpoint.weight_files import all_weight_files, weight_files
 from engine.errors import CheckpointError
 from engine.reading import find_file, open_file, read_bytes
 
@@ -31,13 +32,15 @@ def sampled_fingerprint(path: Path) -> str:
 
 
 def weights_state(path: Path) -> str:
-    """Hex digest of what a model's weights are made from: config.json and the weight files.
+    """Hex digest of what a model's weights are made from: config.json, weight files, adapter.
 
     As `sampled_fingerprint`, but a weight file outside the hub's cache counts as changed as soon as its time of writing
     does.
     """
     digest = hashlib.sha256(read_bytes(path / "config.json", CheckpointError, limit=MAX_SIDE_BYTES))
-    for file in weight_files(path):
+    if (adapter := adapter_folder(path)) is not None:
+        digest.update(read_bytes(adapter / ADAPTER_CONFIG, CheckpointError, limit=MAX_SIDE_BYTES))
+    for file in all_weight_files(path):
         digest.update(_file_digest(file))
         if not _is_blob(file):
             digest.update(str(file.stat().st_mtime_ns).encode())

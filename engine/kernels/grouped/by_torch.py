@@ -8,18 +8,25 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.grouped.matrices import Matrices
+from engine.kernels.grouped.stack import Stack
 
 
-def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def mixture(
+    matrices: Matrices,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    counts: list[int] | None = None,
+) -> torch.Tensor:
     """The weighted sum of the experts that each token chose: hidden `[tokens, hidden size]` -> the same shape.
 
     index, weights: `[tokens, choices]`, of experts from 0 on. A choice of an expert that there is not adds nothing.
-    The host waits for the number of rows of each expert.
+    counts: rows of each expert, if the host knows them already; else it waits for them.
     """
     num_choices = index.shape[1]
     chosen = index.flatten()
     order = chosen.sort(stable=True).indices
-    counts = torch.bincount(chosen, minlength=matrices.count).tolist()[: matrices.count]
+    counts = rows_of_experts(index, matrices.count) if counts is None else counts
     rows = hidden[order.div(num_choices, rounding_mode="floor")].to(matrices.first.dtype)
     between = _products(rows, matrices.first, matrices.first_bias, counts)
     inner = matrices.activation(between)
@@ -31,18 +38,23 @@ def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weigh
     return summed
 
 
-def _products(
-    rows: torch.Tensor, matrices: torch.Tensor, biases: torch.Tensor | None, counts: list[int]
-) -> torch.Tensor:
+def rows_of_experts(index: torch.Tensor, count: int) -> list[int]:
+    """How many rows each of so many experts has; the host waits for it."""
+    rows: list[int] = torch.bincount(index.flatten(), minlength=count).tolist()
+    return rows[:count]
+
+
+def _products(rows: torch.Tensor, stack: Stack, biases: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
     """Rows `[n, k]`, sorted by expert, each times the matrix `[k, m]` of its expert; rows of none become zeros."""
-    result = rows.new_empty(len(rows), matrices.shape[2])
+    result = rows.new_empty(len(rows), stack.shape[2])
     first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = result[first : first + count]
-            torch.mm(rows[first : first + count], matrices[expert], out=part)
+    for group in stack.groups(counts):
+        for expert, matrix in zip(range(*group), stack.take(*group), strict=True):
+            end = first + counts[expert]
+            part = result[first:end]
+            torch.mm(rows[first:end], matrix, out=part)
             if biases is not None:
                 part += biases[expert]
-        first += count
+            first = end
     result[first:] = 0
     return result

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.grouped.gating import Gating
+from engine.kernels.grouped.stack import Stack
 
 
 @dataclass(frozen=True)
 class Matrices:
     """The matrices of all experts of a layer: two products, and what is done with the numbers between them."""
 
-    first: torch.Tensor
-    """`[experts, hidden size, between]`, with any strides."""
-    second: torch.Tensor
-    """`[experts, inner size, hidden size]`, with any strides."""
+    first: Stack
+    """`[experts, hidden size, between]`."""
+    second: Stack
+    """`[experts, inner size, hidden size]`."""
     first_bias: torch.Tensor | None
     """`[experts, between]`."""
     second_bias: torch.Tensor | None

@@ -8,10 +8,11 @@ from functools import cache
 import torch
 
 from engine.kernels.grouped import by_torch
+from engine.kernels.grouped.by_torch import rows_of_experts
 from engine.kernels.grouped.matrices import Matrices
 from engine.memory import accelerator
 
-_Mixture = Callable[[Matrices, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+_Mixture = Callable[[Matrices, torch.Tensor, torch.Tensor, torch.Tensor, list[int] | None], torch.Tensor]
 
 
 def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -22,7 +23,22 @@ def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weigh
     computed = (hidden, matrices.first, matrices.second)
     is_narrow = hidden.dtype in (torch.float16, torch.bfloat16) and all(x.dtype == hidden.dtype for x in computed)
     kernel = _kernel_for(hidden.device) if is_narrow else None
-    return (kernel or by_torch.mixture)(matrices, hidden, index, weights)
+    return (kernel or by_torch.mixture)(matrices, hidden, index, weights, _announced(matrices, index))
+
+
+def _announced(matrices: Matrices, index: torch.Tensor) -> list[int] | None:
+    """Rows of each expert, where few are chosen of those that would have to be brought; they are told which.
+
+    The host waits for that, which takes less time than bringing the others.
+    """
+    stacks = [stack for stack in (matrices.first, matrices.second) if stack.expect is not None]
+    if not stacks or index.numel() >= matrices.count:
+        return None
+    counts = rows_of_experts(index, matrices.count)
+    for stack in stacks:
+        assert stack.expect is not None
+        stack.expect(list(stack.groups(counts)))
+    return counts
 
 
 @cache

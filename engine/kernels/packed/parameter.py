@@ -62,14 +62,24 @@ class PackedParameter:
         part = self.parts[source]
         return self._extents[part.name].first + part.first * self.matrix.parts[part.name].num_bytes
 
+    def ranges(self, first_element: int, num_elements: int) -> list[tuple[int, int]]:
+        """Where in the stored bytes the parts of consecutive numbers lie, which are those of whole matrices."""
+        size = self.matrix.rows * self.matrix.columns
+        first, count = first_element // size, num_elements // size
+        begins = [(self._extents[name].first, form.num_bytes) for name, form in self.matrix.parts.items()]
+        return [(begin + first * each, begin + (first + count) * each) for begin, each in begins]
+
     def decode(self, stored: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the numbers that `stored` bytes stand for into flat `values`."""
-        tensors = {}
-        for name, form in self.matrix.parts.items():
-            extent = self._extents[name]
-            tensors[name] = stored[extent.first : extent.end].view(form.dtype).view(self.num_matrices, *form.shape)
+        """Write the numbers that `stored` bytes, of the whole parameter, stand for into flat `values`."""
+        self.decode_parts([stored[first:end] for first, end in self.ranges(0, values.numel())], values)
+
+    def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
+        """Write the numbers of some matrices, whose stored bytes lie as `ranges` says, into flat `values`."""
         rows, columns = self.matrix.rows, self.matrix.columns
+        count = values.numel() // (rows * columns)
+        named = zip(self.matrix.parts.items(), parts, strict=True)
+        tensors = {name: part.view(form.dtype).view(count, *form.shape) for (name, form), part in named}
         if self.is_transposed:
-            self.matrix.fill(tensors, values.view(self.num_matrices, columns, rows).transpose(1, 2))
+            self.matrix.fill(tensors, values.view(count, columns, rows).transpose(1, 2))
         else:
-            self.matrix.fill(tensors, values.view(self.num_matrices, rows, columns))
+            self.matrix.fill(tensors, values.view(count, rows, columns))

@@ -7,11 +7,11 @@ from functools import cache
 import torch
 
 from engine.batch.decode_group import DecodeGroup
+from engine.batch.prefix_group import PrefixGroup
 from engine.memory.accelerator import has_flash_attention
 from engine.model.attention import host_attention
 from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.rule import AttentionRule
-from engine.schedule.sequence import Prefix
 
 _MAX_HEAD_DIM = 256
 
@@ -19,8 +19,8 @@ _MAX_HEAD_DIM = 256
 class Flash(AttentionBackend):
     """Plain softmax on CUDA from sm80 on, in 16 bits.
 
-    Own tokens first; then, per chain of prefixes, its rows against the prefix; the two are merged by their
-    log-sum-exps, which is exact.
+    Own tokens first; then the rows that continue prefixes against those, of several chains at once; the two are merged
+    by their log-sum-exps, which is exact.
     """
 
     def can(self, asked: Attending) -> bool:
@@ -33,8 +33,8 @@ class Flash(AttentionBackend):
         """All new spans in one call, then their prefixes."""
         batch, start = asked.batch, asked.batch.prefill_first
         query, key, value = (x[start:] for x in (asked.query, asked.key, asked.value))
-        output, logsumexp = _varlen(query, key, value, batch.prefill_borders, batch.longest_prefill, asked.rule)
-        _merge_prefixes(asked, batch.prefill_chains, output, logsumexp, start)
+        output, logsumexp = _own_new(asked, query, key, value)
+        _merge_prefixes(asked, batch.prefill_prefixes, output, logsumexp, start)
         return output
 
     def decode(self, asked: Attending) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Flash(AttentionBackend):
                 output[rows], of_group = _own(asked, group)
                 if batch.decode_chains:
                     logsumexp[:, rows] = of_group.to(query.device, non_blocking=True)
-        _merge_prefixes(asked, batch.decode_chains, output, logsumexp, 0)
+        _merge_prefixes(asked, batch.decode_prefixes, output, logsumexp, 0)
         return output
 
 
@@ -66,19 +66,20 @@ def has_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_di
 
 
 def _merge_prefixes(
-    asked: Attending,
-    chains: list[tuple[int, int, tuple[Prefix, ...]]],
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
-    start: int,
+    asked: Attending, groups: list[PrefixGroup], output: torch.Tensor, logsumexp: torch.Tensor, start: int
 ) -> None:
     """Add to `output`, whose first row is row `start` of the micro-batch, what its rows attend to of their prefixes."""
-    if chains:
+    if groups:
         logsumexp = logsumexp.to(output.device, non_blocking=True)  # that of attention on the host is there
-    for first, end, chain in chains:
-        place = slice(first - start, end - start)
-        key, value = (x.transpose(0, 1)[None] for x in asked.cache.fork(asked.layer, chain))
-        shared, shared_logsumexp = _whole(asked.query[first:end][None], key, value, asked.rule)
+    for group in groups:
+        place = slice(group.first - start, group.end - start)
+        key, value = asked.cache.fork_flat(asked.layer, group.chains)
+        query = asked.query[group.first : group.end]
+        if len(group.chains) == 1:  # with few rows, its kernel shares out a long prefix
+            shared, shared_logsumexp = _whole(query, key, value, asked.rule)
+        else:
+            borders, longest = (group.row_borders, group.prefix_borders), (group.longest, group.longest_prefix)
+            shared, shared_logsumexp = _varlen(query, key, value, borders, longest, asked.rule, is_causal=False)
         merge(output[place], logsumexp[:, place], shared, shared_logsumexp)
 
 
@@ -103,16 +104,27 @@ def _own(asked: Attending, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tens
     return _decode(asked.query[rows], key, value, group, asked.rule)
 
 
+def _own_new(
+    asked: Attending, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of new spans, each against its own span: `[rows, heads, dim]`, `[heads, rows]`."""
+    borders, longest = asked.batch.prefill_borders, asked.batch.longest_prefill
+    return _varlen(query, key, value, (borders, borders), (longest, longest), asked.rule, is_causal=True)
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    borders: torch.Tensor,
-    longest: int,
+    borders: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
     rule: AttentionRule,
+    *,
+    is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts of the rows against parts of the keys, as `borders` of the two say; `longest` are their largest parts."""
     result = torch.ops.aten._flash_attention_forward(
-        query, key, value, borders, borders, longest, longest, 0.0, True, False, scale=rule.scaling
+        query, key, value, *borders, *longest, 0.0, is_causal, False, scale=rule.scaling
     )
     return result[0], result[1]
 
@@ -144,9 +156,9 @@ def _decode(
 def _whole(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows `[1, rows, heads, dim]` against all of a prefix `[1, length, heads, dim]`."""
-    rows, length = query.shape[1], key.shape[1]
+    """All rows `[rows, heads, dim]` against all of a prefix `[length, heads, dim]`."""
+    rows, length = query.shape[0], key.shape[0]
     result = torch.ops.aten._flash_attention_forward(
-        query, key, value, None, None, rows, length, 0.0, False, False, scale=rule.scaling
+        query[None], key[None], value[None], None, None, rows, length, 0.0, False, False, scale=rule.scaling
     )
     return result[0][0], result[1][0]

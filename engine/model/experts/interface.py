@@ -16,10 +16,13 @@ from transformers.integrations.moe import ExpertsInterface
 from engine.kernels.grouped.gating import Gating
 from engine.kernels.grouped.matrices import Matrices
 from engine.kernels.grouped.mixture import mixture
+from engine.kernels.grouped.stack import Stack
 from engine.model.sweep_context import SweepContext
 
 EXPERTS_NAME = "flexgen"
 """The name under which `transformers` finds our experts function."""
+_FLAGS = ("has_gate", "has_bias", "is_transposed")
+"""What the interface tells of every module of experts."""
 _SIZES = (0.1, 1.0, 30.0)
 """Of the numbers in rows that a gate is tried with: the largest reach its limits."""
 _ROWS = 4
@@ -36,8 +39,16 @@ def experts(
     if hidden_states.is_meta:
         return torch.empty_like(hidden_states)
     context: SweepContext = module.__dict__["sweeping"]
+    if context.ask_experts is not None:
+        return context.ask_experts(module, hidden_states, top_k_index, top_k_weights)
+    return compute(module, hidden_states, top_k_index, top_k_weights)
+
+
+def compute(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What `experts` returns, at once."""
+    context: SweepContext = module.__dict__["sweeping"]
     with context.apart():
-        return mixture(_matrices(module), hidden_states, top_k_index, top_k_weights)
+        return mixture(_matrices(module), hidden, index, weights)
 
 
 def take_experts(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -86,17 +97,19 @@ def is_understood(module: nn.Module) -> bool:
     leave a module to transformers' own functions.
     """
     told = vars(module)
-    flags = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    if any(type(told.get(flag)) is not bool for flag in flags) or told["has_post_expert_norm"]:
+    # transformers 5.17 tells neither of norms behind experts nor of experts on several devices: it has no such.
+    has_norm = told.get("has_post_expert_norm", hasattr(module, "post_expert_norm"))
+    if any(type(told.get(flag)) is not bool for flag in _FLAGS) or has_norm is not False:
         return False
     first = "gate_up_proj" if told["has_gate"] else "up_proj"
     names = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if told["has_bias"] else set())
     found = dict(module.named_parameters())
-    if told["_is_expert_parallel"] or found.keys() != names or list(module.named_buffers()):
+    is_spread = told.get("_is_expert_parallel", False)
+    if is_spread is not False or found.keys() != names or list(module.named_buffers()):
+        return False
+    if found[first].ndim != 3 or found["down_proj"].ndim != 3:
         return False
     matrices = _matrices(module)
-    if matrices.first.ndim != 3 or matrices.second.ndim != 3:
-        return False
     count, width, between = matrices.first.shape
     inner = between // 2 if told["has_gate"] else between
     biases = [x.shape for x in (matrices.first_bias, matrices.second_bias) if x is not None]
@@ -111,14 +124,40 @@ def is_understood(module: nn.Module) -> bool:
 def _matrices(module: nn.Module) -> Matrices:
     """Views of the parameters of a module that is understood, which may be bound anew for each sweep."""
     told: Any = module
-    first = told.gate_up_proj if told.has_gate else told.up_proj
+    first, second = (stack_of(module, name) for name in matrix_names(module))
     first_bias = (told.gate_up_proj_bias if told.has_gate else told.up_proj_bias) if told.has_bias else None
     second_bias = told.down_proj_bias if told.has_bias else None
-    second = told.down_proj
     if not told.is_transposed:
         first, second = first.mT, second.mT
     activation = told._apply_gate if told.has_gate else told.act_fn
     return Matrices(first, second, first_bias, second_bias, activation, told.__dict__.get("gating"))
+
+
+def matrix_names(module: nn.Module) -> tuple[str, str]:
+    """What a module that is understood calls the parameters of its two products."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def names_of_matrices(model: PreTrainedModel) -> frozenset[str]:
+    """Full names of the parameters that `experts` multiplies with, of a model whose experts it computes."""
+    ours = {id(module) for module in _modules_of_experts(model)}
+    named = [(prefix, module) for prefix, module in model.named_modules() if id(module) in ours]
+    return frozenset(f"{prefix}.{name}" for prefix, module in named for name in matrix_names(module))
+
+
+def bind_stack(module: nn.Module, name: str, stack: Stack | None) -> None:
+    """Let `experts` take a module's matrices of this name from `stack`; None: they are the parameter."""
+    stacks: dict[str, Stack] = module.__dict__.setdefault("stacks", {})
+    if stack is None:
+        stacks.pop(name, None)
+    else:
+        stacks[name] = stack
+
+
+def stack_of(module: nn.Module, name: str) -> Stack:
+    """The matrices of this name that `experts` takes: those that were bound, else the parameter."""
+    found: Stack | None = module.__dict__.get("stacks", {}).get(name)
+    return Stack.of(getattr(module, name)) if found is None else found
 
 
 def gating_of(module: nn.Module) -> Gating | None:
@@ -145,7 +184,7 @@ def _numbers(module: nn.Module, *names: str) -> list[float]:
 
 def _modules_of_experts(model: nn.Module) -> list[nn.Module]:
     """Those that ask transformers' interface how they are to be computed."""
-    return [module for module in model.modules() if "_is_expert_parallel" in vars(module)]
+    return [module for module in model.modules() if vars(module).keys() >= set(_FLAGS)]
 
 
 def _configs_of(modules: list[nn.Module]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from engine.errors import EngineError
@@ -80,6 +81,12 @@ class Arrivals:
                 if self._fault is not None:
                     raise self._fault
                 yield placed
+
+    def until_complete(self, name: str | None = None) -> Iterator[list[PlacedUnit]]:
+        """What is not complete of unit `name`, or of all, every few milliseconds, until it is; raises as `left`."""
+        while left := [placed for placed in self.left() if name in (None, placed.unit.name)]:
+            yield left
+            time.sleep(_POLL_S)
 
     def _look(self, placed: PlacedUnit) -> None:
         """Find out what other members have done."""

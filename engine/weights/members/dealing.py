@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.read_ahead import FileSpan, Step, run_steps
 from engine.weights.store import WeightStore
-
-_POLL_S = 0.005
-"""How often is looked whether a unit is there that another process was to put."""
 
 
 def bring(
@@ -36,9 +32,8 @@ def bring(
 
     with kept or nullcontext():
         yield from run_steps(dealt(), follow)
-        while left := list(store.arrivals.left()):
+        for left in store.arrivals.until_complete():
             for placed in left:
                 if store.arrivals.take_over(placed):
                     yield from run_steps(needed(placed.unit.name), follow)
-            time.sleep(_POLL_S)
             yield

@@ -16,18 +16,28 @@ from engine.model.unit import Unit
 from engine.policy import Share
 from engine.weights.members.host_weights import HostWeights
 from engine.weights.placed_unit import PlacedUnit
-from engine.weights.stored_form import encoded_names, stored_sizes, whole_sizes
+from engine.weights.stored_form import encoded_names, stack_names, stored_sizes, whole_sizes
 
 
 def place_unit(
-    model: CausalModel, unit: Unit, share: Share, arena: Arena, *, codec: Codec | None, member: Member | None
+    model: CausalModel,
+    unit: Unit,
+    share: Share,
+    arena: Arena,
+    *,
+    codec: Codec | None,
+    member: Member | None,
+    expands_whole: bool,
 ) -> PlacedUnit:
     """A unit cut by the percents of `share`, with its memory on the device.
 
+    expands_whole: encoded experts are expanded with the unit, not some at a time.
     Of several engines that gather weights, each has a part of every layer and of the head, cut by the same percents.
     The token embedding, whose rows are looked up, and what is needed throughout stay whole with each.
     """
     coded = encoded_names(model, unit, codec)
+    stacks = frozenset[str]() if expands_whole else stack_names(model, unit, codec)
+    plain = {name: size for name, size in whole_sizes(model, unit).items() if name not in stacks}
     extents, num_bytes = lay_out(stored_sizes(model, unit, codec))
     row_bytes, gathered = ALIGNMENT, 0
     if unit.name == "embedding":  # cut between rows, which are looked up one by one
@@ -48,7 +58,8 @@ def place_unit(
         parts={"device": arena.empty(0 if _is_shared("device", member, arena.device) else split.device, "device")},
         start=0 if gathered else streamed_from(extents, split),
         coded=coded,
-        expanded=lay_out(whole_sizes(model, unit))[0] if coded else [],
+        stacks=stacks,
+        expanded=lay_out(plain)[0] if coded else [],
     )
 
 

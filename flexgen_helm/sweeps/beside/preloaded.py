@@ -10,6 +10,7 @@ import helm.benchmark.metrics.basic_metrics
 import helm.benchmark.metrics.common_metric_specs
 import helm.clients.auto_client  # noqa: F401
 from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401, TID253
 
 import flexgen_helm.helm.requests.known_tokens
 import flexgen_helm.sweeps.beside.helm_side  # noqa: F401

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import loras
 import models
 import pytest
 
@@ -168,6 +169,20 @@ REPOSITORIES: dict[str, tuple[dict[str, bytes], set[str]]] = {
     ),
     "a bin": ({}, {"pytorch_model.bin"}),
 }
+
+
+def test_an_adapter_is_fetched_and_its_base_model_found(hub: Hub, tiny: dict[str, bytes], tmp_path: Path) -> None:
+    base = models.save_model(tmp_path / "base", "llama")
+    lora = loras.save_adapter(tmp_path / "lora", base)
+    hub.files = {**weights(lora), "README.md": b"much", "optimizer.pt": b"much"}
+    call = "str(__import__('engine.checkpoint.adapters.located').checkpoint.adapters.located.locate(MODEL))"
+    settings = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    code, told, _ = ask(hub.url, tmp_path / "home", call, **settings)
+    assert code == 0, told
+    assert str(tmp_path / "cache" / "flexgen-helm" / "adapters") in told
+    assert sorted(hub.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+    code, again, _ = ask(hub.url, tmp_path / "home", call, HF_HUB_OFFLINE="1", **settings)
+    assert (code, again) == (0, told)
 
 
 @pytest.mark.parametrize("kind", REPOSITORIES)

@@ -188,7 +188,7 @@ def test_packed_bytes_are_what_is_kept_and_planned(tmp_path: Path) -> None:
         layer = sum(store.placed_bytes()["layer.0"].values())
         assert layer == shape.unit_bytes[0]
         assert shape.stored_part < 0.2
-        assert shape.expanded_bytes >= engine.parts.stream._expanded.numel() > layer
+        assert shape.expanded_bytes >= engine.parts.stream._expansion.num_bytes > layer
 
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None

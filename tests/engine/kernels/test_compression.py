@@ -260,7 +260,7 @@ def test_memory_to_expand_layers_is_planned_for(tmp_path: Path) -> None:
     policy = {"device": "cpu", "compress-weight": 4, "percent": [100, 0, 100, 0, 100, 0]}
     with Engine.from_pretrained(str(path), policy=policy) as engine:
         placed = engine.placed_bytes()["device"]
-        expanded = engine.parts.stream._expanded.numel()
+        expanded = engine.parts.stream._expansion.num_bytes
         stored = sum(tiers["device"] for tiers in engine.parts.weights.placed_bytes().values())
     assert placed >= stored + expanded
     with pytest.raises(CapacityError, match="two layers and one expanded"):

@@ -10,6 +10,14 @@ from torch.nn.functional import silu
 from engine.kernels.grouped import kernel
 from engine.kernels.grouped.gating import Gating
 from engine.kernels.grouped.matrices import Matrices
+from engine.kernels.grouped.stack import Stack
+
+def few(numbers, at_once):
+    # As codes are expanded: what was taken before is gone.
+    scratch = torch.empty_like(numbers[:at_once])
+    def take(first, end):
+        return scratch.fill_(torch.nan)[: end - first].copy_(numbers[first:end])
+    return Stack(numbers.shape, numbers.dtype, at_once, take)
 
 torch.manual_seed(0)
 count, width, inner, choices, tokens = 5, 70, 40, 2, 20
@@ -20,7 +28,7 @@ cases = (halves, Gating(False, 1.5), True), (pairs, Gating(True, alpha=1.7), Tru
 for activation, gating, has_bias in cases:
     first, second = torch.randn(count, 2 * inner, width).half() / 8, torch.randn(count, inner, width).half() / 8
     biases = (torch.randn(count, 2 * inner).half(), torch.randn(count, width).half()) if has_bias else (None, None)
-    matrices = Matrices(first.mT, second, *biases, activation, gating)
+    matrices = Matrices(few(first, 2).mT, few(second, 1 if has_bias else count), *biases, activation, gating)
     hidden = torch.randn(tokens, width).half()
     # The last token chose one expert that there is not, as some families say "none"; nobody chose expert 3.
     index = torch.stack([torch.randperm(4)[:choices] for _ in range(tokens)])
@@ -41,6 +49,8 @@ for activation, gating, has_bias in cases:
         kernel._sizes.cache_clear()
         found = kernel.mixture(matrices, hidden[taken], index[taken], weights[taken])
         torch.testing.assert_close(found.double(), expected[taken], rtol=5e-3, atol=5e-3)
+    counts = index[:1].flatten().bincount(minlength=count).tolist()  # groups without rows are left out
+    assert kernel.mixture(matrices, hidden[:1], index[:1], weights[:1], counts).equal(found)
     kernel._TILES = ((16, 16, 64, 4, 5),)
     print("right")
 """

@@ -15,7 +15,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from engine.kernels.grouped.gating import Gating
 from engine.model.causal_model import CausalModel
-from engine.model.experts.interface import EXPERTS_NAME, experts, gating_of, is_understood
+from engine.model.experts.interface import EXPERTS_NAME, _modules_of_experts, experts, gating_of, is_understood
 from engine.model.stock import StockForward
 from engine.model.sweep_context import SweepContext
 
@@ -103,6 +103,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a parameter of a part": lambda module: setattr(module, "norm", nn.LayerNorm(8)),
     "biases that it does not tell of": lambda module: setattr(module, "down_proj_bias", nn.Parameter(torch.ones(4, 8))),
     "biases that it lacks": lambda module: setattr(module, "has_bias", True),
+    "a norm that no flag tells of": lambda module: (
+        delattr(module, "has_post_expert_norm"),
+        setattr(module, "post_expert_norm", nn.Identity()),
+    ),
+    "a norm's flag that is no flag": lambda module: setattr(module, "has_post_expert_norm", None),
     "another layout": lambda module: setattr(module, "is_transposed", True),
     "another width between": lambda module: setattr(module, "down_proj", nn.Parameter(torch.ones(4, 8, 4))),
     "fewer experts": lambda module: setattr(module, "num_experts", 3),
@@ -117,6 +122,16 @@ def test_what_is_not_understood_is_not_ours(change: str) -> None:
     assert is_understood(module)
     CHANGES[change](module)
     assert not is_understood(module)
+
+
+def test_modules_of_a_transformers_that_tells_less_are_understood() -> None:
+    """In 5.17 no flags tell of such norms, nor of experts of several devices, since there are none."""
+    module: Any = Plain(PreTrainedConfig())
+    del module.has_post_expert_norm
+    assert is_understood(module)
+    del module._is_expert_parallel
+    assert is_understood(module)
+    assert _modules_of_experts(nn.Sequential(module)) == [module]
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

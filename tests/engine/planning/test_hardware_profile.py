@@ -546,6 +546,7 @@ def test_what_cards_do_together_may_be_left_out() -> None:
         HardwareProfile.from_mapping({**measured.as_mapping(), "gather-bytes-s": -1})
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_devices_measure_together() -> None:
     """Processes, here on the CPU; nothing is left of them."""
     link, gather = rates_together(["cpu", "cpu"], 1 << 20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -36,8 +37,10 @@ def used(plan: Plan, shape: ModelShape) -> dict[str, float]:
     rows = plan.limits.rows_per_sweep * shape.hidden_row_bytes / 100
     device = shape.weight_bytes * plan.weights.gpu / 100 + plan.activations.gpu * rows + plan.cache_budgets["device"]
     device += plan.limits.rows_per_batch * shape.work_row_bytes
-    if plan.weights.gpu < 100:  # two layers in transit, and what is copied for good
-        device += 2 * max(shape.unit_bytes) + shape.outer_bytes
+    device += plan.limits.waiting_rows * shape.waiting_row_bytes
+    device += shape.expanded_bytes if plan.expands_whole else shape.least_expanded_bytes
+    if plan.weights.gpu < 100:  # two layers in transit, or what of them passes at once, and what is copied for good
+        device += 2 * (shape.apart_bytes if plan.experts_apart else max(shape.unit_bytes)) + shape.outer_bytes
     host = shape.weight_bytes * plan.weights.cpu / 100 + plan.activations.cpu * rows + plan.cache_budgets["host"]
     host += plan.read_ahead_bytes
     disk = shape.weight_bytes * plan.weights.disk / 100 + plan.activations.disk * rows + plan.cache_budgets["disk"]
@@ -58,8 +61,12 @@ def assert_fits(plan: Plan, shape: ModelShape, memory: Memory) -> None:
 
 
 shapes = st.builds(
-    lambda layer, count, head, embedding, row, kv: ModelShape(
+    lambda layer, count, head, embedding, row, kv, encoded: ModelShape(
         unit_bytes=(layer,) * count + (head,),
+        expanded_bytes=[0, 6 * layer, 6 * layer][encoded],  # not, as matrices, and as experts for the greater part
+        least_expanded_bytes=[0, 6 * layer, layer // 2][encoded],
+        apart_bytes=[0, 0, max(head, layer // 10)][encoded],
+        waiting_row_bytes=[0, 0, row * 15][encoded],
         embedding_bytes=embedding,
         outer_bytes=row * 100,
         cache_row_bytes=kv * count,
@@ -73,6 +80,7 @@ shapes = st.builds(
     embedding=st.sampled_from([0, 10**8]),
     row=st.sampled_from([1024, 16384]),
     kv=st.sampled_from([512, 28672]),
+    encoded=st.sampled_from([0, 1, 2]),
 )
 percents = st.integers(0, 100).flatmap(lambda gpu: st.tuples(st.just(gpu), st.integers(0, 100 - gpu)))
 shares = percents.map(lambda two: Share(gpu=two[0], cpu=two[1], disk=100 - two[0] - two[1]))
@@ -393,3 +401,62 @@ def test_engines_that_share_weights_stay_within_memory_together(
         for_all += own if not gather else own - count
         for_each += plan.activations.gpu * rows + plan.cache_budgets["device"]
     assert for_all + count * for_each <= memory.host + 64 * count
+
+
+def test_small_layers_on_the_device_are_computed_in_larger_micro_batches() -> None:
+    """A host that asks for them one by one would be slower than a card that computes them."""
+    small = replace(OPT_30B, unit_bytes=(7_000_000,) * 30 + (57_000_000,), work_row_bytes=40_000)
+    card, resident = Memory(device=140 * GB, host=100 * GB, disk=0), Share(gpu=100, cpu=0)
+
+    def rows(shape: ModelShape, weights: Share, memory: Memory = card) -> int:
+        return make_plan(shape, Policy(weights=weights), memory, on_cpu=False).limits.rows_per_batch
+
+    assert rows(small, resident) == 32768
+    assert rows(small, Share(gpu=50, cpu=50)) == rows(OPT_30B, resident) == 8192
+    assert rows(small, resident, replace(card, device=3 * GB)) == 16384
+    assert rows(replace(small, unit_bytes=(1_000_000_000,) * 30), resident) == 8192
+
+
+EXPERTS = ModelShape(
+    unit_bytes=(11_500_000_000,) * 61 + (1_850_000_000,),
+    embedding_bytes=1_850_000_000,
+    outer_bytes=10**6,
+    cache_row_bytes=61 * 2 * 128 * 320,
+    cache_layer_row_bytes=2 * 128 * 320,
+    hidden_row_bytes=7168 * 2,
+    work_row_bytes=2 * (6 * 7168 + 3 * 18432 * 8 + 2 * 128 * 640),
+    stored_part=0.5,
+    expanded_bytes=23_000_000_000 * 3 // 2,
+    least_expanded_bytes=1_000_000_000,
+    apart_bytes=1_850_000_000,
+    waiting_row_bytes=2 * (5 * 7168 + 8 * (7168 + 2048)),
+)
+"""DeepSeek-V3 in float8."""
+
+
+def experts_plan(device: int, policy: Policy, **others: Any) -> Plan:
+    return make_plan(EXPERTS, policy, Memory(device=device * GB, host=900 * GB, disk=0), on_cpu=False, **others)
+
+
+def test_experts_are_expanded_and_brought_as_there_is_room() -> None:
+    policy = Policy(weights=Share(gpu=0, cpu=100))
+    plans = {device: experts_plan(device, policy) for device in (16, 80, 140)}
+    found = {device: (plan.expands_whole, plan.experts_apart) for device, plan in plans.items()}
+    assert found == {16: (False, True), 80: (False, False), 140: (True, False)}
+    assert plans[140].limits.waiting_rows == 0  # nothing is expanded twice
+    assert 0 < plans[16].limits.rows_per_sweep == plans[16].limits.waiting_rows < plans[80].limits.waiting_rows
+    assert plans[80].limits.rows_per_sweep > plans[80].limits.waiting_rows
+
+
+def test_experts_come_with_their_layer_where_nothing_waits() -> None:
+    """Each micro-batch would have them brought anew; and where each engine has a part of every layer."""
+    streamed = Policy(weights=Share(gpu=0, cpu=100))
+    for policy, others in (
+        (replace(streamed, batch_invariant=True), {}),
+        (streamed, {"sharing": Sharing(count=2, gather=True)}),
+    ):
+        with pytest.raises(CapacityError, match="layers and some experts of one expanded"):
+            experts_plan(16, policy, **others)
+        plan = experts_plan(60, policy, **others)
+        assert (plan.expands_whole, plan.experts_apart) == (False, False)
+        assert (plan.limits.waiting_rows > 0) is not policy.batch_invariant

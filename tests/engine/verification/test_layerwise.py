@@ -28,9 +28,9 @@ from engine.model.stock import StockForward
 from engine.schedule.sequence import Prefix
 from engine.verification.layerwise import Findings
 from engine.verification.scored import Scored
-from engine.weights.placed_unit import PlacedUnit
+from engine.weights.portion import Portion
+from engine.weights.slots import Slots
 from engine.weights.store import WeightStore
-from engine.weights.stream import WeightStream
 
 Build = Callable[[str], Path]
 TOLERANCE = 1e-4
@@ -309,15 +309,15 @@ def test_a_slot_that_is_filled_wrongly(
     policy: str, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Stock layers compute with the same slot: only the checkpoint tells."""
-    copy = WeightStream._copy
+    copy = Slots._copy
 
-    def spoiling(self: WeightStream, placed: PlacedUnit, target: torch.Tensor) -> None:
-        copy(self, placed, target)
-        if placed.unit.name == "layer.1":
-            extent = next(each for each in placed.extents if each.name.endswith("v_proj.weight"))
-            target[extent.first - placed.start + 6] ^= 1  # the highest bit of a mantissa
+    def spoiling(self: Slots, portion: Portion, target: torch.Tensor) -> None:
+        copy(self, portion, target)
+        if portion.placed.unit.name == "layer.1":
+            extent = next(each for each in portion.placed.extents if each.name.endswith("v_proj.weight"))
+            portion.of(target, extent.first, extent.end)[6] ^= 1  # the highest bit of a mantissa
 
-    monkeypatch.setattr(WeightStream, "_copy", spoiling)
+    monkeypatch.setattr(Slots, "_copy", spoiling)
     _, found = compared(build("llama"), DECODING, **{"offload-dir": str(tmp_path)}, **POLICIES[policy])
     assert at_fault(found) == ["layer 1"]
     stage = found.stages[2]
@@ -371,14 +371,14 @@ def test_weights_that_were_loaded_wrongly(
 
 
 def test_a_tied_head_is_compared_in_its_slot(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = WeightStream._copy
+    copy = Slots._copy
 
-    def spoiling(self: WeightStream, placed: PlacedUnit, target: torch.Tensor) -> None:
-        copy(self, placed, target)
-        if placed.unit.name == "embedding":
+    def spoiling(self: Slots, portion: Portion, target: torch.Tensor) -> None:
+        copy(self, portion, target)
+        if portion.placed.unit.name == "embedding":
             target[7] ^= 1
 
-    monkeypatch.setattr(WeightStream, "_copy", spoiling)
+    monkeypatch.setattr(Slots, "_copy", spoiling)
     assert at_fault(compared(build("opt"), DECODING, percent=[0, 100] * 3)[1]) == ["head"]
 
 

@@ -16,6 +16,8 @@ from parity import JOBS, POLICIES
 from engine import Engine
 from engine.memory.layout import part_bytes, part_of
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 SOME = JOBS[:4]
 
 

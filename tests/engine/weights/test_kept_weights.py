@@ -25,9 +25,9 @@ from safetensors import safe_open
 
 from engine import Engine, EngineError, Job
 from engine.kernels.codec import Codec
-from engine.weights import kept as kept_weights
-from engine.weights import unit_file
-from engine.weights.kept import KeptWeights
+from engine.weights.encoded import kept as kept_weights
+from engine.weights.encoded import unit_file
+from engine.weights.encoded.kept import KeptWeights
 from engine.weights.store import WeightStore
 
 Notices = Callable[[], list[str]]
@@ -369,7 +369,7 @@ def start(model: Path, code: str = "") -> subprocess.Popen[str]:
     script = f"""
 import sys
 from engine import Engine, Job
-from engine.weights import unit_file
+from engine.weights.encoded import unit_file
 {code}
 with Engine.from_pretrained({str(model)!r}, policy={{"device": "cpu", "compress-weight": 4}}) as engine:
     print(engine.run([Job(prompt=[*range(10, 40)], max_new_tokens=3)])[0].tokens)
@@ -383,6 +383,7 @@ with Engine.from_pretrained({str(model)!r}, policy={{"device": "cpu", "compress-
     )
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_start_that_was_killed_is_continued(
     model: Path, notices: Notices, only_kept: Callable[[], None], tmp_path: Path, cache: Path
 ) -> None:
@@ -412,7 +413,7 @@ unit_file.zlib = type("zlib", (), {"crc32": staticmethod(crc32)})
     assert notices() == []
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
 def test_two_processes_at_once(model: Path, only_kept: Callable[[], None], tmp_path: Path, cache: Path) -> None:
     together = [start(model) for _ in range(2)]
     told = [process.communicate(timeout=60) for process in together]

@@ -86,6 +86,7 @@ def test_members_answer_as_one_engine_does(
     assert digests[1:] == [None] * (count - 1)
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_processes_share_one_copy(build: Callable[[str], Path], tmp_path: Path) -> None:
     settings = policy(tmp_path, "thirds")
     expected = alone(build("llama"), settings)

@@ -23,6 +23,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "two": {"device": TWO, "gather-weights": False},
     "two gathering": {"device": TWO, "gather-weights": True},
 }
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 QUICK = ("llama", "thirds", "packed")
 CASES = [
     pytest.param(family, *case, way, marks=[] if (family, *case) == QUICK else pytest.mark.slow)

@@ -119,6 +119,7 @@ def test_a_dropped_call_leaves_room_for_others(remote: RemoteEngine) -> None:
     assert remote._place._ledger.is_empty
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_killed_process_is_replaced(remote: RemoteEngine, here: Engine, caplog: pytest.LogCaptureFixture) -> None:
     asked = [Job(prompt=[SLOW, number], max_new_tokens=6) for number in range(20)]
     before, num_sweeps = len(remote.deaths), remote.num_sweeps
@@ -135,8 +136,7 @@ def test_a_killed_process_is_replaced(remote: RemoteEngine, here: Engine, caplog
     assert "killed by signal 9" in caplog.text
 
 
-@pytest.mark.slow  # five processes, one after the other; `test_suspects` has the rule
-@pytest.mark.usefixtures("faulty")
+@pytest.mark.usefixtures("faulty", "warm_processes")
 @pytest.mark.parametrize(("fault", "reason"), [(RAISES, "illegal memory access"), (KILLS, "by signal 9")])
 def test_a_job_that_ends_its_process_fails_alone(model: str, fault: int, reason: str) -> None:
     asked = [Job(prompt=[9, number], max_new_tokens=2) for number in range(8)]
@@ -157,18 +157,21 @@ def test_too_little_memory_ends_no_process(remote: RemoteEngine, here: Engine) -
     assert len(remote.deaths) == before
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_what_opening_refuses_is_raised_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         RemoteEngine(str(tmp_path), ON_CPU)
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_process_that_cannot_start_is_not_started_for_ever(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "PROGRAM", "antigravity_of_nobody")
     with pytest.raises(EngineError, match=r"ended 3 times in a row .*: exit code 1"):
         RemoteEngine(model, ON_CPU)
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_an_observer_that_fails_ends_the_engine_and_nobody_waits(model: str) -> None:
     def observe(timing: Any) -> None:
         raise ZeroDivisionError("of the observer")
@@ -179,7 +182,7 @@ def test_an_observer_that_fails_ends_the_engine_and_nobody_waits(model: str) -> 
             engine.run([Job(prompt=[5], max_new_tokens=1)])
 
 
-@pytest.mark.usefixtures("faulty")
+@pytest.mark.usefixtures("faulty", "warm_processes")
 def test_closing_delivers_the_sweep_at_hand(model: str) -> None:
     engine = RemoteEngine(model, ON_CPU)
     engine.weights_digest()  # a sweep that waits for weights does not end
@@ -230,6 +233,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_no_process_outlives_its_parent(model: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT.format(model=model)], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_processes import WarmProcesses
 
 from engine import Engine, EngineError, Job, Policy
 from engine.errors import ConfigError, UnsupportedError
@@ -23,6 +24,8 @@ from engine.workers.remote_engine import RemoteEngine
 
 sys.path.insert(0, str(Path(__file__).parent))  # where workers of these tests find `faulty_worker`, too
 from faulty_worker import FAILS_ON_SECOND, KILLS, RUNS_OUT, SLOW
+
+pytestmark = pytest.mark.usefixtures("warm_processes")
 
 TWO = Policy(device=("cpu:0", "cpu:1"))
 """On any machine: two cores are the least that tests run on."""
@@ -57,13 +60,15 @@ def model(build: Callable[[str], Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def two(model: str) -> Iterator[RemoteEngine]:
+def two(model: str, warm: WarmProcesses) -> Iterator[RemoteEngine]:
     with pytest.MonkeyPatch.context() as patch:
         from engine.workers import seats
 
         patch.setattr(seats, "usable_cores", lambda: 2)
         patch.setattr(process, "PROGRAM", "faulty_worker")
-        with RemoteEngine(model, TWO) as engine:
+        with warm.in_use():
+            engine = RemoteEngine(model, TWO)
+        with engine:
             yield engine
 
 
@@ -133,7 +138,7 @@ def test_one_of_two_dies_and_nothing_is_lost(two: RemoteEngine, here: Engine) ->
     assert not two.given_up
 
 
-@pytest.mark.slow  # twenty processes; one death is in the ordinary tests
+@pytest.mark.slow  # twenty deaths; a few are in the ordinary tests
 @pytest.mark.parametrize("gather", [False, True])
 def test_processes_killed_at_random_moments_lose_nothing(model: str, here: Engine, gather: bool) -> None:
     asked, dice = jobs(400, seed=1), random.Random(0)
@@ -162,7 +167,6 @@ def test_too_little_memory_on_one_is_no_death(two: RemoteEngine, here: Engine) -
     assert len(two.deaths) == before
 
 
-@pytest.mark.slow  # about ten processes, one after the other; `test_suspects` and `test_ledger` have the rule
 def test_a_job_that_ends_its_process_fails_alone_wherever_it_runs(two: RemoteEngine) -> None:
     asked = jobs(24)
     asked[5] = Job(prompt=[KILLS, 5], max_new_tokens=2)
@@ -186,7 +190,6 @@ def test_a_device_that_fails_is_given_up_and_the_other_takes_over(
         assert_same(engine.run(asked), here.run(asked))
 
 
-@pytest.mark.slow  # seven processes
 def test_a_device_whose_process_cannot_start_is_given_up(
     model: str, here: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +202,6 @@ def test_a_device_whose_process_cannot_start_is_given_up(
         assert engine.weights_digest() == here.weights_digest()
 
 
-@pytest.mark.slow  # nine processes
 def test_without_any_device_left_the_engine_ends(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "PROGRAM", "faulty_worker")
     monkeypatch.setenv("FLEXGEN_TEST_CANNOT_OPEN", "cpu:")

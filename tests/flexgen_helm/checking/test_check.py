@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import loras
 import models
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from engine.kernels.packed.numbers import ScaledBlocks
 from flexgen_helm.checking import trial
 from flexgen_helm.checking.left_out import left_out
 from flexgen_helm.checking.memory_needs import memory_needs
 from flexgen_helm.checking.shrinking import config_from, small_config
+from flexgen_helm.planning.shapes import SHAPES
 from flexgen_helm.run import main
 
 # Settings of real models, as their config.json has them.
@@ -168,14 +171,66 @@ def test_a_directory_with_experts(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "were not looked at" not in shown
 
 
-def test_what_is_packed_is_not_said_to_be_equal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_policy: None
+def shape_of(name: str) -> dict[str, Any]:
+    return {**SHAPES[name]}
+
+
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": INT8,
+            "input_activations": {**INT8, "strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": ["lm_head"],
+}
+LLAMA = "grouped heads, extended positions"
+PACKED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "mxfp4": (shape_of("gpt-oss-20b"), 0, "EQUAL: "),
+    "float8 in blocks": (shape_of("deepseek-v3"), 0, "EQUAL: "),
+    "int4 experts": (shape_of("kimi-k2"), 0, "EQUAL: "),
+    "inputs that are rounded": (
+        REAL[LLAMA] | {"quantization_config": W8A8},
+        2,
+        "UNDECIDED: the copy's inputs of linear layers are not rounded to a few bits",
+    ),
+    "a format without codes": (REAL[LLAMA], 2, "UNDECIDED: random codes are not made of 'awq'"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_packed_model_s_copy_is_packed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_policy: None
 ) -> None:
-    assert main(["check", config_file(tmp_path, "grouped heads, extended positions")]) == 2
+    """Where codes can be made of its format; else what is said to be equal is the plain copy, and that is told."""
+    config, code, verdict = PACKED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["check", str(tmp_path / "config.json")]) == code
     shown = capsys.readouterr().out
     assert "0 of 17 prompts differ" in shown
-    last = shown.splitlines()[-1]
-    assert last.startswith("UNDECIDED: the copy's weights are plain numbers, and the model's are packed by awq")
+    assert (", packed by " in shown) == (config["quantization_config"]["quant_method"] != "awq")
+    assert shown.splitlines()[-1].startswith(verdict)
+
+
+def test_a_format_that_is_expanded_wrongly_is_not_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_policy: None
+) -> None:
+    numbers = ScaledBlocks._numbers
+    monkeypatch.setattr(ScaledBlocks, "_numbers", lambda *args: numbers(*args) * 1.01)
+    (tmp_path / "config.json").write_text(json.dumps(shape_of("deepseek-v3")))
+    assert main(["check", str(tmp_path / "config.json")]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("DIFFERENT: ")
+
+
+def test_an_adapter_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_policy: None) -> None:
+    base = models.save_model(tmp_path / "base", "llama")
+    assert main(["check", str(loras.save_adapter(tmp_path / "lora", base))]) == 0
+    assert "an adapter (LoRA of rank 4) is merged into the weights while loading" in capsys.readouterr().out
 
 
 def test_a_model_that_does_not_agree(

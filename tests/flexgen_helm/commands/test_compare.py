@@ -315,7 +315,6 @@ def real(
     helm_data: Path,
     tiny_llama: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    register_helms_configs: Callable[[], None],
 ) -> Path:
     """A suite of helm-run with a tiny model."""
     from helm.benchmark import run
@@ -326,7 +325,6 @@ def real(
     runner = "flexgen_helm.runner.FlexGenRunner"
     places = ["-o", str(helm_data), "--local-path", str(folder / "prod_env"), "--suite", "compared"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "register_builtin_configs_from_helm_package", register_helms_configs)
         patch.chdir(folder)
         arguments = ["-r", *entries, "-m", "6", "-n", "1", "--disable-cache", "--runner-class-name", runner, *places]
         run.helm_run(run.build_parser().parse_args(arguments))

@@ -23,7 +23,6 @@ from engine.policy import Policy
 from flexgen_helm.helm.records.provenance import FILE_NAME
 from flexgen_helm.helm.request_cache import RequestCache
 from flexgen_helm.run import main
-from flexgen_helm.runs import launch
 
 Cli = Callable[..., int]
 ENTRY = f"mmlu:subject={MMLU_SUBJECTS[0]}"
@@ -31,11 +30,8 @@ SAMPLED = "simple_mcqa:temperature=0.7"
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helm_data: Path, register_helms_configs: Callable[[], None]
-) -> Iterator[Cli]:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helm_data: Path) -> Iterator[Cli]:
     """Run a command line in a directory that has a copy of HELM's data."""
-    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
     folder = tmp_path / "here"
     shutil.copytree(helm_data / "scenarios" / "mmlu", folder / "benchmark_output/scenarios/mmlu")
     monkeypatch.chdir(folder)

@@ -31,13 +31,8 @@ Verify = Callable[..., int]
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, helm_data: Path, monkeypatch: pytest.MonkeyPatch, register_helms_configs: Callable[[], None]
-) -> Iterator[Verify]:
+def cli(tmp_path: Path, helm_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Verify]:
     """Run a command line in an empty directory, with HELM's data in a benchmark_output beside it."""
-    from flexgen_helm.runs import launch
-
-    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
     folder = tmp_path / "here"
     folder.mkdir()
     shutil.copytree(helm_data / "scenarios", tmp_path / "data" / "scenarios")

@@ -251,6 +251,7 @@ def test_an_engine_at_work_is_not_closed(tiny_llama: Path) -> None:
     assert [engine.closed for engine in load.engines] == [True, True, False]
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_engines_are_closed_and_no_thread_is_left_when_the_process_ends(tiny_llama: Path, tmp_path: Path) -> None:
     program = f"""
 import sys

@@ -127,6 +127,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(
     assert num_tokens > 1000
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_helm_summarize_works_on_our_runs(run: Callable[..., Path], tiny_llama: Path, tmp_path: Path) -> None:
     mine = run(tiny_llama, "multiple_choice_joint", WAYS["whole runs"])
     output = mine.parents[2]

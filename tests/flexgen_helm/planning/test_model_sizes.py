@@ -22,12 +22,17 @@ PUBLISHED = {
     "llama-3-70b": 70.55,
     "qwen3-30b-a3b": 30.53,
     "mixtral-8x7b": 46.70,
-    "gpt-oss-20b": 20.91,
-    "gpt-oss-120b": 116.83,
-    "deepseek-v3": 671.03,
-    "kimi-k2": 1026.4,
 }
 """Parameters in billions, as the models' own pages or papers have them."""
+BYTES = {
+    "gpt-oss-20b": (13_761_264_768, 0.0),
+    "gpt-oss-120b": (65_248_815_744, 0.0),
+    "deepseek-v3": (688_586_727_753 - 11_515_616_512 - 2 * 1_853_358_080, 1e-4),
+    "kimi-k2": (594e9, 2e-3),
+}
+"""Bytes of the tensors of published checkpoints, and how exactly they are known: total_size of the indices of gpt-oss;
+the files of DeepSeek-V3 less its layer for a second token, which repeats embedding and head; the files of
+Kimi-K2-Thinking, to a gigabyte."""
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,16 @@ def test_shipped_sizes_have_the_published_number_of_parameters(shape: str, billi
     sizes = shipped_sizes(shape, "bfloat16")
     assert sizes is not None
     assert sum(sizes.coded[None, None].stored.values()) / 2e9 == pytest.approx(billions, rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", BYTES)
+def test_shipped_sizes_have_the_published_number_of_bytes(shape: str) -> None:
+    """What crosses the link is what is published."""
+    sizes = shipped_sizes(shape, "bfloat16")
+    assert sizes is not None
+    expected, apart = BYTES[shape]
+    assert sum(sizes.coded[None, None].stored.values()) == pytest.approx(expected, rel=apart, abs=0)
+    assert not sizes.can_encode_weights
 
 
 def test_a_plan_for_a_shipped_shape_and_profile_imports_no_torch(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 import yaml
 from helm.benchmark import model_deployment_registry, model_metadata_registry, tokenizer_config_registry
 from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec
+from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +66,23 @@ def test_entries_as_they_are_asked_for(tiny_llama: Path, monkeypatch: pytest.Mon
     policy = Policy.load({"gpu-batch-size": 4})
     assert entries_for("tiny-llama", policy=policy).deployment.client_spec.args["policy"] == {"gpu-batch-size": 4}
     assert entries_for("tiny-llama", policy=Policy()).deployment.client_spec.args["policy"] == "auto"
+
+
+def test_an_adapter_is_registered_by_its_own_name_with_the_tokenizer_that_there_is(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """HELM loads tokenizers by itself, and knows nothing of adapters."""
+    lora = loras.save_adapter(tmp_path / "my-lora", tiny_llama, loras.QUERIES[:2])
+    entries = entries_for(str(lora))
+    assert entries.model.name == "local/my-lora"
+    assert entries.deployment.client_spec.args["pretrained_model_name_or_path"] == str(lora)
+    assert entries.tokenizer.tokenizer_spec.args["pretrained_model_name_or_path"] == str(tiny_llama)
+    shutil.copy(tiny_llama / "tokenizer.json", lora)
+    shutil.copy(tiny_llama / "tokenizer_config.json", lora)
+    args = entries_for(str(lora)).tokenizer.tokenizer_spec.args
+    assert args["pretrained_model_name_or_path"] == str(lora)
+    with HuggingFaceTokenizer.create_tokenizer(**args) as tokenizer:
+        assert tokenizer.eos_token == "</s>"
 
 
 def test_a_directory_name_that_helm_could_not_parse_is_rewritten(tiny_llama: Path, tmp_path: Path) -> None:

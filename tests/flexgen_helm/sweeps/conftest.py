@@ -9,17 +9,13 @@ from pathlib import Path
 import pytest
 
 from flexgen_helm.run import main
-from flexgen_helm.runs import launch
 
 Cli = Callable[..., int]
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helm_data: Path, register_helms_configs: Callable[[], None]
-) -> Iterator[Cli]:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helm_data: Path) -> Iterator[Cli]:
     """Run a command line in a directory that has HELM's data."""
-    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
     (tmp_path / "here/benchmark_output").mkdir(parents=True)
     (tmp_path / "here/benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
     monkeypatch.chdir(tmp_path / "here")

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,10 @@ from sweeping import differences
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize("number", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_sweeps_lose_no_request(number: int, tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [sys.executable, Path(__file__).parents[1] / "killed_sweeps.py", helm_data, tiny_llama, tmp_path]
     done = subprocess.run(
         [*map(str, program), str(number), str(number)], env=environment, capture_output=True, text=True, check=False
@@ -48,28 +51,67 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
-    """SIGTERM, twice, as `timeout` sends it: the pass at hand ends, its answers are kept, and the command says so."""
-    (tmp_path / "benchmark_output").mkdir()
-    (tmp_path / "benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", SLOW, "sweep", "-r", *ENTRIES, "-m", "4", "--model", str(tiny_llama), "--suite",
-               "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1", "--percent", "50", "0", "0", "0", "100", "0",
-               "--offload-dir", "offload"]  # fmt: skip
-    log = tmp_path / "delivered"
+class SlowSweep:
+    """A sweep in a folder of its own, whose workers take their time (see `slow_worker`)."""
 
-    def begin() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+    def __init__(self, folder: Path, data: Path, model: Path, *more: str) -> None:
+        self.folder = folder
+        (folder / "benchmark_output").mkdir(parents=True)
+        (folder / "benchmark_output/scenarios").symlink_to(data / "scenarios")
+        self._command = [sys.executable, "-c", SLOW, "sweep", "-r", *ENTRIES, "-m", "4", "--model", str(model),
+                         "--suite", "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1", *more]  # fmt: skip
 
-    with begin() as process:
-        end = time.monotonic() + 120
+    @contextmanager
+    def begun(self) -> Iterator[subprocess.Popen[str]]:
+        """Start it, or let it go on; it ends with the block, however that does."""
+        path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
+        environment = {**os.environ, "PYTHONPATH": path}
+        with subprocess.Popen(
+            self._command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def run(self) -> str:
+        """Let it come to its end, and return what it prints."""
+        with self.begun() as process:
+            told, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        return told
+
+    def wait_for_answers(self, process: subprocess.Popen[str]) -> None:
+        """Return when the first ones have been delivered."""
+        log, end = self.folder / "delivered", time.monotonic() + 120
         while not log.exists() or not log.read_text():
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.005)
+
+    @property
+    def delivered(self) -> int:
+        """Answers of the process that was started last."""
+        return sum(map(int, (self.folder / "delivered").read_text().split()))
+
+    @property
+    def workers(self) -> list[int]:
+        """The processes that there were."""
+        return [int(pid) for pid in (self.folder / "workers").read_text().split()]
+
+    @property
+    def suite(self) -> Path:
+        """What it writes."""
+        return self.folder / "benchmark_output/runs/s"
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_data: Path, tmp_path: Path) -> None:
+    """SIGTERM, twice, as `timeout` sends it: the pass at hand ends, its answers are kept, and the command says so."""
+    on_disk = ("--percent", "50", "0", "0", "0", "100", "0", "--offload-dir", "offload")
+    sweep = SlowSweep(tmp_path / "here", helm_data, tiny_llama, *on_disk)
+    with sweep.begun() as process:
+        sweep.wait_for_answers(process)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
@@ -79,53 +121,64 @@ def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_da
         "flexgen-helm: error: terminated; answers so far are kept, the same command goes on from there"
     )
     assert "Traceback" not in said
-    assert list((tmp_path / "offload").iterdir()) == []
-    answers = kept(tmp_path)
-    assert answers == sum(map(int, log.read_text().split()))
-    with begin() as process:
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert kept(tmp_path) - answers == sum(map(int, log.read_text().split())) > 0
+    assert list((sweep.folder / "offload").iterdir()) == []
+    answers = kept(sweep.folder)
+    assert answers == sweep.delivered
+    sweep.run()
+    assert kept(sweep.folder) - answers == sweep.delivered > 0
 
 
-@pytest.mark.parametrize(
-    "devices", [["cpu"], pytest.param(["cpu:0", "cpu:1"], marks=pytest.mark.slow)], ids=["one", "two"]
-)
+@pytest.mark.usefixtures("warm_processes")
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu:0", "cpu:1"]], ids=["one", "two"])
 def test_a_worker_that_is_killed_costs_no_answer(
     devices: list[str], tiny_llama: Path, helm_data: Path, tmp_path: Path
 ) -> None:
     """As the system does where memory runs out."""
     policy = tmp_path / "policy.yaml"
     policy.write_text(json.dumps({"device": devices if len(devices) > 1 else devices[0]}))
-    (tmp_path / "benchmark_output").mkdir()
-    (tmp_path / "benchmark_output/scenarios").symlink_to(helm_data / "scenarios")
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", SLOW, "sweep", "-r", *ENTRIES, "-m", "4", "--model", str(tiny_llama), "--suite",
-               "s", "--gpu-batch-size", "4", "--num-gpu-batches", "1", "--policy", str(policy)]  # fmt: skip
-    log = tmp_path / "delivered"
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:  # fmt: skip
-        end = time.monotonic() + 120
-        while not log.exists() or not log.read_text():
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.005)
-        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
-        children = [child for thread in threads for child in thread.read_text().split()]
-        workers = [each for each in children if b"slow_worker" in Path(f"/proc/{each}/cmdline").read_bytes()]
-        assert len(workers) == len(devices)
-        os.kill(int(workers[-1]), signal.SIGKILL)
+    sweep = SlowSweep(tmp_path / "here", helm_data, tiny_llama, "--policy", str(policy))
+    with sweep.begun() as process:
+        sweep.wait_for_answers(process)
+        assert len(sweep.workers) == len(devices)
+        os.kill(sweep.workers[-1], signal.SIGKILL)
         told, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "suite s: 4 done, 0 failed" in told
     where = r"cpu:\d: " if len(devices) > 1 else ""
     assert re.search(rf"the engine's process ended once \({where}killed by signal 9", told)
-    record = json.loads((tmp_path / "benchmark_output/runs/s/flexgen_sweep.json").read_text())
+    record = json.loads((sweep.suite / "flexgen_sweep.json").read_text())
     assert len(record["models"][0]["deaths"]) == 1
     assert [each["device"] for each in record["models"][0]["devices"]] == devices
-    assert kept(tmp_path) == record["models"][0]["computed"] > 0
-    assert "ended and was replaced" in (tmp_path / "benchmark_output/runs/s/report.html").read_text()
+    assert kept(sweep.folder) == record["models"][0]["computed"] > 0
+    assert "ended and was replaced" in (sweep.suite / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_a_sweep_without_any_device_left_goes_on_where_it_was(
+    tiny_llama: Path, helm_data: Path, tmp_path: Path
+) -> None:
+    """Both are lost on the way, and back when the same command is given again."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(json.dumps({"device": ["cpu:0", "cpu:1"]}))
+    sweep, undisturbed = (
+        SlowSweep(tmp_path / name, helm_data, tiny_llama, "--policy", str(policy)) for name in ("here", "undisturbed")
+    )
+    with sweep.begun() as process:
+        sweep.wait_for_answers(process)
+        (sweep.folder / "broken").touch()
+        told, said = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    assert "the same command runs them again" in said.splitlines()[-1]
+    assert re.search(r"device cpu:\d was given up \(killed by signal 9", told)
+    assert "3 times in a row before all weights were in place" in told
+    answers = kept(sweep.folder)
+    assert answers > 0
+    (sweep.folder / "broken").unlink()
+    assert "suite s: 4 done, 0 failed" in sweep.run()
+    undisturbed.run()
+    assert kept(sweep.folder) == kept(undisturbed.folder) > answers
+    assert differences(sweep.suite, undisturbed.suite) == []
 
 
 FORKING = """

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
@@ -28,9 +27,9 @@ from engine.errors import CheckpointError, EngineError
 from engine.memory import accelerator
 from engine.memory.paths import cache_directory
 from engine.reading import read_json_object
+from engine.weights.encoded.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit
 from engine.weights.read_ahead import Step
 from engine.weights.store import WeightStore
-from engine.weights.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit
 
 _LAYOUT_VERSION = 1
 """Of the directory and of what is in the files; raised whenever an older one must not be read."""
@@ -38,7 +37,6 @@ _MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20
 _USED_PART = 0.9
 """Of the free space, what may be taken: runs write their results to the same disk, as a rule."""
-_POLL_S = 0.005
 _CURE = "XDG_CACHE_HOME names another directory"
 
 _log = logging.getLogger(__name__)
@@ -163,10 +161,9 @@ class KeptWeights:
                 os.close(self._lock)
 
     def _write_unit(self, name: str) -> None:
-        while not self._weights.is_complete(name):  # another process may put it in place
+        for _ in self._weights.arrivals.until_complete(name):  # another process may put it in place
             if self._stopping:
                 raise _Stopped
-            time.sleep(_POLL_S)
 
         def read(first: int, end: int) -> torch.Tensor:
             if self._stopping:

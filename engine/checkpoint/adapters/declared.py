@@ -1,0 +1,182 @@
+"""adapter_config.json: which matrices of the base model an adapter changes, and by how much."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from engine.errors import CheckpointError, UnsupportedError, shown
+from engine.reading import find_file, read_json_object
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FOLDER = "flexgen-adapter"
+"""Where both are in a model directory that `locate` made of an adapter and its base model."""
+_MAX_BYTES = 16 << 20
+_MOST_PATTERN = 10_000
+"""Characters of a pattern of names."""
+_T = TypeVar("_T")
+
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": (None, "none"),
+    # Others subtract something from the base model's own weights when the adapter is made, and when it is loaded.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
+    "revision": (None, "main"),
+}
+"""Fields that are honoured with these values alone."""
+_HONOURED = (
+    *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "modules_to_save"),
+)
+_WITHOUT_EFFECT = (
+    *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
+    "fan_in_fan_out",  # the kind of module decides, as in peft, which corrects what this says
+    "layers_pattern",  # says something only beside layers_to_transform, which is refused
+)
+"""Fields that change nothing of a merged matrix, or are told by something else."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter_config.json says, as far as it changes numbers."""
+
+    base: str
+    """The base model: a directory or a hub id."""
+    rank: int
+    alpha: float
+    is_rank_stabilized: bool
+    """Scales fall with the root of the rank (rsLoRA), and not with the rank."""
+    rank_pattern: Mapping[str, int]
+    """Other ranks, by a pattern of names of modules."""
+    alpha_pattern: Mapping[str, float]
+    targets: str | tuple[str, ...]
+    """Modules that are changed: a regular expression of whole names, or names and ends of names."""
+    excluded: str | tuple[str, ...]
+    """Modules that are not, though they are among `targets`."""
+    replaced: tuple[str, ...]
+    """Modules that the adapter holds as a whole: ends of their names."""
+
+    def rank_of(self, module: str) -> int:
+        """The inner width of the two matrices of a module, by its name in the base model."""
+        return _of_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What the product of a module's two matrices is multiplied by."""
+        rank, alpha = self.rank_of(module), _of_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
+
+    def replaces(self, module: str) -> bool:
+        """Whether a module is one that the adapter holds as a whole, or in one."""
+        return any(module.endswith(name) or f"{name}." in module for name in self.replaced)
+
+    def changes(self, module: str) -> bool:
+        """Whether a module is one whose matrix the adapter changes."""
+        is_whole = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.replaced)
+        return _is_among(module, self.targets) and not is_whole and not _is_among(module, self.excluded)
+
+
+def read_lora_config(file: Path) -> LoraConfig:
+    """What an adapter_config.json says.
+
+    Raises `CheckpointError` for fields of another type, `UnsupportedError` for an adapter of another kind, and for a
+    field that is not understood.
+    """
+    told = read_json_object(file, CheckpointError, limit=_MAX_BYTES)
+    for key, known in _VALUES.items():
+        value = told.get(key)
+        if not any(value is each or (isinstance(value, str) and value == each) for each in known):
+            _refuse(file, f"{key} {shown(value)}")
+    understood = {*_VALUES, *_HONOURED, *_WITHOUT_EFFECT}
+    # 0 is a layer, where it says something of layers.
+    if strange := [key for key, value in told.items() if key not in understood and (value or type(value) is int)]:
+        _refuse(file, f"the field {shown(strange[0])}")
+
+    def take(key: str, kind: type[_T] | tuple[type[_T], ...], words: str, default: _T) -> _T:
+        value = told.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise CheckpointError(f"{file}: {key} is {shown(value)}; {words} is expected there")
+        return value
+
+    base = take("base_model_name_or_path", str, "a directory or a hub id", "")
+    if not base:
+        raise CheckpointError(
+            f"{file} names no base model; write the directory or hub id of the model that it was made for as "
+            "base_model_name_or_path"
+        )
+    rank, alpha = take("r", int, "a number of at least 1", 8), take("lora_alpha", (int, float), "a number", 8)
+    ranks, alphas = take("rank_pattern", dict, "an object", {}), take("alpha_pattern", dict, "an object", {})
+    for key, each in {"r": rank, **{f"rank_pattern[{name}]": each for name, each in ranks.items()}}.items():
+        if type(each) is not int or each < 1:
+            raise CheckpointError(f"{file}: {shown(key)} is {shown(each)}; a number of at least 1 is expected there")
+    for name, each in alphas.items():
+        if isinstance(each, bool) or not isinstance(each, int | float):
+            raise CheckpointError(f"{file}: alpha_pattern[{shown(name)}] is {shown(each)}; a number is expected there")
+    config = LoraConfig(
+        base=base,
+        rank=rank,
+        alpha=alpha,
+        is_rank_stabilized=take("use_rslora", bool, "true or false", False),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        targets=_names(file, "target_modules", told.get("target_modules")),
+        excluded=_names(file, "exclude_modules", told.get("exclude_modules")),
+        replaced=_list(file, "modules_to_save", told.get("modules_to_save")),
+    )
+    _check_patterns(file, config)
+    return config
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """Where a model directory holds the adapter that changes its weights; None where there is none."""
+    folder = path / ADAPTER_FOLDER
+    return folder if find_file(folder / ADAPTER_CONFIG, CheckpointError) else None
+
+
+def _refuse(file: Path, what: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{file}: {what} cannot be merged here; merge the adapter into its base model by peft (merge_and_unload, "
+        "save_pretrained), and name that directory"
+    )
+
+
+def _names(file: Path, key: str, value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else _list(file, key, value)
+
+
+def _list(file: Path, key: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise CheckpointError(f"{file}: {key} is {shown(value)}; a list of names is expected there")
+    return tuple(value)
+
+
+def _check_patterns(file: Path, config: LoraConfig) -> None:
+    """Raise `CheckpointError` for patterns of names that are no regular expressions, or very long ones."""
+    whole = [each for each in (config.targets, config.excluded) if isinstance(each, str)]
+    for pattern in (*whole, *config.replaced, *config.rank_pattern, *config.alpha_pattern):
+        try:
+            if len(pattern) > _MOST_PATTERN:
+                raise ValueError(f"more than {_MOST_PATTERN:,} characters")
+            re.compile(pattern)
+        except (re.error, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: {shown(pattern)} is no pattern of names of modules ({error})") from None
+
+
+def _of_pattern(patterns: Mapping[str, _T], module: str, otherwise: _T) -> _T:
+    """The value of the first pattern that the end of a name follows, as peft finds it."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+
+
+def _is_among(module: str, names: str | Iterable[str]) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)

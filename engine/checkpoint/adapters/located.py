@@ -1,0 +1,161 @@
+"""Where a model's files are; those of an adapter and its base model are put beside each other as links."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.checkpoint.adapters.declared import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    LoraConfig,
+    read_lora_config,
+)
+from engine.checkpoint.hub import resolve
+from engine.checkpoint.side_files import found_side_files, is_vocabulary
+from engine.checkpoint.weight_files import chosen_name, weight_files
+from engine.errors import CheckpointError, EngineError, UnsupportedError, shown
+from engine.memory.paths import cache_directory
+from engine.reading import find_file, reason
+
+_OF_THE_MODEL = ("config.json", "generation_config.json", "hf_quant_config.json")
+"""Side files that are the base model's; the others are the tokenizer's."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model's files are."""
+
+    path: Path
+    """Local directory of the model; of an adapter, a directory of links to its files and to its base model's."""
+    is_local: bool
+    """Whether a directory was named, and by an adapter, too; else weights may not have been fetched."""
+    tokenizer: str
+    """The directory (absolute) or hub id that has the tokenizer: of an adapter without one, its base model's."""
+
+
+def locate(model: str, *, download_weights: bool = True) -> Located:
+    """Find a directory or a hub id, which may hold an adapter (adapter_config.json without a config.json beside).
+
+    Raises `CheckpointError` where model, adapter or base model are not there, `UnsupportedError` for an adapter that
+    cannot be merged.
+    """
+    path, is_local = resolve(model, download_weights=download_weights), _is_directory(model)
+    if not _is_adapter(path):
+        return Located(path, is_local, _absolute(model))
+    named = _checked(path).base
+    base, is_base_local = _base(path, named, download_weights=download_weights), _is_directory(named)
+    own = _own_tokenizer(path)
+    return Located(
+        path=_linked(path, base, own, has_weights=download_weights or is_base_local),
+        is_local=is_local and is_base_local,
+        tokenizer=_absolute(model if own else named),
+    )
+
+
+def _is_directory(model: str) -> bool:
+    return Path(model).expanduser().is_dir()
+
+
+def _absolute(model: str) -> str:
+    return os.path.abspath(os.path.expanduser(model)) if _is_directory(model) else model
+
+
+def _is_adapter(path: Path) -> bool:
+    has_config = find_file(path / "config.json", CheckpointError)
+    return not has_config and find_file(path / ADAPTER_CONFIG, CheckpointError)
+
+
+def _checked(path: Path) -> LoraConfig:
+    """What an adapter's directory tells, which has its weights, too."""
+    config = read_lora_config(path / ADAPTER_CONFIG)
+    if find_file(path / ADAPTER_WEIGHTS, CheckpointError):
+        return config
+    other = ADAPTER_WEIGHTS.replace(".safetensors", ".bin")
+    if find_file(path / other, CheckpointError):
+        raise UnsupportedError(f"{path} holds {other}; save the adapter as {ADAPTER_WEIGHTS}, as peft does by default")
+    raise CheckpointError(f"{path} holds {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}; fetch the adapter again")
+
+
+def _base(path: Path, named: str, *, download_weights: bool) -> Path:
+    """The base model of an adapter."""
+    file = path / ADAPTER_CONFIG
+    try:
+        base = resolve(named, download_weights=download_weights)
+    except EngineError as error:
+        raise CheckpointError(
+            f"{file} names the base model {shown(named)}, which cannot be had ({error}); write where it is as "
+            "base_model_name_or_path"
+        ) from None
+    if _is_adapter(base):
+        raise UnsupportedError(
+            f"{file} names the base model {shown(named)}, which is an adapter itself; merge that one first"
+        )
+    return base
+
+
+def _own_tokenizer(path: Path) -> list[Path]:
+    """The tokenizer's files in an adapter's directory, as they were when it was trained; empty if there is none."""
+    found = [file for file in found_side_files(path) if file.name not in _OF_THE_MODEL]
+    if found and not any(map(is_vocabulary, found)):
+        raise CheckpointError(
+            f"{path} holds {found[0].name} and no vocabulary: whether it goes with its base model's tokenizer cannot "
+            "be told; take it away, or copy the base model's tokenizer files there"
+        )
+    return found
+
+
+def _linked(adapter: Path, base: Path, own: list[Path], *, has_weights: bool) -> Path:
+    """A directory of links to the files of an adapter and of its base model, which is made where there is none yet.
+
+    Its name goes by what it links to, so one that is there is what it should be, whoever made it.
+    """
+    links = {f"{ADAPTER_FOLDER}/{name}": adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    side = [file for file in found_side_files(base) if not own or file.name in _OF_THE_MODEL]
+    links |= {file.relative_to(base).as_posix(): file for file in (*side, *(_weights(base) if has_weights else ()))}
+    links |= {file.relative_to(adapter).as_posix(): file for file in own}
+    text = "\n".join(f"{name}\0{os.path.abspath(file)}" for name, file in sorted(links.items()))
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', adapter.name)[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    folder = cache_directory() / "adapters"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_dir():
+            return folder / name
+        _drop_those_of_nothing(folder)
+        scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+        try:
+            for link, file in links.items():
+                (scratch / link).parent.mkdir(parents=True, exist_ok=True)
+                (scratch / link).symlink_to(os.path.abspath(file))
+            scratch.chmod(0o755)
+            with suppress(OSError):  # another process has made it meanwhile
+                scratch.rename(folder / name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the links to the files of {adapter} and its base model cannot be made in {folder}: {reason(error)}; "
+            "XDG_CACHE_HOME names another directory"
+        ) from None
+    return folder / name
+
+
+def _weights(base: Path) -> list[Path]:
+    """The base model's weight files, and their index."""
+    chosen, files = chosen_name(base), weight_files(base)
+    assert chosen is not None  # else there are no files, which is told
+    return [*files, *([] if base / chosen in files else [base / chosen])]
+
+
+def _drop_those_of_nothing(folder: Path) -> None:
+    """Remove links of adapters that are gone."""
+    for other in folder.iterdir():
+        if other.name[0] != "." and not (other / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():
+            shutil.rmtree(other, ignore_errors=True)
