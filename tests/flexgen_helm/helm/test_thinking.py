@@ -198,6 +198,7 @@ def test_text_tokens_and_logprobs_are_the_answers(
         assert (cut.thinking.text, cut.text, cut.tokens, cut.logprob) == (thinking, "", [], 0)
         assert is_cut_off(cut)
     assert not is_cut_off(output)
+    assert not is_cut_off(told(translator, before + thinking + between + answer, reason="length"))
     assert not is_cut_off(told(translator, before + thinking, reason="endoftext"))
 
 
