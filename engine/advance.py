@@ -32,8 +32,8 @@ def _take(answer: Answer, text: Text) -> None:
     ask, span = answer.ask, answer.ask.span
     if ask.drafted:
         assert isinstance(span, Sequence)
-        if span.is_done or span.tokens[ask.num_before :] != list(ask.drafted):
-            return  # computed on tokens that did not come
+        if span.is_done or span.thinking.due or span.tokens[ask.num_before :] != list(ask.drafted):
+            return  # computed on tokens that did not come, or chosen freely where one is due
         span.cached += 1
     span.is_finite &= answer.is_finite
     if ask.target is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from engine.asking.front import Front
+from engine.asking.pending import Call, Finished
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import ConfigError, EngineError, JobError, UnsupportedError
 from engine.job import Completion, Job
@@ -15,7 +16,6 @@ from engine.memory import accelerator
 from engine.memory.cores import usable_cores
 from engine.memory.tiers import Tier
 from engine.opening import Fill, Parts, explained, fill_from, open_parts
-from engine.pending import Call, Finished
 from engine.planning.devices import Device, devices_of, stands_for_several
 from engine.policy import Policy
 from engine.schedule.sequence import Sequence as Scheduled

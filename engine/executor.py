@@ -162,22 +162,32 @@ class Executor:
         if choosing:
             rows = torch.tensor(choosing, device=logits.device)
             sequences = [ask.span for ask in asks if ask.target is None and isinstance(ask.span, Sequence)]
-            tokens[rows] = choose(
+            chosen = choose(
                 logits if len(choosing) == len(asks) else logits[rows],
                 [sequence.job.sampling for sequence in sequences],
                 [sequence.draw() for sequence in sequences],
                 [sequence.generated for sequence in sequences],
                 self.limits.logits_bytes,
             )
-        chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+            tokens[rows] = _with_due(chosen, sequences)
+        gathered = logprobs.gather(-1, tokens[:, None])[:, 0]
         # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
         greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
         finite = torch.isfinite(logits).all(dim=-1)
-        values = zip(asks, tokens.tolist(), chosen.tolist(), greedy, finite.tolist(), strict=True)
+        values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, finite.tolist(), strict=True)
         return [
             Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs[row]))
             for row, (ask, token, logprob, best, is_finite) in enumerate(values)
         ]
+
+
+def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """The tokens chosen for sequences, ids `[sequences]`, but where one is due whatever is chosen."""
+    due = [sequence.thinking.due[0] if sequence.thinking.due else -1 for sequence in sequences]
+    if max(due) < 0:
+        return chosen
+    forced = torch.tensor(due, device=chosen.device)
+    return torch.where(forced < 0, chosen, forced)
 
 
 def _kept(ask: Ask, logprobs: torch.Tensor) -> torch.Tensor | None:

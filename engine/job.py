@@ -9,6 +9,7 @@ from typing import Literal
 
 from engine.errors import EngineError, JobError
 from engine.logit_rules import LogitRules
+from engine.thinking import Thinking
 
 MOST_COMPLETIONS = 10_000
 """That anybody may ask for of one prompt: each is a job, and a billion would fill the memory."""
@@ -62,6 +63,8 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str | Sequence[int]] = ()
     """Strings, or lists of token ids, that end the completion; matched in generated text only."""
+    thinking: Thinking | None = None
+    """How the model thinks before it answers: strings of `stop` are then matched in the answer only, lists anywhere."""
     prompt_logprobs: bool = False
     """Also return the log-probability of each prompt token, and whether greedy choice would have taken it."""
 
@@ -86,6 +89,8 @@ class Job:
         if any(len(stop) == 0 for stop in self.stop):
             raise JobError("a stop sequence is empty; it would end every completion at once")
         self.sampling.check()
+        if self.thinking is not None:
+            self.thinking.check()
 
     def check_fits(self, vocabulary: int, window: int | None, pad: int | str | None) -> None:
         """Raise `JobError` for what a model of this vocabulary and window cannot run; `pad` is the policy's."""
@@ -98,6 +103,11 @@ class Job:
             raise JobError(
                 f"prompt token {outside} is outside the model's vocabulary of {vocabulary}; the tokenizer and the "
                 "model do not belong together, use the tokenizer that the model was trained with"
+            )
+        closing = () if self.thinking is None else self.thinking.closing
+        if any(token >= vocabulary for token in closing):
+            raise JobError(
+                f"token {max(closing)}, which is to close thinking, is outside the model's vocabulary of {vocabulary}"
             )
         rows = max(1, len(self.prompt) - (self.max_new_tokens == 0))  # the last token of all is never fed
         positions = rows + max(0, self.max_new_tokens - 1)
@@ -115,7 +125,7 @@ class Completion:
     """What became of a job."""
 
     text: str = ""
-    """Generated text, ending before the stop; end-of-text is not in it."""
+    """Generated text, thinking included, ending before the stop; end-of-text is not in it."""
     tokens: tuple[int, ...] = ()
     """The generated token ids that it took to produce `text`."""
     logprobs: tuple[float, ...] = ()

@@ -9,12 +9,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from engine.advance import advance
+from engine.asking.pending import Call, Finished
 from engine.errors import EngineError, NumericsError
 from engine.executor import Answer
 from engine.job import Completion
 from engine.memory import accelerator
 from engine.opening import Parts, explained
-from engine.pending import Call, Finished
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Sequence
 from engine.schedule.timing import SweepTiming, count_rows

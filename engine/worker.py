@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.asking.pending import Pending
 from engine.errors import EngineError, one_line
-from engine.pending import Pending
 from engine.planning.devices import Device
 from engine.planning.hardware import available_memory, resolve_device
 from engine.workers.messages import (

@@ -46,7 +46,10 @@ ROOMS = {
     ),
 }
 """In this order: a room imports only rooms before it, and the ground. The files beside the rooms import all of them."""
-GROUND = {"engine": ("errors", "reading", "logit_rules", "job", "member", "policy", "pending"), "flexgen_helm": ()}
+GROUND = {
+    "engine": ("errors", "reading", "logit_rules", "thinking", "job", "member", "policy"),
+    "flexgen_helm": (),
+}
 """Files beside the rooms that every room may import; they import no room but the first."""
 LIGHT_ROOMS = ("engine.planning", "engine.schedule")
 LIGHT_FILES = (

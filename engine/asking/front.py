@@ -8,9 +8,9 @@ from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
+from engine.asking.pending import AsyncPending, Call, Finished, Pending
 from engine.errors import JobError
 from engine.job import Completion, Job, is_whole
-from engine.pending import AsyncPending, Call, Finished, Pending
 from engine.policy import Policy
 
 if TYPE_CHECKING:

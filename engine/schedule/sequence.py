@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.job import FinishReason, Job
 from engine.schedule.drafts import Drafter
+from engine.thinking import Progress
 
 if TYPE_CHECKING:
     from engine.schedule.block import Block
@@ -133,6 +134,12 @@ class Sequence(Span):
     """Guesses coming tokens; made when they are first wanted."""
     is_alone: bool = False
     """Whether it gets micro-batches of its own and shares nothing, so that no neighbour can be to blame."""
+    thinking: Progress = field(init=False)
+    """How far its thinking is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.thinking = Progress.of(self.job.thinking)
 
     @classmethod
     def of(cls, job: Job) -> Sequence:
@@ -149,6 +156,7 @@ class Sequence(Span):
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.is_alone, self.drafter = True, True, None
         self.finish_reason, self.end_token, self.error = None, None, None
+        self.thinking = Progress.of(self.job.thinking)
 
     @property
     def generated(self) -> list[int]:
@@ -165,7 +173,8 @@ class Sequence(Span):
         """Tokens that may come next, for the model to check in the same sweep; only greedy choices can be checked.
 
         The last new token is never fed back, so the block has room for all but that one. A sequence that is alone
-        drafts none: a wrong guess that yields no number would be taken for its own fault.
+        drafts none: a wrong guess that yields no number would be taken for its own fault. Tokens that are due come one
+        by one.
         """
         sampling = self.job.sampling
         room = self.job.max_new_tokens - len(self.generated_logprobs) - 1
@@ -176,6 +185,7 @@ class Sequence(Span):
             or sampling.presence_penalty
             or sampling.frequency_penalty
             or sampling.rules is not None
+            or self.thinking.due
         ):
             return ()
         if self.drafter is None:

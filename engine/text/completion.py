@@ -30,24 +30,39 @@ def _add_token(sequence: Sequence, token: int, logprob: float, text: Text) -> No
         return
     sequence.tokens.append(token)
     sequence.generated_logprobs.append(logprob)
-    if _stopped(sequence, text):
+    before = sequence.thinking.place
+    if sequence.job.thinking is not None:
+        sequence.thinking.take(
+            sequence.job.thinking,
+            lambda size: text.tail(sequence.tokens, sequence.num_prompt, size),
+            lambda: text.decode(sequence.generated),
+        )
+    if _stopped(sequence, text, all_is_new=before != sequence.thinking.place):
         sequence.finish_reason = "stop"
     elif len(sequence.generated_logprobs) == sequence.job.max_new_tokens:
         sequence.finish_reason = "length"
 
 
-def _stopped(sequence: Sequence, text: Text) -> bool:
+def _stopped(sequence: Sequence, text: Text, *, all_is_new: bool) -> bool:
+    """Whether a stop ends the sequence now; `all_is_new`: none of its text has been looked at."""
     if _num_stop_ids(sequence):
         return True
     strings = [stop for stop in sequence.job.stop if isinstance(stop, str)]
-    if not strings:
+    if not strings or sequence.thinking.place != "answer":
         return False
-    if not any(_UNREADABLE in stop for stop in strings):  # else any byte may change what was found before
+    if not all_is_new and not any(_UNREADABLE in stop for stop in strings):  # any byte may change what was before
         tail = text.tail(sequence.tokens, sequence.num_prompt, max(map(len, strings)))
         if not any(stop in tail for stop in strings):
             return False
     written = text.decode(sequence.generated)
-    return any(stop in written for stop in strings)
+    answer = written[_answer_begin(sequence, written) :]
+    return any(stop in answer for stop in strings)
+
+
+def _answer_begin(sequence: Sequence, written: str) -> int:
+    """Where in its text stops count: at the beginning, or behind the thinking."""
+    rule = sequence.job.thinking
+    return 0 if rule is None else rule.read(written).begin
 
 
 def _num_stop_ids(sequence: Sequence) -> int:
@@ -74,7 +89,7 @@ def completion_of(sequence: Sequence, text: Text) -> Completion:
 
 
 def _completion_of(sequence: Sequence, text: Text) -> Completion:
-    tokens, written = _cut(sequence, text)
+    tokens, written, is_cut = _cut(sequence, text)
     logprobs, greedy = _prompt_scores(sequence) if sequence.job.prompt_logprobs else (None, None)
     return Completion(
         text=written,
@@ -82,30 +97,35 @@ def _completion_of(sequence: Sequence, text: Text) -> Completion:
         logprobs=tuple(sequence.generated_logprobs[: len(tokens)]),
         prompt_logprobs=logprobs,
         prompt_greedy=greedy,
-        finish_reason=sequence.finish_reason,
-        end_token=sequence.end_token,
+        finish_reason="stop" if is_cut else sequence.finish_reason,
+        end_token=None if is_cut else sequence.end_token,
     )
 
 
-def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str]:
-    """Tokens and text before the stop, if one ended the sequence; the last token may reach past the text's end.
+def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str, bool]:
+    """Tokens and text before the stop, and whether there is one; the last token may reach past the text's end.
 
-    Of several stops the one that leaves the fewest tokens cuts, and of those the one that leaves the least text.
+    A sequence that ends before it has told whether it thinks does not, and nothing has looked for stops in it. Of
+    several stops the one that leaves the fewest tokens cuts, and of those the one that leaves the least text.
     """
     tokens = sequence.generated
     written = text.decode(tokens) if tokens else ""
-    if sequence.finish_reason != "stop":
-        return tokens, written
+    if sequence.finish_reason != "stop" and sequence.thinking.place != "before":
+        return tokens, written, False
     ends: list[tuple[int, str]] = []
-    found = [written.find(stop) for stop in sequence.job.stop if isinstance(stop, str) and stop in written]
+    begin = _answer_begin(sequence, written)
+    places = [written.find(stop, begin) for stop in sequence.job.stop if isinstance(stop, str)]
+    found = [place for place in places if place >= 0]
     if found:
         before = written[: min(found)]
         ends.append((text.num_spelling(tokens, before), before))
     if by_ids := _num_stop_ids(sequence):
         count = len(tokens) - by_ids
         ends.append((count, text.decode(tokens[:count]) if count else ""))
+    if not ends:
+        return tokens, written, False
     count, written = min(ends, key=lambda end: (end[0], len(end[1])))
-    return tokens[:count], written
+    return tokens[:count], written, True
 
 
 def _prompt_scores(sequence: Sequence) -> tuple[tuple[float | None, ...], tuple[bool | None, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from types import FrameType
@@ -25,10 +25,11 @@ _USER, _SYSTEM, _ANSWER = ({"role": role, "content": "a"} for role in ("user", "
 _CONVERSATIONS = [[_USER], [_SYSTEM, _USER, _ANSWER, _USER]]
 
 
-def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
     """Raise `CheckpointError` for a chat template that does not end, or is none; later renderings are not watched.
 
-    A template that refuses these conversations, or has another fault, says so when it is used.
+    `variables` are given to it. A template that refuses these conversations, or has another fault, says so when it is
+    used.
     """
     from jinja2 import TemplateSyntaxError
 
@@ -43,7 +44,9 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     for conversation in _CONVERSATIONS:
         try:
             with _counting_steps():
-                tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+                tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=True, **(variables or {})
+                )
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the chat template of {tokenizer.name_or_path} cannot be read: line {error.lineno}: "
@@ -80,6 +83,17 @@ def _counting_steps() -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+def names_in_template(template: str) -> set[str]:
+    """Names that a chat template looks up, those of its own variables included; attributes are none."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        tokens = [each for each in Environment().lex(template) if each[1] != "whitespace"]
+    except TemplateSyntaxError:
+        return set()
+    return {text for before, (_, kind, text) in pairwise([(0, "", ""), *tokens]) if kind == "name" and before[2] != "."}
 
 
 def _computes_powers(template: str) -> bool:

@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from engine.asking.pending import Call
 from engine.errors import CapacityError, ConfigError, EngineError, InstallationError, UnsupportedError, named, one_line
 from engine.job import Completion, Job
-from engine.pending import Call
 from engine.schedule.timing import SweepTiming
 from engine.workers.comparison import Comparison
 from engine.workers.crew import Crew

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from engine.asking.pending import Call, Finished
 from engine.job import Completion, Job
-from engine.pending import Call, Finished
 from engine.workers.sharing_out import Room, SharingOut
 from engine.workers.suspects import Suspects
 

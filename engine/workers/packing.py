@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineError
 from engine.job import Completion, FinishReason, Job, Sampling
+from engine.thinking import Thinking
 
 Numbers = NDArray[np.int64]
 Tokens = NDArray[np.int32]
@@ -30,8 +31,8 @@ class PackedJobs:
     """The tokens of all prompts, one behind the other."""
     ends: Numbers
     """Where each prompt ends in `ids`: `[jobs]`."""
-    others: tuple[tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool], ...]
-    """Most new tokens, sampling, stops, and whether the prompt is scored; those that differ."""
+    others: tuple[tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool, Thinking | None], ...]
+    """Most new tokens, sampling, stops, whether the prompt is scored, and the rule for thinking; those that differ."""
     other: Numbers
     """Which of `others` each job has: `[jobs]`."""
 
@@ -54,13 +55,16 @@ class PackedJobs:
         prompts = _pieces(self.ids.tolist(), self.ends)
         jobs = []
         for number, prompt, other in zip(self.numbers.tolist(), prompts, self.other.tolist(), strict=True):
-            most, sampling, stop, is_scored = self.others[other]
-            jobs.append(
-                (
-                    number,
-                    Job(prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, prompt_logprobs=is_scored),
-                )
+            most, sampling, stop, is_scored, thinking = self.others[other]
+            job = Job(
+                prompt=prompt,
+                max_new_tokens=most,
+                sampling=sampling,
+                stop=stop,
+                prompt_logprobs=is_scored,
+                thinking=thinking,
             )
+            jobs.append((number, job))
         return jobs
 
 
@@ -148,7 +152,7 @@ class PackedCompletions:
 
 def _rest(job: Job) -> tuple[Any, ...]:
     stop = tuple(each if isinstance(each, str) else tuple(map(int, each)) for each in job.stop)
-    return int(job.max_new_tokens), job.sampling, stop, bool(job.prompt_logprobs)
+    return int(job.max_new_tokens), job.sampling, stop, bool(job.prompt_logprobs), job.thinking
 
 
 def _numbers(values: Iterable[int]) -> Numbers:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.asking.front import Front
+from engine.asking.pending import Call, Finished, Pending
 from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job
 from engine.member import Member
-from engine.pending import Call, Finished, Pending
 from engine.planning.planner import Plan
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming

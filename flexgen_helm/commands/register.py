@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from engine.errors import InstallationError
 from flexgen_helm.runs.flags import (
-    CHAT_TEMPLATE,
     add_length_flag,
     add_memory_flags,
-    add_template_flag,
+    add_shaping_flags,
     policy_from_flags,
+    shaping_from_flags,
 )
 from flexgen_helm.terminal.footprint import Footprint
 from flexgen_helm.terminal.installation import model_problem
@@ -30,7 +30,7 @@ def register_parser() -> Parser:
     model.add_argument("model", metavar="MODEL", help="hub id or directory of the model")
     model.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
     add_length_flag(model)
-    add_template_flag(model)
+    add_shaping_flags(model)
     policy = parser.group("policy", "written into the deployment; the limits override what --policy says")
     policy.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
     add_memory_flags(policy)
@@ -54,7 +54,7 @@ def register(arguments: Sequence[str]) -> int:
         name=args.name,
         policy=policy,
         max_sequence_length=args.max_sequence_length,
-        apply_chat_template=CHAT_TEMPLATE[args.apply_chat_template],
+        **shaping_from_flags(args),
     )
     for notice in merge_into_local_path(entries, args.local_path):
         print(f"flexgen-helm: {notice}", file=sys.stderr)

@@ -100,7 +100,8 @@ def compare(
         if state.result is not None and state.result.success:
             text = translator.render(request)
             ids = translator.encode(request, text)
-            for job in translator.jobs(request, text, ids):
+            jobs = translator.jobs(request, text, ids)
+            for job in jobs:
                 one, answer = _compare_job(state, job, completion_of(job), reference)
                 compared.append(one)
                 answers.append(answer)
@@ -121,7 +122,7 @@ def compare(
                 answers = []  # it fails there too
         if answers and is_told and not is_sampled:
             timing = Timing(seconds=time.time() - started, started=started, num_requests=1)
-            response = translator.response(request, ids, answers, timing)
+            response = translator.response(request, jobs, answers, timing)
             state = replace(state, result=result(response, cached=False))
         theirs.append(state)
         num_tokens += sum(len(ids) + len(answer.tokens) for answer in answers)

@@ -18,6 +18,7 @@ from engine.errors import CapacityError, EngineError, UnsupportedError
 from engine.job import Completion, FinishReason, Job
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.policy import Policy
+from engine.thinking import Reading
 from flexgen_helm.fidelity.oracle import Forced
 
 if TYPE_CHECKING:
@@ -170,7 +171,9 @@ class Reference:
     def _reason(self, tokens: list[int], job: Job) -> FinishReason | None:
         if tokens[-1] in self._end_of_text:
             return "endoftext"
-        text = self._tokenizer.decode(tokens)
+        text = str(self._tokenizer.decode(tokens))
+        reading = Reading("answer", None, 0) if job.thinking is None else job.thinking.read(text)
+        text = text[reading.begin :] if reading.place == "answer" else ""
         if any(stop in text if isinstance(stop, str) else _ends_with(tokens, stop) for stop in job.stop):
             return "stop"
         return None
@@ -184,9 +187,11 @@ class Reference:
             by_ids = [len(stop) for stop in job.stop if not isinstance(stop, str) and _ends_with(tokens, stop)]
             tokens = tokens[: len(tokens) - max(by_ids, default=0)]
         text = self._decode(tokens)
-        found = [text.find(stop) for stop in job.stop if isinstance(stop, str) and stop in text]
+        begin = 0 if job.thinking is None else job.thinking.read(text).begin
+        places = [text.find(stop, begin) for stop in job.stop if isinstance(stop, str)]
+        found = [place for place in places if place >= 0]
         if found:
-            text = text[: min(found)]
+            reason, text = "stop", text[: min(found)]
             tokens = next(tokens[:n] for n in range(len(tokens) + 1) if self._decode(tokens[:n]).startswith(text))
         return Completion(text=text, tokens=tuple(tokens), finish_reason=reason)
 

@@ -158,11 +158,16 @@ def _answers(same: Sequence[_Pair]) -> tuple[Count, list[tuple[float, float]]]:
 
 
 def _said(result: Mapping[str, Any]) -> list[Any]:
-    """What an answer says: whether there is one, and of each completion text, tokens and why it ended."""
+    """What an answer says: whether there is one, and of each completion text, tokens, why it ended and its thinking."""
     return [
         result.get("success"),
         *(
-            (each.get("text"), [token.get("text") for token in each.get("tokens", ())], each.get("finish_reason"))
+            (
+                each.get("text"),
+                [token.get("text") for token in each.get("tokens", ())],
+                each.get("finish_reason"),
+                each.get("thinking"),
+            )
             for each in result.get("completions", ())
         ),
     ]

@@ -61,6 +61,7 @@ class VerifyingRunner(CommandLineRunner):
         """
         run_specs = [without_judge(run_spec) for run_spec in run_specs]
         for run_spec in run_specs:
+            _refuse_forced_tokens(run_spec)
             self._choose(_served(run_spec))
         failed: RunsFailed | None = None
         with self._recording.listening():
@@ -197,6 +198,16 @@ class VerifyingRunner(CommandLineRunner):
         mappings = [asdict_without_nones(stat) for stat in remove_stats_nans(stats)]
         score = choose(mappings, ours.run, ours.model, ours.metric, ours.split)
         return score.value if (score.metric, score.split) == (ours.metric, ours.split) else None
+
+
+def _refuse_forced_tokens(run_spec: RunSpec) -> None:
+    """Raise `UnsupportedError` for a deployment whose texts have tokens that its model did not choose."""
+    deployment = get_model_deployment(str(run_spec.adapter_spec.model_deployment))
+    if deployment.client_spec.args.get("thinking_budget") is not None:
+        raise UnsupportedError(
+            f"{run_spec.name}: verify compares what a model chooses, and thinking_budget of {deployment.name} makes it "
+            "end its thinking; leave it out here"
+        )
 
 
 def _served(run_spec: RunSpec) -> Served:

@@ -32,6 +32,7 @@ from flexgen_helm.helm.requests.asked import Answer, Asked, Portion, Work, raise
 from flexgen_helm.helm.requests.carrying import Carrier  # noqa: E402
 from flexgen_helm.helm.requests.entries import Found, PackedEntries, entries  # noqa: E402
 from flexgen_helm.helm.requests.results import Response, Timing, failure, known_response, result  # noqa: E402
+from flexgen_helm.helm.requests.shaping import Shaping  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
 
 if TYPE_CHECKING:
@@ -47,10 +48,9 @@ class FlexGenClient(CachingClient):
     Cheap to make, because HELM makes several at once: tokenizer, fingerprint and engine come with the first request,
     and the engine is shared by all clients of the same model and policy.
 
-    `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `apply_chat_template` is, if
-    left out, whether the tokenizer has one; prompts that are only scored never go through it. `top_k` restricts
-    sampling (HELM's `top_k_per_token` asks for candidates and never does). `window` is the most positions a
-    sequence has, in place of what the model's files tell. What HELM injects is told by the parameters' names.
+    `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `window` is the most positions
+    a sequence has, in place of what the model's files tell. `shaping` are the args of `Shaping`. What HELM injects is
+    told by the parameters' names.
     """
 
     def __init__(
@@ -62,9 +62,8 @@ class FlexGenClient(CachingClient):
         end_of_text_token: str | None = None,
         pretrained_model_name_or_path: str | None = None,
         policy: str | Mapping[str, Any] | None = "auto",
-        apply_chat_template: bool | None = None,
-        top_k: int | None = None,
         window: int | None = None,
+        **shaping: Any,
     ) -> None:
         super().__init__(cache_config=cache_config)
         self._model = pretrained_model_name_or_path or model_name or ""
@@ -75,15 +74,12 @@ class FlexGenClient(CachingClient):
                 f"tokenizer {tokenizer_name} of {self._model} is a {type(tokenizer).__name__}; its tokenizer config "
                 "must name helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer"
             )
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k {top_k} of {self._model} is below 1; leave it out to sample among all tokens")
         self._tokenizer = tokenizer
         self.tokenizer_name = tokenizer_name or ""
         """HELM's."""
         self.policy = Policy.load(policy)
         self._end_of_text_token = end_of_text_token
-        self._apply_chat_template = apply_chat_template
-        self._top_k = top_k
+        self._shaping = Shaping.of(shaping)
         self._window = window
         self._answers = ClientCache(cache_config)
 
@@ -106,8 +102,7 @@ class FlexGenClient(CachingClient):
             is_window_given=self._window is not None,
             pad_to=pad if isinstance(pad, int) else None,
             end_of_text_token=self._end_of_text_token,
-            apply_chat_template=self._apply_chat_template,
-            top_k=self._top_k,
+            shaping=self._shaping,
             generation_config={} if settings is None else settings.to_dict(),
         )
 
@@ -183,10 +178,11 @@ class FlexGenClient(CachingClient):
         def compute() -> Response:
             started = time.time()
             ids = self._translator.encode(request, text)
-            answer = self._served.batcher.ask(self._translator.jobs(request, text, ids))
+            jobs = self._translator.jobs(request, text, ids)
+            answer = self._served.batcher.ask(jobs)
             self._served.check_weights()
             timing = Timing(seconds=answer.seconds, started=started, num_requests=answer.num_requests)
-            return self._translator.response(request, ids, answer.completions, timing)
+            return self._translator.response(request, jobs, answer.completions, timing)
 
         try:
             with self._served.batcher.arriving():
@@ -294,6 +290,6 @@ class FlexGenClient(CachingClient):
     def _response(self, work: Work, timing: Timing) -> Response | EngineError:
         completions = [work.completions[place] for place in range(len(work.jobs))]
         try:
-            return self._translator.response(work.request, work.ids, completions, timing)
+            return self._translator.response(work.request, work.jobs, completions, timing)
         except EngineError as error:
             return error

@@ -1,11 +1,13 @@
-"""What HELM would find out about its metrics only after all inference, found out before."""
+"""What HELM would find out of a run only after all inference, or never, found out before."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+from helm.benchmark.adaptation.adapter_spec import ADAPT_CHAT, ADAPT_LANGUAGE_MODELING
 from helm.benchmark.metrics.metric import MetricSpec, create_metric
+from helm.benchmark.model_deployment_registry import get_model_deployment
 from helm.benchmark.run_spec import RunSpec
 from helm.common.object_spec import get_class_by_name
 from helm.common.optional_dependencies import OptionalDependencyNotInstalled
@@ -13,7 +15,31 @@ from helm.common.optional_dependencies import OptionalDependencyNotInstalled
 from engine.errors import ConfigError, EngineError, InstallationError, named, one_line
 from flexgen_helm.terminal.installation import lacks
 
+_WITHOUT_WINDOW = (ADAPT_CHAT, ADAPT_LANGUAGE_MODELING)
+"""Adapters that shorten no prompts, or do so by a rule of their own."""
 _METRICS_THAT_SPLIT_WORDS = {"bleu_1", "bleu_4"}
+
+
+def find_problems(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
+    """The first reason of each run spec why it cannot be run, by its name; call it in the main thread."""
+    crowded = {run_spec.name: problem for run_spec in run_specs if (problem := _no_room(run_spec)) is not None}
+    return {**find_unusable_metrics(run_specs), **crowded}
+
+
+def _no_room(run_spec: RunSpec) -> ConfigError | None:
+    """An error where answers alone fill what HELM takes for the window: it would shorten prompts without end."""
+    spec = run_spec.adapter_spec
+    if spec.method in _WITHOUT_WINDOW or not spec.model_deployment:
+        return None
+    deployment = get_model_deployment(spec.model_deployment)
+    longest = deployment.max_request_length or deployment.max_sequence_length
+    if longest is None or spec.max_tokens < longest:
+        return None
+    return ConfigError(
+        f"{run_spec.name}: max_tokens {spec.max_tokens} leaves no room for a prompt in the {longest} tokens of "
+        f"{deployment.name}, and HELM shortens prompts until both fit; ask for fewer tokens (increase_max_tokens), or "
+        "for longer sequences (--max-sequence-length) if the model takes them"
+    )
 
 
 def find_unusable_metrics(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:

@@ -27,10 +27,11 @@ from engine.errors import EngineError  # noqa: E402 - after the line that says w
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
 from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
 from flexgen_helm.helm.engines import Observer  # noqa: E402
-from flexgen_helm.helm.preflight import find_unusable_metrics  # noqa: E402
+from flexgen_helm.helm.preflight import find_problems  # noqa: E402
 from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
 from flexgen_helm.helm.records.provenance import provenance_of, write_provenance  # noqa: E402
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
+from flexgen_helm.helm.requests.results import cut_off, is_cut_off  # noqa: E402
 from flexgen_helm.planning.environment import Environment, environment  # noqa: E402
 
 
@@ -109,11 +110,11 @@ class FlexGenRunner(Runner):
         """Run everything that can be run; raises `RunsFailed` at the end if something failed.
 
         With `exit_on_error`, raises the first error as it is; `CacheFull` in any case. Run specs whose metrics cannot
-        be made fail before anything runs: HELM would find out after all inference.
+        be made, or whose answers leave prompts no room, fail before anything runs.
         """
         failures: dict[str, Exception] = {}
         if not self.dry_run and not self.cache_instances_only:
-            failures.update(find_unusable_metrics([spec for spec in run_specs if not self._is_done(spec)]))
+            failures.update(find_problems([spec for spec in run_specs if not self._is_done(spec)]))
         for error in failures.values():
             if self.exit_on_error:
                 raise error
@@ -193,6 +194,8 @@ class WholeRunExecutor(Executor):
         self._told: dict[FlexGenClient, list[str]] = {}
         self.failed: list[str] = []
         """Why requests of the run that was executed last failed which now count as empty answers."""
+        self.cut_off = 0
+        """How many of its answers are empty because there was no room for more than their thinking."""
         self.observe: Observer | None = None
         """Sees the engine's sweeps."""
         self.client: FlexGenClient | None = None
@@ -204,7 +207,7 @@ class WholeRunExecutor(Executor):
         Prompts are checked before the engine loads its weights.
         """
         states: list[RequestState] = scenario_state.request_states
-        self.failed = []
+        self.failed, self.cut_off = [], 0
         client = self.client = None if self.execution_spec.dry_run else self.client_of(states)
         if client is None:
             as_helm_does: ScenarioState = super().execute(scenario_state)
@@ -220,6 +223,9 @@ class WholeRunExecutor(Executor):
             hlog(f"Processed {len(results)} requests")
         request_states = settled(states, results)
         self.failed = [str(result.error) for result in results if not result.success]
+        self.cut_off = sum(is_cut_off(each) for result in results for each in result.completions)
+        if self.cut_off:
+            hlog(cut_off(self.cut_off))
         return ScenarioState(
             adapter_spec=scenario_state.adapter_spec,
             request_states=request_states,

@@ -11,7 +11,8 @@ from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import EngineError
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.helm.preflight import find_unusable_metrics
+from flexgen_helm.helm.preflight import find_problems
+from flexgen_helm.helm.requests.results import cut_off
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed, WholeRunExecutor, failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.judging.kinds import needs_judge
@@ -60,6 +61,9 @@ class CommandLineRunner(FlexGenRunner):
             self.executor.failed = []  # a run that is skipped as completed executes nothing
             self.display.notes.append(f"{name}: {failed_requests(failed)}")
             self._incomplete[run_spec.name] = ExecutorError(failed_requests(failed))
+        if isinstance(self.executor, WholeRunExecutor) and (count := self.executor.cut_off):
+            self.executor.cut_off = 0
+            self.display.notes.append(f"{name}: {cut_off(count)}")
 
     def tell(self, line: str) -> None:
         """Among the first lines that a run shows."""
@@ -81,7 +85,7 @@ class CommandLineRunner(FlexGenRunner):
             )
 
     def _check(self, run_specs: list[RunSpec]) -> None:
-        for problem in find_unusable_metrics(run_specs).values():
+        for problem in find_problems(run_specs).values():
             raise problem
         if len(run_specs) == 1:
             return  # a run checks its own prompts before the engine loads

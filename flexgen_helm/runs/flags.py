@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from engine.errors import ConfigError
 from engine.policy import Policy, read_policy_yaml
 from flexgen_helm.runs.helm_flags import add_helm_flags
@@ -59,7 +61,7 @@ def _add_model_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--model", help="hub id or directory of the model")
     group.add_argument("--path", help="where the weights are, if not under --model")
     add_length_flag(group)
-    add_template_flag(group)
+    add_shaping_flags(group)
 
 
 def _add_entry_flags(group: argparse._ActionsContainer) -> None:
@@ -128,14 +130,69 @@ def add_length_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_template_flag(parser: argparse._ActionsContainer) -> None:
-    """Add the flag whose word `CHAT_TEMPLATE` translates."""
+def add_shaping_flags(parser: argparse._ActionsContainer) -> None:
+    """Add what `shaping_from_flags` reads."""
     parser.add_argument(
         "--apply-chat-template",
         choices=tuple(CHAT_TEMPLATE),
         default="auto",
         help="put prompts that are answered through the tokenizer's chat template (default: auto, where it has one)",
     )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of the chat template itself, such as enable_thinking=false or reasoning_effort=high",
+    )
+    parser.add_argument(
+        "--reasoning",
+        nargs="+",
+        metavar="STYLE",
+        help="how the model thinks before it answers, which is not scored: auto (default), none, think, mistral, "
+        "harmony, or the two strings that it stands between",
+    )
+    parser.add_argument(
+        "--thinking-budget", type=int, metavar="N", help="close the thinking after N tokens of it; 0 at once"
+    )
+    parser.add_argument(
+        "--sampling",
+        choices=("entry", "model"),
+        help="sample by what the run entry says (default), or by the model's generation_config.json",
+    )
+
+
+def shaping_from_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the args of a deployment that shape its answers, as far as flags give them; `ConfigError` for bad ones."""
+    found: dict[str, Any] = {
+        "apply_chat_template": CHAT_TEMPLATE[args.apply_chat_template],
+        "chat_template_kwargs": dict(map(_named_value, args.chat_template_kwargs)) or None,
+        "reasoning": _reasoning(args.reasoning),
+        "thinking_budget": args.thinking_budget,
+        "sampling": args.sampling,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    name, is_given, value = text.partition("=")
+    if not name or not is_given:
+        raise ConfigError(f"--chat-template-kwargs {text}: write NAME=VALUE, such as enable_thinking=false")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--chat-template-kwargs {text}: the value is no YAML; put a text in quotes") from None
+
+
+def _reasoning(words: Sequence[str] | None) -> str | dict[str, str] | None:
+    if words is None or len(words) == 1:
+        return words[0] if words else None
+    if len(words) > 2:
+        raise ConfigError(
+            f"--reasoning {' '.join(words)}: give a style, or the two strings that thinking stands between"
+        )
+    return {"begin": words[0], "end": words[1]}
 
 
 def policy_from_flags(args: argparse.Namespace) -> PolicySpec | None:

@@ -47,7 +47,7 @@ def find_judge(name: str, policy: str | None, models: Models, named: Collection[
             "name it as --model does where it is the same model, else rename its directory"
         )
     deployment = get_model_deployment(found.model_deployment)
-    if not applies_chat_template(source_of(deployment), deployment.client_spec.args.get("apply_chat_template")):
+    if not applies_chat_template(deployment, source_of(deployment)):
         raise ConfigError(
             f"the judge {source_of(deployment)} has no chat template, or is to run without it, so that it is asked to "
             "go on with instructions instead of following them; name a chat model"

@@ -28,7 +28,7 @@ from flexgen_helm.helm.scores import Score, read_scores, table
 from flexgen_helm.runs import assets, demo
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.entries import assign_models, build_run_specs, check_run_spec_names, read_entries
-from flexgen_helm.runs.flags import CHAT_TEMPLATE, PolicySpec, policy_from_flags
+from flexgen_helm.runs.flags import PolicySpec, policy_from_flags, shaping_from_flags
 from flexgen_helm.runs.judges import Bench, find_judge, judged_by
 from flexgen_helm.runs.models import Models
 from flexgen_helm.runs.names import check_run_names
@@ -132,8 +132,8 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     models = Models(
         policy=policy,
         path=args.path,
-        apply_chat_template=False if is_demo and not named else CHAT_TEMPLATE[args.apply_chat_template],
         max_sequence_length=args.max_sequence_length,
+        **shaping_from_flags(args) | ({"apply_chat_template": False} if is_demo and not named else {}),
     )
     if is_demo and not named:
         named = [str(assets.demo_model())]

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from helm.benchmark.model_deployment_registry import ALL_MODEL_DEPLOYMENTS, ClientSpec, ModelDeployment
 from helm.benchmark.model_metadata_registry import get_model_metadata
@@ -14,6 +15,7 @@ from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, regis
 from engine.checkpoint.description import describe, with_window
 from engine.errors import ConfigError, EngineError
 from engine.policy import Policy
+from flexgen_helm.helm.requests.shaping import Shaping
 from flexgen_helm.runs.entries import Target
 from flexgen_helm.runs.flags import PolicySpec
 from flexgen_helm.runs.registration import (
@@ -35,13 +37,16 @@ class Models:
         *,
         policy: PolicySpec | None,
         path: str | None = None,
-        apply_chat_template: bool | None = None,
         max_sequence_length: int | None = None,
+        **shaping: Any,
     ) -> None:
-        """`policy` None leaves a deployment that HELM knows its own; `path` is where the weights of --model are."""
+        """`policy` None leaves a deployment that HELM knows its own; `path` is where the weights of --model are.
+
+        `shaping` are args of `Shaping` that a deployment is to have.
+        """
         self._policy = policy
         self._path = path
-        self._apply_chat_template = apply_chat_template
+        self._shaping = Shaping.of(shaping).given()
         self._max_sequence_length = max_sequence_length
         self._entries: dict[str, Entries] = {}
         self._problems: dict[str, EngineError] = {}
@@ -92,12 +97,12 @@ class Models:
 
         description = describe(source_of(deployment))
         own = deployment.client_spec.args
-        asked = {"policy": self._policy, "apply_chat_template": self._apply_chat_template}
-        args = {**own, **{name: value for name, value in asked.items() if value is not None}}
+        asked = {} if self._policy is None else {"policy": self._policy}
+        args = {**own, **asked, **self._shaping}
         client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
         deployment = dataclasses.replace(deployment, client_spec=client_spec)
-        has_other_template = args.get("apply_chat_template") != own.get("apply_chat_template")
-        if self._max_sequence_length is not None or has_other_template:
+        is_shaped = any(own.get(name) != value for name, value in self._shaping.items())
+        if self._max_sequence_length is not None or is_shaped:
             deployment = with_longest_sequence(deployment, source_of(deployment), self._max_sequence_length)
         args = deployment.client_spec.args
         check_model(with_window(description, args.get("window")), Policy.load(args.get("policy", "auto")))
@@ -113,8 +118,8 @@ class Models:
             self._path or model,
             name=model if self._path else None,
             policy=self._policy or "auto",
-            apply_chat_template=self._apply_chat_template,
             max_sequence_length=self._max_sequence_length,
+            **self._shaping,
         )
         other = None if self._path else our_deployment(entries.model.name)
         if other is not None and os.path.realpath(source_of(other)) != os.path.realpath(source_of(entries.deployment)):

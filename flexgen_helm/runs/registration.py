@@ -32,9 +32,11 @@ from helm.benchmark.tokenizer_config_registry import (
 )
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
+from engine.checkpoint.side_files import read_generation_config
 from engine.errors import CheckpointError, ConfigError, EngineError, named
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
+from flexgen_helm.helm.requests.shaping import NAMES, Shaping
 from flexgen_helm.helm.requests.translate import Translator
 from flexgen_helm.runs.yaml_lists import MAX_BYTES, add_to_yaml_lists
 
@@ -67,28 +69,24 @@ def entries_for(
     name: str | None = None,
     policy: str | Path | Mapping[str, Any] | Policy = "auto",
     max_sequence_length: int | None = None,
-    apply_chat_template: bool | None = None,
-    top_k: int | None = None,
+    **shaping: Any,
 ) -> Entries:
     """Make the entries of a hub id or model directory; reads its tokenizer, but no weights.
 
-    The HELM model is called `name`, by default the hub id, or local/<directory>. Raises `EngineError` for a model that
-    the engine cannot run, and where the longest sequence is neither given nor to be found.
+    The HELM model is called `name`, by default the hub id, or local/<directory>; `shaping` are args of `Shaping`.
+    Raises `EngineError` for a model that the engine cannot run, and where the longest sequence is not to be found.
     """
     description = describe(model, download_weights=False)
     is_directory = Path(model).expanduser().is_dir()
     source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
-    end_of_text_token, prefix_token, translator = _read_tokenizer(description, apply_chat_template)
+    end_of_text_token, prefix_token, translator = _read_tokenizer(description, Shaping.of(shaping))
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
     from engine.opening import check_model  # loads torch and transformers, which are not checked before
 
     check_model(with_window(description, window), Policy.load(policy))
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
-    if apply_chat_template is not None:
-        args["apply_chat_template"] = apply_chat_template
-    if top_k is not None:
-        args["top_k"] = top_k
+    args.update(Shaping.of(shaping).given())
     if window is not None:
         args["window"] = window
     return Entries(
@@ -130,11 +128,12 @@ def _default_name(source: str, is_directory: bool) -> str:
     return f"local/{last}" if is_directory or "/" not in source else source
 
 
-def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | None) -> tuple[str, str, Translator]:
+def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[str, str, Translator]:
     """End-of-text token, prefix token, and what would translate for the model."""
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
     path = description.path
+    settings = read_generation_config(Path(path))
     try:
         wrapped = HuggingFaceTokenizer.create_tokenizer(path, **WITHOUT_CODE)
         with wrapped as tokenizer:
@@ -145,8 +144,8 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
             window=description.window,
             pad_to=None,
             end_of_text_token=end_of_text_token,
-            apply_chat_template=apply_chat_template,
-            top_k=None,
+            shaping=shaping,
+            generation_config={} if settings is None else settings.to_dict(),
         )
     except EngineError:
         raise
@@ -155,9 +154,9 @@ def _read_tokenizer(description: ModelDescription, apply_chat_template: bool | N
     return end_of_text_token, prefix_token, translator
 
 
-def applies_chat_template(model: str, asked: bool | None) -> bool:
-    """Whether prompts that a hub id or directory answers go through its chat template; `asked` says so if not None."""
-    return _read_tokenizer(describe(model), asked)[2].applies_chat_template
+def applies_chat_template(deployment: ModelDeployment, source: str) -> bool:
+    """Whether prompts that a deployment of ours of the model `source` answers go through its chat template."""
+    return _read_tokenizer(describe(source), shaping_of(deployment))[2].applies_chat_template
 
 
 def _longest_sequence(
@@ -198,7 +197,7 @@ def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int
     """
     args = deployment.client_spec.args
     description = with_window(describe(source, download_weights=False), args.get("window"))
-    _, _, translator = _read_tokenizer(description, args.get("apply_chat_template"))
+    _, _, translator = _read_tokenizer(description, shaping_of(deployment))
     is_asked, own = longest is not None, deployment.max_sequence_length
     longest, window = _longest_sequence(source, longest, description, translator)
     if not is_asked and own is not None:
@@ -207,6 +206,11 @@ def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int
         args = {**args, "window": window}
     client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
     return dataclasses.replace(deployment, max_sequence_length=longest, client_spec=client_spec)
+
+
+def shaping_of(deployment: ModelDeployment) -> Shaping:
+    """What of a deployment of ours shapes its answers."""
+    return Shaping.of({name: value for name, value in deployment.client_spec.args.items() if name in NAMES})
 
 
 def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | dict[str, Any]:
@@ -273,14 +277,11 @@ def merge_into_local_path(
 
 def _as_now(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """An entry with `WITHOUT_CODE`, which earlier versions left out and which holds for their entries, too."""
-    spec = entry.get("tokenizer_spec")
-    if (
-        not isinstance(spec, Mapping)
-        or spec.get("class_name") != TOKENIZER
-        or not isinstance(spec.get("args"), Mapping)
-    ):
+    spec: Any = entry.get("tokenizer_spec")
+    args = spec.get("args") if isinstance(spec, Mapping) and spec.get("class_name") == TOKENIZER else None
+    if not isinstance(args, Mapping):
         return entry
-    return {**entry, "tokenizer_spec": {**spec, "args": {**WITHOUT_CODE, **spec["args"]}}}
+    return {**entry, "tokenizer_spec": {**spec, "args": {**WITHOUT_CODE, **args}}}
 
 
 def _as_mapping(entry: ModelMetadata | TokenizerConfig | ModelDeployment) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TextIO
 from helm.benchmark.run_spec import RunSpec
 
 from flexgen_helm.helm.requests.asked import Answer
+from flexgen_helm.helm.requests.results import cut_off
 from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
@@ -174,6 +175,8 @@ class SweepDiary:
     def _note(self, run: PendingRun, failed: Sequence[str]) -> None:
         if failed:
             self.notes.append(f"{short_name(run.name)}: {failed_requests(failed)}")
+        if run.cut_off:
+            self.notes.append(f"{short_name(run.name)}: {cut_off(run.cut_off)}")
 
     def failed(self, name: str, error: Exception, trace: str = "") -> None:
         """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
@@ -218,6 +221,7 @@ class SweepDiary:
             requests=pending.total if pending else 0,
             cached=pending.cached if pending else 0,
             failed_requests=len(pending.failed) if pending else 0,
+            cut_off=pending.cut_off if pending else 0,
             new_tokens=pending.new_tokens if pending else 0,
             seconds=self._current.tally.seconds if self._current and pending else 0.0,
             verdicts=verdicts.asked,
@@ -238,6 +242,7 @@ class SweepDiary:
             requests=run.requests,
             cached=run.cached,
             failed_requests=run.failed_requests,
+            cut_off=run.cut_off,
             seconds=run.seconds,
             verdicts=run.verdicts,
             unreadable_verdicts=run.unreadable_verdicts,

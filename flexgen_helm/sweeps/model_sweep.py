@@ -14,6 +14,7 @@ from engine.schedule.prefix import common_length
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.asked import Answer, Work, raise_first
 from flexgen_helm.helm.requests.entries import PackedEntries
+from flexgen_helm.helm.requests.results import is_cut_off, result
 from flexgen_helm.sweeps.beside.helm_side import Outcome
 from flexgen_helm.sweeps.tally import Tally
 
@@ -38,6 +39,12 @@ class PendingRun:
     def is_answered(self) -> bool:
         """Whether all its requests are."""
         return len(self.outcomes) == self.total
+
+    @property
+    def cut_off(self) -> int:
+        """Answers that are empty because there was no room for more than their thinking."""
+        responses = (outcome[0] for outcome in self.outcomes.values() if not isinstance(outcome, EngineError))
+        return sum(is_cut_off(each) for response in responses for each in result(response, cached=True).completions)
 
     @property
     def failed(self) -> list[str]:

@@ -114,6 +114,8 @@ class RunRecord:
     """Of those, the ones whose verdict could not be read; they score nothing, as do the following."""
     missing_verdicts: int = field(default=0, metadata=SINCE)
     """Those that the judge could not be asked, or did not answer."""
+    cut_off: int = field(default=0, metadata=SINCE)
+    """Answers that are empty because there was no room for more than their thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import ConfigError, EngineError, named
 from engine.job import Job
-from flexgen_helm.helm.preflight import find_unusable_metrics
+from flexgen_helm.helm.preflight import find_problems
 from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests
@@ -109,14 +109,14 @@ class SweepRunner(TwoStepRunner):
         return HelperProcesses(number, PRELOADED, setting.open)
 
     def _left(self, run_specs: Sequence[RunSpec]) -> list[RunSpec]:
-        """Run specs that are to be run and whose metrics can be made."""
+        """Run specs that are to be run and that can be."""
         todo = []
         for run_spec in run_specs:
             if self._is_done(run_spec):
                 self.diary.skipped(run_spec)
             else:
                 todo.append(run_spec)
-        for name, error in {**find_unusable_metrics(todo), **self._without_annotators(todo)}.items():
+        for name, error in {**find_problems(todo), **self._without_annotators(todo)}.items():
             self.failed(name, error)
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
 

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineError
 from engine.job import Job, Sampling
+from engine.thinking import Thinking
 from flexgen_helm.helm.requests.translate import Key, Translator
 
 if TYPE_CHECKING:
     from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
-Settings = tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool]
-"""Of a job, but for its prompt: most new tokens, sampling, stops, and whether the prompt is scored."""
+Settings = tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool, Thinking | None]
+"""Of a job, but for its prompt: most new tokens, sampling, stops, whether the prompt is scored, rule for thinking."""
 Jobs = tuple[tuple[int, ...], list[Job]]
 """Token ids of a prompt, and the jobs that answer its request."""
 
@@ -142,8 +143,15 @@ class _Unpacking:
             raise self.settings
         ids = self.share(self.ids.tolist())
         return ids, [
-            Job(prompt=ids, max_new_tokens=most, sampling=sampling, stop=stop, prompt_logprobs=is_scored)
-            for most, sampling, stop, is_scored in self.settings
+            Job(
+                prompt=ids,
+                max_new_tokens=most,
+                sampling=sampling,
+                stop=stop,
+                prompt_logprobs=is_scored,
+                thinking=thinking,
+            )
+            for most, sampling, stop, is_scored, thinking in self.settings
         ]
 
 
@@ -182,4 +190,4 @@ class _Packing:
 
 def _settings(job: Job) -> Settings:
     stops = tuple(stop if isinstance(stop, str) else tuple(stop) for stop in job.stop)
-    return job.max_new_tokens, job.sampling, stops, job.prompt_logprobs
+    return job.max_new_tokens, job.sampling, stops, job.prompt_logprobs, job.thinking

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from helm.common.request import Request
 
 from engine.errors import ConfigError, UnsupportedError
-from engine.text.template import check_template_ends
+from engine.text.template import check_template_ends, names_in_template
 from flexgen_helm.helm.requests.tokenizer import sha256_of
 
 if TYPE_CHECKING:
@@ -35,7 +37,14 @@ class Rendering:
     not something that a user says: it is rendered as it is.
     """
 
-    def __init__(self, tokenizer: WrappedPreTrainedTokenizer, *, model: str, apply_chat_template: bool | None) -> None:
+    def __init__(
+        self,
+        tokenizer: WrappedPreTrainedTokenizer,
+        *,
+        model: str,
+        apply_chat_template: bool | None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._model = model
         self._is_given = apply_chat_template is not None
@@ -48,9 +57,12 @@ class Rendering:
             )
         self.applies_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
         """Whether prompts that are answered go through the chat template."""
+        self.template = used if self.applies_template else ""
+        """The template that they go through; empty where there is none."""
+        self._variables = checked_variables(variables or {}, self.template, model)
         if self.applies_template:
             with tokenizer as hf_tokenizer:
-                check_template_ends(hf_tokenizer)
+                check_template_ends(hf_tokenizer, self._variables)
         self._digest = sha256_of(chat_template)
         self._dated = _DATED + used if "strftime_now" in used and self.applies_template else None
         self.moment = datetime.now()
@@ -70,6 +82,8 @@ class Rendering:
             told = (
                 f"the chat template of {self._model} is applied to prompts, but for those that are only scored ({why})"
             )
+            if self._variables:
+                told += "; it is given " + ", ".join(f"{name}={each!r}" for name, each in self._variables.items())
             return f"{told}; it writes {self.moment:%Y-%m-%d}, when the suite began" if self.writes_date else told
         why = why if self._is_given else f"the tokenizer has none and {why}"
         return f"no chat template is applied to the prompts of {self._model} ({why})"
@@ -89,7 +103,11 @@ class Rendering:
             with self._tokenizer as tokenizer:
                 return str(
                     tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=True, **self._date_of_suite()
+                        messages,
+                        tokenize=False,
+                        add_generation_prompt=True,
+                        **self._variables,
+                        **self._date_of_suite(),
                     )
                 )
         except Exception as error:
@@ -98,6 +116,13 @@ class Rendering:
                 f"the chat template of {self._model} refuses the request: {reason}; set apply_chat_template: false "
                 "if it is no chat model"
             ) from None
+
+    def probe(self) -> str:
+        """What a prompt of one letter becomes; the letter itself where the template refuses it."""
+        try:
+            return self.text(Request(prompt="a"))
+        except UnsupportedError:
+            return "a"
 
     def _date_of_suite(self) -> dict[str, Any]:
         if self._dated is None:
@@ -113,6 +138,25 @@ class Rendering:
         """Whether the request's prompt goes through the chat template."""
         is_only_scored = request.echo_prompt and request.max_tokens == 0
         return self.applies_template and (bool(request.messages) or not is_only_scored)
+
+
+def checked_variables(variables: Mapping[str, Any], template: str, model: str) -> dict[str, Any]:
+    """The `chat_template_kwargs` of a deployment; `ConfigError` for those that its template does not look at."""
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise ConfigError(f"chat_template_kwargs {variables!r} of {model} are no names with values")
+    if variables and not template:
+        raise ConfigError(f"chat_template_kwargs of {model}: no chat template is applied; leave them out")
+    known = names_in_template(template) - _GIVEN if variables else set()
+    for name in variables:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"chat_template_kwargs: the chat template of {model} does not look at {name!r}{hint}")
+    return dict(variables)
+
+
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"}
+"""Names that are given to templates in any case, or are none of theirs."""
 
 
 def _refuse_what_is_not_text(request: Request) -> None:

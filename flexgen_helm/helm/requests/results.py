@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
+from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Thinking, Token
 
 from engine.errors import EngineError, JobError, NumericsError
-from engine.job import Completion
+from engine.job import Completion, Job
+from engine.text.decoding import Text
 from flexgen_helm.helm.requests.tokenizer import Spelling
 
 if TYPE_CHECKING:
@@ -40,34 +41,26 @@ def response(
     wrapped: WrappedPreTrainedTokenizer,
     spelling: Spelling,
     request: Request,
-    ids: Sequence[int],
+    job: Job,
     completions: Sequence[Completion],
     timing: Timing,
 ) -> Response:
-    """What the cache keeps; raises the error of a completion that failed."""
+    """What the cache keeps; raises the error of a completion that failed. `job` is any of the request's."""
     for completion in completions:
         if completion.error is not None:
             raise completion.error
     if len(completions) < request.num_completions:
         completions = [completions[0]] * request.num_completions
-    before = list(ids) if request.echo_prompt else []
+    ids = list(job.prompt)
     with wrapped as tokenizer:
         response: Response = {
-            "completions": [
-                {
-                    "text": _continuation(tokenizer, ids, completion) if request.echo_prompt else completion.text,
-                    "tokens": spelling.texts([*before, *completion.tokens])[len(before) :],
-                    "logprobs": list(completion.logprobs),
-                    "finish_reason": completion.finish_reason,
-                }
-                for completion in completions
-            ],
+            "completions": [_completion(tokenizer, spelling, request, job, completion) for completion in completions],
             "request_time": timing.seconds,
             "request_datetime": int(timing.started),
         }
         if request.echo_prompt:
             response["prompt"] = {
-                "text": tokenizer.decode(list(ids)),
+                "text": tokenizer.decode(ids),
                 "tokens": spelling.texts(ids),
                 "spelled": True,
                 "logprobs": [logprob or 0.0 for logprob in completions[0].prompt_logprobs or ()],
@@ -76,6 +69,51 @@ def response(
         response["batch_size"] = timing.num_requests
         response["batch_request_time"] = timing.seconds
     return response
+
+
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, spelling: Spelling, request: Request, job: Job, completion: Completion
+) -> Response:
+    """Text, tokens and log-probabilities of the answer alone; what was thought before it stands by itself."""
+    before = list(job.prompt) if request.echo_prompt else []
+    kept: Response = {
+        "text": _continuation(tokenizer, before, completion) if request.echo_prompt else completion.text,
+        "tokens": spelling.texts([*before, *completion.tokens])[len(before) :],
+        "logprobs": list(completion.logprobs),
+        "finish_reason": completion.finish_reason,
+    }
+    if job.thinking is None or (reading := job.thinking.read(completion.text)).thinking is None:
+        return kept
+    first = _first_of_answer(tokenizer, completion, reading.begin)
+    return {
+        **kept,
+        "text": completion.text[reading.begin :],
+        "tokens": kept["tokens"][first:],
+        "logprobs": kept["logprobs"][first:],
+        "thinking": reading.thinking,
+    }
+
+
+def _first_of_answer(tokenizer: PreTrainedTokenizerBase, completion: Completion, begin: int) -> int:
+    """Which token holds the first character of an answer, at `begin` in the text; behind all for an empty one."""
+    tokens = completion.tokens
+    if begin == len(completion.text):
+        return len(tokens)
+    count = Text(tokenizer, frozenset()).num_spelling(tokens, completion.text[:begin])
+    return count - (count > 0 and len(tokenizer.decode(list(tokens[:count]))) > begin)
+
+
+def is_cut_off(output: GeneratedOutput) -> bool:
+    """Whether there was no room for more than the thinking, so that the answer is empty."""
+    return output.thinking is not None and not output.text and output.finish_reason == {"reason": "length"}
+
+
+def cut_off(count: int) -> str:
+    """That answers are empty because there was no room for more than their thinking, in one line."""
+    return (
+        f"{count} answers were cut off in their thinking and are empty; give entries more room (increase_max_tokens=N)"
+        ", or thinking a budget (--thinking-budget N)"
+    )
 
 
 def is_outdated(response: Response) -> bool:
@@ -140,6 +178,7 @@ def _generated_output(prompt: Response, completion: Response) -> GeneratedOutput
         logprob=sum(logprobs),
         tokens=tokens,
         finish_reason={"reason": completion["finish_reason"]},
+        thinking=Thinking(text=completion["thinking"]) if "thinking" in completion else None,
     )
 
 

@@ -14,8 +14,12 @@ from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job, Sampling, check_num_completions
 from engine.logit_rules import LogitRules, refused_settings
 from engine.text.prompt import PromptTokenizer
+from engine.thinking import Thinking
+from flexgen_helm.helm.requests.model_sampling import ModelSampling
 from flexgen_helm.helm.requests.rendering import Rendering
 from flexgen_helm.helm.requests.results import PromptError, Response, Timing, response
+from flexgen_helm.helm.requests.shaping import Shaping
+from flexgen_helm.helm.requests.thinking import Reasoner
 from flexgen_helm.helm.requests.tokenizer import EarlierRule, Spelling, sha256_of, tokenizer_digests
 
 if TYPE_CHECKING:
@@ -51,12 +55,11 @@ class Translator:
         window: int | None,
         pad_to: int | None,
         end_of_text_token: str | None,
-        apply_chat_template: bool | None,
-        top_k: int | None,
+        shaping: Shaping | None = None,
         is_window_given: bool = False,
         generation_config: Mapping[str, Any] | None = None,
     ) -> None:
-        settings = generation_config or {}
+        settings, shaping = generation_config or {}, shaping or Shaping()
         self._refused = refused_settings(settings)
         found = settings.get("eos_token_id")
         with tokenizer as hf_tokenizer:
@@ -67,7 +70,8 @@ class Translator:
         self._model = model
         self._pad_to = pad_to
         self._end_of_text_token = end_of_text_token or None
-        self._top_k = top_k
+        self._sampling = ModelSampling.of(shaping.sampling, settings, model=model, top_k=shaping.top_k)
+        self._top_k = self._sampling.top_k
         with tokenizer as hf_tokenizer:
             self._prompts = PromptTokenizer.of(hf_tokenizer)
             self._earlier_rule = EarlierRule.of(hf_tokenizer, self._prompts.prefix)
@@ -79,7 +83,22 @@ class Translator:
         self._end_of_text: list[str | list[int]] = [] if end_of_text_id is None else [[int(end_of_text_id)]]
         if self._end_of_text_token:
             self._end_of_text.append(self._end_of_text_token)
-        self._rendering = Rendering(tokenizer, model=model, apply_chat_template=apply_chat_template)
+        self._rendering = Rendering(
+            tokenizer,
+            model=model,
+            apply_chat_template=shaping.apply_chat_template,
+            variables=shaping.chat_template_kwargs,
+        )
+        probe = self._rendering.probe()
+        with tokenizer as hf_tokenizer:
+            self._reasoner = Reasoner.of(
+                hf_tokenizer,
+                model=model,
+                template=self._rendering.template,
+                probe=probe,
+                reasoning=shaping.reasoning,
+                budget=shaping.thinking_budget,
+            )
         self._digests = tokenizer_digests(tokenizer)
         self._numbers: dict[int, int] = {}
 
@@ -110,9 +129,10 @@ class Translator:
             told = ", ".join(f"{name} {value}" for name, value in self._rules.told().items())
             notes.append(
                 f"generation_config.json of {self._model} is followed in {told}, as HELM's client follows it; its "
-                "settings of sampling are not"
+                "settings of sampling are only where sampling: model is given"
             )
-        return notes
+        own = (self._reasoner.note(self._model), self._sampling.note(self._model))
+        return notes + [note for note in own if note is not None]
 
     @property
     def applies_chat_template(self) -> bool:
@@ -134,6 +154,7 @@ class Translator:
 
     def key(self, request: Request, text: str) -> Key:
         """Everything that can change the result of a request whose rendered prompt is `text`, but the identity."""
+        request = self._sampling.applied(request)
         key = {
             "client": CLIENT,
             "tokenizer": self._digests.whole,
@@ -146,6 +167,8 @@ class Translator:
             key["generation_config"] = self._rules.told()
         if self._earlier_rule.made_others(text, is_templated=self._rendering.is_templated(request)):
             key["special_tokens"] = "once"  # answers to the ids of the earlier rule are in caches under the same key
+        if self._rule(request, text) is not None:
+            key["thinking"] = self._reasoner.key
         if self._given_window is not None:  # else it follows from the model's files
             key["window"] = self._given_window
         return key if request.random is None else {**key, "random": request.random}
@@ -153,6 +176,12 @@ class Translator:
     def earlier_key(self, key: Key) -> Key:
         """`key` as earlier releases had it."""
         return {**key, "tokenizer": self._digests.earlier}
+
+    def _rule(self, request: Request, text: str) -> Thinking | None:
+        """Of the thinking that an answer begins with; prompts that are only scored have no answer."""
+        if request.max_tokens == 0 or not (self._rendering.is_templated(request) or not self.applies_chat_template):
+            return None
+        return self._reasoner.rule(text)
 
     def _what_is_asked(self, request: Request, text: str) -> Key:
         return {
@@ -207,6 +236,8 @@ class Translator:
     def jobs(self, request: Request, text: str, ids: Sequence[int]) -> list[Job]:
         """The jobs whose completions make the request's; one is enough where all completions are equal."""
         check_num_completions(request.num_completions)
+        request = self._sampling.applied(request)
+        thinking = self._rule(request, text)
         room = self._room(request.max_tokens, ids)
         if self._refused and request.max_tokens > 0:
             told = ", ".join(f"{name} {value}" for name, value in self._refused.items())
@@ -239,8 +270,9 @@ class Translator:
                 prompt=ids,
                 max_new_tokens=room,
                 sampling=each,
-                stop=[*request.stop_sequences, *self._end_of_text],
+                stop=[*request.stop_sequences, *self._end_of_text, *(thinking.style.stops if thinking else ())],
                 prompt_logprobs=request.echo_prompt,
+                thinking=thinking,
             )
             for each in sampling
         ]
@@ -250,10 +282,10 @@ class Translator:
         return max_tokens if self.window is None else min(max_tokens, self.window - len(ids) + 1)
 
     def response(
-        self, request: Request, ids: Sequence[int], completions: Sequence[Completion], timing: Timing
+        self, request: Request, jobs: Sequence[Job], completions: Sequence[Completion], timing: Timing
     ) -> Response:
-        """What the cache keeps; raises the error of a completion that failed."""
-        return response(self._tokenizer, self._spelling, request, ids, completions, timing)
+        """What the cache keeps of the completions of a request's `jobs`; raises the error of one that failed."""
+        return response(self._tokenizer, self._spelling, request, jobs[0], completions, timing)
 
 
 def _seed(asked: Key, index: int) -> int:

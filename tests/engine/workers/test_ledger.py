@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.asking.pending import Call
 from engine.job import Completion, Job
-from engine.pending import Call
 from engine.workers.ledger import Ledger
 from engine.workers.sharing_out import Room
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engine.errors import JobError
 from engine.job import Completion, Job, Sampling
 from engine.logit_rules import LogitRules
+from engine.thinking import Channels, Tags, Thinking
 from engine.workers.packing import PackedCompletions, PackedJobs
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=6)
@@ -24,6 +25,7 @@ SAMPLINGS = st.builds(
     seed=st.none() | st.integers(0, 2**70),
     rules=st.none() | st.builds(LogitRules, repetition_penalty=st.floats(1, 2), prompt=TOKENS.map(tuple)),
 )
+STYLES = st.just(Channels()) | st.builds(Tags, begin=st.text(max_size=4), end=st.just("</think>"))
 JOBS = st.builds(
     Job,
     prompt=TOKENS.filter(len),
@@ -31,6 +33,7 @@ JOBS = st.builds(
     sampling=SAMPLINGS,
     stop=st.lists(st.text(min_size=1, max_size=4) | TOKENS.filter(len), max_size=2),
     prompt_logprobs=st.booleans(),
+    thinking=st.none() | st.builds(Thinking, style=STYLES, budget=st.none() | st.just(7), closing=TOKENS.map(tuple)),
 )
 
 

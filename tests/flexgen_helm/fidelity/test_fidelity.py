@@ -18,7 +18,7 @@ from reference import Answer, Bench, Generation, benches_of, is_spelling_of, our
 from tiny_models import WINDOW, random_llama, save_tiny_model, train_sentencepiece
 from watch import Watch
 
-from engine import Completion
+from engine import Completion, Job
 from flexgen_helm.helm.requests.results import Timing
 from flexgen_helm.helm.requests.results import result as result_of
 
@@ -348,7 +348,7 @@ def test_a_completion_that_changes_what_its_prompt_is_stands_behind_it_as_it_is(
         finish_reason="length",
     )
     timing = Timing(seconds=0.0, started=0.0, num_requests=1)
-    response = bench.client._translator.response(request, ids, [completion], timing)
+    response = bench.client._translator.response(request, [Job(prompt=ids)], [completion], timing)
     assert result_of(response, cached=False).completions[0].text == "a \u5b66\ufffd"
 
 

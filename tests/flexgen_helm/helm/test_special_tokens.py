@@ -30,8 +30,6 @@ def translator(name: str, template: str | None) -> tuple[Translator, Any]:
         window=512,
         pad_to=None,
         end_of_text_token=None,
-        apply_chat_template=None,
-        top_k=None,
     )
     return made, tokenizer
 

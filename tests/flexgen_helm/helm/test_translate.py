@@ -20,6 +20,7 @@ from reference import is_spelling_of
 from engine import Completion
 from engine.errors import JobError, UnsupportedError
 from flexgen_helm.helm.requests.results import PromptError, Timing, result
+from flexgen_helm.helm.requests.shaping import NAMES, Shaping
 from flexgen_helm.helm.requests.translate import Translator
 
 ALONE = Timing(seconds=0.5, started=1000.0, num_requests=1)
@@ -27,7 +28,8 @@ ALONE = Timing(seconds=0.5, started=1000.0, num_requests=1)
 
 def translator(model: Path, **fields: Any) -> Translator:
     wrapped = HuggingFaceTokenizer(BlackHoleCacheConfig(), f"test{model}", str(model)).get_wrapped_tokenizer()
-    defaults = {"window": 512, "pad_to": None, "end_of_text_token": "</s>", "apply_chat_template": None, "top_k": None}
+    shaping = Shaping(**{name: fields.pop(name) for name in list(fields) if name in NAMES})
+    defaults = {"window": 512, "pad_to": None, "end_of_text_token": "</s>", "shaping": shaping}
     return Translator(wrapped, model="local/tiny", **{**defaults, **fields})
 
 
@@ -95,8 +97,6 @@ def test_a_template_writes_the_date_of_the_suite(tiny_chat: Path) -> None:
         window=512,
         pad_to=None,
         end_of_text_token=None,
-        apply_chat_template=None,
-        top_k=None,
     )
     request = Request(prompt="Hi", model="local/tiny")
     assert translated.writes_date
@@ -274,8 +274,9 @@ def test_tokens_that_are_added_to_a_prompt_are_counted(
 
 
 def round_trip(translated: Translator, request: Request, completions: list[Completion], timing: Timing = ALONE) -> Any:
-    ids = translated.encode(request, translated.render(request))
-    response = translated.response(request, ids, completions, timing)
+    text = translated.render(request)
+    jobs = translated.jobs(request, text, translated.encode(request, text))
+    response = translated.response(request, jobs, completions, timing)
     return result(json.loads(json.dumps(response)), cached=True)
 
 

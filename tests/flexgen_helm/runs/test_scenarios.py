@@ -15,10 +15,15 @@ import leaderboard_data
 import pytest
 import scenario_data
 import yaml
+from fake_engine import FakeEngine
 from helm.benchmark import config_registry
 from scenario_cases import CASES, Case
 from stats import NEVER_COMPARED, ZERO_IN_THE_REFERENCE, assert_alike, read, stats_of, texts_of
 from tiny_models import ours, random_llama, save_tiny_model, write_entries
+from transformers import AutoTokenizer
+
+from engine import Completion, Job
+from flexgen_helm.helm.engines import engines
 
 WINDOW = 2048
 FETCHING = ("DisinformationHumanEvalMetrics",)
@@ -67,7 +72,8 @@ def prod_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]
             "args": {"pretrained_model_name_or_path": str(model), "device": "cpu", "torch_dtype": "torch.float32"},
         }
         entries = folder / f"prod_env_{name}"
-        write_entries(entries, f"local/{name}", model, ours=ours(model), reference=reference)
+        own = {"thinking": ours(model, reasoning={"begin": "<think>", "end": "</think>"}), "answering": ours(model)}
+        write_entries(entries, f"local/{name}", model, ours=ours(model), reference=reference, **own)
         deployments = entries / "model_deployments.yaml"
         content = yaml.safe_load(deployments.read_text())
         for deployment in content["model_deployments"]:
@@ -152,7 +158,7 @@ def run(
                 cache_instances_only=False,
                 skip_completed_runs=False,
                 exit_on_error=True,
-                runner_class_name=OURS if host == "ours" else REFERENCE,
+                runner_class_name=REFERENCE if host == "reference" else OURS,
                 disable_cache=True,
             )
         done[case, host, suite] = data / "runs" / suite / run_spec.name
@@ -198,3 +204,33 @@ def test_cases_say_what_they_are(run: Callable[..., Path], case: Case) -> None:
     adapter = read(run(case, "ours"), "run_spec.json")["adapter_spec"]
     assert case.is_sampled == (adapter["temperature"] > 0)
     assert case.only_scores == (adapter["max_tokens"] == 0)
+
+
+class Thinker(FakeEngine):
+    """Answers by the prompt; jobs with a rule for thinking begin with a thought that would score otherwise."""
+
+    def answer(self, job: Job) -> Completion:
+        answer = ("A", "B.", "Yes, 4", "no\n\nReally", "The answer is 7 ###")[sum(job.prompt) % 5]
+        found = [at for stop in job.stop if isinstance(stop, str) and (at := answer.find(stop)) >= 0]
+        answer = answer[: min(found)] if found else answer
+        thought = f"<think>\nA B C yes {job.prompt[-1]} The answer is 5\n</think>\n\n" if job.thinking else ""
+        tokens = [token for text in (thought, answer) for token in self.tokenizer.encode(text)]
+        return dataclasses.replace(
+            super().answer(job),
+            text=thought + answer,
+            tokens=tuple(tokens),
+            logprobs=tuple(-0.25 for _ in tokens),
+            finish_reason="stop",
+        )
+
+
+@pytest.mark.parametrize("case", named(*(case for case in CASES if not case.only_scores)))
+def test_no_thinking_reaches_a_metric(run: Callable[..., Path], case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are those of the same answers without a thought."""
+    monkeypatch.setattr(engines, "load", lambda path, *_: Thinker(AutoTokenizer.from_pretrained(path)))
+    mine, reference = run(case, "thinking"), run(case, "answering")
+    states = read(mine, "scenario_state.json")["request_states"]
+    outputs = [output for state in states for output in state["result"]["completions"]]
+    assert all("The answer is 5" in output["thinking"]["text"] for output in outputs)
+    assert texts_of(mine) == texts_of(reference)
+    assert_alike(stats_of(mine, left_out=NEVER_COMPARED), stats_of(reference, left_out=NEVER_COMPARED))

@@ -1,0 +1,80 @@
+"""Settings of sampling that a checkpoint's generation_config.json recommends, for deployments that ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from helm.common.request import Request
+
+from engine.errors import ConfigError, UnsupportedError, shown
+
+WORDS = ("entry", "model")
+"""Whose settings a deployment samples by: the run entry's, as HELM does, or the model's."""
+_WITHOUT_EFFECT = {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": ()}
+"""Settings that nothing here carries out, with the values that change nothing."""
+
+_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+"""What `transformers` samples with where generation_config.json does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSampling:
+    """What is sampled with in place of what requests ask; None as temperature leaves it to them."""
+
+    top_k: int | None
+    """Of a deployment in any case: requests do not say it."""
+    temperature: float | None = None
+    top_p: float = 1.0
+
+    @classmethod
+    def of(cls, sampling: str | None, config: Mapping[str, Any], *, model: str, top_k: int | None) -> ModelSampling:
+        """That of a deployment whose `sampling` and `top_k` are given; `config` is its generation_config.json.
+
+        What that leaves out is what `transformers` samples with. Raises `ConfigError` where it does not sample,
+        `UnsupportedError` for settings that are not carried out.
+        """
+        if sampling is None or sampling == "entry":
+            return cls(top_k=top_k)
+        if sampling != "model":
+            raise ConfigError(f"sampling {shown(sampling)} of {model} is none of {', '.join(WORDS)}")
+        if top_k is not None:
+            raise ConfigError(f"sampling: model of {model} takes top_k from generation_config.json; leave top_k out")
+        if config.get("do_sample") is not True:
+            raise ConfigError(
+                f"sampling: model, but the generation_config.json of {model} does not say do_sample: true; leave "
+                "sampling out, and the run entries' settings hold"
+            )
+        odd = {
+            name: config[name]
+            for name, harmless in _WITHOUT_EFFECT.items()
+            if config.get(name) is not None and config[name] not in harmless
+        }
+        if odd:
+            told = ", ".join(f"{name} {value}" for name, value in odd.items())
+            raise UnsupportedError(
+                f"sampling: model, and the generation_config.json of {model} samples by {told}, which is not "
+                "supported; leave sampling out"
+            )
+        given = {name: value for name in _DEFAULTS if (value := config.get(name)) is not None}
+        found = {**_DEFAULTS, **given}
+        return cls(
+            temperature=float(found["temperature"]), top_k=int(found["top_k"]) or None, top_p=float(found["top_p"])
+        )
+
+    def applied(self, request: Request) -> Request:
+        """The request as it is sampled; one that generates nothing stays as it is."""
+        if request.max_tokens == 0 or self.temperature is None:
+            return request
+        return replace(request, temperature=self.temperature, top_p=self.top_p)
+
+    def note(self, model: str) -> str | None:
+        """What is sampled with, in one line; None where requests say."""
+        if self.temperature is None:
+            return None
+        top_k = "all tokens" if self.top_k is None else f"the {self.top_k} likeliest tokens"
+        return (
+            f"answers of {model} are sampled by its generation_config.json (temperature {self.temperature:g}, top_p "
+            f"{self.top_p:g}, among {top_k}), whatever run entries ask, as sampling: model says"
+        )

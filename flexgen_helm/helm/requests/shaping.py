@@ -1,0 +1,54 @@
+"""What of a model deployment's `args` shapes its answers beyond what requests say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from engine.errors import ConfigError, shown
+
+Reasoning = str | Mapping[str, str]
+"""How a model thinks: a word, or the pair of strings {begin, end} that its thinking stands between."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """The args by name; None is left out, and the rule beside it holds."""
+
+    apply_chat_template: bool | None = None
+    """Whether prompts that are answered go through the chat template; where the tokenizer has one."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """The chat template's own arguments, such as `enable_thinking`; none."""
+    reasoning: Reasoning | None = None
+    """How the model thinks before it answers (`Reasoner`); auto, what chat template and vocabulary prove."""
+    thinking_budget: int | None = None
+    """Most tokens that it thinks for; as many as it likes."""
+    sampling: str | None = None
+    """`model` where its generation_config.json wins over what requests ask; `entry`."""
+    top_k: int | None = None
+    """Sample among this many of the likeliest tokens (HELM's `top_k_per_token` asks for candidates and never does)."""
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k {self.top_k} is below 1; leave it out to sample among all tokens")
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any]) -> Shaping:
+        """Of the args that are given by name; raises `ConfigError` for one that there is not."""
+        for name in args:
+            if name not in NAMES:
+                near = get_close_matches(name, NAMES, n=1)
+                raise ConfigError(
+                    f"a model deployment has no arg {shown(name)}{f'; did you mean {near[0]}?' if near else ''}"
+                )
+        return cls(**args)
+
+    def given(self) -> dict[str, Any]:
+        """Those that are not left out, for a deployment's `args`."""
+        return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Shaping))
