@@ -12,8 +12,9 @@ from engine.weights.members.group import Group
 IDLE_S = 0.02
 """How often an idle member of a group asks whether the others compute."""
 _WAITED_FOR_S = 0.05
-"""How long members that have got something to compute wait once for those that have not: what a caller asks of all of
-them does not arrive at the same moment, and would otherwise take two sweeps."""
+"""How long members that have got something to compute wait for those that have not: what a caller asks of all of
+them does not arrive at the same moment, and would otherwise take two sweeps. Who had nothing then is not waited for
+again before it has."""
 
 Batch = TypeVar("Batch")
 """What a sweep computes, of which it may have nothing."""
@@ -32,8 +33,8 @@ class Lockstep(Generic[Batch, Answer]):
         self._group = group
         self._is_sweeping = False
         self._has_left = group is None
-        self._has_begun = False
-        """Whether some member has had something to compute since all were idle."""
+        self._has_waited = False
+        """Whether members have waited for others that then had nothing to compute, and still have not."""
         self._is_waited_for = False
 
     @property
@@ -50,12 +51,14 @@ class Lockstep(Generic[Batch, Answer]):
         """
         if self._group is not None:
             num_ready = self._agree(self._group, batches)
-            is_early, self._has_begun = 0 < num_ready < self._group.count and not self._has_begun, num_ready > 0
+            are_some = 0 < num_ready < self._group.count
+            is_early = are_some and not self._has_waited
+            self._has_waited = are_some
             self._is_waited_for = is_early and not batches
             if num_ready == 0 or self._is_waited_for:
                 return []
             if is_early:
-                self._agree(self._group, batches)
+                self._has_waited = self._agree(self._group, batches) < self._group.count
         elif not batches:
             return []
         self._is_sweeping = True

@@ -1,4 +1,4 @@
-"""Protects: members of a group sweep together, and wait once for those whose jobs come a little later."""
+"""Protects: members of a group sweep together, and wait for those whose jobs come a little later."""
 
 from __future__ import annotations
 
@@ -79,6 +79,13 @@ def test_after_all_were_idle_it_is_waited_again() -> None:
     found, swept = members(2)
     run(found, [[["a"], [], ["b"]], [[], [], [], [], ["c"]]])
     assert swept == [[["a"], ["b"]], [[], ["c"]]]
+
+
+def test_jobs_that_come_at_once_after_others_are_waited_for_too() -> None:
+    """Between two calls of one who asks again at once, the members are never idle together."""
+    found, swept = members(2)
+    run(found, [[["a"], ["b"]], [["c"], [], ["d"]]])
+    assert swept == [[["a"], ["b"]], [["c"], ["d"]]]
 
 
 def test_a_member_that_ends_while_it_is_waited_for_ends_the_others() -> None:
