@@ -82,7 +82,8 @@ class Channels:
             if not is_open:
                 header = text.find(_MESSAGE, at)
                 if header < 0:
-                    return Reading("before", _joined(thoughts), len(text))
+                    has_begun = bool(thoughts) or text.startswith((_CHANNEL, _START))
+                    return Reading("before", _joined(thoughts) or "" if has_begun else None, len(text))
                 is_final = _FINAL in text[at:header]
                 at = header + len(_MESSAGE)
                 if is_final:
@@ -117,7 +118,8 @@ class Channels:
         return f"{_END}{_START}assistant{_FINAL}{_MESSAGE}"
 
 
-_START, _MESSAGE, _END, _FINAL = "<|start|>", "<|message|>", "<|end|>", "<|channel|>final"
+_START, _CHANNEL, _MESSAGE, _END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+_FINAL = f"{_CHANNEL}final"
 
 
 Style = Tags | Channels
@@ -141,8 +143,12 @@ class Thinking:
 
     def check(self) -> None:
         """Raise `JobError` for a rule that cannot be carried out."""
+        if not isinstance(self.style, Tags | Channels):
+            raise JobError(f"style of thinking {shown(self.style)} is neither Tags nor Channels")
         if isinstance(self.style, Tags) and not (self.style.begin and self.style.end):
             raise JobError(f"thinking stands between {self.style.begin!r} and {self.style.end!r}; neither may be empty")
+        if not isinstance(self.closing, tuple):
+            raise JobError(f"what closes thinking is a tuple of token ids, not {shown(self.closing)}")
         if self.budget is None:
             return
         if not _is_count(self.budget):
@@ -175,8 +181,12 @@ class Progress:
 
         `tail(n)` gives the end of the text that it ends, of n characters or more; `whole()` all of the text.
         """
+        was_last = len(self.due) == 1
         self.due, before = self.due[1:], self.place
         if before == "answer" or self.due:
+            return
+        if was_last:  # what closes thinking is forced once, whatever it spells
+            self.place = "answer"
             return
         if rule.style.may_have_moved(before, tail):
             self.place = rule.read(whole()).place

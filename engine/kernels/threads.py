@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from engine.memory.cores import usable_cores
+
+_ONE_THREAD = threading.RLock()
 
 
 def limit_threads(num_processes: int = 1) -> None:
@@ -29,11 +32,13 @@ def limit_threads(num_processes: int = 1) -> None:
 def one_thread() -> Iterator[None]:
     """Inside, torch computes with one thread: many small functions take longer with more.
 
-    Where other processes are at work on the same cores, each function waits until all its threads had their turn.
+    Where other processes are at work on the same cores, each function waits until all its threads had their turn. It
+    holds for the whole process: another thread that enters waits until this one has left.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with _ONE_THREAD:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

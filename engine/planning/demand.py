@@ -120,16 +120,19 @@ class Demand:
         """Device memory that encoded layers are expanded into, and what that takes besides."""
         return self.shape.expanded_bytes if self.expands_whole else self.shape.least_expanded_bytes
 
-    def waiting_rows(self, left: int) -> int:
+    def waiting_rows(self, left: int, rows: int) -> int:
         """Rows that wait for each other; `left` is what weights and temporaries leave of the device.
 
-        None where layers are expanded whole, under `batch-invariant`, whose mode is of one thread, and on the CPU,
-        where each thread that computes has further ones.
+        None where layers are expanded whole, under `batch-invariant`, whose mode is of one thread, on the CPU and where
+        it attends, since each thread that computes there has further ones, and where two micro-batches of so many
+        `rows` have no room.
         """
-        if self.expands_whole or self.on_cpu or self.policy.batch_invariant:
+        on_host = self.on_cpu or self.policy.cpu_cache_compute
+        if self.expands_whole or on_host or self.policy.batch_invariant:
             return 0
         room = int(_WAITING_PART * left) - WAITING_BATCHES * _THREAD_BYTES
-        return max(0, room // max(1, self.shape.waiting_row_bytes))
+        found = room // max(1, self.shape.waiting_row_bytes)
+        return found if found >= 2 * rows else 0
 
     def waiting(self, rows: int) -> int:
         """What so many rows take that wait for each other."""

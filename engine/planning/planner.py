@@ -90,7 +90,7 @@ class _Planner:
         own_rows = self.demand.own_rows(rows, device)
         beside_weights = device
         device -= self.demand.needed(own_rows, beside_weights)
-        waiting_rows = self.demand.waiting_rows(device)
+        waiting_rows = self.demand.waiting_rows(device, rows)
         device -= self.demand.waiting(waiting_rows)
         if self.memory.shared:
             host -= self.demand.work(own_rows, beside_weights)

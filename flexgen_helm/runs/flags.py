@@ -192,6 +192,10 @@ def _reasoning(words: Sequence[str] | None) -> str | dict[str, str] | None:
         raise ConfigError(
             f"--reasoning {' '.join(words)}: give a style, or the two strings that thinking stands between"
         )
+    from flexgen_helm.helm.requests.thinking import WORDS  # loads transformers
+
+    if words[0] in WORDS:
+        raise ConfigError(f"--reasoning {' '.join(words)}: {words[0]} is a style by itself; put {words[1]} before it")
     return {"begin": words[0], "end": words[1]}
 
 

@@ -20,6 +20,7 @@ from flexgen_helm.sweeps.beside.helm_side import Made, unpack
 from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 from flexgen_helm.sweeps.parts import Helpers, RunSide, Watcher
 from flexgen_helm.workers.engine_guard import EngineElsewhere
+from flexgen_helm.workers.helper_processes import Here
 
 FIRST_TOKENS = 1 << 20
 """Of requests that are made, at least, when a model is loaded for them and what else comes: they tell its policy."""
@@ -222,7 +223,10 @@ class Flow:
                 found.set_exception(error)
             self._inbox.put(partial(self._foretold, turn, found))
 
-        threading.Thread(target=foresee, name="flexgen-forecast", daemon=True).start()
+        if isinstance(self._helpers, Here):  # a model's sizes are found under torch's default dtype, which all share
+            foresee()
+        else:
+            threading.Thread(target=foresee, name="flexgen-forecast", daemon=True).start()
 
     def _foretold(self, turn: _Turn, found: Future[Callable[[], None]]) -> None:
         turn.is_foretelling = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.errors import EngineError
+from engine.errors import EngineError, named
 from engine.job import Job
 from engine.planning.hardware_profile import HardwareProfile
 from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, lines
@@ -39,6 +39,8 @@ def foresee(model: ModelSweep, jobs: Sequence[Job], profile: HardwareProfile | N
         found = forecast_of(*model.client.source, model.client.policy, jobs, profile, look) if jobs else None
     except EngineError as error:
         problem = str(error)
+    except Exception as error:  # the sweep does without
+        problem = named(error)
     return Foreseen(
         deployment=model.deployment, todo=model.num_todo, cached=model.cached, forecast=found, problem=problem
     )

@@ -48,7 +48,9 @@ class Transcript:
                 thoughts.append(part)
             elif len(part) < len(piece.rstrip()):  # the mark is not whole
                 if not thoughts and not is_open:
-                    return None, text if isinstance(self.style, Tags) else ""
+                    if isinstance(self.style, Tags):
+                        return None, text
+                    return "" if text.startswith(("<|channel|>", "<|start|>")) else None, ""  # a header is no answer
                 if "<|end|>" not in part:
                     thoughts = [*thoughts[:-1], "".join(thoughts[-1:]) + part]
                 break

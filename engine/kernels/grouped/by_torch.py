@@ -51,6 +51,8 @@ def _products(rows: torch.Tensor, stack: Stack, biases: torch.Tensor | None, cou
     for group in stack.groups(counts):
         for expert, matrix in zip(range(*group), stack.take(*group), strict=True):
             end = first + counts[expert]
+            if first == end:
+                continue
             part = result[first:end]
             torch.mm(rows[first:end], matrix, out=part)
             if biases is not None:

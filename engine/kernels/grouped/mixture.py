@@ -32,9 +32,7 @@ def _announced(matrices: Matrices, index: torch.Tensor) -> list[int] | None:
     The host waits for that, which takes less time than bringing the others.
     """
     stacks = [stack for stack in (matrices.first, matrices.second) if stack.expect is not None]
-    if not stacks or index.numel() >= matrices.count:
-        return None
-    counts = rows_of_experts(index, matrices.count)
+    counts = rows_of_experts(index, matrices.count) if stacks and index.numel() < matrices.count else None
     for stack in stacks:
         assert stack.expect is not None
         stack.expect(list(stack.groups(counts)))

@@ -36,13 +36,12 @@ class Stack:
     def groups(self, counts: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
         """First and end of consecutive experts that may be taken at once, between multiples of `at_once`.
 
-        counts: rows of each expert, as far as they are known; experts without rows are in no group.
+        counts: rows of each expert, as far as they are known; experts without rows are in a group only where they lie
+        between others of it: each group is brought, and expanded, once.
         """
-        first, count = 0, self.shape[0]
-        while first < count:
-            end, border = first, min(count, (first // self.at_once + 1) * self.at_once)
-            while end < border and (counts is None or counts[end]):
-                end += 1
-            if end > first:
-                yield first, end
-            first = max(end, first + 1)
+        count = self.shape[0]
+        for first in range(0, count, self.at_once):
+            border = min(count, first + self.at_once)
+            used = [expert for expert in range(first, border) if counts is None or counts[expert]]
+            if used:
+                yield used[0], used[-1] + 1

@@ -102,9 +102,11 @@ class JointExperts:
         if len(calls) == 1:
             calls[0]()
             return
-        forwards = [_Forward(call, self._device) for call in calls]
+        forwards: list[_Forward] = []
         self._context.ask_experts = self.ask
         try:
+            for call in calls:
+                forwards.append(_Forward(call, self._device))
             going = forwards
             while going:
                 for forward in going:

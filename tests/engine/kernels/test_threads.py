@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from models import save_model
 from real_groups import made_group, run_in
 
+from engine.kernels.threads import one_thread
 from engine.memory.cores import usable_cores
 
 _RUN = """
@@ -37,3 +42,26 @@ def test_an_engine_keeps_to_a_quota_unless_the_user_says_otherwise(
         assert set(threads) == {1}
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert set(run_in(group, _RUN, model)) == {2}
+
+
+def test_several_that_want_one_thread_leave_as_many_as_there_were() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    inside, left = threading.Event(), threading.Event()
+
+    def second() -> int:
+        inside.wait(10)
+        with one_thread():
+            assert left.is_set()
+        return torch.get_num_threads()
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(second)
+            with one_thread():
+                inside.set()
+                time.sleep(0.1)  # the other one would enter meanwhile
+                left.set()
+            assert torch.get_num_threads() == asked.result(10) == 3
+    finally:
+        torch.set_num_threads(before)

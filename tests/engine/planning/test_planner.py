@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -446,6 +447,19 @@ def test_experts_are_expanded_and_brought_as_there_is_room() -> None:
     assert plans[140].limits.waiting_rows == 0  # nothing is expanded twice
     assert 0 < plans[16].limits.rows_per_sweep == plans[16].limits.waiting_rows < plans[80].limits.waiting_rows
     assert plans[80].limits.rows_per_sweep > plans[80].limits.waiting_rows
+
+
+def test_where_few_could_wait_for_experts_none_do() -> None:
+    """A sweep of as few rows as that would bring all weights for next to nothing."""
+    policy = Policy(weights=Share(gpu=0, cpu=100))
+    for megabytes in range(7_000, 12_000, 50):
+        memory = Memory(device=megabytes * 10**6, host=900 * GB, disk=0)
+        with suppress(CapacityError):
+            limits = make_plan(EXPERTS, policy, memory, on_cpu=False).limits
+            assert limits.waiting_rows == 0 or limits.waiting_rows >= 2 * limits.rows_per_batch
+            assert limits.rows_per_sweep >= 2 * limits.rows_per_batch
+    host = replace(policy, cpu_cache_compute=True)
+    assert experts_plan(80, host).limits.waiting_rows == 0
 
 
 def test_experts_come_with_their_layer_where_nothing_waits() -> None:

@@ -201,6 +201,13 @@ def test_what_is_due_is_not_drafted(engine: Engine, plain: PreTrainedModel) -> N
     assert list(done.tokens) == expected(plain, prompt, 0, 0, closing, 9)
 
 
+def test_what_closes_thinking_is_forced_once_whatever_it_spells(engine: Engine, plain: PreTrainedModel) -> None:
+    prompt, closing = [11, 12, 13, 14] * 6, [7, 8, 9]
+    thinking = Thinking(style=THINK, is_open=True, budget=2, closing=tuple(closing))
+    (done,) = engine.run([Job(prompt=prompt, max_new_tokens=12, thinking=thinking)])
+    assert list(done.tokens) == expected(plain, prompt, 0, 2, closing, 12)
+
+
 def test_a_budget_that_is_not_used_up_changes_nothing(engine: Engine) -> None:
     """Sampled, too: the same draws choose the same tokens."""
     sampling = [Sampling(), Sampling(temperature=1.0, seed=3)]
@@ -220,6 +227,8 @@ def test_a_budget_that_is_not_used_up_changes_nothing(engine: Engine) -> None:
         (Thinking(style=Tags(begin="", end="x")), "neither may be empty"),
         (Thinking(style=THINK, budget=-1, closing=(1,)), "thinking budget -1 is no number of tokens"),
         (Thinking(style=THINK, budget=3), "needs the token ids that close thinking"),
+        (Thinking(style=THINK, budget=3, closing=[1]), "is a tuple of token ids, not [1]"),  # type: ignore[arg-type]
+        (Thinking(style="think"), "is neither Tags nor Channels"),  # type: ignore[arg-type]
         (Thinking(style=THINK, budget=3, closing=(10**6,)), "token 1000000, which is to close thinking, is outside"),
     ],
 )

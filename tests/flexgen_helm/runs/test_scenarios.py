@@ -227,8 +227,10 @@ class Thinker(FakeEngine):
 @pytest.mark.parametrize("case", named(*(case for case in CASES if not case.only_scores)))
 def test_no_thinking_reaches_a_metric(run: Callable[..., Path], case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores are those of the same answers without a thought."""
+    engines.close()  # those that have answered other tests
     monkeypatch.setattr(engines, "load", lambda path, *_: Thinker(AutoTokenizer.from_pretrained(path)))
     mine, reference = run(case, "thinking"), run(case, "answering")
+    engines.close()
     states = read(mine, "scenario_state.json")["request_states"]
     outputs = [output for state in states for output in state["result"]["completions"]]
     assert all("The answer is 5" in output["thinking"]["text"] for output in outputs)

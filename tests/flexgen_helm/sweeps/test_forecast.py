@@ -20,6 +20,7 @@ from engine.policy import Policy
 from flexgen_helm.commands.plan import ENTRIES_EXAMPLES, parse_plan_flags
 from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, size
 from flexgen_helm.run import main
+from flexgen_helm.sweeps import foreseen
 from flexgen_helm.sweeps.record import read_record
 
 Cli = Callable[..., int]
@@ -61,6 +62,17 @@ def test_a_sweep_takes_what_its_first_lines_say(cli: Cli, tiny_llama: Path, caps
 
     assert cli("plan", *flags) == 0
     assert f"0 requests to compute, {model.requests} answered by HELM's cache" in capsys.readouterr().out
+
+
+def test_a_sweep_does_without_a_forecast_that_cannot_be_made(
+    cli: Cli, tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(foreseen, "forecast_of", fail)
+    assert cli("sweep", "-r", ENTRIES[0], "--model", tiny_llama, "-m", 1, "--suite", "s") == 0
+    assert "no forecast: OSError: no more processes" in capsys.readouterr().err
 
 
 def test_weights_are_where_they_are_said_to_be(tiny_llama: Path, tmp_path: Path) -> None:
