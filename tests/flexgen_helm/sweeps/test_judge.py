@@ -280,12 +280,17 @@ def _ill(self: JudgeEngine, tokenizer: Any) -> None:
 
 
 def test_a_model_may_judge_itself_by_one_engine(cli: Cli, models: dict[str, Path], loaded: list[FakeEngine]) -> None:
-    entries, judge = conf(HARM_BENCH), models["tiny-judge"]
+    """Though only a run entry names it; it keeps its policy."""
+    judge = models["tiny-judge"]
+    entries = conf(f"{HARM_BENCH},model={judge}")
+    Path("policy.yaml").write_text("batch-invariant: true")
     # As a model, it answers what is no request of an annotator's.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("judges.verdict_on", lambda prompt: "<reasoning>so</reasoning><score>1</score>")
-        assert cli("sweep", entries, "--model", judge, "--judge", judge, "-m", 3, "--suite", "itself") == 0
+        arguments = ("--policy", "policy.yaml", "--judge", judge, "-m", 3, "--suite", "itself")
+        assert cli("sweep", entries, *arguments) == 0
     assert [len(engine.calls) for engine in loaded] == [2]
+    assert record_of("itself").models[0].policy["batch-invariant"] is True
     run = run_of("itself", "harm_bench")
     assert stat(run, "safety_score")["mean"] == stat(run, f"safety_{NAME}_score")["mean"] == 1.0
 
@@ -320,6 +325,17 @@ def test_other_commands_ask_no_judge_unsaid(
     assert cli("sweep", conf(HARM_BENCH), *common, "--judge", models["tiny-judge"], "--suite", "judged") == 0
     assert cli("reproduce", run_of("judged", "harm_bench")) == 2
     assert "was judged by another model" in capsys.readouterr().err
+
+
+def test_a_judge_never_takes_the_place_of_a_model_that_a_run_entry_names(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("sweep", conf(f"{HARM_BENCH},model={models['tiny-judge']}"), "--suite", "bad")
+    assert cli(*arguments, "--judge", models["tiny-judge"], "--judge-policy", "auto") == 2
+    assert "is the model that is judged" in capsys.readouterr().err
+    assert cli(*arguments, "--judge", "local/tiny-judge") == 2
+    assert "are both flexgen/tiny-judge" in capsys.readouterr().err
+    assert loaded == []
 
 
 @pytest.mark.parametrize(
