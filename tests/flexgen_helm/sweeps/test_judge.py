@@ -21,7 +21,8 @@ from stats import read
 from sweeping import SUITE_FILES, differences
 from tiny_models import random_llama, save_tiny_model
 
-from engine import EngineError
+from engine import Completion, EngineError
+from engine.errors import NumericsError
 from flexgen_helm.helm.engines import engines
 from flexgen_helm.sweeps.record import SweepRecord, read_record
 
@@ -271,6 +272,27 @@ def test_a_judge_that_fails_is_asked_what_is_left_by_the_same_command(
     assert not set(ill.asked) & set(judge.asked)
     assert cli(*arguments, "--suite", "whole", "--local-path", "elsewhere") == 0
     assert differences(suite("again"), suite("whole")) == []
+
+
+def test_what_a_model_left_unanswered_is_recorded_when_it_is_judged(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it judged, or left unjudged because the judge fails."""
+    answer, asked = FakeEngine.answer, list[object]()
+
+    def once_without(self: FakeEngine, job: Any) -> Any:
+        asked.append(job)
+        return Completion(error=NumericsError("not finite")) if len(asked) == 1 else answer(self, job)
+
+    monkeypatch.setattr(FakeEngine, "answer", once_without)
+    arguments = ("sweep", conf(HARM_BENCH), "--model", models["tiny-model"], "--judge", models["tiny-judge"], "-m", 4)
+    assert cli(*arguments, "--suite", "judged") == 1
+    assert [(run.status, run.failed_requests) for run in record_of("judged").runs] == [("done", 1)]
+    asked.clear()
+    engines.close()
+    monkeypatch.setattr(JudgeEngine, "__init__", _ill)
+    assert cli(*arguments, "--suite", "ill", "--local-path", "elsewhere") == 1
+    assert [(run.status, run.failed_requests) for run in record_of("ill").runs] == [("failed", 1)]
 
 
 def _ill(self: JudgeEngine, tokenizer: Any) -> None:
