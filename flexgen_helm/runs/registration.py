@@ -155,8 +155,11 @@ def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[st
 
 
 def applies_chat_template(deployment: ModelDeployment, source: str) -> bool:
-    """Whether prompts that a deployment of ours of the model `source` answers go through its chat template."""
-    return _read_tokenizer(describe(source), shaping_of(deployment))[2].applies_chat_template
+    """Whether prompts that a deployment of ours of the model `source` answers go through its chat template.
+
+    Fetches no weights.
+    """
+    return _read_tokenizer(describe(source, download_weights=False), shaping_of(deployment))[2].applies_chat_template
 
 
 def _longest_sequence(
