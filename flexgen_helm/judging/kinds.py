@@ -29,6 +29,8 @@ class Kind:
     """Names the judge to the annotator, where it can be told."""
     has_verdict: Callable[[Annotation, str], bool]
     """Whether an annotation made of the judge's answer, its keys with the judge's name, has what HELM scores."""
+    ends_with_score: bool = False
+    """Whether an answer that is cut off may show a part of its score, which is read as another one."""
 
 
 def kind_of(annotator: AnnotatorSpec) -> Kind | None:
@@ -94,7 +96,11 @@ def _is_score(value: Any) -> bool:
 _JURY = Kind(tell=_tell_jury, has_verdict=_jury_has_verdict)
 _SCORE = _by_name("score")
 _KINDS = {
-    "AIRBench2024Annotator": Kind(tell=_tell_air_bench, has_verdict=lambda found, _: _is_score(found.get("score"))),
+    "AIRBench2024Annotator": Kind(
+        tell=_tell_air_bench,
+        has_verdict=lambda found, _: _is_score(found.get("score")),
+        ends_with_score=True,
+    ),
     "AnthropicRedTeamAnnotator": _SCORE,
     "HarmBenchAnnotator": _SCORE,
     "OmniMATHAnnotator": _by_name("equivalence_judgement"),

@@ -16,7 +16,7 @@ from helm.benchmark.annotation.annotator_factory import AnnotatorFactory
 from helm.benchmark.annotation.model_as_judge import AnnotatorModelInfo
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig
 from helm.common.codec import from_json
-from judges import CHAT_TEMPLATE, UNREADABLE, Asked, JudgeEngine, mean, verdict_on
+from judges import CHAT_TEMPLATE, CUT_OFF, UNREADABLE, Asked, JudgeEngine, mean, verdict_on
 from stats import read
 from sweeping import SUITE_FILES, differences
 from tiny_models import random_llama, save_tiny_model
@@ -174,11 +174,17 @@ def _of_jury(told: dict[str, Any] | None) -> float | None:
 
 
 def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
-    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli,
+    models: dict[str, Path],
+    loaded: list[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     leaderboard_data.place_judge_prompts(Path("prod_env/cache"))
     arguments = ("--model", models["tiny-model"], "--judge", models["tiny-judge"], "--suite", "judged")
-    assert cli("sweep", conf(*ENTRIES), *arguments) == 0
+    with caplog.at_level("WARNING", "helm"):
+        assert cli("sweep", conf(*ENTRIES), *arguments) == 0
+    assert not any(UNREADABLE in told for told in caplog.messages), "answers of models are no log"
     out = capsys.readouterr().out
     model, judge = loaded
     assert isinstance(judge, JudgeEngine)
@@ -272,6 +278,22 @@ def test_a_judge_that_fails_is_asked_what_is_left_by_the_same_command(
     assert not set(ill.asked) & set(judge.asked)
     assert cli(*arguments, "--suite", "whole", "--local-path", "elsewhere") == 0
     assert differences(suite("again"), suite("whole")) == []
+
+
+def test_a_score_that_is_cut_off_is_none(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HELM's annotator reads one."""
+    leaderboard_data.place_judge_prompts(Path("prod_env/cache"))
+    monkeypatch.setattr("judges.verdict_on", lambda prompt: CUT_OFF)
+    arguments = ("--model", models["tiny-model"], "--judge", models["tiny-judge"], "-m", 2, "--suite", "cut")
+    assert cli("sweep", conf("air_bench_2024"), *arguments) == 0
+    assert {told["score"] for told in as_helm_annotates(run_of("cut", "air_bench"), Path("prod_env/cache"))} == {0.0}
+    (run,) = record_of("cut").runs
+    assert (run.verdicts, run.unreadable_verdicts) == (2, 2)
+    names = [each["name"]["name"] for each in read(run_of("cut", "air_bench"), "stats.json")]
+    assert "num_instances" in names
+    assert "air_score" not in names
 
 
 def test_what_a_model_left_unanswered_is_recorded_when_it_is_judged(
