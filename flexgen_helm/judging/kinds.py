@@ -44,8 +44,15 @@ def kind_of(annotator: AnnotatorSpec) -> Kind | None:
 
 
 def asks_a_model(annotator: AnnotatorSpec) -> bool:
-    """Whether an annotator is given HELM's client of models; others compute what they annotate."""
-    return "auto_client" in inspect.signature(get_class_by_name(annotator.class_name).__init__).parameters
+    """Whether an annotator is given HELM's client of models; others compute what they annotate.
+
+    One that cannot be imported asks nobody: `find_problems` says what its run lacks.
+    """
+    try:
+        made = get_class_by_name(annotator.class_name)
+    except Exception:  # whatever its module does
+        return False
+    return "auto_client" in inspect.signature(made.__init__).parameters
 
 
 def needs_judge(run_spec: RunSpec) -> bool:

@@ -115,7 +115,7 @@ class SweepRunner(TwoStepRunner):
                 self.diary.skipped(run_spec)
             else:
                 todo.append(run_spec)
-        for name, error in {**find_problems(todo), **self._without_annotators(todo)}.items():
+        for name, error in {**self._without_annotators(todo), **find_problems(todo)}.items():
             self.failed(name, error)
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
 

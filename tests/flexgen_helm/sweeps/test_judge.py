@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,7 +181,9 @@ def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
     loaded: list[FakeEngine],
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("helm"), "propagate", True)
     leaderboard_data.place_judge_prompts(Path("prod_env/cache"))
     arguments = ("--model", models["tiny-model"], "--judge", models["tiny-judge"], "--suite", "judged")
     with caplog.at_level("WARNING", "helm"):
@@ -278,6 +282,26 @@ def test_a_judge_that_fails_is_asked_what_is_left_by_the_same_command(
     assert not set(ill.asked) & set(judge.asked)
     assert cli(*arguments, "--suite", "whole", "--local-path", "elsewhere") == 0
     assert differences(suite("again"), suite("whole")) == []
+
+
+@pytest.mark.parametrize("is_judged", [True, False])
+def test_an_annotator_that_lacks_a_package_fails_its_run_alone(
+    cli: Cli,
+    models: dict[str, Path],
+    loaded: list[FakeEngine],
+    is_judged: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio_client", None)
+    monkeypatch.delitem(sys.modules, "helm.benchmark.annotation.bigcodebench_annotator", raising=False)
+    judge = ("--judge", models["tiny-judge"]) if is_judged else ()
+    entries = conf("medcalc_bench", "bigcodebench:version=v0.1.2,increase_max_tokens=-4000")
+    assert cli("sweep", entries, "--model", models["tiny-model"], "-m", 2, *judge, "--suite", "lacks") == 1
+    assert [run.status for run in record_of("lacks").runs] == ["done", "failed"]
+    said = "annotator BigCodeBenchAnnotator needs the package gradio_client; run `pip install gradio_client`"
+    assert str(record_of("lacks").runs[1].error).endswith(said)
+    assert said in capsys.readouterr().out
 
 
 def test_a_score_that_is_cut_off_is_none(
