@@ -155,10 +155,7 @@ def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[st
 
 
 def applies_chat_template(deployment: ModelDeployment, source: str) -> bool:
-    """Whether prompts that a deployment of ours of the model `source` answers go through its chat template.
-
-    Fetches no weights.
-    """
+    """Whether a deployment of ours of the model `source` puts prompts through its chat template; fetches no weights."""
     return _read_tokenizer(describe(source, download_weights=False), shaping_of(deployment))[2].applies_chat_template
 
 
