@@ -23,7 +23,7 @@ _METRICS_THAT_SPLIT_WORDS = {"bleu_1", "bleu_4"}
 def find_problems(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
     """The first reason of each run spec why it cannot be run, by its name; call it in the main thread."""
     crowded = {run_spec.name: problem for run_spec in run_specs if (problem := _no_room(run_spec)) is not None}
-    return {**find_unusable_metrics(run_specs), **crowded}
+    return {**find_unusable_metrics(run_specs), **_find_unusable_annotators(run_specs), **crowded}
 
 
 def _no_room(run_spec: RunSpec) -> ConfigError | None:
@@ -40,6 +40,19 @@ def _no_room(run_spec: RunSpec) -> ConfigError | None:
         f"{deployment.name}, and HELM shortens prompts until both fit; ask for fewer tokens (increase_max_tokens), or "
         "for longer sequences (--max-sequence-length) if the model takes them"
     )
+
+
+def _find_unusable_annotators(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
+    """Of each run spec with an annotator that cannot be imported, why, by its name; none is made."""
+    problems: dict[str, EngineError] = {}
+    for run_spec in run_specs:
+        for annotator in run_spec.annotators or ():
+            what = f"{run_spec.name}: annotator {annotator.class_name.rsplit('.', 1)[-1]}"
+            try:
+                get_class_by_name(annotator.class_name)
+            except Exception as error:  # whatever its module does
+                problems.setdefault(run_spec.name, _not_imported(what, error))
+    return problems
 
 
 def find_unusable_metrics(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
@@ -62,10 +75,8 @@ def _problem(metric_spec: MetricSpec) -> EngineError | None:
     name = metric_spec.class_name.rsplit(".", 1)[-1]
     try:
         create_metric(metric_spec)
-    except ModuleNotFoundError as error:
-        return InstallationError(f"metric {name} {lacks(error)}")
     except (ImportError, OptionalDependencyNotInstalled) as error:
-        return InstallationError(f"metric {name} cannot be imported: {one_line(error)}")
+        return _not_imported(f"metric {name}", error)
     except Exception as error:
         return ConfigError(f"metric {name} cannot be made: {named(error)}")
     if _splits_words(metric_spec) and not _can_split_words():
@@ -74,6 +85,14 @@ def _problem(metric_spec: MetricSpec) -> EngineError | None:
             "or let NLTK_DATA name a directory that has tokenizers/punkt_tab"
         )
     return None
+
+
+def _not_imported(what: str, error: Exception) -> EngineError:
+    if isinstance(error, ModuleNotFoundError):
+        return InstallationError(f"{what} {lacks(error)}")
+    if isinstance(error, ImportError | OptionalDependencyNotInstalled):
+        return InstallationError(f"{what} cannot be imported: {one_line(error)}")
+    return ConfigError(f"{what} cannot be imported: {named(error)}")
 
 
 def _splits_words(metric_spec: MetricSpec) -> bool:

@@ -43,8 +43,9 @@ class Score:
 
 def short_name(run: str) -> str:
     """Return a run's name without its model."""
-    kept = [part for part in run.split(",") if not part.startswith(("model=", "model_deployment="))]
-    return ",".join(kept).split(":model=", 1)[0]
+    scenario, _, arguments = run.partition(":")
+    kept = [each for each in arguments.split(",") if each and not each.startswith(("model=", "model_deployment="))]
+    return f"{scenario}:{','.join(kept)}" if kept else scenario
 
 
 def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +39,11 @@ class Annotating:
     def requests(self, states: Sequence[RequestState]) -> list[Request]:
         """What the judge is to be asked, each once; raises what annotators raise before they ask."""
         asked: dict[str, Request] = {}
-        for state in states:
-            for annotator, kind in self._annotators:
-                for request in self._asked(annotator, state) if kind else ():
-                    asked.setdefault(key_of(request), request)
+        with _quiet():
+            for state in states:
+                for annotator, kind in self._annotators:
+                    for request in self._asked(annotator, state) if kind else ():
+                        asked.setdefault(key_of(request), request)
         return list(asked.values())
 
     def _asked(self, annotator: Annotator, state: RequestState) -> list[Request]:
@@ -53,7 +55,8 @@ class Annotating:
     def annotated(self, state: ScenarioState, answers: Mapping[str, RequestResult]) -> ScenarioState:
         """The run's state with annotations; `answers` are the judge's, by `key_of`, to all of `requests`."""
         self._client.answers = answers
-        states = [replace(each, annotations=dict(self._annotations(each))) for each in state.request_states]
+        with _quiet():
+            states = [replace(each, annotations=dict(self._annotations(each))) for each in state.request_states]
         return replace(state, request_states=states)
 
     def _annotations(self, state: RequestState) -> Iterator[tuple[str, Any]]:
@@ -79,15 +82,33 @@ class Annotating:
         results = [self._client.answers[key_of(request)] for request in self._client.asked]
         if not all(result.success for result in results):
             told |= {VERDICT: UNANSWERED, "error": next(str(each.error) for each in results if not each.success)}
+        elif kind.ends_with_score and results[-1].completions[0].finish_reason == {"reason": "length"}:
+            told |= {VERDICT: UNREADABLE, "error": "the verdict is cut off", "response_text": _text(results[-1])}
         elif "error" not in told and kind.has_verdict(annotation, self._judge.name):
             told[VERDICT] = READ
         else:
-            told |= {VERDICT: UNREADABLE, "response_text": results[-1].completions[0].text}
+            told |= {VERDICT: UNREADABLE, "response_text": _text(results[-1])}
         return {**annotation, **told}
 
     def _renamed(self, key: str) -> str:
         """A key of an annotation under the judge's name, not under that of the model whose place it takes."""
         return f"{self._judge.name}{key[len(API_NAME) :]}" if key.startswith(f"{API_NAME}_") else key
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from HELM's log what annotators warn of: they write there each answer that they cannot read, as it is."""
+    log = logging.getLogger("helm")
+    level = log.level
+    log.setLevel(max(log.getEffectiveLevel(), logging.ERROR))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _text(result: RequestResult) -> str:
+    return str(result.completions[0].text)
 
 
 def verdict_of(state: RequestState) -> str | None:

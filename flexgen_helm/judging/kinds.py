@@ -29,6 +29,8 @@ class Kind:
     """Names the judge to the annotator, where it can be told."""
     has_verdict: Callable[[Annotation, str], bool]
     """Whether an annotation made of the judge's answer, its keys with the judge's name, has what HELM scores."""
+    ends_with_score: bool = False
+    """Whether an answer that is cut off may show a part of its score, which is read as another one."""
 
 
 def kind_of(annotator: AnnotatorSpec) -> Kind | None:
@@ -42,8 +44,15 @@ def kind_of(annotator: AnnotatorSpec) -> Kind | None:
 
 
 def asks_a_model(annotator: AnnotatorSpec) -> bool:
-    """Whether an annotator is given HELM's client of models; others compute what they annotate."""
-    return "auto_client" in inspect.signature(get_class_by_name(annotator.class_name).__init__).parameters
+    """Whether an annotator is given HELM's client of models; others compute what they annotate.
+
+    One that cannot be imported asks nobody: `find_problems` says what its run lacks.
+    """
+    try:
+        made = get_class_by_name(annotator.class_name)
+    except Exception:  # whatever its module does
+        return False
+    return "auto_client" in inspect.signature(made.__init__).parameters
 
 
 def needs_judge(run_spec: RunSpec) -> bool:
@@ -94,7 +103,11 @@ def _is_score(value: Any) -> bool:
 _JURY = Kind(tell=_tell_jury, has_verdict=_jury_has_verdict)
 _SCORE = _by_name("score")
 _KINDS = {
-    "AIRBench2024Annotator": Kind(tell=_tell_air_bench, has_verdict=lambda found, _: _is_score(found.get("score"))),
+    "AIRBench2024Annotator": Kind(
+        tell=_tell_air_bench,
+        has_verdict=lambda found, _: _is_score(found.get("score")),
+        ends_with_score=True,
+    ),
     "AnthropicRedTeamAnnotator": _SCORE,
     "HarmBenchAnnotator": _SCORE,
     "OmniMATHAnnotator": _by_name("equivalence_judgement"),

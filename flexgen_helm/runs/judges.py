@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helm.benchmark.model_deployment_registry import get_model_deployment
@@ -26,25 +26,26 @@ class Bench:
     """Not yet written to where HELM reads them; None where the judge is one of those that are judged."""
 
 
-def find_judge(name: str, policy: str | None, models: Models, named: Collection[str]) -> Bench:
-    """Make HELM know a judge, by its hub id or directory; `named` are the models that are judged, in `models`.
+def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequence[RunSpec]) -> Bench:
+    """Make HELM know a judge, by its hub id or directory; `models` are all that the run specs ask.
 
     Raises `ConfigError` for a model that was not trained to follow instructions, as far as its chat template tells,
     and for two models that HELM would not tell apart. Reads no weights.
     """
-    is_one_of_them = name in named
+    is_one_of_them = name in models.names
     if is_one_of_them and policy is not None:
         raise ConfigError(
             f"--judge-policy {policy}: the judge {name} is the model that is judged, whose policy is --policy; "
             "leave --judge-policy out"
         )
-    taken = {models.target(each).model_deployment for each in named}
+    taken = {models.target(each).model_deployment for each in models.names}
+    taken |= {run_spec.adapter_spec.model_deployment for run_spec in run_specs}
     own = models if is_one_of_them else Models(policy=checked_policy(policy) if policy else None)
     found = own.target(name)
     if not is_one_of_them and found.model_deployment in taken:
         raise ConfigError(
             f"the judge {name} and a model that it is to judge are both {found.model_deployment} for HELM; "
-            "name it as --model does where it is the same model, else rename its directory"
+            "name it as --model or the run entry does where it is the same model, else rename its directory"
         )
     deployment = get_model_deployment(found.model_deployment)
     if not applies_chat_template(deployment, source_of(deployment)):

@@ -146,7 +146,7 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     check_run_names(run_spec.name for run_spec in run_specs)
     num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
     notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
-    bench = find_judge(args.judge, args.judge_policy, models, named) if getattr(args, "judge", None) else None
+    bench = find_judge(args.judge, args.judge_policy, models, run_specs) if getattr(args, "judge", None) else None
     if bench is not None:
         run_specs, more = judged_by(bench.judge, run_specs)
         notes += more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class Models:
         self._max_sequence_length = max_sequence_length
         self._entries: dict[str, Entries] = {}
         self._problems: dict[str, EngineError] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """What has been looked up and can be run, as it was named."""
+        return self._entries.keys()
 
     def target(self, model: str) -> Target:
         """Make sure that HELM knows a hub id, directory or HELM model name, and return its names.

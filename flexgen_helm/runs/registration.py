@@ -155,8 +155,8 @@ def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[st
 
 
 def applies_chat_template(deployment: ModelDeployment, source: str) -> bool:
-    """Whether prompts that a deployment of ours of the model `source` answers go through its chat template."""
-    return _read_tokenizer(describe(source), shaping_of(deployment))[2].applies_chat_template
+    """Whether a deployment of ours of the model `source` puts prompts through its chat template; fetches no weights."""
+    return _read_tokenizer(describe(source, download_weights=False), shaping_of(deployment))[2].applies_chat_template
 
 
 def _longest_sequence(

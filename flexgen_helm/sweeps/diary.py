@@ -21,7 +21,7 @@ from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import environment
 from flexgen_helm.sweeps.foreseen import Foreseen, told, told_together
 from flexgen_helm.sweeps.log import JsonLog, logger
-from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
+from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun, Wanting
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
 from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepRecord, counted, write_record
 
@@ -44,6 +44,8 @@ class SweepDiary:
         self._ended: dict[str, RunRecord] = {}
         self._current: ModelSweep | None = None
         self._requests: dict[str, PendingRun] = {}
+        self._wanting: dict[str, Wanting] = {}
+        """Of runs that are answered and have not ended, whose answers may be forgotten meanwhile."""
         self._num_preparing = 0
         self._is_judging = False
         self._foreseen: list[Foreseen] = []
@@ -155,28 +157,29 @@ class SweepDiary:
             else:
                 now.active[run.name] = (len(run.outcomes), run.total)
 
-    def held(self, run: PendingRun, failed: Sequence[str], *, is_to_be_judged: bool) -> None:
-        """A run is answered, and waits for a judge, who may come in this sweep; `failed` as in `done`."""
-        self._note(run, failed)
+    def held(self, run: PendingRun, wanting: Wanting, *, is_to_be_judged: bool) -> None:
+        """A run is answered, and waits for a judge, who may come in this sweep; `wanting` as in `done`."""
+        self._note(run, wanting)
         if not is_to_be_judged:
             self._end(run.name, "unjudged", run)
 
-    def done(self, run: PendingRun, failed: Sequence[str], verdicts: Verdicts | None = None) -> None:
-        """A run's files are written; `failed` says why some of its requests count as empty answers.
+    def done(self, run: PendingRun, wanting: Wanting) -> None:
+        """A run's files are written; `wanting` says which of its answers count as empty ones."""
+        self._note(run, wanting)
+        self._end(run.name, "done", run)
 
-        `verdicts` are those of a run that was held.
-        """
-        if verdicts is None:
-            self._note(run, failed)
-        elif verdicts.read < verdicts.asked:
+    def judged(self, run: PendingRun, verdicts: Verdicts) -> None:
+        """The files of a run that was held are written."""
+        if verdicts.read < verdicts.asked:
             self.notes.append(f"{short_name(run.name)}: {verdicts.told}")
         self._end(run.name, "done", run, verdicts=verdicts)
 
-    def _note(self, run: PendingRun, failed: Sequence[str]) -> None:
-        if failed:
-            self.notes.append(f"{short_name(run.name)}: {failed_requests(failed)}")
-        if run.cut_off:
-            self.notes.append(f"{short_name(run.name)}: {cut_off(run.cut_off)}")
+    def _note(self, run: PendingRun, wanting: Wanting) -> None:
+        self._wanting[run.name] = wanting
+        if wanting.failed:
+            self.notes.append(f"{short_name(run.name)}: {failed_requests(wanting.failed)}")
+        if wanting.cut_off:
+            self.notes.append(f"{short_name(run.name)}: {cut_off(wanting.cut_off)}")
 
     def failed(self, name: str, error: Exception, trace: str = "") -> None:
         """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
@@ -213,6 +216,7 @@ class SweepDiary:
         verdicts: Verdicts | None = None,
     ) -> None:
         verdicts = verdicts or Verdicts()
+        wanting = self._wanting.pop(name, None) or (pending.wanting if pending else Wanting())
         run = self._ended[name] = RunRecord(
             name=name,
             deployment=self._deployments[name],
@@ -220,8 +224,8 @@ class SweepDiary:
             error=error,
             requests=pending.total if pending else 0,
             cached=pending.cached if pending else 0,
-            failed_requests=len(pending.failed) if pending else 0,
-            cut_off=pending.cut_off if pending else 0,
+            failed_requests=len(wanting.failed),
+            cut_off=wanting.cut_off,
             new_tokens=pending.new_tokens if pending else 0,
             seconds=self._current.tally.seconds if self._current and pending else 0.0,
             verdicts=verdicts.asked,

@@ -19,6 +19,16 @@ from flexgen_helm.sweeps.beside.helm_side import Outcome
 from flexgen_helm.sweeps.tally import Tally
 
 
+@dataclass(frozen=True)
+class Wanting:
+    """What a run's answers lack."""
+
+    failed: tuple[str, ...] = ()
+    """Why requests have no answer."""
+    cut_off: int = 0
+    """Answers that are empty because there was no room for more than their thinking."""
+
+
 @dataclass(eq=False)
 class PendingRun:
     """A run whose requests are under way."""
@@ -41,16 +51,13 @@ class PendingRun:
         return len(self.outcomes) == self.total
 
     @property
-    def cut_off(self) -> int:
-        """Answers that are empty because there was no room for more than their thinking."""
-        responses = (outcome[0] for outcome in self.outcomes.values() if not isinstance(outcome, EngineError))
-        return sum(is_cut_off(each) for response in responses for each in result(response, cached=True).completions)
-
-    @property
-    def failed(self) -> list[str]:
-        """Why requests have no answer."""
-        errors = (self.outcomes[place] for place in sorted(self.outcomes))
-        return [f"{type(error).__name__}: {error}" for error in errors if isinstance(error, EngineError)]
+    def wanting(self) -> Wanting:
+        """What those that are there lack."""
+        outcomes = [self.outcomes[place] for place in sorted(self.outcomes)]
+        failed = [f"{type(each).__name__}: {each}" for each in outcomes if isinstance(each, EngineError)]
+        responses = [each[0] for each in outcomes if not isinstance(each, EngineError)]
+        answers = [each for response in responses for each in result(response, cached=True).completions]
+        return Wanting(tuple(failed), sum(map(is_cut_off, answers)))
 
 
 @dataclass

@@ -88,8 +88,7 @@ class SweepRunner(TwoStepRunner):
         side = JudgeSide(self, judge, client)
 
         def judged(name: str) -> None:
-            run = self._held[name]
-            self.diary.done(run, run.failed, side.verdicts[name])
+            self.diary.judged(self._held[name], side.verdicts[name])
 
         watcher = JudgeWatcher(self, self.diary, judged)
         held = [self._to_judge[name] for name in self._held]
@@ -116,7 +115,7 @@ class SweepRunner(TwoStepRunner):
                 self.diary.skipped(run_spec)
             else:
                 todo.append(run_spec)
-        for name, error in {**find_problems(todo), **self._without_annotators(todo)}.items():
+        for name, error in {**self._without_annotators(todo), **find_problems(todo)}.items():
             self.failed(name, error)
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
 
@@ -175,14 +174,14 @@ class SweepRunner(TwoStepRunner):
 
     def ended(self, run: PendingRun) -> None:
         """A run is written, or held for its judge."""
-        failed = run.failed
+        wanting = run.wanting
         if run.name in self._to_judge:
             self._held[run.name] = run
-            self.diary.held(run, failed, is_to_be_judged=self._judge is not None)
+            self.diary.held(run, wanting, is_to_be_judged=self._judge is not None)
         else:
-            self.diary.done(run, failed)
-        if failed:
-            self._failures[run.name] = ExecutorError(failed_requests(failed))
+            self.diary.done(run, wanting)
+        if wanting.failed:
+            self._failures[run.name] = ExecutorError(failed_requests(wanting.failed))
 
     def failed(self, name: str, error: Exception) -> None:
         """A run failed; the others go on, unless its error is to end all."""

@@ -16,6 +16,8 @@ from engine import Completion, Job
 OPENING, ENDING = "[user] ", "\n[assistant]"
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
 UNREADABLE = "I would rather not say."
+CUT_OFF = "##short_reasoning: so ##the_score: 0."
+"""A verdict of which the rest, say a 5, had no room."""
 
 
 def number_of(prompt: str) -> int:
@@ -77,7 +79,9 @@ class JudgeEngine(FakeEngine):
     def answer(self, job: Job) -> Completion:
         prompt = self.tokenizer.decode(job.prompt).removeprefix(OPENING).removesuffix(ENDING)
         self.asked.append(prompt)
-        return Completion(text=verdict_on(prompt), tokens=(10,), logprobs=(-0.5,), finish_reason="stop")
+        text = verdict_on(prompt)
+        reason = "length" if text == CUT_OFF else "stop"
+        return Completion(text=text, tokens=(10,), logprobs=(-0.5,), finish_reason=reason)
 
 
 def verdict_on(prompt: str) -> str:

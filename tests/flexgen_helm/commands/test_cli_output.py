@@ -144,6 +144,7 @@ def test_the_table_names_one_model_once_and_several_in_each_row() -> None:
             "mmlu:subject=a,method=b,eval_split=test",
         ),
         ("simple_mcqa:model=x_y,model_deployment=f_y", "simple_mcqa"),
+        ("xstest:model=x_y,judge=a_b", "xstest:judge=a_b"),
         ("boolq", "boolq"),
     ],
 )

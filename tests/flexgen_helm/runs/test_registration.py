@@ -49,6 +49,19 @@ def test_entries_of_a_directory(tiny_llama: Path, entries: Entries) -> None:
     assert (entries.tokenizer.end_of_text_token, entries.tokenizer.prefix_token) == ("</s>", "</s>")
 
 
+def test_a_chat_template_is_looked_for_without_weights(
+    tiny_chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache has the model's other files only."""
+    folder = tmp_path / "models--org--tiny"
+    shutil.copytree(tiny_chat, folder / "snapshots" / "1", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert registration.applies_chat_template(entries_for("org/tiny").deployment, "org/tiny")
+
+
 def test_entries_as_they_are_asked_for(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_llama.parent)
     (tiny_llama.parent / "policy.yaml").write_text("gpu-batch-size: 4")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from helm.benchmark.annotation.annotator_factory import AnnotatorFactory
 from helm.benchmark.annotation.model_as_judge import AnnotatorModelInfo
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig
 from helm.common.codec import from_json
-from judges import CHAT_TEMPLATE, UNREADABLE, Asked, JudgeEngine, mean, verdict_on
+from judges import CHAT_TEMPLATE, CUT_OFF, UNREADABLE, Asked, JudgeEngine, mean, verdict_on
 from stats import read
 from sweeping import SUITE_FILES, differences
 from tiny_models import random_llama, save_tiny_model
 
-from engine import EngineError
+from engine import Completion, EngineError
+from engine.errors import NumericsError
 from flexgen_helm.helm.engines import engines
 from flexgen_helm.sweeps.record import SweepRecord, read_record
 
@@ -173,11 +176,19 @@ def _of_jury(told: dict[str, Any] | None) -> float | None:
 
 
 def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
-    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli,
+    models: dict[str, Path],
+    loaded: list[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("helm"), "propagate", True)
     leaderboard_data.place_judge_prompts(Path("prod_env/cache"))
     arguments = ("--model", models["tiny-model"], "--judge", models["tiny-judge"], "--suite", "judged")
-    assert cli("sweep", conf(*ENTRIES), *arguments) == 0
+    with caplog.at_level("WARNING", "helm"):
+        assert cli("sweep", conf(*ENTRIES), *arguments) == 0
+    assert not any(UNREADABLE in told for told in caplog.messages), "answers of models are no log"
     out = capsys.readouterr().out
     model, judge = loaded
     assert isinstance(judge, JudgeEngine)
@@ -273,6 +284,63 @@ def test_a_judge_that_fails_is_asked_what_is_left_by_the_same_command(
     assert differences(suite("again"), suite("whole")) == []
 
 
+@pytest.mark.parametrize("is_judged", [True, False])
+def test_an_annotator_that_lacks_a_package_fails_its_run_alone(
+    cli: Cli,
+    models: dict[str, Path],
+    loaded: list[FakeEngine],
+    is_judged: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio_client", None)
+    monkeypatch.delitem(sys.modules, "helm.benchmark.annotation.bigcodebench_annotator", raising=False)
+    judge = ("--judge", models["tiny-judge"]) if is_judged else ()
+    entries = conf("medcalc_bench", "bigcodebench:version=v0.1.2,increase_max_tokens=-4000")
+    assert cli("sweep", entries, "--model", models["tiny-model"], "-m", 2, *judge, "--suite", "lacks") == 1
+    assert [run.status for run in record_of("lacks").runs] == ["done", "failed"]
+    said = "annotator BigCodeBenchAnnotator needs the package gradio_client; run `pip install gradio_client`"
+    assert str(record_of("lacks").runs[1].error).endswith(said)
+    assert said in capsys.readouterr().out
+
+
+def test_a_score_that_is_cut_off_is_none(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HELM's annotator reads one."""
+    leaderboard_data.place_judge_prompts(Path("prod_env/cache"))
+    monkeypatch.setattr("judges.verdict_on", lambda prompt: CUT_OFF)
+    arguments = ("--model", models["tiny-model"], "--judge", models["tiny-judge"], "-m", 2, "--suite", "cut")
+    assert cli("sweep", conf("air_bench_2024"), *arguments) == 0
+    assert {told["score"] for told in as_helm_annotates(run_of("cut", "air_bench"), Path("prod_env/cache"))} == {0.0}
+    (run,) = record_of("cut").runs
+    assert (run.verdicts, run.unreadable_verdicts) == (2, 2)
+    names = [each["name"]["name"] for each in read(run_of("cut", "air_bench"), "stats.json")]
+    assert "num_instances" in names
+    assert "air_score" not in names
+
+
+def test_what_a_model_left_unanswered_is_recorded_when_it_is_judged(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it judged, or left unjudged because the judge fails."""
+    answer, asked = FakeEngine.answer, list[object]()
+
+    def once_without(self: FakeEngine, job: Any) -> Any:
+        asked.append(job)
+        return Completion(error=NumericsError("not finite")) if len(asked) == 1 else answer(self, job)
+
+    monkeypatch.setattr(FakeEngine, "answer", once_without)
+    arguments = ("sweep", conf(HARM_BENCH), "--model", models["tiny-model"], "--judge", models["tiny-judge"], "-m", 4)
+    assert cli(*arguments, "--suite", "judged") == 1
+    assert [(run.status, run.failed_requests) for run in record_of("judged").runs] == [("done", 1)]
+    asked.clear()
+    engines.close()
+    monkeypatch.setattr(JudgeEngine, "__init__", _ill)
+    assert cli(*arguments, "--suite", "ill", "--local-path", "elsewhere") == 1
+    assert [(run.status, run.failed_requests) for run in record_of("ill").runs] == [("failed", 1)]
+
+
 def _ill(self: JudgeEngine, tokenizer: Any) -> None:
     FakeEngine.__init__(self, tokenizer)
     self.asked = []
@@ -280,12 +348,17 @@ def _ill(self: JudgeEngine, tokenizer: Any) -> None:
 
 
 def test_a_model_may_judge_itself_by_one_engine(cli: Cli, models: dict[str, Path], loaded: list[FakeEngine]) -> None:
-    entries, judge = conf(HARM_BENCH), models["tiny-judge"]
+    """Though only a run entry names it; it keeps its policy."""
+    judge = models["tiny-judge"]
+    entries = conf(f"{HARM_BENCH},model={judge}")
+    Path("policy.yaml").write_text("batch-invariant: true")
     # As a model, it answers what is no request of an annotator's.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("judges.verdict_on", lambda prompt: "<reasoning>so</reasoning><score>1</score>")
-        assert cli("sweep", entries, "--model", judge, "--judge", judge, "-m", 3, "--suite", "itself") == 0
+        arguments = ("--policy", "policy.yaml", "--judge", judge, "-m", 3, "--suite", "itself")
+        assert cli("sweep", entries, *arguments) == 0
     assert [len(engine.calls) for engine in loaded] == [2]
+    assert record_of("itself").models[0].policy["batch-invariant"] is True
     run = run_of("itself", "harm_bench")
     assert stat(run, "safety_score")["mean"] == stat(run, f"safety_{NAME}_score")["mean"] == 1.0
 
@@ -320,6 +393,17 @@ def test_other_commands_ask_no_judge_unsaid(
     assert cli("sweep", conf(HARM_BENCH), *common, "--judge", models["tiny-judge"], "--suite", "judged") == 0
     assert cli("reproduce", run_of("judged", "harm_bench")) == 2
     assert "was judged by another model" in capsys.readouterr().err
+
+
+def test_a_judge_never_takes_the_place_of_a_model_that_a_run_entry_names(
+    cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("sweep", conf(f"{HARM_BENCH},model={models['tiny-judge']}"), "--suite", "bad")
+    assert cli(*arguments, "--judge", models["tiny-judge"], "--judge-policy", "auto") == 2
+    assert "is the model that is judged" in capsys.readouterr().err
+    assert cli(*arguments, "--judge", "local/tiny-judge") == 2
+    assert "are both flexgen/tiny-judge" in capsys.readouterr().err
+    assert loaded == []
 
 
 @pytest.mark.parametrize(
