@@ -170,6 +170,26 @@ def test_a_file_that_comes_to_the_base_model_is_seen(build: Build, tmp_path: Pat
     assert not (Path(before.path) / "chat_template.jinja").exists()
 
 
+def test_a_kept_directory_that_is_not_whole_is_made_again(build: Build, tmp_path: Path) -> None:
+    """Without its adapter it would be the base model; with another's files, another model."""
+    lora = save_adapter(tmp_path / "lora", build("llama"))
+    path = locate(str(lora)).path
+    whole = {file.name: file.resolve() for file in path.rglob("*") if not file.is_dir()}
+    spoil: list[Callable[[], Any]] = [
+        lambda: shutil.rmtree(path / "flexgen-adapter"),
+        (path / "tokenizer.json").unlink,
+        lambda: [(path / "config.json").unlink(), (path / "config.json").symlink_to(build("opt") / "config.json")],
+        lambda: [(path / "config.json").unlink(), (path / "config.json").write_text("{}")],
+        lambda: (path / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda: [shutil.rmtree(path), path.write_text("")],
+    ]
+    for each in spoil:
+        each()
+        assert locate(str(lora)).path == path
+        assert {file.name: file.resolve() for file in path.rglob("*") if not file.is_dir()} == whole
+    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
+
+
 def rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def changed(lora: Path) -> None:
         file = lora / "adapter_model.safetensors"
