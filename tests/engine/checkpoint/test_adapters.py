@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from engine import Engine, Job, Policy
 from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.description import describe
-from engine.checkpoint.identity.result import result_identity
+from engine.checkpoint.identity.result import result_identity, sampled_identity
 from engine.errors import EngineError
 from engine.model.causal_model import CausalModel
 from engine.opening import check_model
@@ -121,6 +121,8 @@ def test_the_identity_is_of_base_model_and_adapter(build: Build, tmp_path: Path)
     seen.append(result_identity(str(lora), policy))
     told = [(each["weights"], each["files"]) for each in seen]
     assert len({*told}) == len(told)
+    assert "weights" in sampled_identity(str(base), policy)
+    assert sampled_identity(str(lora), policy) == {}  # of releases that ran no adapters
 
 
 def test_an_adapter_s_own_tokenizer_goes_before_its_base_model_s(build: Build, tmp_path: Path) -> None:
