@@ -217,8 +217,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a field to come": (tell(twist=0.5), ("the field 'twist'",)),
     "a revision": (tell(revision="v2"), ("revision 'v2'",)),
     "a rank that is none": (tell(r=0), ("'r' is 0", "at least 1")),
-    "a scale that is none": (tell(alpha_pattern={"q_proj": "x"}), ("alpha_pattern['q_proj'] is 'x'",)),
+    "a scale that is none": (tell(alpha_pattern={"q_proj": "x"}), ("'alpha_pattern[q_proj]' is 'x'",)),
+    "a scale that is not finite": (tell(lora_alpha=float("nan")), ("'lora_alpha' is nan", "a finite number")),
+    "a pattern's that is not": (tell(alpha_pattern={"q_proj": float("-inf")}), ("'alpha_pattern[q_proj]' is -inf",)),
     "a pattern that is none": (tell(target_modules="(q_proj"), ("'(q_proj' is no pattern",)),
+    "a pattern that is none among others": (tell(alpha_pattern={"(?i)q_proj": 3}), ("'(?i)q_proj' is no pattern",)),
+    "a pattern that never ends": (
+        tell(target_modules="(.|..|...|....)+[^a-z._0-9]"),
+        ("q_proj", "is not told in 1 s", "without repeats in repeats"),
+    ),
+    "a pattern that never compiles": (
+        tell(rank_pattern={"((((q{99}){99}){99}){99})": 4}),
+        ("its repeats multiply to 96059601, and 100 are allowed",),
+    ),
+    "a pattern of approximate names": (tell(exclude_modules="(?:q_prom){e<=1}"), ("{ at position 10",)),
     "no base model": (tell(base_model_name_or_path=None), ("names no base model", "base_model_name_or_path")),
     "a base model that is not there": (
         tell(base_model_name_or_path="./nowhere"),
