@@ -1,14 +1,21 @@
-"""adapter_config.json: which matrices of the base model an adapter changes, and by how much."""
+"""adapter_config.json: which matrices of the base model an adapter changes, and by how much.
+
+peft matches names of modules by `re`, which cannot be interrupted: a pattern of repeats in repeats would never end.
+They are matched by `regex` here, within a time limit; patterns that the two packages read differently are refused.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from engine.checkpoint.adapters.patterns import check_pattern, end_of_name, matches, part_of_name
+import regex  # type: ignore[import-untyped]
+
 from engine.errors import CheckpointError, UnsupportedError, shown
 from engine.reading import find_file, read_json_object
 
@@ -17,6 +24,14 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "flexgen-adapter"
 """Where both are in a model directory that `locate` made of an adapter and its base model."""
 _MAX_BYTES = 16 << 20
+_MOST_CHARACTERS = 10_000
+"""Of a pattern of names."""
+_MOST_COPIES = 100
+"""`regex` compiles what is repeated as often as it must occur."""
+_MATCH_S = 1.0
+"""Processor time of one match; it takes microseconds."""
+_READ_DIFFERENTLY = re.compile(r"\{(?!\d*,?\d*\})|\[:")
+"""Approximate matches and POSIX classes of `regex`."""
 _T = TypeVar("_T")
 
 _VALUES: dict[str, tuple[Any, ...]] = {
@@ -77,17 +92,17 @@ class LoraConfig:
 
     def changes(self, module: str) -> bool:
         """Whether a module is one whose matrix the adapter changes."""
-        is_whole = any(matches(self.file, part_of_name(name), module) for name in self.replaced)
+        is_whole = any(_matches(self.file, _part_of_name(name), module) for name in self.replaced)
         return self._is_among(module, self.targets) and not is_whole and not self._is_among(module, self.excluded)
 
     def _of_pattern(self, patterns: Mapping[str, _T], module: str, otherwise: _T) -> _T:
         """The value of the first pattern that the end of a name follows, as peft finds it."""
-        found = (value for key, value in patterns.items() if matches(self.file, end_of_name(key), module))
+        found = (value for key, value in patterns.items() if _matches(self.file, _end_of_name(key), module))
         return next(found, otherwise)
 
     def _is_among(self, module: str, names: str | Iterable[str]) -> bool:
         if isinstance(names, str):
-            return bool(names) and matches(self.file, names, module, whole=True)
+            return bool(names) and _matches(self.file, names, module, whole=True)
         return any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -175,8 +190,54 @@ def _check_patterns(config: LoraConfig) -> None:
     """Raise `CheckpointError` for patterns of names that cannot be matched."""
     for pattern in (config.targets, config.excluded):
         if isinstance(pattern, str):
-            check_pattern(config.file, pattern, pattern)
+            _check_pattern(config.file, pattern, pattern)
     for pattern in config.replaced:
-        check_pattern(config.file, pattern, part_of_name(pattern))
+        _check_pattern(config.file, pattern, _part_of_name(pattern))
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
-        check_pattern(config.file, pattern, end_of_name(pattern))
+        _check_pattern(config.file, pattern, _end_of_name(pattern))
+
+
+def _end_of_name(pattern: str) -> str:
+    """The expression by which peft finds ranks and alphas: the pattern is a name, or its last parts."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _part_of_name(pattern: str) -> str:
+    """The expression by which peft finds modules that are replaced, and those inside them."""
+    return rf"(^|.*\.){pattern}($|\..*)"
+
+
+def _check_pattern(file: Path, pattern: str, expression: str) -> None:
+    """Raise `CheckpointError` unless a pattern from `file`, and the `expression` made of it, can be matched."""
+    try:
+        if len(pattern) > _MOST_CHARACTERS:
+            raise ValueError(f"more than {_MOST_CHARACTERS:,} characters")
+        re.compile(pattern)
+        re.compile(expression)
+        if found := _READ_DIFFERENTLY.search(pattern):
+            raise ValueError(f"{found[0]} at position {found.start()} is not understood here")
+        if (copies := math.prod(max(1, int(count)) for count in re.findall(r"\{(\d+)", pattern))) > _MOST_COPIES:
+            raise ValueError(f"its repeats multiply to {shown(copies)}, and {_MOST_COPIES} are allowed")
+        _compiled(expression)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {shown(pattern)} is no pattern of names of modules ({error})") from None
+
+
+def _matches(file: Path, expression: str, module: str, *, whole: bool = False) -> bool:
+    """Whether the start of a module's name, or the `whole`, matches a checked expression.
+
+    Raises `CheckpointError` where that takes too long to tell.
+    """
+    compiled = _compiled(expression)
+    try:
+        return (compiled.fullmatch if whole else compiled.match)(module, timeout=_MATCH_S) is not None
+    except TimeoutError:
+        raise CheckpointError(
+            f"{file}: whether the pattern {shown(expression)} matches the module {shown(module)} is not told in "
+            f"{_MATCH_S:.0f} s; write it without repeats in repeats"
+        ) from None
+
+
+@lru_cache(maxsize=4096)  # more than an adapter has: the cache of `regex` itself holds 500
+def _compiled(expression: str) -> Any:
+    return regex.compile(expression, regex.VERSION0)
