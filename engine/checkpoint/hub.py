@@ -60,7 +60,7 @@ def _from_hub(model: str, *, weights: bool) -> Path:
     try:
         info = _in_time(lambda: HfApi().model_info(model, timeout=_ANSWER_S))
         names = [each.rfilename for each in info.siblings or ()]
-        side = [name for name in names if _is_side_file(name)]
+        side = _side_files(names)
         path = Path(snapshot_download(model, allow_patterns=_patterns(side)))
         if not weights:
             return path
@@ -109,10 +109,22 @@ def _is_side_file(name: str) -> bool:
     return name.endswith(_SIDE_SUFFIXES) and ("/" not in name or name.startswith(_TEMPLATES))
 
 
+def _side_files(names: list[str]) -> list[str]:
+    """Those of a repository's `names` that are fetched in any case.
+
+    An adapter's weights are among them: they are small beside its base model's, and what they fit is seen from them.
+    """
+    return [*filter(_is_side_file, names), *([ADAPTER_WEIGHTS] if _is_adapter(names) else [])]
+
+
+def _is_adapter(names: list[str]) -> bool:
+    return "config.json" not in names and ADAPTER_WEIGHTS in names
+
+
 def _weight_names(path: Path, names: list[str]) -> list[str]:
     """The weight files among a repository's `names` that `transformers` loads; `path` has its small files."""
-    if "config.json" not in names and ADAPTER_WEIGHTS in names:
-        return [ADAPTER_WEIGHTS]
+    if _is_adapter(names):
+        return []
     chosen = named_weights(path) or next((name for name in CHOICES if name in names), None)
     if chosen is None or not chosen.endswith(".index.json"):
         return [chosen] if chosen else []

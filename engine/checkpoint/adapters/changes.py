@@ -80,10 +80,12 @@ def changes_of(
     folder = adapter_folder(path)
     if folder is None:
         return {}
-    config = read_lora_config(folder / ADAPTER_CONFIG)
-    file = folder / ADAPTER_WEIGHTS
-    file = file.readlink() if file.is_symlink() else file  # what the user knows
-    return _Fitting(file, config, names, state, owners, frozenset(tied), frozenset(packed)).changes()
+    config, weights = (
+        file.readlink() if file.is_symlink() else file  # what the user knows
+        for file in (folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+    )
+    lora = read_lora_config(config)
+    return _Fitting(weights, lora, names, state, owners, frozenset(tied), frozenset(packed)).changes()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""adapter_config.json: which matrices of the base model an adapter changes, and by how much."""
+"""adapter_config.json: which matrices of the base model an adapter changes, and by how much.
+
+peft matches names of modules by `re`, which cannot be interrupted: a pattern of repeats in repeats would never end.
+They are matched by `regex` here, within a time limit; patterns that the two packages read differently are refused.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+import regex  # type: ignore[import-untyped]
 
 from engine.errors import CheckpointError, UnsupportedError, shown
 from engine.reading import find_file, read_json_object
@@ -17,8 +24,14 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "flexgen-adapter"
 """Where both are in a model directory that `locate` made of an adapter and its base model."""
 _MAX_BYTES = 16 << 20
-_MOST_PATTERN = 10_000
-"""Characters of a pattern of names."""
+_MOST_CHARACTERS = 10_000
+"""Of a pattern of names."""
+_MOST_COPIES = 100
+"""`regex` compiles what is repeated as often as it must occur."""
+_MATCH_S = 1.0
+"""Processor time of one match; it takes microseconds."""
+_READ_DIFFERENTLY = re.compile(r"\{(?!\d*,?\d*\})|\[:")
+"""Approximate matches and POSIX classes of `regex`."""
 _T = TypeVar("_T")
 
 _VALUES: dict[str, tuple[Any, ...]] = {
@@ -46,6 +59,8 @@ _WITHOUT_EFFECT = (
 class LoraConfig:
     """What an adapter_config.json says, as far as it changes numbers."""
 
+    file: Path
+    """Where it says so."""
     base: str
     """The base model: a directory or a hub id."""
     rank: int
@@ -64,11 +79,11 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The inner width of the two matrices of a module, by its name in the base model."""
-        return _of_pattern(self.rank_pattern, module, self.rank)
+        return self._of_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """What the product of a module's two matrices is multiplied by."""
-        rank, alpha = self.rank_of(module), _of_pattern(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self.rank_of(module), self._of_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
 
     def replaces(self, module: str) -> bool:
@@ -77,8 +92,18 @@ class LoraConfig:
 
     def changes(self, module: str) -> bool:
         """Whether a module is one whose matrix the adapter changes."""
-        is_whole = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.replaced)
-        return _is_among(module, self.targets) and not is_whole and not _is_among(module, self.excluded)
+        is_whole = any(_matches(self.file, _part_of_name(name), module) for name in self.replaced)
+        return self._is_among(module, self.targets) and not is_whole and not self._is_among(module, self.excluded)
+
+    def _of_pattern(self, patterns: Mapping[str, _T], module: str, otherwise: _T) -> _T:
+        """The value of the first pattern that the end of a name follows, as peft finds it."""
+        found = (value for key, value in patterns.items() if _matches(self.file, _end_of_name(key), module))
+        return next(found, otherwise)
+
+    def _is_among(self, module: str, names: str | Iterable[str]) -> bool:
+        if isinstance(names, str):
+            return bool(names) and _matches(self.file, names, module, whole=True)
+        return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def read_lora_config(file: Path) -> LoraConfig:
@@ -116,10 +141,12 @@ def read_lora_config(file: Path) -> LoraConfig:
     for key, each in {"r": rank, **{f"rank_pattern[{name}]": each for name, each in ranks.items()}}.items():
         if type(each) is not int or each < 1:
             raise CheckpointError(f"{file}: {shown(key)} is {shown(each)}; a number of at least 1 is expected there")
-    for name, each in alphas.items():
-        if isinstance(each, bool) or not isinstance(each, int | float):
-            raise CheckpointError(f"{file}: alpha_pattern[{shown(name)}] is {shown(each)}; a number is expected there")
+    for key, each in {"lora_alpha": alpha, **{f"alpha_pattern[{name}]": each for name, each in alphas.items()}}.items():
+        is_number = isinstance(each, int | float) and not isinstance(each, bool)
+        if not is_number or not math.isfinite(each):
+            raise CheckpointError(f"{file}: {shown(key)} is {shown(each)}; a finite number is expected there")
     config = LoraConfig(
+        file=file,
         base=base,
         rank=rank,
         alpha=alpha,
@@ -130,7 +157,7 @@ def read_lora_config(file: Path) -> LoraConfig:
         excluded=_names(file, "exclude_modules", told.get("exclude_modules")),
         replaced=_list(file, "modules_to_save", told.get("modules_to_save")),
     )
-    _check_patterns(file, config)
+    _check_patterns(config)
     return config
 
 
@@ -159,24 +186,58 @@ def _list(file: Path, key: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_patterns(file: Path, config: LoraConfig) -> None:
-    """Raise `CheckpointError` for patterns of names that are no regular expressions, or very long ones."""
-    whole = [each for each in (config.targets, config.excluded) if isinstance(each, str)]
-    for pattern in (*whole, *config.replaced, *config.rank_pattern, *config.alpha_pattern):
-        try:
-            if len(pattern) > _MOST_PATTERN:
-                raise ValueError(f"more than {_MOST_PATTERN:,} characters")
-            re.compile(pattern)
-        except (re.error, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: {shown(pattern)} is no pattern of names of modules ({error})") from None
+def _check_patterns(config: LoraConfig) -> None:
+    """Raise `CheckpointError` for patterns of names that cannot be matched."""
+    for pattern in (config.targets, config.excluded):
+        if isinstance(pattern, str):
+            _check_pattern(config.file, pattern, pattern)
+    for pattern in config.replaced:
+        _check_pattern(config.file, pattern, _part_of_name(pattern))
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        _check_pattern(config.file, pattern, _end_of_name(pattern))
 
 
-def _of_pattern(patterns: Mapping[str, _T], module: str, otherwise: _T) -> _T:
-    """The value of the first pattern that the end of a name follows, as peft finds it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+def _end_of_name(pattern: str) -> str:
+    """The expression by which peft finds ranks and alphas: the pattern is a name, or its last parts."""
+    return rf"(.*\.)?({pattern})$"
 
 
-def _is_among(module: str, names: str | Iterable[str]) -> bool:
-    if isinstance(names, str):
-        return bool(names) and re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def _part_of_name(pattern: str) -> str:
+    """The expression by which peft finds modules that are replaced, and those inside them."""
+    return rf"(^|.*\.){pattern}($|\..*)"
+
+
+def _check_pattern(file: Path, pattern: str, expression: str) -> None:
+    """Raise `CheckpointError` unless a pattern from `file`, and the `expression` made of it, can be matched."""
+    try:
+        if len(pattern) > _MOST_CHARACTERS:
+            raise ValueError(f"more than {_MOST_CHARACTERS:,} characters")
+        re.compile(pattern)
+        re.compile(expression)
+        if found := _READ_DIFFERENTLY.search(pattern):
+            raise ValueError(f"{found[0]} at position {found.start()} is not understood here")
+        if (copies := math.prod(max(1, int(count)) for count in re.findall(r"\{(\d+)", pattern))) > _MOST_COPIES:
+            raise ValueError(f"its repeats multiply to {shown(copies)}, and {_MOST_COPIES} are allowed")
+        _compiled(expression)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {shown(pattern)} is no pattern of names of modules ({error})") from None
+
+
+def _matches(file: Path, expression: str, module: str, *, whole: bool = False) -> bool:
+    """Whether the start of a module's name, or the `whole`, matches a checked expression.
+
+    Raises `CheckpointError` where that takes too long to tell.
+    """
+    compiled = _compiled(expression)
+    try:
+        return (compiled.fullmatch if whole else compiled.match)(module, timeout=_MATCH_S) is not None
+    except TimeoutError:
+        raise CheckpointError(
+            f"{file}: whether the pattern {shown(expression)} matches the module {shown(module)} is not told in "
+            f"{_MATCH_S:.0f} s; write it without repeats in repeats"
+        ) from None
+
+
+@lru_cache(maxsize=4096)  # more than an adapter has: the cache of `regex` itself holds 500
+def _compiled(expression: str) -> Any:
+    return regex.compile(expression, regex.VERSION0)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,36 +116,55 @@ def _own_tokenizer(path: Path) -> list[Path]:
 def _linked(adapter: Path, base: Path, own: list[Path], *, has_weights: bool) -> Path:
     """A directory of links to the files of an adapter and of its base model, which is made where there is none yet.
 
-    Its name goes by what it links to, so one that is there is what it should be, whoever made it.
+    Its name goes by what it links to. One that is there counts only if it holds just these links: without those to the
+    adapter it would be the base model.
     """
-    links = {f"{ADAPTER_FOLDER}/{name}": adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    files = {f"{ADAPTER_FOLDER}/{name}": adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
     side = [file for file in found_side_files(base) if not own or file.name in _OF_THE_MODEL]
-    links |= {file.relative_to(base).as_posix(): file for file in (*side, *(_weights(base) if has_weights else ()))}
-    links |= {file.relative_to(adapter).as_posix(): file for file in own}
-    text = "\n".join(f"{name}\0{os.path.abspath(file)}" for name, file in sorted(links.items()))
+    files |= {file.relative_to(base).as_posix(): file for file in (*side, *(_weights(base) if has_weights else ()))}
+    files |= {file.relative_to(adapter).as_posix(): file for file in own}
+    links = {link: os.path.abspath(file) for link, file in files.items()}
+    text = "\n".join(f"{link}\0{file}" for link, file in sorted(links.items()))
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', adapter.name)[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     folder = cache_directory() / "adapters"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / name).is_dir():
-            return folder / name
-        _drop_those_of_nothing(folder)
-        scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder))
-        try:
-            for link, file in links.items():
-                (scratch / link).parent.mkdir(parents=True, exist_ok=True)
-                (scratch / link).symlink_to(os.path.abspath(file))
-            scratch.chmod(0o755)
-            with suppress(OSError):  # another process has made it meanwhile
-                scratch.rename(folder / name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if not _holds_just(folder / name, links):
+            _drop_those_of_nothing(folder)
+            _make(folder / name, links)
     except OSError as error:
         raise CheckpointError(
             f"the links to the files of {adapter} and its base model cannot be made in {folder}: {reason(error)}; "
             "XDG_CACHE_HOME names another directory"
         ) from None
     return folder / name
+
+
+def _holds_just(folder: Path, links: Mapping[str, str]) -> bool:
+    """Whether a directory holds these links, of names there to files, and nothing else."""
+    found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
+    return links == {
+        file.relative_to(folder).as_posix(): os.readlink(file) if file.is_symlink() else None for file in found
+    }
+
+
+def _make(folder: Path, links: Mapping[str, str]) -> None:
+    """Make a directory of links in the place of what is there, so that no process sees a part of it."""
+    scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        for link, file in links.items():
+            (scratch / "new" / link).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / "new" / link).symlink_to(file)
+        (scratch / "new").chmod(0o755)
+        with suppress(FileNotFoundError):  # there is none, or another process has taken it away
+            folder.rename(scratch / "old")
+        try:
+            (scratch / "new").rename(folder)
+        except OSError:
+            if not _holds_just(folder, links):  # else another process has made it meanwhile
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _weights(base: Path) -> list[Path]:

@@ -92,9 +92,13 @@ def result_settings(description: ModelDescription, policy: Policy) -> Identity:
 
 
 def sampled_identity(model: str, policy: Policy) -> Identity:
-    """`result_identity` as earlier releases had it: by a sample of the weights, and without the family's source."""
+    """`result_identity` as earlier releases had it: by a sample of the weights, and without the family's source.
+
+    Empty for what they could not run.
+    """
     description = describe(model)
-    return {"weights": sampled_fingerprint(Path(description.path)), **result_settings(description, policy)}
+    weights = sampled_fingerprint(Path(description.path))
+    return {} if weights is None else {"weights": weights, **result_settings(description, policy)}
 
 
 def last_change(model: str) -> float:

@@ -14,12 +14,16 @@ from engine.errors import CheckpointError
 from engine.reading import find_file, open_file, read_bytes
 
 
-def sampled_fingerprint(path: Path) -> str:
+def sampled_fingerprint(path: Path) -> str | None:
     """Hex digest that earlier releases knew a model directory by: to find the answers that they kept.
+
+    None for an adapter's: they ran none, and the digest would be its base model's.
 
     Of weight files outside the hub's cache it sees the header and a sample of every tensor (safetensors), or 1024 spots
     (`.bin`): equal digests do not say that the weights are equal.
     """
+    if adapter_folder(path) is not None:
+        return None
     digest = hashlib.sha256()
     for name in sorted({*TOKENIZER_FILES, *SIDE_FILES}):
         file = path / name

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from engine import Engine, Job, Policy
 from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.description import describe
-from engine.checkpoint.identity.result import result_identity
+from engine.checkpoint.identity.result import result_identity, sampled_identity
 from engine.errors import EngineError
 from engine.model.causal_model import CausalModel
 from engine.opening import check_model
@@ -121,6 +121,8 @@ def test_the_identity_is_of_base_model_and_adapter(build: Build, tmp_path: Path)
     seen.append(result_identity(str(lora), policy))
     told = [(each["weights"], each["files"]) for each in seen]
     assert len({*told}) == len(told)
+    assert "weights" in sampled_identity(str(base), policy)
+    assert sampled_identity(str(lora), policy) == {}  # of releases that ran no adapters
 
 
 def test_an_adapter_s_own_tokenizer_goes_before_its_base_model_s(build: Build, tmp_path: Path) -> None:
@@ -170,6 +172,26 @@ def test_a_file_that_comes_to_the_base_model_is_seen(build: Build, tmp_path: Pat
     assert not (Path(before.path) / "chat_template.jinja").exists()
 
 
+def test_a_kept_directory_that_is_not_whole_is_made_again(build: Build, tmp_path: Path) -> None:
+    """Without its adapter it would be the base model; with another's files, another model."""
+    lora = save_adapter(tmp_path / "lora", build("llama"))
+    path = locate(str(lora)).path
+    whole = {file.name: file.resolve() for file in path.rglob("*") if not file.is_dir()}
+    spoil: list[Callable[[], Any]] = [
+        lambda: shutil.rmtree(path / "flexgen-adapter"),
+        (path / "tokenizer.json").unlink,
+        lambda: [(path / "config.json").unlink(), (path / "config.json").symlink_to(build("opt") / "config.json")],
+        lambda: [(path / "config.json").unlink(), (path / "config.json").write_text("{}")],
+        lambda: (path / "chat_template.jinja").write_text("{{ messages }}"),
+        lambda: [shutil.rmtree(path), path.write_text("")],
+    ]
+    for each in spoil:
+        each()
+        assert locate(str(lora)).path == path
+        assert {file.name: file.resolve() for file in path.rglob("*") if not file.is_dir()} == whole
+    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
+
+
 def rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def changed(lora: Path) -> None:
         file = lora / "adapter_model.safetensors"
@@ -195,8 +217,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a field to come": (tell(twist=0.5), ("the field 'twist'",)),
     "a revision": (tell(revision="v2"), ("revision 'v2'",)),
     "a rank that is none": (tell(r=0), ("'r' is 0", "at least 1")),
-    "a scale that is none": (tell(alpha_pattern={"q_proj": "x"}), ("alpha_pattern['q_proj'] is 'x'",)),
+    "a scale that is none": (tell(alpha_pattern={"q_proj": "x"}), ("'alpha_pattern[q_proj]' is 'x'",)),
+    "a scale that is not finite": (tell(lora_alpha=float("nan")), ("'lora_alpha' is nan", "a finite number")),
+    "a pattern's that is not": (tell(alpha_pattern={"q_proj": float("-inf")}), ("'alpha_pattern[q_proj]' is -inf",)),
     "a pattern that is none": (tell(target_modules="(q_proj"), ("'(q_proj' is no pattern",)),
+    "a pattern that is none among others": (tell(alpha_pattern={"(?i)q_proj": 3}), ("'(?i)q_proj' is no pattern",)),
+    "a pattern that never ends": (
+        tell(target_modules="(.|..|...|....)+[^a-z._0-9]"),
+        ("q_proj", "is not told in 1 s", "without repeats in repeats"),
+    ),
+    "a pattern that never compiles": (
+        tell(rank_pattern={"((((q{99}){99}){99}){99})": 4}),
+        ("its repeats multiply to 96059601, and 100 are allowed",),
+    ),
+    "a pattern of approximate names": (tell(exclude_modules="(?:q_prom){e<=1}"), ("{ at position 10",)),
     "no base model": (tell(base_model_name_or_path=None), ("names no base model", "base_model_name_or_path")),
     "a base model that is not there": (
         tell(base_model_name_or_path="./nowhere"),

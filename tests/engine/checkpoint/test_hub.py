@@ -171,11 +171,14 @@ REPOSITORIES: dict[str, tuple[dict[str, bytes], set[str]]] = {
 }
 
 
-def test_an_adapter_is_fetched_and_its_base_model_found(hub: Hub, tiny: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("download_weights", [True, False])
+def test_an_adapter_is_fetched_and_its_base_model_found(download_weights: bool, hub: Hub, tmp_path: Path) -> None:
+    """The adapter's own weights are fetched in any case: it cannot be told without them whether it is one."""
     base = models.save_model(tmp_path / "base", "llama")
     lora = loras.save_adapter(tmp_path / "lora", base)
-    hub.files = {**weights(lora), "README.md": b"much", "optimizer.pt": b"much"}
-    call = "str(__import__('engine.checkpoint.adapters.located').checkpoint.adapters.located.locate(MODEL))"
+    hub.files = {**weights(lora), **dict.fromkeys(("README.md", "optimizer.pt", "model.safetensors"), b"much")}
+    located = "__import__('engine.checkpoint.adapters.located').checkpoint.adapters.located"
+    call = f"str({located}.locate(MODEL, download_weights={download_weights}))"
     settings = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     code, told, _ = ask(hub.url, tmp_path / "home", call, **settings)
     assert code == 0, told
