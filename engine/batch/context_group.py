@@ -59,12 +59,13 @@ def _group(segments: list[Segment], device: torch.device) -> ContextGroup:
         end=segments[-1].end,
         chain=segments[0].span.chain,
         index=index,
-        row_borders=_borders(sizes, device),
-        context_borders=_borders([start + size for size in sizes], device),
+        row_borders=borders(sizes, device),
+        context_borders=borders([start + size for size in sizes], device),
         longest=max(sizes),
         longest_context=start + max(sizes),
     )
 
 
-def _borders(sizes: list[int], device: torch.device) -> torch.Tensor:
+def borders(sizes: list[int], device: torch.device) -> torch.Tensor:
+    """Where parts of these sizes begin that lie one behind the other, and where the last ends: int32."""
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device)

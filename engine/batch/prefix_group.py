@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
+from engine.batch.context_group import borders
 from engine.schedule.sequence import Prefix
 
 Chain = tuple[int, int, tuple[Prefix, ...]]
@@ -56,8 +56,8 @@ def _group(chains: list[Chain], device: torch.device) -> PrefixGroup:
         first=chains[0][0],
         end=chains[-1][1],
         chains=tuple(prefixes for _, _, prefixes in chains),
-        row_borders=_borders(rows, device),
-        prefix_borders=_borders(tokens, device),
+        row_borders=borders(rows, device),
+        prefix_borders=borders(tokens, device),
         longest=max(rows),
         longest_prefix=max(tokens),
     )
@@ -65,7 +65,3 @@ def _group(chains: list[Chain], device: torch.device) -> PrefixGroup:
 
 def _length(chain: Chain) -> int:
     return sum(len(prefix.tokens) for prefix in chain[2])
-
-
-def _borders(sizes: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device)
