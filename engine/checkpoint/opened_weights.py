@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 from engine.checkpoint.weight_files import all_weight_files
@@ -23,8 +24,12 @@ class OpenedWeights:
     def __init__(self, path: Path) -> None:
         """To be made before the files are opened to be read. Raises `CheckpointError`."""
         self._lock = threading.Lock()
-        self._files = [(file, open_file(file, CheckpointError)) for file in all_weight_files(path)]
-        self._states = [_state(os.fstat(stream.fileno())) for _, stream in self._files]
+        with ExitStack() as opened:  # closes those before one that cannot be opened
+            self._files = [
+                (file, opened.enter_context(open_file(file, CheckpointError))) for file in all_weight_files(path)
+            ]
+            self._states = [_state(os.fstat(stream.fileno())) for _, stream in self._files]
+            opened.pop_all()
 
     def duplicates(self) -> list[tuple[Path, int]]:
         """The files and handles of them that outlive `close`: the caller closes them. Raises `EngineError` after it."""
