@@ -80,13 +80,14 @@ def entries_for(
     is_directory = Path(model).expanduser().is_dir()
     source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
     helm_name = _checked_name(name) if name else _default_name(source, is_directory)
-    end_of_text_token, prefix_token, translator = _read_tokenizer(description, Shaping.of(shaping))
+    shaped = Shaping.of(shaping)
+    end_of_text_token, prefix_token, translator = _read_tokenizer(description, shaped)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
     from engine.opening import check_model  # loads torch and transformers, which are not checked before
 
     check_model(with_window(description, window), Policy.load(policy))
     args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
-    args.update(Shaping.of(shaping).given())
+    args.update(shaped.given())
     if window is not None:
         args["window"] = window
     return Entries(

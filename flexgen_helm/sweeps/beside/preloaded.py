@@ -10,6 +10,8 @@ import helm.benchmark.metrics.basic_metrics
 import helm.benchmark.metrics.common_metric_specs
 import helm.clients.auto_client  # noqa: F401
 from tqdm import tqdm
+
+# Any model's configuration and tokenizer import what takes seconds, whichever they are.
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401, TID253
 
 import flexgen_helm.helm.requests.known_tokens

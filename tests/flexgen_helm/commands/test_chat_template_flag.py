@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,8 @@ import pytest
 import yaml
 from fake_engine import FakeEngine
 
-from flexgen_helm.run import main
-
 ENTRY = "synthetic_reasoning_natural:difficulty=easy"
 Cli = Callable[..., int]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
-    """Run a command line in an empty directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    handler = logging.NullHandler()
-    logging.getLogger("helm").addHandler(handler)
-    yield lambda *arguments: main([str(argument) for argument in arguments])
-    logging.getLogger("helm").removeHandler(handler)
 
 
 def expected_ids(model: Path, suite: Path, *, templated: bool) -> list[tuple[int, ...]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,8 @@ import pytest
 import yaml
 from thinking_models import KINDS
 
-from flexgen_helm.run import main
-from flexgen_helm.runs import launch
-
 ENTRY = "synthetic_reasoning_natural:difficulty=easy"
 Cli = Callable[..., int]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, register_helms_configs: Callable[[], None]) -> Iterator[Cli]:
-    """Run a command line in an empty directory."""
-    monkeypatch.setattr(launch, "register_builtin_configs_from_helm_package", register_helms_configs)
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    handler = logging.NullHandler()
-    logging.getLogger("helm").addHandler(handler)
-    yield lambda *arguments: main([str(argument) for argument in arguments])
-    logging.getLogger("helm").removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
