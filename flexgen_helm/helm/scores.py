@@ -24,8 +24,9 @@ FALLBACK_METRICS = (
     "f1_score",
     "rouge_l",
     "bits_per_byte",
+    "safety_score",
 )
-"""Looked for, in this order, where a scenario does not name its main metric."""
+"""Looked for, in this order, where a scenario does not name its main metric, as XSTest's does not."""
 SPLITS = ("test", "valid")
 
 

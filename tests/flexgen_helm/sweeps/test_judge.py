@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -254,7 +255,10 @@ def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
     run = run_of("later", "harm_bench")  # the one that was held is gone
     assert run.name == f"{held.name},judge={NAME}"
     assert [state["result"]["completions"] for state in read(run, "scenario_state.json")["request_states"]] == answers
-    assert "unjudged" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "unjudged" not in out
+    told = stat(run_of("later", "xstest"), "safety_score")["mean"]  # HELM's scenario does not name its main metric
+    assert re.search(rf"^xstest:judge={NAME} .*safety_score +test +4 +{told:.3f}$", out, re.MULTILINE)
 
     assert cli(*judged, "--suite", "later", "--skip-completed-runs") == 0
     assert "0 done, 0 failed, 3 skipped" in capsys.readouterr().out
