@@ -27,6 +27,7 @@ from tiny_models import random_llama, save_tiny_model
 from engine import Completion, EngineError
 from engine.errors import NumericsError
 from flexgen_helm.helm.engines import engines
+from flexgen_helm.helm.scores import choose
 from flexgen_helm.sweeps.record import SweepRecord, read_record
 
 Cli = Callable[..., int]
@@ -232,6 +233,22 @@ def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
     assert found is not None
     assert (found.deployment, found.computed) == ("flexgen/tiny-judge", len(judge.asked))
     assert [each.deployment for each in record_of("judged").models] == ["flexgen/tiny-model"]
+
+
+def test_a_judged_run_without_a_readable_verdict_has_no_score() -> None:
+    """Omni-MATH has log-probabilities of its answers, too; they are not what it is for."""
+
+    def told(*names: str) -> list[dict[str, Any]]:
+        return [{"name": {"name": name, "split": "test"}, "count": 1, "sum": 3.0, "mean": 0.25} for name in names]
+
+    common, judged = ("num_instances", "bits_per_byte"), "judge_local_tiny_verdict_read"
+    for names, metric, value in (
+        ((*common, judged), "omni_math_accuracy", None),
+        ((*common, judged, "omni_math_accuracy"), "omni_math_accuracy", 0.25),
+        (common, "bits_per_byte", 0.25),
+    ):
+        found = choose(told(*names), "run", "model", "omni_math_accuracy", "test")
+        assert (found.metric, found.value) == (metric, value)
 
 
 def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
