@@ -97,9 +97,9 @@ def _sample_cut(
 def _quantile(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """The tokens at which the sums of probabilities, in the order of ids, exceed the draws: ids `[rows]`.
 
-    Logits `[rows, vocabulary]` are overwritten. The sums are of blocks first, then within the block in question: so
-    many threads sum up a row, where a running sum over all of it is one thread block's work. A row that is not finite has some token: its
-    sequence fails, not its neighbours.
+    Logits `[rows, vocabulary]` are overwritten. The sums are of blocks first, then within the block in question: many
+    threads sum up a row, where a running sum over all of it is the work of one thread block. A row that is not finite
+    has some token: its sequence fails, not its neighbours.
     """
     weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
