@@ -20,8 +20,6 @@ from engine.weights.placed_unit import PlacedUnit
 
 _TIMEOUT = timedelta(minutes=30)
 """More than any member's longest sweep, for which others wait. A process that ends is noticed sooner."""
-_THREAD_BLOCKS = "4"
-"""Of a gather. OPT-30B on two H200s, 1,000 requests: 1.94 times one card, with NCCL's own choice 1.69 times before."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,7 @@ class Group:
         self._member = member
         self.count = member.count
         """How many there are."""
-        os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink: a driver that lacks it ends the process
-        # Its thread blocks wait on the card for the slower member, in the way of products; a host's link needs few.
-        os.environ.setdefault("NCCL_MAX_CTAS", _THREAD_BLOCKS)
+        os.environ.update(accelerator.GATHERING)
         on_cuda = device.type == "cuda"
         try:
             with accelerator.on_device(device) if on_cuda else nullcontext():
