@@ -72,6 +72,7 @@ class Tally:
                     prefill_rows=timing.prefill_rows,
                     decode_rows=timing.decode_rows,
                     sequences=timing.num_sequences,
+                    new_tokens=timing.new_tokens,
                 )
             )
             if len(self._points) >= 8 * MOST_POINTS:

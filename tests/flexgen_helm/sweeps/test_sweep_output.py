@@ -109,7 +109,8 @@ def answer(tokens: int = 10) -> Answer:
 
 def timing(**fields: Any) -> SweepTiming:
     sweep = {"begun": 100.0, "host_s": 0.5, "sweep_s": 4.0, "load_s": 0.0, "link_s": 0.25, "device": "cpu"}
-    return SweepTiming(**{**sweep, "prefill_rows": 30, "decode_rows": 10, "num_sequences": 3, **fields})
+    counts = {"prefill_rows": 30, "decode_rows": 10, "num_sequences": 3, "new_tokens": 8}
+    return SweepTiming(**{**sweep, **counts, **fields})
 
 
 def test_a_tally_adds_sweeps_up() -> None:
