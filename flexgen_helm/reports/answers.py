@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flexgen_helm.helm.scores import distinct_names
 from flexgen_helm.reports import charts
@@ -26,53 +26,57 @@ def answers_section(report: Report) -> Markup | None:
     if len({run.model for run, _ in rows}) > 1:
         names = {run.name: f"{names[run.name]} of {run.model}" for run, _ in rows}
     told = (
-        "tokens of answers; a bar stands for 0, 1, 2 to 3, 4 to 7 tokens, and so on. Cut off: ended for want of room "
-        "(max_tokens or the window)"
+        "tokens of answers; a bar stands for 0, 1, 2 to 3, 4 to 7 tokens, and so on. Cut off: ended for want of room, "
+        "by max_tokens or the window"
     )
-    if any(answers.thought for _, answers in rows):
-        told += "; those that were cut off in their thinking are empty. Thinking is counted with its marks"
-    parts = [tag("h2", "Answers"), tag("p", f"{told}.", class_="soft small"), _table(rows, names)]
+    parts: list[Markup | None] = [tag("h2", "Answers"), tag("p", told, class_="soft small")]
+    parts.append(_table((names[run.name], run, each.lengths, each.lengths.texts, each.cut_off) for run, each in rows))
+    parts.append(_thinking_table([row for row in rows if row[1].thought], names))
     parts.append(tag("h3", "To read"))
     parts += [_readable(names[run.name], run, answers.samples) for run, answers in rows[:_MOST_READ]]
     if len(rows) > _MOST_READ:
-        parts.append(tag("p", f"{plural(len(rows) - _MOST_READ, 'more run')}: see report.json.", class_="soft small"))
+        parts.append(tag("p", f"{plural(len(rows) - _MOST_READ, 'more run')}: see report.json", class_="soft small"))
     return join(parts)
 
 
-def _table(rows: Sequence[_Row], names: dict[str, str]) -> Markup:
-    has_thinking = any(answers.thought for _, answers in rows)
-    found = [answers.lengths for _, answers in rows] + [run.thinking for run, _ in rows if run.thinking]
-    num_bins = max(len(each.bins) for each in found)
-    heads = [("Run", ""), ("Answers", "roomy"), ("Median", ""), ("90 %", "roomy"), ("Longest", ""), ("", "trend roomy")]
-    heads += [("Cut off", "")]
-    if has_thinking:
-        heads += [("Thinking", ""), ("90 %", "roomy"), ("Longest", ""), ("", "trend roomy"), ("Cut off there", "")]
+def _thinking_table(rows: Sequence[_Row], names: dict[str, str]) -> Markup | None:
+    if not rows:
+        return None
+    told = "tokens of thinking, marks included, before answers. Cut off: answers that are empty, since it had not ended"
+    table = _table((names[run.name], run, run.thinking, each.thought, each.cut_off_thinking) for run, each in rows)
+    return join([tag("h3", "Thinking"), tag("p", told, class_="soft small"), table])
+
+
+def _table(rows: Iterable[tuple[str, RunRow, Lengths | None, int, int | None]]) -> Markup:
+    """Of each run its name, lengths, number of texts and how many were cut off."""
+    rows = list(rows)
+    num_bins = max((len(lengths.bins) for _, _, lengths, _, _ in rows if lengths), default=1)
+    heads = [("Run", ""), ("Number", "roomy"), ("Mean", "roomy"), ("Median", ""), ("9 of 10", "roomy"), ("Longest", "")]
+    heads += [("", "trend"), ("Cut off", "")]
     head = tag("tr", *(tag("th", name, scope="col", class_=kind or None) for name, kind in heads))
-    body = (_row(run, answers, names[run.name], num_bins, has_thinking) for run, answers in rows)
+    body = [
+        tag(
+            "tr",
+            tag("th", breakable(name), scope="row", title=run.name),
+            tag("td", f"{number:,}", class_="soft roomy"),
+            *(_cells(lengths, num_bins)),
+            _share(cut_off, number),
+        )
+        for name, run, lengths, number, cut_off in rows
+    ]
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="wide")
 
 
-def _row(run: RunRow, answers: Answers, name: str, num_bins: int, has_thinking: bool) -> Markup:
-    texts = answers.lengths.texts
-    cells = [tag("th", breakable(name), scope="row", title=run.name), tag("td", f"{texts:,}", class_="soft roomy")]
-    cells += [*_cells(answers.lengths, num_bins, "decode"), _share(answers.cut_off, texts)]
-    if has_thinking:
-        unknown = f"{plural(answers.thought, 'answer')} with thinking, whose tokens are not recorded"
-        cells += _cells(run.thinking, num_bins, "host", unknown if answers.thought else "")
-        cells.append(_share(answers.cut_off_thinking if answers.thought else None, texts))
-    return tag("tr", *cells)
-
-
-def _cells(lengths: Lengths | None, num_bins: int, kind: str, hint: str = "") -> list[Markup]:
+def _cells(lengths: Lengths | None, num_bins: int) -> list[Markup]:
     if lengths is None:
-        kinds = ("soft", "soft roomy", "soft", "trend roomy")
-        first = tag("td", "not recorded" if hint else NONE, class_=kinds[0], title=hint or None)
-        return [first, *(tag("td", class_=kind) for kind in kinds[1:])]
+        kinds = ("soft roomy", "soft", "soft roomy", "soft")
+        return [*(tag("td", NONE, class_=kind) for kind in kinds), tag("td", "not recorded", class_="trend soft")]
     return [
-        tag("td", f"{lengths.median:,}", title=f"{lengths.tokens / lengths.texts:,.1f} in the mean"),
+        tag("td", f"{lengths.tokens / lengths.texts:,.1f}", class_="soft roomy"),
+        tag("td", f"{lengths.median:,}"),
         tag("td", f"{lengths.ninth_decile:,}", class_="roomy"),
         tag("td", f"{lengths.longest:,}"),
-        tag("td", charts.histogram(lengths.bins, num_bins, kind), class_="trend roomy"),
+        tag("td", charts.histogram(lengths.bins, num_bins), class_="trend"),
     ]
 
 
@@ -85,11 +89,11 @@ def _share(count: int | None, of: int) -> Markup:
 
 def _readable(name: str, run: RunRow, samples: Sequence[Sample]) -> Markup:
     summary = tag("summary", breakable(name), f": {plural(len(samples), 'answer')}", title=run.name)
-    return tag("details", summary, *map(_sample, samples), class_="card")
+    return tag("details", summary, *map(_sample, samples), class_="card read")
 
 
 def _sample(sample: Sample) -> Markup:
-    ended = f", ended by {sample.finish_reason}" if sample.finish_reason else ""
+    ended = f", finish reason {sample.finish_reason}" if sample.finish_reason else ""
     heading = f"{sample.why.capitalize()}: instance {sample.instance}, {plural(sample.tokens, 'token')}{ended}"
     return join(
         [
@@ -107,7 +111,8 @@ def _thinking(thinking: Excerpt | None) -> Markup | None:
     if thinking is None:
         return None
     number = len(thinking.text) + thinking.num_left_out
-    return tag("details", tag("summary", f"Thinking, {plural(number, 'character')}"), tag("pre", _shown(thinking)))
+    summary = tag("summary", f"Thinking, {plural(number, 'character')}")
+    return tag("details", summary, tag("pre", _shown(thinking), class_="soft"))
 
 
 def _shown(excerpt: Excerpt) -> str:

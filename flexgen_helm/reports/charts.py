@@ -128,8 +128,8 @@ def rates(points: Sequence[TimelinePoint]) -> Markup | None:
     return _figure(shapes, [], ticks, ("0 s", f"{end:.3g} s"), "new tokens in each second over the time of the model")
 
 
-def histogram(bins: Sequence[int], num_bins: int, kind: str) -> Markup:
-    """A small bar for each bin of `Lengths`, with room for `num_bins`; `kind` is the class of the colour."""
+def histogram(bins: Sequence[int], num_bins: int) -> Markup:
+    """A small bar for each bin of `Lengths`, with room for `num_bins`."""
     highest, width = max(bins), _WIDTH / num_bins
     shapes, told = [], []
     for place, count in enumerate(bins):
@@ -139,7 +139,7 @@ def histogram(bins: Sequence[int], num_bins: int, kind: str) -> Markup:
             height = max(6.0, _HEIGHT * count / highest)  # to be seen
             left, top = f"{place * width + 4:.1f}", f"{_HEIGHT - height:.1f}"
             size = {"width": f"{width - 8:.1f}", "height": f"{height:.1f}"}
-            shapes.append(tag("rect", tag("title", told[-1]), x=left, y=top, **size, class_=f"area {kind}"))
+            shapes.append(tag("rect", tag("title", told[-1]), x=left, y=top, **size, class_="area decode"))
     return _drawing(shapes, "spark", "; ".join(told))
 
 
