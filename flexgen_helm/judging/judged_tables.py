@@ -65,12 +65,15 @@ def with_judge(schema: Schema, run_specs: Sequence[RunSpec]) -> Schema:
     matcher = MetricNameMatcher(name=verdicts.name, split="${main_split}")
     kept.append(MetricGroup(name=_GROUP, display_name="Verdicts", hide_win_rates=True, metrics=[matcher]))
     left_out = schema.name_to_metric_group.keys() - {each.name for each in kept}
+    groups = [
+        replace(each, metric_groups=[n for n in each.metric_groups if n not in left_out]) for each in schema.run_groups
+    ]
     of_judged = {name for spec in judged for name in spec.groups}
     return replace(
         schema,
         metrics=metrics,
         metric_groups=kept,
-        run_groups=[_with_groups(group, left_out, group.name in of_judged) for group in schema.run_groups],
+        run_groups=[_judged(each, judge) if of_judged & {each.name, *each.subgroups} else each for each in groups],
     )
 
 
@@ -93,6 +96,7 @@ def _without_api_judges(group: MetricGroup) -> MetricGroup:
     return replace(group, metrics=[each for each in group.metrics if each.name not in _OF_API_JUDGES])
 
 
-def _with_groups(group: RunGroup, left_out: set[str], is_judged: bool) -> RunGroup:
-    names = [name for name in group.metric_groups if name not in left_out]
-    return replace(group, metric_groups=[*names, _GROUP] if is_judged and _GROUP not in names else names)
+def _judged(group: RunGroup, judge: str) -> RunGroup:
+    """A benchmark that was judged, or a group of such: `helm-server` cuts headings short, but not descriptions."""
+    names = group.metric_groups if group.subgroups else [*group.metric_groups, _GROUP]
+    return replace(group, metric_groups=names, description=f"{group.description or ''} (judged by {judge})".lstrip())

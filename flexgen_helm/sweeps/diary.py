@@ -140,7 +140,7 @@ class SweepDiary:
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""
         self._current, now = model, self._progress.standing
-        now.doing = f"loading {model.deployment}" if model.num_todo else model.deployment
+        now.doing, now.is_loading = model.deployment, model.num_todo > 0
         now.tokens, now.tokens_done = model.most_tokens, 0
         for line in model.client.notes:
             self._progress.say(f"{model.deployment}: {line}")
@@ -202,8 +202,7 @@ class SweepDiary:
         for device, reason in model.tally.given_up().items():
             self.notes.append(f"{model.deployment}: device {device} was given up ({reason}); the others did its work")
         self._current = None
-        self._progress.standing.active = {}
-        self._progress.standing.doing = f"{model.deployment} done"
+        self._progress.standing.ended(model.deployment)
         self._write()
 
     def _end(
@@ -261,7 +260,7 @@ class SweepDiary:
             return 0.0, 0.0, None
         tally = model.tally
         seconds = tally.computing_s
-        return seconds, tally.prompt_tokens + tally.new_tokens, tally.fraction(seconds)
+        return seconds, tally.prompt_tokens + max(tally.new_tokens, tally.given_tokens), tally.fraction(seconds)
 
     def _write(self, finished: str | None = None) -> None:
         try:

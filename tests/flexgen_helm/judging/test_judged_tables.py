@@ -41,6 +41,8 @@ def test_the_judge_is_in_the_columns_of_what_it_judged() -> None:
     assert "annotation_metrics" not in after.name_to_metric_group
     assert after.name_to_run_group["harm_bench"].metric_groups == ["accuracy", "general_information", "verdicts"]
     assert after.name_to_run_group["xstest"].metric_groups == ["accuracy", "general_information"]
+    described = {name for name, group in after.name_to_run_group.items() if "local_one" in str(group.description)}
+    assert described == {"safety_scenarios", "harm_bench"}
     generated = replace(before, metrics=[*before.metrics, Field(name="judge_local_one_verdict_read")])  # by HELM
     assert len(with_judge(generated, [judged(get_harm_bench_spec(), ONE)]).metrics) == len(after.metrics)
 
