@@ -52,7 +52,7 @@ def _table(rows: Iterable[tuple[str, RunRow, Lengths | None, int, int | None]]) 
     rows = list(rows)
     num_bins = max((len(lengths.bins) for _, _, lengths, _, _ in rows if lengths), default=1)
     heads = [("Run", ""), ("Number", "roomy"), ("Mean", "roomy"), ("Median", ""), ("9 of 10", "roomy"), ("Longest", "")]
-    heads += [("", "trend"), ("Cut off", "")]
+    heads += [("", "trend roomy"), ("Cut off", "")]
     head = tag("tr", *(tag("th", name, scope="col", class_=kind or None) for name, kind in heads))
     body = [
         tag(
@@ -70,13 +70,13 @@ def _table(rows: Iterable[tuple[str, RunRow, Lengths | None, int, int | None]]) 
 def _cells(lengths: Lengths | None, num_bins: int) -> list[Markup]:
     if lengths is None:
         kinds = ("soft roomy", "soft", "soft roomy", "soft")
-        return [*(tag("td", NONE, class_=kind) for kind in kinds), tag("td", "not recorded", class_="trend soft")]
+        return [*(tag("td", NONE, class_=kind) for kind in kinds), tag("td", "not recorded", class_="trend soft roomy")]
     return [
         tag("td", f"{lengths.tokens / lengths.texts:,.1f}", class_="soft roomy"),
         tag("td", f"{lengths.median:,}"),
         tag("td", f"{lengths.ninth_decile:,}", class_="roomy"),
         tag("td", f"{lengths.longest:,}"),
-        tag("td", charts.histogram(lengths.bins, num_bins), class_="trend"),
+        tag("td", charts.histogram(lengths.bins, num_bins), class_="trend roomy"),
     ]
 
 

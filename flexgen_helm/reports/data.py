@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.reading import read_json
+from flexgen_helm.helm.scores import short_name
 from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.reports.drift import Drift, References, compression
@@ -255,7 +256,7 @@ def _verdicts(record: SweepRecord) -> Iterator[str]:
             unanswered=run.missing_verdicts,
         )
         if found.read < found.asked:
-            yield f"{run.name}: {found.told}"
+            yield f"{short_name(run.name)}: {found.told}"
 
 
 def _told(folder: Path) -> tuple[str, ...]:

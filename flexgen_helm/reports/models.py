@@ -26,8 +26,9 @@ def _judge(report: Report) -> Markup | None:
     """Who judged, and what could not be read of it."""
     if report.judge is None:
         return None
-    lines = (tag("p", line, class_="small") for line in report.verdicts)
-    return join([tag("h2", "Judge"), *lines, _card(report.judge, is_writing=True)])
+    lines = [tag("li", line, class_="warn") for line in report.verdicts]
+    told = tag("ul", *lines, class_="notices") if lines else None
+    return join([tag("h2", "Judge"), told, _card(report.judge, is_writing=True)])
 
 
 def _card(row: ModelRow, *, is_writing: bool) -> Markup:
