@@ -51,6 +51,7 @@ class SweepRunner(TwoStepRunner):
         self._suite = suite
         self._plugins = tuple(plugins)
         self._judge = judge
+        self.judge_deployment = None if judge is None else judge.deployment
         self._to_judge: dict[str, RunSpec] = {}
         """Runs that a model is to judge, by their names; those that are held have an entry in `_held`."""
         self._held: dict[str, PendingRun] = {}

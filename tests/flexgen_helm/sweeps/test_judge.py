@@ -274,6 +274,12 @@ def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
 
     assert cli(*judged, "--suite", "later", "--skip-completed-runs") == 0
     assert "0 done, 0 failed, 3 skipped" in capsys.readouterr().out
+    Path("placed.yaml").write_text("gpu-batch-size: 3")
+    assert cli(*judged, "--suite", "later", "--skip-completed-runs", "--judge-policy", "placed.yaml") == 0
+    assert "0 done, 0 failed, 3 skipped" in capsys.readouterr().out
+    Path("other.yaml").write_text("dtype: float32")
+    assert cli(*judged, "--suite", "later", "--skip-completed-runs", "--judge-policy", "other.yaml") == 0
+    assert "2 done, 0 failed, 1 skipped" in capsys.readouterr().out
     assert cli(*judged, "--suite", "at_once", "--local-path", "elsewhere") == 0
     assert differences(suite("later"), suite("at_once")) == []
 
