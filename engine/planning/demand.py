@@ -66,6 +66,11 @@ class Demand:
         self.experts_apart = can_wait and self.slots(share) > _TRANSIT_PART * room
         """Whether those are brought some at a time, too, since layers in transit would take too much."""
 
+    @property
+    def row_bytes(self) -> int:
+        """Temporaries of one row inside a layer."""
+        return (self.on_cpu and self.shape.cpu_work_row_bytes) or self.shape.work_row_bytes
+
     def _likely_share(self) -> Share:
         """The policy's weights; without any, all on the device where they fit, else none."""
         resident = Share(gpu=100, cpu=0)
@@ -148,7 +153,7 @@ class Demand:
 
     def work(self, rows: int, left: int | None = None) -> int:
         """What computing so many rows takes, logits included; `left` is what weights leave of the device, if known."""
-        return rows * self.shape.work_row_bytes + self._logits_copies * self.logits_bytes(left)
+        return rows * self.row_bytes + self._logits_copies * self.logits_bytes(left)
 
     @property
     def _logits_copies(self) -> int:
@@ -213,14 +218,14 @@ class Demand:
         if is_resident and not self.on_cpu:
             more = (rows for rows in _MORE_ROWS if rows * self.row_operations <= _MOST_OPERATIONS)
             choices = (*more, *choices)
-        fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
+        fitting = [rows for rows in choices if rows * self.row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 
     def own_rows(self, rows: int, left: int) -> int:
         """Rows of the largest micro-batch that memory is kept for; `rows` is what it may have if it can be cut."""
         if not self.on_cpu:
             return rows
-        most = int(_WORK_FRACTION * max(0, left)) // self.shape.work_row_bytes
+        most = int(_WORK_FRACTION * max(0, left)) // self.row_bytes
         return max(rows, min(_MOST_OWN_ROWS, most))
 
     def beside_rows(self, rows: int) -> int:

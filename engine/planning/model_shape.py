@@ -24,6 +24,8 @@ class ModelShape:
     hidden_row_bytes: int
     work_row_bytes: int
     """Temporaries of one row inside a layer, about."""
+    cpu_work_row_bytes: int = 0
+    """The same on the CPU, where torch's functions compute experts; 0: as much."""
 
     is_padded: bool = False
     """The family carries its own attention and runs in padded micro-batches."""
