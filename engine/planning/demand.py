@@ -31,6 +31,11 @@ apart from them."""
 _WAITING_PART = 0.5
 """Of the device memory that weights and a micro-batch's temporaries leave, what micro-batches may hold that wait for
 each other where a layer computes experts; where experts come apart, a sweep has no more rows than that."""
+_WAITING_ROWS = 32768
+"""Rows that a greedy plan leaves room for to wait. Weights that the device keeps in their place save less than another
+expansion of all experts costs."""
+_CACHE_RESERVE = 0.06
+"""Share of device memory that a greedy plan leaves to the KV cache when weights would take everything."""
 _THREAD_BYTES = 32 << 20
 """Memory that a card's libraries keep for each thread that multiplies."""
 _FRAGMENTATION = 0.04
@@ -132,12 +137,23 @@ class Demand:
         it attends, since each thread that computes there has further ones, and where two micro-batches of so many
         `rows` have no room.
         """
-        on_host = self.on_cpu or self.policy.cpu_cache_compute
-        if self.expands_whole or on_host or self.policy.batch_invariant:
+        if not self._can_wait:
             return 0
         room = int(_WAITING_PART * left) - WAITING_BATCHES * _THREAD_BYTES
         found = room // max(1, self.shape.waiting_row_bytes)
         return found if found >= 2 * rows else 0
+
+    @property
+    def _can_wait(self) -> bool:
+        on_host = self.on_cpu or self.policy.cpu_cache_compute
+        return not (self.expands_whole or on_host or self.policy.batch_invariant)
+
+    def reserve(self, left: float) -> float:
+        """What a greedy plan keeps free for the KV cache and for rows that wait, of what temporaries leave."""
+        kept = _CACHE_RESERVE * self.memory.device
+        if not self._can_wait:
+            return kept
+        return max(kept, min(self.waiting(_WAITING_ROWS) / _WAITING_PART, left))
 
     def waiting(self, rows: int) -> int:
         """What so many rows take that wait for each other."""
@@ -240,7 +256,8 @@ class Demand:
         return cache_bytes * shape.cache_row_bytes // (shape.cache_row_bytes + shape.cache_layer_row_bytes)
 
     def hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
-        fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}
+        # Of a mixture, more rows are computed while its weights arrive, and their hidden states are small.
+        fraction = {"device": 0.5 if self.shape.is_mixture and not self.on_cpu else 0.25, "host": 0.5, "disk": 0.5}
         rows = [
             max(0, left[tier]) * fraction[tier] / (self.shape.hidden_row_bytes * percent / 100)
             for tier, percent in percents(activations).items()

@@ -48,6 +48,11 @@ class ModelShape:
     """Of one row's attention to one key, all heads and their copies, where a family keeps them; else 0."""
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether there are experts that the engine's own function computes."""
+        return self.cpu_work_row_bytes > 0
+
+    @property
     def weight_bytes(self) -> int:
         """All weights, once."""
         return sum(self.unit_bytes) + self.embedding_bytes + self.outer_bytes

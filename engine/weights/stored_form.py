@@ -118,16 +118,19 @@ def _work_row_bytes(model: CausalModel, *, by_torch: bool) -> int:
     inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
     choices = count_of(config, "num_experts_per_tok") or 1
     widest = max(model.kv_shapes, key=lambda shape: shape.width)
-    attention = config.num_attention_heads * (2 * widest.key_dim + 2 * widest.value_dim)
+    attention = 2 * config.num_attention_heads * (2 * widest.key_dim + 2 * widest.value_dim)
     if model.expert_matrices:
         layers = (unit.owners for unit in model.units if unit.name.startswith("layer."))
         matrices = [shape for names in layers for name in names if len(shape := model.state[name].shape) == 2]
         # What a config tells of layers without experts may be of none of them.
         feedforward = 3 * min(inner, max(max(shape) for shape in matrices))
         feedforward += choices * _choice_width(model, model.expert_matrices, by_torch=by_torch)
+        # They are not held at once; other attention than a plain softmax has scores besides.
+        is_flat = model.is_plain and widest.key_dim == widest.value_dim
+        both = max(feedforward, attention) if is_flat else feedforward + attention
     else:
-        feedforward = 3 * inner * choices
-    return int(model.dtype.itemsize * (6 * model.hidden_size + feedforward + 2 * attention))
+        both = 3 * inner * choices + attention
+    return int(model.dtype.itemsize * (6 * model.hidden_size + both))
 
 
 def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
