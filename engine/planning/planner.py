@@ -206,7 +206,7 @@ class _Planner:
         slots = self.demand.slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + self.demand.expanded
         rest = self.demand.device_room(0) - slots
         rows = self.demand.rows_per_batch(rest)
-        room = rest - self.demand.needed(rows)
+        room: float = rest - self.demand.needed(rows)
         room -= self.demand.reserve(room)
         gpu = int(max(0.0, min(99.0, 100 * room / bytes_of.of_one(100))))
         host = memory.host - (self.demand.sharing.count * self.demand.device_room(0) if memory.shared else 0)
