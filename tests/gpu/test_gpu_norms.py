@@ -1,4 +1,4 @@
-"""On a CUDA device the kernel of norms gives what torch's functions give, with the same bits in any company."""
+"""On a CUDA device kernels of norms and rotary embeddings give what torch's functions give, in any company."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import models
 import pytest
 import torch
 
+from engine.kernels import rotary
 from engine.kernels.norms import RMSNorm, Scaling, kernel_for
 from engine.model.causal_model import CausalModel
 
@@ -32,6 +33,21 @@ def test_as_by_torch(width: int, scaling: Scaling, dtype: torch.dtype) -> None:
         assert torch.equal(kernel(rows[taken], weight, told.eps, told.scaling), found[taken])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "dim", "width"), [(32, 128, 128), (4, 128, 128), (64, 64, 32), (1, 96, 96)])
+def test_states_are_turned_to_the_bits_of_torchs_functions(
+    heads: int, dim: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    kernel = rotary.kernel_for(torch.device("cuda", torch.cuda.current_device()))
+    if kernel is None:
+        pytest.skip("Triton does not compile for this card")
+    states = torch.randn(1, 1000, heads, dim, device="cuda").to(dtype).transpose(1, 2)
+    cos, sin = (torch.randn(1, 1000, width, device="cuda").to(dtype) for _ in range(2))
+    assert torch.equal(kernel(states, cos, sin), rotary.rotated(states, cos, sin))
+    assert torch.equal(kernel(states.contiguous(), cos, sin), rotary.rotated(states, cos, sin))
+
+
 def test_layers_on_a_card_have_it(tmp_path: Path) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if kernel_for(device) is None:
@@ -39,4 +55,4 @@ def test_layers_on_a_card_have_it(tmp_path: Path) -> None:
     path = models.save_model(tmp_path, "qwen3-moe")
     model = CausalModel(path, torch.bfloat16, device)
     fused = [name for name, module in model.layers[0].named_modules() if "forward" in vars(module)]
-    assert len(fused) == 4
+    assert len(fused) == 5  # four norms, and the attention whose rotary embedding is
