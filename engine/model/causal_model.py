@@ -24,8 +24,8 @@ from engine.model.attention import flash
 from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
-from engine.model.norms import fuse_norms
-from engine.model.rotary import fuse_rotary
+from engine.model.fused.norms import fuse_norms
+from engine.model.fused.rotary import fuse_rotary
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit

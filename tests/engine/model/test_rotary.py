@@ -15,8 +15,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as of_
 
 from engine import Engine
 from engine.kernels.rotary import rotated
-from engine.model import causal_model, rotary
-from engine.model.rotary import widths_of
+from engine.model import causal_model
+from engine.model.fused import rotary
+from engine.model.fused.rotary import widths_of
 
 DTYPE = torch.bfloat16
 Turned = tuple[torch.Tensor, torch.Tensor]
