@@ -38,6 +38,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     target,
     rows,
     columns,
+    num_bytes,
     code_matrix,
     code_row,
     scale_matrix,
@@ -57,7 +58,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
     byte = (tl.program_id(1) * tile_bytes + tl.arange(0, tile_bytes))[None, :]
     matrix = tl.program_id(2).to(tl.int64)
-    inside = (row < rows) & (byte * per_byte < columns)
+    inside = (row < rows) & (byte < num_bytes)
     code = tl.load(codes + matrix * code_matrix + row * code_row + byte, mask=inside, other=0).to(tl.int32)
     # Numbers of a byte have one scale: blocks are of even widths.
     places = matrix * scale_matrix + (row // block_rows) * scale_row + byte * per_byte // block_columns
@@ -102,6 +103,7 @@ def expand(coded: Coded, matrices: torch.Tensor) -> None:
         matrices,
         rows,
         columns,
+        num_bytes,
         *coded.codes.stride()[:2],
         *coded.scales.stride()[:2],
         *matrices.stride(),
