@@ -78,10 +78,10 @@ def widths_of(turn: _Turn, dtype: torch.dtype) -> frozenset[int]:
         cos, sin = random(1, _ROWS, halves * _DIM // 2), random(1, _ROWS, halves * _DIM // 2)
         try:
             turned = turn(query, key, cos, sin)
-        except Exception:  # it takes others
+            is_same = len(turned) == 2 and all(map(torch.equal, turned, (rotated(x, cos, sin) for x in (query, key))))
+        except Exception:  # it takes others, or returns them
             continue
-        expected = [rotated(each, cos, sin) for each in (query, key)]
-        if len(turned) == 2 and all(map(torch.equal, turned, expected)):
+        if is_same:
             found.add(halves)
     return frozenset(found)
 
