@@ -1,4 +1,1 @@
-"""Parts of a model's layers that one kernel computes in place of many functions, known by what they compute.
-
-It imports kernels.
-"""
+"""Modules and functions of a model's layers that are one kernel on a card: found out by calling them."""
