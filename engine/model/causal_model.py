@@ -24,7 +24,8 @@ from engine.model.attention import flash
 from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
-from engine.model.norms import fuse_norms
+from engine.model.fused.norms import fuse_norms
+from engine.model.fused.rotations import fuse_rotations
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -96,6 +97,7 @@ class CausalModel:
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.kv_shapes: list[KVShape] = probe(self)
         fuse_norms(self.layers, self.sweeping, device, dtype)
+        fuse_rotations(self.layers, self.sweeping, device, dtype)
         for root in (self.module, *self.layers):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
