@@ -105,6 +105,7 @@ class _Planner:
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,
             rows_per_batch=rows,
+            rows_per_piece=own_rows,
             cached_rows_per_batch=max(1, self.demand.staged(rows) // self.demand.gathered_row_bytes()),
             reads_on_host=self.policy.cpu_cache_compute and self.shape.is_plain and not self.policy.batch_invariant,
             gap_rows=_GAP_BYTES // self.demand.stored_row_bytes(),

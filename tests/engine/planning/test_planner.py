@@ -290,6 +290,18 @@ def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
     assert from_disk.admission is None
 
 
+def test_a_longer_prompt_than_memory_is_kept_for_is_computed_in_pieces() -> None:
+    """Of 30 % of what weights leave: as many rows as have room, on the CPU up to 4096 of a single prompt."""
+    card = make_plan(OPT_30B, Policy(), T4, on_cpu=False).limits
+    assert card.rows_per_piece == card.rows_per_batch
+    layer = replace(OPT_30B, unit_bytes=(GB,), work_row_bytes=10**6, outer_bytes=0)
+    rows = []
+    for left in (1, 4, 20):
+        memory = Memory(device=(1 + left) * GB, host=(1 + left) * GB, disk=0, shared=True)
+        rows.append(make_plan(layer, Policy(), memory, on_cpu=True).limits.rows_per_piece)
+    assert rows == [300, 1200, 4096]
+
+
 def test_what_attention_gathers_is_reckoned_with_its_copies() -> None:
     """By hand: four staging buffers, numbers for what is encoded, and what is collected where it is not in place."""
     row, coded = OPT_30B.cache_layer_row_bytes, 8064

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from tiny_models import random_llama, save_tiny_model
 from engine import Completion, EngineError
 from engine.errors import NumericsError
 from flexgen_helm.helm.engines import engines
+from flexgen_helm.helm.scores import choose
 from flexgen_helm.summarizer import JudgedSummarizer
 from flexgen_helm.sweeps.record import SweepRecord, read_record
 
@@ -249,6 +251,22 @@ def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
     assert not any("GPT" in words or "Llama" in words for words in (*told.cells, *told.descriptions.values()))
 
 
+def test_a_judged_run_without_a_readable_verdict_has_no_score() -> None:
+    """Omni-MATH has log-probabilities of its answers, too; they are not what it is for."""
+
+    def told(*names: str) -> list[dict[str, Any]]:
+        return [{"name": {"name": name, "split": "test"}, "count": 1, "sum": 3.0, "mean": 0.25} for name in names]
+
+    common, judged = ("num_instances", "bits_per_byte"), "judge_local_tiny_verdict_read"
+    for names, metric, value in (
+        ((*common, judged), "omni_math_accuracy", None),
+        ((*common, judged, "omni_math_accuracy"), "omni_math_accuracy", 0.25),
+        (common, "bits_per_byte", 0.25),
+    ):
+        found = choose(told(*names), "run", "model", "omni_math_accuracy", "test")
+        assert (found.metric, found.value) == (metric, value)
+
+
 def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
     cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,7 +288,10 @@ def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
     run = run_of("later", "harm_bench")  # the one that was held is gone
     assert run.name == f"{held.name},judge={NAME}"
     assert [state["result"]["completions"] for state in read(run, "scenario_state.json")["request_states"]] == answers
-    assert "unjudged" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "unjudged" not in out
+    told = stat(run_of("later", "xstest"), "safety_score")["mean"]  # HELM's scenario does not name its main metric
+    assert re.search(rf"^xstest:judge={NAME} .*safety_score +test +4 +{told:.3f}$", out, re.MULTILINE)
 
     assert cli(*judged, "--suite", "later", "--skip-completed-runs") == 0
     assert "0 done, 0 failed, 3 skipped" in capsys.readouterr().out
