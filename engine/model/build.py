@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from engine.checkpoint.model_class import new_model
 from engine.errors import CheckpointError, UnsupportedError, named
 from engine.model.attention.interface import ATTENTION_NAME
 
@@ -94,9 +95,7 @@ def default_attention(model: PreTrainedModel) -> str:
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     try:
         with parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
+            model = new_model(config, dtype=dtype, attn_implementation=attention)
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
             raise

@@ -1,8 +1,8 @@
 """Counts what becomes of every causal family of `transformers`, and of its variants: writes a table of the outcomes.
 
-    python tests/engine/count_families.py TABLE [NAME ...]
+    make families TABLE=table.md
 
-Each is a tiny random model that the engine runs beside plain `transformers` (`test_every_family.py`). It takes half an
+Each is a tiny random model that the engine runs beside plain `transformers` (`outcomes.py`). It takes half an
 hour on one core; lines are written as they come. Rows of a table that is there already are kept, so that a count that
 was ended goes on.
 """
@@ -16,11 +16,9 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent), str(Path(__file__).parent / "model")]
-
 import family_matrix
 import torch
-from test_every_family import CASES, outcome
+from outcomes import CASES, outcome
 
 from flexgen_helm.checking.undecided import UndecidedError
 
