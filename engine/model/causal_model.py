@@ -25,6 +25,7 @@ from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
 from engine.model.norms import fuse_norms
+from engine.model.probing.unused import unused_parameters
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -60,7 +61,7 @@ class CausalModel:
         """Tells our attention function, called from inside the layers, what it works on."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
         """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
-        self.names = CheckpointNames(self.module, self.state)
+        self.names = CheckpointNames(self.module, dict(self.state))
         """What the tensors of its checkpoint are called here."""
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
@@ -92,9 +93,12 @@ class CausalModel:
         self._forward_names = frozenset(parameters)
         self._takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
+        self.asked: torch.Tensor | None = None
+        """Token ids of the micro-batch that was embedded last."""
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.kv_shapes: list[KVShape] = probe(self)
+        self._leave_out(unused_parameters(self))
         fuse_norms(self.layers, self.sweeping, device, dtype)
         for root in (self.module, *self.layers):
             for module in root.modules():
@@ -184,6 +188,13 @@ class CausalModel:
             raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
         return list(units.values())
 
+    def _leave_out(self, unused: set[str]) -> None:
+        """Let no place be found, and no weights be read, for parameters that no text is computed with."""
+        outer = self.units[1]
+        self.units[1] = Unit("outer", {name: owner for name, owner in outer.owners.items() if name not in unused})
+        for name in unused:
+            del self.state[name]
+
     def _find_packed(self, path: Path, has_weights: bool) -> dict[str, PackedParameter]:
         if not self.quantization:
             return {}
@@ -201,6 +212,7 @@ class CausalModel:
         Needs the embedding and the outer parameters bound.
         """
         rows = inputs["input_ids"].shape
+        self.asked = inputs["input_ids"]
         self.recorder.begin((rows[0], rows[1]))
         named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
         output = self.module.base_model(**{key: value for key, value in named.items() if self.takes(key)})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError, named
@@ -16,6 +15,7 @@ from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
 from engine.model.padded import CacheView, ProbingView
+from engine.model.probing.forward import inputs_of, outer_zeros
 from engine.model.rows_apart import check_rows_apart
 from engine.model.stub import LayerCall
 from engine.model.undrivable import UndrivableError
@@ -43,11 +43,6 @@ def probe(model: Drivable) -> list[KVShape]:
     (`model.is_padded`). Raises `UnsupportedError` with the reason of the attempt that came farthest.
     """
     name = f"{type(model.module).__name__} ({model.config.model_type})"
-    if shared := getattr(model.config.get_text_config(), "num_kv_shared_layers", None):
-        raise UnsupportedError(
-            f"{name} cannot be run here: its last {shared} layers attend to the keys and values of layers before them "
-            "(num_kv_shared_layers of its config); every layer needs its own"
-        )
     failure: _Failure | None = None
     is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
@@ -87,9 +82,9 @@ def _known_to_vary(before: _Failure | None) -> str:
 
 def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     # Two rows, since some families make no mask for one.
-    given = _inputs(model, torch.zeros(1, 1 if model.is_padded else 2, dtype=torch.long))
+    given = inputs_of(model, torch.zeros(1, 1 if model.is_padded else 2, dtype=torch.long))
     try:
-        with _outer_zeros(model), noting_masks() as model.sweeping.masks, model.sweeping.arithmetic:
+        with outer_zeros(model), noting_masks() as model.sweeping.masks, model.sweeping.arithmetic:
             hidden, calls = model.record(given)
     except UnsupportedError:
         raise
@@ -116,17 +111,6 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     return _Failure(2 if known or model.is_padded else 0, _without_keys(model, shapes))
 
 
-def _inputs(model: Drivable, positions: torch.Tensor) -> dict[str, Any]:
-    """Token 0 at `[sequences, rows]` places, for a forward whose embedding is replaced."""
-    count, rows = positions.shape
-    given: dict[str, Any] = {"input_ids": torch.zeros(count, rows, dtype=torch.long)}
-    if not model.is_padded:
-        return {**given, "position_ids": torch.arange(rows)[None] + positions[:, :1], "use_cache": False}
-    mask = torch.ones(count, rows, dtype=torch.long)
-    view = CacheView(ProbingView(model.sweeping))
-    return {**given, "position_ids": positions, "use_cache": True, "cache": view, "attention_mask": mask}
-
-
 def one_of_each_kind(model: Drivable) -> list[int]:
     """The first layer of each kind, by its modules and by what the config says of it."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
@@ -141,18 +125,25 @@ def _check_rows(model: Drivable) -> None:
     """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention."""
     model.sweeping.is_checking, model.sweeping.attended = True, 0
     try:
-        with _outer_zeros(model):
+        with outer_zeros(model):
             rows = torch.zeros(_ROWS, 1, dtype=torch.long) if model.is_padded else torch.zeros(1, _ROWS).long()
-            hidden, together = model.record(_inputs(model, rows))
+            hidden, together = model.record(inputs_of(model, rows))
             alone = [
-                model.record(_inputs(model, torch.full((1, 1), 0 if model.is_padded else at)))[1] for at in range(_ROWS)
+                model.record(inputs_of(model, torch.full((1, 1), 0 if model.is_padded else at)))[1]
+                for at in range(_ROWS)
             ]
         for index in one_of_each_kind(model):
             model.sweeping.layer = index
-            calls = together[index], [each[index] for each in alone]
-            check_rows_apart(model.layers[index], model.sweeping, hidden.shape[-1], calls)
+            first = 0 if _hands_on(together[index]) else index
+            calls = [(together[at], [each[at] for each in alone]) for at in range(first, index + 1)]
+            check_rows_apart(model.layers[first : index + 1], model.sweeping, hidden.shape[-1], calls)
     finally:
         model.sweeping.is_checking = False
+
+
+def _hands_on(call: LayerCall) -> bool:
+    """Whether a layer is called with what layers before it have put down for it: keys that they share."""
+    return any(isinstance(value, MutableMapping) for value in (*call.args, *call.kwargs.values()))
 
 
 def _check_padding(model: Drivable) -> None:
@@ -160,8 +151,8 @@ def _check_padding(model: Drivable) -> None:
     view = CacheView(ProbingView(model.sweeping, _KEYS))
     mask = torch.ones(1, _KEYS, dtype=torch.long)
     mask[0, 0] = 0
-    given = _inputs(model, torch.full((1, 1), _KEYS - 2)) | {"cache": view, "attention_mask": mask}
-    with _outer_zeros(model):
+    given = inputs_of(model, torch.full((1, 1), _KEYS - 2)) | {"cache": view, "attention_mask": mask}
+    with outer_zeros(model):
         _, calls = model.record(given)
     for call in calls:
         values = [*call.args, *call.kwargs.values()]
@@ -170,22 +161,6 @@ def _check_padding(model: Drivable) -> None:
         hides = [bool((x[..., 0].float() - x[..., -1].float()).abs().min() > 0.5) for x in masks]
         if masks and not any(hides):
             raise UnsupportedError("its mask does not hide the padding of a sequence that has keys in the cache")
-
-
-@contextmanager
-def _outer_zeros(model: Drivable) -> Iterator[None]:
-    """Inside, the parameters outside of layers, embedding and head are zeros, which take no memory to speak of."""
-    outer = model.units[1]
-    for name, (module, attribute) in outer.owners.items():
-        zeros = torch.zeros((), dtype=model.state[name].dtype).expand(model.state[name].shape)
-        module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
-    try:
-        width = model.state[model.embedding_name].shape[1]
-        with model.embedding_as(lambda ids: torch.zeros(*ids.shape, width, dtype=model.dtype)):
-            yield
-    finally:
-        for name, (module, attribute) in outer.owners.items():
-            module._parameters[attribute] = nn.Parameter(model.state[name], requires_grad=False)
 
 
 def _without_keys(model: Drivable, shapes: list[KVShape | None]) -> str:

@@ -54,7 +54,7 @@ class CallRecorder:
         if call.shape != self.rows:
             asked, got = (" x ".join(map(str, shape)) for shape in (self.rows, call.shape))
             raise UndrivableError(f"its layers get {got} rows for {asked} tokens")
-        if self.hidden is not None and not _is_same(hidden, self.hidden):
+        if self.hidden is not None and not is_same(hidden, self.hidden):
             raise UndrivableError(f"it changes the hidden states between layers {index - 1} and {index}")
         self.hidden = hidden
         self.calls.append(call)
@@ -68,7 +68,7 @@ class CallRecorder:
         return hidden, calls
 
 
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are one, or a whole view of it: the same memory in the same order."""
     if one is other:
         return True

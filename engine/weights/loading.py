@@ -89,7 +89,8 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
             continue
         target, pattern = names.target(name)
         if target not in model.state:
-            unexpected.add(target)
+            if not names.has(target):
+                unexpected.add(target)
             continue
         if pattern is None:
             plan.add(target, load, name)

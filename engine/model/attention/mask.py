@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.errors import named
+from engine.model.stub import is_same
 from engine.model.undrivable import UndrivableError
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -46,17 +47,17 @@ class MaskNotes:
         self.made.append((mask, mask_function))
         return mask
 
-    def knows(self, mask: object) -> bool:
+    def knows(self, mask: torch.Tensor) -> bool:
         """Whether a value stands for one of these masks."""
-        return any(known is mask for known, _ in self.made)
+        return any(is_same(mask, known) for known, _ in self.made)
 
-    def rule_of(self, mask: object) -> MaskRule | None:
+    def rule_of(self, mask: torch.Tensor) -> MaskRule | None:
         """What a tensor stands for; None for one that is not of these masks.
 
         Raises `UndrivableError` for a mask that is neither causal nor a causal window: only here, because families make
         masks that none of their layers takes.
         """
-        function = next((function for known, function in self.made if known is mask), None)
+        function = next((function for known, function in self.made if is_same(mask, known)), None)
         if function is None:
             return None
         with torch.device("cpu"):  # layers are probed on `meta`
