@@ -50,8 +50,6 @@ def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(
             f"{path}: transformers cannot build this model from its config.json: {named(error)}"
         ) from None
-    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
     if getattr(type(config), "is_encoder_decoder", False) is True:
         raise UnsupportedError(
             f"{type(model).__name__} ({config.model_type}) cannot be run here: it is the decoder of an "

@@ -101,10 +101,7 @@ def _attend(
         if rule.softcap is not None:
             scores = torch.tanh(scores / rule.softcap) * rule.softcap
         at = torch.arange(first, first + _BLOCK, device=query.device)
-        seen = at <= positions
-        if rule.window is not None:
-            seen = seen & (positions - at < rule.window)
-        scores = scores.masked_fill(~seen, float("-inf"))
+        scores = scores.masked_fill(~rule.reach.sees(positions, at), float("-inf"))
         higher = torch.maximum(most, scores.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == float("-inf"), 0.0)  # of a row that has seen nothing yet
         weights, kept = torch.exp(scores - base), torch.exp(most - base)

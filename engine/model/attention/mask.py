@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.batch.reach import Reach
 from engine.errors import named
 from engine.model.stub import is_same
 from engine.model.undrivable import UndrivableError
@@ -21,18 +22,6 @@ _NEAR = 10
 """All positions below it are compared with each other."""
 _FAR = 23
 """Positions around powers of two up to this one are compared, too: no window of a model is longer."""
-
-
-@dataclass(frozen=True)
-class MaskRule:
-    """Causal attention, to the last `window` tokens (the own one included) or to all."""
-
-    window: int | None
-
-    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Whether positions `query` attend to positions `key`."""
-        seen = key <= query
-        return seen if self.window is None else seen & (query - key < self.window)
 
 
 @dataclass(eq=False)
@@ -51,17 +40,17 @@ class MaskNotes:
         """Whether a value stands for one of these masks."""
         return any(is_same(mask, known) for known, _ in self.made)
 
-    def rule_of(self, mask: torch.Tensor) -> MaskRule | None:
+    def reach_of(self, mask: torch.Tensor) -> Reach | None:
         """What a tensor stands for; None for one that is not of these masks.
 
-        Raises `UndrivableError` for a mask that is neither causal nor a causal window: only here, because families make
-        masks that none of their layers takes.
+        Raises `UndrivableError` for a mask that is neither causal nor a causal window or chunks: only here, because
+        families make masks that none of their layers takes.
         """
         function = next((function for known, function in self.made if is_same(mask, known)), None)
         if function is None:
             return None
         with torch.device("cpu"):  # layers are probed on `meta`
-            return rule_of(function)
+            return reach_of(function)
 
 
 _notes: ContextVar[MaskNotes | None] = ContextVar("mask notes", default=None)
@@ -88,35 +77,35 @@ def make_mask(*_: Any, mask_function: MaskFunction, **__: Any) -> torch.Tensor |
     return None if notes is None else notes.stand_for(mask_function)
 
 
-def rule_of(mask_function: MaskFunction) -> MaskRule:
+def reach_of(mask_function: MaskFunction) -> Reach:
     """The rule that a mask function follows on a grid of positions; `UndrivableError` for any other function."""
     positions = sorted({*range(_NEAR), *(2**power + step for power in range(3, _FAR) for step in (-1, 0, 1))})
-    window = _window_of(mask_function, positions)
-    if window is not None:
-        borders = {window * times + step for times in (1, 2, 3) for step in (-2, -1, 0, 1)}
+    limit = _limit_of(mask_function, positions[-1])
+    if limit is not None:
+        borders = {limit * times + step for times in (1, 2, 3) for step in (-2, -1, 0, 1)}
         positions = sorted({*positions, *(at for at in borders if at >= 0)})
-    rule = MaskRule(window)
     query, key = (at.flatten() for at in torch.meshgrid(*[torch.tensor(positions)] * 2, indexing="ij"))
-    if not _evaluate(mask_function, query, key).equal(rule.sees(query, key)):
-        kind = "tokens attend to later ones" if _looks_ahead(mask_function) else "a mask of its own"
-        raise UndrivableError(f"its attention is neither causal nor a causal window: {kind}")
-    return rule
+    seen = _evaluate(mask_function, query, key)
+    for reach in [Reach()] if limit is None else [Reach(window=limit), Reach(chunk=limit)]:
+        if seen.equal(reach.sees(query, key)):
+            return reach
+    kind = "tokens attend to later ones" if _looks_ahead(mask_function) else "a mask of its own"
+    raise UndrivableError(f"its attention is neither causal nor a causal window or chunks: {kind}")
 
 
-def _window_of(mask_function: MaskFunction, positions: list[int]) -> int | None:
-    """How many tokens the last of `positions` attends to, itself included; None for all before it."""
-    last = positions[-1]
+def _limit_of(mask_function: MaskFunction, last: int) -> int | None:
+    """The first position that does not attend to the first token; None where all up to `last` do."""
 
-    def sees(at: int) -> bool:
-        return bool(_evaluate(mask_function, torch.tensor([last]), torch.tensor([at]))[0])
+    def sees_first(at: int) -> bool:
+        return bool(_evaluate(mask_function, torch.tensor([at]), torch.tensor([0]))[0])
 
-    if sees(0) or not sees(last):
+    if sees_first(last) or not sees_first(0):
         return None
-    hidden, seen = 0, last
-    while seen - hidden > 1:
-        middle = (hidden + seen) // 2
-        hidden, seen = (hidden, middle) if sees(middle) else (middle, seen)
-    return last - seen + 1
+    seeing, blind = 0, last
+    while blind - seeing > 1:
+        middle = (seeing + blind) // 2
+        seeing, blind = (middle, blind) if sees_first(middle) else (seeing, middle)
+    return blind
 
 
 def _evaluate(mask_function: MaskFunction, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
