@@ -25,6 +25,8 @@ from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
 from engine.model.norms import fuse_norms
+from engine.model.padded import CacheView
+from engine.model.probing.lengths import LengthView
 from engine.model.probing.unused import unused_parameters
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
@@ -95,6 +97,8 @@ class CausalModel:
         self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
         self.asked: torch.Tensor | None = None
         """Token ids of the micro-batch that was embedded last."""
+        self.asks_lengths = False
+        """Whether layers count rows on from the length of their cache, and get a view that tells it."""
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.kv_shapes: list[KVShape] = probe(self)
@@ -214,11 +218,16 @@ class CausalModel:
         rows = inputs["input_ids"].shape
         self.asked = inputs["input_ids"]
         self.recorder.begin((rows[0], rows[1]))
+        view = LengthView(self.sweeping) if self.asks_lengths and not self.sweeping.is_stock else None
+        if view is not None:
+            inputs = {**inputs, "use_cache": True, "cache": CacheView(view)}
         named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
         output = self.module.base_model(**{key: value for key, value in named.items() if self.takes(key)})
         if output[0].shape[:2] != rows:
             raise TypeError("a layer's output was not taken for what it is")
         hidden, calls = self.recorder.taken()
+        if view is not None:
+            view.begin_layers(inputs["position_ids"])
         return hidden.flatten(0, 1), calls
 
     def takes(self, key: str) -> bool:

@@ -26,6 +26,7 @@ class Drivable(Protocol):
     units: list[Unit]
     state: dict[str, torch.Tensor]
     is_padded: bool
+    asks_lengths: bool
 
     @property
     def embedding_name(self) -> str:

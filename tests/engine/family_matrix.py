@@ -186,7 +186,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2+groups": ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
     "glm4_moe+dense-first": ("glm4_moe", {"first_k_dense_replace": 1}),
     "llama4_text+chunks-longer-than-prompts": ("llama4_text", {"attention_chunk_size": 512}),
-    "llama4_text+scaled-by-position": ("llama4_text", {"floor_scale": 4, "no_rope_layers": [1, 0, 1]}),
+    "llama4_text+scaled-by-position": (  # by where rows are in a call
+        "llama4_text",
+        {
+            "floor_scale": 4,
+            "attn_scale": 0.5,
+            "no_rope_layers": [1, 0, 1, 0],
+            "layer_types": ["chunked_attention", "full_attention"] * 2,
+        },
+    ),
     "llama4_text+no-chunks": ("llama4_text", {"layer_types": _FULL}),
     "olmo+clip": ("olmo", {"clip_qkv": 1.0}),
     "olmoe+clip": ("olmoe", {"clip_qkv": 1.0}),
