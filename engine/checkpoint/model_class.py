@@ -33,23 +33,26 @@ def new_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     Raises `UnsupportedError` where no class does.
     """
     kind = model_class(config)
+    expected: Any = kind.config_class
     half = config.sub_configs.get("text_config")
-    if half is not None and kind.config_class is half:  # the language model alone, as AutoModelForCausalLM has it
+    if half is not None and expected is half:  # the language model alone, as AutoModelForCausalLM has it
         whole, config = config, config.get_text_config()
         if getattr(whole, "quantization_config", None) is not None:
             config.quantization_config = whole.quantization_config
-    elif kind.config_class.sub_configs.get("text_config") is type(config):
-        config = kind.config_class(text_config=config.to_dict(), tie_word_embeddings=config.tie_word_embeddings)
+    elif expected.sub_configs.get("text_config") is type(config):  # the half of a model that is registered as a whole
+        config = expected(text_config=config.to_dict(), tie_word_embeddings=config.tie_word_embeddings)
     model: PreTrainedModel = kind._from_config(config, **settings)
     return model
 
 
 def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
     """The model of a directory with its weights, by `from_pretrained` of the class that runs it."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = model_class(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-    model: PreTrainedModel = kind.from_pretrained(directory, **settings)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    kind = model_class(config)
+    is_causal = kind.__name__ in _causal().get(config.model_type, ())
+    model: PreTrainedModel = (AutoModelForCausalLM if is_causal else kind).from_pretrained(directory, **settings)
     return model
 
 
@@ -68,18 +71,20 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _class_name(config: Mapping[str, Any]) -> str | None:
     """The class that a config names, if it runs text and is its model type's; None where there is none.
 
-    Configs that name none, or the class without a head, are run by the causal class of their type. The text half of a
-    multimodal model is run by the causal class that it names, whose config it is, else by the class of the whole.
+    Configs that name none, or the class without a head, are run by the causal class of their type; those of a class
+    with encoders, too, where their type has a class without, as by AutoModelForCausalLM. The text half of a multimodal
+    model is run by the causal class that it names, whose config it is, else by the class of the whole.
     """
     model_type, told = config["model_type"], list(config.get("architectures") or ())
-    own = [*_causal().get(model_type, ()), *_multimodal().get(model_type, ())]
-    if not own:
+    causal, multimodal = _causal().get(model_type, ()), _multimodal().get(model_type, ())
+    if not causal and not multimodal:
         return _class_of_half(model_type, told)
     if _is_encoder_family(model_type) and not config.get("is_decoder"):
         return None
-    return (
-        own[0] if all(name.endswith("Model") for name in told) else next((name for name in told if name in own), None)
-    )
+    if all(name.endswith("Model") for name in told):
+        return [*causal, *multimodal][0]
+    own = next((name for name in told if name in causal or name in multimodal), None)
+    return causal[0] if own is not None and causal and own not in causal else own
 
 
 def _class_of_half(model_type: str, told: list[str]) -> str | None:

@@ -11,7 +11,7 @@ from flexgen_helm.checking.shrinking import SPECIAL, VOCABULARY, WINDOW
 from flexgen_helm.checking.undecided import UndecidedError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 _MOST_PARAMETERS = 20_000_000
 _SET = "set its sizes as KEY=VALUE"
@@ -45,7 +45,13 @@ def save_random(directory: Path, config: PreTrainedConfig) -> Path:
     import torch
 
     torch.manual_seed(0)
-    model = new_model(config)
+    return save_with_tokenizer(directory, new_model(config))
+
+
+def save_with_tokenizer(directory: Path, model: PreTrainedModel) -> Path:
+    """Write a new model, with numbers far from those that it begins with, and its tokenizer to `directory`."""
+    import torch
+
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform, so that an error shows
             parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))

@@ -48,11 +48,12 @@ def _line(error: Exception) -> str:
 
 
 def counts(table: str) -> str:
-    """Outcomes by number, of model types and of variants."""
-    found: dict[str, Counter[str]] = {"model types": Counter(), "variants": Counter()}
+    """Outcomes by number, of causal model types, of their variants, and of multimodal models on text alone."""
+    found: dict[str, Counter[str]] = {"model types": Counter(), "variants": Counter(), "multimodal": Counter()}
     for line in table.splitlines()[2:]:
         name, outcome_of = (cell.strip() for cell in line.split("|")[1:3])
-        found["variants" if "+" in name else "model types"][outcome_of] += 1
+        kind = "multimodal" if name in family_matrix.MULTIMODAL else "variants" if "+" in name else "model types"
+        found[kind][outcome_of] += 1
     return "\n".join(
         f"{kind}: {', '.join(f'{number} {what}' for what, number in each.most_common())}; {each.total()} in all"
         for kind, each in found.items()

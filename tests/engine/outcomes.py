@@ -8,11 +8,12 @@ from typing import Any
 import family_matrix
 import models
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from engine import Completion, Engine, Job
 from engine.errors import CheckpointError, UnsupportedError
-from flexgen_helm.checking.random_model import save_small
+from flexgen_helm.checking.random_model import save_small, save_with_tokenizer
 
 CASES = family_matrix.cases()
 POLICIES: tuple[dict[str, Any], ...] = (
@@ -67,7 +68,12 @@ def differences(model: PreTrainedModel, jobs: list[Job], done: list[Completion])
 def outcome(name: str, folder: Path) -> str:
     """What becomes of a case: "equal", the one line of its refusal, or what differs."""
     model_type, changes = CASES[name]
-    directory = save_small(folder / "model", models.small_config_of(model_type, **changes))
+    config, directory = models.small_config_of(model_type, **changes), folder / "model"
+    if "architectures" in changes:  # of a class with encoders, whose type has one without
+        torch.manual_seed(0)
+        save_with_tokenizer(directory, getattr(transformers, changes["architectures"][0])(config))
+    else:
+        save_small(directory, config)
     for policy in POLICIES:
         settings = {"device": "cpu", "offload-dir": str(folder / "offload"), **policy}
         try:
