@@ -16,7 +16,7 @@ from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.methods import checked_method
 from engine.checkpoint.quantized.packed_parts import find_packed
-from engine.checkpoint.tied_head import is_tied
+from engine.checkpoint.tied_head import is_tied, twins_of
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
 from engine.kernels.packed.parameter import PackedParameter
@@ -78,6 +78,8 @@ class CausalModel:
         """Full name of the head's weight."""
         self.is_tied = is_tied(path if has_weights else None, self.module, self.names, self.state, self.head_name)
         """Whether the head's weight is the token embedding's."""
+        self.twins = twins_of(self.module, self.head_name)
+        """Parameters that a checkpoint may hold under one name of several, by each."""
         slots = decoder_layers(self.module)
         self.layers = list(slots)
         self.units = self._find_units()
@@ -97,6 +99,8 @@ class CausalModel:
         self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
         self.asked: torch.Tensor | None = None
         """Token ids of the micro-batch that was embedded last."""
+        self.position_offset = 0
+        """The number that the family's own code gives to the first position."""
         self.asks_lengths = False
         """Whether layers count rows on from the length of their cache, and get a view that tells it."""
         self.is_padded = False
@@ -174,19 +178,15 @@ class CausalModel:
             for attribute in module._parameters:
                 if module._parameters[attribute] is None:
                     continue
-                if self.is_tied and module is self.output:
-                    if attribute == "weight":
-                        continue
-                    raise UnsupportedError(
-                        f"{self._family}: its head is the token embedding with a {attribute} besides; such models "
-                        "cannot be run here"
-                    )
+                is_tied_head = self.is_tied and module is self.output
+                if is_tied_head and attribute == "weight":
+                    continue
                 if id(module) in layer_of:
                     unit = f"layer.{layer_of[id(module)]}"
                 elif module is self.embedding:
                     unit = "embedding"
                 else:
-                    unit = "head" if module is self.output else "outer"
+                    unit = "head" if module is self.output and not is_tied_head else "outer"
                 units[unit].owners[f"{prefix}.{attribute}" if prefix else attribute] = module, attribute
         if len(units["embedding"].owners) != 1:
             raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
@@ -218,6 +218,8 @@ class CausalModel:
         rows = inputs["input_ids"].shape
         self.asked = inputs["input_ids"]
         self.recorder.begin((rows[0], rows[1]))
+        if self.position_offset and "position_ids" in inputs:
+            inputs = {**inputs, "position_ids": inputs["position_ids"] + self.position_offset}
         view = LengthView(self.sweeping) if self.asks_lengths and not self.sweeping.is_stock else None
         if view is not None:
             inputs = {**inputs, "use_cache": True, "cache": CacheView(view)}
@@ -227,7 +229,7 @@ class CausalModel:
             raise TypeError("a layer's output was not taken for what it is")
         hidden, calls = self.recorder.taken()
         if view is not None:
-            view.begin_layers(inputs["position_ids"])
+            view.begin_layers(inputs["position_ids"] - self.position_offset)
         return hidden.flatten(0, 1), calls
 
     def takes(self, key: str) -> bool:

@@ -27,6 +27,7 @@ class Drivable(Protocol):
     state: dict[str, torch.Tensor]
     is_padded: bool
     asks_lengths: bool
+    position_offset: int
 
     @property
     def embedding_name(self) -> str:

@@ -17,6 +17,7 @@ from engine.model.drivable import Drivable
 from engine.model.padded import CacheView, ProbingView
 from engine.model.probing.forward import inputs_of, outer_zeros
 from engine.model.probing.lengths import asks_lengths
+from engine.model.probing.offset import position_offset
 from engine.model.rows_apart import check_rows_apart
 from engine.model.stub import LayerCall
 from engine.model.undrivable import UndrivableError
@@ -56,6 +57,7 @@ def probe(model: Drivable) -> list[KVShape]:
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
+                    model.position_offset = position_offset(model)
                     model.asks_lengths = not model.is_padded and asks_lengths(model)
                     _check_rows(model)
                     if model.is_padded:

@@ -81,6 +81,7 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     parts: dict[str, list[tuple[str, Load]]] = {}
     merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
     unexpected: set[str] = set()
+    twins: list[tuple[str, Load, str]] = []
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
         if name in packed:
             parts.setdefault(packed[name], []).append((name, load))
@@ -94,12 +95,16 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
             continue
         if pattern is None:
             plan.add(target, load, name)
+            twins += [(twin, load, name) for twin in model.twins.get(target, ())]
         else:
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
     for target, found in parts.items():
         plan.add_packed(target, found)
+    for twin, load, name in twins:
+        if plan.lacks(twin):
+            plan.add(twin, load, name)
     return plan, unexpected
 
 
@@ -182,6 +187,10 @@ class _Plan:
                 self._missing.discard(pair)
         else:
             self._store.put_buffer(name, tensor)
+
+    def lacks(self, name: str) -> bool:
+        """Whether a parameter of the model's has not been found so far."""
+        return name in self._missing
 
     def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
         """Put a whole parameter, changed by an adapter, or but for what may stay where it is."""

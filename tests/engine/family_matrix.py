@@ -84,6 +84,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 64, "n_layers": 2},
     "xlstm": {"embedding_dim": 64, "num_blocks": 2},
 }
+SIZES |= {
+    name: {**SIZES.get(name, {}), "is_decoder": True}
+    for name in (
+        *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
+        *("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    )
+}
 """What shrinking a model type's default config does not know."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
