@@ -50,7 +50,7 @@ def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(
             f"{path}: transformers cannot build this model from its config.json: {named(error)}"
         ) from None
-    if getattr(type(config), "is_encoder_decoder", False) is True:
+    if getattr(model.config, "is_encoder_decoder", False) is True:
         raise UnsupportedError(
             f"{type(model).__name__} ({config.model_type}) cannot be run here: it is the decoder of an "
             "encoder-decoder; only causal (decoder-only) models run here"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from engine.model.family_probe import probe
 from engine.model.norms import fuse_norms
 from engine.model.padded import CacheView
 from engine.model.probing.lengths import LengthView
+from engine.model.probing.positions import Positions
 from engine.model.probing.unused import unused_parameters
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
@@ -93,14 +96,17 @@ class CausalModel:
             slots[index] = LayerStub(index, layer, self.recorder)
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
-        parameters = inspect.signature(self.module.base_model.forward).parameters
+        self._outer: nn.Module = self.module.base_model
+        if set(inspect.signature(self._outer.forward).parameters) == {"args", "kwargs"}:  # around a decoder
+            self._outer = self.module.get_decoder()
+        parameters = inspect.signature(self._outer.forward).parameters
         self._forward_names = frozenset(parameters)
         self._takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
         self.asked: torch.Tensor | None = None
         """Token ids of the micro-batch that was embedded last."""
-        self.position_offset = 0
-        """The number that the family's own code gives to the first position."""
+        self.positions = Positions()
+        """How rows are given their positions."""
         self.asks_lengths = False
         """Whether layers count rows on from the length of their cache, and get a view that tells it."""
         self.is_padded = False
@@ -215,21 +221,38 @@ class CausalModel:
 
         Needs the embedding and the outer parameters bound.
         """
-        rows = inputs["input_ids"].shape
+        positions = inputs.get("position_ids")
         self.asked = inputs["input_ids"]
+        if positions is not None and self.positions.is_counted:
+            return self._record_apart(inputs["input_ids"], positions)
+        if positions is not None:
+            inputs = {**inputs, "position_ids": positions + self.positions.offset}
+        if not self.asks_lengths or positions is None:
+            return self._record(inputs)
+        view = LengthView(self.sweeping)
+        hidden, calls = self._record({**inputs, "use_cache": True, "cache": CacheView(view)})
+        view.begin_layers(positions)
+        return hidden, calls
+
+    def _record_apart(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Embed each run of neighbouring positions by itself, for a forward that counts on from its cache's length."""
+        begins = (positions[0].diff() != 1).nonzero()[:, 0] + 1
+        borders = [0, *begins.tolist(), ids.shape[1]]
+        states = []
+        for first, end in pairwise(borders):
+            view = LengthView(self.sweeping, int(positions[0, first]))
+            hidden, calls = self._record({"input_ids": ids[:, first:end], "use_cache": True, "cache": CacheView(view)})
+            states.append(hidden)
+        return torch.cat(states), [replace(call, shape=(1, ids.shape[1])) for call in calls]
+
+    def _record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
+        rows = inputs["input_ids"].shape
         self.recorder.begin((rows[0], rows[1]))
-        if self.position_offset and "position_ids" in inputs:
-            inputs = {**inputs, "position_ids": inputs["position_ids"] + self.position_offset}
-        view = LengthView(self.sweeping) if self.asks_lengths and not self.sweeping.is_stock else None
-        if view is not None:
-            inputs = {**inputs, "use_cache": True, "cache": CacheView(view)}
         named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
-        output = self.module.base_model(**{key: value for key, value in named.items() if self.takes(key)})
+        output = self._outer(**{key: value for key, value in named.items() if self.takes(key)})
         if output[0].shape[:2] != rows:
             raise TypeError("a layer's output was not taken for what it is")
         hidden, calls = self.recorder.taken()
-        if view is not None:
-            view.begin_layers(inputs["position_ids"] - self.position_offset)
         return hidden.flatten(0, 1), calls
 
     def takes(self, key: str) -> bool:

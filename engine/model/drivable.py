@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.model.probing.positions import Positions
 from engine.model.stub import CallRecorder, LayerCall
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -27,7 +28,7 @@ class Drivable(Protocol):
     state: dict[str, torch.Tensor]
     is_padded: bool
     asks_lengths: bool
-    position_offset: int
+    positions: Positions
 
     @property
     def embedding_name(self) -> str:

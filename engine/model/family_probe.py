@@ -15,9 +15,10 @@ from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
 from engine.model.padded import CacheView, ProbingView
+from engine.model.probing.counted import check_padded_positions, positions_of
 from engine.model.probing.forward import inputs_of, outer_zeros
 from engine.model.probing.lengths import asks_lengths
-from engine.model.probing.offset import position_offset
+from engine.model.probing.positions import Positions
 from engine.model.rows_apart import check_rows_apart
 from engine.model.stub import LayerCall
 from engine.model.undrivable import UndrivableError
@@ -48,7 +49,7 @@ def probe(model: Drivable) -> list[KVShape]:
     failure: _Failure | None = None
     is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
-        model.asks_lengths = False
+        model.asks_lengths, model.positions = False, Positions()
         if model.is_padded:
             model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
@@ -57,7 +58,10 @@ def probe(model: Drivable) -> list[KVShape]:
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
-                    model.position_offset = position_offset(model)
+                    if model.is_padded:
+                        check_padded_positions(model)
+                    else:
+                        model.positions = positions_of(model)
                     model.asks_lengths = not model.is_padded and asks_lengths(model)
                     _check_rows(model)
                     if model.is_padded:

@@ -22,8 +22,10 @@ class LengthView(ProbingView):
     call. Added to the places, it gives the positions.
     """
 
-    def __init__(self, sweeping: SweepContext) -> None:
+    def __init__(self, sweeping: SweepContext, num_before: int = 0) -> None:
+        """num_before: tokens that the model's own forward is to count on from."""
         super().__init__(sweeping)
+        self._num_before = num_before
         self.before: torch.Tensor | None = None
         """`[rows]`, once the model's own forward has called its layers' stand-ins."""
         self.is_asked = False
@@ -37,12 +39,12 @@ class LengthView(ProbingView):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
-        return query_length, 0
+        return self._num_before + query_length, 0
 
     def get_seq_length(self) -> Any:
         """Tokens before the new rows."""
         if self.before is None:
-            return 0
+            return self._num_before
         self.is_asked = True
         return self.before
 
