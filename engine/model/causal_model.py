@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,9 @@ from engine.model.attention import flash
 from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
-from engine.model.norms import fuse_norms
-from engine.model.padded import CacheView
-from engine.model.probing.lengths import LengthView
-from engine.model.probing.positions import Positions
+from engine.model.fused.norms import fuse_norms
+from engine.model.fused.rotations import fuse_rotations
+from engine.model.outer_forward import OuterForward
 from engine.model.probing.unused import unused_parameters
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
@@ -96,24 +92,14 @@ class CausalModel:
             slots[index] = LayerStub(index, layer, self.recorder)
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
-        self._outer: nn.Module = self.module.base_model
-        if set(inspect.signature(self._outer.forward).parameters) == {"args", "kwargs"}:  # around a decoder
-            self._outer = self.module.get_decoder()
-        parameters = inspect.signature(self._outer.forward).parameters
-        self._forward_names = frozenset(parameters)
-        self._takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-        self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
-        self.asked: torch.Tensor | None = None
-        """Token ids of the micro-batch that was embedded last."""
-        self.positions = Positions()
-        """How rows are given their positions."""
-        self.asks_lengths = False
-        """Whether layers count rows on from the length of their cache, and get a view that tells it."""
+        self.outer = OuterForward(self.module, self.recorder, self.sweeping)
+        """Its own forward, around the layers."""
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.kv_shapes: list[KVShape] = probe(self)
         self._leave_out(unused_parameters(self))
         fuse_norms(self.layers, self.sweeping, device, dtype)
+        fuse_rotations(self.layers, self.sweeping, device, dtype)
         for root in (self.module, *self.layers):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
@@ -215,50 +201,12 @@ class CausalModel:
         owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
         return find_packed(path, self.quantization, owners, self.names)
 
-    @torch.no_grad()
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
         """Embed a micro-batch: its `inputs` -> hidden `[rows, width]`, and how each layer is called.
 
         Needs the embedding and the outer parameters bound.
         """
-        positions = inputs.get("position_ids")
-        self.asked = inputs["input_ids"]
-        if positions is not None and self.positions.is_counted:
-            return self._record_apart(inputs["input_ids"], positions)
-        if positions is not None:
-            inputs = {**inputs, "position_ids": positions + self.positions.offset}
-        if not self.asks_lengths or positions is None:
-            return self._record(inputs)
-        view = LengthView(self.sweeping)
-        hidden, calls = self._record({**inputs, "use_cache": True, "cache": CacheView(view)})
-        view.begin_layers(positions)
-        return hidden, calls
-
-    def _record_apart(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Embed each run of neighbouring positions by itself, for a forward that counts on from its cache's length."""
-        begins = (positions[0].diff() != 1).nonzero()[:, 0] + 1
-        borders = [0, *begins.tolist(), ids.shape[1]]
-        states = []
-        for first, end in pairwise(borders):
-            view = LengthView(self.sweeping, int(positions[0, first]))
-            hidden, calls = self._record({"input_ids": ids[:, first:end], "use_cache": True, "cache": CacheView(view)})
-            states.append(hidden)
-        return torch.cat(states), [replace(call, shape=(1, ids.shape[1])) for call in calls]
-
-    def _record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
-        rows = inputs["input_ids"].shape
-        self.recorder.begin((rows[0], rows[1]))
-        named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
-        output = self._outer(**{key: value for key, value in named.items() if self.takes(key)})
-        if output[0].shape[:2] != rows:
-            raise TypeError("a layer's output was not taken for what it is")
-        hidden, calls = self.recorder.taken()
-        return hidden.flatten(0, 1), calls
-
-    def takes(self, key: str) -> bool:
-        """Whether the model's forward is given an input: what it names, and positions that it may pass on."""
-        is_passed_on = key == "position_ids" and self._takes_others and not self.is_padded
-        return key in self._forward_names or is_passed_on
+        return self.outer.record(inputs)
 
     @torch.no_grad()
     def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
@@ -276,7 +224,7 @@ class CausalModel:
         inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
         self.recorder.inject = hidden[None]
         try:
-            given = {"position_ids": positions} if "position_ids" in self._forward_names else {}
+            given = {"position_ids": positions} if "position_ids" in self.outer.names else {}
             with self.embedding_as(lambda ids: inputs):
                 output = self.module(input_ids=positions, use_cache=False, **given)
         finally:

@@ -49,7 +49,8 @@ def probe(model: Drivable) -> list[KVShape]:
     failure: _Failure | None = None
     is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
-        model.asks_lengths, model.positions = False, Positions()
+        model.outer.asks_lengths, model.outer.positions = False, Positions()
+        model.outer.passes_positions = not model.is_padded
         if model.is_padded:
             model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
@@ -61,8 +62,8 @@ def probe(model: Drivable) -> list[KVShape]:
                     if model.is_padded:
                         check_padded_positions(model)
                     else:
-                        model.positions = positions_of(model)
-                    model.asks_lengths = not model.is_padded and asks_lengths(model)
+                        model.outer.positions = positions_of(model)
+                    model.outer.asks_lengths = not model.is_padded and asks_lengths(model)
                     _check_rows(model)
                     if model.is_padded:
                         _check_padding(model)
@@ -192,7 +193,7 @@ def _words(model: Drivable, error: Exception) -> str:
     extra = _handed_on(model, model.recorder.calls)
     if extra:
         return extra
-    if not model.takes("input_ids"):
+    if not model.outer.takes("input_ids"):
         return (
             f"its {type(model.module.base_model).__name__} takes no token ids by name: it wraps a part of another model"
         )

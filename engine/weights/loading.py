@@ -17,6 +17,7 @@ from engine.checkpoint.adapters.changes import Change, changes_of
 from engine.checkpoint.adapters.declared import ADAPTER_CONFIG
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
+from engine.checkpoint.quantized.declared import check_numbers
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.model.causal_model import CausalModel
@@ -143,16 +144,6 @@ def _tell_unread(path: Path, module: PreTrainedModel, names: set[str]) -> None:
         _log.warning(text, path, len(left), type(module).__name__, ", ".join(map(shown, left[:3])))
 
 
-def _check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.dtype) -> None:
-    """Raise `UnsupportedError` for the codes of a quantized matrix where plain numbers are wanted."""
-    if expected.is_floating_point and not (stored.is_floating_point and stored.itemsize > 1):
-        raise UnsupportedError(
-            f"{path}: {name} is stored as {str(stored).removeprefix('torch.')} in the weight files, and the "
-            "quantization_config of config.json does not say what that stands for; take a checkpoint with plain "
-            "numbers, or one whose config.json tells how it is quantized"
-        )
-
-
 class _Plan:
     """What is to be read for which parameter, known to fit before anything is read."""
 
@@ -175,7 +166,7 @@ class _Plan:
         """Plan to put a whole parameter, `source` in the checkpoint; a buffer is put at once."""
         model = self._store.model
         tensor = load()  # mapped, not read
-        _check_numbers(self._path, source, tensor.dtype, model.state[name].dtype)
+        check_numbers(self._path, source, tensor.dtype, model.state[name].dtype)
         self._check_shape(name, tensor.shape)
         if name in self._unit_of:
             self._steps[name] = self._step(name, tensor, source)
@@ -223,7 +214,7 @@ class _Plan:
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
         for _, source, load in sources:
-            _check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
+            check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
         rounds = rounds_of(self._path, target, converter, sources)
         for name, tensor in self._shapes(target, converter, rounds[0]):
             self.is_by_unit &= self._unit_of.get(name) == self._unit_of[target]

@@ -65,7 +65,7 @@ class TokenEmbedding:
         if "forward" in module.__dict__:  # another one's, which needs no weights
             return None
         rows, index = self._rows, self._index
-        if asked is not self._model.asked:  # the model's forward has made others of those it was called with
+        if asked is not self._model.outer.asked:  # the model's forward has made others of those it was called with
             ids = asked.cpu()
             if not torch.equal(ids, self._ids):
                 rows, index = self._find(ids)

@@ -89,8 +89,10 @@ SIZES |= {
     for name in (
         *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
         *("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        "bert-generation",
     )
 }
+SIZES["xmod"]["default_language"] = "en_XX"
 """What shrinking a model type's default config does not know."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -307,29 +309,20 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
         *("qwen3_next", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba2", "zaya"),
     ),
-    "decoder of an encoder-decoder": (
-        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
-        *("prophetnet", "whisper"),
-    ),
-    "is not a causal language model": (
-        *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
-        *("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-    ),
-    "head is the token embedding with a bias": ("bert-generation", "ctrl", "modernbert-decoder", "xlnet"),
+    "counts positions by places in a call": ("mvp", "roformer", "trocr"),
     "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text"),
     "hand on more than hidden states": ("glm_moe_dsa",),
     "attention takes position_bias": ("inkling_text",),
     "attention takes block_indices": ("minimax_m3_vl_text+sparse",),
     "attend more than once": ("longcat_flash",),
-    "attend to later ones": ("gemma3_text+bidirectional", "gemma4_text+bidirectional"),
-    "changes the hidden states between layers": ("dory", "dory+1-loop"),
+    "attend to later ones": ("bigbird_pegasus", "gemma3_text+bidirectional", "gemma4_text+bidirectional"),
+    "changes the hidden states between layers": ("dory", "dory+1-loop", "xlm"),
     "not in one list": ("blt", "hrm_text", "hrm_text+no-prefix"),
     "where .sequences, rows, width. of hidden states is expected": ("gemma3n_text", "hy_v4", "reformer"),
-    "1 x 34 rows for 1 x 2 tokens": ("cpmant",),
+    "rows for 1 x 2 tokens": ("cpmant", "prophetnet", "xlnet"),
     "mask depends on more than positions": ("gemma4_unified",),
     "mix tokens outside their attention": ("doge+moe",),
     "chooses by numbers before it attends": ("jetmoe",),
-    "wraps a part of another model": ("trocr",),
     "does not hide the padding": ("git",),
     "show no keys and values": ("openai-gpt",),
 }

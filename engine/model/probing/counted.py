@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from engine.errors import UnsupportedError
 from engine.model.drivable import Drivable
 from engine.model.padded import CacheView, ProbingView
 from engine.model.probing.forward import inputs_of, outer_zeros
-from engine.model.probing.lengths import LengthView
+from engine.model.probing.length_view import LengthView
 from engine.model.probing.positions import Positions
 from engine.model.undrivable import UndrivableError
 
@@ -53,7 +54,7 @@ def positions_of(model: Drivable) -> Positions:
     offsets = {_offset(one, other) for one, other in zip(taken, counted, strict=True)}
     if len(offsets) == 1 and (offset := offsets.pop()) is not None:
         return Positions(offset)
-    if _offset(*counted) != 0 and _offset(_seen(model, plain), counted[0]) == 0:
+    if not counted[0].hands_on and _offset(*counted) != 0 and _offset(_seen(model, plain), counted[0]) == 0:
         return Positions(is_counted=True)
     raise UndrivableError("it counts positions in a way of its own")
 
@@ -70,6 +71,7 @@ def check_padded_positions(model: Drivable) -> None:
 
 
 def _rectangle(model: Drivable, padding: int) -> list[torch.Tensor]:
+    """What is seen of a sequence behind padding."""
     columns = padding + _ROWS
     mask = torch.ones(1, columns, dtype=torch.long)
     mask[:, :padding] = 0
@@ -81,7 +83,7 @@ def _rectangle(model: Drivable, padding: int) -> list[torch.Tensor]:
             "attention_mask": mask,
             "cache": CacheView(ProbingView(model.sweeping, columns, columns)),
         },
-    )
+    ).tensors
 
 
 def _ids(model: Drivable, count: int) -> torch.Tensor:
@@ -90,14 +92,23 @@ def _ids(model: Drivable, count: int) -> torch.Tensor:
     return torch.full((1, count), 1 if padding == 0 else 0)
 
 
-def _seen(model: Drivable, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """What tables are looked up with, hidden states, and the tensors that the first layers are called with."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a forward does with positions."""
+
+    tensors: list[torch.Tensor]
+    """What tables are looked up with, hidden states, and the numbers that layers are called with besides."""
+    hands_on: bool
+    """Whether there are such numbers."""
+
+
+def _seen(model: Drivable, inputs: dict[str, Any]) -> _Seen:
     with outer_zeros(model), _LookUps() as look_ups:
         hidden, calls = model.record(inputs)
     found: dict[int, torch.Tensor] = {}
     for call in calls:
         found |= {id(each): each for each in _tensors([*call.args, *call.kwargs.values()]) if each.is_floating_point()}
-    return [*look_ups.found, hidden[None], *found.values()]
+    return _Seen([*look_ups.found, hidden, *found.values()], bool(found))
 
 
 def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
@@ -108,12 +119,12 @@ def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors([*value])
 
 
-def _offset(one: list[torch.Tensor], other: list[torch.Tensor]) -> int | None:
+def _offset(one: _Seen, other: _Seen) -> int | None:
     """How much more the whole numbers of `other` are, if all else is the same; None if they are not the same more."""
-    if [each.shape for each in one] != [each.shape for each in other]:
+    if [each.shape for each in one.tensors] != [each.shape for each in other.tensors]:
         return None
     steps = set[int]()
-    for left, right in zip(one, other, strict=True):
+    for left, right in zip(one.tensors, other.tensors, strict=True):
         if left.is_floating_point():
             if not torch.allclose(left, right, atol=1e-6, equal_nan=True):
                 return None
