@@ -129,8 +129,9 @@ class CausalModel:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states between layers."""
-        return int(self.config.get_text_config().hidden_size)
+        """Numbers of a row's hidden states between layers."""
+        streams = self.recorder.streams
+        return streams.width if streams.are_several else int(self.config.get_text_config().hidden_size)
 
     @property
     def embedding_name(self) -> str:
@@ -211,9 +212,9 @@ class CausalModel:
     @torch.no_grad()
     def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Run one layer: hidden `[rows, width]` -> `[rows, width]`; its parameters must be bound."""
-        output = self.layers[index](hidden.unflatten(0, call.shape), *call.args, **call.kwargs)
+        output = self.layers[index](call.laid_out(hidden), *call.args, **call.kwargs)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return states.flatten(0, 1)
+        return call.streams.flat(states)
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
         model.sweeping.layer = index
         try:
-            shapes.append(probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs))
+            shapes.append(probe_kv_shape(layer, call.laid_out(hidden), call.args, call.kwargs))
         except UnsupportedError:
             raise
         except Exception as error:

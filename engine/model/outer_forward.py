@@ -79,7 +79,7 @@ class OuterForward:
         if output[0].shape[:2] != rows:
             raise TypeError("a layer's output was not taken for what it is")
         hidden, calls = self._recorder.taken()
-        return hidden.flatten(0, 1), calls
+        return self._recorder.streams.flat(hidden), calls
 
     def takes(self, key: str) -> bool:
         """Whether it is given an input: what it names, and positions that it may pass on."""

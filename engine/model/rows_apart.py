@@ -103,20 +103,20 @@ def _is_apart(layers: list[nn.Module], context: SweepContext, width: int, calls:
         for layer, (together, alone) in zip(layers, calls, strict=True):
             context.attended = 0
             try:
-                whole = _states(layer, hidden.view(*shape, width), together)
+                whole = _states(layer, hidden, together)
             finally:
                 if context.attended > 1:
                     raise UnsupportedError("its layers attend more than once")
-            single = [_states(layer, hidden[i].view(1, 1, width), call) for i, call in enumerate(alone)]
+            single = [_states(layer, hidden[i : i + 1], call) for i, call in enumerate(alone)]
     apart = whole.reshape(count, -1) - torch.stack(single).reshape(count, -1)
     tolerance = 0.0 if context.is_batch_invariant else _TOLERANCE
     return not bool(apart.abs().max() > tolerance * whole.abs().max())
 
 
 def _states(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-    output = layer(hidden, *_mapped(_as_float, call.args), **_mapped(_as_float, call.kwargs))
+    output = layer(call.laid_out(hidden), *_mapped(_as_float, call.args), **_mapped(_as_float, call.kwargs))
     states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return states
+    return call.streams.flat(states)
 
 
 def _as_float(value: torch.Tensor) -> torch.Tensor:

@@ -165,6 +165,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {**_GEMMA4, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "all"},
     ),
+    "gemma3n_text+shared-keys+sparse-activations": (
+        "gemma3n_text",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [128] * 6,
+            "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4,
+        },
+    ),
     "minimax_m3_vl_text+sparse": (
         "minimax_m3_vl_text",
         {
@@ -311,14 +321,14 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "counts positions by places in a call": ("mvp", "roformer", "trocr"),
     "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text"),
-    "hand on more than hidden states": ("glm_moe_dsa",),
+    "hand on more than hidden states": ("glm_moe_dsa", "hy_v4"),
     "attention takes position_bias": ("inkling_text",),
     "attention takes block_indices": ("minimax_m3_vl_text+sparse",),
     "attend more than once": ("longcat_flash",),
     "attend to later ones": ("bigbird_pegasus", "gemma3_text+bidirectional", "gemma4_text+bidirectional"),
     "changes the hidden states between layers": ("dory", "dory+1-loop", "xlm"),
     "not in one list": ("blt", "hrm_text", "hrm_text+no-prefix"),
-    "where .sequences, rows, width. of hidden states is expected": ("gemma3n_text", "hy_v4", "reformer"),
+    "where .sequences, rows, width. of hidden states is expected": ("reformer",),
     "rows for 1 x 2 tokens": ("cpmant", "prophetnet", "xlnet"),
     "mask depends on more than positions": ("gemma4_unified",),
     "mix tokens outside their attention": ("doge+moe",),

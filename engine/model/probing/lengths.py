@@ -25,6 +25,6 @@ def asks_lengths(model: Drivable) -> bool:
         view.begin_layers(rows)
         for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
             context.layer, context.probed = index, None
-            call_on_meta(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs)
+            call_on_meta(layer, call.laid_out(hidden), call.args, call.kwargs)
     context.reaches, context.is_plain = reaches, is_plain
     return view.is_asked
