@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,10 @@ _NEAR = 10
 """All positions below it are compared with each other."""
 _FAR = 23
 """Positions around powers of two up to this one are compared, too: no window of a model is longer."""
+
+
+_MOST = 1 << 24
+"""More than all positions that are compared."""
 
 
 @dataclass(eq=False)
@@ -112,10 +116,38 @@ def _evaluate(mask_function: MaskFunction, query: torch.Tensor, key: torch.Tenso
     """The function at pairs of positions: bool of the shape of `query` and `key`."""
     zero = torch.zeros((), dtype=torch.long)
     try:
-        found = torch.func.vmap(lambda at, of: torch.as_tensor(mask_function(zero, zero, at, of)))(query, key)
+        with _looked_up_anywhere(mask_function):
+            found = torch.func.vmap(lambda at, of: torch.as_tensor(mask_function(zero, zero, at, of)))(query, key)
     except Exception as error:  # it looks up something of the text at these positions
         raise UndrivableError(f"its attention mask depends on more than positions ({named(error)})") from None
     return found.bool()
+
+
+@contextmanager
+def _looked_up_anywhere(mask_function: MaskFunction) -> Iterator[None]:
+    """Inside, what a mask function looks up by position reaches as far as the grid, where all of it is the same.
+
+    So are groups of images in a text that has none.
+    """
+    with ExitStack() as stack:
+        for cell in _cells(mask_function):
+            value = cell.cell_contents
+            if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] > 1:
+                first = value[:, :1]
+                if value.equal(first.expand_as(value)):
+                    stack.callback(setattr, cell, "cell_contents", value)
+                    cell.cell_contents = first.expand(-1, _MOST)
+        yield
+
+
+def _cells(function: Any) -> Iterator[Any]:
+    """Of a function and those that it calls: what they keep."""
+    for cell in getattr(function, "__closure__", None) or ():
+        yield cell
+        kept = cell.cell_contents
+        for inner in kept if isinstance(kept, tuple | list) else (kept,):
+            if callable(inner):
+                yield from _cells(inner)
 
 
 def _looks_ahead(mask_function: MaskFunction) -> bool:
