@@ -219,18 +219,20 @@ class CausalModel:
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: hidden `[rows, width]` of the last layer -> float32 logits `[rows, vocabulary]`."""
-        positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        # Sequences of one row where positions are counted: there are no more than a sequence may have.
+        shape = (len(hidden), 1) if self.outer.positions.is_counted else (1, len(hidden))
+        positions = torch.zeros(shape, dtype=torch.long, device=self.device)
         # Something must be embedded; the injected states take its place after the layers.
         width = self.state[self.embedding_name].shape[1]
-        inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
-        self.recorder.inject = hidden[None]
+        inputs = torch.zeros(*shape, width, dtype=self.dtype, device=self.device)
+        self.recorder.inject = hidden.unflatten(0, shape)
         try:
             given = {"position_ids": positions} if "position_ids" in self.outer.names else {}
             with self.embedding_as(lambda ids: inputs):
                 output = self.module(input_ids=positions, use_cache=False, **given)
         finally:
             self.recorder.inject = None
-        logits: torch.Tensor = output.logits[0]
+        logits: torch.Tensor = output.logits.flatten(0, 1)
         return logits.float()
 
     @contextmanager
