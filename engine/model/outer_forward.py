@@ -81,6 +81,11 @@ class OuterForward:
         hidden, calls = self._recorder.taken()
         return self._recorder.streams.flat(hidden), calls
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether it names a cache among its arguments."""
+        return self._cache_name in self.names
+
     def takes(self, key: str) -> bool:
         """Whether it is given an input: what it names, and positions that it may pass on."""
         is_passed_on = key == "position_ids" and self._takes_others and self.passes_positions

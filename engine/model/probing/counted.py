@@ -45,6 +45,8 @@ def positions_of(model: Drivable) -> Positions:
     given = [{**plain, "position_ids": torch.arange(first, first + _ROWS)[None]} for first in (0, _BEFORE)]
     behind = [{**plain, "use_cache": True, "cache": CacheView(LengthView(model.sweeping, n))} for n in (0, _BEFORE)]
     taken = [_seen(model, inputs) for inputs in given]
+    if not model.outer.takes_cache:  # so that it counts from 0 on alone
+        behind, taken = [plain], taken[:1]
     try:
         counted = [_seen(model, inputs) for inputs in behind]
     except UnsupportedError:
