@@ -265,9 +265,11 @@ class _Plan:
     def check_missing(self) -> None:
         """Raise `CheckpointError` when the weight files lack a parameter."""
         if self._missing:
+            some = f"{len(self._missing)} of {len(self._unit_of)} parameters"
+            lacking = some if self._missing < {*self._unit_of} else f"all {len(self._unit_of)} of the language model"
             raise CheckpointError(
-                f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
-                f"{min(self._missing)}; the download is incomplete or belongs to another model"
+                f"{self._path}: the weight files lack {lacking}, e.g. {min(self._missing)}; the download is incomplete "
+                "or belongs to another model"
             )
 
     def by_unit(self) -> dict[str, list[tuple[set[str], Step]]]:

@@ -330,7 +330,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "not in one list": ("blt", "hrm_text", "hrm_text+no-prefix"),
     "where .sequences, rows, width. of hidden states is expected": ("reformer",),
     "rows for 1 x 2 tokens": ("cpmant", "prophetnet", "xlnet"),
-    "mask depends on more than positions": ("gemma4_unified",),
     "mix tokens outside their attention": ("doge+moe",),
     "chooses by numbers before it attends": ("jetmoe",),
     "does not hide the padding": ("git",),
