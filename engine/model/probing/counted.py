@@ -49,7 +49,7 @@ def positions_of(model: Drivable) -> Positions:
         behind, taken = [plain], taken[:1]
     try:
         counted = [_seen(model, inputs) for inputs in behind]
-    except UnsupportedError:
+    except UndrivableError:
         raise
     except Exception:  # it wants another cache, which it does not get here: nothing can be said
         return Positions()
