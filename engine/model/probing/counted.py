@@ -45,18 +45,21 @@ def positions_of(model: Drivable) -> Positions:
     given = [{**plain, "position_ids": torch.arange(first, first + _ROWS)[None]} for first in (0, _BEFORE)]
     behind = [{**plain, "use_cache": True, "cache": CacheView(LengthView(model.sweeping, n))} for n in (0, _BEFORE)]
     taken = [_seen(model, inputs) for inputs in given]
+    offset = _offset(taken[0], _seen(model, plain))
+    if offset is None:
+        raise UndrivableError("it counts positions in a way of its own")
     if not model.outer.takes_cache:  # so that it counts from 0 on alone
-        behind, taken = [plain], taken[:1]
+        return Positions(offset)
     try:
         counted = [_seen(model, inputs) for inputs in behind]
     except UndrivableError:
         raise
     except Exception:  # it wants another cache, which it does not get here: nothing can be said
-        return Positions()
-    offsets = {_offset(one, other) for one, other in zip(taken, counted, strict=True)}
-    if len(offsets) == 1 and (offset := offsets.pop()) is not None:
         return Positions(offset)
-    if not counted[0].hands_on and _offset(*counted) != 0 and _offset(_seen(model, plain), counted[0]) == 0:
+    is_taken, is_counted = _offset(*taken) != 0, _offset(*counted) != 0
+    if _offset(taken[1], counted[1]) == offset or (is_taken and not is_counted):
+        return Positions(offset)
+    if is_counted and not is_taken and not counted[0].hands_on:
         return Positions(is_counted=True)
     raise UndrivableError("it counts positions in a way of its own")
 
