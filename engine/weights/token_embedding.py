@@ -13,6 +13,7 @@ from engine.memory import accelerator
 from engine.memory.arena import Arena
 from engine.memory.disk.io import wait_for
 from engine.model.causal_model import CausalModel
+from engine.model.stub import is_same
 from engine.weights.placed_unit import PlacedUnit
 
 
@@ -65,7 +66,10 @@ class TokenEmbedding:
         if "forward" in module.__dict__:  # another one's, which needs no weights
             return None
         rows, index = self._rows, self._index
-        if asked is not self._model.outer.asked:  # the model's forward has made others of those it was called with
+        given = self._model.outer.asked
+        if given is None or not is_same(
+            asked, given
+        ):  # the model's forward has made others of those it was called with
             ids = asked.cpu()
             if not torch.equal(ids, self._ids):
                 rows, index = self._find(ids)
