@@ -22,6 +22,7 @@ from benchmarks import (
     draw,
     experts,
     memory,
+    mixtures,
     offloaded,
     several_gpus,
     sweep_overhead,
@@ -694,6 +695,21 @@ def test_a_suites_requests_are_asked_in_one_call(opt: str) -> None:
     assert asked["decode_rows"] == 0
     assert sorted(asked["run_ended_s"])[-1] <= asked["seconds"]
     assert asked["sweep_s"] + asked["host_s"] <= asked["seconds"]
+
+
+def test_a_mixtures_decode_sweeps_are_told_apart(moe: str) -> None:
+    load = Workload.parse("1x4x0+20:5")
+    policy = Policy(device="cpu", weights=Share(gpu=0, cpu=100), kv_cache=Share(gpu=0, cpu=100))
+    rates = Rates(flop_s=1e30, to_device_bytes_s=1e3, from_device_bytes_s=1e30, device_bytes_s=1e30)
+    with open_dummy(moe, policy) as engine:
+        found = mixtures.measure(engine, load, rates)
+        sizes = sizes_of(engine)
+    # All prompts come in at once; then each step reads what is kept.
+    assert [(each["prefill_rows"], each["decode_rows"]) for each in found["sweeps"]] == [(80, 0), *[(0, 4)] * 4]
+    kept = 4 * sum(20 + step for step in range(4)) * sizes.cache_row_bytes
+    assert found["decoding"]["link_s"] == pytest.approx((4 * sizes.streamed_bytes + kept) / 1e3)
+    assert found["least_s"]["to device"] == pytest.approx((5 * sizes.streamed_bytes + kept) / 1e3)
+    assert found["bound"] == "to device"
 
 
 @pytest.mark.usefixtures("warm_processes")

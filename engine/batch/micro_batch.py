@@ -57,6 +57,7 @@ class MicroBatch(Rows):
         self.longest_prefill = max((b - a for a, b in pairwise(borders)), default=0)
         self.longest = max(positions) + 1
         """Tokens of the longest context."""
+        self._context_groups: dict[int | None, list[ContextGroup]] = {}
         self.decode_chains = _chains(segments[: len(decode)])
         """(first row, end row, prefixes) of neighbouring decode steps that continue the same chain."""
         self.prefill_chains = _chains(segments[len(decode) :])
@@ -84,11 +85,12 @@ class MicroBatch(Rows):
         """The chains of new spans, for an attention that takes several at once."""
         return prefix_groups(self.prefill_chains, self._device, self._most_prefix_rows)
 
-    @cached_property
-    def context_groups(self) -> list[ContextGroup]:
-        """New spans, for an attention to contexts that are gathered whole."""
-        new = [segment for segment in self.segments if not segment.is_decode]
-        return context_groups(new, self._device, self.most_gathered_rows)
+    def context_groups(self, window: int | None) -> list[ContextGroup]:
+        """New spans, for an attention to contexts that are gathered whole, as far as rows in a window see them."""
+        if window not in self._context_groups:
+            new = [segment for segment in self.segments if not segment.is_decode]
+            self._context_groups[window] = context_groups(new, self._device, self.most_gathered_rows, window)
+        return self._context_groups[window]
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is called with."""

@@ -67,9 +67,7 @@ class TokenEmbedding:
             return None
         rows, index = self._rows, self._index
         given = self._model.outer.asked
-        if given is None or not is_same(
-            asked, given
-        ):  # the model's forward has made others of those it was called with
+        if given is None or not is_same(asked, given):  # the model's forward has made other ids of those
             ids = asked.cpu()
             if not torch.equal(ids, self._ids):
                 rows, index = self._find(ids)

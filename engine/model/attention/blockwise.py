@@ -32,7 +32,7 @@ class Blockwise(AttentionBackend):
 
     def prefill(self, asked: Attending) -> torch.Tensor:
         """Span by span."""
-        parts = [part for group in asked.batch.context_groups for part in _prefill(asked, group)]
+        parts = [part for group in asked.batch.context_groups(None) for part in _prefill(asked, group)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode(self, asked: Attending) -> torch.Tensor:

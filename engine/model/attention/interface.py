@@ -15,6 +15,7 @@ from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import plain_arithmetic
 from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.blockwise import Blockwise
+from engine.model.attention.context_flash import ContextFlash
 from engine.model.attention.dense import Dense
 from engine.model.attention.flash import Flash
 from engine.model.attention.host_flash import HostFlash
@@ -26,7 +27,7 @@ from engine.model.undrivable import UndrivableError
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""
-BACKENDS: tuple[AttentionBackend, ...] = (WholeFlash(), Blockwise(), Flash(), HostFlash(), Dense())
+BACKENDS: tuple[AttentionBackend, ...] = (WholeFlash(), Blockwise(), Flash(), ContextFlash(), HostFlash(), Dense())
 """In order of preference; the last one can compute everything."""
 
 _IGNORED = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"})

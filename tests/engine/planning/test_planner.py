@@ -474,3 +474,29 @@ def test_experts_come_with_their_layer_where_nothing_waits() -> None:
         plan = experts_plan(60, policy, **others)
         assert (plan.expands_whole, plan.experts_apart) == (False, False)
         assert (plan.limits.waiting_rows > 0) is not policy.batch_invariant
+
+
+def test_a_greedy_plan_lets_rows_wait_before_weights_stay() -> None:
+    """The sizes of GPT-OSS-120B."""
+    row, experts = 2880, 4
+    packed = ModelShape(
+        unit_bytes=(1_750_000_000,) * 36 + (1_160_000_000,),
+        embedding_bytes=1_160_000_000,
+        outer_bytes=6000,
+        cache_row_bytes=36 * 2048,
+        cache_layer_row_bytes=2048,
+        hidden_row_bytes=2 * row,
+        work_row_bytes=163_000,
+        cpu_work_row_bytes=279_000,
+        stored_part=0.27,
+        expanded_bytes=9_640_000_000,
+        least_expanded_bytes=482_000_000,
+        apart_bytes=1_160_000_000,
+        waiting_row_bytes=2 * (5 * row + experts * 2 * row),
+    )
+    plan = make_plan(packed, Policy(), Memory(device=16 * GB, host=200 * GB, disk=0), on_cpu=False)
+    assert not plan.expands_whole
+    assert plan.limits.waiting_rows >= 32768
+    assert plan.limits.rows_per_sweep >= 104_000  # ten runs of 100 requests of 100 tokens behind 400
+    assert plan.activations.gpu == 100
+    assert 0 < plan.weights.gpu < 11  # what 6 % of the memory, kept for keys and values alone, would allow
