@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.model.outer_forward import OuterForward
 from engine.model.stub import CallRecorder, LayerCall
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -26,13 +27,11 @@ class Drivable(Protocol):
     units: list[Unit]
     state: dict[str, torch.Tensor]
     is_padded: bool
+    outer: OuterForward
 
     @property
     def embedding_name(self) -> str:
         """Full name of the token embedding's weight."""
-
-    def takes(self, key: str) -> bool:
-        """Whether the model's forward is given an input."""
 
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
         """Embed a micro-batch, and note how each layer is called."""

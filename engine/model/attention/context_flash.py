@@ -20,15 +20,16 @@ class ContextFlash(Dense):
     """
 
     def can(self, asked: Attending) -> bool:
-        """Where the card has kernels for these heads, and scores have no cap."""
+        """Where the card has kernels for these heads, scores have no cap, and no chunk ends before a context does."""
         query, value, rule = asked.query, asked.value, asked.rule
         has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
-        return has_them and rule.softcap is None and not asked.is_batch_invariant
+        is_whole = rule.reach.chunk is None or asked.batch.longest <= rule.reach.chunk
+        return has_them and is_whole and rule.softcap is None and not asked.is_batch_invariant
 
     def prefill(self, asked: Attending) -> torch.Tensor:
         """Group by group, each row against the context of its span."""
         parts = []
-        for group in asked.batch.context_groups(asked.rule.window):
+        for group in asked.batch.context_groups(asked.rule.reach.window):
             output, logsumexp = attend_contexts(asked, group)
             if asked.rule.sinks is not None:
                 kept = torch.sigmoid(logsumexp - asked.rule.sinks.float()[:, None])
@@ -63,7 +64,8 @@ def attend(
     The number of rows that a span has at most is told as two where it is one: for single rows there is another kernel,
     which splits contexts.
     """
-    windows = {} if rule.window is None else {"window_size_left": rule.window - 1, "window_size_right": 0}
+    window = rule.reach.window
+    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     result = torch.ops.aten._flash_attention_forward(
         query,
         key,

@@ -24,7 +24,7 @@ class WholeFlash(AttentionBackend):
         """Where the card has kernels for these heads, plain softmax, no window; whatever the micro-batch's contexts."""
         query, value, rule = asked.query, asked.value, asked.rule
         has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
-        return asked.is_batch_invariant and has_them and rule.is_stock and rule.window is None
+        return asked.is_batch_invariant and has_them and rule.is_stock and rule.reach.is_whole
 
     def prefill(self, asked: Attending) -> torch.Tensor:
         """Group by group, each row against the context of its span."""
