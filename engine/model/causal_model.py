@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine.cache.shape import KVShape
+from engine.cache.state_shape import StateShape
 from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.methods import checked_method
@@ -24,6 +25,7 @@ from engine.model.attention import flash
 from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
+from engine.model.mixers.mixer import Mixer
 from engine.model.norms import fuse_norms
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
@@ -94,7 +96,12 @@ class CausalModel:
         self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
+        self.mixers: dict[int, Mixer] = {}
+        """What keeps a state of each sequence, by layer."""
         self.kv_shapes: list[KVShape] = probe(self)
+        """Of each layer; of no width where it attends to nothing."""
+        self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
+        """Of the hidden states between layers: a family may add them up in a wider one."""
         fuse_norms(self.layers, self.sweeping, device, dtype)
         for root in (self.module, *self.layers):
             for module in root.modules():
@@ -139,6 +146,16 @@ class CausalModel:
         return self.sweeping.is_plain and not self.is_padded
 
     @property
+    def state_shapes(self) -> list[StateShape | None]:
+        """The states that layers keep; None for one that keeps none."""
+        return [mixer.shape if (mixer := self.mixers.get(index)) else None for index in range(len(self.layers))]
+
+    @property
+    def continues(self) -> bool:
+        """Whether all layers take on several tokens behind what they keep of those before."""
+        return all(mixer.continues for mixer in self.mixers.values())
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether inputs of linear layers are rounded to 8 bits, as a checkpoint may ask for."""
         return any("rounds_inputs" in module.__dict__ for layer in self.layers for module in layer.modules())
@@ -146,7 +163,7 @@ class CausalModel:
     @property
     def reads_in_place(self) -> bool:
         """Whether attention always reads keys and values on the device where they lie (`Flash.can`)."""
-        sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes}
+        sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes if shape.width}
         has_kernels = all(flash.has_kernels(self.device, self.dtype, *size) for size in sizes)
         return has_kernels and self.is_plain
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.model.mixers.mixer import Mixer
 from engine.model.stub import CallRecorder, LayerCall
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -26,6 +27,7 @@ class Drivable(Protocol):
     units: list[Unit]
     state: dict[str, torch.Tensor]
     is_padded: bool
+    mixers: dict[int, Mixer]
 
     @property
     def embedding_name(self) -> str:

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from engine.cache.shape import KVShape
+from engine.cache.state_shape import StateShape
 from engine.errors import UnsupportedError, named
 from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
+from engine.model.mixers.asking import Asking
+from engine.model.mixers.mixer import Mixer
+from engine.model.mixers.trial import try_out
 from engine.model.padded import CacheView, ProbingView
 from engine.model.rows_apart import check_rows_apart
 from engine.model.stub import LayerCall
@@ -55,11 +59,12 @@ def probe(model: Drivable) -> list[KVShape]:
             model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
             model.config._attn_implementation = "sdpa" if model.module._supports_sdpa else "eager"
-        for model.recorder.as_tuple in (False, True):
+        for model.recorder.num_values in (1, 3, 2):
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
-                    _check_rows(model)
+                    _take_mixers(model, is_batch_invariant)
+                    _check_rows(model, found)
                     if model.is_padded:
                         _check_padding(model)
                         if is_batch_invariant:
@@ -97,20 +102,29 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
         return _Failure(0, _words(model, error))
     shapes: list[KVShape | None] = []
     stopped: _Failure | None = None
+    model.mixers = {}
+    asking = Asking(model.sweeping, int(getattr(model.config.get_text_config(), "number_of_conv_states", 1)))
     for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
         model.sweeping.layer = index
         try:
-            shapes.append(probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs))
+            with asking.within(layer):
+                shapes.append(probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs))
         except UnsupportedError:
             raise
         except Exception as error:
-            shapes.append(None)
+            shapes.append(KVShape.none() if asking.found else None)
+            if asking.found:  # what comes behind its state may need numbers
+                continue
             what = "chooses by numbers before it attends, and " if isinstance(error, NotImplementedError) else ""
             reason = f"layer {index} ({type(layer).__name__}) {what}does not run without weights: {named(error)}"
             stopped = stopped or _Failure(1, reason)
+        finally:
+            if len(asking.found) > 1:
+                raise UnsupportedError(f"layer {index} keeps more than one state")
+            model.mixers.update({index: mixer for mixer in asking.found})
     known = [shape for shape in shapes if shape is not None]
-    if len(known) == len(shapes):
-        return known
+    if stopped is None and (known or model.mixers):  # the others keep nothing, if rows are seen to be apart
+        return [KVShape.none() if shape is None else shape for shape in shapes]
     if not known and stopped is not None:
         return stopped
     return _Failure(2 if known or model.is_padded else 0, _without_keys(model, shapes))
@@ -137,8 +151,28 @@ def one_of_each_kind(model: Drivable) -> list[int]:
     return list(first.values())
 
 
-def _check_rows(model: Drivable) -> None:
-    """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention."""
+def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
+    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
+    if model.mixers and is_batch_invariant:
+        raise UndrivableError(
+            "batch-invariant: it keeps states, which are computed for several sequences at once; leave batch-invariant "
+            "out"
+        )
+    tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
+    for index, mixer in model.mixers.items():
+        first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
+        if first is mixer:
+            try_out(mixer, model.layers[index])
+        mixer.continues = first.continues
+    for mixer in model.mixers.values():
+        mixer.attach()
+
+
+def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
+    """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention and its state.
+
+    Of a layer that shows neither, it must be seen that it does not.
+    """
     model.sweeping.is_checking, model.sweeping.attended = True, 0
     try:
         with _outer_zeros(model):
@@ -150,7 +184,9 @@ def _check_rows(model: Drivable) -> None:
         for index in one_of_each_kind(model):
             model.sweeping.layer = index
             calls = together[index], [each[index] for each in alone]
-            check_rows_apart(model.layers[index], model.sweeping, hidden.shape[-1], calls)
+            is_seen = check_rows_apart(model.layers[index], model.sweeping, hidden.shape[-1], calls)
+            if not (is_seen or shapes[index].width or index in model.mixers):
+                raise UnsupportedError(_without_keys(model, [shape if shape.width else None for shape in shapes]))
     finally:
         model.sweeping.is_checking = False
 
@@ -198,8 +234,8 @@ def _without_keys(model: Drivable, shapes: list[KVShape | None]) -> str:
     which = "its layers" if len(silent) == len(shapes) else f"of its layers, {', '.join(map(str, silent))}"
     show = "shows" if len(silent) == 1 < len(shapes) else "show"
     return (
-        f"{which}{told} {show} no keys and values, neither to transformers' attention interface nor to a cache; "
-        "state-space models, convolutions and the like cannot be run here"
+        f"{which}{told} {show} no keys and values, neither to transformers' attention interface nor to a cache, "
+        "nor ask a cache of transformers' for a state; what they keep of a sequence is not known"
     )
 
 

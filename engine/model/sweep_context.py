@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from engine.batch.rows import Rows
     from engine.cache.key_value import KVCache
     from engine.cache.shape import KVShape
+    from engine.cache.state import StateCache
     from engine.model.attention.mask import MaskNotes
 
 
@@ -27,6 +28,8 @@ class SweepContext:
     layer: int = 0
     probed: KVShape | None = None
     """Found out by `probe_kv_shape` since the layer in hand was called."""
+    left: torch.dtype | None = None
+    """What layers that were called on `meta` left, where one left wider numbers than it was given."""
     is_plain: bool = True
     """Whether no layer that was probed has caps, sinks or a window."""
     windows: dict[int, int | None] = field(default_factory=dict)
@@ -45,6 +48,7 @@ class SweepContext:
     """Those that the model made for the layers that are probed."""
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
+    states: StateCache = field(init=False)
 
     @property
     def is_batch_invariant(self) -> bool:

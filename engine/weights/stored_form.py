@@ -122,7 +122,8 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     head = sizes["embedding"] if model.is_tied else sizes["head"]
     inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
     experts = count_of(config, "num_experts_per_tok") or 1
-    heads = config.num_attention_heads
+    heads = count_of(config, "num_attention_heads") or 0  # of a model without attention
+    states = [shape.num_bytes for shape in model.state_shapes if shape is not None]
     widest = max(model.kv_shapes, key=lambda shape: shape.width)
     attention = heads * (2 * widest.key_dim + 2 * widest.value_dim)
     item = model.dtype.itemsize
@@ -137,7 +138,10 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
         cache_layer_row_bytes=widest.width * item,
         coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width, model.dtype),
-        hidden_row_bytes=model.hidden_size * item,
+        state_bytes=sum(states),
+        state_layer_bytes=max(states, default=0),
+        continues=model.continues,
+        hidden_row_bytes=model.hidden_size * model.hidden_dtype.itemsize,
         is_padded=model.is_padded,
         score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
         is_plain=model.is_plain,

@@ -41,7 +41,10 @@ def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
     context: SweepContext = layer.__dict__["sweeping"]
     context.probed = None
     try:
-        call_on_meta(layer, hidden, args, kwargs)
+        output = call_on_meta(layer, hidden, args, kwargs)
+        states = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(states, torch.Tensor) and states.dtype.itemsize > hidden.dtype.itemsize:
+            context.left = states.dtype
     except UnsupportedError:
         raise
     except Exception:  # what comes after its attention may need real numbers
