@@ -121,7 +121,8 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
         finally:
             if len(asking.found) > 1:
                 raise UnsupportedError(f"layer {index} keeps more than one state")
-            model.mixers.update({index: mixer for mixer in asking.found})
+            if asking.found:
+                model.mixers[index] = asking.found[0]
     known = [shape for shape in shapes if shape is not None]
     if stopped is None and (known or model.mixers):  # the others keep nothing, if rows are seen to be apart
         return [KVShape.none() if shape is None else shape for shape in shapes]

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 _FULL = ["full_attention"] * 3
 _GEMMA4 = {"num_hidden_layers": 3, "layer_types": _MIXED, "per_layer_config": {}, "vocab_size_per_layer_input": 500}
@@ -19,8 +19,15 @@ _ROPES = {
 }
 
 SIZES: dict[str, dict[str, Any]] = {
-    "bamba": _MAMBA,
-    "granitemoehybrid": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "mamba_chunk_size": 16},
+    "kimi_linear": {
+        **{"num_experts_per_token": 2, "num_experts": 4, "linear_num_heads": 2, "linear_head_dim": 16},
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from engine.errors import UnsupportedError
-from engine.model.mixers.call import Call, EveryLayer, cache_name, is_of_rows
-from engine.model.mixers.mixer import Mixer
-from engine.model.mixers.states import States
+from engine.model.mixers.call import Call, cache_name, is_of_rows
+from engine.model.mixers.mixer import Mixer, without_states
+from engine.model.mixers.states import States, StatesCache
 from engine.model.sweep_context import SweepContext
 
 
@@ -52,13 +51,13 @@ class Asking:
             try:
                 output = call.on(given, cache)
             except Exception:
-                if cache.is_asked and not cache.is_attended:
+                if cache.is_given and not cache.is_attended:
                     raise
             else:
-                if cache.is_asked:
+                if cache.is_given:
                     self.found.append(self._mixer(module, call, given, states, output))
                     return output
-            if cache.is_asked:
+            if cache.is_given:
                 raise UnsupportedError(f"its {type(module).__name__} keeps a state and attends at once")
             self.found = found  # it asks for keys alone, if for anything: it is called as the layer calls it
             context.probed, context.is_plain = shown
@@ -72,7 +71,7 @@ class Asking:
         for name, value in given.items():
             if not is_of_rows(value, lead):
                 raise UnsupportedError(f"its {kind}, which keeps a state, takes {name}, which is not of its rows alone")
-        held = states.held()
+        held, output = states.held(), without_states(output, states)
         if not held or any(len(tensor) != lead[0] for tensor in held.values()) or not is_of_rows(output, lead):
             raise UnsupportedError(f"its {kind} keeps a state that is not of each sequence by itself")
         return Mixer(module, call, self._context, states.shape(), self._num_states, given, output)
@@ -82,34 +81,28 @@ class _AttendsError(Exception):
     """The module wants keys and values: it does not keep a state instead."""
 
 
-class _NotingCache(Cache):
-    """A cache of one layer's states, which notes whether it is asked for them."""
+class _NotingCache(StatesCache):
+    """A cache of one layer's states, which notes whether it is given them."""
 
     def __init__(self, states: States) -> None:
-        super().__init__(layers=EveryLayer([states]))
-        self.is_asked = self.is_attended = False
+        super().__init__(states)
+        self.is_given = self.is_attended = False
 
     def update(self, *_: Any, **__: Any) -> Any:
         """Keys and values: not from here."""
         self.is_attended = True
         raise _AttendsError
 
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """As transformers' own."""
-        self.is_asked = True
-        return super().get_conv_state(*args, **kwargs)
-
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers' own."""
-        self.is_asked = True
+        self.is_given = True
         return super().update_conv_state(*args, **kwargs)
-
-    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """As transformers' own."""
-        self.is_asked = True
-        return super().get_recurrent_state(*args, **kwargs)
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers' own."""
-        self.is_asked = True
+        self.is_given = True
         return super().update_recurrent_state(*args, **kwargs)
+
+    def _set(self, what: str, layer_idx: int, state: torch.Tensor) -> None:
+        self.is_given = True
+        super()._set(what, layer_idx, state)

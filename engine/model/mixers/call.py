@@ -50,13 +50,6 @@ class Call:
         return hidden.shape[0], hidden.shape[1]
 
 
-class EveryLayer(list[Any]):
-    """The one layer of a cache, for every layer that asks."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(0)
-
-
 def is_of_rows(value: Any, lead: tuple[int, int]) -> bool:
     """Whether all tensors of an argument begin with `[sequences, rows]`."""
     if isinstance(value, torch.Tensor):

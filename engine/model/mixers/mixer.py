@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from engine.batch.state_group import StateGroup
 from engine.cache.state_shape import StateShape
-from engine.model.mixers.call import Call, EveryLayer
-from engine.model.mixers.states import States
+from engine.model.mixers.call import Call
+from engine.model.mixers.states import States, StatesCache
 from engine.model.rows_apart import mapped, row_product
 from engine.model.sweep_context import SweepContext
 
@@ -56,7 +55,7 @@ class Mixer:
 
     def on(self, given: dict[str, Any], states: States) -> Any:
         """What the module makes of sequences that continue `states`, which afterwards are those behind them."""
-        return self._call.on(given, Cache(layers=EveryLayer([states])))
+        return without_states(self._call.on(given, StatesCache(states)), states)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         context, call = self._context, self._call
@@ -85,6 +84,13 @@ class Mixer:
             return rows
 
         return mapped(instead, self._output)
+
+
+def without_states(output: Any, states: States) -> Any:
+    """What a module returned, but for states that it returned besides, whose places are empty."""
+    if isinstance(output, torch.Tensor):
+        return None if any(output is state for state in states.held().values()) else output
+    return type(output)(without_states(x, states) for x in output) if type(output) in (tuple, list) else output
 
 
 def _rows_of(value: Any, lead: tuple[int, int], group: StateGroup) -> Any:
