@@ -19,6 +19,7 @@ from engine.model.drivable import Drivable
 from engine.model.mixers.asking import Asking
 from engine.model.mixers.mixer import Mixer
 from engine.model.mixers.trial import try_out
+from engine.model.mixers.work import work_row_bytes
 from engine.model.padded import CacheView, ProbingView
 from engine.model.rows_apart import check_rows_apart
 from engine.model.stub import LayerCall
@@ -163,8 +164,9 @@ def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
     for index, mixer in model.mixers.items():
         first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
         if first is mixer:
+            mixer.work_row_bytes = work_row_bytes(mixer)
             try_out(mixer, model.layers[index])
-        mixer.continues = first.continues
+        mixer.continues, mixer.work_row_bytes = first.continues, first.work_row_bytes
     for mixer in model.mixers.values():
         mixer.attach()
 

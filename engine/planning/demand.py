@@ -180,8 +180,9 @@ class Demand:
         return max(1, STAGING_BUFFERS * self.stored_row_bytes() + num_copies * shape.cache_layer_row_bytes)
 
     def overhead(self, rows: int) -> int:
-        """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""
-        return 0 if self.on_cpu else self.staged(rows) + int(_FRAGMENTATION * self.memory.device)
+        """Staging buffers, which stay, the gaps that an accelerator's allocator leaves, and states in hand."""
+        states = _STATE_COPIES * self.states_at_once(rows) * self.shape.state_layer_bytes
+        return states + (0 if self.on_cpu else self.staged(rows) + int(_FRAGMENTATION * self.memory.device))
 
     def behind_disk(self, rows: int) -> int:
         """Host memory for what goes to and comes from the disk of the cache and of hidden states.
@@ -239,11 +240,8 @@ class Demand:
         if not self.on_cpu:
             return cache_bytes
         shape = self.shape
-        whole, layer = (
-            shape.cache_row_bytes or shape.state_bytes,
-            shape.cache_layer_row_bytes or shape.state_layer_bytes,
-        )
-        return cache_bytes * whole // (whole + layer)
+        kinds = (shape.cache_row_bytes, shape.cache_layer_row_bytes), (shape.state_bytes, shape.state_layer_bytes)
+        return min((cache_bytes * whole // (whole + layer) for whole, layer in kinds if whole), default=cache_bytes)
 
     def hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
         fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}

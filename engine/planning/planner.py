@@ -126,11 +126,13 @@ class _Planner:
             scores_per_batch=self._scores_per_batch(rows, device),
             logits_bytes=self.demand.logits_bytes(beside_weights),
         )
+        budgets = self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes)
+        self.fit.check_states(budgets)
         return Plan(
             weights=weights,
             kv_cache=self.policy.kv_cache,
             activations=activations,
-            cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
+            cache_budgets=budgets,
             limits=limits,
             read_ahead_bytes=self.demand.read_ahead(weights),
             expands_whole=self.demand.expands_whole,

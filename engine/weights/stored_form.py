@@ -152,5 +152,8 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         if stacks
         else 0,
         waiting_row_bytes=item * _waiting_width(model, stacks, experts) if stacks else 0,
-        work_row_bytes=item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
+        work_row_bytes=max(
+            item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
+            4 * item * model.hidden_size + max((mixer.work_row_bytes for mixer in model.mixers.values()), default=0),
+        ),
     )

@@ -39,6 +39,8 @@ class Mixer:
         self._call = call
         self.continues = False
         """Whether it is known to take on several tokens from a state."""
+        self.work_row_bytes = 0
+        """What its tensors take for each row of a prompt, as far as that is known."""
 
     @property
     def kind(self) -> str:
