@@ -106,30 +106,43 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     model.mixers = {}
     asking = Asking(model.sweeping, int(getattr(model.config.get_text_config(), "number_of_conv_states", 1)))
     for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
-        model.sweeping.layer = index
         try:
-            with asking.within(layer):
-                shapes.append(probe_kv_shape(layer, hidden.unflatten(0, call.shape), call.args, call.kwargs))
+            shapes.append(_probe_layer(model, index, hidden, call, asking))
         except UnsupportedError:
             raise
         except Exception as error:
-            shapes.append(KVShape.none() if asking.found else None)
-            if asking.found:  # what comes behind its state may need numbers
-                continue
+            shapes.append(None)
             what = "chooses by numbers before it attends, and " if isinstance(error, NotImplementedError) else ""
             reason = f"layer {index} ({type(layer).__name__}) {what}does not run without weights: {named(error)}"
             stopped = stopped or _Failure(1, reason)
-        finally:
-            if len(asking.found) > 1:
-                raise UnsupportedError(f"layer {index} keeps more than one state")
-            if asking.found:
-                model.mixers[index] = asking.found[0]
     known = [shape for shape in shapes if shape is not None]
     if stopped is None and (known or model.mixers):  # the others keep nothing, if rows are seen to be apart
         return [KVShape.none() if shape is None else shape for shape in shapes]
     if not known and stopped is not None:
         return stopped
     return _Failure(2 if known or model.is_padded else 0, _without_keys(model, shapes))
+
+
+def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerCall, asking: Asking) -> KVShape | None:
+    """What a layer keeps of a token, and its mixer if it keeps a state; None where it shows neither.
+
+    Raises what keeps it from running before it has shown anything.
+    """
+    context, shape = model.sweeping, None
+    context.layer = index
+    try:
+        with asking.within(model.layers[index]):
+            shape = probe_kv_shape(model.layers[index], hidden.unflatten(0, call.shape), call.args, call.kwargs)
+    except Exception as error:  # what comes behind its state may need numbers
+        if isinstance(error, UnsupportedError) or not asking.found:
+            raise
+    if len(asking.found) > 1:
+        raise UnsupportedError(f"layer {index} keeps more than one state")
+    if model.recorder.num_values == 2 and context.handed_on != 0:  # which the model may give to the next layer
+        raise UndrivableError("its layers hand on more than hidden states")
+    if asking.found:
+        model.mixers[index] = asking.found[0]
+    return KVShape.none() if shape is None and asking.found else shape
 
 
 def _inputs(model: Drivable, positions: torch.Tensor) -> dict[str, Any]:

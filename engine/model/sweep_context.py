@@ -28,6 +28,8 @@ class SweepContext:
     layer: int = 0
     probed: KVShape | None = None
     """Found out by `probe_kv_shape` since the layer in hand was called."""
+    handed_on: int | None = None
+    """Values besides hidden states that the layer that was called on `meta` last returned; None if it did not."""
     left: torch.dtype | None = None
     """What layers that were called on `meta` left, where one left wider numbers than it was given."""
     is_plain: bool = True

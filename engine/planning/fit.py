@@ -53,8 +53,8 @@ class Fit:
             return
         told = ", ".join(f"{tier} {gb(room)}" for tier, room in budgets.items())
         raise CapacityError(
-            f"the states of one sequence and a token's keys and values take {gb(one)}, and what is left for the KV cache "
-            f"of its tiers is {told}; give kv-cache a tier with more room, or raise gpu-memory or cpu-memory"
+            f"the states of one sequence and a token's keys and values take {gb(one)}, and what is left for the KV "
+            f"cache is {told}; give kv-cache a tier with more room, or raise gpu-memory or cpu-memory"
         )
 
     def check_transit(self, weights: Share) -> None:

@@ -39,10 +39,11 @@ def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
     Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
     """
     context: SweepContext = layer.__dict__["sweeping"]
-    context.probed = None
+    context.probed = context.handed_on = None
     try:
         output = call_on_meta(layer, hidden, args, kwargs)
-        states = output[0] if isinstance(output, tuple | list) else output
+        values = output if isinstance(output, tuple | list) else (output,)
+        states, context.handed_on = values[0], sum(value is not None for value in values) - 1
         if isinstance(states, torch.Tensor) and states.dtype.itemsize > hidden.dtype.itemsize:
             context.left = states.dtype
     except UnsupportedError:

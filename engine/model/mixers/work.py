@@ -31,7 +31,8 @@ def work_row_bytes(mixer: Mixer) -> int:
     finally:
         for module, before in buffers:
             module._buffers.update(before)
-    return live.most // _ROWS
+    most: int = live.most
+    return most // _ROWS
 
 
 class _Live(TorchDispatchMode):
@@ -39,7 +40,8 @@ class _Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most = self._now = 0
+        self.most: int = 0
+        self._now = 0
         self._views: dict[int, int] = {}
         """By memory: how many tensors are on it."""
 
