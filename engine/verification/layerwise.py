@@ -108,11 +108,11 @@ class LayerwiseComparison:
         Raises `NumericsError` where stock layers make no finite logits, `UnsupportedError` where they cannot round as
         the cache does, and `CheckpointError` where weight files have changed.
         """
-        driven, num_tables = self._driven, 2 if self._plain is None else 4
+        driven, model, num_tables = self._driven, self._driven.model, 2 if self._plain is None else 4
         kept_width = max(shape.width for shape in driven.model.kv_shapes) / driven.model.hidden_size
         limits = pass_limits(driven.plan, driven.limits, num_tables, kept_width)
         home = driven.model.device if limits.on_device else torch.device("cpu")
-        parts = list(passes(texts, limits, self._dtype.itemsize, driven.window))
+        parts = list(passes(texts, limits, model.hidden_dtype.itemsize, driven.window))
         for number, part in enumerate(parts):
             done = number * len(self._names)
 
@@ -206,7 +206,7 @@ class LayerwiseComparison:
 
     def _table(self, layout: Layout, home: torch.device) -> Table:
         model = self._driven.model
-        return Table(layout.num_rows, model.hidden_size, self._dtype, model.device, home)
+        return Table(layout.num_rows, model.hidden_size, model.hidden_dtype, model.device, home)
 
     def _embed(self, steps: Sequence[Step], chains: Sequence[Chain], layout: Layout) -> list[_Sweep]:
         """Embed everything both ways."""

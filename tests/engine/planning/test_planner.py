@@ -474,3 +474,22 @@ def test_experts_come_with_their_layer_where_nothing_waits() -> None:
         plan = experts_plan(60, policy, **others)
         assert (plan.expands_whole, plan.experts_apart) == (False, False)
         assert (plan.limits.waiting_rows > 0) is not policy.batch_invariant
+
+
+def test_states_are_counted_and_a_policy_that_holds_none_is_refused_with_numbers() -> None:
+    """Half of OPT-30B's layers with 2 MB of state each, of 48 MB a sequence."""
+    shape = replace(OPT_30B, state_bytes=48_000_000, state_layer_bytes=2_000_000, continues=False)
+    without = make_plan(OPT_30B, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+    plan = make_plan(shape, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+    assert without.limits.free_rows > 0
+    assert plan.limits.free_rows == 0  # no drafts
+    assert (without.limits.most_states, without.limits.continues) == (0, True)
+    assert not plan.limits.continues
+    assert plan.limits.most_states >= 1
+    in_hand = plan.limits.most_states * shape.state_layer_bytes
+    assert 4 * in_hand <= max(64 << 20, plan.limits.rows_per_batch * shape.work_row_bytes)  # staging buffers have them
+    little = replace(shape, state_bytes=300 * GB)
+    with pytest.raises(
+        CapacityError, match=r"states of one sequence and a token's .* take 300\.0 GB, .*host 1[0-9.]+ GB"
+    ):
+        make_plan(little, Policy.load("opt-30b-t4"), T4, on_cpu=False)
