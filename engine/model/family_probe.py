@@ -18,6 +18,7 @@ from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
 from engine.model.mixers.asking import Asking
 from engine.model.mixers.mixer import Mixer
+from engine.model.mixers.reference_code import reference_code
 from engine.model.mixers.trial import try_out
 from engine.model.mixers.work import work_row_bytes
 from engine.model.padded import CacheView, ProbingView
@@ -107,7 +108,8 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     asking = Asking(model.sweeping, int(getattr(model.config.get_text_config(), "number_of_conv_states", 1)))
     for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
         try:
-            shapes.append(_probe_layer(model, index, hidden, call, asking))
+            with reference_code():
+                shapes.append(_probe_layer(model, index, hidden, call, asking))
         except UnsupportedError:
             raise
         except Exception as error:
@@ -177,8 +179,9 @@ def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
     for index, mixer in model.mixers.items():
         first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
         if first is mixer:
-            mixer.work_row_bytes = work_row_bytes(mixer)
-            try_out(mixer, model.layers[index])
+            with reference_code():
+                mixer.work_row_bytes = work_row_bytes(mixer)
+                try_out(mixer, model.layers[index])
         mixer.continues, mixer.work_row_bytes = first.continues, first.work_row_bytes
     for mixer in model.mixers.values():
         mixer.attach()

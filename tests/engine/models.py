@@ -198,7 +198,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Families that use transformers' attention interface or keep states: name -> model type and what its config changes."""
+"""Families that use transformers' attention interface or keep states: name -> model type and changes of its config."""
 
 OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY}),
