@@ -79,6 +79,10 @@ def probe(model: Drivable) -> list[KVShape]:
             if failure is None or found.stage > failure.stage:
                 failure = found
     assert failure is not None
+    if getattr(model.module, "_is_stateful", False) and not model.mixers:
+        raise UnsupportedError(
+            f"{name} cannot be run here: its layers keep a state that no cache of transformers' holds ({failure.reason})"
+        )
     raise UnsupportedError(f"{name} cannot be run here: {failure.reason}")
 
 

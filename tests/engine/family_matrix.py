@@ -22,6 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "mamba_chunk_size": 16},
     "kimi_linear": {"num_experts_per_token": 2, "num_experts": 4, "linear_num_heads": 2, "linear_head_dim": 16},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16},
@@ -78,6 +79,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": ["mamba", "hybrid", "mamba"],
         "n_mamba_heads": 8,
+        "mamba_headdim": 16,
         "mamba_d_state": 8,
     },
     "blt": {"encoder_hash_byte_group_vocab": 100},
@@ -224,14 +226,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Settings that defaults leave off: name -> model type and what its config changes."""
 
 
-_STATE = "keep a state beside keys and values|keep the state of a convolution|shows? no keys and values.*convolutions"
 _REASONS: dict[str, tuple[str, ...]] = {
-    _STATE: (
-        *("bailing_hybrid", "bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling2_text"),
-        *("inkling2_loop_text", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2"),
-        *("minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-        *("qwen3_next", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba2", "zaya"),
-    ),
+    "keep a state that no cache of transformers' holds": ("rwkv",),
+    "mix tokens outside their attention": ("doge+moe", "recurrent_gemma"),
+    "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
+    "share a Zamba2": ("zamba2",),
     "decoder of an encoder-decoder": (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
         *("prophetnet", "whisper"),
@@ -242,8 +241,9 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "is the text part of": ("emu3", "mllama"),
     "head is the token embedding with a bias": ("bert-generation", "ctrl", "modernbert-decoder", "xlnet"),
-    "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text"),
-    "hand on more than hidden states": ("glm_moe_dsa",),
+    "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa"),
+    "ask their cache for indexer_position_ids": ("qwen4_exp_text",),
+    "hand on more than hidden states": ("xlstm", "zaya"),
     "attention takes position_bias": ("inkling_text",),
     "attention takes block_indices": ("minimax_m3_vl_text+sparse",),
     "attention within chunks": ("llama4", "llama4_text", "llama4_text+chunks-longer-than-prompts"),
@@ -251,12 +251,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "attend to later ones": ("gemma3_text+bidirectional", "gemma4_text+bidirectional"),
     "changes the hidden states between layers": ("dory", "dory+1-loop"),
     "not in one list": ("blt", "hrm_text", "hrm_text+no-prefix"),
-    "where .sequences, rows, width. of hidden states is expected": ("gemma3n_text", "hy_v4", "reformer"),
+    "where .sequences, rows, width. of hidden states is expected": ("deepseek_v4", "gemma3n_text", "hy_v4", "reformer"),
     "1 x 34 rows for 1 x 2 tokens": ("cpmant",),
     "mask depends on more than positions": ("gemma4_unified",),
     "reads weights of its embedding": ("gemma4",),
     "attend to the keys and values of layers before them": ("gemma4_text+per-layer-inputs+shared-keys",),
-    "mix tokens outside their attention": ("doge+moe",),
     "chooses by numbers before it attends": ("jetmoe",),
     "wraps a part of another model": ("trocr",),
     "does not hide the padding": ("git",),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import models
 import parity
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 from watch import Watch
@@ -27,6 +30,43 @@ from flexgen_helm.checking.random_model import save_small
 Build = Callable[[str], Path]
 Reference = Callable[[str], PreTrainedModel]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def few_at_once(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Two micro-batches of two sequences, on all tiers: others join where some have left."""
+    policy = {**parity.POLICIES["small"], "device": "cpu", "offload-dir": str(tmp_path_factory.mktemp("offload"))}
+    policy["percent"] = [34, 33, 34, 33, 34, 33]
+    with Engine.from_pretrained(str(build("qwen3-next")), policy=policy) as engine:
+        yield engine
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    prompts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 40), st.integers(0, 6)), min_size=2, max_size=9),
+    seed=st.integers(0, 9),
+)
+def test_a_state_never_reaches_another_sequence(
+    prompts: list[tuple[int, int, int]], seed: int, few_at_once: Engine, reference: Reference
+) -> None:
+    """Whatever runs beside it: every log-probability is that of plain transformers, which computes each text alone."""
+    words = random.Random(seed)
+    shared = [words.randrange(3, 490) for _ in range(60)]
+    jobs = [
+        Job(
+            # Nested prefixes of 0, 18, 36 and 54 tokens, and tokens of their own.
+            prompt=[*shared[: 18 * min(nested, 3)], *(words.randrange(3, 490) for _ in range(own))],
+            max_new_tokens=new,
+            prompt_logprobs=new % 2 == 0,
+        )
+        for nested, own, new in prompts
+    ]
+    model = reference("qwen3-next")
+    for job, completion in zip(jobs, few_at_once.run(jobs), strict=True):
+        assert completion.error is None
+        oracle = models.reference_logprobs(model, [*job.prompt, *completion.tokens])
+        found = [*(completion.prompt_logprobs or [None])[1:], *completion.logprobs]
+        assert found == pytest.approx(oracle[len(oracle) - len(found) :], abs=1e-4)
 
 
 def test_a_state_that_a_failed_sweep_has_changed_is_computed_anew(
