@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ def probe(model: Drivable) -> list[KVShape]:
             "(num_kv_shared_layers of its config); every layer needs its own"
         )
     failure: _Failure | None = None
+    keeps_states = False
     is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
         if model.is_padded:
@@ -76,14 +77,14 @@ def probe(model: Drivable) -> list[KVShape]:
                 raise UnsupportedError(f"{name} cannot be run here: {error}") from None
             except UnsupportedError as error:
                 found = _Failure(3, str(error))
+            keeps_states |= bool(model.mixers)
             if failure is None or found.stage > failure.stage:
                 failure = found
     assert failure is not None
-    if getattr(model.module, "_is_stateful", False) and not model.mixers:
-        raise UnsupportedError(
-            f"{name} cannot be run here: its layers keep a state that no cache of transformers' holds ({failure.reason})"
-        )
-    raise UnsupportedError(f"{name} cannot be run here: {failure.reason}")
+    reason = failure.reason
+    if model.module._is_stateful and not keeps_states:
+        reason = f"its layers keep a state that no cache of transformers' holds ({reason})"
+    raise UnsupportedError(f"{name} cannot be run here: {reason}")
 
 
 def _known_to_vary(before: _Failure | None) -> str:
@@ -124,8 +125,8 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     known = [shape for shape in shapes if shape is not None]
     if stopped is None and (known or model.mixers):  # the others keep nothing, if rows are seen to be apart
         return [KVShape.none() if shape is None else shape for shape in shapes]
-    if not known and stopped is not None:
-        return stopped
+    if stopped is not None:
+        return replace(stopped, stage=2) if known else stopped
     return _Failure(2 if known or model.is_padded else 0, _without_keys(model, shapes))
 
 
