@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
-    "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1},
+    "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "num_experts": 4, "num_experts_per_token": 2},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "mamba_chunk_size": 16},
     "kimi_linear": {"num_experts_per_token": 2, "num_experts": 4, "linear_num_heads": 2, "linear_head_dim": 16},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16},
@@ -79,7 +79,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": ["mamba", "hybrid", "mamba"],
         "n_mamba_heads": 8,
-        "mamba_headdim": 16,
+        **{"mamba_headdim": 16, "hybrid_layer_ids": [1]},
+        **{"attention_hidden_size": 128, "attention_head_dim": 32},
         "mamba_d_state": 8,
     },
     "blt": {"encoder_hash_byte_group_vocab": 100},
@@ -221,6 +222,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5_moe+dense-first": ("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_num_shared_experts": 1}),
     "hrm_text+no-prefix": ("hrm_text", {"prefix_lm": False}),
+    "zamba2+shared": ("zamba2", {"hybrid_layer_ids": [1, 2], "layer_types": ["mamba", "hybrid", "hybrid"]}),
     "gpt2+encoder-attention": ("gpt2", {"add_cross_attention": True}),
 }
 """Settings that defaults leave off: name -> model type and what its config changes."""
@@ -230,7 +232,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "keep a state that no cache of transformers' holds": ("rwkv",),
     "mix tokens outside their attention": ("doge+moe", "recurrent_gemma"),
     "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
-    "share a Zamba2": ("zamba2",),
+    "layers 1 and 2 share a Zamba2AttentionDecoderLayer": ("zamba2+shared",),
     "decoder of an encoder-decoder": (
         *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
         *("prophetnet", "whisper"),
