@@ -128,6 +128,8 @@ class Engine(Front):
                         weights=parts.weights,
                         stream=parts.stream,
                         cache=parts.cache,
+                        states=parts.states,
+                        room=parts.room,
                         plan=parts.plan,
                         limits=parts.executor.limits,
                         share_prefix=parts.policy.share_prefix,

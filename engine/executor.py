@@ -10,6 +10,7 @@ import torch
 from engine.batch.micro_batch import MicroBatch
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
+from engine.cache.state import StateCache
 from engine.model.causal_model import CausalModel
 from engine.model.experts.interface import compute
 from engine.model.experts.joint import JointExperts
@@ -55,21 +56,28 @@ class Executor:
     """Takes micro-batches of segments through the model once."""
 
     def __init__(
-        self, model: CausalModel, weights: WeightStream, cache: KVCache, hidden: HiddenStates, limits: Limits
+        self,
+        model: CausalModel,
+        weights: WeightStream,
+        cache: KVCache,
+        states: StateCache,
+        hidden: HiddenStates,
+        limits: Limits,
     ) -> None:
         self._model = model
         self.limits = limits
         """How micro-batches are put together; the scheduler's."""
         self._weights = weights
-        self._cache = cache
+        self._cache, self._states = cache, states
         self._hidden = hidden
         self._joint = JointExperts(model.sweeping, compute, model.device)
         self.num_sweeps = 0
         """Passes over the layers so far."""
 
     def close(self) -> None:
-        """Let go of keys, values and hidden states; the arena frees the memory."""
+        """Let go of keys, values, states and hidden states; the arena frees the memory."""
         self._cache.close()
+        self._states.close()
         self._hidden.close()
 
     def recover(self) -> None:
@@ -82,7 +90,7 @@ class Executor:
         """Compute every segment and answer what its span asks for, in the order of the rows; changes no span."""
         model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
         micro: list[MicroBatch | PaddedBatch] = [
-            PaddedBatch(segments, model.device, model.sweeping)
+            PaddedBatch(segments, model.device, model.sweeping, self.limits.most_states)
             if model.is_padded
             else MicroBatch(segments, model.device, self.limits)
             for segments in batches
@@ -107,8 +115,9 @@ class Executor:
                 states = model.layer(layer, states, calls[index][layer])
             hidden.put(index, states)
 
-        model.sweeping.cache = cache
+        model.sweeping.cache, model.sweeping.states = cache, self._states
         cache.stage_ahead(micro)
+        self._states.stage_ahead(micro)
         for layer in range(len(model.layers)):
             weights.acquire(layer)
             model.sweeping.layer = layer

@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.cache.hidden import HiddenStates
+from engine.cache.joint_room import JointRoom
 from engine.cache.key_value import KVCache, unencodable_layer
+from engine.cache.state import StateCache
 from engine.checkpoint.description import ModelDescription
 from engine.checkpoint.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from engine.errors import CapacityError, EngineError, UnsupportedError, named, one_line
@@ -25,6 +27,7 @@ from engine.planning.hardware import available_memory, resolve_device, resolve_d
 from engine.planning.planner import Plan, make_plan
 from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy
+from engine.schedule.cache_room import CacheRoom
 from engine.schedule.scheduler import Scheduler
 from engine.text.decoding import Text
 from engine.weights.encoded.kept import KeptWeights
@@ -55,6 +58,9 @@ class Parts:
     weights: WeightStore
     stream: WeightStream
     cache: KVCache
+    states: StateCache
+    room: CacheRoom
+    """Where spans have their keys, values and states."""
     scheduler: Scheduler
     executor: Executor
     arena: Arena
@@ -137,7 +143,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
             codec=cache_codec,
             compute_on_host=policy.cpu_cache_compute,
         )
-        hidden = HiddenStates(arena, plan.activations, model.hidden_size, dtype)
+        states = StateCache(model.state_shapes, arena, plan.cache_budgets, plan.kv_cache)
+        room = JointRoom(cache.room, states.room) if model.mixers else cache.room
+        hidden = HiddenStates(arena, plan.activations, model.hidden_size, model.hidden_dtype)
         return Parts(
             policy=policy,
             path=Path(description.path),
@@ -146,8 +154,10 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
             weights=store,
             stream=stream,
             cache=cache,
-            scheduler=Scheduler(plan.limits, cache.room, share_prefix=policy.share_prefix),
-            executor=Executor(model, stream, cache, hidden, plan.limits),
+            states=states,
+            room=room,
+            scheduler=Scheduler(plan.limits, room, share_prefix=policy.share_prefix),
+            executor=Executor(model, stream, cache, states, hidden, plan.limits),
             arena=arena,
             group=group,
             tokenizer=tokenizer,

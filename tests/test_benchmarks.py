@@ -43,7 +43,7 @@ from flexgen_helm.commands.bench import CURVE, ROWS, bench_policy, table_line, w
 from flexgen_helm.planning.dummy import _random_block, open_dummy, random_model, shape_config
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.record import write_record
-from flexgen_helm.planning.roofline import Rates, Work, Workload, least_seconds, measure_rates, work_of
+from flexgen_helm.planning.roofline import Rates, Work, Workload, least_seconds, measure_rates, num_at_once, work_of
 from flexgen_helm.planning.shapes import SHAPES
 from flexgen_helm.planning.sizes import Sizes
 
@@ -119,6 +119,16 @@ SIZES = Sizes(
     hidden_row_bytes=4,
     num_layers=3,
 )
+
+
+def test_states_take_room_and_cross_the_link_with_every_step() -> None:
+    """12 tokens of 8 bytes and a state of 1000: 4 sequences have room; 8 take 2 further steps each."""
+    sizes, load = replace(SIZES, state_bytes=1000), Workload(1, 8, 0, 10, 3)
+    assert num_at_once(load, sizes, plan(host=5000)) == 4
+    states, none = (work_of(load, each, plan(host=10**6)) for each in (sizes, SIZES))
+    assert states.to_device_bytes - none.to_device_bytes == 8 * 2 * 1000
+    assert states.from_device_bytes - none.from_device_bytes == 8 * 3 * 1000
+    assert states.device_bytes - none.device_bytes == 2 * 8 * 2 * 1000
 
 
 class TestWorkload:

@@ -26,7 +26,7 @@ class MicroBatch(Rows):
     """Rows of `segments`, one behind the other, each with its padding."""
 
     def __init__(self, segments: list[Segment], device: torch.device, limits: Limits) -> None:
-        super().__init__(segments, device)
+        super().__init__(segments, device, limits.most_states)
         ids: list[int] = []
         positions: list[int] = []
         for segment in segments:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.batch.state_group import state_groups
 from engine.schedule.block import Block
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
@@ -24,9 +25,12 @@ class Scatter:
 class Rows:
     """Rows of a micro-batch, and where their keys and values are to be kept."""
 
-    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+    def __init__(self, segments: list[Segment], device: torch.device, most_states: int = 0) -> None:
+        """most_states: that a layer takes on at once; 0 where none keeps a state."""
         self.segments = segments
         self.num_rows = segments[-1].end
+        self.state_groups = state_groups(segments, self.num_rows, most_states, device) if most_states else []
+        """Spans whose states are taken on together, in the order in which that must be done."""
         self.offloaded: list[tuple[Segment, Block]] = []
         """New spans whose keys and values go to the host, and all that go to disk."""
         self.scattered: Scatter | None = None

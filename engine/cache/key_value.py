@@ -18,7 +18,7 @@ from engine.cache.transfer import KVTransfer, put_rows
 from engine.kernels.codec import GROUP, Codec
 from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows, Fetch
-from engine.memory.tiers import Tier
+from engine.memory.tiers import TIERS, Tier
 from engine.planning.limits import STAGING_BUFFERS
 from engine.policy import Share
 from engine.schedule.sequence import Prefix, Span
@@ -56,9 +56,11 @@ class KVCache(LayerMemory):
         self._fresh: dict[int, torch.Tensor] = {}
         self._fresh_layer = -1
         self._transfer = KVTransfer(arena.device)
-        row_bytes = [cache_row_bytes([shape], dtype, codec)["disk"] for shape in shapes]
-        self._disk = DiskRows(arena, row_bytes)
-        self.room = Tables(shapes, dtype, arena, budgets, share, codec, self._disk, self._transfer.settle)
+        by_layer = [cache_row_bytes([shape], dtype, codec) for shape in shapes]
+        sizes = {tier: [each[tier] for each in by_layer] for tier in TIERS}
+        dtypes = {tier: dtype if codec is None or tier == "device" else torch.uint8 for tier in TIERS}
+        self._disk = DiskRows(arena, sizes["disk"])
+        self.room = Tables(sizes, dtypes, arena, budgets, share, self._disk, self._transfer.settle)
         """Where rows lie, and which of them are free."""
         self._stages = self._transfer.is_asynchronous and not compute_on_host
         """Whether own tokens off the device are brought there ahead of their turn."""
@@ -76,7 +78,9 @@ class KVCache(LayerMemory):
         self._fresh, self._fresh_layer = {}, -1  # of spans that may be gone: their ids come again
         groups = [group for batch in batches if isinstance(batch, MicroBatch) for group in batch.decode_groups]
         ahead = [group for group in groups if self._is_ahead(group)]
-        passed = range(len(self.shapes)) if layers is None else layers
+        passed = [
+            layer for layer in (range(len(self.shapes)) if layers is None else layers) if self.shapes[layer].width
+        ]
         self._coming = ((layer, group) for layer in passed for group in ahead)
         self._staged.clear()
         for _ in range(STAGING_BUFFERS - 1):

@@ -14,6 +14,11 @@ class KVShape:
     value_heads: int
     value_dim: int
 
+    @classmethod
+    def none(cls) -> KVShape:
+        """Of a layer that keeps neither."""
+        return cls(0, 0, 0, 0)
+
     @property
     def key_width(self) -> int:
         """Elements of a token's keys."""

@@ -20,37 +20,44 @@ from engine.schedule.block import Block
 
 _GROWTH = 1.5
 _ALLOCATING_THREADS = 8
+_ANY = 1 << 40
 
 
 class Tables:
-    """Rows of keys and values of all layers on the three tiers, up to a budget of bytes a tier.
+    """Rows of bytes in tables of all layers on the three tiers, up to a budget of bytes a tier.
 
-    Sequences go to the tiers by `share` (counted in sequences), or, without one, to the device while it has room, then
-    to the host, then to disk.
+    Spans go to the tiers by `share` (counted in spans), or, without one, to the device while it has room, then to the
+    host, then to disk.
     """
 
     def __init__(
         self,
-        shapes: list[KVShape],
-        dtype: torch.dtype,
+        sizes: dict[Tier, list[int]],
+        dtypes: dict[Tier, torch.dtype],
         arena: Arena,
         budgets: dict[Tier, int],
         share: Share | None,
-        codec: Codec | None,
         disk: DiskRows,
         settle: Callable[[], None],
+        what: str = "the KV cache cannot grow to {} tokens",
     ) -> None:
-        """`settle` returns when no copy to a table is under way any more."""
-        self._shapes, self._dtype, self._codec = shapes, dtype, codec
-        self.row_bytes = cache_row_bytes(shapes, dtype, codec)
-        """Bytes of one token over all layers, by tier."""
+        """sizes: bytes of a row of each table, 0 for one that has none; dtypes: what they are seen as.
+
+        `settle` returns when no copy to a table is under way any more; `what` is said of tables that cannot grow.
+        """
+        self._sizes, self._dtypes, self._what = sizes, dtypes, what
+        self.row_bytes: dict[Tier, int] = {tier: sum(each) for tier, each in sizes.items()}
+        """Bytes of one row over all tables, by tier."""
         self._arena, self._disk, self._settle = arena, disk, settle
         self._share = share
         self._percents = dict.fromkeys(TIERS, 100.0) if share is None else percents(share)
-        self._max_rows = {tier: budgets[tier] // self.row_bytes[tier] for tier in TIERS}
+        self._max_rows = {tier: _rows(budgets[tier], self.row_bytes[tier]) for tier in TIERS}
+        self._budgets = budgets
+        self.beside: Tables | None = None
+        """Other tables within the same budgets."""
         self._free_rows = {tier: FreeRows() for tier in TIERS}
         self.by_tier: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
-        """A table `[rows, …]` for each layer; none where nothing lies, nor on disk."""
+        """The tables `[rows, …]`; none where nothing lies, nor on disk."""
         self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)
         """Spans that have a block, by tier."""
         self._expected = 0
@@ -59,20 +66,15 @@ class Tables:
         self.refusal: str | None = None
         """Why a tier could not grow the last time that it should have; None if it could."""
 
-    def _table(self, memory: torch.Tensor, shape: KVShape, tier: Tier) -> torch.Tensor:
+    def _table(self, memory: torch.Tensor, size: int, tier: Tier) -> torch.Tensor:
         """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
-        rows = memory.view(-1, self.layer_row_bytes(shape, tier))
-        return self.as_stored(rows, tier)
+        return self.as_stored(memory.view(-1, size), tier) if size else memory.view(self._dtypes[tier])
 
     def as_stored(self, rows: torch.Tensor, tier: Tier) -> torch.Tensor:
         """Bytes `[rows, row bytes]` of a table as numbers, or as they are where they are encoded."""
-        return rows if self._codec is not None and tier != "device" else rows.view(self._dtype)
+        return rows.view(self._dtypes[tier])
 
-    def layer_row_bytes(self, shape: KVShape, tier: Tier) -> int:
-        """Bytes of a token in a layer of that shape."""
-        return cache_row_bytes([shape], self._dtype, self._codec)[tier]
-
-    def expect(self, num_rows: int) -> None:
+    def expect(self, num_rows: int, num_spans: int) -> None:
         """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
         self._expected = max(self._expected, num_rows)
         self._refused.clear()
@@ -84,22 +86,27 @@ class Tables:
 
     def allocate(self, num_rows: int) -> Block | None:
         """Room for a span of `num_rows` tokens; None when every tier that may hold it is full."""
-        for tier in self._tiers_in_turn():
+        found = (self.allocate_on(tier, num_rows) for tier in self.tiers_in_turn())
+        return next((block for block in found if block is not None), None)
+
+    def allocate_on(self, tier: Tier, num_rows: int) -> Block | None:
+        """Room on one tier; None when it is full."""
+        first = self._free_rows[tier].take(num_rows)
+        if first is None and self._grow(tier, num_rows):
             first = self._free_rows[tier].take(num_rows)
-            if first is None and self._grow(tier, num_rows):
-                first = self._free_rows[tier].take(num_rows)
-            if first is not None:
-                self._expected = max(0, self._expected - num_rows)
-                self.num_blocks[tier] += 1
-                return Block(tier, first, num_rows)
-        return None
+        if first is None:
+            return None
+        self._expected = max(0, self._expected - num_rows)
+        self.num_blocks[tier] += 1
+        return Block(tier, first, num_rows)
 
     def free(self, block: Block) -> None:
         """Give a block back."""
         self._free_rows[block.tier].give(block.first, block.num_rows)
         self.num_blocks[block.tier] -= 1
 
-    def _tiers_in_turn(self) -> list[Tier]:
+    def tiers_in_turn(self) -> list[Tier]:
+        """The tiers that a span may go to, in order of preference."""
         if self._share is None:
             return list(TIERS)
         total = sum(self.num_blocks.values()) + 1
@@ -107,21 +114,45 @@ class Tables:
         lacking = {tier: count - self.num_blocks[tier] for tier, count in wanted.items()}
         return sorted(lacking, key=lambda tier: -lacking[tier])  # the others only where the first has no room
 
+    def taken(self, tier: Tier) -> int:
+        """Bytes that the tables have on a tier."""
+        return self._free_rows[tier].capacity * self.row_bytes[tier]
+
+    def _wanted(self, tier: Tier) -> int:
+        """Bytes that they will have there when what is expected has come."""
+        rows = self._free_rows[tier]
+        used = rows.capacity - rows.num_free + int(self._expected * self._percents[tier] / 100)
+        return max(rows.capacity, used) * self.row_bytes[tier]
+
+    def _most_rows(self, tier: Tier) -> int:
+        """Rows that the tables may have on a tier beside others that are there."""
+        if self.beside is None:
+            return self._max_rows[tier]
+        left = self._budgets[tier] - self.beside.taken(tier)
+        return min(self._max_rows[tier], _rows(left, self.row_bytes[tier]))
+
+    def _fair_rows(self, tier: Tier, rows: int) -> int:
+        """Of so many rows, as many as leave others beside these their part of the budget."""
+        if self.beside is None:
+            return rows
+        both = rows * self.row_bytes[tier] + self.beside._wanted(tier)
+        return rows if both <= self._budgets[tier] else rows * self._budgets[tier] // both
+
     def _grow(self, tier: Tier, num_rows: int) -> bool:
         free_rows = self._free_rows[tier]
         needed = free_rows.capacity - free_rows.tail_free() + num_rows
-        if needed > self._max_rows[tier] or tier in self._refused:
+        most = self._most_rows(tier)
+        if needed > most or tier in self._refused:
             return False
         expected = needed + int(self._expected * self._percents[tier] / 100)
-        capacity = min(self._max_rows[tier], max(expected, int(free_rows.capacity * _GROWTH)))
+        wished = max(expected, int(free_rows.capacity * _GROWTH))
+        capacity = min(most, max(needed, self._fair_rows(tier, wished)))
         for size in dict.fromkeys((capacity, needed)):  # a smaller step may do where the larger finds no memory
             try:
                 self._make_room(tier, size)
             except (CapacityError, MemoryError, RuntimeError) as error:  # torch's own errors of memory are the last
                 num_bytes = size * self.row_bytes[tier] / 1e9
-                self.refusal = (
-                    f"the KV cache cannot grow to {size} tokens, {num_bytes:.1f} GB on {tier}: {one_line(error)}"
-                )
+                self.refusal = f"{self._what.format(size)}, {num_bytes:.1f} GB on {tier}: {one_line(error)}"
             else:
                 self.refusal = None
                 free_rows.grow(size)
@@ -136,18 +167,18 @@ class Tables:
             return
         self._settle()  # what is still under way to a table must not miss its copy
         tables = self.by_tier[tier]
-        sizes = [capacity * self.layer_row_bytes(shape, tier) for shape in self._shapes]
+        sizes = [capacity * row_bytes for row_bytes in self._sizes[tier]]
         if not tables:
             blocks = self._new_blocks(sizes, tier)
-            tables += [self._table(block, shape, tier) for block, shape in zip(blocks, self._shapes, strict=True)]
+            tables += [self._table(*each, tier) for each in zip(blocks, self._sizes[tier], strict=True)]
             return
-        for layer, (size, shape) in enumerate(zip(sizes, self._shapes, strict=True)):
+        for layer, (size, row_bytes) in enumerate(zip(sizes, self._sizes[tier], strict=True)):
             old = tables[layer]
             if old.numel() * old.element_size() >= size:  # from a growth that failed at a later layer
                 continue
             new = self._arena.empty(size, tier)  # one layer after the other, so that little is held twice
             new[: old.numel() * old.element_size()].copy_(old.flatten().view(torch.uint8))
-            tables[layer] = self._table(new, shape, tier)
+            tables[layer] = self._table(new, row_bytes, tier)
             self._arena.free(old)
 
     def _new_blocks(self, sizes: list[int], tier: Literal["device", "host"]) -> list[torch.Tensor]:
@@ -165,6 +196,11 @@ class Tables:
         """Let go of the tables; the arena frees them."""
         for tables in self.by_tier.values():
             tables.clear()
+
+
+def _rows(num_bytes: int, row_bytes: int) -> int:
+    """Rows that so many bytes hold; of rows that take none, as many as anybody asks for."""
+    return max(0, num_bytes) // row_bytes if row_bytes else _ANY
 
 
 def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | None) -> dict[Tier, int]:

@@ -16,8 +16,6 @@ from engine.checkpoint.model_class import new_model
 from engine.errors import CheckpointError, UnsupportedError, named
 from engine.model.attention.interface import ATTENTION_NAME
 
-_PLAIN_KINDS = frozenset({"attention", "full_attention", "sliding_attention"})
-"""Kinds of layers of hybrid families that keep no state."""
 _PATCHING = threading.Lock()
 """Held while `nn.Module` is patched, which is one for all threads."""
 
@@ -54,12 +52,6 @@ def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UnsupportedError(
             f"{type(model).__name__} ({config.model_type}) cannot be run here: it is the decoder of an "
             "encoder-decoder; only causal (decoder-only) models run here"
-        )
-    kinds = getattr(config.get_text_config(), "layer_types", None)
-    if model._is_stateful and not (kinds and _PLAIN_KINDS.issuperset(kinds)):
-        raise UnsupportedError(
-            f"{type(model).__name__} ({config.model_type}): its layers keep a state beside keys and values; "
-            "state-space and hybrid models cannot be run here; take a model with attention alone"
         )
     _keep_precision(model, dtype)
     model.eval()

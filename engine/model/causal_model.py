@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.cache.shape import KVShape
+from engine.cache.state_shape import StateShape
 from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.methods import checked_method
@@ -25,6 +26,7 @@ from engine.model.experts.interface import keep_experts_apart, names_of_matrices
 from engine.model.family_probe import probe
 from engine.model.fused.norms import fuse_norms
 from engine.model.fused.rotations import fuse_rotations
+from engine.model.mixers.mixer import Mixer
 from engine.model.outer_forward import OuterForward
 from engine.model.probing.unused import unused_parameters
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
@@ -96,7 +98,12 @@ class CausalModel:
         """Its own forward, around the layers."""
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
+        self.mixers: dict[int, Mixer] = {}
+        """What keeps a state of each sequence, by layer."""
         self.kv_shapes: list[KVShape] = probe(self)
+        """Of each layer; of no width where it attends to nothing."""
+        self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
+        """Of the hidden states between layers: a family may add them up in a wider one."""
         self._leave_out(unused_parameters(self))
         fuse_norms(self.layers, self.sweeping, device, dtype)
         fuse_rotations(self.layers, self.sweeping, device, dtype)
@@ -144,6 +151,16 @@ class CausalModel:
         return self.sweeping.is_plain and not self.is_padded
 
     @property
+    def state_shapes(self) -> list[StateShape | None]:
+        """The states that layers keep; None for one that keeps none."""
+        return [mixer.shape if (mixer := self.mixers.get(index)) else None for index in range(len(self.layers))]
+
+    @property
+    def continues(self) -> bool:
+        """Whether all layers take on several tokens behind what they keep of those before."""
+        return all(mixer.continues for mixer in self.mixers.values())
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether inputs of linear layers are rounded to 8 bits, as a checkpoint may ask for."""
         return any("rounds_inputs" in module.__dict__ for layer in self.layers for module in layer.modules())
@@ -151,7 +168,7 @@ class CausalModel:
     @property
     def reads_in_place(self) -> bool:
         """Whether attention always reads keys and values on the device where they lie (`Flash.can`)."""
-        sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes}
+        sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes if shape.width}
         has_kernels = all(flash.has_kernels(self.device, self.dtype, *size) for size in sizes)
         return has_kernels and self.is_plain
 

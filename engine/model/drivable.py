@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.model.mixers.mixer import Mixer
 from engine.model.outer_forward import OuterForward
 from engine.model.stub import CallRecorder, LayerCall
 from engine.model.sweep_context import SweepContext
@@ -28,6 +29,7 @@ class Drivable(Protocol):
     state: dict[str, torch.Tensor]
     is_padded: bool
     outer: OuterForward
+    mixers: dict[int, Mixer]
 
     @property
     def embedding_name(self) -> str:

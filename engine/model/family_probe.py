@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.cache.shape import KVShape
+from engine.cache.state_shape import StateShape
 from engine.errors import UnsupportedError, named
 from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
+from engine.model.mixers.asking import Asking
+from engine.model.mixers.mixer import Mixer
+from engine.model.mixers.reference_code import reference_code
+from engine.model.mixers.trial import try_out
+from engine.model.mixers.work import work_row_bytes
 from engine.model.padded import CacheView, ProbingView
 from engine.model.probing.counted import check_padded_positions, positions_of
 from engine.model.probing.forward import inputs_of, outer_zeros
@@ -47,6 +54,7 @@ def probe(model: Drivable) -> list[KVShape]:
     """
     name = f"{type(model.module).__name__} ({model.config.model_type})"
     failure: _Failure | None = None
+    keeps_states = False
     is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
         model.outer.asks_lengths, model.outer.positions = False, Positions()
@@ -55,7 +63,7 @@ def probe(model: Drivable) -> list[KVShape]:
             model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
             model.config._attn_implementation = "sdpa" if model.module._supports_sdpa else "eager"
-        for model.recorder.as_tuple in (False, True):
+        for model.recorder.num_values in (1, 3, 2):
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
@@ -63,8 +71,9 @@ def probe(model: Drivable) -> list[KVShape]:
                         check_padded_positions(model)
                     else:
                         model.outer.positions = positions_of(model)
-                    model.outer.asks_lengths = not model.is_padded and asks_lengths(model)
-                    _check_rows(model)
+                        model.outer.asks_lengths = not model.mixers and asks_lengths(model)
+                    _take_mixers(model, is_batch_invariant)
+                    _check_rows(model, found)
                     if model.is_padded:
                         _check_padding(model)
                         if is_batch_invariant:
@@ -74,10 +83,14 @@ def probe(model: Drivable) -> list[KVShape]:
                 raise UnsupportedError(f"{name} cannot be run here: {error}") from None
             except UnsupportedError as error:
                 found = _Failure(3, str(error))
+            keeps_states |= bool(model.mixers)
             if failure is None or found.stage > failure.stage:
                 failure = found
     assert failure is not None
-    raise UnsupportedError(f"{name} cannot be run here: {failure.reason}")
+    reason = failure.reason
+    if model.module._is_stateful and not keeps_states:
+        reason = f"its layers keep a state that no cache of transformers' holds ({reason})"
+    raise UnsupportedError(f"{name} cannot be run here: {reason}")
 
 
 def _known_to_vary(before: _Failure | None) -> str:
@@ -102,10 +115,12 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
         return _Failure(0, _words(model, error))
     shapes: list[KVShape | None] = []
     stopped: _Failure | None = None
+    model.mixers = {}
+    asking = Asking(model.sweeping, int(getattr(model.config.get_text_config(), "number_of_conv_states", 1)))
     for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
-        model.sweeping.layer = index
         try:
-            shapes.append(probe_kv_shape(layer, call.laid_out(hidden), call.args, call.kwargs))
+            with reference_code():
+                shapes.append(_probe_layer(model, index, hidden, call, asking))
         except UnsupportedError:
             raise
         except Exception as error:
@@ -114,11 +129,33 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
             reason = f"layer {index} ({type(layer).__name__}) {what}does not run without weights: {named(error)}"
             stopped = stopped or _Failure(1, reason)
     known = [shape for shape in shapes if shape is not None]
-    if len(known) == len(shapes):
-        return known
-    if not known and stopped is not None:
-        return stopped
+    if stopped is None and (known or model.mixers):  # the others keep nothing, if rows are seen to be apart
+        return [KVShape.none() if shape is None else shape for shape in shapes]
+    if stopped is not None:
+        return replace(stopped, stage=2) if known else stopped
     return _Failure(2 if known or model.is_padded else 0, _without_keys(model, shapes))
+
+
+def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerCall, asking: Asking) -> KVShape | None:
+    """What a layer keeps of a token, and its mixer if it keeps a state; None where it shows neither.
+
+    Raises what keeps it from running before it has shown anything.
+    """
+    context, shape = model.sweeping, None
+    context.layer = index
+    try:
+        with asking.within(model.layers[index]):
+            shape = probe_kv_shape(model.layers[index], call.laid_out(hidden), call.args, call.kwargs)
+    except Exception as error:  # what comes behind its state may need numbers
+        if isinstance(error, UnsupportedError) or not asking.found:
+            raise
+    if len(asking.found) > 1:
+        raise UnsupportedError(f"layer {index} keeps more than one state")
+    if model.recorder.num_values == 2 and context.handed_on != 0:  # which the model may give to the next layer
+        raise UndrivableError("its layers hand on more than hidden states")
+    if asking.found:
+        model.mixers[index] = asking.found[0]
+    return KVShape.none() if shape is None and asking.found else shape
 
 
 def one_of_each_kind(model: Drivable) -> list[int]:
@@ -131,8 +168,30 @@ def one_of_each_kind(model: Drivable) -> list[int]:
     return list(first.values())
 
 
-def _check_rows(model: Drivable) -> None:
-    """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention."""
+def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
+    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
+    if model.mixers and is_batch_invariant:
+        raise UndrivableError(
+            "batch-invariant: it keeps states, which are computed for several sequences at once; leave batch-invariant "
+            "out"
+        )
+    tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
+    for index, mixer in model.mixers.items():
+        first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
+        if first is mixer:
+            with reference_code():
+                mixer.work_row_bytes = work_row_bytes(mixer)
+                try_out(mixer, model.layers[index])
+        mixer.continues, mixer.work_row_bytes = first.continues, first.work_row_bytes
+    for mixer in model.mixers.values():
+        mixer.attach()
+
+
+def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
+    """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention and its state.
+
+    Of a layer that shows neither, it must be seen that it does not.
+    """
     model.sweeping.is_checking, model.sweeping.attended = True, 0
     try:
         with outer_zeros(model):
@@ -146,7 +205,10 @@ def _check_rows(model: Drivable) -> None:
             model.sweeping.layer = index
             first = 0 if _hands_on(together[index]) else index
             calls = [(together[at], [each[at] for each in alone]) for at in range(first, index + 1)]
-            check_rows_apart(model.layers[first : index + 1], model.sweeping, hidden.shape[-1], calls)
+            layers = model.layers[first : index + 1]
+            is_seen = check_rows_apart(layers, model.sweeping, hidden.shape[-1], calls)
+            if not (is_seen or shapes[index].width or index in model.mixers):
+                raise UnsupportedError(_without_keys(model, [shape if shape.width else None for shape in shapes]))
     finally:
         model.sweeping.is_checking = False
 
@@ -183,8 +245,8 @@ def _without_keys(model: Drivable, shapes: list[KVShape | None]) -> str:
     which = "its layers" if len(silent) == len(shapes) else f"of its layers, {', '.join(map(str, silent))}"
     show = "shows" if len(silent) == 1 < len(shapes) else "show"
     return (
-        f"{which}{told} {show} no keys and values, neither to transformers' attention interface nor to a cache; "
-        "state-space models, convolutions and the like cannot be run here"
+        f"{which}{told} {show} no keys and values, neither to transformers' attention interface nor to a cache, "
+        "nor ask a cache of transformers' for a state; what they keep of a sequence is not known"
     )
 
 

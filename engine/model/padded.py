@@ -24,8 +24,10 @@ class PaddedBatch(Rows):
     mask (ALiBi's distances, for one) comes out as for a single sequence.
     """
 
-    def __init__(self, segments: list[Segment], device: torch.device, sweeping: SweepContext) -> None:
-        super().__init__(segments, device)
+    def __init__(
+        self, segments: list[Segment], device: torch.device, sweeping: SweepContext, most_states: int = 0
+    ) -> None:
+        super().__init__(segments, device, most_states)
         self.num_columns = self.num_rows // len(segments)
         reach = max(segment.span.start + segment.past + segment.num_rows for segment in segments)
         self.num_keys = max(reach, self.num_columns)
@@ -79,10 +81,7 @@ class PaddedBatch(Rows):
         return keys, values
 
 
-_CONVOLUTION = (
-    "its layers keep the state of a convolution beside keys and values; state-space and hybrid models cannot "
-    "be run here"
-)
+_STATE = "it keeps a state beside keys and values, which this cache does not have"
 
 
 class _NotKeptError(UnsupportedError, AttributeError):
@@ -157,12 +156,12 @@ class CacheView(Cache):
         raise UnsupportedError("it keeps an index of its keys beside keys and values")
 
     def get_conv_state(self, *_: Any, **__: Any) -> Any:
-        """Refuse what convolutions keep."""
-        raise UnsupportedError(_CONVOLUTION)
+        """Refuse a state: what asks for one is given another cache."""
+        raise UnsupportedError(_STATE)
 
     def update_conv_state(self, *_: Any, **__: Any) -> Any:
-        """Refuse what convolutions keep."""
-        raise UnsupportedError(_CONVOLUTION)
+        """Refuse a state: what asks for one is given another cache."""
+        raise UnsupportedError(_STATE)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Keys before the new rows."""

@@ -25,11 +25,11 @@ Calls = tuple[LayerCall, list[LayerCall]]
 """How a layer is called for several rows together, and for each of them alone."""
 
 
-class _NoNumbersError(Exception):
+class NoNumbersError(Exception):
     """The layer uses a matrix in a way that is not replaced; nothing can be said of it."""
 
 
-class _Sketch(TorchFunctionMode):
+class Sketch(TorchFunctionMode):
     """Replaces products with matrices that have no storage by cheap ones that keep rows apart.
 
     A layer of any size then takes milliseconds. Every row of a product is a function of that row and of the sizes.
@@ -42,20 +42,22 @@ class _Sketch(TorchFunctionMode):
             return func(*args, **given)
         name = getattr(func, "__name__", "")
         if name == "linear":
-            return _product(args[0], (args[1] if len(args) > 1 else given["weight"]).shape[-2])
+            return row_product(args[0], (args[1] if len(args) > 1 else given["weight"]).shape[-2])
         if name in ("matmul", "mm", "bmm", "__matmul__", "_grouped_mm", "grouped_mm") and args[1].is_meta:
-            return _product(args[0], args[1].shape[-1])
+            return row_product(args[0], args[1].shape[-1])
+        if name in ("matmul", "__matmul__") and args[0].is_meta:
+            return row_product(args[1].mT, args[0].shape[-2]).mT
         if name in ("addmm", "baddbmm") and args[2].is_meta:
-            return _product(args[1], args[2].shape[-1])
+            return row_product(args[1], args[2].shape[-1])
         if name == "embedding" and not args[0].is_meta:
             steps = torch.arange(1, args[1].shape[-1] + 1) * 0.37
             return torch.sin(args[0][..., None] * steps)
         if name in ("__get__", "__getitem__", "__set__", "size", "dim", "type_as"):
             return func(*args, **given)
-        raise _NoNumbersError(name)
+        raise NoNumbersError(name)
 
 
-def _product(rows: torch.Tensor, width: int) -> torch.Tensor:
+def row_product(rows: torch.Tensor, width: int) -> torch.Tensor:
     """`[…, n]` -> `[…, width]`, each row from its own numbers."""
     at, out = torch.arange(rows.shape[-1], dtype=torch.float32), torch.arange(width, dtype=torch.float32)
     inner = torch.sin(torch.outer(at, torch.tensor([0.7, 1.3, 2.1, 2.9])) + 0.5) / max(rows.shape[-1], 1) ** 0.5
@@ -64,28 +66,28 @@ def _product(rows: torch.Tensor, width: int) -> torch.Tensor:
     return product.to(rows.dtype)
 
 
-def check_rows_apart(layers: list[nn.Module], context: SweepContext, width: int, calls: list[Calls]) -> None:
-    """Call the last one of `layers` with rows together and alone, attention replaced.
+def check_rows_apart(layers: list[nn.Module], context: SweepContext, width: int, calls: list[Calls]) -> bool:
+    """Call the last one of `layers` with rows together and alone, attention and what keeps states replaced.
 
-    Those before it put down what it takes besides hidden states, if anything. Raises `UnsupportedError` where its
-    output differs, where it attends more than once, or where it does not run. A layer that uses its matrices in ways
-    that are not replaced is passed: nothing can be said of it.
+    Those before it put down what it takes besides hidden states, if anything. True where its output is seen to be the
+    same, False where nothing can be said: of a layer that uses its matrices in ways that are not replaced. Raises
+    `UnsupportedError` where its output differs, where it attends more than once, or where it does not run.
     """
     layer = layers[-1]
     with ExitStack() as numbers, torch.no_grad():
         for each in layers:
-            numbers.enter_context(_numbers_in(each))
+            numbers.enter_context(numbers_in(each))
         for seed in range(_SEEDS):
             try:
                 if _is_apart(layers, context, width, calls, seed):
-                    return
-            except (UnsupportedError, _NoNumbersError) as error:
+                    return True
+            except (UnsupportedError, NoNumbersError) as error:
                 if isinstance(error, UnsupportedError):
                     raise
-                return
+                return False
             except Exception as error:
                 if "meta" in str(error):  # a matrix without numbers
-                    return
+                    return False
                 raise UnsupportedError(
                     f"layer {context.layer} ({type(layer).__name__}) does not run: {named(error)}"
                 ) from None
@@ -99,7 +101,7 @@ def _is_apart(layers: list[nn.Module], context: SweepContext, width: int, calls:
     shape = calls[-1][0].shape
     count = shape[0] * shape[1]
     hidden = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-    with _Sketch(), context.arithmetic:
+    with Sketch(), context.arithmetic:
         for layer, (together, alone) in zip(layers, calls, strict=True):
             context.attended = 0
             try:
@@ -114,7 +116,7 @@ def _is_apart(layers: list[nn.Module], context: SweepContext, width: int, calls:
 
 
 def _states(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-    output = layer(call.laid_out(hidden), *_mapped(_as_float, call.args), **_mapped(_as_float, call.kwargs))
+    output = layer(call.laid_out(hidden), *mapped(_as_float, call.args), **mapped(_as_float, call.kwargs))
     states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return call.streams.flat(states)
 
@@ -123,17 +125,21 @@ def _as_float(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """An argument with its tensors changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) in (tuple, list):
-        return type(value)(_mapped(change, item) for item in value)
-    return {key: _mapped(change, item) for key, item in value.items()} if type(value) is dict else value
+        return type(value)(mapped(change, item) for item in value)
+    return {key: mapped(change, item) for key, item in value.items()} if type(value) is dict else value
 
 
 @contextmanager
-def _numbers_in(layer: nn.Module) -> Iterator[None]:
-    """Inside, small parameters of `layer` have random numbers, all floating-point numbers are float32, experts loop."""
+def numbers_in(layer: nn.Module, whole: int = _WHOLE) -> Iterator[None]:
+    """Inside, parameters of at most `whole` numbers, and vectors, have random ones; experts loop.
+
+    All floating-point numbers are float32.
+    """
     generator = torch.Generator().manual_seed(0)
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in layer.modules()]
     configs = {id(c): c for m in layer.modules() if (c := getattr(m, "config", None)) is not None}.values()
@@ -142,7 +148,7 @@ def _numbers_in(layer: nn.Module) -> Iterator[None]:
         for module, parameters, buffers in before:
             for name, parameter in parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = _numbers(parameter, generator)
+                    module._parameters[name] = _numbers(parameter, generator, whole)
             for name, buffer in buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer.float()
@@ -157,8 +163,8 @@ def _numbers_in(layer: nn.Module) -> Iterator[None]:
             config._experts_implementation = told
 
 
-def _numbers(parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
-    if parameter.numel() > _WHOLE and parameter.ndim > 1:
+def _numbers(parameter: nn.Parameter, generator: torch.Generator, whole: int) -> nn.Parameter:
+    if parameter.numel() > whole and parameter.ndim > 1:
         return nn.Parameter(parameter.float(), requires_grad=False)
     numbers = torch.randn(parameter.shape, generator=generator) / max(parameter.shape[-1:] or [1]) ** 0.5
     return nn.Parameter(numbers if parameter.ndim > 1 else 1 + 0.1 * numbers, requires_grad=False)

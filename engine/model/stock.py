@@ -70,7 +70,7 @@ class StockForward:
             view.begin(before)
         with self.attending():
             states = self._model.layer(index, hidden, call)
-        if not views and self._codec is None:
+        if (not views and self._codec is None) or not self._model.kv_shapes[index].width:
             return states, None
         if len(views) != 1 or not views[0].was_given_once:
             raise UnsupportedError(

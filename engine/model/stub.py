@@ -64,8 +64,8 @@ class CallRecorder:
     """What the stubs of one model share: the calls that were made of them, or the state that they are to inject."""
 
     num_layers: int
-    as_tuple: bool = False
-    """Whether the model expects a tuple of its layers, hidden states first."""
+    num_values: int = 1
+    """That the model expects of its layers, hidden states first."""
     rows: tuple[int, int] = (0, 0)
     """Sequences and rows of what the model's forward was called with."""
     calls: list[LayerCall] = field(default_factory=list)
@@ -161,4 +161,4 @@ class LayerStub(nn.Module):
             rows = (hidden.shape[place], hidden.shape[place + 1])
             recorder.streams = streams
             recorder.note(self.__dict__["index"], hidden, LayerCall(rows, args, kwargs, streams))
-        return (hidden, None, None) if recorder.as_tuple else hidden
+        return (hidden, *(None for _ in range(recorder.num_values - 1))) if recorder.num_values > 1 else hidden

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.batch.rows import Rows
     from engine.cache.key_value import KVCache
     from engine.cache.shape import KVShape
+    from engine.cache.state import StateCache
     from engine.model.attention.mask import MaskNotes
 
 
@@ -28,6 +29,10 @@ class SweepContext:
     layer: int = 0
     probed: KVShape | None = None
     """Found out by `probe_kv_shape` since the layer in hand was called."""
+    handed_on: int | None = None
+    """Values besides hidden states that the layer that was called on `meta` last returned; None if it did not."""
+    left: torch.dtype | None = None
+    """What layers that were called on `meta` left, where one left wider numbers than it was given."""
     is_plain: bool = True
     """Whether no layer that was probed has caps, sinks or a window."""
     reaches: dict[int, Reach] = field(default_factory=dict)
@@ -46,6 +51,7 @@ class SweepContext:
     """Those that the model made for the layers that are probed."""
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
+    states: StateCache = field(init=False)
 
     @property
     def is_batch_invariant(self) -> bool:

@@ -45,6 +45,8 @@ _MOST_HIDDEN_ROWS = 1 << 17
 save next to nothing."""
 _BEHIND_DISK = 4
 """Micro-batches on their way to the disk or from it."""
+_STATE_COPIES = 6
+"""Of a state, while a token is added to it: as it was, and what the new one is made of."""
 LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
 """Rows of the smallest micro-batch that a plan is made for, and of the one that a greedy plan leaves room for."""
 
@@ -185,7 +187,12 @@ class Demand:
 
     def stored_row_bytes(self) -> int:
         """Of a layer's row of the KV cache off the device."""
-        return self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes
+        return max(1, self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes)
+
+    def states_at_once(self, rows: int) -> int:
+        """Sequences whose states a layer takes on at once, beside a micro-batch of so many rows; 0 without states."""
+        one = (STAGING_BUFFERS + _STATE_COPIES) * self.shape.state_layer_bytes
+        return max(1, self.staged(rows) // one) if one else 0
 
     def gathered_row_bytes(self) -> int:
         """What a row that attention gathers takes: in staging buffers, decoded, and collected."""
@@ -194,8 +201,9 @@ class Demand:
         return max(1, STAGING_BUFFERS * self.stored_row_bytes() + num_copies * shape.cache_layer_row_bytes)
 
     def overhead(self, rows: int) -> int:
-        """Staging buffers, which stay, and the gaps that an accelerator's allocator leaves."""
-        return 0 if self.on_cpu else self.staged(rows) + int(_FRAGMENTATION * self.memory.device)
+        """Staging buffers, which stay, the gaps that an accelerator's allocator leaves, and states in hand."""
+        states = _STATE_COPIES * self.states_at_once(rows) * self.shape.state_layer_bytes
+        return states + (0 if self.on_cpu else self.staged(rows) + int(_FRAGMENTATION * self.memory.device))
 
     def behind_disk(self, rows: int) -> int:
         """Host memory for what goes to and comes from the disk of the cache and of hidden states.
@@ -253,7 +261,8 @@ class Demand:
         if not self.on_cpu:
             return cache_bytes
         shape = self.shape
-        return cache_bytes * shape.cache_row_bytes // (shape.cache_row_bytes + shape.cache_layer_row_bytes)
+        kinds = (shape.cache_row_bytes, shape.cache_layer_row_bytes), (shape.state_bytes, shape.state_layer_bytes)
+        return min((cache_bytes * whole // (whole + layer) for whole, layer in kinds if whole), default=cache_bytes)
 
     def hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
         # Of a mixture, more rows are computed while its weights arrive, and their hidden states are small.

@@ -45,6 +45,18 @@ class Fit:
                 f"free in offload-dir {need.policy.offload_dir}; {self._advice(weights)}"
             )
 
+    def check_states(self, budgets: dict[Tier, int]) -> None:
+        """Raise `CapacityError` where no tier that the KV cache may use holds the states of a sequence."""
+        shape = self._demand.shape
+        one = shape.state_bytes + shape.cache_row_bytes
+        if not shape.state_bytes or max(budgets.values()) >= one:
+            return
+        told = ", ".join(f"{tier} {gb(room)}" for tier, room in budgets.items())
+        raise CapacityError(
+            f"the states of one sequence and a token's keys and values take {gb(one)}, and what is left for the KV "
+            f"cache is {told}; give kv-cache a tier with more room, or raise gpu-memory or cpu-memory"
+        )
+
     def check_transit(self, weights: Share) -> None:
         """Raise `CapacityError` when the device cannot even hold layers in transit and the work on them."""
         need = self._demand

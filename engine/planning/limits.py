@@ -41,6 +41,10 @@ class Limits:
     waiting_rows: int = 0
     """Rows of micro-batches that wait for each other where a layer computes experts, so that these are expanded once
     for all; 0: none waits."""
+    most_states: int = 0
+    """Sequences whose states a layer takes on at once; 0: no layer keeps a state."""
+    continues: bool = True
+    """Several tokens can be computed from the state behind a prefix; else nothing is shared, nor cut into pieces."""
     pad: PadMode = None
     rectangular: bool = False
     """Micro-batches are rectangles, for families that carry their own attention."""

@@ -19,6 +19,12 @@ class ModelShape:
     """Bytes of one token's keys and values in all layers."""
     cache_layer_row_bytes: int
     """Bytes of one token's keys and values in the widest layer."""
+    state_bytes: int = 0
+    """Bytes of one sequence's states in all layers, whatever its length; 0 where no layer keeps one."""
+    state_layer_bytes: int = 0
+    """Bytes of one sequence's state in the layer where it is largest."""
+    continues: bool = True
+    """Several tokens can be computed from the state behind a prefix."""
     coded_layer_row_bytes: int = 0
     """Bytes of one token's keys and values in the widest layer off the device, encoded; 0 without a codec."""
     hidden_row_bytes: int

@@ -114,26 +114,35 @@ class _Planner:
             rows_per_sweep=min(hidden_rows, waiting_rows)
             if self.demand.experts_apart and waiting_rows
             else hidden_rows,
-            free_rows=0 if self.on_cpu else max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights)),
+            free_rows=self._free_rows(weights),
             admission=self._admission(weights),
             rows_between_fetches=self._rows_between_fetches(),
             waiting_rows=waiting_rows,
+            most_states=self.demand.states_at_once(rows),
+            continues=self.shape.continues,
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
             logits_bytes=self.demand.logits_bytes(beside_weights),
         )
+        budgets = self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes)
+        self.fit.check_states(budgets)
         return Plan(
             weights=weights,
             kv_cache=self.policy.kv_cache,
             activations=activations,
-            cache_budgets=self._cache_budgets(left, activations, hidden_rows * self.shape.hidden_row_bytes),
+            cache_budgets=budgets,
             limits=limits,
             read_ahead_bytes=self.demand.read_ahead(weights),
             expands_whole=self.demand.expands_whole,
             experts_apart=self.demand.experts_apart,
             is_tight=device < 0,
         )
+
+    def _free_rows(self, weights: Share) -> int:
+        if self.on_cpu or self.shape.state_bytes:  # a state cannot go back to before a draft
+            return 0
+        return max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights))
 
     def _rows_behind_transfer(self, weights: Share) -> int:
         return int(_FREE_ROWS * self._streamed_part(weights))
@@ -157,7 +166,7 @@ class _Planner:
 
         A further sweep would cost more than it hides there.
         """
-        if not self._brings_cache() or weights.disk > 0:
+        if not self._brings_cache() or weights.disk > 0 or not self.shape.cache_row_bytes:
             return None
         shape = self.shape
         row_bytes = shape.cache_row_bytes * self.demand.stored_row_bytes() / shape.cache_layer_row_bytes

@@ -1,4 +1,4 @@
-"""Where the keys and values of one span lie (pure)."""
+"""Where what layers keep of one span lies (pure)."""
 
 from __future__ import annotations
 
@@ -14,3 +14,5 @@ class Block:
     tier: Tier
     first: int
     num_rows: int
+    slot: int | None = None
+    """Row of the states of all layers, on the same tier; None where no layer keeps a state."""

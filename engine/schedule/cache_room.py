@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class CacheRoom(Protocol):
-    """What the scheduler needs of the KV cache."""
+    """What the scheduler needs of what layers keep: keys and values of tokens, and a state of each span."""
 
     def allocate(self, num_rows: int) -> Block | None:
-        """Room for `num_rows` tokens, or None."""
+        """Room for a span of `num_rows` tokens, or None."""
 
     def free(self, block: Block) -> None:
         """Give room back."""
@@ -20,8 +20,8 @@ class CacheRoom(Protocol):
     refusal: str | None
     """Why memory for more room could not be had, the last time it was asked for; None if it could."""
 
-    def expect(self, num_rows: int) -> None:
-        """Tell that room for `num_rows` tokens will be asked for, so that it can grow once instead of many times."""
+    def expect(self, num_rows: int, num_spans: int) -> None:
+        """Tell that room for `num_rows` tokens in so many spans will be asked for: it can grow once, not many times."""
 
     def num_off_device(self, num_rows: int) -> int:
         """How many of so many rows would lie off the device."""

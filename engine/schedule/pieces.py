@@ -27,16 +27,22 @@ def smaller(limits: Limits, batches: list[list[Segment]]) -> Limits | None:
     cached = min(limits.cached_rows_per_batch, max(map(sum, contexts))) // 2
     least = min(_LEAST_ROWS, limits.rows_per_batch)
     has_long = any(is_long(segment.span, least, limits) for batch in batches for segment in batch)
-    if not (rows >= _LEAST_ROWS or has_long or cached >= max(map(max, contexts))):
+    if not (rows >= _LEAST_ROWS or has_long or cached >= max(map(max, contexts)) or limits.most_states > 1):
         return None
-    rows = max(rows, least)
-    return replace(limits, rows_per_batch=rows, rows_per_piece=rows, cached_rows_per_batch=max(1, cached))
+    rows, states = max(rows, least), min(limits.most_states, max(1, limits.most_states // 2))
+    return replace(
+        limits,
+        rows_per_batch=rows,
+        rows_per_piece=rows,
+        cached_rows_per_batch=max(1, cached),
+        most_states=states,
+    )
 
 
 def is_long(span: Span, most: int, limits: Limits) -> bool:
     """Whether a span that is to be computed has more than `most` rows, and can be computed in pieces."""
     is_whole = isinstance(limits.pad, int) or (isinstance(span, Sequence) and span.is_alone)
-    return not is_whole and span.cached == 0 and span.num_rows > most
+    return limits.continues and not is_whole and span.cached == 0 and span.num_rows > most
 
 
 def split(spans: Iterable[Span], most: int, prefixes: list[Prefix]) -> dict[int, list[Prefix]]:

@@ -11,6 +11,7 @@ from engine.errors import CapacityError
 from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
+from engine.schedule.passing import passing_prefixes
 from engine.schedule.pieces import beginning, is_long, is_too_long, largest, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment, add_drafts
@@ -24,7 +25,7 @@ class Scheduler:
         self.limits = self._planned = limits
         self.running: list[Sequence] = []
         self._cache = cache
-        self._share_prefix = share_prefix and not isinstance(limits.pad, int)
+        self._share_prefix = share_prefix and limits.continues and not isinstance(limits.pad, int)
         self._waiting: deque[Sequence] = deque()
         self._prefixes: list[Prefix] = []
         self.failed: list[Sequence] = []
@@ -39,17 +40,17 @@ class Scheduler:
         sequences = list(sequences)
         ordered = share_prefixes(sequences, self._prefixes) if self._share_prefix else sequences
         known = set(map(id, self._prefixes))
-        expected = sum(sequence.capacity for sequence in ordered[: self.limits.seats] if sequence.needs_cache)
+        expected = [sequence.capacity for sequence in ordered[: self.limits.seats] if sequence.needs_cache]
         for sequence in ordered:
             for prefix in sequence.chain:
                 prefix.scored |= sequence.job.prompt_logprobs and not prefix.is_computed
                 if id(prefix) not in known:
                     known.add(id(prefix))
                     self._prefixes.append(prefix)
-                    expected += len(prefix.tokens)
+                    expected.append(len(prefix.tokens))
             if sequence.job.prompt_logprobs and not all(prefix.scored for prefix in sequence.chain):
                 self._unshare(sequence)  # a prefix computed without log-probabilities cannot supply them
-        self._cache.expect(expected)
+        self._cache.expect(sum(expected), len(expected))
         self._waiting.extend(ordered)
 
     def next_sweep(self) -> list[list[Segment]]:
@@ -107,9 +108,9 @@ class Scheduler:
         segments = [segment for batch in batches for segment in batch]
         if (found := smaller(self.limits, batches)) is not None:
             self.limits = found
-            segments = self._in_pieces(segments)
+            segments = self._in_pieces(self._begin_anew(segments))
         else:
-            segments = self._lose(largest(segments), segments, reason)
+            segments = self._begin_anew(self._lose(largest(segments), segments, reason))
             self.limits = self._planned
         return self._cut(segments) if segments else []
 
@@ -172,22 +173,10 @@ class Scheduler:
 
         Their keys and values live as long as the current layer, if there are not too many of them.
         """
-        new = [segment for segment in segments if isinstance(segment.span, Prefix)]
-        users: dict[int, int] = {}
-        for segment in segments:
-            if isinstance(segment.span, Sequence) and not segment.is_decode and not segment.span.needs_cache:
-                users[id(segment.span.parent)] = users.get(id(segment.span.parent), 0) + 1
-        room, kept = self.limits.cached_rows_per_batch, []
-        for segment in reversed(new):  # a prefix comes before those that continue it
-            prefix = segment.span
-            assert isinstance(prefix, Prefix)
-            if users.get(id(prefix)) == prefix.num_users and segment.num_rows <= room:
-                users[id(prefix.parent)] = users.get(id(prefix.parent), 0) + 1
-                room -= segment.num_rows
-                self._free(prefix)
-            else:
-                kept.append(prefix)
-        for prefix in kept if len(kept) < len(new) else ():
+        passing, kept = passing_prefixes(segments, self.limits.cached_rows_per_batch)
+        for prefix in passing:
+            self._free(prefix)
+        for prefix in kept if passing else ():
             better = self._cache.allocate(len(prefix.tokens))
             if better is not None:
                 assert prefix.block is not None
@@ -260,6 +249,16 @@ class Scheduler:
         for sequence in suspects:
             sequence.restart_alone()
         self._waiting.extendleft(reversed(suspects))
+
+    def _begin_anew(self, segments: list[Segment]) -> list[Segment]:
+        """Let sequences begin anew whose states a sweep that failed may have changed; what is left of its segments."""
+        steps = [segment for segment in segments if segment.is_decode and self.limits.most_states]
+        changed = [segment.span for segment in steps if isinstance(segment.span, Sequence)]
+        self.finish(changed)
+        for sequence in changed:
+            sequence.restart()
+        self._waiting.extendleft(reversed(changed))
+        return [segment for segment in segments if not (segment.is_decode and self.limits.most_states)]
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
         """Forget sequences that nobody waits for any more, whether they run or wait."""

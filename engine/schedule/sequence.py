@@ -147,14 +147,19 @@ class Sequence(Span):
         return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt), rng=_rng(job))
 
     def restart_alone(self) -> None:
-        """Be as before anything was computed, but alone from now on; its prefixes and block must have been left."""
+        """As `restart`, but alone from now on."""
+        self.restart()
+        self.is_alone = True
+
+    def restart(self) -> None:
+        """Be as before anything was computed, sharing nothing; its prefixes and block must have been left."""
         assert self.block is None
         self.tokens, self.num_prompt = list(self.job.prompt), len(self.job.prompt)
         self.rng, self.draws = _rng(self.job), []
         self.follow(None)
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
-        self.is_finite, self.is_alone, self.drafter = True, True, None
+        self.is_finite, self.drafter = True, None
         self.finish_reason, self.end_token, self.error = None, None, None
         self.thinking = Progress.of(self.job.thinking)
 

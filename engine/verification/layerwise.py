@@ -12,6 +12,7 @@ import torch
 
 from engine.batch.micro_batch import MicroBatch
 from engine.cache.key_value import KVCache
+from engine.cache.state import StateCache
 from engine.model.causal_model import CausalModel
 from engine.model.continuation import can_continue
 from engine.model.padded import PaddedBatch
@@ -19,6 +20,7 @@ from engine.model.stock import StockForward
 from engine.model.stub import LayerCall
 from engine.planning.limits import Limits
 from engine.planning.planner import Plan
+from engine.schedule.cache_room import CacheRoom
 from engine.verification.chain import Chain, Table
 from engine.verification.difference import TOLERANCES, Meter, RootMeanSquare, StageDifference, tolerance_of
 from engine.verification.head import score
@@ -42,6 +44,8 @@ class Driven:
     weights: WeightStore
     stream: WeightStream
     cache: KVCache
+    states: StateCache
+    room: CacheRoom
     plan: Plan
     limits: Limits
     share_prefix: bool
@@ -104,11 +108,11 @@ class LayerwiseComparison:
         Raises `NumericsError` where stock layers make no finite logits, `UnsupportedError` where they cannot round as
         the cache does, and `CheckpointError` where weight files have changed.
         """
-        driven, num_tables = self._driven, 2 if self._plain is None else 4
+        driven, model, num_tables = self._driven, self._driven.model, 2 if self._plain is None else 4
         kept_width = max(shape.width for shape in driven.model.kv_shapes) / driven.model.hidden_size
         limits = pass_limits(driven.plan, driven.limits, num_tables, kept_width)
         home = driven.model.device if limits.on_device else torch.device("cpu")
-        parts = list(passes(texts, limits, self._dtype.itemsize, driven.window))
+        parts = list(passes(texts, limits, model.hidden_dtype.itemsize, driven.window))
         for number, part in enumerate(parts):
             done = number * len(self._names)
 
@@ -148,7 +152,7 @@ class LayerwiseComparison:
         """home: where hidden states are kept."""
         driven, model = self._driven, self._driven.model
         listed = list(texts.values())
-        limits, room = driven.limits, driven.cache.room
+        limits, room = driven.limits, driven.room
         replayed = replay(listed, model, driven.plan.limits, limits, room, share_prefix=driven.share_prefix)
         values = None if driven.checkpoint is None else UnitValues(driven.checkpoint, model)
         try:
@@ -202,7 +206,7 @@ class LayerwiseComparison:
 
     def _table(self, layout: Layout, home: torch.device) -> Table:
         model = self._driven.model
-        return Table(layout.num_rows, model.hidden_size, self._dtype, model.device, home)
+        return Table(layout.num_rows, model.hidden_size, model.hidden_dtype, model.device, home)
 
     def _embed(self, steps: Sequence[Step], chains: Sequence[Chain], layout: Layout) -> list[_Sweep]:
         """Embed everything both ways."""
@@ -250,9 +254,10 @@ class LayerwiseComparison:
                     plain.compute(layer)
                 for rectangle_rows in stock.all_rows():
                     self._losses[name].add(stock.after.take(rectangle_rows), plain.after.take(rectangle_rows))
-        model.sweeping.cache, model.sweeping.layer = driven.cache, layer
+        model.sweeping.cache, model.sweeping.states, model.sweeping.layer = driven.cache, driven.states, layer
         for sweep in ours:
             driven.cache.stage_ahead(sweep.step.batches, [layer])
+            driven.states.stage_ahead(sweep.step.batches, [layer])
             with sweep.step.in_place():
                 for each in sweep.batches:
                     model.sweeping.batch = each.batch

@@ -101,7 +101,7 @@ def _step(cut: list[list[Segment]], model: CausalModel, limits: Limits) -> Step:
         spans.update({id(span): span for span in (*segment.span.chain, segment.span)})
     return Step(
         [
-            PaddedBatch(batch, model.device, model.sweeping)
+            PaddedBatch(batch, model.device, model.sweeping, limits.most_states)
             if model.is_padded
             else MicroBatch(batch, model.device, limits)
             for batch in cut

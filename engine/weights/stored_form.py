@@ -118,7 +118,7 @@ def _work_row_bytes(model: CausalModel, *, by_torch: bool) -> int:
     inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
     choices = count_of(config, "num_experts_per_tok") or 1
     widest = max(model.kv_shapes, key=lambda shape: shape.width)
-    attention = 2 * config.num_attention_heads * (2 * widest.key_dim + 2 * widest.value_dim)
+    attention = 2 * _num_heads(model) * (2 * widest.key_dim + 2 * widest.value_dim)
     if model.expert_matrices:
         layers = (unit.owners for unit in model.units if unit.name.startswith("layer."))
         matrices = [shape for names in layers for name in names if len(shape := model.state[name].shape) == 2]
@@ -130,7 +130,14 @@ def _work_row_bytes(model: CausalModel, *, by_torch: bool) -> int:
         both = max(feedforward, attention) if is_flat else feedforward + attention
     else:
         both = 3 * inner * choices + attention
-    return int(model.dtype.itemsize * (6 * model.hidden_size + both))
+    mixing = max((mixer.work_row_bytes for mixer in model.mixers.values()), default=0)
+    item = model.dtype.itemsize
+    return max(item * (6 * model.hidden_size + both), 4 * item * model.hidden_size + mixing)
+
+
+def _num_heads(model: CausalModel) -> int:
+    """Heads of its attention; none of a model without."""
+    return count_of(model.config.get_text_config(), "num_attention_heads") or 0
 
 
 def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
@@ -143,6 +150,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     least = [least_expanded_bytes(model, unit, codec) for unit in coded]
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
+    states = [shape.num_bytes for shape in model.state_shapes if shape is not None]
     widest = max(model.kv_shapes, key=lambda shape: shape.width)
     item = model.dtype.itemsize
     # Sizes that are found out on the CPU are of use for accelerators, too.
@@ -162,9 +170,12 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
         cache_layer_row_bytes=widest.width * item,
         coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width, model.dtype),
-        hidden_row_bytes=model.hidden_size * item,
+        state_bytes=sum(states),
+        state_layer_bytes=max(states, default=0),
+        continues=model.continues,
+        hidden_row_bytes=model.hidden_size * model.hidden_dtype.itemsize,
         is_padded=model.is_padded,
-        score_bytes=_SCORE_COPIES * config.num_attention_heads * 4 if model.is_padded else 0,
+        score_bytes=_SCORE_COPIES * _num_heads(model) * 4 if model.is_padded else 0,
         is_plain=model.is_plain,
         reads_in_place=model.reads_in_place,
         apart_bytes=max(

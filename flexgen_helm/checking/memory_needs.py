@@ -29,14 +29,17 @@ class MemoryNeeds:
     """All weights, as they are stored."""
     token_bytes: int
     """Keys and values of a token in all layers."""
+    state_bytes: int
+    """States of a sequence in all layers."""
     least_device_bytes: int
     """Memory of an accelerator with which the weights can pass through it from host memory."""
 
     def lines(self) -> list[str]:
         """In words."""
+        states = f" and {self.state_bytes / 1e6:,.1f} MB of states for each sequence" if self.state_bytes else ""
         return [
-            f"{gb(self.weight_bytes)} of weights, {self.token_bytes / 1e3:,.1f} kB of keys and values for each token "
-            f"({self.dtype})",
+            f"{gb(self.weight_bytes)} of weights, {self.token_bytes / 1e3:,.1f} kB of keys and values for each token"
+            f"{states} ({self.dtype})",
             f"at least {gb(self.least_device_bytes)} of device memory, with weights, keys and values in host memory",
         ]
 
@@ -47,6 +50,7 @@ def memory_needs(shape: ModelShape, dtype: str) -> MemoryNeeds:
         dtype=dtype,
         weight_bytes=shape.weight_bytes,
         token_bytes=shape.cache_row_bytes,
+        state_bytes=shape.state_bytes,
         least_device_bytes=_least_device_bytes(shape),
     )
 

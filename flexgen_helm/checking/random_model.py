@@ -56,9 +56,11 @@ def save_with_tokenizer(directory: Path, model: PreTrainedModel) -> Path:
         for parameter in model.parameters():  # far from uniform, so that an error shows
             parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
         saved = model.state_dict()
-        for name, buffer in model.named_buffers():
-            if name in saved and buffer.is_floating_point():
-                buffer.mul_(0.9)
+        for prefix, module in model.named_modules():
+            kept = {name: x for name, x in module.named_buffers(prefix, recurse=False) if name in saved}
+            changed = [buffer for buffer in kept.values() if buffer.is_floating_point()]
+            if len(changed) == 1:  # several are made from each other
+                changed[0].mul_(0.9)
     model.generation_config.eos_token_id = SPECIAL["eos_token_id"]
     model.generation_config.pad_token_id = SPECIAL["pad_token_id"]
     model.save_pretrained(directory)

@@ -17,7 +17,16 @@ from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share
 from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.overlap import Overlap
-from flexgen_helm.planning.roofline import Work, Workload, cache_rows, num_at_once, num_off_device, work_of
+from flexgen_helm.planning.roofline import (
+    Work,
+    Workload,
+    cache_rows,
+    cached_sequences,
+    num_at_once,
+    num_off_device,
+    states_moved,
+    work_of,
+)
 from flexgen_helm.planning.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -91,8 +100,9 @@ def check_room(load: Workload, sizes: Sizes, plan: Plan) -> None:
     """Raise `CapacityError` when no tier holds the keys and values of one sequence."""
     room, needed = max(cache_rows(sizes, plan).values()), load.shared + load.own + load.new - 1
     if load.new > 1 and room < needed:  # one token needs none
+        beside = f" beside {sizes.state_bytes / 1e6:.1f} MB of states" if sizes.state_bytes else ""
         raise CapacityError(
-            f"the KV cache has room for {room} tokens on its largest tier, and a sequence has {needed}; "
+            f"the KV cache has room for {room} tokens{beside} on its largest tier, and a sequence has {needed}; "
             "give it more memory (gpu-memory, cpu-memory, or an offload-dir)"
         )
 
@@ -123,10 +133,10 @@ def estimate(
         sweeps=whole.sweeps - prefill.sweeps,
         flop=whole.flop - prefill.flop,
         to_device_bytes=whole.to_device_bytes - prefill.to_device_bytes,
-        from_device_bytes=0.0,  # keys and values of prompts leave while those are computed
+        from_device_bytes=states_moved(load, sizes, plan),  # what prompts keep leaves while those are computed
         device_bytes=whole.device_bytes - prefill.device_bytes,
     )
-    prefill = replace(prefill, from_device_bytes=whole.from_device_bytes)
+    prefill = replace(prefill, from_device_bytes=whole.from_device_bytes - decode.from_device_bytes)
     batches = (
         math.ceil(load.prefill_tokens / limits.rows_per_batch),
         decode.sweeps * math.ceil(at_once / min(limits.sequences_per_batch, limits.rows_per_batch)),
@@ -188,11 +198,16 @@ def room_taken(
 def _held(load: Workload, sizes: Sizes, plan: Plan, weights: Mapping[Tier, int], at_once: int) -> dict[Tier, int]:
     """`weights`, those in transit included, and besides them keys, values and hidden states."""
     held = dict(weights)
-    rows = at_once * load.kept + min(load.num_runs, math.ceil(at_once / load.num_jobs)) * load.shared
+    prefixes = min(load.num_runs, math.ceil(at_once / load.num_jobs))
+    rows, spans = at_once * load.kept + prefixes * load.shared, at_once + prefixes
     for tier, room in cache_rows(sizes, plan).items():
         there = min(rows, room)
         held[tier] += there * (sizes.device_cache_row_bytes if tier == "device" else sizes.cache_row_bytes)
         rows -= there
+    for tier, room in cached_sequences(load.kept, sizes, plan).items() if load.kept else ():
+        there = min(spans, room)
+        held[tier] += there * sizes.state_bytes
+        spans -= there
     hidden = min(plan.limits.rows_per_sweep, load.prefill_tokens) * sizes.hidden_row_bytes
     for tier, percent in percents(plan.activations).items():
         held[tier] += round(hidden * percent / 100) if tier != "device" else 0  # those are computed with
@@ -207,7 +222,8 @@ def _overlap(
     if admission is None or load.new == 1:
         return None
     streamed = decode.sweeps * sizes.streamed_bytes
-    cached = (decode.to_device_bytes - streamed) / decode.sweeps / sizes.cache_row_bytes  # of a full house
+    states = states_moved(load, sizes, plan)
+    cached = (decode.to_device_bytes - streamed - states) / decode.sweeps / sizes.cache_row_bytes  # of a full house
     most = admission.most_rows(round(cached))
     if most is None:
         return None

@@ -96,8 +96,8 @@ class ModelSizes:
         return cls(
             layer_parameters=_active_parameters(model),
             head_parameters=model.vocab_size * model.hidden_size,
-            attention_width=0 if is_windowed else config.num_attention_heads * widths,
-            hidden_row_bytes=model.hidden_size * model.dtype.itemsize,
+            attention_width=0 if is_windowed else count_of(config, "num_attention_heads") * widths,
+            hidden_row_bytes=model.hidden_size * model.hidden_dtype.itemsize,
             num_layers=len(model.layers),
             head="embedding" if model.is_tied else "head",
             coded={(weight, cache): _coded(model, weight, cache) for weight in weight_bits for cache in cache_bits},
@@ -120,6 +120,7 @@ class ModelSizes:
             expert_bytes=coded.expert_bytes,
             hidden_row_bytes=self.hidden_row_bytes,
             num_layers=self.num_layers,
+            state_bytes=coded.shape.state_bytes,
         )
 
     def as_mapping(self) -> dict[str, Any]:

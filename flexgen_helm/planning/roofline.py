@@ -143,6 +143,7 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
     tokens = load.prefill_tokens + load.num_requests * steps
     hidden = tokens * sizes.hidden_row_bytes * sizes.num_layers * (1 - plan.activations.gpu / 100)
     shared_rows = load.num_runs * load.shared * steps
+    states = states_moved(load, sizes, plan)
     at_once_rows = max(plan.limits.rows_per_batch, plan.limits.waiting_rows)
     batches = sweeps if plan.expands_whole else max(sweeps, math.ceil(tokens / at_once_rows))
     expanded = sweeps * (sizes.expanded_bytes - sizes.expert_bytes) + batches * sizes.expert_bytes
@@ -151,11 +152,12 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
         flop=2.0 * sizes.layer_parameters * tokens
         + 2.0 * sizes.head_parameters * load.num_requests * load.new
         + 2.0 * sizes.attention_width * _attended_pairs(load),
-        to_device_bytes=sweeps * sizes.streamed_bytes + hidden + (moved * past_rows if cache_crosses else 0),
-        from_device_bytes=hidden + moved * kept,
+        to_device_bytes=sweeps * sizes.streamed_bytes + hidden + (moved * past_rows if cache_crosses else 0) + states,
+        from_device_bytes=hidden + moved * kept + states + load.num_requests * off_device * sizes.state_bytes,
         device_bytes=sweeps * sizes.sweep_bytes
         + _EXPANDING_PASSES * expanded
-        + (load.num_requests * (1 - off_device) * past_rows + shared_rows) * sizes.device_cache_row_bytes,
+        + (load.num_requests * (1 - off_device) * past_rows + shared_rows) * sizes.device_cache_row_bytes
+        + 2.0 * load.num_requests * steps * sizes.state_bytes,
     )
 
 
@@ -170,9 +172,26 @@ def num_off_device(load: Workload, sizes: Sizes, plan: Plan) -> float:
 
 
 def cache_rows(sizes: Sizes, plan: Plan) -> dict[Tier, int]:
-    """Tokens whose keys and values each tier has room for."""
+    """Tokens of one sequence whose keys and values each tier has room for, beside its states."""
     row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
-    return {tier: budget // row_bytes[tier] for tier, budget in plan.cache_budgets.items()}
+    return {
+        tier: max(0, budget - sizes.state_bytes) // max(1, row_bytes[tier])
+        for tier, budget in plan.cache_budgets.items()
+    }
+
+
+def cached_sequences(kept: int, sizes: Sizes, plan: Plan) -> dict[Tier, int]:
+    """Sequences, of each of which so many tokens are kept, that each tier has room for."""
+    row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
+    return {
+        tier: budget // max(1, kept * row_bytes[tier] + sizes.state_bytes)
+        for tier, budget in plan.cache_budgets.items()
+    }
+
+
+def states_moved(load: Workload, sizes: Sizes, plan: Plan) -> float:
+    """Bytes of states that decode steps bring to the device, and as many back."""
+    return num_off_device(load, sizes, plan) * sizes.state_bytes * (load.new - 1)
 
 
 def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tuple[int, float]:
@@ -180,7 +199,7 @@ def _concurrency(num_requests: int, kept: int, sizes: Sizes, plan: Plan) -> tupl
     at_once = min(num_requests, plan.limits.seats)
     if not kept:
         return at_once, 0.0
-    room = {tier: rows // kept for tier, rows in cache_rows(sizes, plan).items()}
+    room = cached_sequences(kept, sizes, plan)
     at_once = max(1, min(at_once, sum(room.values())))
     if plan.kv_cache is not None:
         return at_once, 1 - plan.kv_cache.gpu / 100

@@ -30,3 +30,5 @@ class Sizes:
     """Those of them that are experts' and may be expanded anew for each micro-batch."""
     hidden_row_bytes: int
     num_layers: int
+    state_bytes: int = 0
+    """States of one sequence in all layers, on any tier; 0 where no layer keeps one."""

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 _FULL = ["full_attention"] * 3
 _GEMMA4 = {"num_hidden_layers": 3, "layer_types": _MIXED, "per_layer_config": {}, "vocab_size_per_layer_input": 500}
@@ -19,8 +19,13 @@ _ROPES = {
 }
 
 SIZES: dict[str, dict[str, Any]] = {
-    "bamba": _MAMBA,
-    "granitemoehybrid": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "num_experts": 4, "num_experts_per_token": 2},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "mamba_chunk_size": 16},
+    "kimi_linear": {"num_experts_per_token": 2, "num_experts": 4, "linear_num_heads": 2, "linear_head_dim": 16},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -74,6 +79,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": ["mamba", "hybrid", "mamba"],
         "n_mamba_heads": 8,
+        **{"mamba_headdim": 16, "hybrid_layer_ids": [1]},
+        **{"attention_hidden_size": 128, "attention_head_dim": 32},
         "mamba_d_state": 8,
     },
     "blt": {"encoder_hash_byte_group_vocab": 100},
@@ -243,6 +250,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5_moe+dense-first": ("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_num_shared_experts": 1}),
     "hrm_text+no-prefix": ("hrm_text", {"prefix_lm": False}),
+    "zamba2+shared": ("zamba2", {"hybrid_layer_ids": [1, 2], "layer_types": ["mamba", "hybrid", "hybrid"]}),
     "gpt2+encoder-attention": ("gpt2", {"add_cross_attention": True}),
 }
 """Settings that defaults leave off: name -> model type and what its config changes."""
@@ -311,26 +319,23 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 """Multimodal models on text alone: name -> model type and what its config changes."""
 
 
-_STATE = "keep a state beside keys and values|keep the state of a convolution|shows? no keys and values.*convolutions"
 _REASONS: dict[str, tuple[str, ...]] = {
-    _STATE: (
-        *("bailing_hybrid", "bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling2_text"),
-        *("inkling2_loop_text", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2"),
-        *("minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-        *("qwen3_next", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba2", "zaya"),
-    ),
-    "counts positions by places in a call": ("mvp", "roformer", "trocr"),
-    "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text"),
-    "hand on more than hidden states": ("glm_moe_dsa", "hy_v4"),
+    "keep a state that no cache of transformers' holds": ("rwkv",),
+    "mix tokens outside their attention": ("doge+moe", "recurrent_gemma"),
+    "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
+    "layers 1 and 2 share a Zamba2AttentionDecoderLayer": ("zamba2+shared",),
+    "counts positions by places in a call": ("mvp", "trocr"),
+    "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
+    "ask their cache for indexer_position_ids": ("qwen4_exp_text",),
+    "hand on more than hidden states": ("roformer", "xlstm", "zaya"),
     "attention takes position_bias": ("inkling_text",),
     "attention takes block_indices": ("minimax_m3_vl_text+sparse",),
     "attend more than once": ("longcat_flash",),
     "attend to later ones": ("bigbird_pegasus", "gemma3_text+bidirectional", "gemma4_text+bidirectional"),
     "changes the hidden states between layers": ("dory", "dory+1-loop", "xlm"),
     "not in one list": ("blt", "hrm_text", "hrm_text+no-prefix"),
-    "where .sequences, rows, width. of hidden states is expected": ("reformer",),
+    "where .sequences, rows, width. of hidden states is expected": ("deepseek_v4", "reformer"),
     "rows for 1 x 2 tokens": ("cpmant", "prophetnet", "xlnet"),
-    "mix tokens outside their attention": ("doge+moe",),
     "chooses by numbers before it attends": ("jetmoe",),
     "does not hide the padding": ("git",),
     "show no keys and values": ("openai-gpt",),

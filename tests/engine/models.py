@@ -194,8 +194,38 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "lfm2": ("lfm2", {**_GQA, "layer_types": ["conv", "full_attention", "conv"]}),
+    "qwen3-next": (  # a state that every token rewrites, experts
+        "qwen3_next",
+        {
+            **_HEAD16,
+            **_EXPERTS,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_expert_intermediate_size": 32,
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+        },
+    ),
+    "falcon-h1": (  # attention and a state in each layer
+        "falcon_h1",
+        {
+            **_HEAD16,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "mamba2": (  # no attention; hidden states are float32 in every dtype
+        "mamba2",
+        {
+            **{"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": VOCABULARY, "num_heads": 4, "head_dim": 32},
+            **{"n_groups": 1, "state_size": 8, "chunk_size": 16},
+        },
+    ),
 }
-"""Families that use transformers' attention interface: name -> model type and what its config changes."""
+"""Families that use transformers' attention interface or keep states: name -> model type and changes of its config."""
 
 OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY}),

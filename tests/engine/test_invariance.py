@@ -98,7 +98,10 @@ def random_jobs(draw: st.DrawFn) -> Job:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+STATES = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3-next", "falcon-h1", "mamba2")]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", *STATES])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataObject, open_engine: Open) -> None:
@@ -112,7 +115,7 @@ def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataOb
             assert_same(completion, alone[index])
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", *STATES])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_gives_what_running_alone_gives(policy: str, family: str, open_engine: Open) -> None:
     rng = random.Random(7)

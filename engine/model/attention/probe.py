@@ -39,9 +39,13 @@ def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: An
     Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
     """
     context: SweepContext = layer.__dict__["sweeping"]
-    context.probed = None
+    context.probed = context.handed_on = None
     try:
-        call_on_meta(layer, hidden, args, kwargs)
+        output = call_on_meta(layer, hidden, args, kwargs)
+        values = output if isinstance(output, tuple | list) else (output,)
+        states, context.handed_on = values[0], sum(value is not None for value in values) - 1
+        if isinstance(states, torch.Tensor) and states.dtype.itemsize > hidden.dtype.itemsize:
+            context.left = states.dtype
     except UnsupportedError:
         raise
     except Exception:  # what comes after its attention may need real numbers

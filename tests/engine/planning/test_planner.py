@@ -512,3 +512,21 @@ def test_a_greedy_plan_lets_rows_wait_before_weights_stay() -> None:
     assert plan.limits.rows_per_sweep >= 104_000  # ten runs of 100 requests of 100 tokens behind 400
     assert plan.activations.gpu == 100
     assert 0 < plan.weights.gpu < 11  # what 6 % of the memory, kept for keys and values alone, would allow
+
+
+def test_states_are_counted_and_a_policy_that_holds_none_is_refused_with_numbers() -> None:
+    """Half of OPT-30B's layers with 2 MB of state each, of 48 MB a sequence."""
+    shape = replace(OPT_30B, state_bytes=48_000_000, state_layer_bytes=2_000_000, continues=False)
+    without = make_plan(OPT_30B, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+    plan = make_plan(shape, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+    assert without.limits.free_rows > 0
+    assert plan.limits.free_rows == 0  # no drafts
+    assert (without.limits.most_states, without.limits.continues) == (0, True)
+    assert not plan.limits.continues
+    work = plan.limits.rows_per_batch * OPT_30B.work_row_bytes + 3 * plan.limits.logits_bytes
+    assert plan.limits.most_states == work // 2 // (10 * 2_000_000) == 12  # four in buffers, six while one is taken on
+    little = replace(shape, state_bytes=300 * GB)
+    with pytest.raises(
+        CapacityError, match=r"states of one sequence and a token's .* take 300\.0 GB, .*host 1[0-9.]+ GB"
+    ):
+        make_plan(little, Policy.load("opt-30b-t4"), T4, on_cpu=False)

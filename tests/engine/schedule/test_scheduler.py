@@ -38,7 +38,7 @@ class Room:
         first = self.extents.take(num_rows)
         return None if first is None else Block("device" if first < self.on_device else "host", first, num_rows)
 
-    def expect(self, num_rows: int) -> None:
+    def expect(self, num_rows: int, num_spans: int) -> None:
         assert num_rows >= 0
 
     def num_off_device(self, num_rows: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from engine import Engine, EngineError
 from flexgen_helm.run import main
@@ -28,15 +28,15 @@ def with_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) 
     save_file(tensors, model / "model.safetensors")
 
 
-def become_mamba(model: Path) -> None:
-    config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, max_position_embeddings=512)
-    MambaForCausalLM(config).save_pretrained(model)
+def become_rwkv(model: Path) -> None:
+    config = RwkvConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, context_length=512)
+    RwkvForCausalLM(config).save_pretrained(model)
     edit(model, max_position_embeddings=512)
 
 
 KEY = "model.layers.1.mlp.up_proj.weight"
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a family that keeps a state": (become_mamba, "state-space"),
+    "a family that keeps a state by itself": (become_rwkv, "mix tokens outside"),
     "an unknown quantization": (
         lambda model: edit(model, quantization_config={"quant_method": "quip"}),
         "quantized by quip",

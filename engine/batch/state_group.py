@@ -1,0 +1,103 @@
+"""Spans of a micro-batch whose states are taken on together: equally many rows of each."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Literal
+
+import torch
+
+from engine.memory.tiers import Tier
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix
+
+Source = Literal["nothing", "prefix", "own"]
+"""What rows continue: no token, the state behind a prefix, or the span's own state."""
+
+
+class StateGroup:
+    """Rows of segments that begin from the same kind of state, as `[segments, rows]`."""
+
+    def __init__(self, segments: list[Segment], num_rows: int, device: torch.device) -> None:
+        """num_rows: of the whole micro-batch, padding included."""
+        self.segments = segments
+        self.count, self.length = len(segments), segments[0].num_rows
+        self.source: Source = _source(segments[0])
+        firsts = torch.tensor([segment.first for segment in segments])
+        index = (firsts[:, None] + torch.arange(self.length)).flatten()
+        is_all = len(index) == num_rows and bool((index == torch.arange(num_rows)).all())
+        self.index: torch.Tensor | None = None if is_all else index.to(device)
+        """Rows of the micro-batch `[segments * rows]`; None for all, in their order."""
+        self.prefixes: list[Prefix] = []
+        """Those whose states are continued, once each."""
+        self.of_prefixes: torch.Tensor | None = None
+        """Which of these each segment continues `[segments]`; None where all continue one."""
+        if self.source == "prefix":
+            self._take_prefixes(device)
+        self.tier: Tier | None = segments[0].tier if self.source == "own" else None
+        """Where the own states are."""
+        stored = [(at, s.tier, s.span.block.slot) for at, s in enumerate(segments) if s.span.block is not None]
+        on_device = [(at, slot) for at, tier, slot in stored if tier == "device" and slot is not None]
+        self.kept: torch.Tensor | None = None
+        """Segments whose states stay on the device `[stored]`; None for all."""
+        if 0 < len(on_device) < len(segments):
+            self.kept = torch.tensor([at for at, _ in on_device]).to(device)
+        self.device_slots: torch.Tensor | None = None
+        """Where those are `[stored]`; None where none are."""
+        if on_device:
+            self.device_slots = torch.tensor([slot for _, slot in on_device]).to(device)
+        self.host_runs = _runs([(at, slot) for at, tier, slot in stored if tier == "host" and slot is not None])
+        """(segment, slot, how many) of states that the host keeps: neighbours there and here."""
+        self.disk_runs = _runs([(at, slot) for at, tier, slot in stored if tier == "disk" and slot is not None])
+        """The same of those on disk."""
+        self.read_on = [(at, s.span) for at, s in enumerate(segments) if isinstance(s.span, Prefix)]
+        """Prefixes, which others may continue in the same sweep."""
+
+    def _take_prefixes(self, device: torch.device) -> None:
+        places: dict[int, int] = {}
+        parts = []
+        for segment in self.segments:
+            prefix = segment.span.parent
+            assert prefix is not None
+            if id(prefix) not in places:
+                places[id(prefix)] = len(self.prefixes)
+                self.prefixes.append(prefix)
+            parts.append(places[id(prefix)])
+        if len(self.prefixes) > 1 or self.count > 1:
+            self.of_prefixes = torch.tensor(parts).to(device)
+
+
+def state_groups(segments: list[Segment], num_rows: int, most: int, device: torch.device) -> list[StateGroup]:
+    """Groups of at most `most` segments each, a prefix in a group before those that continue it."""
+    levels: dict[int, int] = {}
+    """Of the spans: how many of the prefixes before each are in the micro-batch."""
+    groups: dict[tuple[int, Hashable], list[Segment]] = {}
+    for segment in segments:
+        span = segment.span
+        level = levels.get(id(span.parent), -1) + 1 if _source(segment) == "prefix" else 0
+        levels[id(span)] = level
+        source = _source(segment)
+        kind = (segment.num_rows, source, segment.tier if source == "own" else None)
+        groups.setdefault((level, kind), []).append(segment)
+    ordered = [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+    return [
+        StateGroup(group[first : first + most], num_rows, device)
+        for group in ordered
+        for first in range(0, len(group), most)
+    ]
+
+
+def _source(segment: Segment) -> Source:
+    if segment.past:
+        return "own"
+    return "nothing" if segment.span.parent is None else "prefix"
+
+
+def _runs(stored: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    runs: list[tuple[int, int, int]] = []
+    for at, slot in stored:
+        if runs and runs[-1][0] + runs[-1][2] == at and runs[-1][1] + runs[-1][2] == slot:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((at, slot, 1))
+    return runs

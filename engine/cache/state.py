@@ -1,0 +1,181 @@
+"""States of spans on three tiers: what layers keep of a sequence besides, or instead of, keys and values."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from engine.batch.rows import Rows
+from engine.batch.state_group import StateGroup
+from engine.cache.state_shape import StateShape, StateTensor
+from engine.cache.tables import Tables
+from engine.cache.transfer import KVTransfer
+from engine.memory.arena import Arena
+from engine.memory.disk.rows import DiskRows, Fetch
+from engine.memory.tiers import TIERS, Tier
+from engine.planning.limits import STAGING_BUFFERS
+from engine.policy import Share
+from engine.schedule.sequence import Prefix
+
+_AHEAD = STAGING_BUFFERS - 1
+State = list[torch.Tensor]
+"""Of one layer: a tensor `[spans, …]` for each of its shape's."""
+
+
+class StateCache:
+    """States behind the last token of spans: a slot each, a row of one table per tensor of a layer and tier.
+
+    A state changes with every token, so it is read once in a sweep and written back: a sweep cannot be repeated with
+    the states that it left.
+    """
+
+    def __init__(
+        self, shapes: Sequence[StateShape | None], arena: Arena, budgets: dict[Tier, int], share: Share | None
+    ) -> None:
+        """shapes: of each layer; None for one that keeps no state."""
+        self._arena = arena
+        self._tensors: list[list[tuple[int, StateTensor]]] = []
+        """Of each layer: its tensors, each with the number of its tables."""
+        count = 0
+        for shape in shapes:
+            tensors = () if shape is None else shape.tensors
+            self._tensors.append(list(enumerate(tensors, count)))
+            count += len(tensors)
+        sizes = [tensor.num_bytes for tensors in self._tensors for _, tensor in tensors]
+        self._transfer = KVTransfer(arena.device)
+        self._disk = DiskRows(arena, sizes)
+        self.room = Tables(
+            dict.fromkeys(TIERS, sizes),
+            dict.fromkeys(TIERS, torch.uint8),
+            arena,
+            budgets,
+            share,
+            self._disk,
+            self._transfer.settle,
+            "the states of sequences cannot grow to {} of them",
+        )
+        """Where slots are, and which of them are free."""
+        self._fresh: dict[int, State] = {}
+        """Of the layer in hand: states of prefixes computed in this sweep, or read off the device."""
+        self._layer = -1
+        self._coming: Iterator[tuple[StateGroup, int]] = iter(())
+        self._ahead: deque[tuple[StateGroup, int, tuple[torch.Tensor, Any] | Fetch]] = deque()
+        """Group and table whose rows are under way to the device."""
+
+    def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
+        """Begin a sweep over micro-batches: own states off the device are brought there ahead of their turn.
+
+        layers: those that the sweep passes, in their order; None: all.
+        """
+        self._transfer.settle()
+        self._disk.settle()
+        self._fresh, self._layer = {}, -1
+        groups = [group for batch in batches for group in batch.state_groups if self._is_ahead(group)]
+        passed = range(len(self._tensors)) if layers is None else layers
+        self._coming = ((group, table) for layer in passed for group in groups for table, _ in self._tensors[layer])
+        self._ahead.clear()
+        for _ in range(_AHEAD):
+            self._fetch_next()
+
+    def _is_ahead(self, group: StateGroup) -> bool:
+        return group.tier == "disk" or (group.tier == "host" and self._transfer.is_asynchronous)
+
+    def _fetch_next(self) -> None:
+        following = next(self._coming, None)
+        if following is None:
+            return
+        group, table = following
+        if group.tier == "disk":
+            fetched = self._disk.fetch(table, [(slot, count) for _, slot, count in group.disk_runs])
+            self._ahead.append((group, table, fetched))
+        else:
+            rows = self.room.by_tier["host"][table]
+            pieces = [rows[slot : slot + count] for _, slot, count in group.host_runs]
+            self._ahead.append((group, table, self._transfer.fetch(pieces)))
+
+    def begin(self, layer: int, group: StateGroup) -> State | None:
+        """What a group's rows continue in a layer, on the device; the caller may change it. None where it is nothing.
+
+        To be called once for each group and layer, in the order of the sweep.
+        """
+        if layer != self._layer:
+            self._fresh, self._layer = {}, layer
+        if group.source == "nothing":
+            return None
+        if group.source == "own":
+            return [_seen(self._own(group, table), tensor) for table, tensor in self._tensors[layer]]
+        parts = [self._behind(layer, prefix) for prefix in group.prefixes]
+        states = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]  # which copies
+        taken = group.of_prefixes
+        return states if taken is None else [state.index_select(0, taken) for state in states]
+
+    def _own(self, group: StateGroup, table: int) -> torch.Tensor:
+        """Rows `[segments, bytes]` of a group's own slots, a copy on the device."""
+        if group.tier == "device":
+            assert group.device_slots is not None
+            return self.room.by_tier["device"][table].index_select(0, group.device_slots)
+        if not self._is_ahead(group):
+            rows = self.room.by_tier["host"][table]
+            return torch.cat([rows[slot : slot + count] for _, slot, count in group.host_runs]).to(self._arena.device)
+        of_group, of_table, fetched = self._ahead.popleft()
+        assert of_group is group
+        assert of_table == table
+        if isinstance(fetched, Fetch):
+            staged = fetched.rows().to(self._arena.device, non_blocking=self._transfer.is_asynchronous)
+        else:
+            self._transfer.await_arrival(fetched[1])
+            staged = fetched[0].clone()  # the buffer's turn comes again while the state is still computed with
+        self._fetch_next()
+        return staged
+
+    def _behind(self, layer: int, prefix: Prefix) -> State:
+        """The state `[1, …]` behind a prefix's last token, on the device; not to be changed."""
+        fresh = self._fresh.get(id(prefix))
+        if fresh is not None:
+            return fresh
+        block = prefix.block
+        assert block is not None
+        assert block.slot is not None
+        state = []
+        for table, tensor in self._tensors[layer]:
+            if block.tier == "disk":
+                rows = self._disk.fetch(table, [(block.slot, 1)]).rows()
+            else:
+                rows = self.room.by_tier[block.tier][table][block.slot : block.slot + 1]
+            is_kept = block.tier != "disk" or self._transfer.is_asynchronous  # until the copy has been made
+            state.append(_seen(rows.to(self._arena.device, non_blocking=is_kept), tensor))
+        if block.tier != "device":
+            self._fresh[id(prefix)] = state
+        return state
+
+    def write(self, layer: int, group: StateGroup, state: State) -> None:
+        """Keep the states `[segments, …]` that a group's rows have left in a layer."""
+        for at, prefix in group.read_on:
+            self._fresh[id(prefix)] = [tensor[at : at + 1] for tensor in state]
+        for (table, _), tensor in zip(self._tensors[layer], state, strict=True):
+            rows = tensor.reshape(group.count, -1).contiguous().view(torch.uint8)
+            if group.device_slots is not None:
+                kept = rows if group.kept is None else rows.index_select(0, group.kept)
+                self.room.by_tier["device"][table].index_copy_(0, group.device_slots, kept)
+            if group.host_runs:
+                place = self.room.by_tier["host"][table]
+                self._transfer.store(
+                    [(rows[at : at + count], place[slot : slot + count]) for at, slot, count in group.host_runs]
+                )
+            if group.disk_runs:
+                self._disk.write(table, [(slot, rows[at : at + count]) for at, slot, count in group.disk_runs])
+
+    def close(self) -> None:
+        """Let go of the tables; the arena frees them."""
+        self._transfer.close()
+        self._disk.close()
+        self.room.close()
+        self._fresh = {}
+
+
+def _seen(rows: torch.Tensor, tensor: StateTensor) -> torch.Tensor:
+    """Bytes `[spans, bytes]` as what they are."""
+    return rows.view(tensor.dtype).view(len(rows), *tensor.dims)

@@ -1,0 +1,108 @@
+"""Which module of a layer asks its cache for a state, and what it puts there, seen without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.errors import UnsupportedError
+from engine.model.mixers.call import Call, cache_name, is_of_rows
+from engine.model.mixers.mixer import Mixer, without_states
+from engine.model.mixers.states import States, StatesCache
+from engine.model.sweep_context import SweepContext
+
+
+class Asking:
+    """Finds the innermost module of a layer that asks for a state, while the layer is called on `meta`."""
+
+    def __init__(self, context: SweepContext, num_states: int) -> None:
+        """num_states: of a kind, that a module may keep."""
+        self._context, self._num_states = context, num_states
+        self.found: list[Mixer] = []
+        """In the layer that was called last."""
+
+    @contextmanager
+    def within(self, layer: nn.Module) -> Iterator[None]:
+        """Inside, every module of `layer` that takes a cache is tried with one that notes what it is asked for."""
+        self.found = []
+        modules = [module for module in layer.modules() if module is not layer and cache_name(module.forward)]
+        forwards = {module: module.forward for module in modules}
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = self._trying(module, forward)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.__dict__["forward"]
+
+    def _trying(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        call = Call(forward)
+
+        def trying(*args: Any, **kwargs: Any) -> Any:
+            states = States(self._num_states)
+            cache = _NotingCache(states)
+            given = call.named(args, kwargs)
+            found, context = list(self.found), self._context
+            shown = context.probed, context.is_plain
+            try:
+                output = call.on(given, cache)
+            except Exception:
+                if cache.is_given and not cache.is_attended:
+                    raise
+            else:
+                if cache.is_given:
+                    self.found.append(self._mixer(module, call, given, states, output))
+                    return output
+            if cache.is_given:
+                raise UnsupportedError(f"its {type(module).__name__} keeps a state and attends at once")
+            self.found = found  # it asks for keys alone, if for anything: it is called as the layer calls it
+            context.probed, context.is_plain = shown
+            return forward(*args, **kwargs)
+
+        return trying
+
+    def _mixer(self, module: nn.Module, call: Call, given: dict[str, Any], states: States, output: Any) -> Mixer:
+        """The module as what keeps the states that it left; refuses what cannot be called for some sequences."""
+        kind, lead = type(module).__name__, call.lead(given)
+        for name, value in given.items():
+            if not is_of_rows(value, lead):
+                raise UnsupportedError(f"its {kind}, which keeps a state, takes {name}, which is not of its rows alone")
+        held, output = states.held(), without_states(output, states)
+        if not held or any(len(tensor) != lead[0] for tensor in held.values()) or not is_of_rows(output, lead):
+            raise UnsupportedError(f"its {kind} keeps a state that is not of each sequence by itself")
+        return Mixer(module, call, self._context, states.shape(), self._num_states, given, output)
+
+
+class _AttendsError(Exception):
+    """The module wants keys and values: it does not keep a state instead."""
+
+
+class _NotingCache(StatesCache):
+    """A cache of one layer's states, which notes whether it is given them."""
+
+    def __init__(self, states: States) -> None:
+        super().__init__(states)
+        self.is_given = self.is_attended = False
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        """Keys and values: not from here."""
+        self.is_attended = True
+        raise _AttendsError
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As transformers' own."""
+        self.is_given = True
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As transformers' own."""
+        self.is_given = True
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def _set(self, what: str, layer_idx: int, state: torch.Tensor) -> None:
+        self.is_given = True
+        super()._set(what, layer_idx, state)

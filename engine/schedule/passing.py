@@ -1,0 +1,33 @@
+"""Prefixes that nobody needs beyond the sweep that computes them (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix, Sequence
+
+
+def passing_prefixes(segments: Iterable[Segment], room: int) -> tuple[list[Prefix], list[Prefix]]:
+    """Of a sweep's new prefixes, those that live as long as the layer in hand, and the others; last ones first.
+
+    The first have at most `room` rows together, and all who continue them are in the sweep and keep nothing.
+    """
+    segments = list(segments)
+    users: dict[int, int] = {}
+    for segment in segments:
+        if isinstance(segment.span, Sequence) and not segment.is_decode and not segment.span.needs_cache:
+            users[id(segment.span.parent)] = users.get(id(segment.span.parent), 0) + 1
+    passing: list[Prefix] = []
+    kept: list[Prefix] = []
+    for segment in reversed(segments):  # a prefix comes before those that continue it
+        prefix = segment.span
+        if not isinstance(prefix, Prefix):
+            continue
+        if users.get(id(prefix)) == prefix.num_users and segment.num_rows <= room:
+            users[id(prefix.parent)] = users.get(id(prefix.parent), 0) + 1
+            room -= segment.num_rows
+            passing.append(prefix)
+        else:
+            kept.append(prefix)
+    return passing, kept

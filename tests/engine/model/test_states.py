@@ -1,0 +1,167 @@
+"""Protects: what layers keep of a sequence besides keys and values is its own; what is not known is refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import parity
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+from watch import Watch
+
+from engine import Engine, Job
+from engine.cache.joint_room import JointRoom
+from engine.cache.tables import Tables
+from engine.errors import UnsupportedError
+from engine.memory.arena import Arena
+from engine.memory.disk.rows import DiskRows
+from engine.memory.tiers import TIERS, Tier
+from engine.model.causal_model import CausalModel
+from flexgen_helm.checking.random_model import save_small
+
+Build = Callable[[str], Path]
+Reference = Callable[[str], PreTrainedModel]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def few_at_once(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Two micro-batches of two sequences, on all tiers: others join where some have left."""
+    policy = {**parity.POLICIES["small"], "device": "cpu", "offload-dir": str(tmp_path_factory.mktemp("offload"))}
+    policy["percent"] = [34, 33, 34, 33, 34, 33]
+    with Engine.from_pretrained(str(build("qwen3-next")), policy=policy) as engine:
+        yield engine
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    prompts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 40), st.integers(0, 6)), min_size=2, max_size=9),
+    seed=st.integers(0, 9),
+)
+def test_a_state_never_reaches_another_sequence(
+    prompts: list[tuple[int, int, int]], seed: int, few_at_once: Engine, reference: Reference
+) -> None:
+    """Whatever runs beside it: every log-probability is that of plain transformers, which computes each text alone."""
+    words = random.Random(seed)
+    shared = [words.randrange(3, 490) for _ in range(60)]
+    jobs = [
+        Job(
+            # Nested prefixes of 0, 18, 36 and 54 tokens, and tokens of their own.
+            prompt=[*shared[: 18 * min(nested, 3)], *(words.randrange(3, 490) for _ in range(own))],
+            max_new_tokens=new,
+            prompt_logprobs=new % 2 == 0,
+        )
+        for nested, own, new in prompts
+    ]
+    model = reference("qwen3-next")
+    for job, completion in zip(jobs, few_at_once.run(jobs), strict=True):
+        assert completion.error is None
+        oracle = models.reference_logprobs(model, [*job.prompt, *completion.tokens])
+        found = [*(completion.prompt_logprobs or [None])[1:], *completion.logprobs]
+        assert found == pytest.approx(oracle[len(oracle) - len(found) :], abs=1e-4)
+
+
+def test_a_state_that_a_failed_sweep_has_changed_is_computed_anew(
+    build: Build, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep runs out of memory at its last layer, in decode steps: the layers before have taken a token on."""
+    expected = parity.expect(reference("qwen3-next"))
+    with Engine.from_pretrained(str(build("qwen3-next")), policy={"device": "cpu"}) as engine:
+        layer, failed = engine.parts.model.layer, []
+
+        def run(index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+            decodes = engine.parts.model.sweeping.batch.segments[0].is_decode
+            if index == 2 and decodes and len(failed) < 2:
+                failed.append(index)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return layer(index, hidden, call)
+
+        monkeypatch.setattr(engine.parts.model, "layer", run)
+        done = engine.run(parity.JOBS)
+        assert len(failed) == 2
+        assert engine.parts.scheduler.limits.most_states < engine.plan.limits.most_states
+    assert parity.differences(expected, done)[0] == []
+
+
+def test_hidden_states_are_as_wide_as_the_family_adds_them_up(build: Build) -> None:
+    """Those of Mamba are float32 in every dtype: on the host they would otherwise be rounded after each layer."""
+    found = []
+    for activations in ("gpu", "cpu"):
+        policy = {"device": "cpu", "dtype": "bfloat16", "activations": {"gpu": 0, "cpu": 0, activations: 100}}
+        with Engine.from_pretrained(str(build("mamba2")), policy=policy) as engine:
+            found.append(engine.run(parity.JOBS[:4]))
+    assert [each.logprobs for each in found[0]] == [each.logprobs for each in found[1]]
+
+
+def test_what_begins_at_nought_behind_a_state_shares_no_prefix(tmp_path: Path) -> None:
+    """The selective scan of stock code takes no state for several tokens: prompts are computed whole."""
+    directory = save_small(tmp_path / "model", models.small_config_of("mamba"))
+    start = [5 + 3 * at for at in range(40)]
+    jobs = [Job(prompt=[*start, 7 * at + 3], max_new_tokens=4) for at in range(3)]
+    with Engine.from_pretrained(str(directory), policy={"device": "cpu"}) as engine:
+        assert not engine.parts.model.continues
+        watch = Watch(engine)
+        done = engine.run(jobs)
+    assert watch.tokens[0] == 3 * 41
+    model = models.load_reference(directory)
+    for job, completion in zip(jobs, done, strict=True):
+        oracle = models.reference_logprobs(model, [*job.prompt, *completion.tokens])[len(job.prompt) - 1 :]
+        assert completion.logprobs == pytest.approx(oracle, abs=1e-4)
+
+
+def test_stock_code_that_mixes_sequences_or_loses_states_is_refused(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = Lfm2ShortConv.forward
+
+    def mixing(self: Any, hidden_states: torch.Tensor, cache: Any = None, **others: Any) -> Any:
+        return stock(self, hidden_states + hidden_states.mean(0, keepdim=True), cache=cache, **others)
+
+    def losing(self: Any, hidden_states: torch.Tensor, cache: Any = None, **others: Any) -> Any:
+        found = stock(self, hidden_states, cache=cache, **others)
+        cache.layers[0].conv_states[0] = torch.zeros_like(cache.layers[0].conv_states[0])
+        return found
+
+    for forward, words in ((mixing, "mixes sequences"), (losing, "something else of a token behind a state")):
+        monkeypatch.setattr(Lfm2ShortConv, "forward", forward)
+        with pytest.raises(UnsupportedError, match=f"its Lfm2ShortConv.*{words}"):
+            CausalModel(build("lfm2"), torch.float32, CPU)
+
+
+def test_batch_invariance_is_refused(build: Build) -> None:
+    with pytest.raises(UnsupportedError, match="batch-invariant: it keeps states"):
+        CausalModel(build("lfm2"), torch.float32, CPU, batch_invariant=True)
+
+
+def test_rows_and_slots_of_a_span_are_on_one_tier_within_one_budget() -> None:
+    """Device: 100 bytes, host: 60; a token takes 2, a state 10."""
+    arena, budgets = Arena(CPU), dict[Tier, int](device=100, host=60, disk=0)
+
+    def tables(size: int) -> Tables:
+        sizes = {tier: [size] for tier in TIERS}
+        return Tables(sizes, dict.fromkeys(TIERS, torch.uint8), arena, budgets, None, DiskRows(arena, [size]), list)
+
+    rows, slots = tables(2), tables(10)
+    room = JointRoom(rows, slots)
+    room.expect(200, 50)  # more than there is
+    found = []
+    while (block := room.allocate(5)) is not None:  # 20 bytes
+        found.append(block)
+        assert all(rows.taken(tier) + slots.taken(tier) <= budgets[tier] for tier in TIERS)
+    assert [block.tier for block in found] == ["device"] * 5 + ["host"] * 3
+    assert {(block.tier, block.slot) for block in found} == {
+        *(("device", at) for at in range(5)),
+        *(("host", at) for at in range(3)),
+    }
+    for block in found:
+        room.free(block)
+    assert set(rows.num_blocks.values()) == set(slots.num_blocks.values()) == {0}
+    assert [room.allocate(5) is not None for _ in range(9)] == [True] * 8 + [False]
