@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
+from torch import nn
 
 from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta
@@ -23,8 +25,23 @@ def asks_lengths(model: Drivable) -> bool:
         with outer_zeros(model), noting_masks() as context.masks:
             hidden, calls = model.record(inputs_of(model, rows) | {"use_cache": True, "cache": CacheView(view)})
         view.begin_layers(rows)
-        for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
+        for index in _first_of_each(model.layers):
             context.layer, context.probed = index, None
-            call_on_meta(layer, call.laid_out(hidden), call.args, call.kwargs)
+            with suppress(Exception):
+                call = calls[index]
+                call_on_meta(model.layers[index], call.laid_out(hidden), call.args, call.kwargs)
     context.reaches, context.is_plain = reaches, is_plain
     return view.is_asked
+
+
+def _first_of_each(layers: list[nn.Module]) -> list[int]:
+    """The first layer of each kind, by its modules and by what they are set to, but for their number."""
+    found: dict[tuple[Any, ...], int] = {}
+    for index, layer in enumerate(layers):
+        found.setdefault(tuple(_settings(name, module) for name, module in layer.named_modules()), index)
+    return [*found.values()]
+
+
+def _settings(name: str, module: nn.Module) -> tuple[Any, ...]:
+    told = {key: each for key, each in vars(module).items() if type(each) in (bool, int, float, str)}
+    return name, type(module), *((key, each) for key, each in told.items() if "idx" not in key and "index" not in key)
