@@ -91,7 +91,18 @@ QUICK = frozenset(
     {
         *("moss_transcribe_diarize", "deepseek_v2+groups", "qwen3_next+attention-only"),
         *("doge+moe", "longcat_flash", "minimax_m3_vl_text+sparse", "blt", "git", "jetmoe", "gemma4", "glm_moe_dsa"),
-        *("cpmant", "gemma3n_text", "hrm_text", "reformer", "dory", "inkling2_text", "minimax", "bart", "trocr"),
+        *(
+            "zaya",
+            "cpmant",
+            "gemma3n_text",
+            "hrm_text",
+            "reformer",
+            "dory",
+            "inkling2_text",
+            "minimax",
+            "bart",
+            "trocr",
+        ),
     }
 )
 """Run by `make test`; the others by `make slow ARGS=tests/engine/model/test_every_family.py`."""
