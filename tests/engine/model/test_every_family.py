@@ -15,7 +15,7 @@ QUICK = frozenset(
     {
         *("bart", "gemma3n_text+shared-keys+sparse-activations", "roberta", "qwen3_next+attention-only"),
         *("doge+moe", "longcat_flash", "minimax_m3_vl_text+sparse", "blt", "git", "jetmoe", "glm_moe_dsa"),
-        *("cpmant", "hrm_text", "reformer", "dory", "inkling2_text", "minimax", "roformer"),
+        *("cpmant", "hrm_text", "reformer", "dory", "inkling2_text", "minimax", "zaya"),
     }
 )
 """Run by `make test`; the others by `make slow ARGS=tests/engine/model/test_every_family.py`."""

@@ -36,7 +36,7 @@ def become_rwkv(model: Path) -> None:
 
 KEY = "model.layers.1.mlp.up_proj.weight"
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a family that keeps a state by itself": (become_rwkv, "mix tokens outside"),
+    "a family that keeps a state by itself": (become_rwkv, "keep a state that no cache"),
     "an unknown quantization": (
         lambda model: edit(model, quantization_config={"quant_method": "quip"}),
         "quantized by quip",
