@@ -323,7 +323,7 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 _REASONS: dict[str, tuple[str, ...]] = {
-    "keep a state that no cache of transformers' holds": ("rwkv",),
+    "keep a state that no cache of transformers' holds": ("deepseek_v4", "rwkv"),
     "mix tokens outside their attention": ("doge+moe", "recurrent_gemma"),
     "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
     "layers 1 and 2 share a Zamba2AttentionDecoderLayer": ("zamba2+shared",),
@@ -337,7 +337,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "attend to later ones": ("bigbird_pegasus", "gemma3_text+bidirectional", "gemma4_text+bidirectional"),
     "changes the hidden states between layers": ("dory", "dory+1-loop", "xlm"),
     "not in one list": ("blt", "hrm_text", "hrm_text+no-prefix"),
-    "where .sequences, rows, width. of hidden states is expected": ("deepseek_v4", "reformer"),
+    "where .sequences, rows, width. of hidden states is expected": ("reformer",),
     "rows for 1 x 2 tokens": ("cpmant", "prophetnet", "xlnet"),
     "chooses by numbers before it attends": ("jetmoe",),
     "does not hide the padding": ("git",),
