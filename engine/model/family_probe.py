@@ -146,7 +146,7 @@ def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerC
     if len(asking.found) > 1:
         raise UnsupportedError(f"layer {index} keeps more than one state")
     if model.recorder.num_values == 2 and context.handed_on != 0:  # which the model may give to the next layer
-        raise UndrivableError("its layers hand on more than hidden states")
+        raise UnsupportedError("its layers hand on more than hidden states")
     if asking.found:
         model.mixers[index] = asking.found[0]
     return KVShape.none() if shape is None and asking.found else shape
