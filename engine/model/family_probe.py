@@ -82,7 +82,7 @@ def probe(model: Drivable) -> list[KVShape]:
                 failure = found
     assert failure is not None
     reason = failure.reason
-    if model.module._is_stateful and not keeps_states:
+    if model.module._is_stateful and not keeps_states and failure.stage < 3:
         reason = f"its layers keep a state that no cache of transformers' holds ({reason})"
     raise UnsupportedError(f"{name} cannot be run here: {reason}")
 
