@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+TABLE ?= families.md
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo test slow families lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flexgen_helm.run $(ARGS)
@@ -14,6 +15,9 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+families: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/engine/count_families.py $(TABLE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

@@ -189,12 +189,12 @@ def opened(setting: Setting, devices: Sequence[str], way: str | None) -> Iterato
 
 
 def timed(processes: list[Process], row: Row, most_new: int) -> dict[str, Any]:
-    """Seconds of a workload with at most so many new tokens, after a rehearsal of its first run up to the second."""
+    """Seconds of a workload with at most so many new tokens, after a rehearsal of all of it up to the second."""
     load = Workload.parse(row.workload)
     load = Workload(load.num_runs, load.num_jobs, load.shared, load.own, min(load.new, most_new))
     if row.each:
         load = Workload(load.num_runs, load.num_jobs * len(processes), load.shared, load.own, load.new)
-    rehearsal = Workload(1, load.num_jobs, load.shared, load.own, min(2, load.new))
+    rehearsal = Workload(load.num_runs, load.num_jobs, load.shared, load.own, min(2, load.new))  # claims its memory
     for seed, asked in ((1, rehearsal), (0, load)):
         start = time.perf_counter()
         for index, process in enumerate(processes):

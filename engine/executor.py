@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ from engine.schedule.sequence import Prefix, Sequence, Span
 from engine.weights.stream import WeightStream
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """A row of one span whose logits are asked for."""
 
     span: Span
@@ -37,8 +36,7 @@ class Ask:
     """How many tokens the sequence had."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What the logits of one row say."""
 
     ask: Ask
@@ -175,7 +173,7 @@ class Executor:
                 logits if len(choosing) == len(asks) else logits[rows],
                 [sequence.job.sampling for sequence in sequences],
                 [sequence.draw() for sequence in sequences],
-                [sequence.generated for sequence in sequences],
+                [sequence.generated if sequence.job.sampling.reads_generated else [] for sequence in sequences],
                 self.limits.logits_bytes,
             )
             tokens[rows] = _with_due(chosen, sequences)

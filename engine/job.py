@@ -36,6 +36,11 @@ class Sampling:
     rules: LogitRules | None = None
     """What a checkpoint's generation_config.json says of its texts; nobody takes it unasked."""
 
+    @property
+    def reads_generated(self) -> bool:
+        """Whether a choice depends on the tokens that were generated before it, but for their logits."""
+        return self.rules is not None or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
     def check(self) -> None:
         """Raise `JobError` for a value outside its range."""
         if not _is_finite(self.temperature) or self.temperature < 0.0:

@@ -162,7 +162,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
             group=group,
             tokenizer=tokenizer,
             text=Text(tokenizer, frozenset(special.end_of_text)),
-            window=description.window,
+            window=None if description.window is None else description.window - model.outer.positions.offset,
             pad_token=[*special.padding, *special.end_of_text, 0][0],
             end_limit=end_limit,
             loading=loading,

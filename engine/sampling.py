@@ -11,6 +11,10 @@ _MIN_TEMPERATURE = 1e-20
 """Below it, logits divided by the temperature would overflow; the choice is greedy long before."""
 _SORTED_BYTES = 64
 """What a logit takes, about, where it is sorted and summed up: 14 times its own bytes."""
+_WHOLE_BYTES = 16
+"""The same where all tokens count."""
+_BLOCK = 512
+"""Probabilities that are summed up at once."""
 
 
 def choose(
@@ -24,8 +28,9 @@ def choose(
 
     It takes `most_bytes` more than the logits, about, or what a row takes.
 
-    `draws` are uniform numbers in [0, 1), one a row: a row's choice is its distribution's quantile there, so that it
-    does not depend on the rows beside it. `generated` are the tokens that penalties look at.
+    `draws` are uniform numbers in [0, 1), one a row: a row's choice is its distribution's quantile there, tokens in
+    the order of their ids, so that it does not depend on the rows beside it, nor on which of two tokens is the likelier
+    one by a hair. `generated` are the tokens that penalties look at.
     """
     if any(sampling.rules is not None for sampling in samplings):
         rows = zip(logits, samplings, generated, strict=True)
@@ -36,13 +41,20 @@ def choose(
     sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if not sampled:
         return tokens
+    is_cut = [samplings[row].top_k is not None or samplings[row].top_p < 1 for row in sampled]
+    sampled = [row for cut in (False, True) for row, each in zip(sampled, is_cut, strict=True) if each == cut]
     # In one copy, whatever the parts: each would wait for the weights that are on the link by now.
     settings = torch.tensor(
         [(row, *_settings(samplings[row], logits.shape[-1]), draws[row]) for row in sampled], dtype=torch.float64
     ).to(logits.device)
-    for part in settings.split(max(1, most_bytes // _SORTED_BYTES // logits.shape[-1])):
-        rows = part[:, 0].long()
-        tokens[rows] = _sample(logits[rows], *part[:, 1:].unbind(1))
+    num_whole = is_cut.count(False)
+    for some, num_bytes, sample in (
+        (settings[:num_whole], _WHOLE_BYTES, _sample_whole),
+        (settings[num_whole:], _SORTED_BYTES, _sample_cut),
+    ):
+        for part in some.split(max(1, most_bytes // num_bytes // logits.shape[-1])):
+            chosen = part[:, 0].long()
+            tokens[chosen] = sample(logits[chosen], *part[:, 1:].unbind(1))
     return tokens
 
 
@@ -62,19 +74,44 @@ def _penalized(logits: torch.Tensor, samplings: list[Sampling], generated: list[
     return logits
 
 
-def _sample(
+def _sample_whole(
+    logits: torch.Tensor, temperature: torch.Tensor, _: torch.Tensor, __: torch.Tensor, draws: torch.Tensor
+) -> torch.Tensor:
+    """Logits `[rows, vocabulary]`, the others float64 `[rows]` -> ids `[rows]`; every token may be chosen."""
+    return _quantile(logits / temperature.float()[:, None], draws)
+
+
+def _sample_cut(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, draws: torch.Tensor
 ) -> torch.Tensor:
-    """Logits `[rows, vocabulary]`, the others float64 `[rows]` -> ids `[rows]`."""
-    values, ids = (logits / temperature.float()[:, None]).sort(dim=-1, descending=True, stable=True)
+    """The same, among the likeliest tokens only."""
+    logits = logits / temperature.float()[:, None]
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
     beyond = torch.arange(values.shape[-1], device=logits.device) >= top_k[:, None]
     probabilities = values.masked_fill(beyond, float("-inf")).double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    kept = before < top_p[:, None]  # the token that crosses top_p is in; the first always is
-    probabilities = probabilities.masked_fill(~kept, 0.0)
-    cumulated = probabilities.cumsum(dim=-1)
-    point = draws[:, None] * cumulated[:, -1:]
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    index = torch.minimum((cumulated <= point).sum(dim=-1, keepdim=True), last)
-    index = index.clamp(min=0)  # a row that is not finite has no last; its sequence fails, not its neighbours
-    return ids.gather(-1, index)[:, 0]
+    kept = (before < top_p[:, None]) & ~beyond  # the token that crosses top_p is in; the first always is
+    return _quantile(logits.masked_fill(~torch.zeros_like(kept).scatter(-1, ids, kept), float("-inf")), draws)
+
+
+def _quantile(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """The tokens at which the sums of probabilities, in the order of ids, exceed the draws: ids `[rows]`.
+
+    Logits `[rows, vocabulary]` are overwritten. The sums are of blocks first, then within the block in question: many
+    threads sum up a row, where a running sum over all of it is the work of one thread block. A row that is not finite
+    has some token: its sequence fails, not its neighbours.
+    """
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    point = draws[:, None] * sums[:, -1:]
+    block = _first_beyond(sums, point)
+    before = sums.gather(-1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(dim=-1)
+    return (block * _BLOCK + _first_beyond(within, point - before))[:, 0]
+
+
+def _first_beyond(sums: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+    """Where growing sums `[rows, count]` first exceed a point `[rows, 1]`, or have grown to their end: `[rows, 1]`."""
+    exceeds, grown = (sums <= point).sum(dim=-1, keepdim=True), (sums < sums[:, -1:]).sum(dim=-1, keepdim=True)
+    return torch.minimum(exceeds, grown)

@@ -195,7 +195,9 @@ class SweepLoop:
         batches, answers = self._sweep(batches)
         self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
         swept = time.perf_counter()
+        before = _num_generated(scheduler.running)
         advance(batches, answers, text)
+        new_tokens = _num_generated(scheduler.running) - before
         done, suspects = [], []
         for sequence in scheduler.running:
             if not sequence.is_finite_with_prefixes and not sequence.is_alone:
@@ -220,6 +222,7 @@ class SweepLoop:
                 prefill_rows=prefill_rows,
                 decode_rows=decode_rows,
                 num_sequences=num_sequences,
+                new_tokens=new_tokens,
                 device=str(self._parts.arena.device),
             )
         )
@@ -273,3 +276,7 @@ class SweepLoop:
             finished.setdefault(id(call), (call, []))[1].append((index, completion))
         for call, results in finished.values():
             call.put(results)
+
+
+def _num_generated(sequences: Iterable[Sequence]) -> int:
+    return sum(len(sequence.generated_logprobs) for sequence in sequences)

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -26,6 +26,8 @@ from engine.planning.devices import Device
 from engine.planning.hardware import available_memory, resolve_device
 from engine.workers.messages import (
     Ask,
+    Check,
+    Checked,
     Close,
     Compare,
     Compared,
@@ -108,8 +110,13 @@ class Serving:
         from engine.engine import Engine  # takes seconds: here, before anybody has asked for anything
         from engine.kernels.threads import limit_threads
 
-        while isinstance(first := self._inbox.get(), Look):
-            self._outbox.put(_seen(first))
+        while isinstance(first := self._inbox.get(), Look | Check):
+            if isinstance(first, Look):
+                self._outbox.put(_seen(first))
+            else:
+                self._outbox.put(_checked(first))
+                with suppress(Exception):  # opening the model says it
+                    _seen(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
         if not isinstance(first, Open):
             return
         if first.member is not None:
@@ -251,6 +258,16 @@ class _Telling(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._outbox.put(Note(logger=record.name, level=record.levelno, text=record.getMessage()))
+
+
+def _checked(check: Check) -> Checked:
+    from engine.opening import check_model
+
+    try:
+        check_model(check.description, check.policy)
+    except BaseException as error:
+        return Checked(error=_carried(error))
+    return Checked(error=None)
 
 
 def _seen(look: Look) -> Seen:

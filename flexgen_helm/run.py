@@ -7,6 +7,8 @@ Exit codes: 0 done, 1 a run failed (or `doctor` found something broken), 2 bad i
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -16,6 +18,8 @@ from flexgen_helm import __version__, engine_problem
 from flexgen_helm.terminal.errors import RunFailed, UsageError
 from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.terminal.signals import NOT_FINISHED, heeding_signals
+
+atexit.register(gc.freeze)  # else the interpreter looks through all of torch and HELM before it ends, for seconds
 
 COMMANDS = {
     "run": "run HELM entries through the offloading engine; with no entries, the demo",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,9 @@ from benchmarks import (
     data_wrangling,
     draw,
     experts,
+    long_answers,
     memory,
+    mixtures,
     offloaded,
     several_gpus,
     sweep_overhead,
@@ -704,6 +707,47 @@ def test_a_suites_requests_are_asked_in_one_call(opt: str) -> None:
     assert asked["decode_rows"] == 0
     assert sorted(asked["run_ended_s"])[-1] <= asked["seconds"]
     assert asked["sweep_s"] + asked["host_s"] <= asked["seconds"]
+
+
+def test_long_answers_end_where_they_are_told_to(opt: str) -> None:
+    lengths = long_answers.long_tailed(5000, 500)
+    assert lengths == long_answers.long_tailed(5000, 500)
+    assert min(lengths) >= 1
+    assert 0.012 < lengths.count(500) / 5000 < 0.024  # log-normal: 1.8 % are ten medians or more
+    assert statistics.median(lengths) == pytest.approx(50, rel=0.1)
+    prompts = long_answers.prompts_of(opt, 3, 10)
+    found = long_answers.ours(opt, Policy(device="cpu"), prompts, [7, 2, 5])
+    assert (found["sweeps"], found["most_sequences"]) == (7, 3)
+    assert set(found["step_ms"]) == {"1", "2", "4"}  # of three sequences, of two and of one
+    told = long_answers.batches(random_model(opt), prompts, [7, 2, 5], size=2, limit_s=0.0)
+    assert (told["batches"], told["measured_batches"], told["steps"], told["projected"]) == (2, 1, 7 + 5, True)
+
+
+def test_what_must_cross_the_link_for_long_answers() -> None:
+    """Two at once of prompts of 10: 3, 5 and 6 tokens take 7 sweeps at least, and read 10 + 11, 10 .. 13, 10 .. 14."""
+    sizes = replace(SIZES, streamed_bytes=1000, cache_row_bytes=3, device_cache_row_bytes=4)
+    seats = replace(plan().limits, sequences_per_batch=2, batches=1)
+    read, kept = (10 + 11) + (10 + 11 + 12 + 13) + (10 + 11 + 12 + 13 + 14), 2 * (12 + 14 + 15) / 3
+    for device, off in ((0, 1.0), (20 * 4, 1 - 20 / kept), (10**6, 0.0)):
+        held = plan(device=device, limits=seats)
+        least = long_answers.least_link_s([[1] * 10] * 3, [3, 5, 6], sizes, held, link=100.0)
+        assert least == pytest.approx((7 * 1000 + off * read * 3) / 100)
+    assert long_answers.least_link_s([[1] * 10] * 3, [3, 5, 6], sizes, held, 100.0, sweeps=9) == pytest.approx(90)
+
+
+def test_a_mixtures_decode_sweeps_are_told_apart(moe: str) -> None:
+    load = Workload.parse("1x4x0+20:5")
+    policy = Policy(device="cpu", weights=Share(gpu=0, cpu=100), kv_cache=Share(gpu=0, cpu=100))
+    rates = Rates(flop_s=1e30, to_device_bytes_s=1e3, from_device_bytes_s=1e30, device_bytes_s=1e30)
+    with open_dummy(moe, policy) as engine:
+        found = mixtures.measure(engine, load, rates)
+        sizes = sizes_of(engine)
+    # All prompts come in at once; then each step reads what is kept.
+    assert [(each["prefill_rows"], each["decode_rows"]) for each in found["sweeps"]] == [(80, 0), *[(0, 4)] * 4]
+    kept = 4 * sum(20 + step for step in range(4)) * sizes.cache_row_bytes
+    assert found["decoding"]["link_s"] == pytest.approx((4 * sizes.streamed_bytes + kept) / 1e3)
+    assert found["least_s"]["to device"] == pytest.approx((5 * sizes.streamed_bytes + kept) / 1e3)
+    assert found["bound"] == "to device"
 
 
 @pytest.mark.usefixtures("warm_processes")

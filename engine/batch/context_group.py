@@ -20,8 +20,8 @@ class ContextGroup:
     """Rows of the micro-batch, padding included."""
     chain: tuple[Prefix, ...]
     index: torch.Tensor | None
-    """Rows of [prefix | rows of the group] that make the contexts, one behind the other; None without a prefix, where
-    those are the rows themselves."""
+    """Rows of [prefix | rows of the group] that make the contexts, one behind the other; None where nothing of a prefix
+    is seen: those are the rows themselves."""
     row_borders: torch.Tensor
     """Where the rows of each span begin, counted from the first: int32 `[spans + 1]`."""
     context_borders: torch.Tensor
@@ -31,27 +31,38 @@ class ContextGroup:
     longest_context: int
 
 
-def context_groups(segments: list[Segment], device: torch.device, most_rows: int) -> list[ContextGroup]:
-    """Groups of new spans, none of which gathers more than `most_rows` rows, or what a span takes."""
+def context_groups(
+    segments: list[Segment], device: torch.device, most_rows: int, window: int | None = None
+) -> list[ContextGroup]:
+    """Groups of new spans, none of which gathers more than `most_rows` rows, or what a span takes.
+
+    window: tokens that a row attends to at most, itself included; what of the prefixes no row sees is left out.
+    """
     groups: list[list[Segment]] = []
     gathered = 0
     for segment in segments:
         last = groups[-1][-1] if groups else None
-        size = segment.span.start + segment.end - segment.first
+        size = _seen(segment.span.start, window) + segment.end - segment.first
         if last is None or last.span.parent is not segment.span.parent or gathered + size > most_rows:
             groups.append([])
             gathered = 0
         groups[-1].append(segment)
         gathered += size
-    return [_group(group, device) for group in groups]
+    return [_group(group, device, window) for group in groups]
 
 
-def _group(segments: list[Segment], device: torch.device) -> ContextGroup:
+def _seen(start: int, window: int | None) -> int:
+    """How many of the tokens before a span its first row attends to."""
+    return start if window is None else min(start, window - 1)
+
+
+def _group(segments: list[Segment], device: torch.device, window: int | None) -> ContextGroup:
     start, first = segments[0].span.start, segments[0].first
+    seen = _seen(start, window)
     sizes = [segment.end - segment.first for segment in segments]
     index = None
-    if start:
-        prefix = torch.arange(start)
+    if seen:
+        prefix = torch.arange(start - seen, start)
         own = [torch.arange(s.first, s.end) - first + start for s in segments]
         index = torch.cat([rows for each in own for rows in (prefix, each)]).to(device)
     return ContextGroup(
@@ -60,9 +71,9 @@ def _group(segments: list[Segment], device: torch.device) -> ContextGroup:
         chain=segments[0].span.chain,
         index=index,
         row_borders=borders(sizes, device),
-        context_borders=borders([start + size for size in sizes], device),
+        context_borders=borders([seen + size for size in sizes], device),
         longest=max(sizes),
-        longest_context=start + max(sizes),
+        longest_context=seen + max(sizes),
     )
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from engine.batch.reach import Reach
 from engine.memory.tiers import Tier
 from engine.schedule.block import Block
 from engine.schedule.segment import Segment
@@ -52,7 +53,7 @@ class DecodeGroup:
         """Where each sequence's own tokens begin, in the device's table or among the staged rows: int32
         `[sequences + 1]`."""
         self._start = segments[0].span.start
-        self._masks: dict[int | None, torch.Tensor] = {}
+        self._masks: dict[Reach, torch.Tensor] = {}
 
     @property
     def is_on_device(self) -> bool:
@@ -82,22 +83,15 @@ class DecodeGroup:
         firsts, lengths = torch.tensor(spots).T.contiguous()
         return firsts, lengths
 
-    def mask(self, window: int | None) -> torch.Tensor:
+    def mask(self, reach: Reach) -> torch.Tensor:
         """What to add to the scores, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
-        if window not in self._masks:
+        if reach not in self._masks:
             device = self.past.device
-            past = (self.past[:, None] + torch.arange(self.steps, device=device))[:, :, None]
-            own = torch.arange(self.length, device=device)
-            seen = own <= past
-            prefix = torch.arange(self._start, device=device)
-            seen_prefix = torch.ones(*past.shape[:2], self._start, dtype=torch.bool, device=device)
-            if window is not None:
-                seen &= past - own < window
-                seen_prefix &= self._start + past - prefix < window
-            seen = torch.cat((seen_prefix, seen), dim=2)
+            positions = self._start + self.past[:, None] + torch.arange(self.steps, device=device)
+            seen = reach.sees(positions[:, :, None], torch.arange(self._start + self.length, device=device))
             mask = torch.zeros(seen.shape, device=device)
-            self._masks[window] = mask.masked_fill_(~seen, float("-inf"))
-        return self._masks[window]
+            self._masks[reach] = mask.masked_fill_(~seen, float("-inf"))
+        return self._masks[reach]
 
 
 def _stored_runs(blocks: list[Block], lengths: list[int], gap_rows: int) -> tuple[list[StoredRun], list[int]]:

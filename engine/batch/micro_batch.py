@@ -43,9 +43,10 @@ class MicroBatch(Rows):
         self._most_prefix_rows = limits.rows_per_batch
         """Those of several prefixes: about what the new rows have."""
         decode = [segment for segment in segments if segment.is_decode]
+        decode_runs, new_runs = _runs_of_one_chain(decode), _runs_of_one_chain(segments[len(decode) :])
         self.decode_groups = [
             DecodeGroup(group, device, limits.gap_rows)
-            for run in _runs_of_one_chain(decode)
+            for run in decode_runs
             for group in _gathered_at_once(run, limits)
         ]
         self.prefill_first = sum(segment.num_rows for segment in decode)
@@ -57,9 +58,10 @@ class MicroBatch(Rows):
         self.longest_prefill = max((b - a for a, b in pairwise(borders)), default=0)
         self.longest = max(positions) + 1
         """Tokens of the longest context."""
-        self.decode_chains = _chains(segments[: len(decode)])
+        self._context_groups: dict[int | None, list[ContextGroup]] = {}
+        self.decode_chains = _chains(decode_runs)
         """(first row, end row, prefixes) of neighbouring decode steps that continue the same chain."""
-        self.prefill_chains = _chains(segments[len(decode) :])
+        self.prefill_chains = _chains(new_runs)
         """(first row, end row, prefixes) of neighbouring new spans that continue the same chain."""
 
     @cached_property
@@ -84,11 +86,12 @@ class MicroBatch(Rows):
         """The chains of new spans, for an attention that takes several at once."""
         return prefix_groups(self.prefill_chains, self._device, self._most_prefix_rows)
 
-    @cached_property
-    def context_groups(self) -> list[ContextGroup]:
-        """New spans, for an attention to contexts that are gathered whole."""
-        new = [segment for segment in self.segments if not segment.is_decode]
-        return context_groups(new, self._device, self.most_gathered_rows)
+    def context_groups(self, window: int | None) -> list[ContextGroup]:
+        """New spans, for an attention to contexts that are gathered whole, as far as rows in a window see them."""
+        if window not in self._context_groups:
+            new = [segment for segment in self.segments if not segment.is_decode]
+            self._context_groups[window] = context_groups(new, self._device, self.most_gathered_rows, window)
+        return self._context_groups[window]
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is called with."""
@@ -96,8 +99,7 @@ class MicroBatch(Rows):
         return {"input_ids": ids, "position_ids": self._positions, "use_cache": False}
 
 
-def _chains(segments: list[Segment]) -> list[Chain]:
-    runs = _runs_of_one_chain(segments)
+def _chains(runs: list[list[Segment]]) -> list[Chain]:
     return [(run[0].first, run[-1].end, run[0].span.chain) for run in runs if run[0].span.parent is not None]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.batch.reach import Reach
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
 
@@ -22,16 +23,16 @@ class PrefillGroup:
         self._segments = segments if self.num_parts == 1 else segments[:1]
         self.is_causal = not self.chain and len(self._segments) == 1
         """Whether all that its mask hides are later rows."""
-        self._masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = {}
+        self._masks: dict[tuple[Reach, torch.dtype, int], torch.Tensor] = {}
 
-    def mask(self, window: int | None, dtype: torch.dtype, copies: int) -> torch.Tensor:
+    def mask(self, reach: Reach, dtype: torch.dtype, copies: int) -> torch.Tensor:
         """What to add to the scores of a part, 0 or -inf: `[copies * rows, prefix + rows]`, a copy per query group."""
-        key = window, dtype, copies
+        key = reach, dtype, copies
         if key not in self._masks:
-            self._masks[key] = self._make_mask(window, dtype).repeat(copies, 1)
+            self._masks[key] = self._make_mask(reach, dtype).repeat(copies, 1)
         return self._masks[key]
 
-    def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def _make_mask(self, reach: Reach, dtype: torch.dtype) -> torch.Tensor:
         # Order counts padding on, so that real rows, which come first, never see it.
         start = sum(len(prefix.tokens) for prefix in self.chain)
         sizes = [segment.num_rows + segment.num_pad for segment in self._segments]
@@ -39,8 +40,6 @@ class PrefillGroup:
         order = torch.cat([torch.arange(start, start + size) for size in sizes])
         key_owner = torch.cat((torch.full((start,), -1), owner))
         key_order = torch.cat((torch.arange(start), order))
-        seen = ((key_owner == -1) | (key_owner == owner[:, None])) & (key_order <= order[:, None])
-        if window is not None:
-            seen &= order[:, None] - key_order < window
+        seen = ((key_owner == -1) | (key_owner == owner[:, None])) & reach.sees(order[:, None], key_order)
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
         return mask.to(self._device)

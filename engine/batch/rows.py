@@ -41,8 +41,8 @@ class Rows:
         """Rows whose keys and values stay on the device `[stored]`; None for all, in their order."""
         self.device_slots: torch.Tensor | None = None
         """Where those are kept `[stored]`; None if no row is."""
-        rows: list[torch.Tensor] = []
-        slots: list[torch.Tensor] = []
+        rows: list[int] = []
+        slots: list[int] = []
         steps: list[tuple[Segment, Block]] = []
         for segment in self.segments:
             block = segment.span.block
@@ -53,14 +53,18 @@ class Rows:
             if block.tier != "device":
                 (steps if segment.is_decode and block.tier == "host" else self.offloaded).append((segment, block))
                 continue
-            rows.append(torch.arange(segment.first, segment.first + segment.num_rows))
-            first = block.first + segment.past
-            slots.append(torch.arange(first, first + segment.num_rows))
+            rows += range(segment.first, segment.first + segment.num_rows)
+            slots += _slots(segment, block)
         if rows:
-            taken = torch.cat(rows)
-            self.device_rows = None if len(taken) == self.num_rows else taken.to(device)
-            self.device_slots = torch.cat(slots).to(device)
+            self.device_rows = None if len(rows) == self.num_rows else torch.tensor(rows).to(device)
+            self.device_slots = torch.tensor(slots).to(device)
         if steps:
-            taken = torch.cat([torch.arange(s.first, s.first + s.num_rows) for s, _ in steps])
-            slots_there = torch.cat([torch.arange(s.num_rows) + block.first + s.past for s, block in steps])
-            self.scattered = Scatter(None if len(taken) == self.num_rows else taken.to(device), slots_there)
+            rows = [row for segment, _ in steps for row in range(segment.first, segment.first + segment.num_rows)]
+            taken = None if len(rows) == self.num_rows else torch.tensor(rows).to(device)
+            self.scattered = Scatter(taken, torch.tensor([slot for each in steps for slot in _slots(*each)]))
+
+
+def _slots(segment: Segment, block: Block) -> range:
+    """Rows of its table that a segment's go to."""
+    first = block.first + segment.past
+    return range(first, first + segment.num_rows)

@@ -1,4 +1,4 @@
-"""config.json: what a model's family and sizes are, and whether it is a causal language model."""
+"""config.json: what a model's family and sizes are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CheckpointError, UnsupportedError, named, shown
+from engine.checkpoint.model_class import new_model
+from engine.errors import CheckpointError, named, shown
 from engine.reading import find_file, read_json_object
 
 if TYPE_CHECKING:
@@ -111,30 +112,6 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
-def check_causal(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedError` unless the model is a causal language model by its config.json."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    model_type, architectures = config["model_type"], list(config.get("architectures") or [])
-    named = _printable(architectures[0] if architectures else model_type)
-    if config.get("is_encoder_decoder"):
-        raise UnsupportedError(f"{named} in {path} is an encoder-decoder; only causal (decoder-only) models run here")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-        whole = next((kind for kind, names in known if set(_names(names)) & set(architectures)), None)
-        if whole is not None:
-            raise UnsupportedError(
-                f"{named} in {path} is the text part of {whole!r}: its config.json names the model type "
-                f"{_printable(model_type)!r}, which transformers' AutoModelForCausalLM cannot load by itself"
-            )
-        raise UnsupportedError(f"{named} in {path} is no causal language model that this transformers version knows")
-    causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
-    # Encoder families (BERT, RoBERTa, …) have a causal class too, meant for configs that say is_decoder.
-    bare_decoder = all(name.endswith("Model") for name in architectures) and not _is_encoder_family(model_type)
-    if not bare_decoder and not (causal & set(architectures) and not _encoder_without_decoder(config)):
-        raise UnsupportedError(f"{named} in {path} is not a causal language model; only decoder-only models run here")
-
-
 def load_family_config(path: Path) -> PreTrainedConfig:
     """The language model's part of config.json as `transformers` reads it; `CheckpointError` where it cannot."""
     from transformers import AutoConfig
@@ -157,32 +134,13 @@ def _check_padding(file: Path, config: PreTrainedConfig, text: PreTrainedConfig)
     if not isinstance(padding, int) or not isinstance(vocabulary, int) or padding < vocabulary:
         return
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            new_model(config)
     except Exception as error:  # what else cannot be built is told when the model is opened
         if "padding_idx" in str(error).lower():
             raise CheckpointError(
                 f"{file}: pad_token_id is {padding}, and the vocabulary ends at {vocabulary - 1}; transformers "
                 f"cannot build {type(config).__name__} so; give a token of the vocabulary"
             ) from None
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 100 else shown(name)
-
-
-def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _is_encoder_family(model_type: str) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-def _encoder_without_decoder(config: Mapping[str, Any]) -> bool:
-    return _is_encoder_family(config["model_type"]) and not config.get("is_decoder", False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from engine.checkpoint.adapters.located import locate
-from engine.checkpoint.config import check_causal, load_family_config, num_layers, read_config, text_config
+from engine.checkpoint.config import load_family_config, num_layers, read_config, text_config
+from engine.checkpoint.model_class import check_causal
 from engine.checkpoint.side_files import check_side_files
 from engine.checkpoint.weight_files import checked_weight_bytes
 from engine.checkpoint.window import longest_window, window_of

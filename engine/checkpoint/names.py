@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+_HALVES = ("language_model.", "model.language_model.")
+"""What the names of a language model begin with in a multimodal checkpoint, whose config may be that of its half."""
+
 
 class CheckpointNames:
     """What the tensors of a checkpoint are called in a model, and which of them are converted on the way."""
@@ -36,7 +39,13 @@ class CheckpointNames:
         return target in self._state
 
     def _find(self, name: str) -> tuple[str, str | None]:
-        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
-        if target not in self._state and name in self._state:
+        target, pattern = self._renamed(name)
+        if target in self._state:
+            return target, pattern
+        if name in self._state:
             return name, None
-        return target, pattern
+        inner = (self._renamed(name.removeprefix(half)) for half in _HALVES if name.startswith(half))
+        return next((found for found in inner if found[0] in self._state), (target, pattern))
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        return rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)

@@ -1,4 +1,4 @@
-"""Whether a head that is the token embedding by the config has a table of its own in the weight files."""
+"""Parameters that are others by the config: a head that is the token embedding, unless the weight files have both."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def is_tied(
     if len(found) < 2:
         return True
     return _are_equal(found[head](), found[pair](), state[head].dtype)
+
+
+def twins_of(module: PreTrainedModel, head: str) -> dict[str, list[str]]:
+    """Parameters that are one in the model, but for its head's weight, by the name of each: a bias with two names."""
+    found: dict[str, list[str]] = {}
+    for one, other in module.all_tied_weights_keys.items():
+        if one != head:
+            found.setdefault(one, []).append(other)
+            found.setdefault(other, []).append(one)
+    return found
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:

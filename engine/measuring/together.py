@@ -32,7 +32,7 @@ def rates_together(devices: Sequence[str], num_bytes: int) -> tuple[float, float
     """
     num_bytes -= num_bytes % (len(devices) * 4096)
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    environment = {**os.environ, **accelerator.GATHERING, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     handle = os.memfd_create("flexgen-rates")
     with tempfile.TemporaryDirectory() as folder:
         processes = [

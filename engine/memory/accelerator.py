@@ -17,6 +17,10 @@ _ON_CPU = "DefaultCPUAllocator: "
 """How torch begins to tell of host memory that it does not get: "can't allocate", or "not enough"."""
 _LIMITS: dict[torch.device, list[int]] = {}
 """Memory limits that were asked for, by device; torch has one limit for the whole process."""
+GATHERING = {"NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "4"}
+"""What NCCL is told by its environment before cards gather: no multicast over NVLink, since a driver that lacks it ends
+the process; and four thread blocks, since they wait on the card for the slower member, in the way of products, and a
+host's link needs few (docs/adr/0016)."""
 
 
 def _module(device: torch.device) -> Any:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from engine.checkpoint.model_class import new_model
 from engine.errors import CheckpointError, UnsupportedError, named
 from engine.model.attention.interface import ATTENTION_NAME
 
@@ -47,9 +48,7 @@ def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(
             f"{path}: transformers cannot build this model from its config.json: {named(error)}"
         ) from None
-    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        raise UnsupportedError(f"{config.model_type} in {path}: attention within chunks (Llama 4) is not supported yet")
-    if getattr(type(config), "is_encoder_decoder", False) is True:
+    if getattr(model.config, "is_encoder_decoder", False) is True:
         raise UnsupportedError(
             f"{type(model).__name__} ({config.model_type}) cannot be run here: it is the decoder of an "
             "encoder-decoder; only causal (decoder-only) models run here"
@@ -86,9 +85,7 @@ def default_attention(model: PreTrainedModel) -> str:
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     try:
         with parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
+            model = new_model(config, dtype=dtype, attn_implementation=attention)
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.methods import checked_method
 from engine.checkpoint.quantized.packed_parts import find_packed
-from engine.checkpoint.tied_head import is_tied
+from engine.checkpoint.tied_head import is_tied, twins_of
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
 from engine.kernels.packed.parameter import PackedParameter
@@ -25,8 +24,11 @@ from engine.model.attention import flash
 from engine.model.build import build, decoder_layers
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
+from engine.model.fused.norms import fuse_norms
+from engine.model.fused.rotations import fuse_rotations
 from engine.model.mixers.mixer import Mixer
-from engine.model.norms import fuse_norms
+from engine.model.outer_forward import OuterForward
+from engine.model.probing.unused import unused_parameters
 from engine.model.stub import CallRecorder, LayerCall, LayerStub
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -62,7 +64,7 @@ class CausalModel:
         """Tells our attention function, called from inside the layers, what it works on."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
         """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
-        self.names = CheckpointNames(self.module, self.state)
+        self.names = CheckpointNames(self.module, dict(self.state))
         """What the tensors of its checkpoint are called here."""
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
@@ -77,6 +79,8 @@ class CausalModel:
         """Full name of the head's weight."""
         self.is_tied = is_tied(path if has_weights else None, self.module, self.names, self.state, self.head_name)
         """Whether the head's weight is the token embedding's."""
+        self.twins = twins_of(self.module, self.head_name)
+        """Parameters that a checkpoint may hold under one name of several, by each."""
         slots = decoder_layers(self.module)
         self.layers = list(slots)
         self.units = self._find_units()
@@ -90,10 +94,8 @@ class CausalModel:
             slots[index] = LayerStub(index, layer, self.recorder)
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
-        parameters = inspect.signature(self.module.base_model.forward).parameters
-        self._forward_names = frozenset(parameters)
-        self._takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-        self._cache_name = "cache" if "cache" in self._forward_names else "past_key_values"  # before transformers 5.24
+        self.outer = OuterForward(self.module, self.recorder, self.sweeping)
+        """Its own forward, around the layers."""
         self.is_padded = False
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.mixers: dict[int, Mixer] = {}
@@ -102,7 +104,9 @@ class CausalModel:
         """Of each layer; of no width where it attends to nothing."""
         self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
         """Of the hidden states between layers: a family may add them up in a wider one."""
+        self._leave_out(unused_parameters(self))
         fuse_norms(self.layers, self.sweeping, device, dtype)
+        fuse_rotations(self.layers, self.sweeping, device, dtype)
         for root in (self.module, *self.layers):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
@@ -132,8 +136,9 @@ class CausalModel:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states between layers."""
-        return int(self.config.get_text_config().hidden_size)
+        """Numbers of a row's hidden states between layers."""
+        streams = self.recorder.streams
+        return streams.width if streams.are_several else int(self.config.get_text_config().hidden_size)
 
     @property
     def embedding_name(self) -> str:
@@ -183,23 +188,26 @@ class CausalModel:
             for attribute in module._parameters:
                 if module._parameters[attribute] is None:
                     continue
-                if self.is_tied and module is self.output:
-                    if attribute == "weight":
-                        continue
-                    raise UnsupportedError(
-                        f"{self._family}: its head is the token embedding with a {attribute} besides; such models "
-                        "cannot be run here"
-                    )
+                is_tied_head = self.is_tied and module is self.output
+                if is_tied_head and attribute == "weight":
+                    continue
                 if id(module) in layer_of:
                     unit = f"layer.{layer_of[id(module)]}"
                 elif module is self.embedding:
                     unit = "embedding"
                 else:
-                    unit = "head" if module is self.output else "outer"
+                    unit = "head" if module is self.output and not is_tied_head else "outer"
                 units[unit].owners[f"{prefix}.{attribute}" if prefix else attribute] = module, attribute
         if len(units["embedding"].owners) != 1:
             raise UnsupportedError(f"{type(self.module).__name__}: its token embedding is not one table")
         return list(units.values())
+
+    def _leave_out(self, unused: set[str]) -> None:
+        """Let no place be found, and no weights be read, for parameters that no text is computed with."""
+        outer = self.units[1]
+        self.units[1] = Unit("outer", {name: owner for name, owner in outer.owners.items() if name not in unused})
+        for name in unused:
+            del self.state[name]
 
     def _find_packed(self, path: Path, has_weights: bool) -> dict[str, PackedParameter]:
         if not self.quantization:
@@ -211,48 +219,37 @@ class CausalModel:
         owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
         return find_packed(path, self.quantization, owners, self.names)
 
-    @torch.no_grad()
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
         """Embed a micro-batch: its `inputs` -> hidden `[rows, width]`, and how each layer is called.
 
         Needs the embedding and the outer parameters bound.
         """
-        rows = inputs["input_ids"].shape
-        self.recorder.begin((rows[0], rows[1]))
-        named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
-        output = self.module.base_model(**{key: value for key, value in named.items() if self.takes(key)})
-        if output[0].shape[:2] != rows:
-            raise TypeError("a layer's output was not taken for what it is")
-        hidden, calls = self.recorder.taken()
-        return hidden.flatten(0, 1), calls
-
-    def takes(self, key: str) -> bool:
-        """Whether the model's forward is given an input: what it names, and positions that it may pass on."""
-        is_passed_on = key == "position_ids" and self._takes_others and not self.is_padded
-        return key in self._forward_names or is_passed_on
+        return self.outer.record(inputs)
 
     @torch.no_grad()
     def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Run one layer: hidden `[rows, width]` -> `[rows, width]`; its parameters must be bound."""
-        output = self.layers[index](hidden.unflatten(0, call.shape), *call.args, **call.kwargs)
+        output = self.layers[index](call.laid_out(hidden), *call.args, **call.kwargs)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return states.flatten(0, 1)
+        return call.streams.flat(states)
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: hidden `[rows, width]` of the last layer -> float32 logits `[rows, vocabulary]`."""
-        positions = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        # Sequences of one row where positions are counted: there are no more than a sequence may have.
+        shape = (len(hidden), 1) if self.outer.positions.is_counted else (1, len(hidden))
+        positions = torch.zeros(shape, dtype=torch.long, device=self.device)
         # Something must be embedded; the injected states take its place after the layers.
         width = self.state[self.embedding_name].shape[1]
-        inputs = torch.zeros(1, len(hidden), width, dtype=self.dtype, device=self.device)
-        self.recorder.inject = hidden[None]
+        inputs = torch.zeros(*shape, width, dtype=self.dtype, device=self.device)
+        self.recorder.inject = hidden.unflatten(0, shape)
         try:
-            given = {"position_ids": positions} if "position_ids" in self._forward_names else {}
+            given = {"position_ids": positions} if "position_ids" in self.outer.names else {}
             with self.embedding_as(lambda ids: inputs):
                 output = self.module(input_ids=positions, use_cache=False, **given)
         finally:
             self.recorder.inject = None
-        logits: torch.Tensor = output.logits[0]
+        logits: torch.Tensor = output.logits.flatten(0, 1)
         return logits.float()
 
     @contextmanager

@@ -139,12 +139,12 @@ def _gives_keys_once(model: CausalModel, stock: StockForward, index: int, call: 
             torch.zeros(1, shape.value_heads, num_before, shape.value_dim, dtype=model.dtype, device="meta"),
         )
     )
-    hidden = torch.zeros(*call.shape, model.hidden_size, dtype=model.dtype, device="meta")
+    rows = torch.zeros(call.shape[0] * call.shape[1], model.hidden_size, dtype=model.dtype, device="meta")
     model.sweeping.layer = index
     unit = next(unit for unit in model.units if unit.name == f"layer.{index}")
     with stock.attending(), unit.holding(model.state):
         try:
-            call_on_meta(model.layers[index], hidden, call.args, call.kwargs)
+            call_on_meta(model.layers[index], call.laid_out(rows), call.args, call.kwargs)
         except Exception as error:  # what comes after its attention may need numbers
             if isinstance(error, torch.OutOfMemoryError):
                 raise

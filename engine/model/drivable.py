@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine.model.mixers.mixer import Mixer
+from engine.model.outer_forward import OuterForward
 from engine.model.stub import CallRecorder, LayerCall
 from engine.model.sweep_context import SweepContext
 from engine.model.unit import Unit
@@ -28,13 +29,11 @@ class Drivable(Protocol):
     state: dict[str, torch.Tensor]
     is_padded: bool
     mixers: dict[int, Mixer]
+    outer: OuterForward
 
     @property
     def embedding_name(self) -> str:
         """Full name of the token embedding's weight."""
-
-    def takes(self, key: str) -> bool:
-        """Whether the model's forward is given an input."""
 
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
         """Embed a micro-batch, and note how each layer is called."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,10 @@ from engine.model.mixers.reference_code import reference_code
 from engine.model.mixers.trial import try_out
 from engine.model.mixers.work import work_row_bytes
 from engine.model.padded import CacheView, ProbingView
+from engine.model.probing.counted import check_padded_positions, positions_of
+from engine.model.probing.forward import inputs_of, outer_zeros
+from engine.model.probing.lengths import asks_lengths
+from engine.model.probing.positions import Positions
 from engine.model.rows_apart import check_rows_apart
 from engine.model.stub import LayerCall
 from engine.model.undrivable import UndrivableError
@@ -49,15 +53,12 @@ def probe(model: Drivable) -> list[KVShape]:
     (`model.is_padded`). Raises `UnsupportedError` with the reason of the attempt that came farthest.
     """
     name = f"{type(model.module).__name__} ({model.config.model_type})"
-    if shared := getattr(model.config.get_text_config(), "num_kv_shared_layers", None):
-        raise UnsupportedError(
-            f"{name} cannot be run here: its last {shared} layers attend to the keys and values of layers before them "
-            "(num_kv_shared_layers of its config); every layer needs its own"
-        )
     failure: _Failure | None = None
     keeps_states = False
     is_batch_invariant = model.sweeping.is_batch_invariant
     for model.is_padded in (False, True):
+        model.outer.asks_lengths, model.outer.positions = False, Positions()
+        model.outer.passes_positions = not model.is_padded
         if model.is_padded:
             model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
@@ -66,6 +67,11 @@ def probe(model: Drivable) -> list[KVShape]:
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
+                    if model.is_padded:
+                        check_padded_positions(model)
+                    else:
+                        model.outer.positions = positions_of(model)
+                    model.outer.asks_lengths = not model.is_padded and asks_lengths(model)
                     _take_mixers(model, is_batch_invariant)
                     _check_rows(model, found)
                     if model.is_padded:
@@ -99,9 +105,9 @@ def _known_to_vary(before: _Failure | None) -> str:
 
 def _attempt(model: Drivable) -> list[KVShape] | _Failure:
     # Two rows, since some families make no mask for one.
-    given = _inputs(model, torch.zeros(1, 1 if model.is_padded else 2, dtype=torch.long))
+    given = inputs_of(model, torch.zeros(1, 1 if model.is_padded else 2, dtype=torch.long))
     try:
-        with _outer_zeros(model), noting_masks() as model.sweeping.masks, model.sweeping.arithmetic:
+        with outer_zeros(model), noting_masks() as model.sweeping.masks, model.sweeping.arithmetic:
             hidden, calls = model.record(given)
     except UnsupportedError:
         raise
@@ -139,7 +145,7 @@ def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerC
     context.layer = index
     try:
         with asking.within(model.layers[index]):
-            shape = probe_kv_shape(model.layers[index], hidden.unflatten(0, call.shape), call.args, call.kwargs)
+            shape = probe_kv_shape(model.layers[index], call.laid_out(hidden), call.args, call.kwargs)
     except Exception as error:  # what comes behind its state may need numbers
         if isinstance(error, UnsupportedError) or not asking.found:
             raise
@@ -150,17 +156,6 @@ def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerC
     if asking.found:
         model.mixers[index] = asking.found[0]
     return KVShape.none() if shape is None and asking.found else shape
-
-
-def _inputs(model: Drivable, positions: torch.Tensor) -> dict[str, Any]:
-    """Token 0 at `[sequences, rows]` places, for a forward whose embedding is replaced."""
-    count, rows = positions.shape
-    given: dict[str, Any] = {"input_ids": torch.zeros(count, rows, dtype=torch.long)}
-    if not model.is_padded:
-        return {**given, "position_ids": torch.arange(rows)[None] + positions[:, :1], "use_cache": False}
-    mask = torch.ones(count, rows, dtype=torch.long)
-    view = CacheView(ProbingView(model.sweeping))
-    return {**given, "position_ids": positions, "use_cache": True, "cache": view, "attention_mask": mask}
 
 
 def one_of_each_kind(model: Drivable) -> list[int]:
@@ -199,20 +194,27 @@ def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
     """
     model.sweeping.is_checking, model.sweeping.attended = True, 0
     try:
-        with _outer_zeros(model):
+        with outer_zeros(model):
             rows = torch.zeros(_ROWS, 1, dtype=torch.long) if model.is_padded else torch.zeros(1, _ROWS).long()
-            hidden, together = model.record(_inputs(model, rows))
+            hidden, together = model.record(inputs_of(model, rows))
             alone = [
-                model.record(_inputs(model, torch.full((1, 1), 0 if model.is_padded else at)))[1] for at in range(_ROWS)
+                model.record(inputs_of(model, torch.full((1, 1), 0 if model.is_padded else at)))[1]
+                for at in range(_ROWS)
             ]
         for index in one_of_each_kind(model):
             model.sweeping.layer = index
-            calls = together[index], [each[index] for each in alone]
-            is_seen = check_rows_apart(model.layers[index], model.sweeping, hidden.shape[-1], calls)
+            first = 0 if _hands_on(together[index]) else index
+            calls = [(together[at], [each[at] for each in alone]) for at in range(first, index + 1)]
+            is_seen = check_rows_apart(model.layers[first : index + 1], model.sweeping, hidden.shape[-1], calls)
             if not (is_seen or shapes[index].width or index in model.mixers):
                 raise UnsupportedError(_without_keys(model, [shape if shape.width else None for shape in shapes]))
     finally:
         model.sweeping.is_checking = False
+
+
+def _hands_on(call: LayerCall) -> bool:
+    """Whether a layer is called with what layers before it have put down for it: keys that they share."""
+    return any(isinstance(value, MutableMapping) for value in (*call.args, *call.kwargs.values()))
 
 
 def _check_padding(model: Drivable) -> None:
@@ -220,8 +222,8 @@ def _check_padding(model: Drivable) -> None:
     view = CacheView(ProbingView(model.sweeping, _KEYS))
     mask = torch.ones(1, _KEYS, dtype=torch.long)
     mask[0, 0] = 0
-    given = _inputs(model, torch.full((1, 1), _KEYS - 2)) | {"cache": view, "attention_mask": mask}
-    with _outer_zeros(model):
+    given = inputs_of(model, torch.full((1, 1), _KEYS - 2)) | {"cache": view, "attention_mask": mask}
+    with outer_zeros(model):
         _, calls = model.record(given)
     for call in calls:
         values = [*call.args, *call.kwargs.values()]
@@ -230,22 +232,6 @@ def _check_padding(model: Drivable) -> None:
         hides = [bool((x[..., 0].float() - x[..., -1].float()).abs().min() > 0.5) for x in masks]
         if masks and not any(hides):
             raise UnsupportedError("its mask does not hide the padding of a sequence that has keys in the cache")
-
-
-@contextmanager
-def _outer_zeros(model: Drivable) -> Iterator[None]:
-    """Inside, the parameters outside of layers, embedding and head are zeros, which take no memory to speak of."""
-    outer = model.units[1]
-    for name, (module, attribute) in outer.owners.items():
-        zeros = torch.zeros((), dtype=model.state[name].dtype).expand(model.state[name].shape)
-        module._parameters[attribute] = nn.Parameter(zeros, requires_grad=False)
-    try:
-        width = model.state[model.embedding_name].shape[1]
-        with model.embedding_as(lambda ids: torch.zeros(*ids.shape, width, dtype=model.dtype)):
-            yield
-    finally:
-        for name, (module, attribute) in outer.owners.items():
-            module._parameters[attribute] = nn.Parameter(model.state[name], requires_grad=False)
 
 
 def _without_keys(model: Drivable, shapes: list[KVShape | None]) -> str:
@@ -268,7 +254,7 @@ def _words(model: Drivable, error: Exception) -> str:
     extra = _handed_on(model, model.recorder.calls)
     if extra:
         return extra
-    if not model.takes("input_ids"):
+    if not model.outer.takes("input_ids"):
         return (
             f"its {type(model.module.base_model).__name__} takes no token ids by name: it wraps a part of another model"
         )

@@ -175,10 +175,12 @@ class CacheView(Cache):
 class ProbingView(_KeysAndValues):
     """Stands in for a layer's cache while shapes are found out; it holds nothing."""
 
-    def __init__(self, sweeping: SweepContext, num_keys: int = 1) -> None:
+    def __init__(self, sweeping: SweepContext, num_keys: int = 1, num_rows: int = 1) -> None:
+        """num_keys: with those of the new rows."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._sweeping = sweeping
         self._num_keys = num_keys
+        self._num_rows = num_rows
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing."""
@@ -200,8 +202,8 @@ class ProbingView(_KeysAndValues):
         return self._num_keys, 0
 
     def get_seq_length(self) -> int:
-        """Keys before the one new row."""
-        return self._num_keys - 1
+        """Keys before the new rows."""
+        return self._num_keys - self._num_rows
 
     def get_max_length(self) -> int:
         """No limit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -66,17 +66,20 @@ def row_product(rows: torch.Tensor, width: int) -> torch.Tensor:
     return product.to(rows.dtype)
 
 
-def check_rows_apart(layer: nn.Module, context: SweepContext, width: int, calls: Calls) -> bool:
-    """Call `layer` with rows together and alone, attention and what keeps states replaced.
+def check_rows_apart(layers: list[nn.Module], context: SweepContext, width: int, calls: list[Calls]) -> bool:
+    """Call the last one of `layers` with rows together and alone, attention and what keeps states replaced.
 
-    True where its output is seen to be the same, False where nothing can be said: of a layer that uses its matrices in
-    ways that are not replaced. Raises `UnsupportedError` where its output differs, where it attends more than once, or
-    where it does not run.
+    Those before it put down what it takes besides hidden states, if anything. True where its output is seen to be the
+    same, False where nothing can be said: of a layer that uses its matrices in ways that are not replaced. Raises
+    `UnsupportedError` where its output differs, where it attends more than once, or where it does not run.
     """
-    with numbers_in(layer), torch.no_grad():
+    layer = layers[-1]
+    with ExitStack() as numbers, torch.no_grad():
+        for each in layers:
+            numbers.enter_context(numbers_in(each))
         for seed in range(_SEEDS):
             try:
-                if _is_apart(layer, context, width, calls, seed):
+                if _is_apart(layers, context, width, calls, seed):
                     return True
             except (UnsupportedError, NoNumbersError) as error:
                 if isinstance(error, UnsupportedError):
@@ -94,27 +97,28 @@ def check_rows_apart(layer: nn.Module, context: SweepContext, width: int, calls:
     )
 
 
-def _is_apart(layer: nn.Module, context: SweepContext, width: int, calls: Calls, seed: int) -> bool:
-    together, alone = calls
-    count = together.shape[0] * together.shape[1]
+def _is_apart(layers: list[nn.Module], context: SweepContext, width: int, calls: list[Calls], seed: int) -> bool:
+    shape = calls[-1][0].shape
+    count = shape[0] * shape[1]
     hidden = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
     with Sketch(), context.arithmetic:
-        context.attended = 0
-        try:
-            whole = _states(layer, hidden.view(*together.shape, width), together)
-        finally:
-            if context.attended > 1:
-                raise UnsupportedError("its layers attend more than once")
-        single = [_states(layer, hidden[i].view(1, 1, width), call) for i, call in enumerate(alone)]
+        for layer, (together, alone) in zip(layers, calls, strict=True):
+            context.attended = 0
+            try:
+                whole = _states(layer, hidden, together)
+            finally:
+                if context.attended > 1:
+                    raise UnsupportedError("its layers attend more than once")
+            single = [_states(layer, hidden[i : i + 1], call) for i, call in enumerate(alone)]
     apart = whole.reshape(count, -1) - torch.stack(single).reshape(count, -1)
     tolerance = 0.0 if context.is_batch_invariant else _TOLERANCE
     return not bool(apart.abs().max() > tolerance * whole.abs().max())
 
 
 def _states(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-    output = layer(hidden, *mapped(_as_float, call.args), **mapped(_as_float, call.kwargs))
+    output = layer(call.laid_out(hidden), *mapped(_as_float, call.args), **mapped(_as_float, call.kwargs))
     states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return states
+    return call.streams.flat(states)
 
 
 def _as_float(value: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from engine.model.undrivable import UndrivableError
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Sizes of what the hidden states of a row consist of, if that is more than one vector."""
+
+    before: tuple[int, ...] = ()
+    """Before the sequences and rows: `[*before, sequences, rows, *behind]`."""
+    behind: tuple[int, ...] = ()
+
+    @property
+    def are_several(self) -> bool:
+        """Whether it is more than one vector."""
+        return len(self.before) + len(self.behind) > 1
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return prod((*self.before, *self.behind))
+
+    def laid_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[sequences, rows, numbers]` as the layers take them."""
+        if not self.are_several:
+            return hidden
+        whole = hidden.unflatten(-1, (*self.before, *self.behind))
+        laid: torch.Tensor = whole.movedim(tuple(range(2, 2 + len(self.before))), tuple(range(len(self.before))))
+        return laid
+
+    def flat(self, states: torch.Tensor) -> torch.Tensor:
+        """What layers give, as `[sequences * rows, numbers]`."""
+        moved = states.movedim(tuple(range(len(self.before))), tuple(range(2, 2 + len(self.before))))
+        return moved.flatten(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -19,6 +52,11 @@ class LayerCall:
     """Sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    streams: Streams = Streams()
+
+    def laid_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[rows, numbers]` as the layer takes them."""
+        return self.streams.laid_out(hidden.unflatten(0, self.shape))
 
 
 @dataclass
@@ -33,6 +71,8 @@ class CallRecorder:
     calls: list[LayerCall] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     """What the model handed to its first layer, and must hand to all others."""
+    streams: Streams = Streams()
+    """What a row's hidden states consist of in the calls that were made last."""
     inject: torch.Tensor | None = None
     """Hidden states `[1, rows, width]` that every stub returns, instead of recording."""
 
@@ -54,7 +94,7 @@ class CallRecorder:
         if call.shape != self.rows:
             asked, got = (" x ".join(map(str, shape)) for shape in (self.rows, call.shape))
             raise UndrivableError(f"its layers get {got} rows for {asked} tokens")
-        if self.hidden is not None and not _is_same(hidden, self.hidden):
+        if self.hidden is not None and not is_same(hidden, self.hidden):
             raise UndrivableError(f"it changes the hidden states between layers {index - 1} and {index}")
         self.hidden = hidden
         self.calls.append(call)
@@ -68,7 +108,7 @@ class CallRecorder:
         return hidden, calls
 
 
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are one, or a whole view of it: the same memory in the same order."""
     if one is other:
         return True
@@ -78,6 +118,20 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
         other.stride(),
         other.storage_offset(),
     )
+
+
+def _streams_of(hidden: Any, recorder: CallRecorder) -> Streams | None:
+    """What a layer is given of each row; None for what is no hidden states."""
+    if not isinstance(hidden, torch.Tensor) or hidden.ndim < 3:
+        return None
+    shape = tuple(hidden.shape)
+    if hidden.ndim == 3:  # whatever rows it has: that is told when it is noted
+        return Streams(behind=shape[2:])
+    if recorder.inject is not None:
+        return recorder.streams
+    found = (at for at in range(hidden.ndim - 2) if shape[at : at + 2] == recorder.rows)
+    place = next(found, None)
+    return None if place is None else Streams(shape[:place], shape[place + 2 :])
 
 
 class LayerStub(nn.Module):
@@ -93,14 +147,18 @@ class LayerStub(nn.Module):
     def forward(self, hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return `hidden` `[sequences, rows, width]` in the form in which the model expects a layer's output."""
         recorder: CallRecorder = self.__dict__["recorder"]
-        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+        streams = _streams_of(hidden, recorder)
+        if streams is None:
             if self.__dict__["index"] > 0:
                 raise TypeError("a layer's output was not taken for what it is")
             shape = list(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
             told = f"{shape}" if hidden is not None else f"nothing but {', '.join(kwargs)}"
             raise UndrivableError(f"its layers get {told} where [sequences, rows, width] of hidden states is expected")
         if recorder.inject is not None:
-            hidden = recorder.inject
+            hidden = recorder.streams.laid_out(recorder.inject)
         else:
-            recorder.note(self.__dict__["index"], hidden, LayerCall((hidden.shape[0], hidden.shape[1]), args, kwargs))
+            place = len(streams.before)
+            rows = (hidden.shape[place], hidden.shape[place + 1])
+            recorder.streams = streams
+            recorder.note(self.__dict__["index"], hidden, LayerCall(rows, args, kwargs, streams))
         return (hidden, *(None for _ in range(recorder.num_values - 1))) if recorder.num_values > 1 else hidden

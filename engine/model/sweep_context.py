@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from engine.batch.reach import Reach
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
 
@@ -34,8 +35,8 @@ class SweepContext:
     """What layers that were called on `meta` left, where one left wider numbers than it was given."""
     is_plain: bool = True
     """Whether no layer that was probed has caps, sinks or a window."""
-    windows: dict[int, int | None] = field(default_factory=dict)
-    """Of each layer, how many tokens a token attends to at most; None for all before it."""
+    reaches: dict[int, Reach] = field(default_factory=dict)
+    """Of each layer, which tokens a token attends to."""
     arithmetic: AbstractContextManager[Any] = field(default_factory=nullcontext)
     """What the model's own code is to be called in."""
     is_stock: bool = False
@@ -65,10 +66,10 @@ class SweepContext:
         """Inside, code of ours that a layer calls is computed as if it was called outside."""
         return self.arithmetic.apart() if isinstance(self.arithmetic, BatchInvariant) else nullcontext()
 
-    def note(self, shape: KVShape, window: int | None = None, *, is_plain: bool = False) -> None:
+    def note(self, shape: KVShape, reach: Reach | None = None, *, is_plain: bool = False) -> None:
         """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""
         if self.probed is not None:
             raise UnsupportedError("its layers attend more than once")
         self.probed = shape
-        self.windows[self.layer] = window
+        self.reaches[self.layer] = reach or Reach()
         self.is_plain &= is_plain

@@ -31,6 +31,11 @@ apart from them."""
 _WAITING_PART = 0.5
 """Of the device memory that weights and a micro-batch's temporaries leave, what micro-batches may hold that wait for
 each other where a layer computes experts; where experts come apart, a sweep has no more rows than that."""
+_WAITING_ROWS = 32768
+"""Rows that a greedy plan leaves room for to wait. Weights that the device keeps in their place save less than another
+expansion of all experts costs."""
+_CACHE_RESERVE = 0.06
+"""Share of device memory that a greedy plan leaves to the KV cache when weights would take everything."""
 _THREAD_BYTES = 32 << 20
 """Memory that a card's libraries keep for each thread that multiplies."""
 _FRAGMENTATION = 0.04
@@ -67,6 +72,11 @@ class Demand:
         room = self.device_room(share.gpu) - self.weights.of_one(share.gpu)
         self.experts_apart = can_wait and self.slots(share) > _TRANSIT_PART * room
         """Whether those are brought some at a time, too, since layers in transit would take too much."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Temporaries of one row inside a layer."""
+        return (self.on_cpu and self.shape.cpu_work_row_bytes) or self.shape.work_row_bytes
 
     def _likely_share(self) -> Share:
         """The policy's weights; without any, all on the device where they fit, else none."""
@@ -129,12 +139,23 @@ class Demand:
         it attends, since each thread that computes there has further ones, and where two micro-batches of so many
         `rows` have no room.
         """
-        on_host = self.on_cpu or self.policy.cpu_cache_compute
-        if self.expands_whole or on_host or self.policy.batch_invariant:
+        if not self._can_wait:
             return 0
         room = int(_WAITING_PART * left) - WAITING_BATCHES * _THREAD_BYTES
         found = room // max(1, self.shape.waiting_row_bytes)
         return found if found >= 2 * rows else 0
+
+    @property
+    def _can_wait(self) -> bool:
+        on_host = self.on_cpu or self.policy.cpu_cache_compute
+        return not (self.expands_whole or on_host or self.policy.batch_invariant)
+
+    def reserve(self, left: float) -> float:
+        """What a greedy plan keeps free for the KV cache and for rows that wait, of what temporaries leave."""
+        kept = _CACHE_RESERVE * self.memory.device
+        if not self._can_wait:
+            return kept
+        return max(kept, min(self.waiting(_WAITING_ROWS) / _WAITING_PART, left))
 
     def waiting(self, rows: int) -> int:
         """What so many rows take that wait for each other."""
@@ -150,7 +171,7 @@ class Demand:
 
     def work(self, rows: int, left: int | None = None) -> int:
         """What computing so many rows takes, logits included; `left` is what weights leave of the device, if known."""
-        return rows * self.shape.work_row_bytes + self._logits_copies * self.logits_bytes(left)
+        return rows * self.row_bytes + self._logits_copies * self.logits_bytes(left)
 
     @property
     def _logits_copies(self) -> int:
@@ -221,14 +242,14 @@ class Demand:
         if is_resident and not self.on_cpu:
             more = (rows for rows in _MORE_ROWS if rows * self.row_operations <= _MOST_OPERATIONS)
             choices = (*more, *choices)
-        fitting = [rows for rows in choices if rows * self.shape.work_row_bytes <= _WORK_FRACTION * max(0, left)]
+        fitting = [rows for rows in choices if rows * self.row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 
     def own_rows(self, rows: int, left: int) -> int:
         """Rows of the largest micro-batch that memory is kept for; `rows` is what it may have if it can be cut."""
         if not self.on_cpu:
             return rows
-        most = int(_WORK_FRACTION * max(0, left)) // self.shape.work_row_bytes
+        most = int(_WORK_FRACTION * max(0, left)) // self.row_bytes
         return max(rows, min(_MOST_OWN_ROWS, most))
 
     def beside_rows(self, rows: int) -> int:
@@ -244,7 +265,8 @@ class Demand:
         return min((cache_bytes * whole // (whole + layer) for whole, layer in kinds if whole), default=cache_bytes)
 
     def hidden_rows(self, activations: Share, left: dict[Tier, int]) -> int:
-        fraction = {"device": 0.25, "host": 0.5, "disk": 0.5}
+        # Of a mixture, more rows are computed while its weights arrive, and their hidden states are small.
+        fraction = {"device": 0.5 if self.shape.is_mixture and not self.on_cpu else 0.25, "host": 0.5, "disk": 0.5}
         rows = [
             max(0, left[tier]) * fraction[tier] / (self.shape.hidden_row_bytes * percent / 100)
             for tier, percent in percents(activations).items()

@@ -67,7 +67,7 @@ class Fit:
         if need.expanded:
             layers += " and one expanded" if need.expands_whole else " and some experts of one expanded"
         slots, work = need.device_weights(Share(gpu=0, cpu=100)), need.work(LEAST_BATCH_ROWS)
-        enough = need.with_logits(need.device_weights(weights) + LEAST_BATCH_ROWS * need.shape.work_row_bytes)
+        enough = need.with_logits(need.device_weights(weights) + LEAST_BATCH_ROWS * need.row_bytes)
         raise CapacityError(
             f"even with no weights on the device, {layers} ({gb(slots)}) and the work on them ({gb(work)}) "
             f"exceed the {gb(need.device_room(0))} {self._larger_device(enough)}"

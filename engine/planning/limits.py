@@ -19,6 +19,8 @@ class Limits:
     batches: int
     rows_per_batch: int
     """Rows (tokens, padding included) in a micro-batch; a single longer prompt still gets one of its own."""
+    rows_per_piece: int | None = None
+    """Rows of a prompt or prefix that are computed at once, where it can be computed in pieces; None: all of it."""
     cached_rows_per_batch: int
     """Rows of the KV cache that attention may gather for decode steps at once, and that a rectangle may have."""
     reads_in_place: bool = False

@@ -30,6 +30,8 @@ class ModelShape:
     hidden_row_bytes: int
     work_row_bytes: int
     """Temporaries of one row inside a layer, about."""
+    cpu_work_row_bytes: int = 0
+    """The same on the CPU, where torch's functions compute experts; 0: as much."""
 
     is_padded: bool = False
     """The family carries its own attention and runs in padded micro-batches."""
@@ -50,6 +52,11 @@ class ModelShape:
     """Of one row, what a layer holds that waits for experts, and what these take; 0 where none are expanded."""
     score_bytes: int = 0
     """Of one row's attention to one key, all heads and their copies, where a family keeps them; else 0."""
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are experts that the engine's own function computes."""
+        return self.cpu_work_row_bytes > 0
 
     @property
     def weight_bytes(self) -> int:

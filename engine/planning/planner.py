@@ -15,8 +15,6 @@ from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share
 
-_CACHE_RESERVE = 0.06
-"""Share of device memory that a greedy plan leaves to the KV cache when weights would take everything."""
 _FREE_ROWS = 4096
 """Rows whose arithmetic takes less time than the transfer of all weights: accelerators on PCIe multiply 5,000 (T4: 65
 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
@@ -107,6 +105,7 @@ class _Planner:
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,
             rows_per_batch=rows,
+            rows_per_piece=own_rows,
             cached_rows_per_batch=max(1, self.demand.staged(rows) // self.demand.gathered_row_bytes()),
             reads_on_host=self.policy.cpu_cache_compute and self.shape.is_plain and not self.policy.batch_invariant,
             gap_rows=_GAP_BYTES // self.demand.stored_row_bytes(),
@@ -211,13 +210,14 @@ class _Planner:
 
     def _greedy_weights(self) -> Share:
         shape, memory, bytes_of = self.shape, self.memory, self.demand.weights
-        kept = self.demand.needed(SMALL_BATCH_ROWS) + _CACHE_RESERVE * memory.device
+        kept = self.demand.needed(SMALL_BATCH_ROWS) + self.demand.reserve(0)
         if self.demand.device_weights(Share(gpu=100, cpu=0)) + kept <= self.demand.device_room(100):
             return Share(gpu=100, cpu=0)
         slots = self.demand.slots(Share(gpu=0, cpu=100)) + shape.outer_bytes + self.demand.expanded
         rest = self.demand.device_room(0) - slots
         rows = self.demand.rows_per_batch(rest)
-        room = rest - self.demand.needed(rows) - _CACHE_RESERVE * memory.device
+        room: float = rest - self.demand.needed(rows)
+        room -= self.demand.reserve(room)
         gpu = int(max(0.0, min(99.0, 100 * room / bytes_of.of_one(100))))
         host = memory.host - (self.demand.sharing.count * self.demand.device_room(0) if memory.shared else 0)
         cpu = int(max(0.0, min(100.0 - gpu, 100 * 0.9 * host / bytes_of.on_host(100))))

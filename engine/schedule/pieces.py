@@ -1,9 +1,10 @@
-"""What a sweep that found too little memory is cut down to: smaller micro-batches, and long spans in pieces (pure)."""
+"""Long spans in pieces, and what a sweep that found too little memory is cut down to (pure)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import accumulate
 
 from engine.planning.limits import Limits
 from engine.schedule.cutting import padded_length, rows_of
@@ -28,8 +29,9 @@ def smaller(limits: Limits, batches: list[list[Segment]]) -> Limits | None:
     has_long = any(is_long(segment.span, least, limits) for batch in batches for segment in batch)
     if not (rows >= _LEAST_ROWS or has_long or cached >= max(map(max, contexts)) or limits.most_states > 1):
         return None
-    states = min(limits.most_states, max(1, limits.most_states // 2))
-    return replace(limits, rows_per_batch=max(rows, least), cached_rows_per_batch=max(1, cached), most_states=states)
+    rows, states = max(rows, least), min(limits.most_states, max(1, limits.most_states // 2))
+    cached = max(1, cached)
+    return replace(limits, rows_per_batch=rows, rows_per_piece=rows, cached_rows_per_batch=cached, most_states=states)
 
 
 def is_long(span: Span, most: int, limits: Limits) -> bool:
@@ -48,6 +50,17 @@ def split(spans: Iterable[Span], most: int, prefixes: list[Prefix]) -> dict[int,
     for prefix in sorted(prefixes, key=lambda prefix: prefix.start):
         prefix.follow(prefix.parent)
     return heads
+
+
+def beginning(new: list[Segment], most: int, taken: int) -> list[Segment]:
+    """What of a sequence's new segments, each of which continues those before it, a sweep of `taken` rows lets in.
+
+    All of them where a sweep of `most` rows has room for all at once; else those that fit beside what is taken, or one.
+    """
+    reached = list(accumulate(map(rows_of, new)))
+    if reached[-1] <= most:
+        return new
+    return new[: max(1, sum(taken + rows <= most for rows in reached))]
 
 
 def largest(segments: Iterable[Segment]) -> Span:
@@ -77,3 +90,9 @@ def is_too_long(sequence: Sequence, limits: Limits) -> bool:
     rectangles = [(rows, max(rows, sequence.start + sequence.num_rows))]
     rectangles += [(len(prefix.tokens), prefix.start + len(prefix.tokens)) for prefix in sequence.chain]
     return any(rows * keys > most for rows, keys in rectangles)
+
+
+def no_room(what: str, sequence: Sequence, cure: str) -> str:
+    """Why a sequence fails for which there is never enough memory; `what` has none, and `cure` says what has more."""
+    rows = sequence.start + sequence.capacity
+    return f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"

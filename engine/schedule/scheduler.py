@@ -12,7 +12,7 @@ from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
 from engine.schedule.passing import passing_prefixes
-from engine.schedule.pieces import is_long, is_too_long, largest, smaller, split, whole
+from engine.schedule.pieces import beginning, is_long, is_too_long, largest, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment, add_drafts
 from engine.schedule.sequence import Prefix, Sequence, Span
@@ -64,11 +64,10 @@ class Scheduler:
         admitted, most_admitted = 0, None
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]
-            if self.limits is not self._planned:  # smaller than what it was given: memory ran short
-                self._split(span for span in (*sequence.chain, sequence) if span.block is None)
+            self._split(span for span in (*sequence.chain, sequence) if span.block is None)
             if is_too_long(sequence, self.limits):
                 self._waiting.popleft()
-                self._fail(sequence, _no_room("attention", sequence, "its device memory (gpu-memory)"))
+                self._fail(sequence, no_room("attention", sequence, "its device memory (gpu-memory)"))
                 continue
             new = self._enter(sequence, entered)
             if new is None:
@@ -76,9 +75,10 @@ class Scheduler:
                     break
                 self._waiting.popleft()
                 cure = "the cache more memory (gpu-memory, cpu-memory, or a disk share)"
-                self._fail(sequence, self._cache.refusal or _no_room("the KV cache", sequence, cure))
+                self._fail(sequence, self._cache.refusal or no_room("the KV cache", sequence, cure))
                 continue
-            size = sum(map(rows_of, new))
+            part = beginning(new, self.limits.rows_per_sweep, rows)
+            size = sum(map(rows_of, part))
             if sequence.needs_cache and admitted and most_admitted is None:  # who waits may be many: not before
                 most_admitted = self._most_admitted(capacity)
             is_late = sequence.needs_cache and most_admitted is not None and admitted + size > most_admitted
@@ -86,9 +86,12 @@ class Scheduler:
                 self._withdraw(new)
                 break
             admitted += size if sequence.needs_cache else 0
+            entered |= {id(segment.span) for segment in part}
+            segments, rows = segments + part, rows + size
+            if len(part) < len(new):  # the rest comes with the next sweeps
+                self._withdraw(new[len(part) :])
+                break
             self._waiting.popleft()
-            entered |= {id(segment.span) for segment in new}
-            segments, rows = segments + new, rows + size
             self.running.append(sequence)
         self._spare_blocks(segments)
         add_drafts(segments, rows, min(self.limits.free_rows, self.limits.rows_per_sweep))
@@ -109,7 +112,7 @@ class Scheduler:
         else:
             segments = self._begin_anew(self._lose(largest(segments), segments, reason))
             self.limits = self._planned
-        return self._cut(segments) if self.running else []
+        return self._cut(segments) if segments else []
 
     def _lose(self, span: Span, segments: list[Segment], reason: str) -> list[Segment]:
         """Let a sequence fail, or all who share a prefix; what is left of a sweep's segments."""
@@ -122,11 +125,11 @@ class Scheduler:
         self._waiting = deque(each for each in self._waiting if id(each) not in leaving)
         for sequence in lost:
             self._fail(sequence, f"{reason}; shorten {what}")
-        needed = {id(part) for each in self.running for part in (each, *each.chain)}
+        needed = {id(part) for each in chain(self.running, self._waiting) for part in (each, *each.chain)}
         return [segment for segment in segments if id(segment.span) in needed]
 
     def _in_pieces(self, segments: list[Segment]) -> list[Segment]:
-        """The same work, no span of which has more rows than a micro-batch."""
+        """The same work, no span of which has more rows than a piece."""
         heads = self._split(segment.span for segment in segments)
         spans = {id(segment.span): (*heads.get(id(segment.span), ()), segment.span) for segment in segments}
         pieces = [
@@ -146,8 +149,9 @@ class Scheduler:
         return pieces
 
     def _split(self, spans: Iterable[Span]) -> dict[int, list[Prefix]]:
-        most = self.limits.rows_per_batch
-        heads = split([span for span in spans if is_long(span, most, self.limits)], most, self._prefixes)
+        most = self.limits.rows_per_piece
+        long = [span for span in spans if most is not None and is_long(span, most, self.limits)]
+        heads = split(long, most, self._prefixes) if long and most is not None else {}
         for sequence in chain(self.running, self._waiting) if heads else ():
             sequence.follow(sequence.parent)
         return heads
@@ -291,8 +295,3 @@ class Scheduler:
         if span.block is not None:
             self._cache.free(span.block)
             span.block = None
-
-
-def _no_room(what: str, sequence: Sequence, cure: str) -> str:
-    rows = sequence.start + sequence.capacity
-    return f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"

@@ -29,6 +29,8 @@ class SweepTiming:
     decode_rows: int
     """Rows of running sequences: one each, and their drafts."""
     num_sequences: int
+    new_tokens: int
+    """Tokens that it gave to sequences; ends of text are none."""
     device: str
     """The device that computed it, by the name that torch or, of several, the policy has for it."""
 

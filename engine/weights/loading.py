@@ -17,6 +17,7 @@ from engine.checkpoint.adapters.changes import Change, changes_of
 from engine.checkpoint.adapters.declared import ADAPTER_CONFIG
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
+from engine.checkpoint.quantized.declared import check_numbers
 from engine.checkpoint.tensors import tensor_places, tensors
 from engine.errors import CheckpointError, UnsupportedError, named, shown
 from engine.model.causal_model import CausalModel
@@ -81,6 +82,7 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     parts: dict[str, list[tuple[str, Load]]] = {}
     merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
     unexpected: set[str] = set()
+    twins: list[tuple[str, Load, str]] = []
     for name, load in sorted(tensors(path), key=lambda entry: dot_natural_key(entry[0])):
         if name in packed:
             parts.setdefault(packed[name], []).append((name, load))
@@ -89,16 +91,21 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
             continue
         target, pattern = names.target(name)
         if target not in model.state:
-            unexpected.add(target)
+            if not names.has(target):
+                unexpected.add(target)
             continue
         if pattern is None:
             plan.add(target, load, name)
+            twins += [(twin, load, name) for twin in model.twins.get(target, ())]
         else:
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():
         plan.add_converted(target, converter, sources)
     for target, found in parts.items():
         plan.add_packed(target, found)
+    for twin, load, name in twins:
+        if plan.lacks(twin):
+            plan.add(twin, load, name)
     return plan, unexpected
 
 
@@ -137,16 +144,6 @@ def _tell_unread(path: Path, module: PreTrainedModel, names: set[str]) -> None:
         _log.warning(text, path, len(left), type(module).__name__, ", ".join(map(shown, left[:3])))
 
 
-def _check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.dtype) -> None:
-    """Raise `UnsupportedError` for the codes of a quantized matrix where plain numbers are wanted."""
-    if expected.is_floating_point and not (stored.is_floating_point and stored.itemsize > 1):
-        raise UnsupportedError(
-            f"{path}: {name} is stored as {str(stored).removeprefix('torch.')} in the weight files, and the "
-            "quantization_config of config.json does not say what that stands for; take a checkpoint with plain "
-            "numbers, or one whose config.json tells how it is quantized"
-        )
-
-
 class _Plan:
     """What is to be read for which parameter, known to fit before anything is read."""
 
@@ -169,7 +166,7 @@ class _Plan:
         """Plan to put a whole parameter, `source` in the checkpoint; a buffer is put at once."""
         model = self._store.model
         tensor = load()  # mapped, not read
-        _check_numbers(self._path, source, tensor.dtype, model.state[name].dtype)
+        check_numbers(self._path, source, tensor.dtype, model.state[name].dtype)
         self._check_shape(name, tensor.shape)
         if name in self._unit_of:
             self._steps[name] = self._step(name, tensor, source)
@@ -181,6 +178,10 @@ class _Plan:
                 self._missing.discard(pair)
         else:
             self._store.put_buffer(name, tensor)
+
+    def lacks(self, name: str) -> bool:
+        """Whether a parameter of the model's has not been found so far."""
+        return name in self._missing
 
     def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
         """Put a whole parameter, changed by an adapter, or but for what may stay where it is."""
@@ -213,7 +214,7 @@ class _Plan:
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
         """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
         for _, source, load in sources:
-            _check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
+            check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
         rounds = rounds_of(self._path, target, converter, sources)
         for name, tensor in self._shapes(target, converter, rounds[0]):
             self.is_by_unit &= self._unit_of.get(name) == self._unit_of[target]
@@ -264,9 +265,11 @@ class _Plan:
     def check_missing(self) -> None:
         """Raise `CheckpointError` when the weight files lack a parameter."""
         if self._missing:
+            some = f"{len(self._missing)} of {len(self._unit_of)} parameters"
+            lacking = some if self._missing < {*self._unit_of} else f"all {len(self._unit_of)} of the language model"
             raise CheckpointError(
-                f"{self._path}: the weight files lack {len(self._missing)} of {len(self._unit_of)} parameters, e.g. "
-                f"{min(self._missing)}; the download is incomplete or belongs to another model"
+                f"{self._path}: the weight files lack {lacking}, e.g. {min(self._missing)}; the download is incomplete "
+                "or belongs to another model"
             )
 
     def by_unit(self) -> dict[str, list[tuple[set[str], Step]]]:

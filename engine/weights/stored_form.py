@@ -8,6 +8,7 @@ import torch
 
 from engine.checkpoint.config import count_of
 from engine.kernels.codec import GROUP, Codec
+from engine.memory import accelerator
 from engine.memory.layout import align
 from engine.model.causal_model import CausalModel
 from engine.model.experts.interface import matrix_names
@@ -93,21 +94,46 @@ def apart_bytes(model: CausalModel, unit: Unit, codec: Codec | None) -> int:
     return max(sum(align(size) for name, size in sizes.items() if name not in stacks), *groups, 0) + _GAPS
 
 
-def _waiting_width(model: CausalModel, names: Iterable[str], choices: int) -> int:
-    """Numbers of a row that waits for experts, of these parameters, and of what is made of it meanwhile.
-
-    By kernels, as on cards in 16 bits: an inner row, and a row of the result, for each choice.
-    """
+def _choice_width(model: CausalModel, names: Iterable[str], *, by_torch: bool) -> int:
+    """The most numbers that our function holds of a row for each choice of an expert, of these parameters; else 0."""
     owners = {name: module for unit in model.units for name, (module, _) in unit.owners.items()}
     widest = 0
     for name in names:
         module, hidden = owners[name], model.hidden_size
         first, second = (model.state[f"{name.rpartition('.')[0]}.{each}"] for each in matrix_names(module))
         between, inner = first[0].numel() // hidden, second[0].numel() // hidden
-        is_fused = model.dtype.itemsize == 2 and module.__dict__["gating"] is not None
-        widest = max(widest, hidden + inner if is_fused else 4 * hidden + between + inner)
-    # As it is, normed, beside the others', as their sum, and behind a shared expert.
-    return 5 * model.hidden_size + choices * widest
+        if model.dtype.itemsize == 2 and module.__dict__["gating"] is not None and not by_torch:
+            # By our kernels: the row behind the gate, and the row of the result. Nothing is gathered into memory.
+            widest = max(widest, inner + hidden)
+        else:
+            # By torch: what is gathered, multiplied; then up to five rows of a gate (GPT-OSS's) beside that; then the
+            # results in the order of tokens, and those weighted, in 32 bits.
+            widest = max(widest, hidden + between, between + 5 * inner, 3 * hidden)
+    return widest
+
+
+def _work_row_bytes(model: CausalModel, *, by_torch: bool) -> int:
+    """Temporaries of one row inside a layer, about, where torch's functions compute experts, or our kernels."""
+    config = model.config.get_text_config()
+    inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
+    choices = count_of(config, "num_experts_per_tok") or 1
+    widest = max(model.kv_shapes, key=lambda shape: shape.width)
+    heads = count_of(config, "num_attention_heads")  # of a model without attention: 0
+    attention = 2 * heads * (2 * widest.key_dim + 2 * widest.value_dim)
+    if model.expert_matrices:
+        layers = (unit.owners for unit in model.units if unit.name.startswith("layer."))
+        matrices = [shape for names in layers for name in names if len(shape := model.state[name].shape) == 2]
+        # What a config tells of layers without experts may be of none of them.
+        feedforward = 3 * min(inner, max(max(shape) for shape in matrices))
+        feedforward += choices * _choice_width(model, model.expert_matrices, by_torch=by_torch)
+        # They are not held at once; other attention than a plain softmax has scores besides.
+        is_flat = model.is_plain and widest.key_dim == widest.value_dim
+        both = max(feedforward, attention) if is_flat else feedforward + attention
+    else:
+        both = 3 * inner * choices + attention
+    item = model.dtype.itemsize
+    mixer = max((mixer.work_row_bytes for mixer in model.mixers.values()), default=0)
+    return max(int(item * (6 * model.hidden_size + both)), 4 * item * model.hidden_size + mixer)
 
 
 def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
@@ -120,13 +146,15 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     least = [least_expanded_bytes(model, unit, codec) for unit in coded]
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
-    inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
-    experts = count_of(config, "num_experts_per_tok") or 1
-    heads = count_of(config, "num_attention_heads") or 0  # of a model without attention
     states = [shape.num_bytes for shape in model.state_shapes if shape is not None]
     widest = max(model.kv_shapes, key=lambda shape: shape.width)
-    attention = heads * (2 * widest.key_dim + 2 * widest.value_dim)
     item = model.dtype.itemsize
+    # Sizes that are found out on the CPU are of use for accelerators, too.
+    by_torch = model.device.type != "cpu" and not accelerator.runs_triton(model.device)
+    # As it is, normed, beside the others', as their sum, and behind a shared expert.
+    waiting = 5 * model.hidden_size + (count_of(config, "num_experts_per_tok") or 1) * _choice_width(
+        model, stacks, by_torch=by_torch
+    )
     return ModelShape(
         unit_bytes=(*layers, head),
         # Half bytes of a matrix are spread over whole ones before they become numbers.
@@ -143,7 +171,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         continues=model.continues,
         hidden_row_bytes=model.hidden_size * model.hidden_dtype.itemsize,
         is_padded=model.is_padded,
-        score_bytes=_SCORE_COPIES * heads * 4 if model.is_padded else 0,
+        score_bytes=_SCORE_COPIES * config.num_attention_heads * 4 if model.is_padded else 0,
         is_plain=model.is_plain,
         reads_in_place=model.reads_in_place,
         apart_bytes=max(
@@ -151,9 +179,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         )
         if stacks
         else 0,
-        waiting_row_bytes=item * _waiting_width(model, stacks, experts) if stacks else 0,
-        work_row_bytes=max(
-            item * (6 * model.hidden_size + 3 * inner * experts + 2 * attention),
-            4 * item * model.hidden_size + max((mixer.work_row_bytes for mixer in model.mixers.values()), default=0),
-        ),
+        waiting_row_bytes=item * waiting if stacks else 0,
+        work_row_bytes=_work_row_bytes(model, by_torch=by_torch),
+        cpu_work_row_bytes=_work_row_bytes(model, by_torch=True) if model.expert_matrices else 0,
     )

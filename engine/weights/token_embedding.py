@@ -13,6 +13,7 @@ from engine.memory import accelerator
 from engine.memory.arena import Arena
 from engine.memory.disk.io import wait_for
 from engine.model.causal_model import CausalModel
+from engine.model.stub import is_same
 from engine.weights.placed_unit import PlacedUnit
 
 
@@ -36,11 +37,14 @@ class TokenEmbedding:
             1, thread_name_prefix="flexgen-look-up", initializer=accelerator.make_current, initargs=(arena.device,)
         )
         self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
-        self._lookup: torch.Tensor | None = None
+        self._ids = self._index = torch.empty(0, dtype=torch.long)
+        self._rows = torch.empty(0)
         if table.num_streamed:
             embedding: Any = model.embedding
             embedding.padding_idx = None  # only gradients know it, and it may lie beyond the rows looked up
-            embedding.register_forward_pre_hook(lambda module, args: (self._lookup, *args[1:]))
+            embedding.register_forward_pre_hook(self._before)
+            embedding.register_forward_hook(self._after)
+            self._after(embedding)
 
     def look_up_ahead(self, ids: torch.Tensor) -> None:
         """Start looking up the ids that `look_up` will be called with next, while the device computes."""
@@ -53,8 +57,28 @@ class TokenEmbedding:
             self._wait_for(self._table)
             return
         ahead, self._ahead = self._ahead, None
-        rows, self._lookup = ahead[1].result() if ahead is not None and ahead[0] is ids else self._find(ids)
-        self._model.embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        self._ids = ids
+        self._rows, self._index = ahead[1].result() if ahead is not None and ahead[0] is ids else self._find(ids)
+
+    def _before(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Let the module's weights be the rows that were looked up, and its ids where they are among them."""
+        asked = args[0]
+        if "forward" in module.__dict__:  # another one's, which needs no weights
+            return None
+        rows, index = self._rows, self._index
+        given = self._model.outer.asked
+        if given is None or not is_same(asked, given):  # the model's forward has made other ids of those
+            ids = asked.cpu()
+            if not torch.equal(ids, self._ids):
+                rows, index = self._find(ids)
+        module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        return index, *args[1:]
+
+    def _after(self, module: nn.Module, *_: Any) -> None:
+        """Let what reads the table besides calling the module get no numbers, instead of those of other tokens."""
+        like = self._model.state[self._table.extents[0].name]
+        nothing = torch.full((), torch.nan, dtype=like.dtype, device=self._device).expand(like.shape)
+        module._parameters["weight"] = nn.Parameter(nothing, requires_grad=False)
 
     def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the token embedding that `ids` need, on the device, and where among them each id finds its own."""

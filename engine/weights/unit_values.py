@@ -32,8 +32,12 @@ class UnitValues:
         """uint8, of packed parameters."""
         self._arrived: set[str] = set()
         self._source = OpenedWeights(path)
-        by_unit = steps_by_unit(path, self)
-        self._source.check_names()
+        try:
+            by_unit = steps_by_unit(path, self)
+            self._source.check_names()
+        except BaseException:
+            self._source.close()
+            raise
         self._steps: Iterator[None] = run_steps(chain.from_iterable(by_unit.values()), lambda span: None)
 
     def take(self, unit: Unit) -> dict[str, torch.Tensor]:

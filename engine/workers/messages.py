@@ -18,6 +18,7 @@ from engine.schedule.timing import SweepTiming
 from engine.workers.packing import Numbers, PackedCompletions, PackedJobs
 
 if TYPE_CHECKING:
+    from engine.checkpoint.description import ModelDescription
     from engine.verification.layerwise import Findings
 
 
@@ -41,8 +42,23 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """Say whether this model can be run under this policy, and get the device ready; only before a model is open."""
+
+    description: ModelDescription
+    policy: Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What keeps a model from being run; None where nothing does."""
+
+    error: BaseException | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Open:
-    """Open this model; the first message, but for `Look`."""
+    """Open this model; the first message, but for `Look` and `Check`."""
 
     model: str
     """A hub id or directory."""
@@ -168,5 +184,5 @@ class Fault:
     error: BaseException
 
 
-Told = Look | Open | Ask | Drop | Compare | Close
-Tells = Seen | Opened | Loaded | Digested | Note | Entered | Swept | Done | Stage | Compared | Fault
+Told = Look | Check | Open | Ask | Drop | Compare | Close
+Tells = Seen | Checked | Opened | Loaded | Digested | Note | Entered | Swept | Done | Stage | Compared | Fault

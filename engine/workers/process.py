@@ -14,11 +14,15 @@ from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.spawn import get_executable
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.planning.hardware import Memory
 from engine.policy import Policy
-from engine.workers.messages import Close, Look, Open, Seen, Tells, Told
+from engine.workers.messages import Check, Checked, Close, Fault, Look, Open, Seen, Tells, Told
+
+if TYPE_CHECKING:
+    from engine.checkpoint.description import ModelDescription
 
 PROGRAM = "engine.worker"
 """The module whose `main` such a process runs."""
@@ -62,13 +66,28 @@ class WorkerProcess:
 
         The process that asks touches no device for it. Raises `EngineError` when the process has ended.
         """
-        self.send(Look(policy=policy))
+        seen: Seen = self._answer(Look(policy=policy))
+        return seen
+
+    def check(self, description: ModelDescription, policy: Policy) -> None:
+        """Check a model there as `engine.opening.check_model` does; before it listens and opens a model.
+
+        Raises what that raises, and `EngineError` when the process has ended.
+        """
+        checked: Checked = self._answer(Check(description=description, policy=policy))
+        if checked.error is not None:
+            raise checked.error
+
+    def _answer(self, question: Look | Check) -> Any:
+        self.send(question)
         try:
-            seen: Seen = self._line.recv()
+            told = self._line.recv()
         except (EOFError, OSError):
             self.kill()
             raise EngineError(f"the engine's process ended ({_described(self._process.returncode)})") from None
-        return seen
+        if isinstance(told, Fault):  # it cannot even import what it needs
+            raise told.error
+        return told
 
     def memory(self, policy: Policy) -> Memory:
         """What memory a run under `policy` may use, as `look` finds it; raises what keeps it from being known."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, adapter_folder, read_lora_config
 from engine.checkpoint.adapters.located import locate
-from engine.checkpoint.config import check_causal, num_layers, read_config, read_config_file
+from engine.checkpoint.config import num_layers, read_config, read_config_file
 from engine.checkpoint.description import ModelDescription, describe
+from engine.checkpoint.model_class import check_causal
 from engine.checkpoint.window import window_of
 from engine.errors import EngineError
 from flexgen_helm.checking.memory_needs import MemoryNeeds, memory_needs, plan_here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.model_class import new_model
 from engine.errors import named
 from flexgen_helm.checking.shrinking import kinds_of_layers
 
@@ -50,7 +51,6 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _module_kinds(config: PreTrainedConfig) -> set[str]:
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return {type(module).__name__ for module in AutoModelForCausalLM.from_config(config).modules()}
+        return {type(module).__name__ for module in new_model(config).modules()}

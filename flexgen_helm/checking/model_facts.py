@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoint.config import count_of
 
 if TYPE_CHECKING:
+    from engine.batch.reach import Reach
     from engine.model.causal_model import CausalModel
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -56,10 +57,16 @@ class ModelFacts:
         return lines
 
 
+def _told(reach: Reach) -> str:
+    if reach.is_whole:
+        return "all"
+    return str(reach.window) if reach.chunk is None else f"chunks of {reach.chunk}"
+
+
 def model_facts(model: CausalModel) -> ModelFacts:
     """Those of a model that was built without weights."""
     config = model.config.get_text_config()
-    windows = Counter(str(window or "all") for window in model.sweeping.windows.values())
+    windows = Counter(_told(reach) for reach in model.sweeping.reaches.values())
     experts = count_of(config, *_EXPERTS)
     return ModelFacts(
         family=f"{type(model.module).__name__} ({model.config.model_type})",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.model_class import new_model
 from engine.errors import UnsupportedError
 from flexgen_helm.checking.undecided import UnpackableError
 
@@ -24,7 +25,7 @@ def pack_copy(directory: Path, told: Mapping[str, Any]) -> list[str]:
     """
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from flexgen_helm.planning.packed.layouts import layout_of, linear_matrices
     from flexgen_helm.planning.packed.random_codes import RandomCodes
@@ -38,7 +39,7 @@ def pack_copy(directory: Path, told: Mapping[str, Any]) -> list[str]:
     file = directory / "config.json"
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = new_model(config)
     state = load_file(directory / _WEIGHTS)
     try:
         layout = layout_of(small, torch.float32)  # transformers computes experts in the type of their scales

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.checkpoint.model_class import read_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -12,14 +14,12 @@ if TYPE_CHECKING:
 def load_reference(directory: Path) -> PreTrainedModel:
     """A model directory in plain transformers, float32, as `from_pretrained` makes it by default."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory)
     # Older transformers take an attention by default that leaves out the cap of the scores; newer ones do not.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation=attention
-    )
+    model = read_model(directory, dtype=torch.float32, attn_implementation=attention)
     model.eval()
     return model
 

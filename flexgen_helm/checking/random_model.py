@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.checkpoint.model_class import new_model
 from engine.errors import named
 from flexgen_helm.checking.shrinking import SPECIAL, VOCABULARY, WINDOW
 from flexgen_helm.checking.undecided import UndecidedError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 _MOST_PARAMETERS = 20_000_000
 _SET = "set its sizes as KEY=VALUE"
@@ -42,10 +43,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def save_random(directory: Path, config: PreTrainedConfig) -> Path:
     """Write a random model of `config`, whose vocabulary is `VOCABULARY`, with its tokenizer to `directory`."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    return save_with_tokenizer(directory, new_model(config))
+
+
+def save_with_tokenizer(directory: Path, model: PreTrainedModel) -> Path:
+    """Write a new model, with numbers far from those that it begins with, and its tokenizer to `directory`."""
+    import torch
+
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform, so that an error shows
             parameter.mul_(3.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
@@ -65,11 +71,10 @@ def save_random(directory: Path, config: PreTrainedConfig) -> Path:
 def save_small(directory: Path, config: PreTrainedConfig) -> Path:
     """The same for a config that was shrunk; `UndecidedError` where it is still large, or cannot be built."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            sizes = {name: p.numel() for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+            sizes = {name: p.numel() for name, p in new_model(config).named_parameters()}
         if sum(sizes.values()) > _MOST_PARAMETERS:
             largest = max(sizes, key=lambda name: sizes[name])
             raise UndecidedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, named
@@ -22,7 +23,7 @@ _SMALLER: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), WINDOW),
     "original_max_position_embeddings": 32,
-    **dict.fromkeys(_WIDTH_KEYS, 64),
+    **dict.fromkeys((*_WIDTH_KEYS, "out_hidden_size"), 64),
     **dict.fromkeys(_HEAD_KEYS, 4),
     **dict.fromkeys(
         (
@@ -78,13 +79,17 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
             value = 4 if value == heads else min(value, 2)
         elif key in ("short_factor", "long_factor"):  # one number for each pair of rotated elements of a head
             value = [*value, *[1.0] * 8][:8]
+        elif key == "mrope_section":  # pairs of rotated elements that turn with time, height and width, of heads of 128
+            borders = [round(sum(value[:count]) / 8) for count in range(len(value) + 1)]
+            value = [end - first for first, end in pairwise(borders)]
         elif isinstance(value, list) and layers is not None and len(value) == layers:
             value = [_smaller(key, each) for each in value[:few]]
         else:
             value = _smaller(key, value)
         small[key] = value
     if "qk_rope_head_dim" in small and "head_dim" in small:  # DeepSeek's: the part of a head that is rotated
-        small["head_dim"] = small["qk_rope_head_dim"]
+        is_whole = config["head_dim"] == config["qk_rope_head_dim"] + (config.get("qk_nope_head_dim") or 0)
+        small["head_dim"] = small["qk_rope_head_dim"] + (small["qk_nope_head_dim"] if is_whole else 0)
     if "word_embed_proj_dim" in small:  # OPT's: narrower than the hidden states only where it was
         small["word_embed_proj_dim"] = 64 if config["word_embed_proj_dim"] == config.get("hidden_size") else 32
     return small

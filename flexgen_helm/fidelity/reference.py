@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoint.adapters.declared import adapter_folder
 from engine.checkpoint.config import read_config
 from engine.checkpoint.description import ModelDescription
+from engine.checkpoint.model_class import read_model
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.methods import left_unrounded
 from engine.errors import CapacityError, EngineError, UnsupportedError
@@ -108,11 +109,9 @@ class Reference:
     def load(cls, description: ModelDescription, place: Place) -> Reference:
         """Load weights and tokenizer; takes as long as reading them does."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            description.path, dtype=getattr(torch, place.dtype), trust_remote_code=False
-        )
+        model: Any = read_model(description.path, dtype=getattr(torch, place.dtype))
         if (folder := adapter_folder(Path(description.path))) is not None:
             model = import_module("peft").PeftModel.from_pretrained(model, folder).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(description.path, trust_remote_code=False)

@@ -1,17 +1,39 @@
-"""Whether a run that has all its files is whole: HELM's own tools can read each, and all requests were answered."""
+"""Whether a run that has all its files is whole: each can be read, all was answered, and nothing else is asked now."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from engine.errors import EngineError
 from engine.reading import open_file, read_bytes
+
+if TYPE_CHECKING:
+    from helm.benchmark.run_spec import RunSpec
 
 MOST_BYTES = 4_000_000_000
 """Of one file of a run: HELM writes 50,000 long prompts and their answers into less."""
 _UNANSWERED = b'"success": false'
 """As HELM writes it; in a text, quotes would have backslashes."""
+
+
+def lack_of(run_path: Path, asked: RunSpec | None = None, judge: str | None = None) -> str:
+    """Why a run that has all its files does not count as completed; empty where it does.
+
+    It is to be what `asked` asks, judged by the deployment `judge` where a model judges it.
+    """
+    if damaged := list(damaged_files(run_path)):
+        return f"{', '.join(damaged)} cannot be read"
+    if failed := num_unanswered(run_path):
+        return f"{failed} of its requests failed"
+    from flexgen_helm.helm.records.settings import other_settings
+
+    try:
+        others = "" if asked is None else other_settings(run_path, asked, judge)
+    except EngineError as error:
+        return f"it is not known what it was run with: {error}"
+    return f"it was run with other settings: {others}" if others else ""
 
 
 def damaged_files(run_path: str | Path) -> Iterator[str]:

@@ -141,7 +141,8 @@ class Served:
         with self._lock:
             if self._opened is None:
                 path = self.description.path
-                self._opened = OpenedWeights(Path(path)), identity_beside_weights(path, self.policy)
+                beside = identity_beside_weights(path, self.policy)
+                self._opened = OpenedWeights(Path(path)), beside  # last: nobody would close them if that raised
             return self._opened
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[Done]:

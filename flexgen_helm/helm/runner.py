@@ -25,7 +25,7 @@ require_engine()
 
 from engine.errors import EngineError  # noqa: E402 - after the line that says whose engine this is
 from flexgen_helm.helm.client import FlexGenClient, Progress  # noqa: E402
-from flexgen_helm.helm.completed import damaged_files, num_unanswered  # noqa: E402
+from flexgen_helm.helm.completed import lack_of  # noqa: E402
 from flexgen_helm.helm.engines import Observer  # noqa: E402
 from flexgen_helm.helm.preflight import find_problems  # noqa: E402
 from flexgen_helm.helm.records.beginning import Beginning  # noqa: E402
@@ -93,6 +93,10 @@ class FlexGenRunner(Runner):
             from flexgen_helm.helm.requests.known_tokens import KnownTokens  # imports transformers
 
             context.tokenizer = KnownTokens(context.tokenizer.credentials, context.cache_backend_config)
+        self.judge_deployment: str | None = None
+        """What judges the runs that a model is to judge, where that is known."""
+        self._asked: RunSpec | None = None
+        """The run spec that is looked at."""
         self.environment: Callable[[], Environment] = environment
         """What records say of where they were made."""
         self.beginning = Beginning(Path(self.runs_path))
@@ -136,6 +140,7 @@ class FlexGenRunner(Runner):
     def run_one(self, run_spec: RunSpec) -> None:
         """Run one run spec as HELM does; beside the files of a run of our client, leave the record of what made it."""
         assert isinstance(self.executor, WholeRunExecutor)
+        self._asked = run_spec
         self.executor.client = None  # a run that is skipped as completed executes nothing
         super().run_one(run_spec)
         if self.executor.client is not None and not self.skip_instances:
@@ -152,21 +157,19 @@ class FlexGenRunner(Runner):
         write_provenance(folder, found)
 
     def _is_run_completed(self, run_path: str) -> bool:
-        """Whether a run's files are there and can be read, and all its requests were answered.
+        """Whether a run is what is asked, its files can be read, and all its requests were answered.
 
         HELM would only look whether the files are there.
         """
         if not super()._is_run_completed(run_path):
             return False
-        if damaged := list(damaged_files(run_path)):
-            hwarn(f"{run_path} is not taken for completed, since {', '.join(damaged)} cannot be read; it is run again")
-        elif failed := num_unanswered(run_path):
-            hwarn(f"{run_path} is not taken for completed, since {failed} of its requests failed; it is run again")
-        else:
-            return True
-        return False
+        lack = lack_of(Path(run_path), self._asked, self.judge_deployment)
+        if lack:
+            hwarn(f"{run_path} is not taken for completed, since {lack}; it is run again")
+        return not lack
 
     def _is_done(self, run_spec: RunSpec) -> bool:
+        self._asked = run_spec
         return self.skip_completed_runs and self._is_run_completed(self._get_run_path(run_spec))
 
 

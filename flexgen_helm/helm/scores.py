@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ FALLBACK_METRICS = (
     "f1_score",
     "rouge_l",
     "bits_per_byte",
+    "safety_score",
 )
-"""Looked for, in this order, where a scenario does not name its main metric."""
+"""Looked for, in this order, where a scenario does not name its main metric, as XSTest's does not."""
 SPLITS = ("test", "valid")
+_VERDICTS = re.compile(r"judge_.+_verdict_read")
+"""The statistic that a judged run has."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,13 @@ def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
 def choose(
     stats: Sequence[dict[str, Any]], run: str, model: str, metric: str | None = None, split: str | None = None
 ) -> Score:
-    """Pick the run's score among its stats: the named metric on the named split if it is there, else the nearest."""
+    """Pick the run's score among its stats: the named metric on the named split if it is there, else the nearest.
+
+    A judged run whose named metric is not there has no score: none of its verdicts could be read.
+    """
     plain = {(stat["name"]["name"], stat["name"].get("split")): stat for stat in stats if is_plain(stat["name"])}
-    metrics = ([metric] if metric else []) + list(FALLBACK_METRICS)
+    is_judged = any(_VERDICTS.fullmatch(name) for name, _ in plain)
+    metrics = [metric] if metric and is_judged else [*([metric] if metric else []), *FALLBACK_METRICS]
     splits = ([split] if split else []) + list(SPLITS)
     for name in metrics:
         for part in splits:

@@ -30,7 +30,6 @@ from helm.benchmark.scenarios.scenario import (
     get_scenario_cache_path,
     with_instance_ids,
 )
-from helm.common.codec import from_json
 from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block
 from helm.common.local_context import LocalContext
@@ -162,6 +161,8 @@ class TwoStepRunner(FlexGenRunner):
 
     def held(self, run_spec: RunSpec) -> Adapted:
         """A run that `hold` has written, with its results; raises `EngineError` where it is not there."""
+        from helm.common.codec import from_json  # which imports spacy
+
         folder = Path(self._get_run_path(run_spec))
         try:
             text = read_bytes(folder / "scenario_state.json", EngineError, limit=MOST_BYTES)

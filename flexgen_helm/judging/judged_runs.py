@@ -50,6 +50,11 @@ def unjudged_name(name: str, judge: Judge) -> str:
     return name.removesuffix(_suffix(judge))
 
 
+def judge_of(run_spec: RunSpec) -> str | None:
+    """The name of the judge of a run of `judged`; None of another one."""
+    return next((str(each.args["judge"]) for each in run_spec.metric_specs if each.class_name == _METRIC), None)
+
+
 def _suffix(judge: Judge) -> str:
     return f",judge={judge.name}"  # a run's name has arguments by now, its model among them
 

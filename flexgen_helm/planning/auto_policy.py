@@ -60,11 +60,8 @@ def choose(
     What it says itself stays; all does on a machine whose device is the host, and where nothing is known of it.
     Compression is never chosen: it changes results.
     """
-    load = workload_of(jobs)
-    if load is None:
+    if not jobs:
         return Chosen(policy, None, "")
-    if share < 1.0:
-        load = replace(load, num_runs=math.ceil(load.num_runs / share))
     try:
         found = look(policy)
     except EngineError:  # the engine will say it, with its own numbers
@@ -78,8 +75,11 @@ def choose(
         profile = HardwareProfile.load()
     except ConfigError as error:
         return Chosen(policy, None, "" if is_placed else f"auto: placed by rule; {error}")
-    if is_host(profile):
+    load = None if is_host(profile) else workload_of(jobs)
+    if load is None:
         return Chosen(policy, None, "")
+    if share < 1.0:
+        load = replace(load, num_runs=math.ceil(load.num_runs / share))
     import torch
 
     from engine.model.causal_model import CausalModel

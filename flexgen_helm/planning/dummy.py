@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint.config import check_causal, load_family_config, num_layers, read_config_file
+from engine.checkpoint.config import load_family_config, num_layers, read_config_file
+from engine.checkpoint.model_class import check_causal, new_model
 from engine.checkpoint.window import window_of
 from engine.errors import CheckpointError, ConfigError, EngineError, UnsupportedError, did_you_mean, shown
 from engine.reading import find_file, read_json_object
@@ -174,7 +175,7 @@ def random_model(shape: str) -> PreTrainedModel:
     Of one that is published packed, the unpacked model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from engine.model.build import parameters_on_meta
 
@@ -183,7 +184,7 @@ def random_model(shape: str) -> PreTrainedModel:
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float16")
     built = AutoConfig.for_model(config.pop("model_type"), **config)
     with parameters_on_meta():  # real buffers (rotary tables), no storage for parameters
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=dtype)
+        model = new_model(built, dtype=dtype)
     block = _random_block().to(dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -137,8 +137,6 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
         math.ceil(load.num_requests / at_once) * load.new,
         math.ceil(load.prefill_tokens / max(plan.limits.rows_per_sweep, load.shared, load.own)) + steps,
     )
-    if load.own > plan.limits.rows_per_sweep:  # such a prompt is let in alone, when nobody runs
-        sweeps = max(sweeps, load.num_requests * load.new)
     sweeps = min(sweeps, most_sweeps or sweeps)
     moved = load.num_requests * off_device * sizes.cache_row_bytes
     past_rows = sum(load.own + step for step in range(steps))  # of a sequence, over its decode steps

@@ -13,6 +13,8 @@ _WIDTH, _HEIGHT = 1000, 100
 """Of the drawing's own coordinates, which are stretched to the place that a chart has."""
 
 
+_MOST_STEPS = 100
+"""Of a line over time, which is a mean over each."""
 _LEAST_SPREAD, _LEAST_RANGE = 0.2, 0.04
 """Of a sparkline and of a trend, as shares of the values: what changes little should look so."""
 
@@ -104,6 +106,41 @@ def timeline(points: Sequence[TimelinePoint]) -> Markup | None:
     ticks = [(_short(step), 1 - step / high) for step in steps]
     upper = _figure(shapes, [], ticks, None, "rows computed in each second over the time of the model")
     return join([upper, lower])
+
+
+def rates(points: Sequence[TimelinePoint]) -> Markup | None:
+    """New tokens in each second over the time of a model, of all its devices; None where they are not known."""
+    told = [(point, point.new_tokens) for point in points if point.seconds > 0 and point.new_tokens is not None]
+    if not any(tokens for _, tokens in told):
+        return None
+    end = max(point.at + point.seconds for point, _ in told)
+    width = end / _MOST_STEPS
+    found = [0.0] * _MOST_STEPS
+    for point, tokens in told:
+        until = point.at + point.seconds
+        for step in range(int(point.at / width), min(_MOST_STEPS, int(until / width) + 1)):
+            inside = min(until, (step + 1) * width) - max(point.at, step * width)
+            found[step] += tokens * max(0.0, inside) / point.seconds / width
+    _, high, steps = scale(0.0, max(found))
+    tops = "".join(f"V{_HEIGHT * (1 - rate / high):.2f}h{_WIDTH / _MOST_STEPS:.2f}" for rate in found)
+    shapes = [_grid(steps, 0.0, high), tag("path", d=f"M0 {_HEIGHT}{tops}V{_HEIGHT}Z", class_="area decode")]
+    ticks = [(_short(step), 1 - step / high) for step in steps]
+    return _figure(shapes, [], ticks, ("0 s", f"{end:.3g} s"), "new tokens in each second over the time of the model")
+
+
+def histogram(bins: Sequence[int], num_bins: int) -> Markup:
+    """A small bar for each bin of `Lengths`, with room for `num_bins`."""
+    highest, width = max(bins), _WIDTH / num_bins
+    shapes, told = [], []
+    for place, count in enumerate(bins):
+        if count:
+            first, last = (2**place) // 2, 2**place - 1
+            told.append(f"{count} of {first}" + (f" to {last}" if last > first else "") + " tokens")
+            height = max(6.0, _HEIGHT * count / highest)  # to be seen
+            left, top = f"{place * width + 4:.1f}", f"{_HEIGHT - height:.1f}"
+            size = {"width": f"{width - 8:.1f}", "height": f"{height:.1f}"}
+            shapes.append(tag("rect", tag("title", told[-1]), x=left, y=top, **size, class_="area decode"))
+    return _drawing(shapes, "spark", "; ".join(told))
 
 
 def shares(parts: Sequence[tuple[str, float]]) -> Markup | None:

@@ -9,13 +9,15 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.reading import read_json
+from flexgen_helm.helm.scores import short_name
 from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.reports.drift import Drift, References, compression
+from flexgen_helm.suites.answers import Answers, read_answers
 from flexgen_helm.suites.comparison import SLOWDOWN, Comparison, ScoreChange, compare_suites
 from flexgen_helm.suites.speed import difference_of, is_slower, tokens_per_second
 from flexgen_helm.suites.suite import Run, Suite, earlier_suites, key_of, read_suite, score_like
-from flexgen_helm.sweeps.record import ModelRecord, SweepRecord
+from flexgen_helm.sweeps.record import Lengths, ModelRecord, SweepRecord
 
 JSON_NAME = "report.json"
 VERSION = 1
@@ -46,6 +48,10 @@ class RunRow:
     seconds: float | None
     trend: tuple[float | None, ...]
     """The score in each suite of the trend."""
+    answers: Answers | None
+    """What the model wrote, where that is more than a few words."""
+    thinking: Lengths | None
+    """Of what it thought; None where nothing was thought, or where the record does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +185,7 @@ def _run_row(
     run: Run, change: ScoreChange | None, trend: tuple[float | None, ...], reference: tuple[float | None, float | None]
 ) -> RunRow:
     score = run.score
+    answers = read_answers(run.path)
     return RunRow(
         name=run.name,
         model=run.model,
@@ -196,6 +203,8 @@ def _run_row(
         failed_requests=run.failed_requests,
         seconds=run.seconds,
         trend=trend,
+        answers=answers,
+        thinking=run.thinking if answers is not None else None,
     )
 
 
@@ -247,7 +256,7 @@ def _verdicts(record: SweepRecord) -> Iterator[str]:
             unanswered=run.missing_verdicts,
         )
         if found.read < found.asked:
-            yield f"{run.name}: {found.told}"
+            yield f"{short_name(run.name)}: {found.told}"
 
 
 def _told(folder: Path) -> tuple[str, ...]:

@@ -17,18 +17,21 @@ def models_section(report: Report) -> Markup | None:
     """A card for each model; None for a suite without a record of its sweep."""
     if not report.models:
         return None
-    return join([tag("h2", "Speed"), *(_card(row) for row in report.models), _judge(report)])
+    writing = {run.deployment for run in report.runs if run.answers is not None}
+    cards = (_card(row, is_writing=row.record.deployment in writing) for row in report.models)
+    return join([tag("h2", "Speed"), *cards, _judge(report)])
 
 
 def _judge(report: Report) -> Markup | None:
     """Who judged, and what could not be read of it."""
     if report.judge is None:
         return None
-    lines = (tag("p", line, class_="small") for line in report.verdicts)
-    return join([tag("h2", "Judge"), *lines, _card(report.judge)])
+    lines = [tag("li", line, class_="warn") for line in report.verdicts]
+    told = tag("ul", *lines, class_="notices") if lines else None
+    return join([tag("h2", "Judge"), told, _card(report.judge, is_writing=True)])
 
 
-def _card(row: ModelRow) -> Markup:
+def _card(row: ModelRow, *, is_writing: bool) -> Markup:
     record = row.record
     share = record.prefix_tokens_saved / record.prompt_tokens if record.prompt_tokens else None
     pairs = [
@@ -55,6 +58,7 @@ def _card(row: ModelRow) -> Markup:
         _time_split(row),
         _devices(row),
         _timeline(row),
+        _rates(row) if is_writing else None,
         _mapping("Policy", record.policy or {"policy": "auto"}, is_open=True),
         _mapping("Plan", record.plan, is_open=False),
         class_="card",
@@ -130,6 +134,11 @@ def _timeline(row: ModelRow) -> Markup | None:
     ]
     title = f"Rows computed a second, over {plural(row.record.sweeps, 'pass')}"
     return join([tag("h4", title), tag("ul", *keys, class_="keys"), chart])
+
+
+def _rates(row: ModelRow) -> Markup | None:
+    chart = charts.rates(row.record.timeline)
+    return None if chart is None else join([tag("h4", "New tokens a second"), chart])
 
 
 def _mapping(name: str, content: object, *, is_open: bool) -> Markup | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from flexgen_helm import __version__
+from flexgen_helm.reports.answers import answers_section
 from flexgen_helm.reports.data import Report
 from flexgen_helm.reports.head import header, notices
 from flexgen_helm.reports.markup import Markup, join, tag, text
@@ -31,6 +32,7 @@ def page(report: Report) -> str:
         trends_section(report),
         models_section(report),
         scores_section(report),
+        answers_section(report),
         drift_section(report),
         _machine(report),
         _footer(report),

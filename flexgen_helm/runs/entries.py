@@ -99,8 +99,11 @@ def build_run_specs(
     entries: Sequence[RunEntry],
     args: argparse.Namespace,
     assign: Callable[[RunEntry], Sequence[RunEntry]] = lambda entry: [entry],
+    found: Callable[[], Iterable[EngineError]] = tuple,
 ) -> list[RunSpec]:
     """Build HELM's run specs of entries, each run once; `assign` gives an entry its models.
+
+    `found` is called last: what else has been found to be wrong meanwhile.
 
     Raises `EngineError` where an entry cannot be run; where several cannot, one `ConfigError` names them all. HELM
     names a run's directory by the run spec, and leaves some arguments (`temperature`) out of the name: two different
@@ -122,6 +125,7 @@ def build_run_specs(
                         )
         except EngineError as error:
             problems.setdefault(str(error), error)  # a model that is missing is missing in every entry
+    problems.update({str(error): error for error in found()})
     if problems:
         raise _all_of(list(problems.values()))
     if not run_specs:

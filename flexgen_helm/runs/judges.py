@@ -53,6 +53,8 @@ def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequenc
             f"the judge {source_of(deployment)} has no chat template, or is to run without it, so that it is asked to "
             "go on with instructions instead of following them; name a chat model"
         )
+    for problem in own.problems():
+        raise problem
     judge = Judge(model=found.model, deployment=found.model_deployment)
     return Bench(judge=judge, models=None if is_one_of_them else own)
 

@@ -142,6 +142,7 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
         entries,
         args,
         lambda entry: assign_models([entry], named, models.target, skip_others=bool(args.models_to_run)),
+        models.problems,
     )
     check_run_names(run_spec.name for run_spec in run_specs)
     num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from helm.benchmark.model_deployment_registry import ALL_MODEL_DEPLOYMENTS, Clie
 from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, register_tokenizer_config
 
-from engine.checkpoint.description import describe, with_window
+from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import ConfigError, EngineError
 from engine.policy import Policy
 from flexgen_helm.helm.requests.shaping import Shaping
@@ -27,6 +27,7 @@ from flexgen_helm.runs.registration import (
     register_in_process,
     with_longest_sequence,
 )
+from flexgen_helm.workers.engine_processes import engine_processes
 
 
 class Models:
@@ -50,6 +51,8 @@ class Models:
         self._max_sequence_length = max_sequence_length
         self._entries: dict[str, Entries] = {}
         self._problems: dict[str, EngineError] = {}
+        self._checks: list[Callable[[], None]] = []
+        """Those under way: each returns when a model is known to be fit, or raises."""
 
     @property
     def names(self) -> Collection[str]:
@@ -59,7 +62,7 @@ class Models:
     def target(self, model: str) -> Target:
         """Make sure that HELM knows a hub id, directory or HELM model name, and return its names.
 
-        Raises `EngineError` for a model that cannot be run; reads no weights.
+        Raises `EngineError` for a model that cannot be run; reads no weights. What `problems` tells is not known yet.
         """
         if model in self._problems:  # hundreds of entries may name it
             raise self._problems[model].with_traceback(None)
@@ -76,6 +79,17 @@ class Models:
             self._entries[model] = entries
         entries = self._entries[model]
         return Target(model=entries.model.name, model_deployment=entries.deployment.name)
+
+    def problems(self) -> Iterator[EngineError]:
+        """What is found wrong with models when they are built without weights; waits until that is known of all."""
+        while self._checks:
+            try:
+                self._checks.pop(0)()
+            except EngineError as error:
+                yield error
+
+    def _check(self, description: ModelDescription, policy: Policy) -> None:
+        self._checks.append(engine_processes.check(description, policy))
 
     def write(self, local_path: str, made: Callable[[Path], None] = lambda file: None) -> None:
         """Merge the models into HELM's files, which is all that helm-summarize and helm-server read.
@@ -98,8 +112,6 @@ class Models:
         deployment = None if self._path or Path(model).expanduser().is_dir() else our_deployment(model)
         if deployment is None:
             return None
-        from engine.opening import check_model  # loads torch and transformers, which are not checked before
-
         description = describe(source_of(deployment))
         own = deployment.client_spec.args
         asked = {} if self._policy is None else {"policy": self._policy}
@@ -110,7 +122,7 @@ class Models:
         if self._max_sequence_length is not None or is_shaped:
             deployment = with_longest_sequence(deployment, source_of(deployment), self._max_sequence_length)
         args = deployment.client_spec.args
-        check_model(with_window(description, args.get("window")), Policy.load(args.get("policy", "auto")))
+        self._check(with_window(description, args.get("window")), Policy.load(args.get("policy", "auto")))
         tokenizer = get_tokenizer_config(deployment.tokenizer_name or model)
         if tokenizer is None:
             raise ConfigError(
@@ -124,6 +136,7 @@ class Models:
             name=model if self._path else None,
             policy=self._policy or "auto",
             max_sequence_length=self._max_sequence_length,
+            check=self._check,
             **self._shaping,
         )
         other = None if self._path else our_deployment(entries.model.name)

@@ -69,12 +69,14 @@ def entries_for(
     name: str | None = None,
     policy: str | Path | Mapping[str, Any] | Policy = "auto",
     max_sequence_length: int | None = None,
+    check: Callable[[ModelDescription, Policy], object] | None = None,
     **shaping: Any,
 ) -> Entries:
     """Make the entries of a hub id or model directory; reads its tokenizer, but no weights.
 
     The HELM model is called `name`, by default the hub id, or local/<directory>; `shaping` are args of `Shaping`.
-    Raises `EngineError` for a model that the engine cannot run, and where the longest sequence is not to be found.
+    Raises `EngineError` for a model that the engine cannot run (which `check` tells, by default `check_model`), and
+    where the longest sequence is not to be found.
     """
     description = describe(model, download_weights=False)
     is_directory = Path(model).expanduser().is_dir()
@@ -83,11 +85,10 @@ def entries_for(
     shaped = Shaping.of(shaping)
     end_of_text_token, prefix_token, translator = _read_tokenizer(description, shaped)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
-    from engine.opening import check_model  # loads torch and transformers, which are not checked before
-
-    check_model(with_window(description, window), Policy.load(policy))
-    args: dict[str, Any] = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy)}
-    args.update(shaped.given())
+    if check is None:
+        from engine.opening import check_model  # loads torch, which is not checked before
+    (check or check_model)(with_window(description, window), Policy.load(policy))
+    args = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy), **shaped.given()}
     if window is not None:
         args["window"] = window
     return Entries(
@@ -133,8 +134,7 @@ def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[st
     """End-of-text token, prefix token, and what would translate for the model."""
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
-    path = description.path
-    settings = read_generation_config(Path(path))
+    path, settings = description.path, read_generation_config(Path(description.path))
     try:
         wrapped = HuggingFaceTokenizer.create_tokenizer(path, **WITHOUT_CODE)
         with wrapped as tokenizer:

@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from engine.reading import read_bytes
 from flexgen_helm.helm.completed import MOST_BYTES, num_unanswered
 from flexgen_helm.helm.scores import FALLBACK_METRICS, Score, choose, is_plain, main_metric
-from flexgen_helm.sweeps.record import FILE_NAME, ModelRecord, RunRecord, SweepRecord, read_record
+from flexgen_helm.sweeps.record import FILE_NAME, Lengths, ModelRecord, RunRecord, SweepRecord, read_record
 
 Status = Literal["done", "failed", "skipped", "unjudged", "unfinished"]
 
@@ -43,6 +43,8 @@ class Run:
     """Requests that were not answered; where the run is done they count as empty answers."""
     metric_specs: tuple[Mapping[str, Any], ...] = ()
     seconds: float | None = None
+    thinking: Lengths | None = None
+    """Of what was thought before answers, as the sweep has counted it."""
 
     @property
     def is_scored(self) -> bool:
@@ -175,12 +177,13 @@ def _read_run(path: Path, recorded: RunRecord | None, *, is_there: bool) -> Run:
         path=path,
         status=status,
         model=model or _model_in(path.name),
-        deployment=deployment,
+        deployment=deployment or (recorded.deployment if recorded else ""),
         score=score,
         error=error,
         failed_requests=_num_failed(path, recorded),
         metric_specs=specs,
         seconds=recorded.seconds if recorded else None,
+        thinking=recorded.thinking if recorded else None,
     )
 
 

@@ -21,7 +21,7 @@ from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import environment
 from flexgen_helm.sweeps.foreseen import Foreseen, told, told_together
 from flexgen_helm.sweeps.log import JsonLog, logger
-from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun, Wanting
+from flexgen_helm.sweeps.model_sweep import Counts, ModelSweep, PendingRun
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
 from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepRecord, counted, write_record
 
@@ -44,7 +44,7 @@ class SweepDiary:
         self._ended: dict[str, RunRecord] = {}
         self._current: ModelSweep | None = None
         self._requests: dict[str, PendingRun] = {}
-        self._wanting: dict[str, Wanting] = {}
+        self._counts: dict[str, Counts] = {}
         """Of runs that are answered and have not ended, whose answers may be forgotten meanwhile."""
         self._num_preparing = 0
         self._is_judging = False
@@ -140,7 +140,7 @@ class SweepDiary:
     def begin(self, model: ModelSweep) -> None:
         """A model is about to be asked."""
         self._current, now = model, self._progress.standing
-        now.doing = f"loading {model.deployment}" if model.num_todo else model.deployment
+        now.doing, now.is_loading = model.deployment, model.num_todo > 0
         now.tokens, now.tokens_done = model.most_tokens, 0
         for line in model.client.notes:
             self._progress.say(f"{model.deployment}: {line}")
@@ -157,15 +157,15 @@ class SweepDiary:
             else:
                 now.active[run.name] = (len(run.outcomes), run.total)
 
-    def held(self, run: PendingRun, wanting: Wanting, *, is_to_be_judged: bool) -> None:
-        """A run is answered, and waits for a judge, who may come in this sweep; `wanting` as in `done`."""
-        self._note(run, wanting)
+    def held(self, run: PendingRun, counts: Counts, *, is_to_be_judged: bool) -> None:
+        """A run is answered, and waits for a judge, who may come in this sweep; `counts` as in `done`."""
+        self._note(run, counts)
         if not is_to_be_judged:
             self._end(run.name, "unjudged", run)
 
-    def done(self, run: PendingRun, wanting: Wanting) -> None:
-        """A run's files are written; `wanting` says which of its answers count as empty ones."""
-        self._note(run, wanting)
+    def done(self, run: PendingRun, counts: Counts) -> None:
+        """A run's files are written; `counts` says what of its answers somebody should know."""
+        self._note(run, counts)
         self._end(run.name, "done", run)
 
     def judged(self, run: PendingRun, verdicts: Verdicts) -> None:
@@ -174,12 +174,12 @@ class SweepDiary:
             self.notes.append(f"{short_name(run.name)}: {verdicts.told}")
         self._end(run.name, "done", run, verdicts=verdicts)
 
-    def _note(self, run: PendingRun, wanting: Wanting) -> None:
-        self._wanting[run.name] = wanting
-        if wanting.failed:
-            self.notes.append(f"{short_name(run.name)}: {failed_requests(wanting.failed)}")
-        if wanting.cut_off:
-            self.notes.append(f"{short_name(run.name)}: {cut_off(wanting.cut_off)}")
+    def _note(self, run: PendingRun, counts: Counts) -> None:
+        self._counts[run.name] = counts
+        if counts.failed:
+            self.notes.append(f"{short_name(run.name)}: {failed_requests(counts.failed)}")
+        if counts.cut_off:
+            self.notes.append(f"{short_name(run.name)}: {cut_off(counts.cut_off)}")
 
     def failed(self, name: str, error: Exception, trace: str = "") -> None:
         """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
@@ -202,8 +202,7 @@ class SweepDiary:
         for device, reason in model.tally.given_up().items():
             self.notes.append(f"{model.deployment}: device {device} was given up ({reason}); the others did its work")
         self._current = None
-        self._progress.standing.active = {}
-        self._progress.standing.doing = f"{model.deployment} done"
+        self._progress.standing.ended(model.deployment)
         self._write()
 
     def _end(
@@ -216,7 +215,7 @@ class SweepDiary:
         verdicts: Verdicts | None = None,
     ) -> None:
         verdicts = verdicts or Verdicts()
-        wanting = self._wanting.pop(name, None) or (pending.wanting if pending else Wanting())
+        counts = self._counts.pop(name, None) or (pending.counts if pending else Counts())
         run = self._ended[name] = RunRecord(
             name=name,
             deployment=self._deployments[name],
@@ -224,8 +223,9 @@ class SweepDiary:
             error=error,
             requests=pending.total if pending else 0,
             cached=pending.cached if pending else 0,
-            failed_requests=len(wanting.failed),
-            cut_off=wanting.cut_off,
+            failed_requests=len(counts.failed),
+            cut_off=counts.cut_off,
+            thinking=counts.thinking,
             new_tokens=pending.new_tokens if pending else 0,
             seconds=self._current.tally.seconds if self._current and pending else 0.0,
             verdicts=verdicts.asked,
@@ -260,7 +260,7 @@ class SweepDiary:
             return 0.0, 0.0, None
         tally = model.tally
         seconds = tally.computing_s
-        return seconds, tally.prompt_tokens + tally.new_tokens, tally.fraction(seconds)
+        return seconds, tally.prompt_tokens + max(tally.new_tokens, tally.given_tokens), tally.fraction(seconds)
 
     def _write(self, finished: str | None = None) -> None:
         try:

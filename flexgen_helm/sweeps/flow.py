@@ -224,7 +224,7 @@ class Flow:
             self._inbox.put(partial(self._foretold, turn, found))
 
         if isinstance(self._helpers, Here):  # a model's sizes are found under torch's default dtype, which all share
-            foresee()
+            self._inbox.put(foresee)  # behind what the engine is given
         else:
             threading.Thread(target=foresee, name="flexgen-forecast", daemon=True).start()
 

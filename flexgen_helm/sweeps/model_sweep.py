@@ -16,17 +16,20 @@ from flexgen_helm.helm.requests.asked import Answer, Work, raise_first
 from flexgen_helm.helm.requests.entries import PackedEntries
 from flexgen_helm.helm.requests.results import is_cut_off, result
 from flexgen_helm.sweeps.beside.helm_side import Outcome
+from flexgen_helm.sweeps.record import Lengths
 from flexgen_helm.sweeps.tally import Tally
 
 
 @dataclass(frozen=True)
-class Wanting:
-    """What a run's answers lack."""
+class Counts:
+    """What is counted of a run's answers."""
 
     failed: tuple[str, ...] = ()
     """Why requests have no answer."""
     cut_off: int = 0
     """Answers that are empty because there was no room for more than their thinking."""
+    thinking: Lengths | None = None
+    """Of what was thought; None where nothing was, or where the cache does not know of all how long it was."""
 
 
 @dataclass(eq=False)
@@ -51,13 +54,19 @@ class PendingRun:
         return len(self.outcomes) == self.total
 
     @property
-    def wanting(self) -> Wanting:
-        """What those that are there lack."""
+    def counts(self) -> Counts:
+        """Of those that are there."""
         outcomes = [self.outcomes[place] for place in sorted(self.outcomes)]
         failed = [f"{type(each).__name__}: {each}" for each in outcomes if isinstance(each, EngineError)]
         responses = [each[0] for each in outcomes if not isinstance(each, EngineError)]
         answers = [each for response in responses for each in result(response, cached=True).completions]
-        return Wanting(tuple(failed), sum(map(is_cut_off, answers)))
+        thought = [each for response in responses for each in response["completions"] if "thinking" in each]
+        numbers = [number for each in thought if isinstance(number := each.get("thinking_tokens"), int)]
+        return Counts(
+            failed=tuple(failed),
+            cut_off=sum(map(is_cut_off, answers)),
+            thinking=Lengths.of(numbers) if len(numbers) == len(thought) else None,
+        )
 
 
 @dataclass

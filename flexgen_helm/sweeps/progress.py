@@ -24,6 +24,8 @@ class Standing:
     runs_ended: int = 0
     doing: str = "starting"
     """What is being done, in a few words."""
+    is_loading: bool = False
+    """Whether that begins with loading, as long as nothing is computed."""
     requests: int = 0
     requests_done: int = 0
     tokens: int = 0
@@ -32,6 +34,10 @@ class Standing:
     """Those of answered requests, as they were counted among `tokens`."""
     active: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Requests done and in all, of the runs that are under way."""
+
+    def ended(self, deployment: str) -> None:
+        """All of a model's requests are answered."""
+        self.doing, self.is_loading, self.active = f"{deployment} done", False, {}
 
 
 class SweepProgress:
@@ -67,10 +73,11 @@ class SweepProgress:
     def line(self) -> str:
         """Where the suite is, in one line."""
         now = self.standing
-        parts = [f"runs {now.runs_ended}/{now.num_runs}", now.doing]
+        seconds, tokens, fraction = self._speed()
+        doing = f"loading {now.doing}" if now.is_loading and not seconds else now.doing
+        parts = [f"runs {now.runs_ended}/{now.num_runs}", doing]
         if now.requests:
             parts.append(f"requests {now.requests_done}/{now.requests}")
-        seconds, tokens, fraction = self._speed()
         if seconds > 0 and tokens > 0:
             parts.append(f"{tokens / seconds:.0f} tokens/s")
         if fraction is not None:

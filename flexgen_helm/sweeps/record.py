@@ -49,6 +49,38 @@ class TimelinePoint:
     decode_rows: int
     sequences: int
     """Active ones; of several sweeps, the most."""
+    new_tokens: int | None = field(default=None, metadata=SINCE)
+    """Tokens of answers and of thinking that sequences were given; None in records of earlier releases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How many tokens texts have. Of sorted numbers, a quantile is the first that so large a share does not exceed."""
+
+    texts: int
+    tokens: int
+    """Of all together."""
+    median: int
+    ninth_decile: int
+    longest: int
+    bins: tuple[int, ...]
+    """How many texts are empty, have 1 token, 2 or 3, 4 to 7, and so on: bin n holds the numbers of n binary digits."""
+
+    @classmethod
+    def of(cls, numbers: Iterable[int]) -> Lengths | None:
+        """Those of texts with so many tokens each; None where there is no text."""
+        found = sorted(numbers)
+        if not found:
+            return None
+        digits = Counter(number.bit_length() for number in found)
+        return cls(
+            texts=len(found),
+            tokens=sum(found),
+            median=found[math.ceil(0.5 * len(found)) - 1],
+            ninth_decile=found[math.ceil(0.9 * len(found)) - 1],
+            longest=found[-1],
+            bins=tuple(digits[each] for each in range(found[-1].bit_length() + 1)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +148,8 @@ class RunRecord:
     """Those that the judge could not be asked, or did not answer."""
     cut_off: int = field(default=0, metadata=SINCE)
     """Answers that are empty because there was no room for more than their thinking."""
+    thinking: Lengths | None = field(default=None, metadata=SINCE)
+    """Of the thinking before answers, marks included; None where nothing was thought, or its tokens are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +193,7 @@ def _together(points: Sequence[TimelinePoint]) -> TimelinePoint:
         prefill_rows=sum(point.prefill_rows for point in points),
         decode_rows=sum(point.decode_rows for point in points),
         sequences=max(point.sequences for point in points),
+        new_tokens=None if points[0].new_tokens is None else sum(point.new_tokens or 0 for point in points),
     )
 
 

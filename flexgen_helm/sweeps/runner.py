@@ -51,6 +51,7 @@ class SweepRunner(TwoStepRunner):
         self._suite = suite
         self._plugins = tuple(plugins)
         self._judge = judge
+        self.judge_deployment = None if judge is None else judge.deployment
         self._to_judge: dict[str, RunSpec] = {}
         """Runs that a model is to judge, by their names; those that are held have an entry in `_held`."""
         self._held: dict[str, PendingRun] = {}
@@ -174,14 +175,14 @@ class SweepRunner(TwoStepRunner):
 
     def ended(self, run: PendingRun) -> None:
         """A run is written, or held for its judge."""
-        wanting = run.wanting
+        counts = run.counts
         if run.name in self._to_judge:
             self._held[run.name] = run
-            self.diary.held(run, wanting, is_to_be_judged=self._judge is not None)
+            self.diary.held(run, counts, is_to_be_judged=self._judge is not None)
         else:
-            self.diary.done(run, wanting)
-        if wanting.failed:
-            self._failures[run.name] = ExecutorError(failed_requests(wanting.failed))
+            self.diary.done(run, counts)
+        if counts.failed:
+            self._failures[run.name] = ExecutorError(failed_requests(counts.failed))
 
     def failed(self, name: str, error: Exception) -> None:
         """A run failed; the others go on, unless its error is to end all."""

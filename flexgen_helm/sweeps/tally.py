@@ -37,6 +37,8 @@ class Tally:
         self.longest_s = 0.0
         """Of its sweeps, without waiting for weights that were still being loaded."""
         self.num_sweeps = self.prefill_rows = self.decode_rows = 0
+        self.given_tokens = 0
+        """To sequences, whether they are done or not; `new_tokens` are those of answers."""
         self.computed = self.prompt_tokens = self.prompt_rows = self.new_tokens = 0
         self._prefill_s = self._decode_s = self._load_s = self._opening_s = 0.0
         self._devices: dict[str, DeviceClock] = {}
@@ -65,6 +67,7 @@ class Tally:
             self.num_sweeps += 1
             self.prefill_rows += timing.prefill_rows
             self.decode_rows += timing.decode_rows
+            self.given_tokens += timing.new_tokens
             self._points.append(
                 TimelinePoint(
                     at=max(0.0, timing.begun - self.started),
@@ -72,6 +75,7 @@ class Tally:
                     prefill_rows=timing.prefill_rows,
                     decode_rows=timing.decode_rows,
                     sequences=timing.num_sequences,
+                    new_tokens=timing.new_tokens,
                 )
             )
             if len(self._points) >= 8 * MOST_POINTS:

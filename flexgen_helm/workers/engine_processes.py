@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from engine.checkpoint.description import ModelDescription
     from engine.planning.sharing import Resources
     from engine.policy import Policy
     from engine.workers.process import WorkerProcess
@@ -30,6 +34,31 @@ class EngineProcesses:
         with self._lock:
             if not self._waiting:
                 self._waiting = [WorkerProcess()]
+
+    def check(self, description: ModelDescription, policy: Policy) -> Callable[[], None]:
+        """Begin to check a model as `check_model` does, in the process that waits.
+
+        What is returned waits for the end, and raises what was found; call it before anything else is asked here. Where
+        no process waits, it checks the model in this one.
+        """
+        with self._lock:
+            process = self._waiting[0] if self._waiting else None
+        if process is None:
+            from engine.opening import check_model
+
+            return partial(check_model, description, policy)
+        found: Future[None] = Future()
+
+        def ask() -> None:
+            with self._lock:
+                try:
+                    process.check(description, policy)
+                    found.set_result(None)
+                except BaseException as error:
+                    found.set_exception(error)
+
+        threading.Thread(target=ask, name="flexgen-check", daemon=True).start()
+        return found.result
 
     def resources(self, policy: Policy) -> Resources:
         """What a run under `policy` may use now: asked of the next engine's processes, not to touch a device here.
@@ -70,6 +99,8 @@ class EngineProcesses:
 
     def close(self) -> None:
         """End the processes that wait."""
+        for each in self._waiting:
+            each.kill()  # so that nobody waits for them with the lock
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for each in waiting:

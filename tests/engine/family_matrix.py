@@ -94,6 +94,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 64, "n_layers": 2},
     "xlstm": {"embedding_dim": 64, "num_blocks": 2},
 }
+SIZES |= {
+    name: {**SIZES.get(name, {}), "is_decoder": True}
+    for name in (
+        *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
+        *("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        "bert-generation",
+    )
+}
+SIZES["xmod"]["default_language"] = "en_XX"
 """What shrinking a model type's default config does not know."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -166,6 +175,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {**_GEMMA4, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "all"},
     ),
+    "gemma3n_text+shared-keys+sparse-activations": (
+        "gemma3n_text",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [128] * 6,
+            "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4,
+        },
+    ),
     "minimax_m3_vl_text+sparse": (
         "minimax_m3_vl_text",
         {
@@ -196,6 +215,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2+groups": ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
     "glm4_moe+dense-first": ("glm4_moe", {"first_k_dense_replace": 1}),
     "llama4_text+chunks-longer-than-prompts": ("llama4_text", {"attention_chunk_size": 512}),
+    "llama4_text+scaled-by-position": (  # by where rows are in a call
+        "llama4_text",
+        {
+            "floor_scale": 4,
+            "attn_scale": 0.5,
+            "no_rope_layers": [1, 0, 1, 0],
+            "layer_types": ["chunked_attention", "full_attention"] * 2,
+        },
+    ),
     "llama4_text+no-chunks": ("llama4_text", {"layer_types": _FULL}),
     "olmo+clip": ("olmo", {"clip_qkv": 1.0}),
     "olmoe+clip": ("olmoe", {"clip_qkv": 1.0}),
@@ -230,39 +258,89 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Settings that defaults leave off: name -> model type and what its config changes."""
 
+_GQA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 500,
+    "max_position_embeddings": 128,
+}
+_TURNS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_HALF_TURNS = {**_TURNS, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_GEMMA4_TEXT = {**_GQA, **_GEMMA4, "sliding_window": 8, "global_head_dim": 32, "num_global_key_value_heads": 1}
+
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4:whole+experts": (
+        "gemma4",
+        {
+            "text_config": {
+                **_GEMMA4_TEXT,
+                "hidden_size_per_layer_input": 0,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 32,
+                "attention_k_eq_v": True,
+            }
+        },
+    ),
+    "gemma4:whole+per-layer-inputs+shared-keys": (
+        "gemma4",
+        {
+            "text_config": {
+                **_GEMMA4_TEXT,
+                "hidden_size_per_layer_input": 8,
+                "num_hidden_layers": 6,
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+                "num_kv_shared_layers": 2,
+            }
+        },
+    ),
+    "mistral3": ("mistral3", {}),
+    "mistral4": ("mistral4", {}),
+    "llava": ("llava", {}),
+    "kimi_k25": ("kimi_k25", {}),
+    "qwen2_5_vl": ("qwen2_5_vl", {"text_config": {**_GQA, "rope_parameters": _TURNS}}),
+    "qwen3_vl": ("qwen3_vl", {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", {}),
+    "glm4v": ("glm4v", {"text_config": {**_GQA, "rope_parameters": _HALF_TURNS}}),
+    "glm4v_moe": ("glm4v_moe", {"text_config": {**_GQA, **_EXPERTS, "rope_parameters": _HALF_TURNS}}),
+    "llama4:whole": ("llama4", {"architectures": ["Llama4ForConditionalGeneration"]}),
+    "qwen2_audio": ("qwen2_audio", {}),
+    "voxtral": ("voxtral", {}),
+}
+"""Multimodal models on text alone: name -> model type and what its config changes."""
+
 
 _REASONS: dict[str, tuple[str, ...]] = {
-    "keep a state that no cache of transformers' holds": ("rwkv",),
+    "keep a state that no cache of transformers' holds": ("deepseek_v4", "rwkv"),
     "mix tokens outside their attention": ("doge+moe", "recurrent_gemma"),
     "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
     "layers 1 and 2 share a Zamba2AttentionDecoderLayer": ("zamba2+shared",),
-    "decoder of an encoder-decoder": (
-        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
-        *("prophetnet", "whisper"),
-    ),
-    "is not a causal language model": (
-        *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
-        *("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-    ),
-    "is the text part of": ("emu3", "mllama"),
-    "head is the token embedding with a bias": ("bert-generation", "ctrl", "modernbert-decoder", "xlnet"),
-    "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa"),
+    "counts positions by places in a call": ("mvp", "roformer", "trocr"),
+    "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text"),
     "ask their cache for indexer_position_ids": ("qwen4_exp_text",),
+    "hand on more than hidden states|an index of its keys": ("glm_moe_dsa", "hy_v4"),
     "hand on more than hidden states": ("xlstm", "zaya"),
     "attention takes position_bias": ("inkling_text",),
     "attention takes block_indices": ("minimax_m3_vl_text+sparse",),
-    "attention within chunks": ("llama4", "llama4_text", "llama4_text+chunks-longer-than-prompts"),
     "attend more than once": ("longcat_flash",),
-    "attend to later ones": ("gemma3_text+bidirectional", "gemma4_text+bidirectional"),
-    "changes the hidden states between layers": ("dory", "dory+1-loop"),
+    "attend to later ones": ("bigbird_pegasus", "gemma3_text+bidirectional", "gemma4_text+bidirectional"),
+    "changes the hidden states between layers": ("dory", "dory+1-loop", "xlm"),
     "not in one list": ("blt", "hrm_text", "hrm_text+no-prefix"),
-    "where .sequences, rows, width. of hidden states is expected": ("deepseek_v4", "gemma3n_text", "hy_v4", "reformer"),
-    "1 x 34 rows for 1 x 2 tokens": ("cpmant",),
-    "mask depends on more than positions": ("gemma4_unified",),
-    "reads weights of its embedding": ("gemma4",),
-    "attend to the keys and values of layers before them": ("gemma4_text+per-layer-inputs+shared-keys",),
+    "where .sequences, rows, width. of hidden states is expected": ("reformer",),
+    "rows for 1 x 2 tokens": ("cpmant", "prophetnet", "xlnet"),
     "chooses by numbers before it attends": ("jetmoe",),
-    "wraps a part of another model": ("trocr",),
     "does not hide the padding": ("git",),
     "show no keys and values": ("openai-gpt",),
 }
@@ -284,6 +362,7 @@ REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every family and variant by name: its model type, and what shrinking is told."""
     families = {name: (name, SIZES.get(name, {})) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    families |= MULTIMODAL
     for _, changes in VARIANTS.values():
         if "layer_types" in changes:
             changes.setdefault("num_hidden_layers", len(changes["layer_types"]))

@@ -111,6 +111,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_head": 16,
         },
     ),
+    "llama4": (  # attention within chunks; scores scaled by a row's position
+        "llama4_text",
+        {
+            **_HEAD16,
+            "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": 8,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 2,
+            "floor_scale": 8,
+        },
+    ),
+    "gemma4-multimodal": (  # the published class; the last layers attend to keys of layers before them
+        "gemma4",
+        {
+            "text_config": {
+                **_HEAD16,
+                "num_hidden_layers": 6,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+                "num_kv_shared_layers": 2,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
+            },
+            "vision_config": {**_HEAD16, "num_key_value_heads": 4, "position_embedding_size": 64},
+        },
+    ),
     "llama4-full": ("llama4_text", {**_HEAD16, "layer_types": ["full_attention"] * 3, "intermediate_size_mlp": 128}),
     "gemma3": ("gemma3_text", {**_HEAD16, **_WINDOWS}),  # rotary tables of two kinds
     "phi": ("phi", _FFN),

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,3 +141,21 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:
     chosen = choose(rows, [Sampling(temperature=1.0)] * 4, [0.5] * 4, [[]] * 4).tolist()
     assert chosen[0] == chosen[3] == choose(rows[:1], [Sampling(temperature=1.0)], [0.5], [[]]).item()
     assert all(0 <= token < 7 for token in chosen)
+
+
+def test_a_draw_is_a_quantile_in_the_order_of_ids() -> None:
+    rows = torch.tensor(LOGITS).repeat(5, 1)
+    chosen = choose(rows, [Sampling(temperature=1.0)] * 5, [0.0, 0.049, 0.051, 0.46, 0.999], [[]] * 5)
+    assert chosen.tolist() == [0, 0, 1, 2, 6]
+    cut = choose(rows, [Sampling(temperature=1.0, top_k=3)] * 5, [0.0, 0.49, 0.51, 0.68, 0.7], [[]] * 5)
+    assert cut.tolist() == [1, 1, 2, 2, 4]  # 0.40, 0.15 and 0.25 of 0.80
+
+
+@pytest.mark.parametrize("vocabulary", [511, 512, 5000])
+def test_quantiles_of_large_vocabularies_are_numpys(vocabulary: int) -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (40, vocabulary)).astype(np.float32)
+    draws = np.random.default_rng(1).random(40)
+    sums = np.exp(logits.astype(np.float64)).cumsum(axis=-1)
+    expected = [int(np.searchsorted(row, draw * row[-1], "right")) for row, draw in zip(sums, draws, strict=True)]
+    sampling = [Sampling(temperature=1.0)] * 40
+    assert choose(torch.from_numpy(logits), sampling, draws.tolist(), [[]] * 40).tolist() == expected

@@ -445,6 +445,7 @@ def test_sweeps_come_whole_and_an_observer_sees_each(engine: Engine) -> None:
     assert [timing.prefill_rows for timing in timings] == [len(PREFIX) + 3 + 2, 0, 0]
     assert [timing.decode_rows for timing in timings] == [0, 1, 1]
     assert [timing.num_sequences for timing in timings] == [4, 1, 1]
+    assert [timing.new_tokens for timing in timings] == [4, 1, 1]
     assert all(timing.load_s == 0.0 < timing.sweep_s for timing in timings)
     assert sum(timing.sweep_s + timing.host_s for timing in timings) <= seconds
     assert begun <= timings[0].begun <= timings[1].begun

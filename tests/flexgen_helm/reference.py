@@ -171,7 +171,7 @@ def choose(logits: np.ndarray, request: Request, point: float, top_k: int | None
     """The next token, and whether another correct implementation might choose a different one.
 
     At temperature 0 the most likely one; otherwise the token in which `point`, uniform in [0, 1), falls when those that
-    top-k and top-p leave lie side by side, the most likely first.
+    top-k and top-p leave lie side by side, in the order of their ids.
     """
     order = np.argsort(-logits, kind="stable")
     ranked = logits[order]
@@ -182,12 +182,14 @@ def choose(logits: np.ndarray, request: Request, point: float, top_k: int | None
     before = probabilities.cumsum() - probabilities
     kept = before < request.top_p
     is_tie = request.top_p < 1 and bool(np.abs(before - request.top_p).min() < DRAW_TIE)
-    borders = probabilities[kept].cumsum()
+    if top_k is not None and top_k < len(order):
+        is_tie |= bool(logits[order[top_k - 1]] - logits[order[top_k]] < DRAW_TIE)
+    ids = np.sort(order[: len(kept)][kept])
+    borders = np.exp(log_softmax(logits[ids] / request.temperature)).cumsum()
     place = point * borders[-1]
     index = min(int(np.searchsorted(borders, place, side="right")), len(borders) - 1)
-    gaps = -np.diff(ranked[max(0, index - 1) : index + 2])
-    is_tie |= bool(np.abs(borders[:-1] - place).min(initial=1.0) < DRAW_TIE or gaps.min(initial=1.0) < DRAW_TIE)
-    return int(order[index]), is_tie
+    is_tie |= bool(np.abs(borders[:-1] - place).min(initial=1.0) < DRAW_TIE)
+    return int(ids[index]), is_tie
 
 
 def seed(request: Request, text: str, index: int, top_k: int | None) -> int:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from engine.kernels import codec
 from engine.kernels.codec import GROUP, Codec
+from engine.kernels.packed import matrix
+from engine.kernels.packed.fours import MxFp4Blocks
+from engine.kernels.packed.matrix import PartForm, RowsApart
+from engine.kernels.packed.numbers import PackedIntegers, ScaledBlocks
 
 pytestmark = pytest.mark.gpu
+COUNT, ROWS, COLUMNS = 5, 200, 320
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -36,3 +42,43 @@ def test_the_card_decodes_what_the_host_does_bit_for_bit(bits: int, dtype: torch
     form.decode(whole.cuda(), flat)
     assert flat.cpu().nan_to_num(9).equal(expected.flatten().nan_to_num(9))
     assert not codec._fill._fails
+
+
+def packed(name: str) -> tuple[RowsApart, dict[str, torch.Tensor]]:
+    """Matrices of a format, all of whose codes and many of whose scales occur."""
+    bytes_ = torch.randint(256, (COUNT, ROWS, COLUMNS), dtype=torch.uint8)
+    if name == "mxfp4":
+        scales = torch.randint(100, 141, (COUNT, ROWS, COLUMNS // 32), dtype=torch.uint8)
+        parts = {"blocks": bytes_[..., : COLUMNS // 2].reshape(COUNT, ROWS, -1, 16), "scales": scales}
+    elif name == "float8 in blocks":
+        parts = {"weight": bytes_.view(torch.float8_e4m3fn), "weight_scale_inv": torch.rand(COUNT, 2, 3) / 9}
+    else:
+        words = bytes_[..., : COLUMNS // 2].contiguous().view(torch.int32)
+        parts = {"weight_packed": words, "weight_scale": torch.randn(COUNT, ROWS, COLUMNS // 32).bfloat16()}
+    forms = {key: PartForm(part.dtype, part.shape[1:]) for key, part in parts.items()}
+    shape = torch.Size((ROWS, COLUMNS))
+    if name == "mxfp4":
+        return MxFp4Blocks(shape, forms), parts
+    if name == "float8 in blocks":
+        return ScaledBlocks(shape, forms, block=(128, 128)), parts
+    return PackedIntegers(shape, forms, in_scale_type=name == "int4 in the type of its scales"), parts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["mxfp4", "float8 in blocks", "int4", "int4 in the type of its scales"])
+def test_the_card_expands_what_torch_does_on_the_host_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    form, parts = packed(name)
+    expected = torch.empty(COUNT, ROWS, COLUMNS, dtype=dtype)
+    form.fill_by_torch(parts, expected)
+    if name == "mxfp4":
+        assert expected.mT.equal(convert_moe_packed_tensors(parts["blocks"], parts["scales"], dtype=dtype))
+    on_card = {key: part.cuda() for key, part in parts.items()}
+    for is_transposed in (False, True):
+        shape = (COUNT, COLUMNS, ROWS) if is_transposed else (COUNT, ROWS, COLUMNS)
+        found = torch.empty(shape, dtype=dtype, device="cuda")
+        form.fill(on_card, found.mT if is_transposed else found)
+        seen = (found.mT if is_transposed else found).cpu()
+        assert seen.isnan().equal(expected.isnan())
+        assert seen.nan_to_num(9).equal(expected.nan_to_num(9))
+    assert form.coded(on_card, dtype) is not None
+    assert not matrix._fill_rows._fails

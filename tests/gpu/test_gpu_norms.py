@@ -1,4 +1,4 @@
-"""On a CUDA device the kernel of norms gives what torch's functions give, with the same bits in any company."""
+"""On a CUDA device the kernels of norms and of rotary embeddings give what torch's functions give, in any company."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import models
 import pytest
 import torch
 
+from engine.kernels import rotations
 from engine.kernels.norms import RMSNorm, Scaling, kernel_for
 from engine.model.causal_model import CausalModel
 
@@ -32,11 +33,28 @@ def test_as_by_torch(width: int, scaling: Scaling, dtype: torch.dtype) -> None:
         assert torch.equal(kernel(rows[taken], weight, told.eps, told.scaling), found[taken])
 
 
-def test_layers_on_a_card_have_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "turned"), [(64, 64), (128, 128), (80, 80), (256, 64)])
+def test_rotations_have_the_bits_of_torchs(dim: int, turned: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kernel = rotations.kernel_for(torch.device("cuda", torch.cuda.current_device()))
+    if kernel is None:
+        pytest.skip("Triton does not compile for this card")
+    query = torch.randn(1, 1000, 24, dim, device="cuda").to(dtype).transpose(1, 2)
+    key = torch.randn(1, 4, 1000, dim + 8, device="cuda").to(dtype)[..., 8:]
+    angles = torch.randn(1, 1000, turned // 2, device="cuda").repeat(1, 1, 2) * 100
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    found, expected = kernel(query, key, cosine, sine), rotations.rotated(query, key, cosine, sine)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_layers_on_a_card_have_them(tmp_path: Path) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if kernel_for(device) is None:
         pytest.skip("Triton does not compile for this card")
     path = models.save_model(tmp_path, "qwen3-moe")
     model = CausalModel(path, torch.bfloat16, device)
     fused = [name for name, module in model.layers[0].named_modules() if "forward" in vars(module)]
-    assert len(fused) == 4
+    assert len(fused) == 5
+    assert "self_attn" in fused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,20 @@ def _decides(module: str, package: Path) -> bool:
     return module in _SHARED or (is_of_family and find_file(package / f"{'/'.join(parts)}.py", CheckpointError))
 
 
-def _imported(module: str, file: Path) -> Iterator[str]:
+def _imported(module: str, file: Path) -> tuple[str, ...]:
     """The modules of transformers that a module imports, wherever in it, by name within the package."""
     try:
-        tree = ast.parse(_read(file))
+        return _imported_by(module, _read(file))
     except (SyntaxError, ValueError, RecursionError):
         raise CheckpointError(f"{file} is no Python source; install transformers again") from None
+
+
+@lru_cache(maxsize=32)  # a family's files, which are read again when its weights are open
+def _imported_by(module: str, source: bytes) -> tuple[str, ...]:
+    return tuple(_imports(module, ast.parse(source)))
+
+
+def _imports(module: str, tree: ast.Module) -> Iterator[str]:
     here = module.split(".")
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom):

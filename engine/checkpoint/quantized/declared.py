@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, UnsupportedError, shown
 from engine.reading import find_file, read_json_object
+
+if TYPE_CHECKING:
+    import torch
 
 MODELOPT_FILE = "hf_quant_config.json"
 """Where ModelOpt writes it, beside a config.json that may say nothing."""
@@ -41,3 +44,13 @@ def declared_quantization(path: Path, told: Any) -> Mapping[str, Any] | None:
     return (
         {**inner, "quant_method": "modelopt"} if inner.get("quant_algo") or inner.get("kv_cache_quant_algo") else None
     )
+
+
+def check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.dtype) -> None:
+    """Raise `UnsupportedError` for the codes of a quantized matrix where plain numbers are wanted."""
+    if expected.is_floating_point and not (stored.is_floating_point and stored.itemsize > 1):
+        raise UnsupportedError(
+            f"{path}: {name} is stored as {str(stored).removeprefix('torch.')} in the weight files, and the "
+            "quantization_config of config.json does not say what that stands for; take a checkpoint with plain "
+            "numbers, or one whose config.json tells how it is quantized"
+        )

@@ -29,10 +29,14 @@ def mixture(
     counts = rows_of_experts(index, matrices.count) if counts is None else counts
     rows = hidden[order.div(num_choices, rounding_mode="floor")].to(matrices.first.dtype)
     between = _products(rows, matrices.first, matrices.first_bias, counts)
+    del rows  # plans count how many of these are held at once
     inner = matrices.activation(between)
+    del between
     found = _products(inner, matrices.second, matrices.second_bias, counts)
+    del inner
     places = torch.empty_like(found)
     places[order] = found
+    del found
     terms = places.unflatten(0, (-1, num_choices)) * weights[..., None]
     summed: torch.Tensor = terms.sum(dim=1).to(hidden.dtype)
     return summed

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from engine.kernels.packed.coded import Coded, Codes
 from engine.kernels.packed.matrix import PartForm, Parts, RowsApart, scaled
 from engine.kernels.packed.numbers import powers_of_two
 
@@ -84,6 +85,11 @@ class MxFp4(FourBitFloats):
 
     names = ("weight_packed", "weight_scale")
     group, scale_type = 32, torch.uint8
+
+    def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
+        """Its codes and exponents as they are."""
+        codes, scale = (parts[name] for name in self.names)
+        return Coded(Codes.E2M1, codes.flatten(2), scale, (1, self.group), torch.float32)
 
     def _scales(self, tables: Parts) -> torch.Tensor:
         return powers_of_two(tables["scales"])

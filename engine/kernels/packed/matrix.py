@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
+from engine.kernels.fused import Fused
+from engine.kernels.packed.coded import Coded
 
 CHUNK_ELEMENTS = 4 << 20
 """Numbers unpacked at once: some take 16 bytes each meanwhile."""
@@ -81,6 +84,10 @@ class RowsApart(PackedMatrix):
 
     def fill(self, parts: Parts, matrices: torch.Tensor) -> None:
         """Write the numbers of several such matrices, as `PackedMatrix.fill` does."""
+        _fill_rows(matrices, self, parts)
+
+    def fill_by_torch(self, parts: Parts, matrices: torch.Tensor) -> None:
+        """The same by functions of torch, on any device."""
         tables = self._tables(parts)
         whole = max(1, CHUNK_ELEMENTS // (self.rows * self.columns))  # matrices at once
         for first in range(0, len(matrices), whole):
@@ -91,6 +98,10 @@ class RowsApart(PackedMatrix):
                 }
                 matrices[which, rows].copy_(self._numbers(cut, matrices.dtype))
 
+    def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
+        """What a kernel expands for a target of `dtype`; None for a format or numbers that it does not know."""
+        return None
+
     @abstractmethod
     def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
         """Parts as `[matrices, rows, ...]`, or `[matrices, 1, ...]` where one row stands for all."""
@@ -98,6 +109,26 @@ class RowsApart(PackedMatrix):
     @abstractmethod
     def _numbers(self, tables: Parts, dtype: torch.dtype) -> torch.Tensor:
         """Numbers `[matrices, rows, columns]` of some matrices and rows, for a target of `dtype`."""
+
+
+def _fill_by_torch(matrices: torch.Tensor, form: RowsApart, parts: Parts) -> None:
+    form.fill_by_torch(parts, matrices)
+
+
+def _kernel() -> Callable[..., None]:
+    from engine.kernels.packed.expand_kernel import expand
+
+    def fill(matrices: torch.Tensor, form: RowsApart, parts: Parts) -> None:
+        coded = form.coded(parts, matrices.dtype)
+        if coded is None:
+            form.fill_by_torch(parts, matrices)
+        else:
+            expand(coded, matrices)
+
+    return fill
+
+
+_fill_rows = Fused(_fill_by_torch, _kernel)
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from engine.kernels.packed.coded import Coded, Codes
 from engine.kernels.packed.matrix import PLAIN, PartForm, Parts, RowsApart, scaled, unpacked, word_bits
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -31,6 +32,17 @@ class PackedIntegers(RowsApart):
         words = -(-self.rows * self._bits // 32)
         self._expect({"weight_packed": (self.rows, -(-self.columns * self._bits // 32))})
         self._expect({"weight_zero_point": (words, groups)})
+
+    def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
+        """Numbers of 4 bits in whole words, without zeros, with a scale for each group of a row."""
+        codes, scales = parts["weight_packed"], parts["weight_scale"]
+        groups = scales.shape[-1]
+        is_known = self._bits == 4 and "weight_zero_point" not in parts and scales.shape[1:] == (self.rows, groups)
+        if not is_known or self.columns % (8 * groups):
+            return None
+        kind = scales.dtype if self._in_scale_type else dtype
+        # The first numbers of a word are in its first bytes.
+        return Coded(Codes.INT4, codes.view(torch.uint8), scales, (1, self.columns // groups), kind)
 
     def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
         tables = {"codes": parts["weight_packed"], "scales": as_rows(parts["weight_scale"])}
@@ -148,6 +160,15 @@ class ScaledBlocks(RowsApart):
         self._expect_dtype(self._scale, *PLAIN, *exponents)
         self._expect({"weight": (self.rows, self.columns)})
         self._expect({self._scale: (-(-self.rows // block[0]), -(-self.columns // block[1]))})
+
+    def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
+        """Numbers of e4m3 with a scale, or an exponent of one, for each block."""
+        codes, scales = parts["weight"], parts[self._scale]
+        if codes.dtype is not torch.float8_e4m3fn:
+            return None
+        if scales.dtype is torch.float8_e8m0fnu:
+            scales = scales.view(torch.uint8)
+        return Coded(Codes.E4M3, codes.view(torch.uint8), scales, self._block, torch.float32 if self._wide else dtype)
 
     def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
         scales = parts[self._scale]

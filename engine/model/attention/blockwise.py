@@ -32,7 +32,7 @@ class Blockwise(AttentionBackend):
 
     def prefill(self, asked: Attending) -> torch.Tensor:
         """Span by span."""
-        parts = [part for group in asked.batch.context_groups for part in _prefill(asked, group)]
+        parts = [part for group in asked.batch.context_groups(None) for part in _prefill(asked, group)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode(self, asked: Attending) -> torch.Tensor:
@@ -101,9 +101,8 @@ def _attend(
         if rule.softcap is not None:
             scores = torch.tanh(scores / rule.softcap) * rule.softcap
         at = torch.arange(first, first + _BLOCK, device=query.device)
-        seen = at <= positions
-        if rule.window is not None:
-            seen = seen & (positions - at < rule.window)
+        with plain_arithmetic():
+            seen = rule.reach.sees(positions, at)
         scores = scores.masked_fill(~seen, float("-inf"))
         higher = torch.maximum(most, scores.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == float("-inf"), 0.0)  # of a row that has seen nothing yet

@@ -60,11 +60,11 @@ def _prefill(asked: Attending, group: PrefillGroup) -> torch.Tensor:
     query = query.unflatten(1, (heads, groups)).flatten(2, 3)
     result: torch.Tensor
     if rule.is_stock:
-        mask = group.mask(rule.window, query.dtype, groups)
+        mask = group.mask(rule.reach, query.dtype, groups)
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rule.scaling)
     else:
         dots = products(query, key).unflatten(2, (groups, -1)).flatten(1, 2)  # sinks differ from head to head
-        weights = rule.weights(dots, group.mask(rule.window, torch.float32, 1)).to(value.dtype)
+        weights = rule.weights(dots, group.mask(rule.reach, torch.float32, 1)).to(value.dtype)
         result = weights.unflatten(1, (heads, groups)).flatten(2, 3) @ value
     unfolded: torch.Tensor = result.unflatten(2, (groups, -1)).flatten(1, 2)
     return unfolded.transpose(1, 2).flatten(0, 1)
@@ -92,7 +92,7 @@ def _decode(asked: Attending, group: DecodeGroup) -> torch.Tensor:
         shared = products(flat, prefix_key).unflatten(1, (-1, copies)).transpose(0, 1)
         dots = torch.cat((shared, dots), dim=-1)
     by_head = dots.unflatten(2, (groups, group.steps)).flatten(1, 2)  # [sequences, heads, steps, keys]
-    weights = asked.rule.weights(by_head, group.mask(asked.rule.window).to(device)[:, None])
+    weights = asked.rule.weights(by_head, group.mask(asked.rule.reach).to(device)[:, None])
     weights = weights.to(value.dtype).view_as(dots)
     result: torch.Tensor = weights[..., start:] @ value
     if group.chain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.batch.prefill_group import PrefillGroup
+from engine.batch.reach import Reach
 from engine.model.attention.backend import Attending
 from engine.model.attention.dense import Dense
 from engine.model.attention.flash import merge
@@ -47,7 +48,7 @@ def _own(
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     # [parts, heads, rows of a part, dim]
     query, key, value = (x.unflatten(0, (group.num_parts, -1)).transpose(1, 2) for x in (query, key, value))
-    mask = None if group.is_causal else group.mask(None, query.dtype, 1)
+    mask = None if group.is_causal else group.mask(Reach(), query.dtype, 1)
     result, logsumexp = _attend(query, key, value, group.is_causal, mask, rule)
     return result.transpose(1, 2).flatten(0, 1), logsumexp.transpose(0, 1).flatten(1, 2)
 

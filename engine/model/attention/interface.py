@@ -9,11 +9,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine.batch.micro_batch import MicroBatch
+from engine.batch.reach import Reach
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import plain_arithmetic
 from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.blockwise import Blockwise
+from engine.model.attention.context_flash import ContextFlash
 from engine.model.attention.dense import Dense
 from engine.model.attention.flash import Flash
 from engine.model.attention.host_flash import HostFlash
@@ -25,7 +27,7 @@ from engine.model.undrivable import UndrivableError
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""
-BACKENDS: tuple[AttentionBackend, ...] = (WholeFlash(), Blockwise(), Flash(), HostFlash(), Dense())
+BACKENDS: tuple[AttentionBackend, ...] = (WholeFlash(), Blockwise(), Flash(), ContextFlash(), HostFlash(), Dense())
 """In order of preference; the last one can compute everything."""
 
 _IGNORED = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"})
@@ -53,9 +55,9 @@ def attention(
     if query.device.type == "meta":
         if strange := sorted(k for k, v in others.items() if v is not None and k not in _IGNORED):
             raise UnsupportedError(f"its attention takes {', '.join(strange)}")
-        window = _window(module, context, attention_mask, sliding_window, others.get("is_causal"))
-        is_plain = window is None and softcap is None and s_aux is None
-        context.note(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]), window, is_plain=is_plain)
+        reach = _reach(module, context, attention_mask, sliding_window, others.get("is_causal"))
+        is_plain = reach.is_whole and softcap is None and s_aux is None
+        context.note(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]), reach, is_plain=is_plain)
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
     if context.is_checking:
         context.attended += 1
@@ -67,7 +69,7 @@ def attention(
         raise UnsupportedError("its attention got a mask that it did not get when the model was opened")
     rule = AttentionRule(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=context.windows[context.layer],
+        reach=context.reaches[context.layer],
         softcap=softcap,
         sinks=s_aux,
     )
@@ -83,14 +85,14 @@ def attention(
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
-def _window(
+def _reach(
     module: nn.Module,
     context: SweepContext,
     mask: torch.Tensor | None,
     sliding_window: int | None,
     is_causal: bool | None,
-) -> int | None:
-    """The window of a layer that is called with these arguments: what transformers' default attention would compute.
+) -> Reach:
+    """Which tokens a layer attends to that is called with these arguments, in transformers' default attention.
 
     That follows the mask; without one it attends to all tokens before, whatever `sliding_window` says.
     """
@@ -99,11 +101,11 @@ def _window(
     if mask is None:
         if sliding_window is not None:
             raise UnsupportedError(f"it has a sliding window of {sliding_window} tokens and no mask that follows it")
-        return None
-    rule = context.masks.rule_of(mask)
-    if rule is None:
+        return Reach()
+    reach = context.masks.reach_of(mask)
+    if reach is None:
         raise UnsupportedError("its attention takes a mask of its own")
-    return rule.window
+    return reach
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from engine.batch.reach import Reach
 from engine.errors import named
+from engine.model.stub import is_same
 from engine.model.undrivable import UndrivableError
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -22,16 +24,8 @@ _FAR = 23
 """Positions around powers of two up to this one are compared, too: no window of a model is longer."""
 
 
-@dataclass(frozen=True)
-class MaskRule:
-    """Causal attention, to the last `window` tokens (the own one included) or to all."""
-
-    window: int | None
-
-    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Whether positions `query` attend to positions `key`."""
-        seen = key <= query
-        return seen if self.window is None else seen & (query - key < self.window)
+_MOST = 1 << 24
+"""More than all positions that are compared."""
 
 
 @dataclass(eq=False)
@@ -46,21 +40,21 @@ class MaskNotes:
         self.made.append((mask, mask_function))
         return mask
 
-    def knows(self, mask: object) -> bool:
+    def knows(self, mask: torch.Tensor) -> bool:
         """Whether a value stands for one of these masks."""
-        return any(known is mask for known, _ in self.made)
+        return any(is_same(mask, known) for known, _ in self.made)
 
-    def rule_of(self, mask: object) -> MaskRule | None:
+    def reach_of(self, mask: torch.Tensor) -> Reach | None:
         """What a tensor stands for; None for one that is not of these masks.
 
-        Raises `UndrivableError` for a mask that is neither causal nor a causal window: only here, because families make
-        masks that none of their layers takes.
+        Raises `UndrivableError` for a mask that is neither causal nor a causal window or chunks: only here, because
+        families make masks that none of their layers takes.
         """
-        function = next((function for known, function in self.made if known is mask), None)
+        function = next((function for known, function in self.made if is_same(mask, known)), None)
         if function is None:
             return None
         with torch.device("cpu"):  # layers are probed on `meta`
-            return rule_of(function)
+            return reach_of(function)
 
 
 _notes: ContextVar[MaskNotes | None] = ContextVar("mask notes", default=None)
@@ -87,45 +81,73 @@ def make_mask(*_: Any, mask_function: MaskFunction, **__: Any) -> torch.Tensor |
     return None if notes is None else notes.stand_for(mask_function)
 
 
-def rule_of(mask_function: MaskFunction) -> MaskRule:
+def reach_of(mask_function: MaskFunction) -> Reach:
     """The rule that a mask function follows on a grid of positions; `UndrivableError` for any other function."""
     positions = sorted({*range(_NEAR), *(2**power + step for power in range(3, _FAR) for step in (-1, 0, 1))})
-    window = _window_of(mask_function, positions)
-    if window is not None:
-        borders = {window * times + step for times in (1, 2, 3) for step in (-2, -1, 0, 1)}
+    limit = _limit_of(mask_function, positions[-1])
+    if limit is not None:
+        borders = {limit * times + step for times in (1, 2, 3) for step in (-2, -1, 0, 1)}
         positions = sorted({*positions, *(at for at in borders if at >= 0)})
-    rule = MaskRule(window)
     query, key = (at.flatten() for at in torch.meshgrid(*[torch.tensor(positions)] * 2, indexing="ij"))
-    if not _evaluate(mask_function, query, key).equal(rule.sees(query, key)):
-        kind = "tokens attend to later ones" if _looks_ahead(mask_function) else "a mask of its own"
-        raise UndrivableError(f"its attention is neither causal nor a causal window: {kind}")
-    return rule
+    seen = _evaluate(mask_function, query, key)
+    for reach in [Reach()] if limit is None else [Reach(window=limit), Reach(chunk=limit)]:
+        if seen.equal(reach.sees(query, key)):
+            return reach
+    kind = "tokens attend to later ones" if _looks_ahead(mask_function) else "a mask of its own"
+    raise UndrivableError(f"its attention is neither causal nor a causal window or chunks: {kind}")
 
 
-def _window_of(mask_function: MaskFunction, positions: list[int]) -> int | None:
-    """How many tokens the last of `positions` attends to, itself included; None for all before it."""
-    last = positions[-1]
+def _limit_of(mask_function: MaskFunction, last: int) -> int | None:
+    """The first position that does not attend to the first token; None where all up to `last` do."""
 
-    def sees(at: int) -> bool:
-        return bool(_evaluate(mask_function, torch.tensor([last]), torch.tensor([at]))[0])
+    def sees_first(at: int) -> bool:
+        return bool(_evaluate(mask_function, torch.tensor([at]), torch.tensor([0]))[0])
 
-    if sees(0) or not sees(last):
+    if sees_first(last) or not sees_first(0):
         return None
-    hidden, seen = 0, last
-    while seen - hidden > 1:
-        middle = (hidden + seen) // 2
-        hidden, seen = (hidden, middle) if sees(middle) else (middle, seen)
-    return last - seen + 1
+    seeing, blind = 0, last
+    while blind - seeing > 1:
+        middle = (seeing + blind) // 2
+        seeing, blind = (middle, blind) if sees_first(middle) else (seeing, middle)
+    return blind
 
 
 def _evaluate(mask_function: MaskFunction, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The function at pairs of positions: bool of the shape of `query` and `key`."""
     zero = torch.zeros((), dtype=torch.long)
     try:
-        found = torch.func.vmap(lambda at, of: torch.as_tensor(mask_function(zero, zero, at, of)))(query, key)
+        with _looked_up_anywhere(mask_function):
+            found = torch.func.vmap(lambda at, of: torch.as_tensor(mask_function(zero, zero, at, of)))(query, key)
     except Exception as error:  # it looks up something of the text at these positions
         raise UndrivableError(f"its attention mask depends on more than positions ({named(error)})") from None
     return found.bool()
+
+
+@contextmanager
+def _looked_up_anywhere(mask_function: MaskFunction) -> Iterator[None]:
+    """Inside, what a mask function looks up by position reaches as far as the grid, where all of it is the same.
+
+    So are groups of images in a text that has none.
+    """
+    with ExitStack() as stack:
+        for cell in _cells(mask_function):
+            value = cell.cell_contents
+            if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] > 1:
+                first = value[:, :1]
+                if value.equal(first.expand_as(value)):
+                    stack.callback(setattr, cell, "cell_contents", value)
+                    cell.cell_contents = first.expand(-1, _MOST)
+        yield
+
+
+def _cells(function: Any) -> Iterator[Any]:
+    """Of a function and those that it calls: what they keep."""
+    for cell in getattr(function, "__closure__", None) or ():
+        yield cell
+        kept = cell.cell_contents
+        for inner in kept if isinstance(kept, tuple | list) else (kept,):
+            if callable(inner):
+                yield from _cells(inner)
 
 
 def _looks_ahead(mask_function: MaskFunction) -> bool:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.batch.reach import Reach
+
 
 @dataclass(frozen=True)
 class AttentionRule:
     """How a layer turns queries and keys into attention weights."""
 
     scaling: float
-    window: int | None
-    """Tokens that a token attends to at most, itself included; None for all before it."""
+    reach: Reach
+    """Which tokens a token attends to."""
     softcap: float | None
     """Gemma-2's cap of the scores."""
     sinks: torch.Tensor | None
@@ -25,8 +27,8 @@ class AttentionRule:
         return self.softcap is None and self.sinks is None
 
     def is_stock_within(self, length: int) -> bool:
-        """The same for contexts of at most `length` tokens, of which no window may cut anything off."""
-        return self.is_stock and (self.window is None or length <= self.window)
+        """The same for contexts of at most `length` tokens, of which nothing may be cut off."""
+        return self.is_stock and self.reach.is_whole_within(length)
 
     def weights(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """float32 scores `[…, heads, rows, keys]` (unscaled) and what to add to them -> float32 weights."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from engine.batch.context_group import ContextGroup
 from engine.batch.decode_group import DecodeGroup
 from engine.kernels.invariant.mode import plain_arithmetic
 from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.blockwise import decode_in_blocks
+from engine.model.attention.context_flash import attend, attend_contexts
 from engine.model.attention.flash import has_kernels
-from engine.model.attention.rule import AttentionRule
 
 
 class WholeFlash(AttentionBackend):
@@ -25,12 +24,12 @@ class WholeFlash(AttentionBackend):
         """Where the card has kernels for these heads, plain softmax, no window; whatever the micro-batch's contexts."""
         query, value, rule = asked.query, asked.value, asked.rule
         has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
-        return asked.is_batch_invariant and has_them and rule.is_stock and rule.window is None
+        return asked.is_batch_invariant and has_them and rule.is_stock and rule.reach.is_whole
 
     def prefill(self, asked: Attending) -> torch.Tensor:
         """Group by group, each row against the context of its span."""
         with plain_arithmetic():
-            parts = [_prefill(asked, group) for group in asked.batch.context_groups]
+            parts = [attend_contexts(asked, group)[0] for group in asked.batch.context_groups(None)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode(self, asked: Attending) -> torch.Tensor:
@@ -45,24 +44,13 @@ class WholeFlash(AttentionBackend):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _prefill(asked: Attending, group: ContextGroup) -> torch.Tensor:
-    rows = slice(group.first, group.end)
-    key, value = asked.key[rows], asked.value[rows]
-    if group.index is not None:
-        prefix_key, prefix_value = (x.transpose(0, 1) for x in asked.cache.fork(asked.layer, group.chain))
-        key = torch.cat((prefix_key, key)).index_select(0, group.index)
-        value = torch.cat((prefix_value, value)).index_select(0, group.index)
-    borders = group.row_borders, group.context_borders
-    return _attend(asked.query[rows], key, value, borders, (group.longest, group.longest_context), asked.rule)
-
-
 def _decode(asked: Attending, group: DecodeGroup) -> list[torch.Tensor]:
     rows = slice(group.first, group.end)
     query = asked.query[rows]
     if not group.chain:
         table = asked.cache.own_flat(asked.layer, group, asked.key[rows], asked.value[rows])
         where, most = (group.row_borders, group.own_borders), (group.steps, group.length)
-        return [_attend(query, *table, where, most, asked.rule, group.own_lengths)]
+        return [attend(query, *table, where, most, asked.rule, group.own_lengths)[0]]
     prefix = [x[None] for x in asked.cache.fork(asked.layer, group.chain)]  # [1, kv heads, prefix, dim]
     start = prefix[0].shape[2]
     own = asked.cache.own(asked.layer, group, asked.key[rows], asked.value[rows])  # [sequences, kv heads, length, dim]
@@ -79,36 +67,5 @@ def _decode(asked: Attending, group: DecodeGroup) -> list[torch.Tensor]:
         sizes = group.steps, start + group.length
         given = query[first * group.steps : (first + len(lengths)) * group.steps]
         both = borders * group.steps, borders * sizes[1]
-        results.append(_attend(given, key, value, both, sizes, asked.rule, lengths))
+        results.append(attend(given, key, value, both, sizes, asked.rule, lengths)[0])
     return results
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    borders: tuple[torch.Tensor, torch.Tensor],
-    longest: tuple[int, int],
-    rule: AttentionRule,
-    lengths: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Rows `[rows, heads, dim]` of several spans, the last of each span's context: `[rows, heads, dim]`.
-
-    The number of rows that a span has at most is told as two where it is one: for single rows there is another kernel,
-    which splits contexts.
-    """
-    result = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        *borders,
-        max(longest[0], 2),
-        longest[1],
-        0.0,
-        True,
-        False,
-        scale=rule.scaling,
-        seqused_k=lengths,
-    )
-    output: torch.Tensor = result[0]
-    return output

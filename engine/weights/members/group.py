@@ -44,7 +44,7 @@ class Group:
         self._member = member
         self.count = member.count
         """How many there are."""
-        os.environ["NCCL_NVLS_ENABLE"] = "0"  # multicast over NVLink: a driver that lacks it ends the process
+        os.environ.update(accelerator.GATHERING)
         on_cuda = device.type == "cuda"
         try:
             with accelerator.on_device(device) if on_cuda else nullcontext():

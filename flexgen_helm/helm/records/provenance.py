@@ -109,10 +109,10 @@ def read_provenance(folder: Path) -> Provenance:
 def _entries(deployment: ModelDeployment) -> dict[str, Any]:
     model = get_model_metadata(deployment.model_name or deployment.name)
     tokenizer = get_tokenizer_config(deployment.tokenizer_name or model.name)
-    return {"model": _plain(model), "tokenizer": _plain(tokenizer), "deployment": _plain(deployment)}
+    return {"model": plain(model), "tokenizer": plain(tokenizer), "deployment": plain(deployment)}
 
 
-def _plain(entry: Any) -> dict[str, Any]:
+def plain(entry: Any) -> dict[str, Any]:
     """A dataclass of HELM's as its YAML has it, what is unset left out; dates as text."""
     mapping = {} if entry is None else dataclasses.asdict(entry)
     mapping.pop("deployment_names", None)  # those of this process

@@ -91,6 +91,7 @@ def _completion(
         "tokens": kept["tokens"][first:],
         "logprobs": kept["logprobs"][first:],
         "thinking": reading.thinking,
+        "thinking_tokens": first,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,8 @@ class RandomCodes:
         self._floats = floats.to(torch.float8_e4m3fn).view(torch.uint8)
         self._factors = torch.rand(_BLOCK_BYTES // 16, generator=random).mul_(0.8).add_(0.6)
         """Around 1."""
+        self._made: dict[Any, torch.Tensor] = {}
+        """Parts that were put in place: all layers have the same."""
 
     def part(self, name: str, forms: Mapping[str, PartForm], shape: torch.Size, size: float) -> torch.Tensor:
         """The part `name` of a matrix `shape` with these parts, whose numbers have the root mean square `size`.
@@ -60,8 +62,10 @@ class RandomCodes:
         for source, part in whole.parts.items():
             form = matrix.parts[part.name]
             of_all = PartForm(form.dtype, torch.Size((part.count, *form.shape)))
-            values = self.part(part.name, {**matrix.parts, part.name: of_all}, shape, matrix.columns**-0.5)
-            store.put_packed(name, source, values)
+            kind = part.name, shape, of_all
+            if kind not in self._made:
+                self._made[kind] = self.part(part.name, {**matrix.parts, part.name: of_all}, shape, shape[1] ** -0.5)
+            store.put_packed(name, source, self._made[kind])
 
 
 def _is_eight_bits(codes: PartForm, shape: torch.Size) -> bool:

@@ -380,11 +380,6 @@ UNFIT: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "vit": (AutoModel, {"intermediate_size": 32, "image_size": 32}, ["ViTModel", "no causal language model"]),
     "mamba": (AutoModelForCausalLM, {"state_size": 4}, ["mamba", "state-space"]),
     "rwkv": (AutoModelForCausalLM, {}, ["rwkv"]),
-    "llama4_text": (
-        AutoModelForCausalLM,
-        {"intermediate_size": 32, "intermediate_size_mlp": 32, "num_local_experts": 2, "num_key_value_heads": 2},
-        ["llama4", "chunks"],
-    ),
 }
 
 

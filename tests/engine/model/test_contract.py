@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from engine import Engine, Job
+from engine.batch.reach import Reach
 from engine.errors import UnsupportedError
 from engine.model.attention import interface
 from engine.model.attention.dense import Dense
-from engine.model.attention.mask import MaskRule, rule_of
+from engine.model.attention.mask import reach_of
 from engine.model.attention.rule import products
 from engine.model.causal_model import CausalModel
 from engine.model.undrivable import UndrivableError
@@ -30,19 +31,24 @@ class TestMasks:
     """transformers' own mask functions are what they are called."""
 
     def test_causal(self) -> None:
-        assert rule_of(masking_utils.causal_mask_function) == MaskRule(None)
+        assert reach_of(masking_utils.causal_mask_function) == Reach()
 
     @settings(deadline=None, max_examples=25)
     @given(window=st.integers(1, 140_000))
     def test_windows_of_any_size(self, window: int) -> None:
-        assert rule_of(masking_utils.sliding_window_causal_mask_function(window)) == MaskRule(window)
+        assert reach_of(masking_utils.sliding_window_causal_mask_function(window)) == Reach(window)
+
+    @settings(deadline=None, max_examples=25)
+    @given(chunk=st.integers(2, 140_000))
+    def test_chunks_of_any_size(self, chunk: int) -> None:
+        function = masking_utils.chunked_causal_mask_function(chunk, torch.zeros(1, dtype=torch.long))
+        assert reach_of(function) == Reach(chunk=chunk)
 
     @pytest.mark.parametrize(
         ("function", "why"),
         [
             (masking_utils.bidirectional_mask_function, "attend to later ones"),
             (masking_utils.sliding_window_bidirectional_mask_function(8), "attend to later ones"),
-            (masking_utils.chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long)), "a mask of its own"),
             (
                 masking_utils.or_masks(
                     masking_utils.causal_mask_function,
@@ -56,7 +62,7 @@ class TestMasks:
     )
     def test_others_are_refused(self, function: Any, why: str) -> None:
         with pytest.raises(UndrivableError, match=why):
-            rule_of(function)
+            reach_of(function)
 
 
 def opened(tmp_path: Path, family: str, **changes: Any) -> CausalModel:
@@ -73,7 +79,7 @@ def opened(tmp_path: Path, family: str, **changes: Any) -> CausalModel:
     ],
 )
 def test_layers_follow_the_masks_they_get(family: str, windows: list[int | None], tmp_path: Path) -> None:
-    assert list(opened(tmp_path, family).sweeping.windows.values()) == windows
+    assert [reach.window for reach in opened(tmp_path, family).sweeping.reaches.values()] == windows
 
 
 def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from engine import Engine
 from engine.batch.prefix_group import prefix_groups
-from engine.model.attention import flash, interface
+from engine.model.attention import context_flash, flash, interface
 from engine.schedule.sequence import Prefix
 
 
@@ -29,6 +29,7 @@ class Kernel:
     def __init__(self) -> None:
         self.parts: list[int] = []
         """Of each call over prefixes, how many there were."""
+        self.windows: set[int | None] = set()
 
     def __call__(
         self,
@@ -45,8 +46,12 @@ class Kernel:
         *,
         scale: float,
         seqused_k: Tensor | None = None,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert (dropout, is_debug) == (0.0, False)
+        assert window_size_right in (None, 0)
+        self.windows.add(window_size_left)
         if query_borders is None or key_borders is None:
             self.parts.append(len(query))
             made = [_attended(*each, is_causal, scale) for each in zip(query, key, value, strict=True)]
@@ -60,26 +65,34 @@ class Kernel:
         assert longest >= max(b - a for a, b in rows)
         assert longest_key >= max(b - a for a, b in zip(firsts, ends, strict=False))
         parts = [
-            _attended(query[a:b], key[first:end], value[first:end], is_causal, scale)
+            _attended(query[a:b], key[first:end], value[first:end], is_causal, scale, window_size_left)
             for (a, b), first, end in zip(rows, firsts, ends, strict=False)
         ]
         assert rows[-1][1] == len(query)
         return torch.cat([output for output, _ in parts]), torch.cat([sums for _, sums in parts], dim=1)
 
 
-def _attended(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """`[rows, heads, dim]`, and log-sum-exps `[heads, rows]`; a causal mask is aligned with the last key."""
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, left: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`[rows, heads, dim]`, and log-sum-exps `[heads, rows]`; causal mask and window are aligned with the last key."""
     copies = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     if is_causal:
         hidden = torch.ones(len(query), len(key), dtype=torch.bool).triu(len(key) - len(query) + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
+    if left is not None:
+        hidden = torch.ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query) - left - 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value), scores.logsumexp(-1)
 
 
-@pytest.mark.parametrize("policy", ["device", "thirds", "small"])
+@pytest.mark.parametrize(
+    ("family", "policy"), [("llama", "device"), ("llama", "thirds"), ("llama", "small"), ("gpt-oss", "small")]
+)
 def test_equals_transformers(
+    family: str,
     policy: str,
     build: Callable[[str], Path],
     reference: Callable[[str], PreTrainedModel],
@@ -88,15 +101,17 @@ def test_equals_transformers(
 ) -> None:
     kernel = Kernel()
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
-    monkeypatch.setattr(flash, "has_kernels", lambda device, dtype, key_dim, value_dim: True)
-    monkeypatch.setattr(interface, "BACKENDS", (flash.Flash(),))
+    for module in (flash, context_flash):
+        monkeypatch.setattr(module, "has_kernels", lambda device, dtype, key_dim, value_dim: True)
+    monkeypatch.setattr(interface, "BACKENDS", (flash.Flash(), context_flash.ContextFlash()))
     settings: dict[str, Any] = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path)}
-    with Engine.from_pretrained(str(build("llama")), policy=settings) as engine:
+    with Engine.from_pretrained(str(build(family)), policy=settings) as engine:
         done = engine.run(JOBS)
-    found, largest = parity.differences(parity.expect(reference("llama")), done)
+    found, largest = parity.differences(parity.expect(reference(family)), done)
     assert not found
     assert largest < parity.TOLERANCE
-    assert max(kernel.parts) > 1  # several prefixes in one call
+    assert max(kernel.parts) > 1  # several prefixes, or contexts, in one call
+    assert kernel.windows == ({None, 7} if family == "gpt-oss" else {None})
 
 
 def prefix(tokens: int, parent: Prefix | None = None) -> Prefix:

@@ -14,9 +14,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.kernels.norms import RMSNorm, Scaling
-from engine.model import norms
 from engine.model.causal_model import CausalModel
-from engine.model.norms import norm_of
+from engine.model.fused import norms
+from engine.model.fused.norms import norm_of
 from engine.model.stock import StockForward
 
 DTYPE = torch.bfloat16

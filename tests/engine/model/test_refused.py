@@ -11,7 +11,6 @@ import models
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine
 from engine.checkpoint.description import describe
@@ -27,7 +26,6 @@ NOT_CAUSAL: dict[str, tuple[str, str]] = {
     "bart": ("BartForConditionalGeneration", "encoder-decoder"),
     "bert": ("BertForMaskedLM", "not a causal language model"),
     "roberta": ("RobertaForMaskedLM", "not a causal language model"),
-    "llama4": ("Llama4ForConditionalGeneration", "not a causal language model"),  # with its image encoder
 }
 """Model type -> class in its config.json, and why it is refused."""
 
@@ -77,40 +75,6 @@ def test_what_is_not_decoder_only_is_refused(model_type: str, tmp_path: Path) ->
         describe(str(directory))
 
 
-@pytest.mark.parametrize(("model_type", "name"), [("emu3", "Emu3"), ("mllama", "Mllama")])
-def test_the_text_part_of_another_model_is_refused_as_that(model_type: str, name: str, tmp_path: Path) -> None:
-    """`AutoModelForCausalLM` cannot load what `save_pretrained` of these classes writes."""
-    told = {"model_type": f"{model_type}_text_model", "architectures": [f"{name}ForCausalLM"], "hidden_size": 64}
-    (tmp_path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(ValueError, match="Unrecognized configuration class"):
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    with pytest.raises(UnsupportedError) as caught:
-        describe(str(tmp_path))
-    assert f"{name}ForCausalLM in {tmp_path} is the text part of '{model_type}'" in str(caught.value)
-
-
-def test_layers_that_share_keys_are_refused_as_that(tmp_path: Path) -> None:
-    """As Gemma 4 E2B and E4B have them."""
-    kinds = ["sliding_attention", "full_attention"] * 3
-    changes = {
-        "layer_types": kinds,
-        "num_hidden_layers": 6,
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 500,
-    }
-    directory = directory_of(tmp_path / "model", "gemma4_text", "Gemma4ForCausalLM", changes)
-    message = refusal(directory, tmp_path / "offload")
-    assert "Gemma4ForCausalLM (gemma4_text) cannot be run here: its last 2 layers attend to the keys" in message
-
-
-def test_attention_within_chunks_is_refused(tmp_path: Path) -> None:
-    directory = directory_of(tmp_path / "model", "llama4_text", "Llama4ForCausalLM", {})
-    message = refusal(directory, tmp_path / "offload")
-    for part in ("llama4_text", str(directory), "chunks", "not supported"):
-        assert part in message
-
-
 def test_a_model_that_keeps_an_index_of_its_keys_is_refused(tmp_path: Path) -> None:
     directory = directory_of(tmp_path / "model", "deepseek_v32", "DeepseekV32ForCausalLM", {})
     message = refusal(directory, tmp_path / "offload")
@@ -121,4 +85,4 @@ def test_a_model_that_keeps_an_index_of_its_keys_is_refused(tmp_path: Path) -> N
 def test_the_document_lists_what_is_refused() -> None:
     table = DOCUMENT.read_text(encoding="utf-8").split("## Refused")[1]
     listed = {name for line in table.splitlines() if line.startswith("| `") for name in re.findall("`(.+?)`", line)}
-    assert listed >= {*STATE, *NOT_CAUSAL, "llama4_text", "deepseek_v32"}
+    assert listed >= {*STATE, *NOT_CAUSAL, "deepseek_v32"}

@@ -17,6 +17,7 @@ from engine.job import Sampling
 from engine.planning.host_limits import own_memory
 
 model, scored, temperature, count = sys.argv[1], sys.argv[2] == "scored", float(sys.argv[3]), int(sys.argv[4])
+length = int(sys.argv[5])
 peak, done = [0], threading.Event()
 
 def watch():
@@ -26,7 +27,7 @@ def watch():
 random = random.Random(0)
 jobs = [
     Job(
-        prompt=[random.randrange(3, 60000) for _ in range(300)],
+        prompt=[random.randrange(3, 60000) for _ in range(length)],
         max_new_tokens=2,
         prompt_logprobs=scored,
         sampling=Sampling(temperature=temperature),
@@ -54,7 +55,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("kind", "temperature", "count"), [("scored", 0.0, 4), ("plain", 1.0, 40)])
 def test_a_run_on_the_cpu_keeps_within_its_limit(model: Path, kind: str, temperature: float, count: int) -> None:
     """Scored: logits of all rows take 0.3 GB, each time they are held. Sampled: so do all jobs' keys and values."""
-    command = [sys.executable, "-c", _RUN, str(model), kind, str(temperature), str(count)]
+    check(model, kind, temperature, count, 300)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_on_the_cpu_keeps_within_its_limit(tmp_path: Path) -> None:
+    """At once, its rows would take 3 GB in the only layer."""
+    model = save_model(
+        tmp_path, "llama", vocab_size=60000, intermediate_size=1 << 15, num_hidden_layers=1,
+        max_position_embeddings=1 << 14,
+    )  # fmt: skip
+    check(model, "plain", 0.0, 1, 8000)
+
+
+def check(model: Path, kind: str, temperature: float, count: int, length: int) -> None:
+    command = [sys.executable, "-c", _RUN, str(model), kind, str(temperature), str(count), str(length)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     limit, peak, errors = json.loads(made.stdout)

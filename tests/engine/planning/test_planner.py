@@ -290,6 +290,18 @@ def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
     assert from_disk.admission is None
 
 
+def test_a_longer_prompt_than_memory_is_kept_for_is_computed_in_pieces() -> None:
+    """Of 30 % of what weights leave: as many rows as have room, on the CPU up to 4096 of a single prompt."""
+    card = make_plan(OPT_30B, Policy(), T4, on_cpu=False).limits
+    assert card.rows_per_piece == card.rows_per_batch
+    layer = replace(OPT_30B, unit_bytes=(GB,), work_row_bytes=10**6, outer_bytes=0)
+    rows = []
+    for left in (1, 4, 20):
+        memory = Memory(device=(1 + left) * GB, host=(1 + left) * GB, disk=0, shared=True)
+        rows.append(make_plan(layer, Policy(), memory, on_cpu=True).limits.rows_per_piece)
+    assert rows == [300, 1200, 4096]
+
+
 def test_what_attention_gathers_is_reckoned_with_its_copies() -> None:
     """By hand: four staging buffers, numbers for what is encoded, and what is collected where it is not in place."""
     row, coded = OPT_30B.cache_layer_row_bytes, 8064
@@ -492,3 +504,29 @@ def test_states_are_counted_and_a_policy_that_holds_none_is_refused_with_numbers
         CapacityError, match=r"states of one sequence and a token's .* take 300\.0 GB, .*host 1[0-9.]+ GB"
     ):
         make_plan(little, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+
+
+def test_a_greedy_plan_lets_rows_wait_before_weights_stay() -> None:
+    """The sizes of GPT-OSS-120B."""
+    row, experts = 2880, 4
+    packed = ModelShape(
+        unit_bytes=(1_750_000_000,) * 36 + (1_160_000_000,),
+        embedding_bytes=1_160_000_000,
+        outer_bytes=6000,
+        cache_row_bytes=36 * 2048,
+        cache_layer_row_bytes=2048,
+        hidden_row_bytes=2 * row,
+        work_row_bytes=163_000,
+        cpu_work_row_bytes=279_000,
+        stored_part=0.27,
+        expanded_bytes=9_640_000_000,
+        least_expanded_bytes=482_000_000,
+        apart_bytes=1_160_000_000,
+        waiting_row_bytes=2 * (5 * row + experts * 2 * row),
+    )
+    plan = make_plan(packed, Policy(), Memory(device=16 * GB, host=200 * GB, disk=0), on_cpu=False)
+    assert not plan.expands_whole
+    assert plan.limits.waiting_rows >= 32768
+    assert plan.limits.rows_per_sweep >= 104_000  # ten runs of 100 requests of 100 tokens behind 400
+    assert plan.activations.gpu == 100
+    assert 0 < plan.weights.gpu < 11  # what 6 % of the memory, kept for keys and values alone, would allow

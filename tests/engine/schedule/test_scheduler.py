@@ -97,7 +97,7 @@ class Runner:
         total = sum(segment.num_rows for segment in segments)
         if not limits.rectangular:
             total = sum(segment.num_rows + segment.num_pad for segment in segments)
-        assert total <= limits.rows_per_sweep or len(running) == 1
+        assert total <= limits.rows_per_sweep or len(segments) == 1
         seen: set[int] = set()
         for batch in batches:
             check_batch(batch, limits)
@@ -222,6 +222,7 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
             "sequences_per_batch": st.integers(1, 5),
             "batches": st.integers(1, 4),
             "rows_per_batch": st.sampled_from([16, 64, 256]),
+            "rows_per_piece": st.sampled_from([None, 4, 16, 64]),
             "cached_rows_per_batch": st.sampled_from([1, 40, 10**6]),
             "gap_rows": st.sampled_from([0, 5]),
             "rows_per_sweep": st.sampled_from([1, 60, 10**6]),
@@ -261,7 +262,7 @@ def test_everybody_is_served_within_the_limits(
             leaving = [sequence for sequence in everybody if id(sequence) not in gone and rng.random() < 0.3]
             runner.scheduler.drop(leaving)
             dropped += leaving
-    runner.run(sum(1 + sequence.job.max_new_tokens for sequence in everybody))
+    runner.run(sum(len(each.job.prompt) + 1 + each.job.max_new_tokens for each in everybody))
     ended = [*runner.done, *runner.failed, *dropped]
     assert sorted(map(id, ended)) == sorted(map(id, everybody))
     for sequence in everybody:

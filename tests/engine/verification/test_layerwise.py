@@ -18,6 +18,7 @@ from parity import JOBS, OUTER, POLICIES
 from transformers import PreTrainedModel
 
 from engine import Completion, Engine, Job, Sampling
+from engine.batch.reach import Reach
 from engine.cache.key_value import KVCache
 from engine.errors import EngineError, JobError, NumericsError
 from engine.logit_rules import LogitRules
@@ -257,8 +258,8 @@ def test_wrong_scores_are_found_in_sixteen_bits(
 def test_a_mask_that_is_wrong(window: int | None, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3's layer 1 sees everything, its neighbours eight tokens; Mistral's layers see eight."""
     family = "mistral" if window is None else "gemma3"
-    faulty(monkeypatch, "prefill", lambda asked: replace(asked, rule=replace(asked.rule, window=window)))
-    faulty(monkeypatch, "decode", lambda asked: replace(asked, rule=replace(asked.rule, window=window)))
+    faulty(monkeypatch, "prefill", lambda asked: replace(asked, rule=replace(asked.rule, reach=Reach(window))))
+    faulty(monkeypatch, "decode", lambda asked: replace(asked, rule=replace(asked.rule, reach=Reach(window))))
     assert at_fault(compared(build(family), DECODING)[1]) == ["layer 1"]
 
 

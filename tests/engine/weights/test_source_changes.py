@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from engine import Engine, Job
 from engine.errors import CheckpointError
+from engine.model.causal_model import CausalModel
 from engine.weights.store import WeightStore
+from engine.weights.unit_values import UnitValues
 
 Build = Callable[[str], Path]
 JOB = Job(prompt=[*range(10, 40)], max_new_tokens=3, prompt_logprobs=True)
@@ -172,3 +175,14 @@ def test_another_model_s_damaged_manifest_does_not_matter(
     with Engine.from_pretrained(str(model), policy={"device": "cpu", "compress-weight": 4}) as engine:
         [done] = engine.run([JOB])
     assert done.error is None
+
+
+def test_a_checkpoint_that_is_refused_is_not_held_open(model: Path) -> None:
+    opened = CausalModel(model, torch.float32, torch.device("cpu"))
+    state = load_file(model / WEIGHTS)
+    del state["model.norm.weight"]
+    save_file(state, model / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks? 1 of"):
+        UnitValues(model, opened)
+    held = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    assert [name for name in held if name.startswith(str(model))] == []

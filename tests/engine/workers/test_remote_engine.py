@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineError, Job, Policy, Sampling
+from engine.checkpoint.description import describe
 from engine.errors import CheckpointError, JobError
 from engine.workers import process
 from engine.workers.remote_engine import RemoteEngine
@@ -162,6 +166,23 @@ def test_what_opening_refuses_is_raised_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         RemoteEngine(str(tmp_path), ON_CPU)
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_a_process_that_waits_checks_models_before_it_opens_one(model: str, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "hidden_act": "none such"}))
+    with pytest.raises(EngineError) as opened:
+        Engine.from_pretrained(str(broken), ON_CPU)
+    waiting = process.WorkerProcess()
+    with pytest.raises(type(opened.value), match=re.escape(str(opened.value))):
+        waiting.check(describe(str(broken)), ON_CPU)
+    waiting.check(describe(model), ON_CPU)
+    with RemoteEngine(model, ON_CPU, waiting=[waiting]) as engine:
+        assert engine.run([Job(prompt=[6], max_new_tokens=1)])[0].error is None
+    with pytest.raises(EngineError, match="the engine's process ended"):
+        waiting.check(describe(model), ON_CPU)
 
 
 @pytest.mark.usefixtures("warm_processes")

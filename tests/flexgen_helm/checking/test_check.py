@@ -283,7 +283,7 @@ def test_layers_that_shrinking_leaves_out_are_told() -> None:
     ("config", "reason"),
     [
         ({**SMALL, "model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}, "RwkvForCausalLM (rwkv)"),
-        ({**SMALL, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}, "chunks"),
+        ({"n_embd": 64, "n_head": 4, "n_layer": 2, "model_type": "openai-gpt"}, "no keys and values"),
         ({"model_type": "t5", "architectures": ["T5Model"], "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "kimi_k3", "architectures": ["KimiForCausalLM"]}, "no causal language model that this"),
     ],

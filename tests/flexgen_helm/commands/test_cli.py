@@ -671,6 +671,32 @@ def test_a_damaged_run_is_run_again_where_completed_ones_are_skipped(cli: Cli, t
     assert json.loads(stats.read_text())
 
 
+def test_a_run_of_other_settings_is_run_again_where_completed_ones_are_skipped(
+    cli: Cli, tiny_chat: Path, fake_engines: list[FakeEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    """HELM's name of the run is the same each time; where a policy places things changes no result."""
+    longer = f"{ENTRY},increase_max_tokens=2"
+    commands: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+        (ENTRY, (1,), ""),
+        (ENTRY, (1, "--gpu-batch-size", 7), ""),
+        (ENTRY, (2,), "max_eval_instances (1 then, 2 now)"),
+        (longer, (2,), "max_tokens (20 then, 22 now)"),
+        (longer, (2, "--apply-chat-template", "no"), "apply_chat_template (unset then, False now)"),
+        (longer, (2, "--max-sequence-length", 300), "max_sequence_length ("),
+        (longer, (2, "--compress-weight", 8), "compress-weight (unset then, 8 now)"),
+        (longer, (2, "--compress-weight", 8), ""),
+    )
+    common = ("run", "--model", tiny_chat, "--skip-completed-runs", "--disable-cache")
+    for number, (entry, more, told) in enumerate(commands):
+        before = sum(len(engine.calls) for engine in fake_engines)
+        assert cli(*common, "-r", entry, "-m", *more) == 0
+        calls = sum(len(engine.calls) for engine in fake_engines) - before
+        assert calls == (number == 0 or told != "")
+        assert told in caplog.text
+        caplog.clear()
+    assert len(list(Path("benchmark_output/runs/default").glob("*/stats.json"))) == 1
+
+
 def test_a_run_with_failed_requests_is_run_again_where_completed_ones_are_skipped(
     cli: Cli, tiny_llama: Path, fake_engines: list[FakeEngine]
 ) -> None:

@@ -26,6 +26,10 @@ def states(suite: str) -> list[Any]:
     return list(json.loads(file.read_text())["request_states"])
 
 
+def told_by(suite: str, name: str) -> Any:
+    return json.loads(Path("benchmark_output/runs", suite, name).read_text())
+
+
 def args_of(local_path: str) -> dict[str, Any]:
     (found,) = yaml.safe_load(Path(local_path, "model_deployments.yaml").read_text())["model_deployments"]
     return dict(found["client_spec"]["args"])
@@ -69,9 +73,14 @@ def test_a_budget_and_more_room_give_answers(cli: Cli, thinker: Path, capfd: pyt
         (output,) = state["result"]["completions"]
         assert state["request"]["max_tokens"] == 50
         assert (output["thinking"]["text"], output["text"]) == by_hand(thinker, state["request"]["prompt"], 4, 50)
+    report, record = (told_by("long", name) for name in ("report.json", "flexgen_sweep.json"))
+    tokens = [len(state["result"]["completions"][0]["tokens"]) for state in states("long")]
+    assert report["runs"][0]["answers"]["lengths"]["tokens"] == sum(tokens)
+    assert report["runs"][0]["thinking"]["tokens"] + sum(tokens) == record["runs"][0]["new_tokens"]
     assert cli("sweep", "-r", ENTRY, *model, "--suite", "record") == 0
-    (run,) = json.loads(Path("benchmark_output/runs/record/flexgen_sweep.json").read_text())["runs"]
+    (run,) = told_by("record", "flexgen_sweep.json")["runs"]
     assert run["cut_off"] == 2
+    assert (run["thinking"]["texts"], run["thinking"]["median"], run["thinking"]["tokens"]) == (2, 20, 40)
     assert "2 answers were cut off" in capfd.readouterr().out
 
 

@@ -194,3 +194,4 @@ def test_the_engine_is_loaded_with_it_and_the_end_is_compared(
     assert "1 requests took" in lines[1]
     assert "at least 0.5 s" in lines[1]
     assert served.policy == Policy()
+    served.forget()  # its weight files are open

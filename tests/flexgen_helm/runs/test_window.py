@@ -110,5 +110,7 @@ def test_padding_beyond_the_window_is_refused_before_anything_is_prepared(tiny_l
     with pytest.raises(ConfigError, match="pad-to-seq-len 100000 is more than the model's window of 512"):
         entries_for(str(tiny_llama), policy={"pad-to-seq-len": 100_000})
     register_in_process(entries_for(str(tiny_llama), name="pad/ded"))
+    refused = Models(policy={"pad-to-seq-len": 513})
+    refused.target("pad/ded")
     with pytest.raises(ConfigError, match="pad-to-seq-len 513 is more than the model's window of 512"):
-        Models(policy={"pad-to-seq-len": 513}).target("pad/ded")
+        raise next(refused.problems())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +20,17 @@ from helm.benchmark.annotation.model_as_judge import AnnotatorModelInfo
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig
 from helm.common.codec import from_json
 from judges import CHAT_TEMPLATE, CUT_OFF, UNREADABLE, Asked, JudgeEngine, mean, verdict_on
+from leaderboard_data import NUM_EXAMPLES
 from stats import read
 from sweeping import SUITE_FILES, differences
+from tables import summarized
 from tiny_models import random_llama, save_tiny_model
 
 from engine import Completion, EngineError
 from engine.errors import NumericsError
 from flexgen_helm.helm.engines import engines
+from flexgen_helm.helm.scores import choose
+from flexgen_helm.summarizer import JudgedSummarizer
 from flexgen_helm.sweeps.record import SweepRecord, read_record
 
 Cli = Callable[..., int]
@@ -195,6 +200,7 @@ def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
     assert len(model.calls) == len(judge.calls) == 1, "all that is asked rides together"
     recorded = {run.name: run for run in record_of("judged").runs}
     unreadable = 0
+    means, shares = [], []
     for entry, (metric, score_of) in ENTRIES.items():
         run = run_of("judged", entry)
         assert run.name.endswith(f",judge={NAME}")
@@ -206,6 +212,8 @@ def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
         expected = mean([score for score in scores if score is not None])
         assert told["mean"] == pytest.approx(expected)
         assert num_instances_with(run, metric) == sum(is_read)
+        means.append(expected)
+        shares.append(sum(is_read) / len(scores))
         share = stat(run, f"judge_{NAME}_verdict_read")
         assert share["mean"] == pytest.approx(sum(is_read) / len(scores))
         assert num_instances_with(run, f"judge_{NAME}_verdict_read") == len(scores)
@@ -232,6 +240,32 @@ def test_scores_are_those_of_helms_annotators_by_the_verdicts_that_can_be_read(
     assert (found.deployment, found.computed) == ("flexgen/tiny-judge", len(judge.asked))
     assert [each.deployment for each in record_of("judged").models] == ["flexgen/tiny-model"]
 
+    cells = summarized(suite("judged"), "capabilities", "core_scenarios").cells
+    assert [cells["WildBench - WB Score"], cells["Omni-MATH - Acc"]] == pytest.approx(means[:2])
+    assert cells["Mean score"] == pytest.approx(mean(means[:2]))
+    assert summarized(suite("judged"), "safety", "harm_bench").cells["LM Evaluated Safety score"] == means[2]
+    told = summarized(suite("judged"), "safety", "harm_bench", JudgedSummarizer)
+    assert told.cells[f"LM Evaluated Safety score by {NAME}"] == means[2]
+    assert told.cells["Verdicts read"] == pytest.approx(shares[2])
+    assert told.cells["# eval"] == NUM_EXAMPLES
+    assert not any("GPT" in words or "Llama" in words for words in (*told.cells, *told.descriptions.values()))
+
+
+def test_a_judged_run_without_a_readable_verdict_has_no_score() -> None:
+    """Omni-MATH has log-probabilities of its answers, too; they are not what it is for."""
+
+    def told(*names: str) -> list[dict[str, Any]]:
+        return [{"name": {"name": name, "split": "test"}, "count": 1, "sum": 3.0, "mean": 0.25} for name in names]
+
+    common, judged = ("num_instances", "bits_per_byte"), "judge_local_tiny_verdict_read"
+    for names, metric, value in (
+        ((*common, judged), "omni_math_accuracy", None),
+        ((*common, judged, "omni_math_accuracy"), "omni_math_accuracy", 0.25),
+        (common, "bits_per_byte", 0.25),
+    ):
+        found = choose(told(*names), "run", "model", "omni_math_accuracy", "test")
+        assert (found.metric, found.value) == (metric, value)
+
 
 def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
     cli: Cli, models: dict[str, Path], loaded: list[FakeEngine], capsys: pytest.CaptureFixture[str]
@@ -254,10 +288,19 @@ def test_runs_wait_for_a_judge_who_comes_later_and_nothing_is_answered_again(
     run = run_of("later", "harm_bench")  # the one that was held is gone
     assert run.name == f"{held.name},judge={NAME}"
     assert [state["result"]["completions"] for state in read(run, "scenario_state.json")["request_states"]] == answers
-    assert "unjudged" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "unjudged" not in out
+    told = stat(run_of("later", "xstest"), "safety_score")["mean"]  # HELM's scenario does not name its main metric
+    assert re.search(rf"^xstest:judge={NAME} .*safety_score +test +4 +{told:.3f}$", out, re.MULTILINE)
 
     assert cli(*judged, "--suite", "later", "--skip-completed-runs") == 0
     assert "0 done, 0 failed, 3 skipped" in capsys.readouterr().out
+    Path("placed.yaml").write_text("gpu-batch-size: 3")
+    assert cli(*judged, "--suite", "later", "--skip-completed-runs", "--judge-policy", "placed.yaml") == 0
+    assert "0 done, 0 failed, 3 skipped" in capsys.readouterr().out
+    Path("other.yaml").write_text("dtype: float32")
+    assert cli(*judged, "--suite", "later", "--skip-completed-runs", "--judge-policy", "other.yaml") == 0
+    assert "2 done, 0 failed, 1 skipped" in capsys.readouterr().out
     assert cli(*judged, "--suite", "at_once", "--local-path", "elsewhere") == 0
     assert differences(suite("later"), suite("at_once")) == []
 

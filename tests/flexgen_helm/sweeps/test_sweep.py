@@ -337,6 +337,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_runs_and_its_weights_are_not_re
     def refuse(*_: Any) -> Any:
         raise EngineError("no card is there")
 
+    engines.engines.close()  # an earlier test's would have been identified
     with monkeypatch.context() as patched:
         patched.setattr(engines.engines, "load", refuse)
         patched.setattr(engines, "weights_digest", None)

@@ -40,6 +40,9 @@ def test_a_line_tells_where_the_suite_is(tmp_path: Path) -> None:
     progress = SweepProgress(standing(), JsonLog(None), lambda: (20.0, 3000.0, 0.85), io.StringIO())
     assert progress.line() == ("runs 3/57, flexgen/m, requests 250/1000, 150 tokens/s, 85% of the limit, 1:00 left")
     before = SweepProgress(Standing(57), JsonLog(None), lambda: (0.0, 0.0, None), io.StringIO())
+    loading = Standing(57, doing="flexgen/m", is_loading=True)
+    for seconds, told in ((0.0, "runs 0/57, loading flexgen/m"), (1.0, "runs 0/57, flexgen/m")):
+        assert SweepProgress(loading, JsonLog(None), lambda s=seconds: (s, 0.0, None), io.StringIO()).line() == told
     assert before.line() == "runs 0/57, starting"
 
 
@@ -109,7 +112,8 @@ def answer(tokens: int = 10) -> Answer:
 
 def timing(**fields: Any) -> SweepTiming:
     sweep = {"begun": 100.0, "host_s": 0.5, "sweep_s": 4.0, "load_s": 0.0, "link_s": 0.25, "device": "cpu"}
-    return SweepTiming(**{**sweep, "prefill_rows": 30, "decode_rows": 10, "num_sequences": 3, **fields})
+    counts = {"prefill_rows": 30, "decode_rows": 10, "num_sequences": 3, "new_tokens": 8}
+    return SweepTiming(**{**sweep, **counts, **fields})
 
 
 def test_a_tally_adds_sweeps_up() -> None:

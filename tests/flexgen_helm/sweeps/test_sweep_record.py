@@ -161,12 +161,13 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
 @given(num_points=st.integers(0, 60), most=st.integers(1, 20))
 def test_a_thinned_timeline_keeps_its_sums(num_points: int, most: int) -> None:
     points = [
-        TimelinePoint(at=2.0 * n, seconds=2.0, prefill_rows=n, decode_rows=3, sequences=n % 7)
+        TimelinePoint(at=2.0 * n, seconds=2.0, prefill_rows=n, decode_rows=3, sequences=n % 7, new_tokens=n)
         for n in range(num_points)
     ]
     few = thinned(points, most)
     assert len(few) == min(most, num_points) or (num_points > most and most / 2 <= len(few) <= most)
     assert sum(point.seconds for point in few) == 2.0 * num_points
     assert sum(point.prefill_rows for point in few) == sum(range(num_points))
+    assert sum(point.new_tokens or 0 for point in few) == sum(range(num_points))
     assert max((point.sequences for point in few), default=0) == max((n % 7 for n in range(num_points)), default=0)
     assert all(one.at + one.seconds == other.at for one, other in itertools.pairwise(few))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
-from engine.errors import CapacityError
+from engine.checkpoint.description import ModelDescription
+from engine.errors import CapacityError, CheckpointError, UnsupportedError
 from engine.memory.tiers import Memory
 from engine.planning.devices import Device
 from engine.planning.sharing import ALONE, Sharing
@@ -25,6 +27,7 @@ class FakeProcess:
 
     def __init__(self) -> None:
         self.is_killed = False
+        self.may_answer = threading.Event()
 
     def look(self, policy: Policy) -> Seen:
         devices = tuple(Device(name=f"cuda:{number}", model="H200", num_bytes=140 * GB) for number in range(2))
@@ -38,8 +41,14 @@ class FakeProcess:
             raise memory
         return memory
 
+    def check(self, description: ModelDescription, policy: Policy) -> None:
+        self.may_answer.wait(60)
+        if description.model_type == "bad":
+            raise UnsupportedError("it cannot be run")
+
     def kill(self) -> None:
         self.is_killed = True
+        self.may_answer.set()
 
 
 @pytest.fixture
@@ -94,3 +103,35 @@ def test_what_cannot_be_found_leaves_no_process(started: list[FakeProcess], monk
             EngineProcesses().resources(policy)
     assert len(started) == 3
     assert all(each.is_killed for each in started)
+
+
+def described(model_type: str) -> ModelDescription:
+    return ModelDescription(
+        path="/nowhere", model_type=model_type, window=9, dtype="float32", weight_bytes=1, num_layers=1
+    )
+
+
+def test_a_model_is_checked_by_the_process_that_waits_while_this_one_goes_on(started: list[FakeProcess]) -> None:
+    processes = EngineProcesses()
+    processes.prepare()
+    checks = [processes.check(described(kind), Policy()) for kind in ("good", "bad")]
+    started[0].may_answer.set()
+    checks[0]()
+    with pytest.raises(UnsupportedError, match="it cannot be run"):
+        checks[1]()
+    assert processes.resources(Policy(device="cuda:0")).memory.device == 100 * GB
+    assert len(started) == 1
+
+
+def test_a_process_that_is_at_a_check_is_ended_with_the_program(started: list[FakeProcess]) -> None:
+    processes = EngineProcesses()
+    processes.prepare()
+    processes.check(described("good"), Policy())
+    processes.close()
+    assert started[0].is_killed
+
+
+def test_without_a_process_a_model_is_checked_here(started: list[FakeProcess]) -> None:
+    with pytest.raises(CheckpointError, match="/nowhere"):
+        EngineProcesses().check(described("good"), Policy(device="cpu"))()
+    assert started == []

@@ -1,0 +1,143 @@
+"""Which class of `transformers` runs a model's text: of causal language models, or of multimodal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import UnsupportedError, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def check_causal(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` unless the model is, or has inside, a causal language model by its config.json."""
+    if config.get("is_encoder_decoder"):
+        named = _told(config)
+        raise UnsupportedError(f"{named} in {path} is an encoder-decoder; only causal (decoder-only) models run here")
+    if _class_name(config) is None:
+        model_type = config["model_type"]
+        is_known = model_type in _causal() or model_type in _multimodal()
+        raise UnsupportedError(
+            f"{_told(config)} in {path} is not a causal language model; only decoder-only models run here"
+            if is_known
+            else f"{_told(config)} in {path} is no causal language model that this transformers version knows"
+        )
+
+
+def new_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """A model of the class that runs `config`, as `from_config` of `transformers`' automatic classes makes it.
+
+    Raises `UnsupportedError` where no class does.
+    """
+    kind = model_class(config)
+    expected: Any = kind.config_class
+    half = config.sub_configs.get("text_config")
+    if half is not None and expected is half:  # the language model alone, as AutoModelForCausalLM has it
+        whole, config = config, config.get_text_config()
+        if getattr(whole, "quantization_config", None) is not None:
+            config.quantization_config = whole.quantization_config
+    elif expected.sub_configs.get("text_config") is type(config):  # the half of a model that is registered as a whole
+        config = expected(text_config=config.to_dict(), tie_word_embeddings=config.tie_word_embeddings)
+    model: PreTrainedModel = kind._from_config(config, **settings)
+    return model
+
+
+def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
+    """The model of a directory with its weights, by `from_pretrained` of the class that runs it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    kind = model_class(config)
+    is_causal = kind.__name__ in _causal().get(config.model_type, ())
+    model: PreTrainedModel = (AutoModelForCausalLM if is_causal else kind).from_pretrained(directory, **settings)
+    return model
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of `transformers` that runs a config's text; `UnsupportedError` where there is none."""
+    import transformers
+
+    told = {"model_type": config.model_type, "architectures": config.architectures, "is_decoder": True}
+    name = _class_name(told)
+    if name is None:
+        raise UnsupportedError(f"{config.model_type} is no causal language model that this transformers version knows")
+    found: type[PreTrainedModel] = getattr(transformers, name)
+    return found
+
+
+def _class_name(config: Mapping[str, Any]) -> str | None:
+    """The class that a config names, if it runs text and is its model type's; None where there is none.
+
+    Configs that name none, or the class without a head, are run by the causal class of their type; those of a class
+    with encoders, too, where their type has a class without, as by AutoModelForCausalLM. The text half of a multimodal
+    model is run by the causal class that it names, whose config it is, else by the class of the whole.
+    """
+    model_type, told = config["model_type"], list(config.get("architectures") or ())
+    causal, multimodal = _causal().get(model_type, ()), _multimodal().get(model_type, ())
+    if not causal and not multimodal:
+        return _class_of_half(model_type, told)
+    if _is_encoder_family(model_type) and not config.get("is_decoder"):
+        return None
+    if all(name.endswith("Model") for name in told):
+        return [*causal, *multimodal][0]
+    own = next((name for name in told if name in causal or name in multimodal), None)
+    return causal[0] if own is not None and causal and own not in causal else own
+
+
+def _class_of_half(model_type: str, told: list[str]) -> str | None:
+    import transformers
+
+    registered = {name for names in _causal().values() for name in names}
+    for name in (name for name in told if name in registered):
+        if getattr(transformers, name).config_class.model_type == model_type:
+            return name
+    whole = _whole_of(model_type)
+    return None if whole is None else _multimodal()[whole][0]
+
+
+def _whole_of(model_type: str) -> str | None:
+    """The type of the multimodal models whose language models have a type: "qwen3_vl" for "qwen3_vl_text"."""
+    from transformers import CONFIG_MAPPING
+
+    for kind in _multimodal() if model_type in CONFIG_MAPPING else ():
+        if model_type.startswith(f"{kind}_"):
+            text = CONFIG_MAPPING[kind].sub_configs.get("text_config")
+            if text is CONFIG_MAPPING[model_type]:
+                return kind
+    return None
+
+
+def _told(config: Mapping[str, Any]) -> str:
+    """The class, or else the type, that a config names."""
+    name = str([*(config.get("architectures") or ()), config["model_type"]][0])
+    return name if name.isprintable() and len(name) <= 100 else shown(name)
+
+
+def _causal() -> dict[str, tuple[str, ...]]:
+    """Classes of causal language models by model type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {kind: _names(names) for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+
+
+def _multimodal() -> dict[str, tuple[str, ...]]:
+    """Classes of models that make text of images, sound and text by model type."""
+    from transformers.models.auto import modeling_auto
+
+    newer = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+    found = {**modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **newer}
+    return {kind: _names(names) for kind, names in found.items()}
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _is_encoder_family(model_type: str) -> bool:
+    """Whether a family (BERT, RoBERTa, …) has a causal class for configs that say is_decoder alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES

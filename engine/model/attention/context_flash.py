@@ -1,0 +1,83 @@
+"""Attention of new rows to contexts that are gathered whole, by FlashAttention kernels: windows and sinks."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.batch.context_group import ContextGroup
+from engine.model.attention.backend import Attending
+from engine.model.attention.dense import Dense
+from engine.model.attention.flash import has_kernels
+from engine.model.attention.rule import AttentionRule
+
+
+class ContextFlash(Dense):
+    """Prompts on CUDA from sm80 on, in 16 bits, where a window cuts something off or heads have sinks.
+
+    What the first row of a span sees of its prefixes is gathered in front of its own tokens, so that the kernel's
+    window, which ends at the last key, is right for all. A sink is a score without a value: a row's result
+    is divided by what it adds to the sum of exponentials. Decode steps are `Dense`'s.
+    """
+
+    def can(self, asked: Attending) -> bool:
+        """Where the card has kernels for these heads, scores have no cap, and no chunk ends before a context does."""
+        query, value, rule = asked.query, asked.value, asked.rule
+        has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
+        is_whole = rule.reach.chunk is None or asked.batch.longest <= rule.reach.chunk
+        return has_them and is_whole and rule.softcap is None and not asked.is_batch_invariant
+
+    def prefill(self, asked: Attending) -> torch.Tensor:
+        """Group by group, each row against the context of its span."""
+        parts = []
+        for group in asked.batch.context_groups(asked.rule.reach.window):
+            output, logsumexp = attend_contexts(asked, group)
+            if asked.rule.sinks is not None:
+                kept = torch.sigmoid(logsumexp - asked.rule.sinks.float()[:, None])
+                output.mul_(kept.T[:, :, None])
+            parts.append(output)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_contexts(asked: Attending, group: ContextGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a group against the contexts of their spans: `[rows, heads, dim]`, log-sum-exps `[heads, rows]`."""
+    rows = slice(group.first, group.end)
+    key, value = asked.key[rows], asked.value[rows]
+    if group.index is not None:
+        prefix_key, prefix_value = (x.transpose(0, 1) for x in asked.cache.fork(asked.layer, group.chain))
+        key = torch.cat((prefix_key, key)).index_select(0, group.index)
+        value = torch.cat((prefix_value, value)).index_select(0, group.index)
+    borders = group.row_borders, group.context_borders
+    return attend(asked.query[rows], key, value, borders, (group.longest, group.longest_context), asked.rule)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    rule: AttentionRule,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[rows, heads, dim]` of several spans, the last of each span's context; as `attend_contexts` returns it.
+
+    The number of rows that a span has at most is told as two where it is one: for single rows there is another kernel,
+    which splits contexts.
+    """
+    window = rule.reach.window
+    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    result = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        *borders,
+        max(longest[0], 2),
+        longest[1],
+        0.0,
+        True,
+        False,
+        scale=rule.scaling,
+        seqused_k=lengths,
+        **windows,
+    )
+    return result[0], result[1]

@@ -1,0 +1,149 @@
+"""Which function of a family turns queries and keys by their positions: found out by calling it, not by its name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.kernels.rotations import Kernel, kernel_for, rotated
+from engine.model.sweep_context import SweepContext
+
+_TAKES = ("q", "k", "cos", "sin")
+"""What such a function calls its arguments."""
+_ROWS = 5
+_DIM = 16
+_TURNED = (16, 8)
+"""How much of a head is turned: all of it, or what its cosine is long."""
+
+_Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def fuse_rotations(
+    layers: Iterable[nn.Module], context: SweepContext, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Let rotary position embeddings in `layers` be one kernel each, where there is one for the device and the dtype.
+
+    A module's `forward` is called with its own view of its file's names, in which such a function is exchanged; the
+    function that others see stays as it is.
+    """
+    kernel = kernel_for(device) if dtype in (torch.float16, torch.bfloat16) else None
+    if kernel is None:
+        return
+    known: dict[Any, Callable[..., Any] | None] = {}
+    for layer in layers:
+        for module in layer.modules():
+            plain = type(module).forward
+            if "forward" in vars(module):
+                continue
+            if plain not in known:
+                known[plain] = _with_kernel(plain, kernel, context, dtype)
+            if (changed := known[plain]) is not None:
+                module.__dict__["forward"] = partial(changed, module)
+
+
+def _with_kernel(
+    forward: Callable[..., Any], kernel: Kernel, context: SweepContext, dtype: torch.dtype
+) -> Callable[..., Any] | None:
+    """`forward` with a kernel in place of rotations; None where it has none that is known."""
+    inner = inspect.unwrap(forward)
+    if not isinstance(inner, FunctionType):
+        return None
+    exchanged = {
+        name: partial(_rotated, function, kernel, context)
+        for name in inner.__code__.co_names
+        if (function := inner.__globals__.get(name)) is not None and is_rotation(function, dtype)
+    }
+    return _renewed(forward, exchanged) if exchanged else None
+
+
+def is_rotation(function: Any, dtype: torch.dtype) -> bool:
+    """Whether a function of queries, keys, cosine and sine gives the bits of `rotated`, for rows of `dtype`."""
+    if not isinstance(function, FunctionType) or tuple(inspect.signature(function).parameters)[:4] != _TAKES:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for turned in _TURNED:
+        query, key, cosine, sine = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((1, 3, _ROWS, _DIM), (1, 2, _ROWS, _DIM), (1, _ROWS, turned), (1, _ROWS, turned))
+        )
+        try:
+            found = function(query, key, cosine, sine)
+        except Exception:  # it takes something else, or none that turn only a part
+            found = ()
+        expected = rotated(query, key, cosine, sine)
+        if not _are_equal(found, expected) and (found or turned == _DIM):
+            return False
+    return True
+
+
+def _are_equal(found: Any, expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return len(found) == len(expected) and all(
+        isinstance(one, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+def _renewed(function: Callable[..., Any], exchanged: dict[str, Any]) -> Callable[..., Any] | None:
+    """The same function, under the same decorators, with other things under some of its global names.
+
+    None where a decorator does not keep what it decorates in a cell of its own, as closures do.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    inner = getattr(function, "__wrapped__", None)
+    names, cells = {**function.__globals__, **exchanged}, function.__closure__
+    if inner is not None:
+        renewed = _renewed(inner, exchanged)
+        places = [cell.cell_contents is inner for cell in cells or ()]
+        if renewed is None or sum(places) != 1:
+            return None
+        cells = tuple(CellType(renewed) if there else cell for there, cell in zip(places, cells or (), strict=True))
+        names = function.__globals__
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _rotated(
+    plain: _Rotation,
+    kernel: Kernel,
+    context: SweepContext,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    *others: Any,
+    **named: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = (query, key, cosine, sine)
+    if context.is_stock or others or named or not _fits(*tensors) or not _is_there(query):
+        return plain(*tensors, *others, **named)
+    return kernel(*tensors)
+
+
+def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
+    """Whether sizes, dtypes and places are those that the kernel takes."""
+    if query.ndim != 4 or key.ndim != 4 or cosine.ndim != 3:
+        return False
+    _, _, rows, dim = query.shape
+    one, width = cosine.shape[0], cosine.shape[-1]
+    return (
+        query.shape[0] == key.shape[0] == one == 1
+        and key.shape[2:] == (rows, dim)
+        and cosine.shape == sine.shape == (1, rows, width)
+        and width % 2 == 0
+        and width <= dim
+        and query.dtype == key.dtype == cosine.dtype == sine.dtype
+        and all(each.stride(-1) == 1 for each in (query, key, cosine, sine))
+    )
+
+
+def _is_there(rows: torch.Tensor) -> bool:
+    """Whether rows are where the kernel runs: layers are called on the host, too, when a model is opened."""
+    return rows.is_cuda

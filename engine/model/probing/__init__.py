@@ -1,0 +1,1 @@
+"""What a model's own forward does besides calling its layers."""

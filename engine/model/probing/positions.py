@@ -1,0 +1,15 @@
+"""How rows of packed sequences are given their positions (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How rows of packed sequences are given their positions."""
+
+    offset: int = 0
+    """The number of the first position: RoBERTa and its kin keep places for padding."""
+    is_counted: bool = False
+    """Whether the forward takes none, and counts on from the length of its cache: each sequence is embedded apart."""

@@ -1,0 +1,82 @@
+"""Protects: a function is taken for a rotary embedding only if it computes one, and only our layers get the kernel."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from engine.kernels.rotations import rotated
+from engine.model.causal_model import CausalModel
+from engine.model.fused import rotations
+from engine.model.fused.rotations import is_rotation
+from engine.model.stock import StockForward
+
+DTYPE = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("family", "is_one"),
+    [("llama", True), ("qwen3_moe", True), ("gpt_neox", True), ("phi3", True), ("cohere", False), ("glm4", False)],
+)
+def test_rotations_of_transformers_are_known_by_what_they_compute(family: str, is_one: bool) -> None:
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    assert is_rotation(module.apply_rotary_pos_emb, DTYPE) is is_one
+
+
+def test_others_are_not_taken_for_one() -> None:
+    Pair = tuple[torch.Tensor, torch.Tensor]
+
+    def other_way(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+        return rotated(q, k, cos, -sin)
+
+    def wide(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+        found = rotated(q.float(), k.float(), cos.float(), sin.float())
+        return found[0].to(q.dtype), found[1].to(k.dtype)
+
+    def only_queries(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+        return rotated(q, k, cos, sin)[0], k
+
+    def last_part(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+        width = cos.shape[-1]
+        found = rotated(q[..., -width:], k[..., -width:], cos, sin)
+        return torch.cat((q[..., :-width], found[0]), -1), torch.cat((k[..., :-width], found[1]), -1)
+
+    assert not any(is_rotation(each, DTYPE) for each in (other_way, wide, only_queries, last_part))
+    assert not is_rotation(modeling_llama.rotate_half, DTYPE)
+    assert not is_rotation(torch.add, DTYPE)
+
+
+def test_only_layers_of_ours_are_changed(build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    before = modeling_llama.apply_rotary_pos_emb
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(q.shape[2])
+        return rotated(q, k, cos, sin)
+
+    monkeypatch.setattr(rotations, "kernel_for", lambda device: kernel)
+    monkeypatch.setattr(rotations, "_is_there", lambda rows: rows.device.type == "cpu")
+    model = CausalModel(build("llama"), DTYPE, torch.device("cpu"))
+    opened = len(calls)  # its layers were called with rows, to see if these meet
+    assert modeling_llama.apply_rotary_pos_emb is before
+    attention = model.layers[0].self_attn
+    for module in attention.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                values = torch.randn(parameter.shape).to(DTYPE) / 8
+                module._parameters[name] = torch.nn.Parameter(values, requires_grad=False)
+    rows, angles = torch.randn(1, 7, 64).to(DTYPE), torch.randn(1, 7, 16)
+    called = {"position_embeddings": (angles.cos().to(DTYPE), angles.sin().to(DTYPE)), "attention_mask": None}
+    with StockForward(model).attending():
+        expected = attention(rows, **called)[0]
+    assert len(calls) == opened
+    monkeypatch.setattr(attention.config, "_attn_implementation", "sdpa")
+    assert torch.equal(attention(rows, **called)[0], expected)
+    assert calls[opened:] == [7]
