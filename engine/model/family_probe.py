@@ -88,7 +88,7 @@ def probe(model: Drivable) -> list[KVShape]:
                 failure = found
     assert failure is not None
     reason = failure.reason
-    if model.module._is_stateful and not keeps_states:
+    if model.module._is_stateful and not keeps_states and failure.stage < 3:
         reason = f"its layers keep a state that no cache of transformers' holds ({reason})"
     raise UnsupportedError(f"{name} cannot be run here: {reason}")
 
@@ -152,7 +152,7 @@ def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerC
     if len(asking.found) > 1:
         raise UnsupportedError(f"layer {index} keeps more than one state")
     if model.recorder.num_values == 2 and context.handed_on != 0:  # which the model may give to the next layer
-        raise UndrivableError("its layers hand on more than hidden states")
+        raise UnsupportedError("its layers hand on more than hidden states")
     if asking.found:
         model.mixers[index] = asking.found[0]
     return KVShape.none() if shape is None and asking.found else shape
