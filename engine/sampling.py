@@ -11,7 +11,7 @@ _MIN_TEMPERATURE = 1e-20
 """Below it, logits divided by the temperature would overflow; the choice is greedy long before."""
 _SORTED_BYTES = 64
 """What a logit takes, about, where it is sorted and summed up: 14 times its own bytes."""
-_WHOLE_BYTES = 16
+_WHOLE_BYTES = 24
 """The same where all tokens count."""
 _BLOCK = 512
 """Probabilities that are summed up at once."""

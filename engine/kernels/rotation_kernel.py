@@ -103,5 +103,6 @@ def rotate(
         block_rows=block_rows,
         block_dim=block_dim,
         num_warps=4,
+        enable_fp_fusion=False,  # else a product and the sum with it are one operation of 16 bits, rounded once
     )
     return results[0], results[1]

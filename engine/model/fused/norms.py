@@ -74,16 +74,19 @@ def norm_of(module: nn.Module, dtype: torch.dtype) -> RMSNorm | None:
 
 def _normed(
     module: nn.Module,
-    plain: Callable[[torch.Tensor], torch.Tensor],
+    plain: Callable[..., torch.Tensor],
     told: RMSNorm,
     kernel: Kernel,
     context: SweepContext,
     hidden_states: torch.Tensor,
+    *others: Any,
+    **named: Any,
 ) -> torch.Tensor:
     weight = module._parameters["weight"]
     assert weight is not None
-    if context.is_stock or hidden_states.dtype != weight.dtype or not _is_there(hidden_states):
-        return plain(hidden_states)
+    is_other = bool(others or named)  # such as a gate, which a norm may be called with or without
+    if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not _is_there(hidden_states):
+        return plain(hidden_states, *others, **named)
     return kernel(hidden_states, weight, told.eps, told.scaling)
 
 

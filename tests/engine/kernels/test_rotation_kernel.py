@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from unittest import mock
+
+import pytest
+import torch
 from interpreter import interpreted
 
 _SCRIPT = """
@@ -24,3 +29,27 @@ for dim, turned, heads in ((16, 16, 3), (24, 24, 1), (40, 16, 2)):
 
 def test_the_kernel_turns_heads_in_tritons_interpreter() -> None:
     assert interpreted(_SCRIPT) == ["same"] * 3
+
+
+def test_products_are_rounded_before_they_are_added() -> None:
+    """What an H200 runs has no fused operation, as Triton makes of it unless it is told not to; needs no card."""
+    triton = pytest.importorskip("triton", reason="Triton has no build for this machine")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from engine.kernels import rotation_kernel
+
+    kernel = rotation_kernel._kernel
+    launched = mock.MagicMock()
+    tensors = [torch.zeros(1, heads, 5, 64, dtype=torch.bfloat16) for heads in (2, 1)]
+    with mock.patch.object(rotation_kernel, "_kernel", launched):
+        rotation_kernel.rotate(*tensors, *(torch.zeros(1, 5, 64, dtype=torch.bfloat16) for _ in range(2)))
+    given = launched.__getitem__.return_value.call_args
+    options = {name: value for name, value in given.kwargs.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in given.kwargs.items() if name in kernel.arg_names}
+    told = ["*bf16" if isinstance(each, torch.Tensor) else "i32" for each in given.args]
+    types = dict(zip(kernel.arg_names[: len(told)], told, strict=True))
+    source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
+    program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert re.search(r"\bmul[.a-z]*\.bf16", program)
+    assert not re.search(r"\bfma[.a-z]*\.bf16", program)

@@ -18,6 +18,7 @@ from engine.model.causal_model import CausalModel
 from engine.model.fused import norms
 from engine.model.fused.norms import norm_of
 from engine.model.stock import StockForward
+from engine.model.sweep_context import SweepContext
 
 DTYPE = torch.bfloat16
 
@@ -81,3 +82,24 @@ def test_stock_layers_compute_their_own(build: Callable[[str], Path], monkeypatc
     with StockForward(model).attending():
         assert torch.equal(module(rows), ours)
     assert len(calls) == 1
+
+
+class GatedNorm(Norm):
+    """A norm that may be called with a gate, as Mamba-2's is."""
+
+    def forward(self, rows: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        normed = super().forward(rows)
+        return normed if gate is None else normed * gate
+
+
+def test_a_norm_that_is_called_with_a_gate_computes_it_itself(
+    build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "kernel_for", lambda device: lambda rows, *_: torch.zeros_like(rows))
+    monkeypatch.setattr(norms, "_is_there", lambda rows: True)
+    module, rows = GatedNorm(), torch.randn(3, 48).to(DTYPE)
+    expected = module(rows, gate=rows), module(rows, rows)
+    norms.fuse_norms([module], SweepContext(), torch.device("cpu"), DTYPE)
+    assert not module(rows).any()
+    assert torch.equal(module(rows, gate=rows), expected[0])
+    assert torch.equal(module(rows, rows), expected[1])
