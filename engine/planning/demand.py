@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.memory.disk.file import BLOCK, align_up
 from engine.memory.tiers import Memory, Tier, percents
 from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS, WAITING_BATCHES
@@ -72,6 +74,11 @@ class Demand:
         room = self.device_room(share.gpu) - self.weights.of_one(share.gpu)
         self.experts_apart = can_wait and self.slots(share) > _TRANSIT_PART * room
         """Whether those are brought some at a time, too, since layers in transit would take too much."""
+
+    def with_weights(self, weights: Share) -> Demand:
+        """The same where the policy says so of the weights."""
+        policy = replace(self.policy, weights=weights)
+        return Demand(self.shape, policy, self.memory, on_cpu=self.on_cpu, sharing=self.sharing)
 
     @property
     def row_bytes(self) -> int:

@@ -9,6 +9,9 @@ from engine.memory.tiers import Tier
 from engine.planning.demand import LEAST_BATCH_ROWS, Demand
 from engine.policy import Share
 
+_TRIES = 4
+"""How often shares that are to be advised are tried: the first try mostly confirms them."""
+
 
 class Fit:
     """Checks shares of weights against the memory of the tiers."""
@@ -84,7 +87,22 @@ class Fit:
         return f"of host memory that this process may still take; free {more}, or raise the limit that it runs under"
 
     def _advice(self, weights: Share) -> str:
-        """Name the nearest shares that fit, in whole percents; what a tier cannot take goes to memory before disk."""
+        """Name the nearest shares that fit, in whole percents."""
+        nearest, asked = self._nearest(weights), weights
+        while isinstance(nearest, Share) and nearest != asked:  # what else a plan holds follows from the shares
+            asked, nearest = nearest, Fit(self._demand.with_weights(nearest))._nearest(nearest)
+        if isinstance(nearest, str):
+            return nearest
+        advice = (
+            f"the nearest that fits is weights: {{gpu: {nearest.gpu:g}, cpu: {nearest.cpu:g}, disk: {nearest.disk:g}}}"
+        )
+        return advice + (" with an offload-dir" if nearest.disk and self._demand.policy.offload_dir is None else "")
+
+    def _nearest(self, weights: Share) -> Share | str:
+        """The nearest shares with what else the plan holds as it is now, or why there are none.
+
+        What a tier cannot take goes to memory before disk.
+        """
         need = self._demand
         whole: dict[Tier, int] = {
             "device": need.weights.of_one(100),
@@ -102,8 +120,7 @@ class Fit:
             return (
                 f"all tiers together hold {gpu + cpu + percent['disk']} % of them; name an offload-dir with more room"
             )
-        advice = f"the nearest that fits is weights: {{gpu: {gpu}, cpu: {cpu}, disk: {disk}}}"
-        return advice + (" with an offload-dir" if disk and need.policy.offload_dir is None else "")
+        return Share(gpu=gpu, cpu=cpu, disk=disk)
 
 
 def _percent(num_bytes: int, whole: int) -> int:

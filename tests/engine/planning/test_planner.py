@@ -48,6 +48,32 @@ def used(plan: Plan, shape: ModelShape) -> dict[str, float]:
     return {"device": device, "host": host, "disk": disk}
 
 
+def test_advice_holds_where_experts_are_expanded_otherwise_than_they_were() -> None:
+    """With 100 % on the device its experts come by themselves; with the 24 % that have room then, two layers pass."""
+    layer, count, row, kept = 94439186, 39, 16384, 28672
+    shape = ModelShape(
+        unit_bytes=(layer,) * count + (91192900,),
+        expanded_bytes=6 * layer,
+        least_expanded_bytes=layer // 2,
+        apart_bytes=layer,
+        waiting_row_bytes=row * 15,
+        embedding_bytes=100000000,
+        outer_bytes=row * 100,
+        cache_row_bytes=kept * count,
+        cache_layer_row_bytes=kept,
+        hidden_row_bytes=row,
+        work_row_bytes=row * 25,
+    )
+    memory = Memory(device=1464518409, host=1036010505, disk=10_000 * GB)
+    for share in (Share(gpu=100, cpu=0), Share(gpu=24, cpu=26, disk=50)):
+        policy = Policy(weights=share, offload_dir="/disk")
+        with pytest.raises(CapacityError) as refused:
+            make_plan(shape, policy, memory, on_cpu=False)
+        heeded = heed(str(refused.value), policy, memory)
+        assert heeded is not None
+        assert_fits(make_plan(shape, heeded[0], memory, on_cpu=False), shape, memory)
+
+
 def assert_fits(plan: Plan, shape: ModelShape, memory: Memory) -> None:
     taken, slack = used(plan, shape), 64
     assert taken["device"] <= memory.device + slack
