@@ -45,7 +45,7 @@ class StateCache:
             self._tensors.append(list(enumerate(tensors, count)))
             count += len(tensors)
         sizes = [tensor.num_bytes for tensors in self._tensors for _, tensor in tensors]
-        self._transfer = KVTransfer(arena.device)
+        self._transfer = KVTransfer(arena.device if sizes else torch.device("meta"))  # no streams where nothing moves
         self._disk = DiskRows(arena, sizes)
         self.room = Tables(
             dict.fromkeys(TIERS, sizes),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.memory.tiers import Tier
+    from engine.planning.limits import Limits
     from engine.planning.planner import Plan
 
 _EXPANDING_PASSES = 3
@@ -123,6 +124,12 @@ class Rates:
     """Bytes read and written per second by a large copy within device memory."""
 
 
+def _rows_at_once(load: Workload, limits: Limits) -> int:
+    """Rows of the longest part of a prompt that is computed at once: prompts may be cut into pieces."""
+    longest = max(load.shared, load.own)
+    return min(longest, limits.rows_per_piece or longest)
+
+
 def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = True, most_sweeps: int = 0) -> Work:
     """What `load` takes at least under `plan`; without `cache_crosses`, offloaded KV is attended to where it is.
 
@@ -131,12 +138,14 @@ def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = T
     A lower bound on purpose: a shared prefix is computed and kept once and always on the device, causal attention is
     counted half, every sweep is as full as the plan lets it be, copies in both directions run side by side.
     """
-    steps, kept = load.new - 1, load.kept
+    steps, kept, limits = load.new - 1, load.kept, plan.limits
     at_once, off_device = _concurrency(load.num_requests, kept, sizes, plan)
     sweeps = max(
         math.ceil(load.num_requests / at_once) * load.new,
-        math.ceil(load.prefill_tokens / max(plan.limits.rows_per_sweep, load.shared, load.own)) + steps,
+        math.ceil(load.prefill_tokens / max(limits.rows_per_sweep, _rows_at_once(load, limits))) + steps,
     )
+    if load.own > limits.rows_per_sweep and load.own == _rows_at_once(load, limits):  # let in alone, when nobody runs
+        sweeps = max(sweeps, load.num_requests * load.new)
     sweeps = min(sweeps, most_sweeps or sweeps)
     moved = load.num_requests * off_device * sizes.cache_row_bytes
     past_rows = sum(load.own + step for step in range(steps))  # of a sequence, over its decode steps

@@ -165,9 +165,13 @@ def meter(share: float) -> Markup:
     )
 
 
+_NOTHING = 1e-300
+"""Values no farther apart are drawn as one: what a step between them is divided by must not be nought."""
+
+
 def scale(low: float, high: float) -> tuple[float, float, list[float]]:
     """Round ends of a scale that holds both values, and its steps: three to six."""
-    if high - low <= 1e-12 * max(abs(high), abs(low)):
+    if high - low <= max(_NOTHING, 1e-12 * max(abs(high), abs(low))):
         spread = abs(high) * 0.1 or 1.0
         low, high = (0.0 if low == 0 else low - spread), high + spread
     step = 10.0 ** math.floor(math.log10((high - low) / 4))

@@ -378,7 +378,6 @@ UNFIT: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         ["T5ForConditionalGeneration", "encoder-decoder"],
     ),
     "vit": (AutoModel, {"intermediate_size": 32, "image_size": 32}, ["ViTModel", "no causal language model"]),
-    "mamba": (AutoModelForCausalLM, {"state_size": 4}, ["mamba", "state-space"]),
     "rwkv": (AutoModelForCausalLM, {}, ["rwkv"]),
 }
 

@@ -206,7 +206,7 @@ def test_rows_beyond_the_tokenizer_are_tokens_without_text(tmp_path: Path, tempe
         model = random_llama(tokenizer)
         model.resize_token_embeddings(len(tokenizer) + 40, mean_resizing=False)
         with torch.no_grad():
-            model.get_output_embeddings().weight[len(tokenizer) :] *= 30.0  # trained models want them less
+            model.get_output_embeddings().weight[len(tokenizer) :] *= 10.0  # trained models want them less
         return model
 
     path = save_tiny_model(tmp_path / f"tiny-padded-{temperature}", padded)
@@ -284,7 +284,7 @@ def test_requests_that_meet_a_damaged_row_fail_alone(tmp_path: Path, make: Calla
             assert (ours.text, ours.finish_reason) == (theirs.text, theirs.finish_reason)
             assert [token.text for token in ours.tokens] == [token.text for token in theirs.tokens]
             assert [token.logprob for token in ours.tokens] == pytest.approx(
-                [token.logprob for token in theirs.tokens], abs=1e-5
+                [token.logprob for token in theirs.tokens], abs=2e-5
             )
     for request_ in bad:
         assert_refused(told[id(request_)], "not finite", "float32")
