@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.cache.tables import Tables
+from engine.memory.tiers import TIERS, Tier
 from engine.schedule.block import Block
 
 
@@ -21,13 +22,21 @@ class JointRoom:
         """Room for a span of `num_rows` tokens; None when every tier that may hold it is full."""
         self.refusal = None
         for tier in self._rows.tiers_in_turn():
-            rows = self._rows.allocate_on(tier, num_rows)
-            slot = None if rows is None else self._slots.allocate_on(tier, 1)
-            if rows is not None and slot is not None:
-                return replace(rows, slot=slot.first)
-            if rows is not None:
-                self._rows.free(rows)
+            found = self._allocate_on(tier, num_rows)
+            if found is None and self._release(tier):  # one kind may have taken what the other lacks
+                found = self._allocate_on(tier, num_rows)
+            if found is not None:
+                return found
             self.refusal = self._rows.refusal or self._slots.refusal
+        return None
+
+    def _allocate_on(self, tier: Tier, num_rows: int) -> Block | None:
+        slot = self._slots.allocate_on(tier, 1)  # first: rows of a model without attention take nothing anywhere
+        rows = None if slot is None else self._rows.allocate_on(tier, num_rows)
+        if slot is not None and rows is not None:
+            return replace(rows, slot=slot.first)
+        if slot is not None:
+            self._slots.free(slot)
         return None
 
     def free(self, block: Block) -> None:
@@ -40,6 +49,24 @@ class JointRoom:
         """Tell that room for `num_rows` tokens in so many spans will be asked for."""
         self._rows.expect(num_rows, num_spans)
         self._slots.expect(num_spans, num_spans)
+        for tier in TIERS:
+            if self._is_lopsided(tier):
+                self._release(tier)
+
+    def _is_lopsided(self, tier: Tier) -> bool:
+        """Whether one kind has less than half of what it would have of a tier that was divided for what is expected."""
+        both = (self._rows, self._slots)
+        total = sum(each.expected_bytes(tier) for each in both)
+        part = min(1.0, self._rows.budgets[tier] / total) if total else 0.0
+        return any(2 * each.taken(tier) < part * each.expected_bytes(tier) for each in both)
+
+    def _release(self, tier: Tier) -> bool:
+        """Let both kinds begin anew on a tier in memory on which nothing lies; False where something does."""
+        if tier == "disk" or self._slots.num_blocks[tier]:
+            return False
+        self._rows.release(tier)
+        self._slots.release(tier)
+        return True
 
     def num_off_device(self, num_rows: int) -> int:
         """How many of so many rows of spans would lie off the device."""

@@ -52,7 +52,8 @@ class Tables:
         self._share = share
         self._percents = dict.fromkeys(TIERS, 100.0) if share is None else percents(share)
         self._max_rows = {tier: _rows(budgets[tier], self.row_bytes[tier]) for tier in TIERS}
-        self._budgets = budgets
+        self.budgets = budgets
+        """Bytes of each tier, for these tables and those beside them."""
         self.beside: Tables | None = None
         """Other tables within the same budgets."""
         self._free_rows = {tier: FreeRows() for tier in TIERS}
@@ -105,6 +106,17 @@ class Tables:
         self._free_rows[block.tier].give(block.first, block.num_rows)
         self.num_blocks[block.tier] -= 1
 
+    def release(self, tier: Tier) -> None:
+        """Let go of the tables of a tier, not of the disk, on which nothing lies."""
+        assert not self.num_blocks[tier]
+        self._settle()
+        tables = self.by_tier[tier]
+        for table in tables:
+            self._arena.free(table)
+        tables.clear()
+        self._free_rows[tier] = FreeRows()
+        self._refused.discard(tier)
+
     def tiers_in_turn(self) -> list[Tier]:
         """The tiers that a span may go to, in order of preference."""
         if self._share is None:
@@ -118,6 +130,10 @@ class Tables:
         """Bytes that the tables have on a tier."""
         return self._free_rows[tier].capacity * self.row_bytes[tier]
 
+    def expected_bytes(self, tier: Tier) -> int:
+        """Bytes that they are asked for by what is expected, of a tier's part."""
+        return int(self._expected * self._percents[tier] / 100) * self.row_bytes[tier]
+
     def _wanted(self, tier: Tier) -> int:
         """Bytes that they will have there when what is expected has come."""
         rows = self._free_rows[tier]
@@ -128,7 +144,7 @@ class Tables:
         """Rows that the tables may have on a tier beside others that are there."""
         if self.beside is None:
             return self._max_rows[tier]
-        left = self._budgets[tier] - self.beside.taken(tier)
+        left = self.budgets[tier] - self.beside.taken(tier)
         return min(self._max_rows[tier], _rows(left, self.row_bytes[tier]))
 
     def _fair_rows(self, tier: Tier, rows: int) -> int:
@@ -136,7 +152,7 @@ class Tables:
         if self.beside is None:
             return rows
         both = rows * self.row_bytes[tier] + self.beside._wanted(tier)
-        return rows if both <= self._budgets[tier] else rows * self._budgets[tier] // both
+        return rows if both <= self.budgets[tier] else rows * self.budgets[tier] // both
 
     def _grow(self, tier: Tier, num_rows: int) -> bool:
         free_rows = self._free_rows[tier]
@@ -144,7 +160,7 @@ class Tables:
         most = self._most_rows(tier)
         if needed > most or tier in self._refused:
             return False
-        expected = needed + int(self._expected * self._percents[tier] / 100)
+        expected = needed + int(max(0, self._expected - num_rows) * self._percents[tier] / 100)
         wished = max(expected, int(free_rows.capacity * _GROWTH))
         capacity = min(most, max(needed, self._fair_rows(tier, wished)))
         for size in dict.fromkeys((capacity, needed)):  # a smaller step may do where the larger finds no memory

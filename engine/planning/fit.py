@@ -9,9 +9,6 @@ from engine.memory.tiers import Tier
 from engine.planning.demand import LEAST_BATCH_ROWS, Demand
 from engine.policy import Share
 
-_TRIES = 4
-"""How often shares that are to be advised are tried: the first try mostly confirms them."""
-
 
 class Fit:
     """Checks shares of weights against the memory of the tiers."""

@@ -141,16 +141,21 @@ def test_batch_invariance_is_refused(build: Build) -> None:
         CausalModel(build("lfm2"), torch.float32, CPU, batch_invariant=True)
 
 
-def test_rows_and_slots_of_a_span_are_on_one_tier_within_one_budget() -> None:
-    """Device: 100 bytes, host: 60; a token takes 2, a state 10."""
-    arena, budgets = Arena(CPU), dict[Tier, int](device=100, host=60, disk=0)
+def joint_room(budgets: dict[Tier, int], row_bytes: int, slot_bytes: int) -> tuple[JointRoom, Tables, Tables]:
+    arena = Arena(CPU)
 
     def tables(size: int) -> Tables:
         sizes = {tier: [size] for tier in TIERS}
         return Tables(sizes, dict.fromkeys(TIERS, torch.uint8), arena, budgets, None, DiskRows(arena, [size]), list)
 
-    rows, slots = tables(2), tables(10)
-    room = JointRoom(rows, slots)
+    rows, slots = tables(row_bytes), tables(slot_bytes)
+    return JointRoom(rows, slots), rows, slots
+
+
+def test_rows_and_slots_of_a_span_are_on_one_tier_within_one_budget() -> None:
+    """Device: 100 bytes, host: 60; a token takes 2, a state 10."""
+    budgets = dict[Tier, int](device=100, host=60, disk=0)
+    room, rows, slots = joint_room(budgets, 2, 10)
     room.expect(200, 50)  # more than there is
     found = []
     while (block := room.allocate(5)) is not None:  # 20 bytes
@@ -165,3 +170,23 @@ def test_rows_and_slots_of_a_span_are_on_one_tier_within_one_budget() -> None:
         room.free(block)
     assert set(rows.num_blocks.values()) == set(slots.num_blocks.values()) == {0}
     assert [room.allocate(5) is not None for _ in range(9)] == [True] * 8 + [False]
+
+
+def test_spans_without_rows_have_room_where_their_states_have() -> None:
+    """A model without attention: its rows take nothing, and would lie on a disk of no bytes, too."""
+    room, _, _ = joint_room({"device": 35, "host": 0, "disk": 0}, 0, 10)
+    found = [room.allocate(5) for _ in range(4)]
+    assert [block and block.tier for block in found] == ["device"] * 3 + [None]
+
+
+def test_neither_kind_keeps_what_the_other_lacks() -> None:
+    """60 bytes: six states of 10 with no more than a row of 2 each, or one with 25 rows, in any order."""
+    room, rows, slots = joint_room({"device": 60, "host": 0, "disk": 0}, 2, 10)
+    for num_rows, count in ((1, 5), (25, 1), (1, 5), (25, 1)):
+        room.expect(num_rows * count, count)
+        found = [room.allocate(num_rows) for _ in range(count)]
+        assert None not in found
+        assert rows.taken("device") + slots.taken("device") <= 60
+        for block in found:
+            assert block is not None
+            room.free(block)
