@@ -85,7 +85,8 @@ def measure(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
         rows = sum(each.decode_rows for each in decoding)
         cached = (work.to_device_bytes - work.sweeps * sizes.streamed_bytes) * rows / sum(s.decode_rows for s in sweeps)
         limit = (len(decoding) * sizes.streamed_bytes + cached) / rates.to_device_bytes_s
-        told = {"sweeps": len(decoding), "seconds": _seconds(decoding), "tokens_s": rows / _seconds(decoding)}
+        tokens = sum(each.new_tokens for each in decoding)
+        told = {"sweeps": len(decoding), "seconds": _seconds(decoding), "tokens_s": tokens / _seconds(decoding)}
         found["decoding"] = {**told, "link_s": limit, "fraction": limit / _seconds(decoding)}
     return found
 

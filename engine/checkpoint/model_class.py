@@ -51,6 +51,12 @@ def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     kind = model_class(config)
+    expected: Any = kind.config_class
+    if expected is not None and expected.sub_configs.get("text_config") is type(config):
+        raise UnsupportedError(
+            f"{directory} is the text half of a {expected.model_type} alone, which from_pretrained of transformers "
+            "does not read by itself"
+        )
     is_causal = kind.__name__ in _causal().get(config.model_type, ())
     model: PreTrainedModel = (AutoModelForCausalLM if is_causal else kind).from_pretrained(directory, **settings)
     return model

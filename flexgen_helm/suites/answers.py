@@ -129,6 +129,8 @@ def _counted(found: Iterator[tuple[dict[str, Any], dict[str, Any]]]) -> Answers 
     first = longest = cut = None
     for state, completion in found:
         number = len(completion["tokens"])
+        if completion["text"] and not number:  # of a client that tells no tokens
+            return None
         reason = _reason(completion)
         has_reasons |= bool(reason)
         thinking = _thinking(completion)

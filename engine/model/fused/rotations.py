@@ -114,17 +114,14 @@ def _rotated(
     plain: _Rotation,
     kernel: Kernel,
     context: SweepContext,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cosine: torch.Tensor,
-    sine: torch.Tensor,
-    *others: Any,
+    *tensors: torch.Tensor,
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = (query, key, cosine, sine)
-    if context.is_stock or others or named or not _fits(*tensors) or not _is_there(query):
-        return plain(*tensors, *others, **named)
-    return kernel(*tensors)
+    is_plain = context.is_stock or named or len(tensors) != len(_TAKES)
+    if is_plain or not _fits(*tensors) or not _is_there(tensors[0]):
+        return plain(*tensors, **named)
+    query, key, cosine, sine = tensors
+    return kernel(query, key, cosine, sine)
 
 
 def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:

@@ -33,7 +33,10 @@ def other_settings(folder: Path, run_spec: RunSpec, judge: str | None = None) ->
         asked = plain(get_model_deployment(run_spec.adapter_spec.model_deployment or ""))
         told += _differences(_deployment(found.entries.get("deployment"), found.policy), _deployment(asked))
         if judge is not None and found.judge:
-            then, now = _policy(found.judge.get("policy")), _policy(_args(plain(get_model_deployment(judge)))["policy"])
+            asked, policy = plain(get_model_deployment(judge)), found.judge.get("policy")
+            then, now = _policy(policy), _policy(_args(asked)["policy"])
+            if "entry" in found.judge:  # older records have its policy alone
+                then, now = _deployment(found.judge["entry"], policy), _deployment(asked)
             told += (f"{each} of the judge" for each in _differences(then, now))
     return ", ".join(told)
 

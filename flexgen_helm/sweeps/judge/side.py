@@ -10,11 +10,13 @@ from typing import Any
 
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.metrics.metric import MetricSpec
+from helm.benchmark.model_deployment_registry import get_model_deployment
 from helm.benchmark.run_spec import RunSpec
 from helm.common.request import Request, RequestResult
 
 from engine.errors import EngineError
 from flexgen_helm.helm.client import FlexGenClient
+from flexgen_helm.helm.records.provenance import plain
 from flexgen_helm.helm.requests.results import failure, result
 from flexgen_helm.helm.two_step_runner import Adapted, TwoStepRunner
 from flexgen_helm.judging.annotating import Annotating, count, with_verdicts
@@ -87,6 +89,7 @@ class JudgeSide:
         return {
             "model": self._judge.model,
             "deployment": self._judge.deployment,
+            "entry": plain(get_model_deployment(self._judge.deployment)),
             "policy": self._client.policy.as_mapping(),
             "identity": dict(identity or {}),
         }

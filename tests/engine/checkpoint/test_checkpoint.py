@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from engine import Engine, EngineError, Job, Policy
 from engine.checkpoint.description import describe
 from engine.checkpoint.identity.result import result_identity
+from engine.checkpoint.model_class import read_model
 from engine.errors import CheckpointError, UnsupportedError
 
 Build = Callable[[str], Path]
@@ -430,3 +431,11 @@ def test_models_load_and_run_beside_each_other_and_beside_other_modules(build: B
     assert on_meta
     assert not any(on_meta)
     assert torch.nn.Module.register_parameter is register
+
+
+def test_the_half_of_a_whole_model_is_not_read_as_the_whole(tmp_path: Path) -> None:
+    """`from_pretrained` would take the half's config for the whole's, and build a model of default sizes."""
+    config = {"model_type": "qwen3_vl_text", "architectures": ["Qwen3VLForConditionalGeneration"], **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="text half of a qwen3_vl alone"):
+        read_model(tmp_path)

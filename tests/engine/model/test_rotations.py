@@ -15,6 +15,7 @@ from engine.model.causal_model import CausalModel
 from engine.model.fused import rotations
 from engine.model.fused.rotations import is_rotation
 from engine.model.stock import StockForward
+from engine.model.sweep_context import SweepContext
 
 DTYPE = torch.bfloat16
 
@@ -80,3 +81,12 @@ def test_only_layers_of_ours_are_changed(build: Callable[[str], Path], monkeypat
     monkeypatch.setattr(attention.config, "_attn_implementation", "sdpa")
     assert torch.equal(attention(rows, **called)[0], expected)
     assert calls[opened:] == [7]
+
+
+def test_a_call_in_another_form_goes_to_the_families_own_function() -> None:
+    def plain(q: torch.Tensor, k: torch.Tensor | None = None, **named: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return q, len(named) + 10 * (k is not None)
+
+    kept, states = SweepContext(), torch.randn(1, 2, 3, 4).to(DTYPE)
+    assert rotations._rotated(plain, rotated, kept, states, cos=states, sin=states) == (states, 2)
+    assert rotations._rotated(plain, rotated, kept, states, states, cos=states) == (states, 11)

@@ -200,3 +200,11 @@ def test_new_tokens_over_time_are_those_of_the_record(suite: Path) -> None:
     assert sum(rates) * 6 / 100 == pytest.approx(30, rel=0.01)
     assert rates[10] == 0
     assert rates[-1] == pytest.approx(10)
+
+
+def test_answers_whose_tokens_a_client_does_not_tell_are_not_measured(suite: Path) -> None:
+    folder = suite / run_name("virology")
+    write_states(folder, [[output(3)], [output(0, "some text")]])
+    assert read_answers(folder) is None
+    write_states(folder, [[output(3)], [output(0, "")]])
+    assert read_answers(folder) is not None
