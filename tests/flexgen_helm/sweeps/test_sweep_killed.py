@@ -148,7 +148,8 @@ def test_a_worker_that_is_killed_costs_no_answer(
     assert re.search(rf"the engine's process ended once \({where}killed by signal 9", told)
     record = json.loads((sweep.suite / "flexgen_sweep.json").read_text())
     assert len(record["models"][0]["deaths"]) == 1
-    assert [each["device"] for each in record["models"][0]["devices"]] == devices
+    # The others may have computed all of it by the time that the new process is there.
+    assert {each["device"] for each in record["models"][0]["devices"]} <= set(devices)
     assert kept(sweep.folder) == record["models"][0]["computed"] > 0
     assert "ended and was replaced" in (sweep.suite / "report.html").read_text()
 
