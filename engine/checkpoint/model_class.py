@@ -39,7 +39,7 @@ def new_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         whole, config = config, config.get_text_config()
         if getattr(whole, "quantization_config", None) is not None:
             config.quantization_config = whole.quantization_config
-    elif expected.sub_configs.get("text_config") is type(config):  # the half of a model that is registered as a whole
+    elif _is_half_of(expected, config):
         config = expected(text_config=config.to_dict(), tie_word_embeddings=config.tie_word_embeddings)
     model: PreTrainedModel = kind._from_config(config, **settings)
     return model
@@ -52,7 +52,7 @@ def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     kind = model_class(config)
     expected: Any = kind.config_class
-    if expected is not None and expected.sub_configs.get("text_config") is type(config):
+    if _is_half_of(expected, config):
         raise UnsupportedError(
             f"{directory} is the text half of a {expected.model_type} alone, which from_pretrained of transformers "
             "does not read by itself"
@@ -60,6 +60,11 @@ def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
     is_causal = kind.__name__ in _causal().get(config.model_type, ())
     model: PreTrainedModel = (AutoModelForCausalLM if is_causal else kind).from_pretrained(directory, **settings)
     return model
+
+
+def _is_half_of(whole: Any, config: PreTrainedConfig) -> bool:
+    """Whether a config is the text half alone of what the config class `whole` is of."""
+    return whole is not None and whole.sub_configs.get("text_config") is type(config)
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,6 @@ ENTRY = "synthetic_reasoning_natural:difficulty=easy"
 ROOT = Path(__file__).resolve().parents[3]
 
 Cli = Callable[..., int]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
-    """Run a command line in an empty directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    handler = logging.NullHandler()  # HELM's own would keep writing to this test's stdout
-    logging.getLogger("helm").addHandler(handler)
-    yield lambda *arguments: main([str(argument) for argument in arguments])
-    logging.getLogger("helm").removeHandler(handler)
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *, expected: int = 2) -> str:
