@@ -40,6 +40,8 @@ class MicroBatch(Rows):
         self._device = device
         self.most_gathered_rows = limits.cached_rows_per_batch
         """Rows of keys and values that attention may gather at once."""
+        self.most_score_bytes = limits.logits_bytes
+        """What scores of attention may take at once that is computed some rows at a time."""
         self._most_prefix_rows = limits.rows_per_batch
         """Those of several prefixes: about what the new rows have."""
         decode = [segment for segment in segments if segment.is_decode]

@@ -25,7 +25,7 @@ from engine.schedule.sequence import Prefix, Span
 
 
 class KVCache(LayerMemory):
-    """Keys and values of spans, as rows `[keys | values]` of one table per layer and tier.
+    """Keys and values of spans, as rows `[keys | values | index key]` of one table per layer and tier.
 
     With a codec, every row is rounded to what its code stands for as soon as it is computed, and host and disk hold the
     codes: a result depends on the codec, but not on where a row lies or when it is read.
@@ -106,26 +106,26 @@ class KVCache(LayerMemory):
         """What is stored of a group on the host, run by run."""
         return [self.room.by_tier["host"][layer][run.first : run.end] for run in group.stored_runs]
 
-    def write(self, layer: int, batch: Rows, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(self, layer: int, batch: Rows, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Store a micro-batch's `new` keys and values `[rows, heads, dim]` of a layer in their blocks.
 
-        Returns keys and values exactly as later steps will read them (after encoding); otherwise results would
-        depend on scheduling.
+        Where the layer has index keys, those `[rows, index width]` are the third. Returns all exactly as later steps
+        will read them (after encoding); otherwise results would depend on scheduling.
         """
-        key, value = new
         coded = None
         if self.codec is not None:
-            coded = self.codec.encode_rows(pack(key, value))
-            key, value = self._unpack_flat(layer, self.codec.decode_rows(coded, self.shapes[layer].width, self.dtype))
+            coded = self.codec.encode_rows(pack(*new))
+            decoded = self.codec.decode_rows(coded, self.shapes[layer].width, self.dtype)
+            new = (*self._unpack_flat(layer, decoded), *([self.index_keys(layer, decoded)] if len(new) > 2 else []))
         if layer != self._fresh_layer:
             self._fresh, self._fresh_layer = {}, layer
         if batch.device_slots is not None:
             kept = batch.device_rows
-            rows = pack(key, value) if kept is None else pack(key.index_select(0, kept), value.index_select(0, kept))
+            rows = pack(*(x if kept is None else x.index_select(0, kept) for x in new))
             self.room.by_tier["device"][layer].index_copy_(0, batch.device_slots, rows)
         if batch.scattered is not None:
-            self._scatter(layer, batch.scattered, key, value, coded)
-        packed = pack(key, value) if batch.offloaded and coded is None else coded
+            self._scatter(layer, batch.scattered, new, coded)
+        packed = pack(*new) if batch.offloaded and coded is None else coded
         stores: list[tuple[torch.Tensor, torch.Tensor]] = []
         to_disk: list[tuple[int, torch.Tensor]] = []
         for segment, block in batch.offloaded:
@@ -133,7 +133,7 @@ class KVCache(LayerMemory):
             assert packed is not None
             stored = packed[taken]
             if isinstance(segment.span, Prefix):
-                self._fresh[id(segment.span)] = pack(key[taken], value[taken])
+                self._fresh[id(segment.span)] = pack(*(x[taken] for x in new))
             first = block.first + segment.past
             if block.tier == "disk":
                 to_disk.append((first, stored))
@@ -145,17 +145,17 @@ class KVCache(LayerMemory):
             self._disk.write(layer, to_disk)
         for segment in batch.passing:
             taken = slice(segment.first, segment.first + segment.num_rows)
-            self._fresh[id(segment.span)] = pack(key[taken], value[taken])
-        return key, value
+            self._fresh[id(segment.span)] = pack(*(x[taken] for x in new))
+        return new
 
     def _scatter(
-        self, layer: int, scatter: Scatter, key: torch.Tensor, value: torch.Tensor, coded: torch.Tensor | None
+        self, layer: int, scatter: Scatter, new: tuple[torch.Tensor, ...], coded: torch.Tensor | None
     ) -> None:
         taken, table = scatter.rows, self.room.by_tier["host"][layer]
         if coded is not None:
             rows = coded if taken is None else coded.index_select(0, taken)
         else:
-            rows = pack(*(x if taken is None else x.index_select(0, taken) for x in (key, value)))
+            rows = pack(*(x if taken is None else x.index_select(0, taken) for x in new))
         if self._compute_on_host:  # it is attended to there, at once
             put_rows(rows.cpu(), table, scatter.slots)
         else:
@@ -163,13 +163,14 @@ class KVCache(LayerMemory):
 
     def fork(self, layer: int, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[heads, length, dim]` of a chain of prefixes, on the device."""
-        return self.unpack(layer, self._prefix_rows(layer, chain))
+        return self.unpack(layer, self.prefix_rows(layer, chain))
 
     def fork_flat(self, layer: int, chains: Iterable[tuple[Prefix, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of several chains, one behind the other: `[rows, heads, dim]`, on the device."""
-        return self._unpack_flat(layer, self._prefix_rows(layer, [prefix for chain in chains for prefix in chain]))
+        return self._unpack_flat(layer, self.prefix_rows(layer, [prefix for chain in chains for prefix in chain]))
 
-    def _prefix_rows(self, layer: int, prefixes: Sequence[Prefix]) -> torch.Tensor:
+    def prefix_rows(self, layer: int, prefixes: Sequence[Prefix]) -> torch.Tensor:
+        """Rows `[length, width]` of prefixes, one behind the other, on the device."""
         parts = [self.read(layer, prefix, len(prefix.tokens)) for prefix in prefixes]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -206,28 +207,28 @@ class KVCache(LayerMemory):
         """Rows of a layer's keys and values on the host, `[rows, …]`: numbers, or their codes."""
         return self.room.by_tier["host"][layer]
 
-    def own(
-        self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def own(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a decode group's own tokens, the new ones included: `[sequences, heads, length, dim]`.
 
-        `key`, `value` are the group's new rows `[rows, heads, dim]`, as `write` returned them. The result is on the
-        host for a group that is attended to there. Rows beyond a sequence's length are copies of its last one.
+        `new` are the group's new rows, as `write` returned them. The result is on the host for a group that is
+        attended to there. Rows beyond a sequence's length are copies of its last one.
         """
-        rows = self._own_table(layer, group, key, value)
-        rows = rows.index_select(0, group.own_index.to(rows.device))
-        return self.unpack(layer, rows.view(len(group.segments), group.length, -1))
+        return self.unpack(layer, self.own_rows(layer, group, *new))
 
-    def own_flat(
-        self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def own_rows(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> torch.Tensor:
+        """The same as rows `[sequences, length, width]`."""
+        rows = self._own_table(layer, group, *new)
+        rows = rows.index_select(0, group.own_index.to(rows.device))
+        return rows.view(len(group.segments), group.length, -1)
+
+    def own_flat(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same as `[rows, heads, dim]`, each sequence from its `own_borders` on.
 
         Where all lie on the device, that is the whole table: nothing is copied.
         """
-        return self._unpack_flat(layer, self._own_table(layer, group, key, value))
+        return self._unpack_flat(layer, self._own_table(layer, group, *new))
 
-    def _own_table(self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _own_table(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> torch.Tensor:
         """Rows `[…, width]` in which the group's own tokens begin at its `own_borders`."""
         if group.is_on_device:
             return self.room.by_tier["device"][layer]
@@ -239,21 +240,25 @@ class KVCache(LayerMemory):
         assert of_group is group
         if isinstance(fetched, Fetch):
             staged = self.room.as_stored(fetched.rows(), "disk")
-            staged = staged.to(key.device, non_blocking=self._transfer.is_asynchronous)
+            staged = staged.to(new[0].device, non_blocking=self._transfer.is_asynchronous)
         else:
             staged = fetched[0]
             self._transfer.await_arrival(fetched[1])
         self._fetch_next()
         rows = self.decoded(layer, staged)
-        rows.index_copy_(0, group.new_index.to(rows.device), pack(key, value))
+        rows.index_copy_(0, group.new_index.to(rows.device), pack(*new))
         return rows
 
     def unpack(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split rows `[…, length, width]` into keys and values `[…, heads, length, dim]`."""
         shape = self.shapes[layer]
-        keys, values = rows.split((shape.key_width, shape.width - shape.key_width), dim=-1)
+        keys, values, _ = rows.split(shape.parts, dim=-1)
         keys = keys.unflatten(-1, (shape.key_heads, shape.key_dim)).transpose(-3, -2)
         return keys, values.unflatten(-1, (shape.value_heads, shape.value_dim)).transpose(-3, -2)
+
+    def index_keys(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """The index keys `[…, length, index width]` of rows."""
+        return rows.split(self.shapes[layer].parts, dim=-1)[2]
 
     def _unpack_flat(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, of rows `[rows, width]`, as `[rows, heads, dim]`."""
@@ -273,6 +278,6 @@ def unencodable_layer(shapes: list[KVShape]) -> int | None:
     return next((layer for layer, shape in enumerate(shapes) if shape.width % GROUP), None)
 
 
-def pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Rows `[rows, width]` of keys and values `[rows, heads, dim]`."""
-    return torch.cat((key.flatten(1), value.flatten(1)), dim=1)
+def pack(*new: torch.Tensor) -> torch.Tensor:
+    """Rows `[rows, width]` of keys and values `[rows, heads, dim]`, and index keys if there are any."""
+    return torch.cat([x.flatten(1) for x in new], dim=1)

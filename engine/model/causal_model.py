@@ -26,6 +26,7 @@ from engine.model.experts.interface import keep_experts_apart, names_of_matrices
 from engine.model.family_probe import probe
 from engine.model.fused.norms import fuse_norms
 from engine.model.fused.rotations import fuse_rotations
+from engine.model.indexers.indexer import Indexer
 from engine.model.mixers.mixer import Mixer
 from engine.model.outer_forward import OuterForward
 from engine.model.probing.unused import unused_parameters
@@ -100,6 +101,8 @@ class CausalModel:
         """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
         self.mixers: dict[int, Mixer] = {}
         """What keeps a state of each sequence, by layer."""
+        self.indexers: dict[int, Indexer] = {}
+        """What chooses the keys that are attended to, by layer."""
         self.kv_shapes: list[KVShape] = probe(self)
         """Of each layer; of no width where it attends to nothing."""
         self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
@@ -229,9 +232,8 @@ class CausalModel:
     @torch.no_grad()
     def layer(self, index: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Run one layer: hidden `[rows, width]` -> `[rows, width]`; its parameters must be bound."""
-        output = self.layers[index](call.laid_out(hidden), *call.args, **call.kwargs)
-        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return call.streams.flat(states)
+        args, kwargs = call.given()
+        return call.streams.flat(call.states_of(self.layers[index](call.laid_out(hidden), *args, **kwargs)))
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,9 @@ def can_continue(model: CausalModel, stock: StockForward, length: int) -> bool:
     The model's own forward must embed the parts, and call its layers on them, as it does on the whole: the same
     positions, rotary tables and biases, and what the mask shows. Rotary tables that depend on how long a sequence is
     are not the same. Every layer must give its keys and values to the cache, once; none may
-    keep a state. Needs the outer parameters bound.
+    keep a state, or choose keys by an index. Needs the outer parameters bound.
     """
-    if length < _SHORTEST or model.mixers:
+    if length < _SHORTEST or model.mixers or model.indexers:
         return False
     borders = [length * part // _PARTS for part in range(_PARTS + 1)]
     width = model.state[model.embedding_name].shape[1]

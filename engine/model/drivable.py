@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.model.indexers.indexer import Indexer
 from engine.model.mixers.mixer import Mixer
 from engine.model.outer_forward import OuterForward
 from engine.model.stub import CallRecorder, LayerCall
@@ -30,6 +31,7 @@ class Drivable(Protocol):
     is_padded: bool
     outer: OuterForward
     mixers: dict[int, Mixer]
+    indexers: dict[int, Indexer]
 
     @property
     def embedding_name(self) -> str:

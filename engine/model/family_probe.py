@@ -16,6 +16,8 @@ from engine.errors import UnsupportedError, named
 from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
+from engine.model.indexers.choice import Choice
+from engine.model.indexers.trial import try_choice
 from engine.model.mixers.asking import Asking
 from engine.model.mixers.mixer import Mixer
 from engine.model.mixers.reference_code import reference_code
@@ -27,7 +29,7 @@ from engine.model.probing.forward import inputs_of, outer_zeros
 from engine.model.probing.lengths import asks_lengths
 from engine.model.probing.positions import Positions
 from engine.model.rows_apart import check_rows_apart
-from engine.model.stub import LayerCall
+from engine.model.stub import HandedOn, LayerCall
 from engine.model.undrivable import UndrivableError
 
 _ROWS = 3
@@ -35,6 +37,10 @@ _ROWS = 3
 
 _KEYS = 4
 """Of a step whose padding is checked: one is padding, the last one is new."""
+
+
+_WAYS = ((1, False), (3, False), (2, False), (2, True))
+"""How many values a model may expect of its layers, and whether it may hand on the second to the next layer."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ def probe(model: Drivable) -> list[KVShape]:
             model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
             model.config._attn_implementation = "sdpa" if model.module._supports_sdpa else "eager"
-        for model.recorder.num_values in (1, 3, 2):
+        for model.recorder.num_values, model.recorder.hands_on in _WAYS if not model.is_padded else _WAYS[:-1]:
+            model.sweeping.hands_masks = False
+            model.sweeping.hands_on = model.recorder.hands_on
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
@@ -73,6 +81,7 @@ def probe(model: Drivable) -> list[KVShape]:
                         model.outer.positions = positions_of(model)
                         model.outer.asks_lengths = not model.mixers and asks_lengths(model)
                     _take_mixers(model, is_batch_invariant)
+                    _take_indexers(model, is_batch_invariant)
                     _check_rows(model, found)
                     if model.is_padded:
                         _check_padding(model)
@@ -115,7 +124,7 @@ def _attempt(model: Drivable) -> list[KVShape] | _Failure:
         return _Failure(0, _words(model, error))
     shapes: list[KVShape | None] = []
     stopped: _Failure | None = None
-    model.mixers = {}
+    model.mixers, model.indexers = {}, {}
     asking = Asking(model.sweeping, int(getattr(model.config.get_text_config(), "number_of_conv_states", 1)))
     for index, (layer, call) in enumerate(zip(model.layers, calls, strict=True)):
         try:
@@ -145,14 +154,20 @@ def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerC
     context.layer = index
     try:
         with asking.within(model.layers[index]):
-            shape = probe_kv_shape(model.layers[index], call.laid_out(hidden), call.args, call.kwargs)
+            shape = probe_kv_shape(model.layers[index], hidden, call)
     except Exception as error:  # what comes behind its state may need numbers
         if isinstance(error, UnsupportedError) or not asking.found:
             raise
     if len(asking.found) > 1:
         raise UnsupportedError(f"layer {index} keeps more than one state")
-    if model.recorder.num_values == 2 and context.handed_on != 0:  # which the model may give to the next layer
+    if len(asking.indexers) > 1:
+        raise UnsupportedError(f"layer {index} chooses its keys more than once")
+    # The model may give it to the next layer.
+    is_known = call.handed is not None and isinstance(call.handed.value, Choice | None) and context.handed_on == 1
+    if model.recorder.num_values == 2 and context.handed_on != 0 and not is_known:
         raise UnsupportedError("its layers hand on more than hidden states")
+    if asking.indexers:
+        model.indexers[index] = asking.indexers[0]
     if asking.found:
         model.mixers[index] = asking.found[0]
     return KVShape.none() if shape is None and asking.found else shape
@@ -187,6 +202,24 @@ def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
         mixer.attach()
 
 
+def _take_indexers(model: Drivable, is_batch_invariant: bool) -> None:
+    """Let what chooses keys be called for the rows of one sequence at a time, once each kind has been tried."""
+    if model.indexers and is_batch_invariant:
+        raise UndrivableError(
+            "batch-invariant: it chooses keys by an index, whose scores are sums over other shapes in other company; "
+            "leave batch-invariant out"
+        )
+    model.sweeping.hands_masks = bool(model.indexers)
+    tried = set[tuple[Any, ...]]()
+    for index, indexer in model.indexers.items():
+        kind = type(indexer.module), indexer.dim, indexer.top_k
+        if kind not in tried:
+            tried.add(kind)
+            try_choice(indexer, model.layers[index])
+    for indexer in model.indexers.values():
+        indexer.attach()
+
+
 def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
     """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention and its state.
 
@@ -214,8 +247,8 @@ def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
 
 
 def _hands_on(call: LayerCall) -> bool:
-    """Whether a layer is called with what layers before it have put down for it: keys that they share."""
-    return any(isinstance(value, MutableMapping) for value in (*call.args, *call.kwargs.values()))
+    """Whether a layer is called with what layers before it have put down for it, or hand on to it."""
+    return any(isinstance(value, MutableMapping | HandedOn) for value in (*call.args, *call.kwargs.values()))
 
 
 def _check_padding(model: Drivable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.model.attention.mask import noting_masks
 from engine.model.padded import CacheView
 from engine.model.probing.length_view import LengthView
 from engine.model.probing.positions import Positions
@@ -75,7 +77,8 @@ class OuterForward:
         rows = inputs["input_ids"].shape
         self._recorder.begin((rows[0], rows[1]))
         named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
-        output = self._called(**{key: value for key, value in named.items() if self.takes(key)})
+        with noting_masks() if self._sweeping.hands_masks else nullcontext():
+            output = self._called(**{key: value for key, value in named.items() if self.takes(key)})
         if output[0].shape[:2] != rows:
             raise TypeError("a layer's output was not taken for what it is")
         hidden, calls = self._recorder.taken()

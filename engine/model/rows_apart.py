@@ -116,9 +116,8 @@ def _is_apart(layers: list[nn.Module], context: SweepContext, width: int, calls:
 
 
 def _states(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-    output = layer(call.laid_out(hidden), *mapped(_as_float, call.args), **mapped(_as_float, call.kwargs))
-    states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return call.streams.flat(states)
+    args, kwargs = mapped(_as_float, call.given())
+    return call.streams.flat(call.states_of(layer(call.laid_out(hidden), *args, **kwargs)))
 
 
 def _as_float(value: torch.Tensor) -> torch.Tensor:

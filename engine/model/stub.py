@@ -44,6 +44,13 @@ class Streams:
         return moved.flatten(0, 1).flatten(1)
 
 
+@dataclass(eq=False)
+class HandedOn:
+    """What the layer called last has returned besides hidden states; stands for it where a model hands it on."""
+
+    value: Any = None
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """How the model itself calls one of its layers, but for the hidden states."""
@@ -53,6 +60,25 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     streams: Streams = Streams()
+    handed: HandedOn | None = None
+    """Between the layers of one forward; None where they hand on hidden states alone."""
+
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer is called with besides hidden states, once the layer before it has been called."""
+
+        def actual(value: Any) -> Any:
+            return value.value if isinstance(value, HandedOn) else value
+
+        return tuple(map(actual, self.args)), {key: actual(value) for key, value in self.kwargs.items()}
+
+    def states_of(self, output: Any) -> torch.Tensor:
+        """The hidden states of a layer's output; what it hands on besides is kept for the next layer."""
+        if not isinstance(output, tuple | list):
+            states: torch.Tensor = output
+            return states
+        if self.handed is not None:
+            self.handed.value = output[1]
+        return output[0]  # type: ignore[no-any-return]
 
     def laid_out(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[rows, numbers]` as the layer takes them."""
@@ -66,6 +92,10 @@ class CallRecorder:
     num_layers: int
     num_values: int = 1
     """That the model expects of its layers, hidden states first."""
+    hands_on: bool = False
+    """Whether the model may hand on the second of two to the next layer."""
+    handed: HandedOn | None = None
+    """What stands for it in the forward in hand."""
     rows: tuple[int, int] = (0, 0)
     """Sequences and rows of what the model's forward was called with."""
     calls: list[LayerCall] = field(default_factory=list)
@@ -79,6 +109,7 @@ class CallRecorder:
     def begin(self, rows: tuple[int, int]) -> None:
         """Forget the calls of a forward, and expect one for `rows` tokens `(sequences, rows)`."""
         self.calls, self.hidden, self.rows = [], None, rows
+        self.handed = HandedOn() if self.hands_on else None
 
     def note(self, index: int, hidden: torch.Tensor, call: LayerCall) -> None:
         """Keep how layer `index` is called.
@@ -160,5 +191,7 @@ class LayerStub(nn.Module):
             place = len(streams.before)
             rows = (hidden.shape[place], hidden.shape[place + 1])
             recorder.streams = streams
-            recorder.note(self.__dict__["index"], hidden, LayerCall(rows, args, kwargs, streams))
+            recorder.note(self.__dict__["index"], hidden, LayerCall(rows, args, kwargs, streams, recorder.handed))
+            if recorder.handed is not None:
+                return hidden, recorder.handed
         return (hidden, *(None for _ in range(recorder.num_values - 1))) if recorder.num_values > 1 else hidden

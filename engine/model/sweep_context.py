@@ -43,6 +43,10 @@ class SweepContext:
     """Whether the model's modules are to compute with functions of transformers alone."""
     is_checking: bool = False
     """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
+    hands_masks: bool = False
+    """Whether layers are called with something in place of a mask, which their indexers want."""
+    hands_on: bool = False
+    """Whether layers hand on, to the next one, what their indexers chose."""
     attended: int = 0
     """While `is_checking`: how often the layer in hand has attended."""
     ask_experts: Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None

@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.batch.micro_batch import MicroBatch
 from engine.cache.key_value import KVCache
 from engine.model.attention.rule import AttentionRule
+
+if TYPE_CHECKING:
+    from engine.model.indexers.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,16 @@ class Attending:
     rule: AttentionRule
     is_batch_invariant: bool = False
     """Whether a row's result must have the same bits whatever is computed beside it."""
+    choice: Choice | None = None
+    """The keys that each row attends to; None: all in reach."""
+    hands_on: bool = False
+    """Whether the next layer may attend to the keys that are chosen here."""
+    index: torch.Tensor | None = None
+    """Index keys of the new rows, as the cache will give them back: `[rows, index width]`."""
+
+    def new(self, rows: slice) -> list[torch.Tensor]:
+        """What the cache keeps of some of the new rows."""
+        return [each[rows] for each in (self.key, self.value, self.index) if each is not None]
 
     @cached_property
     def groups(self) -> int:

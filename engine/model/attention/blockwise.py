@@ -61,7 +61,7 @@ def decode_in_blocks(asked: Attending, group: DecodeGroup) -> torch.Tensor:
     device = torch.device("cpu") if asked.cache.is_attended_on_host(group) else asked.query.device
     with plain_arithmetic():
         # [sequences, kv heads, length, dim]
-        own = asked.cache.own(asked.layer, group, asked.key[rows], asked.value[rows])
+        own = asked.cache.own(asked.layer, group, *asked.new(rows))
         prefix, start = None, 0
         if group.chain:
             key, value = asked.cache.fork(asked.layer, group.chain)

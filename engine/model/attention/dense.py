@@ -75,7 +75,7 @@ def _decode(asked: Attending, group: DecodeGroup) -> torch.Tensor:
     taken = slice(group.first, group.end)
     device = torch.device("cpu") if asked.cache.is_attended_on_host(group) else asked.query.device
     # [sequences, kv heads, length, dim]
-    key, value = asked.cache.own(asked.layer, group, asked.key[taken], asked.value[taken])
+    key, value = asked.cache.own(asked.layer, group, *asked.new(taken))
     query = asked.query[taken].to(device)
     heads, groups = key.shape[1], asked.groups
     # As in a prefill, what shares keys and values becomes rows: [sequences, kv heads, groups * steps, dim].

@@ -100,7 +100,7 @@ def _own(asked: Attending, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tens
     rows = slice(group.first, group.end)
     if asked.cache.is_attended_on_host(group):
         return host_attention.attend(group, asked.query[rows], asked.cache, asked.layer, asked.rule)
-    key, value = asked.cache.own_flat(asked.layer, group, asked.key[rows], asked.value[rows])
+    key, value = asked.cache.own_flat(asked.layer, group, *asked.new(rows))
     return _decode(asked.query[rows], key, value, group, asked.rule)
 
 

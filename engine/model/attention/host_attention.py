@@ -29,7 +29,9 @@ def attend(
     dims = shape.key_heads, shape.key_dim, shape.value_dim
     query = query.cpu().unflatten(0, (-1, group.steps))  # [sequences, steps, heads, dim]
     table, (firsts, lengths) = cache.host_table(layer), group.places
-    found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, rule.scaling, device)
+    found = None
+    if not (cache.bits and shape.index_width):  # the kernel finds a row's scales behind codes of keys and values alone
+        found = host_kernel.attend(table, firsts, lengths, query, dims, cache.dtype, cache.bits, rule.scaling, device)
     if found is not None:
         output, logsumexp = found
     else:

@@ -21,13 +21,18 @@ from engine.model.attention.flash import Flash
 from engine.model.attention.host_flash import HostFlash
 from engine.model.attention.mask import make_mask
 from engine.model.attention.rule import AttentionRule
+from engine.model.attention.sparse import Sparse
 from engine.model.attention.whole_flash import WholeFlash
+from engine.model.indexers.choice import Choice
 from engine.model.sweep_context import SweepContext
 from engine.model.undrivable import UndrivableError
 
 ATTENTION_NAME = "flexgen"
 """The name under which `transformers` finds our attention function."""
-BACKENDS: tuple[AttentionBackend, ...] = (WholeFlash(), Blockwise(), Flash(), ContextFlash(), HostFlash(), Dense())
+BACKENDS: tuple[AttentionBackend, ...] = (
+    *(Sparse(), WholeFlash(), Blockwise()),
+    *(Flash(), ContextFlash(), HostFlash(), Dense()),
+)
 """In order of preference; the last one can compute everything."""
 
 _IGNORED = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"})
@@ -44,28 +49,38 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: Choice | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function registered with `transformers.AttentionInterface`.
 
     query, key, value: rotated, `[1, heads, rows, head_dim]`; returns `[1, rows, heads, head_dim]`. `softcap` is
-    Gemma-2's cap of the scores, `s_aux` the sinks of GPT-OSS `[heads]`.
+    Gemma-2's cap of the scores, `s_aux` the sinks of GPT-OSS `[heads]`, `indices` what an indexer gave for the keys that
+    it chooses.
     """
     context: SweepContext = module.__dict__["sweeping"]
     if query.device.type == "meta":
         if strange := sorted(k for k, v in others.items() if v is not None and k not in _IGNORED):
             raise UnsupportedError(f"its attention takes {', '.join(strange)}")
+        if not (indices is None or isinstance(indices, Choice)):
+            raise UnsupportedError("its attention takes indices, which none of its modules gets by a cache")
         reach = _reach(module, context, attention_mask, sliding_window, others.get("is_causal"))
-        is_plain = reach.is_whole and softcap is None and s_aux is None
-        context.note(KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3]), reach, is_plain=is_plain)
+        is_plain = reach.is_whole and softcap is None and s_aux is None and indices is None
+        index = _index_keys(context, indices, key.dtype)
+        index_width = 0 if index is None else index.shape[1]
+        shape = KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3], index_width)
+        context.note(shape, reach, is_plain=is_plain)
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
     if context.is_checking:
         context.attended += 1
         rows = (value + key.mean(-1, keepdim=True)).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        return (rows + query.mean(-1, keepdim=True)).transpose(1, 2).contiguous(), None
+        rows = rows + query.mean(-1, keepdim=True)
+        if indices is not None:
+            rows = rows + indices.keys.mean(-1)[:, None]
+        return rows.transpose(1, 2).contiguous(), None
     batch = context.batch
     assert isinstance(batch, MicroBatch)
-    if attention_mask is not None:
+    if attention_mask is not None and not context.hands_masks:
         raise UnsupportedError("its attention got a mask that it did not get when the model was opened")
     rule = AttentionRule(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -75,14 +90,27 @@ def attention(
     )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
     with plain_arithmetic():
-        key, value = context.cache.write(context.layer, batch, key, value)
-    asked = Attending(batch, query, key, value, context.cache, context.layer, rule, context.is_batch_invariant)
+        index = _index_keys(context, indices, key.dtype)
+        kept = context.cache.write(context.layer, batch, key, value, *([] if index is None else [index]))
+    asked = Attending(
+        *(batch, query, kept[0], kept[1], context.cache, context.layer, rule, context.is_batch_invariant),
+        choice=indices,
+        index=kept[2] if len(kept) > 2 else None,
+        hands_on=context.hands_on,
+    )
     backend = next(backend for backend in BACKENDS if backend.can(asked))
     with context.apart():
         parts = [backend.decode(asked)] if batch.decode_groups else []
         if batch.prefill_first < len(query):
             parts.append(backend.prefill(asked))
+    if indices is not None:
+        indices.forget_rows()
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _index_keys(context: SweepContext, choice: Choice | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Index keys of the new rows as they are to be kept `[rows, index width]`; None where another layer keeps them."""
+    return None if choice is None or choice.layer != context.layer else choice.stored(dtype)
 
 
 def _reach(

@@ -44,6 +44,13 @@ class MaskNotes:
         """Whether a value stands for one of these masks."""
         return any(is_same(mask, known) for known, _ in self.made)
 
+    def knows_base(self, value: Any) -> bool:
+        """Whether a value is a tensor that stands for one of these masks, or a view of such a one."""
+        return isinstance(value, torch.Tensor) and any(
+            value.device == known.device and value.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
+            for known, _ in self.made
+        )
+
     def reach_of(self, mask: torch.Tensor) -> Reach | None:
         """What a tensor stands for; None for one that is not of these masks.
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
+from engine.model.stub import LayerCall
 from engine.model.sweep_context import SweepContext
 
 
@@ -33,15 +34,18 @@ def call_on_meta(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any)
             module._buffers.update(before)
 
 
-def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> KVShape | None:
+def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> KVShape | None:
     """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does.
+
+    hidden: `[rows, width]`, as the layer before it is taken to leave it.
 
     Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
     """
     context: SweepContext = layer.__dict__["sweeping"]
     context.probed = context.handed_on = None
     try:
-        output = call_on_meta(layer, hidden, args, kwargs)
+        output = call_on_meta(layer, call.laid_out(hidden), *call.given())
+        call.states_of(output)
         values = output if isinstance(output, tuple | list) else (output,)
         states, context.handed_on = values[0], sum(value is not None for value in values) - 1
         if isinstance(states, torch.Tensor) and states.dtype.itemsize > hidden.dtype.itemsize:

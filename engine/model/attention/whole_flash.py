@@ -48,12 +48,12 @@ def _decode(asked: Attending, group: DecodeGroup) -> list[torch.Tensor]:
     rows = slice(group.first, group.end)
     query = asked.query[rows]
     if not group.chain:
-        table = asked.cache.own_flat(asked.layer, group, asked.key[rows], asked.value[rows])
+        table = asked.cache.own_flat(asked.layer, group, *asked.new(rows))
         where, most = (group.row_borders, group.own_borders), (group.steps, group.length)
         return [attend(query, *table, where, most, asked.rule, group.own_lengths)[0]]
     prefix = [x[None] for x in asked.cache.fork(asked.layer, group.chain)]  # [1, kv heads, prefix, dim]
     start = prefix[0].shape[2]
-    own = asked.cache.own(asked.layer, group, asked.key[rows], asked.value[rows])  # [sequences, kv heads, length, dim]
+    own = asked.cache.own(asked.layer, group, *asked.new(rows))  # [sequences, kv heads, length, dim]
     at_once = max(1, asked.batch.most_gathered_rows // (start + group.length))
     results = []
     for first in range(0, len(group.segments), at_once):

@@ -1,4 +1,4 @@
-"""Which module of a layer asks its cache for a state, and what it puts there, seen without numbers."""
+"""Which module of a layer asks its cache for a state, or for index keys, seen without numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from engine.errors import UnsupportedError
+from engine.model.indexers.choice import Choice
+from engine.model.indexers.indexer import Indexer
 from engine.model.mixers.call import Call, cache_name, is_of_rows
 from engine.model.mixers.mixer import Mixer, without_states
 from engine.model.mixers.states import States, StatesCache
@@ -17,18 +19,20 @@ from engine.model.sweep_context import SweepContext
 
 
 class Asking:
-    """Finds the innermost module of a layer that asks for a state, while the layer is called on `meta`."""
+    """Finds the innermost modules of a layer that ask for states or index keys, while it is called on `meta`."""
 
     def __init__(self, context: SweepContext, num_states: int) -> None:
         """num_states: of a kind, that a module may keep."""
         self._context, self._num_states = context, num_states
         self.found: list[Mixer] = []
         """In the layer that was called last."""
+        self.indexers: list[Indexer] = []
+        """What chooses its keys by index keys, in that layer."""
 
     @contextmanager
     def within(self, layer: nn.Module) -> Iterator[None]:
         """Inside, every module of `layer` that takes a cache is tried with one that notes what it is asked for."""
-        self.found = []
+        self.found, self.indexers = [], []
         modules = [module for module in layer.modules() if module is not layer and cache_name(module.forward)]
         forwards = {module: module.forward for module in modules}
         for module, forward in forwards.items():
@@ -46,10 +50,12 @@ class Asking:
             states = States(self._num_states)
             cache = _NotingCache(states)
             given = call.named(args, kwargs)
-            found, context = list(self.found), self._context
+            found, indexers, context = list(self.found), list(self.indexers), self._context
             shown = context.probed, context.is_plain
             try:
                 output = call.on(given, cache)
+            except _ChoosesError:
+                return self._choice(module, call, given)
             except Exception:
                 if cache.is_given and not cache.is_attended:
                     raise
@@ -59,11 +65,18 @@ class Asking:
                     return output
             if cache.is_given:
                 raise UnsupportedError(f"its {type(module).__name__} keeps a state and attends at once")
-            self.found = found  # it asks for keys alone, if for anything: it is called as the layer calls it
+            self.found, self.indexers = found, indexers  # it asks for keys alone, if for anything: it is called as the layer calls it
             context.probed, context.is_plain = shown
             return forward(*args, **kwargs)
 
         return trying
+
+    def _choice(self, module: nn.Module, call: Call, given: dict[str, Any]) -> Choice:
+        """What the module as an indexer gives for the keys that it chooses."""
+        masks = frozenset(name for name, value in given.items() if self._context.masks.knows_base(value))
+        given = {name: value for name, value in given.items() if name not in masks}
+        self.indexers.append(Indexer(module, call, self._context, given, masks))
+        return self.indexers[-1].begin(given)
 
     def _mixer(self, module: nn.Module, call: Call, given: dict[str, Any], states: States, output: Any) -> Mixer:
         """The module as what keeps the states that it left; refuses what cannot be called for some sequences."""
@@ -81,6 +94,10 @@ class _AttendsError(Exception):
     """The module wants keys and values: it does not keep a state instead."""
 
 
+class _ChoosesError(Exception):
+    """The module keeps index keys, to choose keys by them."""
+
+
 class _NotingCache(StatesCache):
     """A cache of one layer's states, which notes whether it is given them."""
 
@@ -92,6 +109,10 @@ class _NotingCache(StatesCache):
         """Keys and values: not from here."""
         self.is_attended = True
         raise _AttendsError
+
+    def update_indexer(self, *_: Any, **__: Any) -> Any:
+        """Index keys: not from here."""
+        raise _ChoosesError
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers' own."""

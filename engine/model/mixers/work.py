@@ -26,7 +26,7 @@ def work_row_bytes(mixer: Mixer) -> int:
     buffers = [(module, dict(module._buffers)) for module in mixer.module.modules()]
     try:
         mixer.module.to("meta")
-        with torch.no_grad(), torch.device("meta"), _Live() as live:
+        with torch.no_grad(), torch.device("meta"), Live() as live:
             mixer.on(given, mixer.new_states())
     finally:
         for module, before in buffers:
@@ -35,7 +35,7 @@ def work_row_bytes(mixer: Mixer) -> int:
     return most // _ROWS
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, as long as there is a tensor on them."""
 
     def __init__(self) -> None:

@@ -1,0 +1,79 @@
+"""The keys that an indexer chooses for the rows of a micro-batch, by and by as attention asks for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.model.rows_apart import mapped
+from engine.schedule.segment import Segment
+
+if TYPE_CHECKING:
+    from engine.model.indexers.indexer import Indexer
+
+
+class Choice:
+    """Stands for the positions that an indexer chooses, where layers hand these to attention or to the next layer.
+
+    They are chosen when attention has kept the index keys. What may be handed on is kept.
+    """
+
+    def __init__(self, indexer: Indexer, layer: int, given: dict[str, Any], keys: torch.Tensor) -> None:
+        """given: what the indexer was called with; keys: index keys `[rows, dim]` of these rows."""
+        self._indexer = indexer
+        self.layer = layer
+        """Whose index keys they are."""
+        self.top_k = indexer.top_k
+        """Keys that are chosen for each row; all where there are no more."""
+        self.score_bytes = indexer.score_bytes
+        """What a row's scores of a key take, about, while keys are chosen."""
+        self.keys = keys
+        self._given: dict[str, Any] | None = given
+        self._kept: dict[int, torch.Tensor] = {}
+        """Positions int32 `[rows, top_k]` that were chosen for each segment, by its first row."""
+
+    def stored(self, dtype: torch.dtype) -> torch.Tensor:
+        """The index keys as elements `[rows, index width]` of a cache of `dtype`, without rounding."""
+        keys = self.keys if self._is_wider(dtype) else self.keys.to(dtype)
+        return keys.contiguous().view(dtype)
+
+    def _is_wider(self, dtype: torch.dtype) -> bool:
+        return self._indexer.dtype.itemsize > dtype.itemsize
+
+    def mask(
+        self, segment: Segment, first: int, end: int, stored: torch.Tensor | None, *, hands_on: bool
+    ) -> torch.Tensor | None:
+        """Which tokens rows `first` to `end` of a segment attend to, of those up to the last of the rows.
+
+        stored: index keys `[tokens, index width]` of the sequence, as `stored` gave them; None in a layer that is given
+        what another one has chosen. hands_on: whether what is chosen is kept for such a layer. Returns bool
+        `[rows, tokens]`, later tokens not excluded, or None where all are chosen.
+        """
+        length = segment.span.start + segment.past + end
+        if length <= self.top_k:
+            return None
+        if stored is None:
+            chosen = self._kept[segment.first][first:end].clamp(max=length - 1)
+        else:
+            assert self._given is not None
+            rows = slice(segment.first + first, segment.first + end)
+            keys = stored[:length].contiguous()
+            keys = keys.view(self._indexer.dtype) if self._is_wider(keys.dtype) else keys
+            chosen = self._indexer.choose(mapped(lambda each: each[:, rows], self._given), keys[None])
+            if hands_on:
+                self._place(segment, chosen)[first:end] = chosen
+        mask = torch.zeros(end - first, length, dtype=torch.bool, device=chosen.device)
+        return mask.scatter_(1, chosen.long(), True)
+
+    def _place(self, segment: Segment, like: torch.Tensor) -> torch.Tensor:
+        """Where the positions chosen for a segment's rows are kept; of rows that attend to all, the first ones."""
+        if segment.first not in self._kept:
+            first_ones = torch.arange(self.top_k, dtype=torch.int32, device=like.device)
+            self._kept[segment.first] = first_ones.repeat(segment.num_rows, 1)
+        return self._kept[segment.first]
+
+    def forget_rows(self) -> None:
+        """Let go of what the indexer was called with, once attention is computed; what was chosen stays."""
+        self._given = None
+        self.keys = self.keys[:0]
