@@ -148,9 +148,7 @@ class KVCache(LayerMemory):
             self._fresh[id(segment.span)] = pack(*(x[taken] for x in new))
         return new
 
-    def _scatter(
-        self, layer: int, scatter: Scatter, new: tuple[torch.Tensor, ...], coded: torch.Tensor | None
-    ) -> None:
+    def _scatter(self, layer: int, scatter: Scatter, new: tuple[torch.Tensor, ...], coded: torch.Tensor | None) -> None:
         taken, table = scatter.rows, self.room.by_tier["host"][layer]
         if coded is not None:
             rows = coded if taken is None else coded.index_select(0, taken)
@@ -258,7 +256,8 @@ class KVCache(LayerMemory):
 
     def index_keys(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """The index keys `[…, length, index width]` of rows."""
-        return rows.split(self.shapes[layer].parts, dim=-1)[2]
+        index: torch.Tensor = rows.split(self.shapes[layer].parts, dim=-1)[2]
+        return index
 
     def _unpack_flat(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, of rows `[rows, width]`, as `[rows, heads, dim]`."""

@@ -164,6 +164,12 @@ class CausalModel:
         return all(mixer.continues for mixer in self.mixers.values())
 
     @property
+    def handed_row_bytes(self) -> int:
+        """What layers hand on of a row besides its hidden state: the positions, in 32 bits, that an indexer chose."""
+        top_k = max((indexer.top_k for indexer in self.indexers.values()), default=0)
+        return 4 * top_k if self.sweeping.hands_on else 0
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether inputs of linear layers are rounded to 8 bits, as a checkpoint may ask for."""
         return any("rounds_inputs" in module.__dict__ for layer in self.layers for module in layer.modules())

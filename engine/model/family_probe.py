@@ -8,22 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.cache.shape import KVShape
-from engine.cache.state_shape import StateShape
 from engine.errors import UnsupportedError, named
 from engine.model.attention.mask import noting_masks
 from engine.model.attention.probe import call_on_meta, probe_kv_shape
 from engine.model.drivable import Drivable
 from engine.model.indexers.choice import Choice
-from engine.model.indexers.trial import try_choice
-from engine.model.mixers.asking import Asking
-from engine.model.mixers.mixer import Mixer
 from engine.model.mixers.reference_code import reference_code
-from engine.model.mixers.trial import try_out
-from engine.model.mixers.work import work_row_bytes
 from engine.model.padded import CacheView, ProbingView
+from engine.model.probing.asking import Asking
+from engine.model.probing.attaching import attach_indexers, attach_mixers
 from engine.model.probing.counted import check_padded_positions, positions_of
 from engine.model.probing.forward import inputs_of, outer_zeros
 from engine.model.probing.lengths import asks_lengths
@@ -69,9 +64,10 @@ def probe(model: Drivable) -> list[KVShape]:
             model.sweeping.arithmetic = nullcontext()  # only to tell why it is refused
             # What `from_pretrained` takes; the setter refuses families without the interface.
             model.config._attn_implementation = "sdpa" if model.module._supports_sdpa else "eager"
-        for model.recorder.num_values, model.recorder.hands_on in _WAYS if not model.is_padded else _WAYS[:-1]:
+        for num_values, hands_on in _WAYS[:-1] if model.is_padded else _WAYS:
+            model.recorder.num_values, model.recorder.hands_on = num_values, hands_on
             model.sweeping.hands_masks = False
-            model.sweeping.hands_on = model.recorder.hands_on
+            model.sweeping.hands_on = hands_on
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
@@ -80,8 +76,8 @@ def probe(model: Drivable) -> list[KVShape]:
                     else:
                         model.outer.positions = positions_of(model)
                         model.outer.asks_lengths = not model.mixers and asks_lengths(model)
-                    _take_mixers(model, is_batch_invariant)
-                    _take_indexers(model, is_batch_invariant)
+                    attach_mixers(model, is_batch_invariant)
+                    attach_indexers(model, is_batch_invariant)
                     _check_rows(model, found)
                     if model.is_padded:
                         _check_padding(model)
@@ -181,43 +177,6 @@ def one_of_each_kind(model: Drivable) -> list[int]:
         modules = tuple((name, type(module)) for name, module in layer.named_modules())
         first.setdefault((type(layer), kinds[index] if index < len(kinds) else None, modules), index)
     return list(first.values())
-
-
-def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
-    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
-    if model.mixers and is_batch_invariant:
-        raise UndrivableError(
-            "batch-invariant: it keeps states, which are computed for several sequences at once; leave batch-invariant "
-            "out"
-        )
-    tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
-    for index, mixer in model.mixers.items():
-        first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
-        if first is mixer:
-            with reference_code():
-                mixer.work_row_bytes = work_row_bytes(mixer)
-                try_out(mixer, model.layers[index])
-        mixer.continues, mixer.work_row_bytes = first.continues, first.work_row_bytes
-    for mixer in model.mixers.values():
-        mixer.attach()
-
-
-def _take_indexers(model: Drivable, is_batch_invariant: bool) -> None:
-    """Let what chooses keys be called for the rows of one sequence at a time, once each kind has been tried."""
-    if model.indexers and is_batch_invariant:
-        raise UndrivableError(
-            "batch-invariant: it chooses keys by an index, whose scores are sums over other shapes in other company; "
-            "leave batch-invariant out"
-        )
-    model.sweeping.hands_masks = bool(model.indexers)
-    tried = set[tuple[Any, ...]]()
-    for index, indexer in model.indexers.items():
-        kind = type(indexer.module), indexer.dim, indexer.top_k
-        if kind not in tried:
-            tried.add(kind)
-            try_choice(indexer, model.layers[index])
-    for indexer in model.indexers.values():
-        indexer.attach()
 
 
 def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:

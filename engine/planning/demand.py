@@ -260,8 +260,12 @@ class Demand:
         return max(rows, min(_MOST_OWN_ROWS, most))
 
     def beside_rows(self, rows: int) -> int:
-        """What the rows of a sweep take of the CPU's memory beside their hidden states."""
-        return rows * _BESIDE_ROW_BYTES if self.on_cpu else 0
+        """What the rows of a sweep take of the device beside their hidden states."""
+        return rows * self._beside_row_bytes
+
+    @property
+    def _beside_row_bytes(self) -> int:
+        return self.shape.handed_row_bytes + (_BESIDE_ROW_BYTES if self.on_cpu else 0)
 
     def growing(self, cache_bytes: int) -> int:
         """What a KV cache may come to be where it may take so many bytes: a layer's table is copied when it grows."""
@@ -279,8 +283,8 @@ class Demand:
             for tier, percent in percents(activations).items()
             if percent > 0
         ]
-        if self.on_cpu:
-            rows.append(max(0, left["device"]) * fraction["device"] / _BESIDE_ROW_BYTES)
+        if self._beside_row_bytes:
+            rows.append(max(0, left["device"]) * fraction["device"] / self._beside_row_bytes)
         return max(1, int(min([*rows, _MOST_HIDDEN_ROWS])))
 
     def rooms(self, gpu: float) -> dict[Tier, int]:

@@ -28,6 +28,8 @@ class ModelShape:
     coded_layer_row_bytes: int = 0
     """Bytes of one token's keys and values in the widest layer off the device, encoded; 0 without a codec."""
     hidden_row_bytes: int
+    handed_row_bytes: int = 0
+    """What is kept of a row on the device between layers, besides its hidden state."""
     work_row_bytes: int
     """Temporaries of one row inside a layer, about."""
     cpu_work_row_bytes: int = 0

@@ -50,6 +50,9 @@ _SMALLER: dict[str, int] = {
     **dict.fromkeys(("topk_group", "first_k_dense_replace"), 1),
     "n_group": 2,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    "index_topk": 8,
+    # With few heads many keys have a score of nought, of which some are chosen one way or the other.
+    **dict.fromkeys(("index_head_dim", "index_n_heads"), 16),
 }
 """The most that a setting of this name, in any family, is left at."""
 SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}

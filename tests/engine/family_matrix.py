@@ -253,6 +253,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ernie4_5_moe+dense-first": ("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_num_shared_experts": 1}),
     "hrm_text+no-prefix": ("hrm_text", {"prefix_lm": False}),
+    "glm_moe_dsa+shared-choices": ("glm_moe_dsa", {"indexer_types": ["full", "shared", "full", "shared"]}),
     "zamba2+shared": ("zamba2", {"hybrid_layer_ids": [1, 2], "layer_types": ["mamba", "hybrid", "hybrid"]}),
     "gpt2+encoder-attention": ("gpt2", {"add_cross_attention": True}),
 }
@@ -328,7 +329,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
     "layers 1 and 2 share a Zamba2AttentionDecoderLayer": ("zamba2+shared",),
     "counts positions by places in a call": ("mvp", "roformer", "trocr"),
-    "an index of its keys": ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
     "ask their cache for indexer_position_ids": ("qwen4_exp_text",),
     "hand on more than hidden states": ("xlstm", "zaya"),
     "attention takes position_bias": ("inkling_text",),

@@ -194,6 +194,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "glm-moe-dsa": (  # sparse attention; every second layer attends to the keys that the one before it has chosen
+        "glm_moe_dsa",
+        {
+            **_FFN,
+            **{"num_key_value_heads": 4, "num_hidden_layers": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
+            **{"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 12, "head_dim": 8},
+            **{"index_topk": 8, "index_n_heads": 16, "index_head_dim": 16},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1},
+            **{"indexer_types": ["full", "shared"] * 2, "mlp_layer_types": ["dense", "sparse"] * 2},
+        },
+    ),
     "lfm2": ("lfm2", {**_GQA, "layer_types": ["conv", "full_attention", "conv"]}),
     "qwen3-next": (  # a state that every token rewrites, experts
         "qwen3_next",

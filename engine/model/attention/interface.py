@@ -55,8 +55,8 @@ def attention(
     """The function registered with `transformers.AttentionInterface`.
 
     query, key, value: rotated, `[1, heads, rows, head_dim]`; returns `[1, rows, heads, head_dim]`. `softcap` is
-    Gemma-2's cap of the scores, `s_aux` the sinks of GPT-OSS `[heads]`, `indices` what an indexer gave for the keys that
-    it chooses.
+    Gemma-2's cap of the scores, `s_aux` the sinks of GPT-OSS `[heads]`, `indices` stands for the keys that an indexer
+    chooses.
     """
     context: SweepContext = module.__dict__["sweeping"]
     if query.device.type == "meta":

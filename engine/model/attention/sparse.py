@@ -53,7 +53,10 @@ class Sparse(AttentionBackend):
 
 
 def _attend(asked: Attending, segment: Segment, context: torch.Tensor) -> torch.Tensor:
-    """Rows of a segment to those chosen of `context`, rows `[tokens, width]` of the cache: `[rows, heads, value dim]`."""
+    """Rows of a segment to those chosen of `context`: `[rows, heads, value dim]`.
+
+    context: the tokens up to the last of the rows, as the cache keeps them, `[tokens, width]`.
+    """
     choice = asked.choice
     assert choice is not None
     index = asked.cache.index_keys(asked.layer, context) if choice.layer == asked.layer else None

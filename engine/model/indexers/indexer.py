@@ -91,7 +91,7 @@ class Indexer:
         num_rows, length = next(iter(given.values())).shape[1], keys.shape[1]
         positions = torch.arange(length, device=keys.device)
         seen = (positions <= positions[length - num_rows :, None])[None]
-        masks = {name: seen for name in self._masks}
+        masks = dict.fromkeys(self._masks, seen)
         chosen: torch.Tensor = self._call.on(given | masks, _GivingCache(keys))
         return chosen[0]
 
@@ -100,11 +100,9 @@ class Indexer:
         like = next(iter(self.given.values()))
         given = mapped(lambda rows: rows.new_empty(1, num_rows, *rows.shape[2:], device="meta"), self.given)
         keys = like.new_empty(1, length, self.dim, dtype=self.dtype, device="meta")
+        masks = {name: torch.ones(1, num_rows, length, dtype=torch.bool, device="meta") for name in self._masks}
         with Live() as live:
-            chosen = self._call.on(
-                given | {name: torch.ones(1, num_rows, length, dtype=torch.bool, device="meta") for name in self._masks},
-                _GivingCache(keys),
-            )
+            chosen = self._call.on(given | masks, _GivingCache(keys))
         if (
             not isinstance(chosen, torch.Tensor)
             or chosen.is_floating_point()

@@ -65,7 +65,8 @@ class Asking:
                     return output
             if cache.is_given:
                 raise UnsupportedError(f"its {type(module).__name__} keeps a state and attends at once")
-            self.found, self.indexers = found, indexers  # it asks for keys alone, if for anything: it is called as the layer calls it
+            # It asks for keys alone, if for anything: it is called as the layer calls it.
+            self.found, self.indexers = found, indexers
             context.probed, context.is_plain = shown
             return forward(*args, **kwargs)
 
