@@ -217,8 +217,8 @@ def _check_cache_codec(model: CausalModel) -> None:
     wide = {index: each for index, each in model.indexers.items() if each.dtype.itemsize > model.dtype.itemsize}
     for index, indexer in wide.items():
         raise UnsupportedError(
-            f"compress-cache: index keys of layer {index} are {indexer.dtype} where the model is {model.dtype}, which codes "
-            "cannot hold; leave it out"
+            f"compress-cache: index keys of layer {index} are {indexer.dtype} where the model is {model.dtype}, and no "
+            "codes hold both; leave it out"
         )
     layer = unencodable_layer(model.kv_shapes)
     if layer is not None:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from engine.errors import UnsupportedError
 from engine.model.indexers.choice import Choice
 from engine.model.mixers.call import Call, is_of_rows
 from engine.model.mixers.work import Live
 from engine.model.rows_apart import mapped
 from engine.model.sweep_context import SweepContext
+from engine.model.undrivable import UndrivableError
 
 _MANY = 1 << 20
 """Keys that an indexer is called with, without numbers, to see how many of them it chooses."""
@@ -32,22 +32,22 @@ class Indexer:
     ) -> None:
         """call: of the module's own forward; given: its arguments, without numbers, but for the `masks` among them.
 
-        Raises `UnsupportedError` for a module that is not called for rows, or does not choose positions of keys.
+        Raises `UndrivableError` for a module that is not called for rows, or does not choose positions of keys.
         """
         self.module, self.given = module, given
         self._call, self._context, self._masks = call, context, masks
         lead = call.lead(given)
         for name, value in given.items():
             if not is_of_rows(value, lead):
-                raise UnsupportedError(f"its {self.kind}, which chooses keys, takes {name}, which is not of its rows")
+                raise UndrivableError(f"its {self.kind}, which chooses keys, takes {name}, which is not of its rows")
         keys = self.keys_of(given)
         if keys.ndim != 3 or keys.shape[:2] != lead or not keys.is_floating_point():
-            raise UnsupportedError(f"its {self.kind} keeps index keys that are not [sequences, rows, numbers]")
+            raise UndrivableError(f"its {self.kind} keeps index keys that are not [sequences, rows, numbers]")
         self.dim, self.dtype = keys.shape[2], keys.dtype
         """Of index keys."""
         (few, one_row), (more, three_rows) = self._tried(1, _MANY), self._tried(3, 2 * _MANY)
         if few != more:
-            raise UnsupportedError(f"its {self.kind} chooses a number of keys that depends on how many there are")
+            raise UndrivableError(f"its {self.kind} chooses a number of keys that depends on how many there are")
         self.top_k = few
         """Keys that are chosen for each row, where there are as many."""
         self.score_bytes = max(1, int(three_rows - one_row) // 2)
@@ -80,7 +80,7 @@ class Indexer:
         except _TakenError:
             assert cache.taken is not None
             return cache.taken
-        raise UnsupportedError(f"its {self.kind} does not give its index keys to its cache each time")
+        raise UndrivableError(f"its {self.kind} does not give its index keys to its cache each time")
 
     def choose(self, given: dict[str, Any], keys: torch.Tensor) -> torch.Tensor:
         """Positions `[rows, top_k]`, or of all keys if there are fewer, that rows of one sequence attend to.
@@ -110,7 +110,7 @@ class Indexer:
             or chosen.shape[:-1] != (1, num_rows)
             or not chosen.shape[-1] < length
         ):
-            raise UnsupportedError(f"its {self.kind} chooses keys in another way than by their positions")
+            raise UndrivableError(f"its {self.kind} chooses keys in another way than by their positions")
         return chosen.shape[-1], live.most / length
 
 

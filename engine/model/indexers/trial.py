@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.errors import UnsupportedError, named
+from engine.errors import named
 from engine.model.indexers.indexer import Indexer
 from engine.model.rows_apart import NoNumbersError, Sketch, mapped, numbers_in
+from engine.model.undrivable import UndrivableError
 
 _ROWS = 3
 _SEEDS = 5
@@ -21,19 +22,19 @@ _WHOLE = 1 << 22
 def try_choice(indexer: Indexer, layer: nn.Module) -> None:
     """Let an indexer, before it is attached, choose of a few more keys than it chooses, for rows together and alone.
 
-    Raises `UnsupportedError` where that is not the same, where positions are none, or come twice, and where it does not
+    Raises `UndrivableError` where that is not the same, where positions are none, or come twice, and where it does not
     choose all keys if there are no more. Of a module that cannot be tried, nothing is said.
     """
     with numbers_in(layer, _WHOLE), Sketch(), torch.no_grad():
         try:
             if not any(_is_apart(indexer, seed) for seed in range(_SEEDS)):
-                raise UnsupportedError(f"its {indexer.kind} chooses other keys for a row in other company")
-        except (UnsupportedError, NoNumbersError) as error:
-            if isinstance(error, UnsupportedError):
+                raise UndrivableError(f"its {indexer.kind} chooses other keys for a row in other company")
+        except (UndrivableError, NoNumbersError) as error:
+            if isinstance(error, UndrivableError):
                 raise
         except Exception as error:
             if "meta" not in str(error):  # else a matrix without numbers
-                raise UnsupportedError(f"its {indexer.kind} does not run: {named(error)}") from None
+                raise UndrivableError(f"its {indexer.kind} does not run: {named(error)}") from None
 
 
 def _is_apart(indexer: Indexer, seed: int) -> bool:
@@ -56,11 +57,11 @@ def _is_apart(indexer: Indexer, seed: int) -> bool:
     few = indexer.choose(given, keys[:, :_ROWS])
     kind = indexer.kind
     if together.shape != (_ROWS, indexer.top_k) or any(len(row.unique()) != indexer.top_k for row in together):
-        raise UnsupportedError(f"its {kind} does not choose {indexer.top_k} different keys for each row")
+        raise UndrivableError(f"its {kind} does not choose {indexer.top_k} different keys for each row")
     if any(int(row.min()) < 0 or int(row.max()) > before + at for at, row in enumerate(together)):
-        raise UnsupportedError(f"its {kind} chooses keys of later tokens, or none")
+        raise UndrivableError(f"its {kind} chooses keys of later tokens, or none")
     if indexer.top_k >= _ROWS and any(not {*range(at + 1)} <= {*row.tolist()} for at, row in enumerate(few)):
-        raise UnsupportedError(f"its {kind} leaves out keys where there are no more than it chooses")
+        raise UndrivableError(f"its {kind} leaves out keys where there are no more than it chooses")
     return all({*one.tolist()} == {*other.tolist()} for one, other in zip(together, alone, strict=True))
 
 
