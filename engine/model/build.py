@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -115,6 +116,21 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         f"{type(model).__name__} ({model.config.model_type}) cannot be run here: its layers are not in one list "
         f"(its lists: {told})"
     )
+
+
+def give_each_its_own(layers: nn.ModuleList) -> None:
+    """Let layers that share a module have copies of it, so that each has parameters of its own, still without numbers.
+
+    What the model ties them to is loaded for each.
+    """
+    taken = set[int]()
+    for layer in layers:
+        for module in list(layer.modules()):
+            for name, child in list(module.named_children()):
+                if id(child) in taken and any(True for _ in child.parameters()):
+                    configs = (each.config for each in child.modules() if hasattr(each, "config"))
+                    module._modules[name] = deepcopy(child, {id(config): config for config in configs})
+        taken |= {id(module) for module in layer.modules()}
 
 
 def _text_config(model: PreTrainedModel) -> PreTrainedConfig:

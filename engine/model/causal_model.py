@@ -21,7 +21,7 @@ from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import BatchInvariant
 from engine.kernels.packed.parameter import PackedParameter
 from engine.model.attention import flash
-from engine.model.build import build, decoder_layers
+from engine.model.build import build, decoder_layers, give_each_its_own
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
 from engine.model.fused.norms import fuse_norms
@@ -83,6 +83,7 @@ class CausalModel:
         self.twins = twins_of(self.module, self.head_name)
         """Parameters that a checkpoint may hold under one name of several, by each."""
         slots = decoder_layers(self.module)
+        give_each_its_own(slots)
         self.layers = list(slots)
         self.units = self._find_units()
         self.quantization = declared_quantization(path, getattr(self.config, "quantization_config", None))

@@ -327,7 +327,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "keep a state that no cache of transformers' holds": ("deepseek_v4", "rwkv"),
     "mix tokens outside their attention": ("doge+moe", "recurrent_gemma"),
     "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
-    "layers 1 and 2 share a Zamba2AttentionDecoderLayer": ("zamba2+shared",),
     "counts positions by places in a call": ("mvp", "roformer", "trocr"),
     "ask their cache for indexer_position_ids": ("qwen4_exp_text",),
     "hand on more than hidden states": ("xlstm", "zaya"),
