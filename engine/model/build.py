@@ -118,16 +118,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def give_each_its_own(layers: nn.ModuleList) -> None:
-    """Let layers that share a module have copies of it, so that each has parameters of its own, still without numbers.
+def give_each_its_own(layers: nn.ModuleList, model: PreTrainedModel) -> None:
+    """Let layers for which the model ties a module to that of another layer have copies of it, still without numbers.
 
-    What the model ties them to is loaded for each.
+    Each has parameters of its own then; the numbers that they are tied to are loaded for each.
     """
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     taken = set[int]()
     for layer in layers:
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
-                if id(child) in taken and any(True for _ in child.parameters()):
+                own = [names[id(parameter)] for parameter in child.parameters()]
+                if id(child) in taken and own and tied.issuperset(own):
                     configs = (each.config for each in child.modules() if hasattr(each, "config"))
                     module._modules[name] = deepcopy(child, {id(config): config for config in configs})
         taken |= {id(module) for module in layer.modules()}

@@ -83,7 +83,7 @@ class CausalModel:
         self.twins = twins_of(self.module, self.head_name)
         """Parameters that a checkpoint may hold under one name of several, by each."""
         slots = decoder_layers(self.module)
-        give_each_its_own(slots)
+        give_each_its_own(slots, self.module)
         self.layers = list(slots)
         self.units = self._find_units()
         self.quantization = declared_quantization(path, getattr(self.config, "quantization_config", None))
@@ -163,12 +163,6 @@ class CausalModel:
     def continues(self) -> bool:
         """Whether all layers take on several tokens behind what they keep of those before."""
         return all(mixer.continues for mixer in self.mixers.values())
-
-    @property
-    def handed_row_bytes(self) -> int:
-        """What layers hand on of a row besides its hidden state: the positions, in 32 bits, that an indexer chose."""
-        top_k = max((indexer.top_k for indexer in self.indexers.values()), default=0)
-        return 4 * top_k if self.sweeping.hands_on else 0
 
     @property
     def rounds_inputs(self) -> bool:

@@ -67,7 +67,7 @@ def probe(model: Drivable) -> list[KVShape]:
         for num_values, hands_on in _WAYS[:-1] if model.is_padded else _WAYS:
             model.recorder.num_values, model.recorder.hands_on = num_values, hands_on
             model.sweeping.hands_masks = False
-            model.sweeping.hands_on = hands_on
+            model.sweeping.handed_row_bytes = 0
             try:
                 found = _attempt(model)
                 if not isinstance(found, _Failure):
@@ -158,15 +158,24 @@ def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerC
         raise UnsupportedError(f"layer {index} keeps more than one state")
     if len(asking.indexers) > 1:
         raise UnsupportedError(f"layer {index} chooses its keys more than once")
-    # The model may give it to the next layer.
-    is_known = call.handed is not None and isinstance(call.handed.value, Choice | None) and context.handed_on == 1
-    if model.recorder.num_values == 2 and context.handed_on != 0 and not is_known:
-        raise UnsupportedError("its layers hand on more than hidden states")
+    if model.recorder.num_values == 2 and context.handed_on != 0:  # the model may give it to the next layer
+        row_bytes = None if call.handed is None else handed_row_bytes(call.handed.value, call.shape)
+        if row_bytes is None:
+            raise UnsupportedError("its layers hand on more than hidden states")
+        context.handed_row_bytes = max(context.handed_row_bytes, row_bytes)
     if asking.indexers:
         model.indexers[index] = asking.indexers[0]
     if asking.found:
         model.mixers[index] = asking.found[0]
     return KVShape.none() if shape is None and asking.found else shape
+
+
+def handed_row_bytes(value: Any, rows: tuple[int, int]) -> int | None:
+    """Bytes of a row of what a layer hands on; None where that is neither numbers of each row nor chosen keys."""
+    if isinstance(value, Choice):
+        return value.kept_row_bytes
+    is_of_rows = isinstance(value, torch.Tensor) and value.shape[:2] == rows
+    return value.nbytes // (rows[0] * rows[1]) if is_of_rows else None
 
 
 def one_of_each_kind(model: Drivable) -> list[int]:

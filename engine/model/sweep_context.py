@@ -45,8 +45,8 @@ class SweepContext:
     """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
     hands_masks: bool = False
     """Whether layers are called with something in place of a mask, which their indexers want."""
-    hands_on: bool = False
-    """Whether layers hand on, to the next one, what their indexers chose."""
+    handed_row_bytes: int = 0
+    """What layers hand on of a row besides its hidden state, to the next one; 0 where they hand on nothing."""
     attended: int = 0
     """While `is_checking`: how often the layer in hand has attended."""
     ask_experts: Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None

@@ -174,7 +174,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         state_layer_bytes=max(states, default=0),
         continues=model.continues,
         hidden_row_bytes=model.hidden_size * model.hidden_dtype.itemsize,
-        handed_row_bytes=model.handed_row_bytes,
+        handed_row_bytes=model.sweeping.handed_row_bytes,
         is_padded=model.is_padded,
         score_bytes=_SCORE_COPIES * _num_heads(model) * 4 if model.is_padded else 0,
         is_plain=model.is_plain,

@@ -78,6 +78,12 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "xlnet": {"d_head": 16},
     "rwkv": {"attention_hidden_size": 64},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        **{"attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4},
+        **{"mamba_d_state": 8, "mamba_dt_rank": 8},
+    },
     "zamba2": {
         "num_hidden_layers": 3,
         "layer_types": ["mamba", "hybrid", "mamba"],
@@ -350,7 +356,6 @@ NOT_BUILT = {
     "qwen4_exp": "the same class as qwen4_exp_text",
     "musicgen": "its config has no decoder's fields",
     "musicgen_melody": "its config has no decoder's fields",
-    "zamba": "cannot be built with few layers",
 }
 """Model types that cannot be built small, and why."""
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}

@@ -96,7 +96,7 @@ def attention(
         *(batch, query, kept[0], kept[1], context.cache, context.layer, rule, context.is_batch_invariant),
         choice=indices,
         index=kept[2] if len(kept) > 2 else None,
-        hands_on=context.hands_on,
+        hands_on=context.handed_row_bytes > 0,
     )
     backend = next(backend for backend in BACKENDS if backend.can(asked))
     with context.apart():

@@ -33,6 +33,11 @@ class Choice:
         self._kept: dict[int, torch.Tensor] = {}
         """Positions int32 `[rows, top_k]` that were chosen for each segment, by its first row."""
 
+    @property
+    def kept_row_bytes(self) -> int:
+        """What is kept of a row for the next layer: the positions, in 32 bits."""
+        return 4 * self.top_k
+
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
         """The index keys as elements `[rows, index width]` of a cache of `dtype`, without rounding."""
         keys = self.keys if self._is_wider(dtype) else self.keys.to(dtype)
