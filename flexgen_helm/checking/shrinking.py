@@ -50,7 +50,8 @@ _SMALLER: dict[str, int] = {
     **dict.fromkeys(("topk_group", "first_k_dense_replace"), 1),
     "n_group": 2,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    "index_topk": 8,
+    **dict.fromkeys(("index_topk", "index_block_size"), 8),
+    "index_topk_blocks": 2,
     # With few heads many keys have a score of nought, of which some are chosen one way or the other.
     **dict.fromkeys(("index_head_dim", "index_n_heads"), 16),
 }

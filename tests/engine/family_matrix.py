@@ -337,7 +337,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "ask their cache for indexer_position_ids": ("qwen4_exp_text",),
     "hand on more than hidden states": ("xlstm", "zaya"),
     "attention takes position_bias": ("inkling_text",),
-    "attention takes block_indices": ("minimax_m3_vl_text+sparse",),
     "attend more than once": ("longcat_flash",),
     "attend to later ones": ("bigbird_pegasus", "gemma3_text+bidirectional", "gemma4_text+bidirectional"),
     "changes the hidden states between layers": ("dory", "dory+1-loop", "xlm"),

@@ -50,23 +50,25 @@ def attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     indices: Choice | None = None,
+    block_indices: Choice | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function registered with `transformers.AttentionInterface`.
 
     query, key, value: rotated, `[1, heads, rows, head_dim]`; returns `[1, rows, heads, head_dim]`. `softcap` is
-    Gemma-2's cap of the scores, `s_aux` the sinks of GPT-OSS `[heads]`, `indices` stands for the keys that an indexer
-    chooses.
+    Gemma-2's cap of the scores, `s_aux` the sinks of GPT-OSS `[heads]`, `indices` and `block_indices` stand for the
+    keys that an indexer chooses.
     """
+    choice = indices if block_indices is None else block_indices
     context: SweepContext = module.__dict__["sweeping"]
     if query.device.type == "meta":
         if strange := sorted(k for k, v in others.items() if v is not None and k not in _IGNORED):
             raise UnsupportedError(f"its attention takes {', '.join(strange)}")
-        if not (indices is None or isinstance(indices, Choice)):
+        if not (choice is None or isinstance(choice, Choice)):
             raise UnsupportedError("its attention takes indices, which none of its modules gets by a cache")
         reach = _reach(module, context, attention_mask, sliding_window, others.get("is_causal"))
-        is_plain = reach.is_whole and softcap is None and s_aux is None and indices is None
-        index = _index_keys(context, indices, key.dtype)
+        is_plain = reach.is_whole and softcap is None and s_aux is None and choice is None
+        index = _index_keys(context, choice, key.dtype)
         index_width = 0 if index is None else index.shape[1]
         shape = KVShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3], index_width)
         context.note(shape, reach, is_plain=is_plain)
@@ -75,8 +77,8 @@ def attention(
         context.attended += 1
         rows = (value + key.mean(-1, keepdim=True)).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         rows = rows + query.mean(-1, keepdim=True)
-        if indices is not None:
-            rows = rows + indices.keys.mean(-1)[:, None]
+        if choice is not None:
+            rows = rows + choice.keys.mean(-1)[:, None]
         return rows.transpose(1, 2).contiguous(), None
     batch = context.batch
     assert isinstance(batch, MicroBatch)
@@ -90,11 +92,11 @@ def attention(
     )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
     with plain_arithmetic():
-        index = _index_keys(context, indices, key.dtype)
+        index = _index_keys(context, choice, key.dtype)
         kept = context.cache.write(context.layer, batch, key, value, *([] if index is None else [index]))
     asked = Attending(
         *(batch, query, kept[0], kept[1], context.cache, context.layer, rule, context.is_batch_invariant),
-        choice=indices,
+        choice=choice,
         index=kept[2] if len(kept) > 2 else None,
         hands_on=context.handed_row_bytes > 0,
     )
@@ -103,8 +105,8 @@ def attention(
         parts = [backend.decode(asked)] if batch.decode_groups else []
         if batch.prefill_first < len(query):
             parts.append(backend.prefill(asked))
-    if indices is not None:
-        indices.forget_rows()
+    if choice is not None:
+        choice.forget_rows()
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 

@@ -69,23 +69,24 @@ def _attend(asked: Attending, segment: Segment, context: torch.Tensor) -> torch.
         length = len(context) - segment.num_rows + end
         positions = torch.arange(length, device=context.device)
         seen = asked.rule.reach.sees(positions[length - (end - first) :, None], positions)
+        seen = seen.expand(asked.query.shape[1], -1, -1)  # [heads, rows, tokens]
         chosen = choice.mask(segment, first, end, index, hands_on=asked.hands_on)
+        if chosen is not None:
+            seen = seen & chosen.repeat_interleave(len(seen) // len(chosen), dim=0)
         query = asked.query[segment.first + first : segment.first + end]
-        parts.append(
-            _attend_some(asked, query, key[:, :length], value[:, :length], seen if chosen is None else seen & chosen)
-        )
+        parts.append(_attend_some(asked, query, key[:, :length], value[:, :length], seen))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend_some(
     asked: Attending, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """Rows `[rows, heads, dim]` to what they see of keys and values `[kv heads, tokens, dim]`."""
+    """Rows `[rows, heads, dim]` to what they see, bool `[heads, rows, tokens]`, of keys and values `[kv heads, …]`."""
     rule, heads, groups = asked.rule, key.shape[0], asked.groups
     # The heads of one group of queries share keys and values: they become further rows, and nothing is copied.
     folded = query.transpose(0, 1).unflatten(0, (heads, groups)).flatten(1, 2)  # [kv heads, groups * rows, dim]
     if rule.is_stock:
-        mask = seen.repeat(groups, 1)
+        mask = seen.unflatten(0, (heads, groups)).flatten(1, 2)[None]
         result = F.scaled_dot_product_attention(folded[None], key[None], value[None], mask, scale=rule.scaling)[0]
     else:
         by_head = products(folded, key).unflatten(1, (groups, -1)).flatten(0, 1)  # [heads, rows, tokens]

@@ -31,11 +31,11 @@ class Choice:
         self.keys = keys
         self._given: dict[str, Any] | None = given
         self._kept: dict[int, torch.Tensor] = {}
-        """Positions int32 `[rows, top_k]` that were chosen for each segment, by its first row."""
+        """Blocks int32 `[groups of heads, rows, blocks]` that were chosen for each segment, by its first row."""
 
     @property
     def kept_row_bytes(self) -> int:
-        """What is kept of a row for the next layer: the positions, in 32 bits."""
+        """What is kept of a row for the next layer, about: positions in 32 bits."""
         return 4 * self.top_k
 
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
@@ -53,29 +53,28 @@ class Choice:
 
         stored: index keys `[tokens, index width]` of the sequence, as `stored` gave them; None in a layer that is given
         what another one has chosen. hands_on: whether what is chosen is kept for such a layer. Returns bool
-        `[rows, tokens]`, later tokens not excluded, or None where all are chosen.
+        `[groups of heads, rows, tokens]`, later tokens not excluded, or None where all are chosen.
         """
         length = segment.span.start + segment.past + end
         if length <= self.top_k:
             return None
         if stored is None:
-            chosen = self._kept[segment.first][first:end].clamp(max=length - 1)
+            chosen = self._kept[segment.first][:, first:end]
         else:
             assert self._given is not None
             rows = slice(segment.first + first, segment.first + end)
             keys = stored[:length].contiguous()
             keys = keys.view(self._indexer.dtype) if self._is_wider(keys.dtype) else keys
-            chosen = self._indexer.choose(mapped(lambda each: each[:, rows], self._given), keys[None])
+            chosen = self._indexer.choose(mapped(lambda each: each[:, rows], self._given), keys)
             if hands_on:
-                self._place(segment, chosen)[first:end] = chosen
-        mask = torch.zeros(end - first, length, dtype=torch.bool, device=chosen.device)
-        return mask.scatter_(1, chosen.long(), True)
+                self._place(segment, chosen)[:, first:end] = chosen
+        return self._indexer.mask_of(chosen, length)
 
     def _place(self, segment: Segment, like: torch.Tensor) -> torch.Tensor:
-        """Where the positions chosen for a segment's rows are kept; of rows that attend to all, the first ones."""
+        """Where the blocks chosen for a segment's rows are kept; of rows that attend to all, the first ones."""
         if segment.first not in self._kept:
-            first_ones = torch.arange(self.top_k, dtype=torch.int32, device=like.device)
-            self._kept[segment.first] = first_ones.repeat(segment.num_rows, 1)
+            first_ones = torch.arange(like.shape[-1], dtype=torch.int32, device=like.device)
+            self._kept[segment.first] = first_ones.repeat(like.shape[0], segment.num_rows, 1)
         return self._kept[segment.first]
 
     def forget_rows(self) -> None:

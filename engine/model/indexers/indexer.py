@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import Cache
 
 from engine.model.indexers.choice import Choice
 from engine.model.mixers.call import Call, is_of_rows
+from engine.model.mixers.states import EveryLayer
 from engine.model.mixers.work import Live
 from engine.model.rows_apart import mapped
 from engine.model.sweep_context import SweepContext
@@ -28,11 +31,18 @@ class Indexer:
     """
 
     def __init__(
-        self, module: nn.Module, call: Call, context: SweepContext, given: dict[str, Any], masks: frozenset[str]
+        self,
+        module: nn.Module,
+        call: Call,
+        context: SweepContext,
+        given: dict[str, Any],
+        masks: frozenset[str],
+        like: Indexer | None = None,
     ) -> None:
         """call: of the module's own forward; given: its arguments, without numbers, but for the `masks` among them.
 
-        Raises `UndrivableError` for a module that is not called for rows, or does not choose positions of keys.
+        like: one of another layer that is set as it is; how that one chooses is known. Raises `UndrivableError` for a
+        module that is not called for rows, or does not choose positions of keys.
         """
         self.module, self.given = module, given
         self._call, self._context, self._masks = call, context, masks
@@ -40,17 +50,19 @@ class Indexer:
         for name, value in given.items():
             if not is_of_rows(value, lead):
                 raise UndrivableError(f"its {self.kind}, which chooses keys, takes {name}, which is not of its rows")
-        keys = self.keys_of(given)
-        if keys.ndim != 3 or keys.shape[:2] != lead or not keys.is_floating_point():
+        keys = self._kept_by(given)
+        if keys.ndim not in (3, 4) or keys[..., 0].numel() != lead[1] or not keys.is_floating_point():
             raise UndrivableError(f"its {self.kind} keeps index keys that are not [sequences, rows, numbers]")
-        self.dim, self.dtype = keys.shape[2], keys.dtype
+        self._has_heads = keys.ndim == 4
+        """Whether index keys are `[sequences, 1, rows, numbers]`."""
+        self.dim, self.dtype = keys.shape[-1], keys.dtype
         """Of index keys."""
-        (few, one_row), (more, three_rows) = self._tried(1, _MANY), self._tried(3, 2 * _MANY)
-        if few != more:
-            raise UndrivableError(f"its {self.kind} chooses a number of keys that depends on how many there are")
-        self.top_k = few
+        found: tuple[int, int, int] = self._measured() if like is None else (like.top_k, like.block, like.score_bytes)
+        self.top_k: int = found[0]
         """Keys that are chosen for each row, where there are as many."""
-        self.score_bytes = max(1, int(three_rows - one_row) // 2)
+        self.block: int = found[1]
+        """Neighbouring keys that are chosen together; blocks begin at multiples of it."""
+        self.score_bytes: int = found[2]
         """What a row's scores of a key take, about, while keys are chosen."""
 
     @property
@@ -64,7 +76,7 @@ class Indexer:
 
     def begin(self, given: dict[str, Any]) -> Choice:
         """What will be chosen for the rows of a call, once keys are asked for; its index keys are there."""
-        return Choice(self, self._context.layer, given, self.keys_of(given)[0])
+        return Choice(self, self._context.layer, given, self.keys_of(given))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._call.named(args, kwargs)
@@ -72,72 +84,109 @@ class Indexer:
             return self._call.on(given, None)
         return self.begin({name: value for name, value in given.items() if name not in self._masks})
 
+    @property
+    def wants_masks(self) -> bool:
+        """Whether it is called with a mask that hides later tokens, and not with positions alone."""
+        return bool(self._masks)
+
     def keys_of(self, given: dict[str, Any]) -> torch.Tensor:
-        """The index keys `[sequences, rows, dim]` of rows."""
-        cache = _TakingCache()
-        try:
-            self._call.on(given | dict.fromkeys(self._masks), cache)
-        except _TakenError:
-            assert cache.taken is not None
-            return cache.taken
-        raise UndrivableError(f"its {self.kind} does not give its index keys to its cache each time")
+        """The index keys `[rows, dim]` of the rows of a micro-batch."""
+        return self._kept_by(given).flatten(0, -2)
+
+    def _kept_by(self, given: dict[str, Any]) -> torch.Tensor:
+        taken: list[torch.Tensor] = []
+
+        def take(keys: torch.Tensor) -> torch.Tensor:
+            taken.append(keys)
+            raise _TakenError
+
+        with suppress(_TakenError):
+            self._call.on(given | dict.fromkeys(self._masks), IndexCache(take))
+        if not taken:
+            raise UndrivableError(f"its {self.kind} does not give its index keys to its cache each time")
+        return taken[0]
 
     def choose(self, given: dict[str, Any], keys: torch.Tensor) -> torch.Tensor:
-        """Positions `[rows, top_k]`, or of all keys if there are fewer, that rows of one sequence attend to.
+        """Blocks of keys `[groups of heads, rows, blocks]` that rows of one sequence attend to, -1 for none.
 
-        given: of the rows alone, `[1, rows, …]`; keys: index keys `[1, tokens, dim]` of the sequence up to the last of
-        these rows. Positions that come later than a row's are chosen only where too few come before.
+        As many as it chooses, or all if there are fewer. given: of the rows alone, `[1, rows, …]`; keys: index keys
+        `[tokens, dim]` of the sequence up to the last of these rows. Those that come later than a row are chosen only
+        where too few come before.
         """
-        num_rows, length = next(iter(given.values())).shape[1], keys.shape[1]
+        num_rows, length = next(iter(given.values())).shape[1], len(keys)
         positions = torch.arange(length, device=keys.device)
         seen = (positions <= positions[length - num_rows :, None])[None]
-        masks = dict.fromkeys(self._masks, seen)
-        chosen: torch.Tensor = self._call.on(given | masks, _GivingCache(keys))
-        return chosen[0]
+        return self._chosen_by(given | dict.fromkeys(self._masks, seen), keys).flatten(0, -3)
+
+    def mask_of(self, chosen: torch.Tensor, length: int) -> torch.Tensor:
+        """What `choose` gave as a mask of so many tokens: bool `[groups of heads, rows, tokens]`."""
+        blocks = -(-length // self.block)
+        mask = torch.zeros(*chosen.shape[:-1], blocks + 1, dtype=torch.bool, device=chosen.device)
+        mask.scatter_(-1, torch.where((chosen < 0) | (chosen > blocks), blocks, chosen).long(), True)
+        return mask[..., :blocks].repeat_interleave(self.block, dim=-1)[..., :length]
+
+    def _chosen_by(self, given: dict[str, Any], keys: torch.Tensor) -> torch.Tensor:
+        all_keys = keys[None, None] if self._has_heads else keys[None]
+        chosen: torch.Tensor = self._call.on(given, IndexCache(lambda _: all_keys))
+        return chosen if not isinstance(chosen, torch.Tensor) or chosen.ndim == 4 else chosen[:, None]
+
+    def _measured(self) -> tuple[int, int, int]:
+        """How many keys it chooses, in blocks of how many, and what scores take: seen without numbers."""
+        (few, one_row), (more, three_rows) = self._tried(1, _MANY), self._tried(3, 2 * _MANY)
+        if few != more:
+            raise UndrivableError(f"its {self.kind} chooses a number of keys that depends on how many there are")
+        block = self._block_size(few)
+        return few * block, block, max(1, int(three_rows - one_row) // 2)
 
     def _tried(self, num_rows: int, length: int) -> tuple[int, float]:
-        """How many of `length` keys are chosen for each row, and the most bytes that this takes for each key."""
+        """How many blocks of `length` keys are chosen for each row, and the most bytes that this takes for each key."""
         like = next(iter(self.given.values()))
         given = mapped(lambda rows: rows.new_empty(1, num_rows, *rows.shape[2:], device="meta"), self.given)
-        keys = like.new_empty(1, length, self.dim, dtype=self.dtype, device="meta")
+        keys = like.new_empty(length, self.dim, dtype=self.dtype, device="meta")
         masks = {name: torch.ones(1, num_rows, length, dtype=torch.bool, device="meta") for name in self._masks}
         with Live() as live:
-            chosen = self._call.on(given | masks, _GivingCache(keys))
+            chosen = self._chosen_by(given | masks, keys)
         if (
             not isinstance(chosen, torch.Tensor)
             or chosen.is_floating_point()
             or chosen.dtype == torch.bool
-            or chosen.shape[:-1] != (1, num_rows)
-            or not chosen.shape[-1] < length
+            or chosen.ndim != 4
+            or (chosen.shape[0], chosen.shape[2]) != (1, num_rows)
+            or chosen.shape[-1] > length
         ):
             raise UndrivableError(f"its {self.kind} chooses keys in another way than by their positions")
         return chosen.shape[-1], live.most / length
+
+    def _block_size(self, most: int) -> int:
+        """The number of keys of which it chooses one block, where it chooses several of many."""
+        if most < 2 or most == _MANY:
+            raise UndrivableError(f"its {self.kind} chooses {most} of {_MANY} keys, or of their blocks")
+        one, two = 1, 2 if self._tried(1, 2)[0] == 2 else _MANY
+        while two - one > 1:
+            middle = (one + two) // 2
+            one, two = (middle, two) if self._tried(1, middle)[0] == 1 else (one, middle)
+        return one
 
 
 class _TakenError(Exception):
     """There are index keys; nothing is to be chosen yet."""
 
 
-class _TakingCache(Cache):
-    """A cache that takes index keys, and ends the call."""
+class IndexCache(Cache):
+    """A cache that is given index keys, by whichever method of transformers' caches, and gives back others."""
 
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.taken: torch.Tensor | None = None
-
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Take them."""
-        self.taken = indexer_key_states
-        raise _TakenError
-
-
-class _GivingCache(Cache):
-    """A cache that gives back index keys of the rows of a call and of those before them."""
-
-    def __init__(self, keys: torch.Tensor) -> None:
-        super().__init__(layers=[])
-        self._keys = keys
+    def __init__(self, update: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """update: from the index keys of new rows to those of all tokens."""
+        super().__init__(layers=EveryLayer([_IndexLayer(update)]))
+        self._update = update
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """All of them: those of the rows are among them, as the engine's cache keeps them."""
-        return self._keys
+        """As transformers' own."""
+        return self._update(indexer_key_states)
+
+
+class _IndexLayer:
+    """What a family asks that keeps index keys in a cache layer of its own."""
+
+    def __init__(self, update: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.update_index = update

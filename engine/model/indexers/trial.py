@@ -39,30 +39,36 @@ def try_choice(indexer: Indexer, layer: nn.Module) -> None:
 
 def _is_apart(indexer: Indexer, seed: int) -> bool:
     generator = torch.Generator().manual_seed(seed)
+    before, kind = indexer.top_k + _ROWS, indexer.kind
+    keys = torch.randn(before + _ROWS, indexer.dim, generator=generator)
+    keys = keys.double() if indexer.dtype == torch.float64 else keys
 
-    def numbers(like: torch.Tensor) -> torch.Tensor:
+    def numbers(like: torch.Tensor, first: int) -> torch.Tensor:
         shape = (1, _ROWS, *like.shape[2:])
         if like.is_floating_point():
             return torch.randn(shape, generator=generator)
-        return torch.arange(_ROWS).expand(1, _ROWS) if like.ndim == 2 else torch.zeros(shape, dtype=like.dtype)
+        positions = torch.arange(first, first + _ROWS).expand(1, _ROWS)
+        return positions if like.ndim == 2 else torch.zeros(shape, dtype=like.dtype)
 
-    given = mapped(numbers, indexer.given)
-    before = indexer.top_k + _ROWS
-    length = before + _ROWS
-    keys = torch.randn(1, length, indexer.dim, generator=generator)
-    if indexer.dtype != torch.float32 and indexer.dtype.itemsize > 4:
-        keys = keys.to(indexer.dtype)
+    given = mapped(lambda like: numbers(like, before), indexer.given)
     together = indexer.choose(given, keys)
-    alone = [indexer.choose(_row(given, at), keys[:, : before + at + 1])[0] for at in range(_ROWS)]
-    few = indexer.choose(given, keys[:, :_ROWS])
-    kind = indexer.kind
-    if together.shape != (_ROWS, indexer.top_k) or any(len(row.unique()) != indexer.top_k for row in together):
+    if any(len(row.unique()) != together.shape[-1] or int(row.min()) < 0 for row in together.flatten(0, 1)):
         raise UndrivableError(f"its {kind} does not choose {indexer.top_k} different keys for each row")
-    if any(int(row.min()) < 0 or int(row.max()) > before + at for at, row in enumerate(together)):
-        raise UndrivableError(f"its {kind} chooses keys of later tokens, or none")
-    if indexer.top_k >= _ROWS and any(not {*range(at + 1)} <= {*row.tolist()} for at, row in enumerate(few)):
+    if together.shape[1:] != (_ROWS, indexer.top_k // indexer.block) or any(
+        int(together[:, at].max()) * indexer.block > before + at for at in range(_ROWS)
+    ):
+        raise UndrivableError(f"its {kind} chooses keys of later tokens, or too few")
+    few = indexer.choose(mapped(lambda like: numbers(like, 0), indexer.given), keys[:_ROWS])
+    is_later = torch.arange(_ROWS) > torch.arange(_ROWS)[:, None]
+    if indexer.top_k >= _ROWS and not bool((indexer.mask_of(few, _ROWS) | is_later).all()):
         raise UndrivableError(f"its {kind} leaves out keys where there are no more than it chooses")
-    return all({*one.tolist()} == {*other.tolist()} for one, other in zip(together, alone, strict=True))
+    whole = indexer.mask_of(together, len(keys))
+    for at in range(_ROWS):
+        length = before + at + 1
+        alone = indexer.mask_of(indexer.choose(_row(given, at), keys[:length]), length)
+        if not torch.equal(alone[:, 0], whole[:, at, :length]):
+            return False
+    return True
 
 
 def _row(given: dict[str, Any], at: int) -> dict[str, Any]:

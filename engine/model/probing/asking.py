@@ -15,6 +15,7 @@ from engine.model.indexers.indexer import Indexer
 from engine.model.mixers.call import Call, cache_name, is_of_rows
 from engine.model.mixers.mixer import Mixer, without_states
 from engine.model.mixers.states import States, StatesCache
+from engine.model.probing.lengths import settings_of
 from engine.model.sweep_context import SweepContext
 
 
@@ -28,6 +29,8 @@ class Asking:
         """In the layer that was called last."""
         self.indexers: list[Indexer] = []
         """What chooses its keys by index keys, in that layer."""
+        self._known: dict[Any, Indexer] = {}
+        """One of each kind, in any layer."""
 
     @contextmanager
     def within(self, layer: nn.Module) -> Iterator[None]:
@@ -47,7 +50,7 @@ class Asking:
         call = Call(forward)
 
         def trying(*args: Any, **kwargs: Any) -> Any:
-            states = States(self._num_states)
+            states = _NotingStates(self._num_states)
             cache = _NotingCache(states)
             given = call.named(args, kwargs)
             found, indexers, context = list(self.found), list(self.indexers), self._context
@@ -76,8 +79,11 @@ class Asking:
         """What the module as an indexer gives for the keys that it chooses."""
         masks = frozenset(name for name, value in given.items() if self._context.masks.knows_base(value))
         given = {name: value for name, value in given.items() if name not in masks}
-        self.indexers.append(Indexer(module, call, self._context, given, masks))
-        return self.indexers[-1].begin(given)
+        settings = settings_of(module)
+        indexer = Indexer(module, call, self._context, given, masks, self._known.get(settings))
+        self._known.setdefault(settings, indexer)
+        self.indexers.append(indexer)
+        return indexer.begin(given)
 
     def _mixer(self, module: nn.Module, call: Call, given: dict[str, Any], states: States, output: Any) -> Mixer:
         """The module as what keeps the states that it left; refuses what cannot be called for some sequences."""
@@ -97,6 +103,14 @@ class _AttendsError(Exception):
 
 class _ChoosesError(Exception):
     """The module keeps index keys, to choose keys by them."""
+
+
+class _NotingStates(States):
+    """A layer of such a cache, which may be one of a family's own."""
+
+    def update_index(self, *_: Any, **__: Any) -> Any:
+        """Index keys: not from here."""
+        raise _ChoosesError
 
 
 class _NotingCache(StatesCache):

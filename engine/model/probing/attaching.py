@@ -42,12 +42,14 @@ def attach_indexers(model: Drivable, is_batch_invariant: bool) -> None:
             "batch-invariant: it chooses keys by an index, whose scores are sums over other shapes in other company; "
             "leave batch-invariant out"
         )
-    model.sweeping.hands_masks = bool(model.indexers)
+    model.sweeping.hands_masks = any(indexer.wants_masks for indexer in model.indexers.values())
     tried = set[tuple[Any, ...]]()
     for index, indexer in model.indexers.items():
         kind = type(indexer.module), indexer.dim, indexer.top_k
         if kind not in tried:
             tried.add(kind)
             try_choice(indexer, model.layers[index])
+    if model.indexers and not any(0 < index not in model.indexers for index in range(len(model.layers))):
+        model.sweeping.handed_row_bytes = 0  # every layer chooses for itself, and takes nothing of what is handed on
     for indexer in model.indexers.values():
         indexer.attach()

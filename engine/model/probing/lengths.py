@@ -38,8 +38,13 @@ def _first_of_each(layers: list[nn.Module]) -> list[int]:
     """The first layer of each kind, by its modules and by what they are set to, but for their number."""
     found: dict[tuple[Any, ...], int] = {}
     for index, layer in enumerate(layers):
-        found.setdefault(tuple(_settings(name, module) for name, module in layer.named_modules()), index)
+        found.setdefault(settings_of(layer), index)
     return [*found.values()]
+
+
+def settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """What tells modules of the same kind, set to the same, from others: all but the number of their layer."""
+    return tuple(_settings(name, each) for name, each in module.named_modules())
 
 
 def _settings(name: str, module: nn.Module) -> tuple[Any, ...]:

@@ -139,7 +139,7 @@ def test_stock_code_that_chooses_in_another_way_is_refused(build: Build, monkeyp
     @wraps(stock)
     def in_part(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = stock(self, *args, **kwargs)
-        return found[..., : found.shape[-1] // 2]
+        return found * (found.shape[-1] == 8)
 
     @wraps(stock)
     def as_a_mask(self: Any, *args: Any, **kwargs: Any) -> Any:
