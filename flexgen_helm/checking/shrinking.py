@@ -51,7 +51,7 @@ _SMALLER: dict[str, int] = {
     "n_group": 2,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("index_topk", "index_block_size"), 8),
-    "index_topk_blocks": 2,
+    **{"index_topk_blocks": 2, "index_kpool": 4},
     # With few heads many keys have a score of nought, of which some are chosen one way or the other.
     **dict.fromkeys(("index_head_dim", "index_n_heads"), 16),
 }

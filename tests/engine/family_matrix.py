@@ -323,6 +323,19 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4v": ("glm4v", {"text_config": {**_GQA, "rope_parameters": _HALF_TURNS}}),
     "glm4v_moe": ("glm4v_moe", {"text_config": {**_GQA, **_EXPERTS, "rope_parameters": _HALF_TURNS}}),
     "llama4:whole": ("llama4", {"architectures": ["Llama4ForConditionalGeneration"]}),
+    "mistral_large4": ("mistral_large4", {}),
+    "hy_v4_vl": ("hy_v4_vl", {}),
+    "minimax_m3_vl": (
+        "minimax_m3_vl",
+        {
+            "text_config": {
+                **{**_GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+                "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+                **{"index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 2},
+                **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2},
+            }
+        },
+    ),
     "qwen2_audio": ("qwen2_audio", {}),
     "voxtral": ("voxtral", {}),
 }
@@ -335,7 +348,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "keeps more than one state": ("inkling2_loop_text", "inkling2_text"),
     "counts positions by places in a call": ("mvp", "roformer", "trocr"),
     "ask their cache for indexer_position_ids": ("qwen4_exp_text",),
-    "hand on more than hidden states": ("xlstm", "zaya"),
+    "hand on more than hidden states": ("xlstm",),
     "attention takes position_bias": ("inkling_text",),
     "attend more than once": ("longcat_flash",),
     "attend to later ones": ("bigbird_pegasus", "gemma3_text+bidirectional", "gemma4_text+bidirectional"),

@@ -44,13 +44,18 @@ class Indexer:
         like: one of another layer that is set as it is; how that one chooses is known. Raises `UndrivableError` for a
         module that is not called for rows, or does not choose positions of keys.
         """
-        self.module, self.given = module, given
-        self._call, self._context, self._masks = call, context, masks
+        self.module, self._call, self._context, self._masks = module, call, context, masks
         lead = call.lead(given)
-        for name, value in given.items():
+        self._positions = frozenset(
+            name for name, value in given.items() if isinstance(value, torch.Tensor) and value.shape[1:] == lead
+        )
+        """Of its arguments, positions of several kinds: `[kinds, sequences, rows]`."""
+        self.given = self._by_rows(given)
+        """Its arguments, without numbers; all begin with `[sequences, rows]`."""
+        for name, value in self.given.items():
             if not is_of_rows(value, lead):
                 raise UndrivableError(f"its {self.kind}, which chooses keys, takes {name}, which is not of its rows")
-        keys = self._kept_by(given)
+        keys = self._kept_by(self.given)
         if keys.ndim not in (3, 4) or keys[..., 0].numel() != lead[1] or not keys.is_floating_point():
             raise UndrivableError(f"its {self.kind} keeps index keys that are not [sequences, rows, numbers]")
         self._has_heads = keys.ndim == 4
@@ -76,7 +81,15 @@ class Indexer:
 
     def begin(self, given: dict[str, Any]) -> Choice:
         """What will be chosen for the rows of a call, once keys are asked for; its index keys are there."""
+        given = self._by_rows(given)
         return Choice(self, self._context.layer, given, self.keys_of(given))
+
+    def _by_rows(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.movedim(0, -1) if name in self._positions else value for name, value in given.items()}
+
+    def _on(self, given: dict[str, Any], cache: IndexCache) -> Any:
+        as_called = {name: value.movedim(-1, 0) if name in self._positions else value for name, value in given.items()}
+        return self._call.on(as_called, cache)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._call.named(args, kwargs)
@@ -101,7 +114,7 @@ class Indexer:
             raise _TakenError
 
         with suppress(_TakenError):
-            self._call.on(given | dict.fromkeys(self._masks), IndexCache(take))
+            self._on(given | dict.fromkeys(self._masks), IndexCache(take))
         if not taken:
             raise UndrivableError(f"its {self.kind} does not give its index keys to its cache each time")
         return taken[0]
@@ -127,7 +140,7 @@ class Indexer:
 
     def _chosen_by(self, given: dict[str, Any], keys: torch.Tensor) -> torch.Tensor:
         all_keys = keys[None, None] if self._has_heads else keys[None]
-        chosen: torch.Tensor = self._call.on(given, IndexCache(lambda _: all_keys))
+        chosen: torch.Tensor = self._on(given, IndexCache(lambda _: all_keys))
         return chosen if not isinstance(chosen, torch.Tensor) or chosen.ndim == 4 else chosen[:, None]
 
     def _measured(self) -> tuple[int, int, int]:
@@ -190,3 +203,9 @@ class _IndexLayer:
 
     def __init__(self, update: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.update_index = update
+
+    def __getattr__(self, name: str) -> Any:
+        """Nothing else is known of the cache then."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UndrivableError(f"its layers choose keys by an index, for which they ask their cache for {name}, too")

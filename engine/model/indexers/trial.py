@@ -47,8 +47,7 @@ def _is_apart(indexer: Indexer, seed: int) -> bool:
         shape = (1, _ROWS, *like.shape[2:])
         if like.is_floating_point():
             return torch.randn(shape, generator=generator)
-        positions = torch.arange(first, first + _ROWS).expand(1, _ROWS)
-        return positions if like.ndim == 2 else torch.zeros(shape, dtype=like.dtype)
+        return torch.arange(first, first + _ROWS).view(1, _ROWS, *[1] * (like.ndim - 2)).expand(shape)
 
     given = mapped(lambda like: numbers(like, before), indexer.given)
     together = indexer.choose(given, keys)

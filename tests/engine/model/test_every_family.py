@@ -14,7 +14,7 @@ TITLES = ("All model types", "Refused", "Not tried")
 QUICK = frozenset(
     {
         *("bart", "gemma3n_text+shared-keys+sparse-activations", "roberta", "qwen3_next+attention-only"),
-        *("doge+moe", "longcat_flash", "minimax_m3_vl_text+sparse", "blt", "git", "jetmoe", "glm_moe_dsa"),
+        *("doge+moe", "longcat_flash", "minimax_m3_vl_text+sparse", "blt", "git", "jetmoe", "zamba2+shared"),
         *("cpmant", "hrm_text", "reformer", "dory", "inkling2_text", "minimax", "zaya"),
     }
 )
