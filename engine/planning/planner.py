@@ -116,7 +116,7 @@ class _Planner:
             else hidden_rows,
             free_rows=self._free_rows(weights),
             admission=self._admission(weights),
-            rows_between_fetches=self._rows_between_fetches(),
+            rows_between_fetches=self._rows_between_fetches(rows),
             waiting_rows=waiting_rows,
             most_states=self.demand.states_at_once(rows),
             continues=self.shape.continues,
@@ -156,9 +156,11 @@ class _Planner:
         """Whether keys and values off the device are brought there beside the computation."""
         return not self.on_cpu and not self.policy.cpu_cache_compute
 
-    def _rows_between_fetches(self) -> int | None:
+    def _rows_between_fetches(self, rows_per_batch: int) -> int | None:
         if not self._brings_cache():
             return None
+        if self.shape.is_mixture:  # a few rows of each expert would cost as much as many
+            return rows_per_batch
         return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / self.demand.row_operations))
 
     def _admission(self, weights: Share) -> Admission | None:
