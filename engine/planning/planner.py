@@ -115,6 +115,7 @@ class _Planner:
             if self.demand.experts_apart and waiting_rows
             else hidden_rows,
             free_rows=self._free_rows(weights),
+            replays=self._replays(weights, activations),
             admission=self._admission(weights),
             rows_between_fetches=self._rows_between_fetches(rows),
             waiting_rows=waiting_rows,
@@ -143,6 +144,13 @@ class _Planner:
         if self.on_cpu or self.shape.state_bytes:  # a state cannot go back to before a draft
             return 0
         return max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights))
+
+    def _replays(self, weights: Share, activations: Share) -> bool:
+        """Whether a decode step asks the device for the same each time, so that it can be recorded."""
+        shape, policy = self.shape, self.policy
+        is_here = weights.gpu >= 100 and activations.gpu >= 100 and not self.demand.sharing.gather
+        is_plain = shape.is_plain and shape.reads_in_place and not shape.state_bytes and not shape.expanded_bytes
+        return not self.on_cpu and is_here and is_plain and not policy.batch_invariant and policy.pad_to_seq_len is None
 
     def _rows_behind_transfer(self, weights: Share) -> int:
         return int(_FREE_ROWS * self._streamed_part(weights))
