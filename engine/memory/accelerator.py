@@ -205,6 +205,7 @@ class Recorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = new_stream(device)  # one for all: libraries keep memory for each stream
+        self._first = self.record(lambda: torch.zeros(1, device=device))  # torch forgets a pool that no graph uses
 
     def record(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """What computes what `call` asks for, and where its result lies then; nothing is computed yet.

@@ -35,6 +35,7 @@ class Kernel:
         window_size_right: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert (dropout, is_debug) == (0.0, False)
+        assert key.shape[-1] == value.shape[-1]
         assert window_size_right in (None, 0)
         self.windows.add(window_size_left)
         if query_borders is None or key_borders is None:

@@ -23,7 +23,8 @@ from engine.schedule.sequence import Prefix
 
 
 @pytest.mark.parametrize(
-    ("family", "policy"), [("llama", "device"), ("llama", "thirds"), ("llama", "small"), ("gpt-oss", "small")]
+    ("family", "policy"),
+    [("llama", "device"), ("llama", "thirds"), ("llama", "small"), ("gpt-oss", "small"), ("deepseek-v3", "small")],
 )
 def test_equals_transformers(
     family: str,
@@ -36,7 +37,7 @@ def test_equals_transformers(
     kernel = Kernel()
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
     for module in (flash, context_flash):
-        monkeypatch.setattr(module, "has_kernels", lambda device, dtype, key_dim, value_dim: True)
+        monkeypatch.setattr(module, "has_kernels", lambda device, dtype, key_dim, value_dim: key_dim == value_dim)
     monkeypatch.setattr(interface, "BACKENDS", (flash.Flash(), context_flash.ContextFlash()))
     settings: dict[str, Any] = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path)}
     with Engine.from_pretrained(str(build(family)), policy=settings) as engine:
