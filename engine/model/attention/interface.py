@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine.batch.micro_batch import MicroBatch
 from engine.batch.reach import Reach
+from engine.batch.step_batch import StepBatch
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import plain_arithmetic
@@ -22,6 +23,7 @@ from engine.model.attention.host_flash import HostFlash
 from engine.model.attention.mask import make_mask
 from engine.model.attention.rule import AttentionRule
 from engine.model.attention.sparse import Sparse
+from engine.model.attention.step_flash import attend_steps
 from engine.model.attention.whole_flash import WholeFlash
 from engine.model.indexers.choice import Choice
 from engine.model.sweep_context import SweepContext
@@ -81,7 +83,7 @@ def attention(
             rows = rows + choice.keys.mean(-1)[:, None]
         return rows.transpose(1, 2).contiguous(), None
     batch = context.batch
-    assert isinstance(batch, MicroBatch)
+    assert isinstance(batch, MicroBatch | StepBatch)
     if attention_mask is not None and not context.hands_masks:
         raise UnsupportedError("its attention got a mask that it did not get when the model was opened")
     rule = AttentionRule(
@@ -94,6 +96,8 @@ def attention(
     with plain_arithmetic():
         index = _index_keys(context, choice, key.dtype)
         kept = context.cache.write(context.layer, batch, key, value, *([] if index is None else [index]))
+    if isinstance(batch, StepBatch):
+        return attend_steps(query, batch, context.cache, context.layer, rule)[None], None
     asked = Attending(
         *(batch, query, kept[0], kept[1], context.cache, context.layer, rule, context.is_batch_invariant),
         choice=choice,
