@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from engine.model.rows_apart import mapped
 from engine.schedule.segment import Segment
 
-if TYPE_CHECKING:
-    from engine.model.indexers.indexer import Indexer
+
+class Chooser(Protocol):
+    """What chooses keys for rows (`Indexer`)."""
+
+    top_k: int
+    score_bytes: int
+    dtype: torch.dtype
+
+    def choose(self, given: dict[str, Any], keys: torch.Tensor) -> torch.Tensor:
+        """Blocks of keys that rows of one sequence attend to."""
+
+    def mask_of(self, chosen: torch.Tensor, length: int) -> torch.Tensor:
+        """The same as a mask of so many tokens."""
 
 
 class Choice:
@@ -19,7 +30,7 @@ class Choice:
     They are chosen when attention has kept the index keys. What may be handed on is kept.
     """
 
-    def __init__(self, indexer: Indexer, layer: int, given: dict[str, Any], keys: torch.Tensor) -> None:
+    def __init__(self, indexer: Chooser, layer: int, given: dict[str, Any], keys: torch.Tensor) -> None:
         """given: what the indexer was called with; keys: index keys `[rows, dim]` of these rows."""
         self._indexer = indexer
         self.layer = layer
