@@ -36,8 +36,8 @@ HALF = ("device", "20-80", "thirds", "cpu-attention")
 UNSTABLE = {"phimoe", "gemma4-multimodal", "glm-moe-dsa"}
 """Tiny models that float16 itself changes by more than the bound, so that it tells nothing of the engine. Experts of
 phimoe's routers nearly tie: transformers' own eager and sdpa attention differ by 5e-2 on a card. For gemma4-multimodal
-they differ by 0.1 to 0.5 on the CPU, and by up to 0.7 from float32. In float16 glm-moe-dsa's indexers choose other keys:
-transformers' own results differ by 0.4 from float32 on the CPU."""
+they differ by 0.1 to 0.5 on the CPU, and by up to 0.7 from float32. In float16 glm-moe-dsa's indexers choose other
+keys: transformers' own results differ by 0.4 from float32 on the CPU."""
 ALL_EXPERTS = {"olmoe", "gpt-oss", "deepseek-v3"}
 """The same, where every token may go to all experts instead: then there is no route to change. (In float16,
 transformers' eager and sdpa attention choose others for 6 of deepseek-v3's 474 routes here, and differ by 0.7.)"""
