@@ -69,12 +69,15 @@ def _attend(asked: Attending, segment: Segment, context: torch.Tensor) -> torch.
         length = len(context) - segment.num_rows + end
         positions = torch.arange(length, device=context.device)
         seen = asked.rule.reach.sees(positions[length - (end - first) :, None], positions)
-        seen = seen.expand(asked.query.shape[1], -1, -1)  # [heads, rows, tokens]
         chosen = choice.mask(segment, first, end, index, hands_on=asked.hands_on)
-        if chosen is not None:
-            seen = seen & chosen.repeat_interleave(len(seen) // len(chosen), dim=0)
+        by_group = seen[None] if chosen is None else seen & chosen
+        num_heads = asked.query.shape[1]
+        if len(by_group) == 1:
+            by_head = by_group.expand(num_heads, -1, -1)
+        else:
+            by_head = by_group.repeat_interleave(num_heads // len(by_group), dim=0)
         query = asked.query[segment.first + first : segment.first + end]
-        parts.append(_attend_some(asked, query, key[:, :length], value[:, :length], seen))
+        parts.append(_attend_some(asked, query, key[:, :length], value[:, :length], by_head))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
