@@ -47,8 +47,9 @@ _MOST_HIDDEN_ROWS = 1 << 17
 save next to nothing."""
 _BEHIND_DISK = 4
 """Micro-batches on their way to the disk or from it."""
-_STATE_COPIES = 6
-"""Of a state, while a token is added to it: as it was, and what the new one is made of."""
+_STATE_COPIES = 7
+"""Of a state, while a token is added to it: as it was, what the new one is made of, and that of a prefix which others
+continue."""
 LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
 """Rows of the smallest micro-batch that a plan is made for, and of the one that a greedy plan leaves room for."""
 

@@ -1,11 +1,12 @@
-"""Prefixes that nobody needs beyond the sweep that computes them (pure)."""
+"""What of prefixes nobody needs any more, or beyond the sweep that computes them (pure)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.schedule.block import Block
 from engine.schedule.segment import Segment
-from engine.schedule.sequence import Prefix, Sequence
+from engine.schedule.sequence import Prefix, Sequence, Span
 
 
 def passing_prefixes(segments: Iterable[Segment], room: int) -> tuple[list[Prefix], list[Prefix]]:
@@ -31,3 +32,13 @@ def passing_prefixes(segments: Iterable[Segment], room: int) -> tuple[list[Prefi
         else:
             kept.append(prefix)
     return passing, kept
+
+
+def continued_prefixes(spans: Iterable[Span]) -> list[tuple[Prefix, Block]]:
+    """The prefixes that computed spans continue and whose states nobody else will begin from, with their blocks.
+
+    Of a long prompt in pieces, those are all but the last; their tokens are seen by those behind as long as they run.
+    """
+    parents = [span.parent for span in spans if span.cached and span.parent is not None]
+    found = [(each, each.block) for each in parents if each.num_users == 1 and each.block is not None]
+    return [(prefix, block) for prefix, block in found if block.slot is not None]

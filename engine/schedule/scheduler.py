@@ -11,8 +11,8 @@ from engine.errors import CapacityError
 from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
-from engine.schedule.passing import passing_prefixes
-from engine.schedule.pieces import beginning, is_long, is_too_long, largest, no_room, smaller, split, whole
+from engine.schedule.passing import continued_prefixes, passing_prefixes
+from engine.schedule.pieces import beginning, is_long, is_too_long, largest, named, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment, add_drafts
 from engine.schedule.sequence import Prefix, Sequence, Span
@@ -58,6 +58,8 @@ class Scheduler:
 
         A sequence that can never fit fails alone (its `error` is set) and is among `take_failed`.
         """
+        for prefix, block in continued_prefixes(chain(self._prefixes, self.running)):
+            prefix.block, prefix.is_closed = self._cache.free_state(block), True
         segments = [Segment(sequence, 1) for sequence in self.running]
         rows, entered = len(segments), set[int]()
         capacity = self.limits.seats
@@ -117,14 +119,11 @@ class Scheduler:
     def _lose(self, span: Span, segments: list[Segment], reason: str) -> list[Segment]:
         """Let a sequence fail, or all who share a prefix; what is left of a sweep's segments."""
         lost = [each for each in chain(self.running, self._waiting) if span is each or span in each.chain]
-        what = f"the prompt of {span.start + span.num_rows} tokens"
-        if isinstance(span, Prefix):
-            what = f"the {span.start + span.num_rows} tokens that {len(lost)} prompts begin with"
         leaving = set(map(id, lost))
         self.running = [each for each in self.running if id(each) not in leaving]
         self._waiting = deque(each for each in self._waiting if id(each) not in leaving)
         for sequence in lost:
-            self._fail(sequence, f"{reason}; shorten {what}")
+            self._fail(sequence, f"{reason}; shorten {named(span, len(lost))}")
         needed = {id(part) for each in chain(self.running, self._waiting) for part in (each, *each.chain)}
         return [segment for segment in segments if id(segment.span) in needed]
 
@@ -252,13 +251,16 @@ class Scheduler:
 
     def _begin_anew(self, segments: list[Segment]) -> list[Segment]:
         """Let sequences begin anew whose states a sweep that failed may have changed; what is left of its segments."""
-        steps = [segment for segment in segments if segment.is_decode and self.limits.most_states]
-        changed = [segment.span for segment in steps if isinstance(segment.span, Sequence)]
-        self.finish(changed)
+        if not self.limits.most_states:
+            return segments
+        changed = [sequence for sequence in self.running if sequence.cached]
+        self.running = [sequence for sequence in self.running if not sequence.cached]
         for sequence in changed:
-            sequence.restart()
+            is_closed = sequence.parent is not None and sequence.parent.is_closed
+            self._leave(sequence) if is_closed else self._free(sequence)
+            sequence.restart() if is_closed else sequence.begin_again()
         self._waiting.extendleft(reversed(changed))
-        return [segment for segment in segments if not (segment.is_decode and self.limits.most_states)]
+        return [segment for segment in segments if not segment.is_decode]
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
         """Forget sequences that nobody waits for any more, whether they run or wait."""
