@@ -169,12 +169,10 @@ def one_of_each_kind(model: Drivable) -> list[int]:
 
 
 def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
-    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
-    if model.mixers and is_batch_invariant:
-        raise UndrivableError(
-            "batch-invariant: it keeps states, which are computed for several sequences at once; leave batch-invariant "
-            "out"
-        )
+    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried.
+
+    Batch-invariant, prompts are computed whole: a prefix of one's own would depend on who shares it.
+    """
     tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
     for index, mixer in model.mixers.items():
         first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
@@ -182,7 +180,7 @@ def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
             with reference_code():
                 mixer.work_row_bytes = work_row_bytes(mixer)
                 try_out(mixer, model.layers[index])
-        mixer.continues, mixer.work_row_bytes = first.continues, first.work_row_bytes
+        mixer.continues, mixer.work_row_bytes = first.continues and not is_batch_invariant, first.work_row_bytes
     for mixer in model.mixers.values():
         mixer.attach()
 

@@ -198,9 +198,13 @@ class Demand:
         return max(1, self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes)
 
     def states_at_once(self, rows: int) -> int:
-        """Sequences whose states a layer takes on at once, beside a micro-batch of so many rows; 0 without states."""
+        """Sequences whose states a layer takes on at once, beside a micro-batch of so many rows; 0 without states.
+
+        Under `batch-invariant` each by itself.
+        """
         one = (STAGING_BUFFERS + _STATE_COPIES) * self.shape.state_layer_bytes
-        return max(1, self.staged(rows) // one) if one else 0
+        at_once = self.staged(rows) // one if one and not self.policy.batch_invariant else 1
+        return max(1, at_once) if one else 0
 
     def gathered_row_bytes(self) -> int:
         """What a row that attention gathers takes: in staging buffers, decoded, and collected."""
