@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import parity
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,10 +99,10 @@ def random_jobs(draw: st.DrawFn) -> Job:
     )
 
 
-STATES = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3-next", "falcon-h1", "mamba2")]
+LATER = [*parity.LATER, pytest.param("mamba2", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", *STATES])
+@pytest.mark.parametrize("family", ["llama", "gemma2", *LATER])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataObject, open_engine: Open) -> None:
@@ -115,7 +116,7 @@ def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataOb
             assert_same(completion, alone[index])
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", *STATES])
+@pytest.mark.parametrize("family", ["llama", "bloom", *LATER])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_gives_what_running_alone_gives(policy: str, family: str, open_engine: Open) -> None:
     rng = random.Random(7)
@@ -133,14 +134,15 @@ def test_every_policy_gives_what_running_alone_gives(policy: str, family: str, o
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", *LATER])
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("policy", ["thirds", "unshared", "bucket"])
-def test_joining_a_running_sweep_does_not_matter(policy: str, scored: bool, open_engine: Open) -> None:
+def test_joining_a_running_sweep_does_not_matter(policy: str, scored: bool, family: str, open_engine: Open) -> None:
     """A call that arrives while another runs continues its prefixes, and both get what they get alone."""
     early = [Job(prompt=PREFIXES[2] + words(i, 5), max_new_tokens=30, prompt_logprobs=scored) for i in range(3)]
     late = [Job(prompt=PREFIXES[2] + words(i, 7), max_new_tokens=6, prompt_logprobs=i == 9) for i in range(7, 10)]
-    alone = [open_engine("one at a time").run([job])[0] for job in (*early, *late)]
-    engine = open_engine(policy)
+    alone = [open_engine("one at a time", family).run([job])[0] for job in (*early, *late)]
+    engine = open_engine(policy, family)
     for _ in range(2):
         first = engine.stream([*early, Job(prompt=[5], max_new_tokens=1)])
         assert next(first)[0] == 3  # so the others run now

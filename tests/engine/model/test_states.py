@@ -162,11 +162,6 @@ def test_stock_code_that_mixes_sequences_or_loses_states_is_refused(
             CausalModel(build("lfm2"), torch.float32, CPU)
 
 
-def test_batch_invariance_is_refused(build: Build) -> None:
-    with pytest.raises(UnsupportedError, match="batch-invariant: it keeps states"):
-        CausalModel(build("lfm2"), torch.float32, CPU, batch_invariant=True)
-
-
 def joint_room(budgets: dict[Tier, int], row_bytes: int, slot_bytes: int) -> tuple[JointRoom, Tables, Tables]:
     arena = Arena(CPU)
 
