@@ -3,9 +3,10 @@
     python -m benchmarks.mixtures ROW [--rows RUNSxJOBSxSHARED+OWN:NEW] [--tiny] [--out DIR]
 
 Each row names a shape in its published format, the device memory and a workload; weights are random. The limits are the
-bytes that cross the link both ways (weights, keys and values, states, hidden states), those that the device's memory reads, and
-the operations, each over a rate measured here. Sweeps in which all requests decode are told apart: their limit is what
-crosses the link to the device. `--tiny` tries a row out on any machine: a few small layers, and a few short requests.
+bytes that cross the link both ways (weights, keys and values, states, hidden states), those that the device's memory
+reads, and the operations, each over a rate measured here. Sweeps in which all requests decode are told apart: their
+limit is what crosses the link to the device. `--tiny` tries a row out on any machine: a few small layers, and a few
+short requests.
 """
 
 from __future__ import annotations

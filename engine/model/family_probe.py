@@ -72,7 +72,7 @@ def probe(model: Drivable) -> list[KVShape]:
                     else:
                         model.outer.positions = positions_of(model)
                         model.outer.asks_lengths = not model.mixers and asks_lengths(model)
-                    _take_mixers(model, is_batch_invariant)
+                    _take_mixers(model)
                     _check_rows(model, found)
                     if model.is_padded:
                         _check_padding(model)
@@ -168,11 +168,8 @@ def one_of_each_kind(model: Drivable) -> list[int]:
     return list(first.values())
 
 
-def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
-    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried.
-
-    Batch-invariant, prompts are computed whole: a prefix of one's own would depend on who shares it.
-    """
+def _take_mixers(model: Drivable) -> None:
+    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
     tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
     for index, mixer in model.mixers.items():
         first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
@@ -180,7 +177,7 @@ def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
             with reference_code():
                 mixer.work_row_bytes = work_row_bytes(mixer)
                 try_out(mixer, model.layers[index])
-        mixer.continues, mixer.work_row_bytes = first.continues and not is_batch_invariant, first.work_row_bytes
+        mixer.continues, mixer.work_row_bytes = first.continues, first.work_row_bytes
     for mixer in model.mixers.values():
         mixer.attach()
 

@@ -93,7 +93,7 @@ class BatchInvariant(TorchDispatchMode):
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Inside, all is computed as without the mode, and nothing is seen: for calls whose every input is one row's."""
+        """Inside, all is computed as without the mode, and nothing is seen: for calls that concern one sequence."""
         was_on, self._is_on = self._is_on, False
         try:
             with plain_arithmetic():
