@@ -14,8 +14,9 @@ from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
 from engine.schedule.passing import continued_prefixes, passing_prefixes
 from engine.schedule.pieces import beginning, is_long, is_too_long, largest, named, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
-from engine.schedule.segment import Segment, add_drafts
+from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
+from engine.schedule.turns import Turns
 
 
 class Scheduler:
@@ -29,6 +30,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._prefixes: list[Prefix] = []
         self.failed: list[Sequence] = []
+        self._turns = Turns()
 
     @property
     def is_idle(self) -> bool:
@@ -62,8 +64,8 @@ class Scheduler:
             prefix.block, prefix.is_closed = self._cache.free_state(block), True
         segments = [Segment(sequence, 1) for sequence in self.running]
         rows, entered = len(segments), set[int]()
-        capacity = self.limits.seats
-        admitted, most_admitted = 0, None
+        capacity = 0 if self._turns.is_of_steps(segments, self.limits) else self.limits.seats
+        admitted, most_admitted, has_begun = 0, None, False
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]
             self._split(span for span in (*sequence.chain, sequence) if span.block is None)
@@ -90,13 +92,14 @@ class Scheduler:
             admitted += size if sequence.needs_cache else 0
             entered |= {id(segment.span) for segment in part}
             segments, rows = segments + part, rows + size
-            if len(part) < len(new):  # the rest comes with the next sweeps
+            has_begun = len(part) < len(new)
+            if has_begun:  # the rest comes with the next sweeps
                 self._withdraw(new[len(part) :])
                 break
             self._waiting.popleft()
             self.running.append(sequence)
         self._spare_blocks(segments)
-        add_drafts(segments, rows, min(self.limits.free_rows, self.limits.rows_per_sweep))
+        self._turns.take(segments, rows, self.limits, has_begun=has_begun)
         return self._cut(segments)
 
     def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:

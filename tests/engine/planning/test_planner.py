@@ -304,6 +304,8 @@ def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
     assert half.rows_between_fetches * 2 * weights_of_a_layer == pytest.approx(2.5e12, rel=1e-3)
     huge = replace(OPT_30B, unit_bytes=tuple(3 * size for size in OPT_30B.unit_bytes))
     assert limits(Policy(weights=Share(gpu=0, cpu=100)), huge).rows_between_fetches == 1024
+    mixture = limits(Policy(weights=Share(gpu=0, cpu=100)), replace(huge, cpu_work_row_bytes=huge.work_row_bytes))
+    assert mixture.rows_between_fetches == mixture.rows_per_batch > 1024
     on_host = limits(Policy(cpu_cache_compute=True))
     assert (on_host.admission, on_host.rows_between_fetches) == (None, None)
     plain = replace(OPT_30B, is_plain=True)
