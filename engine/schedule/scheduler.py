@@ -11,7 +11,7 @@ from engine.errors import CapacityError
 from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
-from engine.schedule.passing import continued_prefixes, passing_prefixes
+from engine.schedule.passing import continued_prefixes, idle_prefixes, nearer, passing_prefixes
 from engine.schedule.pieces import beginning, is_long, is_too_long, largest, named, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment
@@ -92,7 +92,7 @@ class Scheduler:
             admitted += size if sequence.needs_cache else 0
             entered |= {id(segment.span) for segment in part}
             segments, rows = segments + part, rows + size
-            has_begun = len(part) < len(new)
+            has_begun = part[-1].span is not sequence
             if has_begun:  # the rest comes with the next sweeps
                 self._withdraw(new[len(part) :])
                 break
@@ -179,43 +179,41 @@ class Scheduler:
         for prefix in passing:
             self._free(prefix)
         for prefix in kept if passing else ():
-            better = self._cache.allocate(len(prefix.tokens))
-            if better is not None:
-                assert prefix.block is not None
-                is_nearer = better.tier == "device" != prefix.block.tier
-                self._cache.free(prefix.block if is_nearer else better)
-                prefix.block = better if is_nearer else prefix.block
+            if prefix.block is not None:
+                prefix.block = nearer(prefix.block, self._cache)
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
-        """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
+        """Segments that bring `sequence` in, with room in the cache for each, or its first pieces; None: no room now."""
         while (new := self._try_enter(sequence, entered)) is None:
             if self._evict(sequence.chain):
                 continue
             if self.running or not sequence.chain:
                 return None
+            # The slot of a piece's state is free for another when the next one is computed.
+            if self.limits.most_states and (part := self._try_enter(sequence, entered, partly=True)):
+                return part
             self._unshare(sequence)
         return new
 
-    def _try_enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
+    def _try_enter(self, sequence: Sequence, entered: set[int], *, partly: bool = False) -> list[Segment] | None:
         new: list[Segment] = []
         for prefix in sequence.chain:
             if not prefix.is_computed and id(prefix) not in entered:
                 prefix.block = self._cache.allocate(len(prefix.tokens))
                 if prefix.block is None:
-                    self._withdraw(new)
-                    return None
+                    break
                 new.append(whole(prefix, self.limits))
-        if sequence.needs_cache:
-            sequence.block = self._cache.allocate(sequence.capacity)
-            if sequence.block is None:
-                self._withdraw(new)
-                return None
-        return [*new, whole(sequence, self.limits)]
+        else:
+            sequence.block = self._cache.allocate(sequence.capacity) if sequence.needs_cache else None
+            if sequence.block is not None or not sequence.needs_cache:
+                return [*new, whole(sequence, self.limits)]
+        if not partly:
+            self._withdraw(new)
+        return new if partly else None
 
     def _evict(self, wanted: tuple[Prefix, ...]) -> bool:
         """Free the room of prefixes that only waiting sequences share; they are computed anew when their turn comes."""
-        kept = {id(prefix) for sequence in self.running for prefix in sequence.chain} | set(map(id, wanted))
-        idle = [prefix for prefix in self._prefixes if prefix.block is not None and id(prefix) not in kept]
+        idle = idle_prefixes(self._prefixes, self.running, wanted)
         for prefix in idle:
             self._free(prefix)
             prefix.forget()

@@ -256,6 +256,7 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
         }
     ),
     on_device=st.integers(0, 300),
+    num_slots=st.sampled_from([2, 4, 10**6]),
     share_prefix=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -264,11 +265,12 @@ def test_everybody_is_served_within_the_limits(
     capacity: int,
     limits: dict[str, object],
     on_device: int,
+    num_slots: int,
     share_prefix: bool,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
-    runner = make_runner(capacity, on_device=on_device, share_prefix=share_prefix, **limits)
+    runner = make_runner(capacity, on_device=on_device, num_slots=num_slots, share_prefix=share_prefix, **limits)
     everybody: list[Sequence] = []
     dropped: list[Sequence] = []
     for wait, jobs in arrivals:
@@ -334,6 +336,10 @@ def test_pieces_of_long_prompts_keep_one_state() -> None:
         runner.sweep()
         running.append(len(runner.scheduler.running))
     assert running == [1, 2, 3]
+    alone = make_runner(1000, rows_per_piece=10, most_states=2, num_slots=2)
+    alone.scheduler.add([Sequence.of(Job(prompt=words(0, 40), max_new_tokens=2))])
+    alone.run(9)
+    assert alone.rows == [20, 10, 10, 1]
     same = Sequence.of(Job(prompt=[*words(0, 40), 5], max_new_tokens=1))
     runner.scheduler.add([same])
     assert same.chain == ()  # the states between pieces are gone
