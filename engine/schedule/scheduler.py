@@ -183,7 +183,7 @@ class Scheduler:
                 prefix.block = nearer(prefix.block, self._cache)
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
-        """Segments that bring `sequence` in, with room in the cache for each, or its first pieces; None: no room now."""
+        """Segments that bring `sequence` in, or its first pieces, each with room in the cache; None: no room now."""
         while (new := self._try_enter(sequence, entered)) is None:
             if self._evict(sequence.chain):
                 continue
