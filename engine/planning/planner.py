@@ -120,7 +120,8 @@ class _Planner:
             rows_between_fetches=self._rows_between_fetches(rows),
             waiting_rows=waiting_rows,
             most_states=self.demand.states_at_once(rows),
-            continues=self.shape.continues,
+            # Where a state is continued, rounding depends on what a prefix ends with, and that on who shares it.
+            continues=self.shape.continues and not (self.policy.batch_invariant and self.shape.state_bytes),
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
