@@ -10,7 +10,8 @@ alone with the very jobs that the sweep gave it. `--work` must be empty or absen
 The engine alone computes them all at once, twice, for what the first pass of a process takes; then as they arrived in
 the sweep. With `--parts` an engine in a process of its own does all that, too. So what the passes of the sweep take
 longer is told apart: first calls of kernels, smaller sweeps, the other process, and HELM's processes beside it. Of each
-pass it is printed where its seconds went (`benchmarks/pass_parts.py`).
+pass it is printed where its seconds went (`benchmarks/pass_parts.py`), and of the sweeps what their threads were at
+(`benchmarks/stack_samples.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.helm_client import place_data
 from benchmarks.pass_parts import Part, PassParts, table
+from benchmarks.stack_samples import Samples, Span, timeline, watch_engines
 from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.planning.environment import hardware
 from flexgen_helm.planning.record import write_record
@@ -72,10 +74,14 @@ class Given:
     portions: list[tuple[float, int]]
     """When the next jobs were handed over, in seconds after the first ones, and how many."""
     parts: list[Part]
+    spans: list[Span]
+    """Of the command's threads."""
 
 
 def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
     """Inside the sweep's program: run it, say when it has ended, and only then write down what the engine was given."""
+    samples = Samples()
+    watch_engines(jobs_file.with_suffix(".engine"))
     from engine.workers.packing import PackedJobs
     from engine.workers.remote_engine import RemoteEngine
     from flexgen_helm import run
@@ -106,9 +112,17 @@ def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
         jobs=PackedJobs.of(list(enumerate(given))),
         portions=[(at - portions[0][0], count) for at, count in portions],
         parts=parts.parts,
+        spans=samples.spans,
     )
     jobs_file.write_bytes(pickle.dumps(found))
     return code
+
+
+def timelines(jobs_file: Path, begun: float) -> str:
+    """What the command's threads and its engine's were at; seconds since `begun`."""
+    given: Given = pickle.loads(jobs_file.read_bytes())
+    engine = json.loads(jobs_file.with_suffix(".engine").read_text())
+    return f"command:\n{timeline(given.spans, begun)}\nengine:\n{timeline(map(tuple, engine), begun)}"
 
 
 def worker_of(engine: RemoteEngine) -> int:
@@ -206,16 +220,20 @@ def main() -> None:
     common = ["--model", str(model), "--policy", options.policy, *(flag for flag in flags if flag != "--")]
     entries = [f"mmlu:subject={subject}" for subject in subjects]
     few = ["-r", entries[0], "-m", "1", "--suite", "few", "--disable-cache"]
+    begun = time.time()
     start_up_s, _ = started(["--sweep-child", str(work / "few"), *few, *common], work)
     print(f"start-up, one question: {start_up_s:.1f} s", flush=True)
+    print(timelines(work / "few", begun), flush=True)
     whole = ["-r", *entries, *(["-m", str(options.instances)] if options.instances else []), "--suite", "whole"]
     whole += ["--json-log", "events.jsonl"]
+    begun = time.time()
     wall_s, _ = started(["--sweep-child", str(jobs_file), *whole, *common], work)
     found = read_record(work / "benchmark_output" / "runs" / "whole")
     assert found is not None
     (record,) = found.models
     passes_s = record.time_split.prefill + record.time_split.decode
     print(f"sweep: {wall_s:.1f} s, of which {record.sweeps} passes took {passes_s:.1f} s", flush=True)
+    print(timelines(jobs_file, begun), flush=True)
     parts = {"sweep": pickle.loads(jobs_file.read_bytes()).parts}
     print(f"sweep, pass by pass:\n{table(parts['sweep'])}", flush=True)
     engines = {}
