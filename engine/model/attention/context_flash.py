@@ -7,7 +7,7 @@ import torch
 from engine.batch.context_group import ContextGroup
 from engine.model.attention.backend import Attending
 from engine.model.attention.dense import Dense
-from engine.model.attention.flash import has_kernels
+from engine.model.attention.flash import attend_parts, has_kernels
 from engine.model.attention.rule import AttentionRule
 
 
@@ -64,20 +64,5 @@ def attend(
     The number of rows that a span has at most is told as two where it is one: for single rows there is another kernel,
     which splits contexts.
     """
-    window = rule.reach.window
-    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    result = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        *borders,
-        max(longest[0], 2),
-        longest[1],
-        0.0,
-        True,
-        False,
-        scale=rule.scaling,
-        seqused_k=lengths,
-        **windows,
-    )
-    return result[0], result[1]
+    longest, window = (max(longest[0], 2), longest[1]), rule.reach.window
+    return attend_parts(query, key, value, borders, longest, rule, is_causal=True, lengths=lengths, window=window)
