@@ -191,7 +191,7 @@ class Executor:
         gathered = logprobs.gather(-1, tokens[:, None])[:, 0]
         # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
         greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
-        finite = torch.isfinite(logits).all(dim=-1)
+        finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN where a logit is
         values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, finite.tolist(), strict=True)
         return [
             Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs, row))

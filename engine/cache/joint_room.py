@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.cache.tables import Tables
@@ -49,10 +50,10 @@ class JointRoom:
         self._slots.free(Block(block.tier, block.slot, 1))
         return replace(block, slot=None)
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
-        """Tell that room for `num_rows` tokens in so many spans will be asked for."""
-        self._rows.expect(num_rows, num_spans)
-        self._slots.expect(num_spans, num_spans)
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Tell that spans of so many tokens will ask for room."""
+        self._rows.expect(sizes)
+        self._slots.expect([1] * len(sizes))
         for tier in TIERS:
             if self._is_lopsided(tier):
                 self._release(tier)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -75,9 +75,9 @@ class Tables:
         """Bytes `[rows, row bytes]` of a table as numbers, or as they are where they are encoded."""
         return rows.view(self._dtypes[tier])
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
-        """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
-        self._expected = max(self._expected, num_rows)
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Tell that spans of so many tokens will ask for room: growing copies, so it is better done once."""
+        self._expected = max(self._expected, sum(sizes))
         self._refused.clear()
 
     def num_off_device(self, num_rows: int) -> int:

@@ -52,7 +52,7 @@ class Scheduler:
                     expected.append(len(prefix.tokens))
             if sequence.job.prompt_logprobs and not all(prefix.scored for prefix in sequence.chain):
                 self._unshare(sequence)  # a prefix computed without log-probabilities cannot supply them
-        self._cache.expect(sum(expected), len(expected))
+        self._cache.expect(expected)
         self._waiting.extend(ordered)
 
     def next_sweep(self) -> list[list[Segment]]:

@@ -126,7 +126,8 @@ class Sequence(Span):
     num_prompt: int
     """How many of `tokens` are prompt."""
     generated_logprobs: list[float] = field(default_factory=list)
-    rng: random.Random = field(default_factory=random.Random)
+    rng: random.Random | None = None
+    """Draws them; made when the first one is wanted."""
     draws: list[float] = field(default_factory=list)
     """Uniform numbers in [0, 1) that the generated tokens were chosen by, and the one for the next token."""
     finish_reason: FinishReason | None = None
@@ -146,7 +147,7 @@ class Sequence(Span):
     @classmethod
     def of(cls, job: Job) -> Sequence:
         """A new sequence for a checked job."""
-        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt), rng=_rng(job))
+        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt))
 
     def restart_alone(self) -> None:
         """As `restart`, but alone from now on."""
@@ -163,7 +164,7 @@ class Sequence(Span):
         """Be as before anything behind its prefixes was computed; its block must have been left."""
         assert self.block is None
         self.tokens = self.tokens[: self.num_prompt]
-        self.rng, self.draws = _rng(self.job), []
+        self.rng, self.draws = None, []
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.drafter = True, None
@@ -176,7 +177,14 @@ class Sequence(Span):
         return self.tokens[self.num_prompt :]
 
     def draw(self) -> float:
-        """The number that chooses the next token; a sweep that is repeated gets the same one."""
+        """The number that chooses the next token, 0 where the likeliest one is taken.
+
+        A sweep that is repeated gets the same one.
+        """
+        if self.job.sampling.temperature == 0:
+            return 0.0
+        if self.rng is None:
+            self.rng = _rng(self.job)
         while len(self.draws) <= len(self.generated_logprobs):
             self.draws.append(self.rng.random())
         return self.draws[-1]

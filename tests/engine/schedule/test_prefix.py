@@ -209,7 +209,7 @@ class Cache:
         """There are no states."""
         return block
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
+    def expect(self, sizes: object) -> None:
         """Be told of what comes."""
 
     def num_off_device(self, num_rows: int) -> int:

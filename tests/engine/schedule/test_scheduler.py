@@ -44,8 +44,8 @@ class Room:
         slot = self.slots.take(1) if self.slots.capacity else None
         return Block("device" if first < self.on_device else "host", first, num_rows, slot)
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
-        assert num_rows >= 0
+    def expect(self, sizes: list[int]) -> None:
+        assert all(size > 0 for size in sizes)
 
     def num_off_device(self, num_rows: int) -> int:
         return max(0, min(num_rows, self.extents.capacity) - self.on_device)
