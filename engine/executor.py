@@ -191,10 +191,10 @@ class Executor:
         gathered = logprobs.gather(-1, tokens[:, None])[:, 0]
         # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
         greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
-        finite = torch.isfinite(logits).all(dim=-1)
+        finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN where a logit is
         values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, finite.tolist(), strict=True)
         return [
-            Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs[row]))
+            Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs, row))
             for row, (ask, token, logprob, best, is_finite) in enumerate(values)
         ]
 
@@ -208,9 +208,9 @@ def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     return torch.where(forced < 0, chosen, forced)
 
 
-def _kept(ask: Ask, logprobs: torch.Tensor) -> torch.Tensor | None:
+def _kept(ask: Ask, logprobs: torch.Tensor, row: int) -> torch.Tensor | None:
     """What follows a scored prefix, for sequences that continue it later; a view would keep the whole chunk."""
-    return logprobs.to("cpu", copy=True) if ask.target is None and isinstance(ask.span, Prefix) else None
+    return logprobs[row].to("cpu", copy=True) if ask.target is None and isinstance(ask.span, Prefix) else None
 
 
 def _asks(segment: Segment) -> list[Ask]:

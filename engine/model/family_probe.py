@@ -76,7 +76,7 @@ def probe(model: Drivable) -> list[KVShape]:
                     else:
                         model.outer.positions = positions_of(model)
                         model.outer.asks_lengths = not model.mixers and asks_lengths(model)
-                    attach_mixers(model, is_batch_invariant)
+                    attach_mixers(model)
                     attach_indexers(model, is_batch_invariant)
                     _check_rows(model, found)
                     if model.is_padded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.planning.admission import Admission
@@ -60,6 +61,11 @@ class Limits:
     def seats(self) -> int:
         """Sequences that run at once, at most."""
         return self.sequences_per_batch * self.batches
+
+    @property
+    def most_prefixes(self) -> float:
+        """New prefixes in a micro-batch: their states are held until those behind them have begun in a layer."""
+        return self.most_states or math.inf
 
 
 WAITING_BATCHES = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -90,6 +90,16 @@ class BatchInvariant(TorchDispatchMode):
     def _look_away(self) -> None:
         self._is_watching = False
         super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, all is computed as without the mode, and nothing is seen: for calls that concern one sequence."""
+        was_on, self._is_on = self._is_on, False
+        try:
+            with plain_arithmetic():
+                yield
+        finally:
+            self._is_on = was_on
 
     def attach(self, module: nn.Module) -> None:
         """Let a module compute at once: linear layers, layer norms, and calls of others that are known.
@@ -245,6 +255,8 @@ def _multiplied(products: Products, module: nn.Linear, rows: torch.Tensor) -> to
 
 def plain_arithmetic() -> AbstractContextManager[Any]:
     """Inside, torch's functions are its own again, at their own speed: for what only moves numbers or rounds them."""
+    if not torch._C._len_torch_dispatch_stack():
+        return nullcontext()  # nothing to keep away; where a mode is, `torch.compile` compiles nothing
     disabled: AbstractContextManager[Any] = torch._C._DisableTorchDispatch()
     return disabled
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from engine.batch.context_group import ContextGroup
 from engine.model.attention.backend import Attending
 from engine.model.attention.dense import Dense
-from engine.model.attention.flash import has_kernels
+from engine.model.attention.flash import attend_parts, has_kernels
 from engine.model.attention.rule import AttentionRule
 
 
@@ -68,19 +68,9 @@ def attend(
     which splits contexts.
     """
     window, narrower = rule.reach.window, query.shape[-1] - value.shape[-1]
-    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    result = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        F.pad(value, (0, narrower)) if narrower else value,
-        *borders,
-        max(longest[0], 2),
-        longest[1],
-        0.0,
-        True,
-        False,
-        scale=rule.scaling,
-        seqused_k=lengths,
-        **windows,
+    longest = max(longest[0], 2), longest[1]
+    padded = F.pad(value, (0, narrower)) if narrower else value
+    output, logsumexp = attend_parts(
+        query, key, padded, borders, longest, rule, is_causal=True, lengths=lengths, window=window
     )
-    return result[0][..., : value.shape[-1]], result[1]
+    return output[..., : value.shape[-1]], logsumexp

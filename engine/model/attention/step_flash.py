@@ -6,6 +6,7 @@ import torch
 
 from engine.batch.step_batch import StepBatch
 from engine.cache.key_value import KVCache
+from engine.model.attention.flash import attend_parts
 from engine.model.attention.rule import AttentionRule
 
 
@@ -32,18 +33,6 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: StepBatch, level: int, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row against a level of its context: `[rows, heads, dim]`, log-sum-exps `[heads, rows]`."""
-    result = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        batch.row_borders,
-        batch.firsts[level],
-        1,
-        batch.shape.length,
-        0.0,
-        False,
-        False,
-        scale=rule.scaling,
-        seqused_k=batch.lengths[level],
-    )
-    return result[0], result[1]
+    borders = batch.row_borders, batch.firsts[level]
+    longest, lengths = (1, batch.shape.length), batch.lengths[level]
+    return attend_parts(query, key, value, borders, longest, rule, is_causal=False, lengths=lengths)

@@ -16,13 +16,8 @@ from engine.model.mixers.work import work_row_bytes
 from engine.model.undrivable import UndrivableError
 
 
-def attach_mixers(model: Drivable, is_batch_invariant: bool) -> None:
+def attach_mixers(model: Drivable) -> None:
     """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
-    if model.mixers and is_batch_invariant:
-        raise UndrivableError(
-            "batch-invariant: it keeps states, which are computed for several sequences at once; leave batch-invariant "
-            "out"
-        )
     tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
     for index, mixer in model.mixers.items():
         first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
