@@ -266,11 +266,7 @@ class Demand:
 
     def beside_rows(self, rows: int) -> int:
         """What the rows of a sweep take of the device beside their hidden states."""
-        return rows * self._beside_row_bytes
-
-    @property
-    def _beside_row_bytes(self) -> int:
-        return self.shape.handed_row_bytes + (_BESIDE_ROW_BYTES if self.on_cpu else 0)
+        return rows * (self.shape.handed_row_bytes + (_BESIDE_ROW_BYTES if self.on_cpu else 0))
 
     def growing(self, cache_bytes: int) -> int:
         """What a KV cache may come to be where it may take so many bytes: a layer's table is copied when it grows."""
@@ -288,8 +284,8 @@ class Demand:
             for tier, percent in percents(activations).items()
             if percent > 0
         ]
-        if self._beside_row_bytes:
-            rows.append(max(0, left["device"]) * fraction["device"] / self._beside_row_bytes)
+        if beside := self.beside_rows(1):
+            rows.append(max(0, left["device"]) * fraction["device"] / beside)
         return max(1, int(min([*rows, _MOST_HIDDEN_ROWS])))
 
     def rooms(self, gpu: float) -> dict[Tier, int]:
