@@ -34,7 +34,8 @@ def weight_files(path: Path) -> list[Path]:
     missing = [name for name in names if not find_file(path / name, CheckpointError)]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(names)} weight files that {chosen} lists, e.g. {missing[0]}"
+            f"{path} lacks {len(missing)} of {len(names)} weight files that {chosen} lists, e.g. {missing[0]}; fetch "
+            "it again"
         )
     return [path / name for name in names]
 
