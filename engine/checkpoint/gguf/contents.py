@@ -155,8 +155,8 @@ def _places(reader: Any, model: Any, told: Mapping[str, Any], file: Path) -> Ite
             raise UnsupportedError(f"{file} holds {shown(tensor.name)}, which transformers does not read; {_CURE}")
         if kind not in PLAIN and kind not in FORMS:
             raise UnsupportedError(
-                f"{file}: {tensor.name} is of the type {kind}; {', '.join((*FORMS, *PLAIN))} can be run: take a file of "
-                "these, or the model's checkpoint in safetensors files"
+                f"{file}: {tensor.name} is of the type {kind}; {', '.join((*FORMS, *PLAIN))} can be run: take a file "
+                "of these, or the model's checkpoint in safetensors files"
             )
         first, size = int(tensor.data_offset), int(tensor.n_bytes)
         if experts:
@@ -165,8 +165,8 @@ def _places(reader: Any, model: Any, told: Mapping[str, Any], file: Path) -> Ite
         found, heads = _asked(processor, tensor.name, shape, file)
         if heads and kind in PLAIN and len(shape) > 1:
             raise UnsupportedError(
-                f"{file}: {tensor.name} is of the type {kind} with rows in GGUF's order, where {', '.join(FORMS)} can be "
-                f"run; {_CURE}"
+                f"{file}: {tensor.name} is of the type {kind} with rows in GGUF's order, where {', '.join(FORMS)} can "
+                f"be run; {_CURE}"
             )
         yield target, Place(kind, found, first, size, heads)
 
