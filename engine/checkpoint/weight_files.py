@@ -34,7 +34,8 @@ def weight_files(path: Path) -> list[Path]:
     missing = [name for name in names if not find_file(path / name, CheckpointError)]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(names)} weight files that {chosen} lists, e.g. {missing[0]}"
+            f"{path} lacks {len(missing)} of {len(names)} weight files that {chosen} lists, e.g. {missing[0]}; fetch "
+            "it again"
         )
     return [path / name for name in names]
 
@@ -118,4 +119,6 @@ def _others(path: Path) -> str:
     """What lies there instead, as far as it looks like weights."""
     suffixes = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack")
     found = sorted(file.name for file in path.iterdir() if file.name.endswith(suffixes))
-    return f"; of {', '.join(map(shown, found[:3]))}{' ...' if len(found) > 3 else ''} none is read" if found else ""
+    named = "; a GGUF file is read if it is named itself" if any(name.endswith(".gguf") for name in found) else ""
+    listed = f"{', '.join(map(shown, found[:3]))}{' ...' if len(found) > 3 else ''}"
+    return f"; of {listed} none is read{named}" if found else ""

@@ -35,6 +35,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     sine_row,
     dim: tl.constexpr,
     turned: tl.constexpr,
+    per_pair: tl.constexpr,
     block_rows: tl.constexpr,
     block_dim: tl.constexpr,
 ):
@@ -58,15 +59,16 @@ def _kernel(  # type: ignore[no-untyped-def]
     number = number.to(tl.float32)
     beside = tl.load(begin + other, mask=is_turned, other=0.0).to(tl.float32)
     beside = tl.where(column < half, -beside, beside)
-    along = tl.load(cosine + row * cosine_row + column, mask=is_turned, other=0.0).to(tl.float32)
-    across = tl.load(sine + row * sine_row + column, mask=is_turned, other=0.0).to(tl.float32)
+    at = tl.where((column < half) | (per_pair == 2), column, column - half)
+    along = tl.load(cosine + row * cosine_row + at, mask=is_turned, other=0.0).to(tl.float32)
+    across = tl.load(sine + row * sine_row + at, mask=is_turned, other=0.0).to(tl.float32)
     found = (number * along).to(kind).to(tl.float32) + (beside * across).to(kind).to(tl.float32)
     found = tl.where(column < turned, found, number)
     tl.store(result + (row * heads + own) * dim + column, found.to(kind), mask=inside)
 
 
 def rotate(
-    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, per_pair: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `engine.kernels.rotations.rotated`; the results lie row by row, as projections give queries and keys.
 
@@ -99,7 +101,8 @@ def rotate(
         cosine.stride(1),
         sine.stride(1),
         dim=dim,
-        turned=cosine.shape[-1],
+        turned=cosine.shape[-1] * 2 // per_pair,
+        per_pair=per_pair,
         block_rows=block_rows,
         block_dim=block_dim,
         num_warps=4,

@@ -17,7 +17,7 @@ from engine.checkpoint.description import ModelDescription, describe
 from engine.checkpoint.gguf.opened import gguf_file
 from engine.checkpoint.model_class import check_causal
 from engine.checkpoint.window import window_of
-from engine.errors import EngineError
+from engine.errors import EngineError, UnsupportedError
 from flexgen_helm.checking.memory_needs import MemoryNeeds, memory_needs, plan_here
 from flexgen_helm.checking.model_facts import ModelFacts, model_facts
 from flexgen_helm.checking.tokenizer_facts import TokenizerFacts, tokenizer_facts
@@ -73,7 +73,10 @@ def examine(model: str) -> Examined:
                 return _refused(model, config, str(error).replace(str(path), str(file)))
             found = _examined(model, config, described, has_weights=False, has_tokenizer=False)
             return replace(found, refusals=tuple(each.replace(folder, str(file)) for each in found.refusals))
-    located = locate(model, download_weights=False)
+    try:
+        located = locate(model, download_weights=False)
+    except UnsupportedError as error:  # an adapter or a GGUF file that cannot be run
+        return _refused(model, {}, str(error))
     config = read_config(located.path)
     try:
         described = describe(model, download_weights=False)

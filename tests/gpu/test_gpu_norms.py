@@ -34,27 +34,30 @@ def test_as_by_torch(width: int, scaling: Scaling, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("dim", "turned"), [(64, 64), (128, 128), (80, 80), (256, 64)])
-def test_rotations_have_the_bits_of_torchs(dim: int, turned: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dim", "turned", "per_pair"), [(64, 64, 2), (128, 128, 2), (80, 80, 2), (256, 64, 2), (64, 64, 1)]
+)
+def test_rotations_have_the_bits_of_torchs(dim: int, turned: int, per_pair: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     kernel = rotations.kernel_for(torch.device("cuda", torch.cuda.current_device()))
     if kernel is None:
         pytest.skip("Triton does not compile for this card")
     query = torch.randn(1, 1000, 24, dim, device="cuda").to(dtype).transpose(1, 2)
     key = torch.randn(1, 4, 1000, dim + 8, device="cuda").to(dtype)[..., 8:]
-    angles = torch.randn(1, 1000, turned // 2, device="cuda").repeat(1, 1, 2) * 100
+    angles = torch.randn(1, 1000, turned // 2, device="cuda").repeat(1, 1, per_pair) * 100
     cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
-    found, expected = kernel(query, key, cosine, sine), rotations.rotated(query, key, cosine, sine)
+    found, expected = (turn(query, key, cosine, sine, per_pair) for turn in (kernel, rotations.rotated))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
 
-def test_layers_on_a_card_have_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "count"), [("qwen3-moe", 5), ("gpt-oss", 3)])
+def test_layers_on_a_card_have_them(family: str, count: int, tmp_path: Path) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if kernel_for(device) is None:
         pytest.skip("Triton does not compile for this card")
-    path = models.save_model(tmp_path, "qwen3-moe")
+    path = models.save_model(tmp_path, family)
     model = CausalModel(path, torch.bfloat16, device)
     fused = [name for name, module in model.layers[0].named_modules() if "forward" in vars(module)]
-    assert len(fused) == 5
+    assert len(fused) == count
     assert "self_attn" in fused

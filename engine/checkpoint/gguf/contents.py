@@ -25,6 +25,7 @@ _SIZES = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 """Fields that transformers passes over in some families, and takes from the family's defaults: they must agree."""
+_CURE = "take the model's checkpoint in safetensors files"
 _EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps\.weight$")
 
 
@@ -68,7 +69,9 @@ def read_contents(folder: Path, shown_as: Path, *, has_tokenizer: bool = True) -
     except UnsupportedError:
         raise
     except Exception as error:  # whatever its reader and transformers find wrong with a file
-        raise CheckpointError(f"{shown_as} cannot be read as a GGUF file by transformers: {named(error)}") from None
+        raise CheckpointError(
+            f"{shown_as} cannot be read as a GGUF file by transformers: {named(error)}; fetch it again"
+        ) from None
     try:
         _check_fields(reader, config, shown_as)
         if has_tokenizer:
@@ -112,8 +115,7 @@ def _check_fields(reader: Any, config: Any, file: Path) -> None:
         if expected is None or value != expected:
             taken = "" if expected is None else f", and takes {expected} for it"
             raise UnsupportedError(
-                f"{file}: transformers does not look at {field}, which is {shown(value)}{taken}; take a checkpoint in "
-                "safetensors files"
+                f"{file}: transformers does not look at {field}, which is {shown(value)}{taken}; {_CURE}"
             )
 
 
@@ -150,10 +152,11 @@ def _places(reader: Any, model: Any, told: Mapping[str, Any], file: Path) -> Ite
         experts = _EXPERTS.search(tensor.name)
         target = names.get(tensor.name.removesuffix(".weight") if experts else tensor.name)
         if target is None:
-            raise UnsupportedError(f"{file} holds {shown(tensor.name)}, which transformers does not read")
+            raise UnsupportedError(f"{file} holds {shown(tensor.name)}, which transformers does not read; {_CURE}")
         if kind not in PLAIN and kind not in FORMS:
             raise UnsupportedError(
-                f"{file}: {tensor.name} is of the type {kind}; {', '.join((*FORMS, *PLAIN))} can be run"
+                f"{file}: {tensor.name} is of the type {kind}; {', '.join((*FORMS, *PLAIN))} can be run: take a file "
+                "of these, or the model's checkpoint in safetensors files"
             )
         first, size = int(tensor.data_offset), int(tensor.n_bytes)
         if experts:
@@ -162,7 +165,8 @@ def _places(reader: Any, model: Any, told: Mapping[str, Any], file: Path) -> Ite
         found, heads = _asked(processor, tensor.name, shape, file)
         if heads and kind in PLAIN and len(shape) > 1:
             raise UnsupportedError(
-                f"{file}: {tensor.name} is of the type {kind} with rows in GGUF's order; {', '.join(FORMS)} can be run"
+                f"{file}: {tensor.name} is of the type {kind} with rows in GGUF's order, where {', '.join(FORMS)} can "
+                f"be run; {_CURE}"
             )
         yield target, Place(kind, found, first, size, heads)
 
@@ -201,6 +205,5 @@ def _asked(processor: Any, name: str, shape: tuple[int, ...], file: Path) -> tup
     except Exception as error:  # it has code for the shapes of its own family
         raise UnsupportedError(f"{file}: what transformers does to {name} is not known ({named(error)})") from None
     raise UnsupportedError(
-        f"{file}: transformers changes the numbers of {name}, or their order, in a way that is not known here; take a "
-        "checkpoint in safetensors files"
+        f"{file}: transformers changes the numbers of {name}, or their order, in a way that is not known here; {_CURE}"
     )

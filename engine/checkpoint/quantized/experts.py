@@ -68,7 +68,8 @@ def _check_experts(pattern: str, modules: list[str], count: int) -> None:
     for place, found in enumerate(told):
         if len(found) == len(modules) and [int(number[place]) for number in numbers] == expected:
             return
+    last = f", the last of them {modules[-1]}" if modules else ""
     raise CheckpointError(
-        f"{len(modules)} packed matrices of {pattern}, and {count} experts by config.json, numbered from 0, are "
+        f"{len(modules)} packed matrices of {pattern}{last}, and {count} experts by config.json, numbered from 0, are "
         "expected; the download is incomplete or belongs to another model"
     )

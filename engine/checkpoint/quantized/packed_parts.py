@@ -95,7 +95,8 @@ class _Finder:
                 self._refuse(target, error)
         if not found:
             raise UnsupportedError(
-                f"{self.path} is quantized by {self.name} by its configuration, but holds no such tensors"
+                f"{self.path} is quantized by {self.name} by its configuration, but holds no such tensors; they do not "
+                "belong together: fetch the model again"
             )
         return found
 

@@ -56,28 +56,39 @@ def _with_kernel(
     if not isinstance(inner, FunctionType):
         return None
     exchanged = {
-        name: partial(_rotated, function, kernel, context)
+        name: partial(_rotated, function, kernel, context, per_pair)
         for name in inner.__code__.co_names
-        if (function := inner.__globals__.get(name)) is not None and is_rotation(function, dtype)
+        if (function := inner.__globals__.get(name)) is not None
+        and (per_pair := numbers_per_pair(function, dtype)) is not None
     }
     return _renewed(forward, exchanged) if exchanged else None
 
 
-def is_rotation(function: Any, dtype: torch.dtype) -> bool:
-    """Whether a function of queries, keys, cosine and sine gives the bits of `rotated`, for rows of `dtype`."""
+def numbers_per_pair(function: Any, dtype: torch.dtype) -> int | None:
+    """How often the tables that a function of queries, keys, cosine and sine takes have a number of each turned pair.
+
+    None where it does not give the bits of `rotated`, for rows of `dtype`.
+    """
     if not isinstance(function, FunctionType) or tuple(inspect.signature(function).parameters)[:4] != _TAKES:
-        return False
+        return None
+    if _is_rotation(function, dtype, 2):
+        return 2
+    return 1 if _is_rotation(function, dtype, 1) else None
+
+
+def _is_rotation(function: _Rotation, dtype: torch.dtype, per_pair: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    for turned in _TURNED:
+    for turned in _TURNED if per_pair == 2 else (_DIM,):
+        table = 1, _ROWS, turned * per_pair // 2
         query, key, cosine, sine = (
             torch.randn(shape, generator=generator).to(dtype)
-            for shape in ((1, 3, _ROWS, _DIM), (1, 2, _ROWS, _DIM), (1, _ROWS, turned), (1, _ROWS, turned))
+            for shape in ((1, 3, _ROWS, _DIM), (1, 2, _ROWS, _DIM), table, table)
         )
         try:
             found = function(query, key, cosine, sine)
         except Exception:  # it takes something else, or none that turn only a part
-            found = ()
-        expected = rotated(query, key, cosine, sine)
+            found = ()  # type: ignore[assignment]
+        expected = rotated(query, key, cosine, sine, per_pair)
         if not _are_equal(found, expected) and (found or turned == _DIM):
             return False
     return True
@@ -115,17 +126,18 @@ def _rotated(
     plain: _Rotation,
     kernel: Kernel,
     context: SweepContext,
+    per_pair: int,
     *tensors: torch.Tensor,
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     is_plain = context.is_stock or named or len(tensors) != len(_TAKES)
-    if is_plain or not _fits(*tensors) or not compiled.is_there(tensors[0]):
+    if is_plain or not _fits(*tensors, per_pair=per_pair) or not compiled.is_there(tensors[0]):
         return plain(*tensors, **named)
     query, key, cosine, sine = tensors
-    return kernel(query, key, cosine, sine)
+    return kernel(query, key, cosine, sine, per_pair)
 
 
-def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
+def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, per_pair: int) -> bool:
     """Whether sizes, dtypes and places are those that the kernel takes."""
     if query.ndim != 4 or key.ndim != 4 or cosine.ndim != 3:
         return False
@@ -135,8 +147,7 @@ def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: to
         query.shape[0] == key.shape[0] == one == 1
         and key.shape[2:] == (rows, dim)
         and cosine.shape == sine.shape == (1, rows, width)
-        and width % 2 == 0
-        and width <= dim
+        and (2 * width == dim if per_pair == 1 else width % 2 == 0 and width <= dim)
         and query.dtype == key.dtype == cosine.dtype == sine.dtype
         and all(each.stride(-1) == 1 for each in (query, key, cosine, sine))
     )

@@ -299,7 +299,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         edit(lambda state: [state.pop(name) for name in [*state] if name.startswith(f"{Q}.")]),
         ("gate_up_proj", "3 packed matrices", "4 experts"),
     ),
-    "experts that are not there": (edit(rename), ("4 packed matrices", "numbered from 0")),
+    "experts that are not there": (
+        edit(rename),
+        ("4 packed matrices", "the last of them model.layers.0.mlp.experts.4.down_proj", "numbered from 0"),
+    ),
     "an expert left plain": (
         edit(lambda state: (state.pop(SCALE), state.update({f"{Q}.weight": state[f"{Q}.weight"].float()}))),
         ("3 packed matrices",),

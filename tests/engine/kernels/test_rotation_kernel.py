@@ -15,12 +15,12 @@ from engine.kernels.rotation_kernel import rotate
 from engine.kernels.rotations import rotated
 
 torch.manual_seed(0)
-for dim, turned, heads in ((16, 16, 3), (24, 24, 1), (40, 16, 2)):
+for dim, turned, heads, per_pair in ((16, 16, 3, 2), (24, 24, 1, 2), (40, 16, 2, 2), (24, 24, 2, 1)):
     query = torch.randn(1, 70, heads * 2, dim).half().transpose(1, 2)
     key = torch.randn(1, heads, 70, 2 * dim).half()[..., dim:]  # a view with gaps
-    angles = torch.randn(1, 70, turned // 2).repeat(1, 1, 2)
+    angles = torch.randn(1, 70, turned // 2).repeat(1, 1, per_pair)
     cosine, sine = angles.cos().half(), angles.sin().half()
-    found, expected = rotate(query, key, cosine, sine), rotated(query, key, cosine, sine)
+    found, expected = (turn(query, key, cosine, sine, per_pair) for turn in (rotate, rotated))
     assert all(torch.equal(one, other) for one, other in zip(found, expected))
     assert found[0].transpose(1, 2).is_contiguous()
     print("same")
@@ -28,7 +28,7 @@ for dim, turned, heads in ((16, 16, 3), (24, 24, 1), (40, 16, 2)):
 
 
 def test_the_kernel_turns_heads_in_tritons_interpreter() -> None:
-    assert interpreted(_SCRIPT) == ["same"] * 3
+    assert interpreted(_SCRIPT) == ["same"] * 4
 
 
 def test_products_are_rounded_before_they_are_added() -> None:

@@ -14,7 +14,7 @@ from engine.kernels import compiled
 from engine.kernels.rotations import rotated
 from engine.model.causal_model import CausalModel
 from engine.model.fused import rotations
-from engine.model.fused.rotations import is_rotation
+from engine.model.fused.rotations import numbers_per_pair
 from engine.model.stock import StockForward
 from engine.model.sweep_context import SweepContext
 
@@ -22,12 +22,12 @@ DTYPE = torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("family", "is_one"),
-    [("llama", True), ("qwen3_moe", True), ("gpt_neox", True), ("phi3", True), ("cohere", False), ("glm4", False)],
+    ("family", "per_pair"),
+    [("llama", 2), ("qwen3_moe", 2), ("gpt_neox", 2), ("phi3", 2), ("gpt_oss", 1), ("cohere", None), ("glm4", None)],
 )
-def test_rotations_of_transformers_are_known_by_what_they_compute(family: str, is_one: bool) -> None:
+def test_rotations_of_transformers_are_known_by_what_they_compute(family: str, per_pair: int | None) -> None:
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    assert is_rotation(module.apply_rotary_pos_emb, DTYPE) is is_one
+    assert numbers_per_pair(module.apply_rotary_pos_emb, DTYPE) == per_pair
 
 
 def test_others_are_not_taken_for_one() -> None:
@@ -48,9 +48,11 @@ def test_others_are_not_taken_for_one() -> None:
         found = rotated(q[..., -width:], k[..., -width:], cos, sin)
         return torch.cat((q[..., :-width], found[0]), -1), torch.cat((k[..., :-width], found[1]), -1)
 
-    assert not any(is_rotation(each, DTYPE) for each in (other_way, wide, only_queries, last_part))
-    assert not is_rotation(modeling_llama.rotate_half, DTYPE)
-    assert not is_rotation(torch.add, DTYPE)
+    def other_half(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+        return rotated(q, k, torch.cat((cos, sin), -1), torch.cat((sin, sin), -1))
+
+    others = other_way, wide, only_queries, last_part, other_half, modeling_llama.rotate_half, torch.add
+    assert [numbers_per_pair(each, DTYPE) for each in others] == [None] * len(others)
 
 
 def test_only_layers_of_ours_are_changed(build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +60,10 @@ def test_only_layers_of_ours_are_changed(build: Callable[[str], Path], monkeypat
     before = modeling_llama.apply_rotary_pos_emb
 
     def kernel(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, per_pair: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(q.shape[2])
-        return rotated(q, k, cos, sin)
+        return rotated(q, k, cos, sin, per_pair)
 
     monkeypatch.setattr(rotations, "kernel_for", lambda device: kernel)
     monkeypatch.setattr(compiled, "is_there", lambda rows: rows.device.type == "cpu")
@@ -89,5 +91,5 @@ def test_a_call_in_another_form_goes_to_the_families_own_function() -> None:
         return q, len(named) + 10 * (k is not None)
 
     kept, states = SweepContext(), torch.randn(1, 2, 3, 4).to(DTYPE)
-    assert rotations._rotated(plain, rotated, kept, states, cos=states, sin=states) == (states, 2)
-    assert rotations._rotated(plain, rotated, kept, states, states, cos=states) == (states, 11)
+    assert rotations._rotated(plain, rotated, kept, 2, states, cos=states, sin=states) == (states, 2)
+    assert rotations._rotated(plain, rotated, kept, 2, states, states, cos=states) == (states, 11)
