@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,7 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
 
     run_specs = prepared.run_specs
     failure: Exception | None = None
+    gc.freeze()  # else what was imported is looked through again and again, among requests, for what nobody needs
     with suite_log(suite_path):
         diary = SweepDiary(suite_path, run_specs, json_log)
         runner = SweepRunner(
