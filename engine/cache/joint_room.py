@@ -42,9 +42,13 @@ class JointRoom:
 
     def free(self, block: Block) -> None:
         """Give a block back."""
+        self._rows.free(block if block.slot is None else self.free_state(block))
+
+    def free_state(self, block: Block) -> Block:
+        """Give back the room of a state; what is left of the block."""
         assert block.slot is not None
-        self._rows.free(block)
         self._slots.free(Block(block.tier, block.slot, 1))
+        return replace(block, slot=None)
 
     def expect(self, sizes: Sequence[int]) -> None:
         """Tell that spans of so many tokens will ask for room."""

@@ -106,6 +106,10 @@ class Tables:
         self._free_rows[block.tier].give(block.first, block.num_rows)
         self.num_blocks[block.tier] -= 1
 
+    def free_state(self, block: Block) -> Block:
+        """What is left of a block without its state: these tables have no room for any."""
+        return block
+
     def release(self, tier: Tier) -> None:
         """Let go of the tables of a tier, not of the disk, on which nothing lies."""
         assert not self.num_blocks[tier]

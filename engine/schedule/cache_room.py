@@ -18,6 +18,9 @@ class CacheRoom(Protocol):
     def free(self, block: Block) -> None:
         """Give room back."""
 
+    def free_state(self, block: Block) -> Block:
+        """Give back the room of a state; what is left of the block."""
+
     refusal: str | None
     """Why memory for more room could not be had, the last time it was asked for; None if it could."""
 

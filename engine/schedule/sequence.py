@@ -97,6 +97,8 @@ class Prefix(Span):
     """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
     next_greedy: int | None = None
     """What greedy choice takes to follow the last token; only if `scored`."""
+    is_closed: bool = False
+    """Whether nobody can continue it any more: it is computed, and its state has been let go."""
 
     @property
     def is_scored(self) -> bool:
@@ -113,7 +115,7 @@ class Prefix(Span):
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy = [], []
         self.next_logprobs = self.next_greedy = None
-        self.is_finite = True
+        self.is_finite, self.is_closed = True, False
 
 
 @dataclass(eq=False, kw_only=True)
@@ -154,10 +156,15 @@ class Sequence(Span):
 
     def restart(self) -> None:
         """Be as before anything was computed, sharing nothing; its prefixes and block must have been left."""
-        assert self.block is None
         self.tokens, self.num_prompt = list(self.job.prompt), len(self.job.prompt)
-        self.rng, self.draws = None, []
         self.follow(None)
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Be as before anything behind its prefixes was computed; its block must have been left."""
+        assert self.block is None
+        self.tokens = self.tokens[: self.num_prompt]
+        self.rng, self.draws = None, []
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.drafter = True, None
