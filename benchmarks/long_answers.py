@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = {"of generate_batch": 0.9, "of generate": 4.0, "of the link's limit": 0.8}
+RIVALS = ["generate_batch", "generate"]
 Told = Callable[[str, dict[str, Any]], None]
 """Keeps what is known of a contender."""
 
@@ -137,9 +138,9 @@ def resident(options: argparse.Namespace, told: Told) -> None:
         "generate_batch": lambda: continuous(model, prompts, lengths, options.limit),
         "generate": lambda: batches(model, prompts, lengths, options.batch_size, options.limit, options.cut),
     }
-    for name, run in contenders.items():
+    for name in options.rivals:
         try:
-            found = run()
+            found = contenders[name]()
         except Exception as error:  # a rival that fails is a row that says so
             found = {"failed": f"{type(error).__name__}: {error}"[:500]}
         if "tokens_s" in found:
@@ -224,6 +225,7 @@ def main() -> None:
     """Run the parts, and keep what each contender has to tell as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--requests", type=int, default=250)
     parser.add_argument("--own", type=int, default=300, help="tokens of a prompt")
