@@ -20,6 +20,8 @@ from engine.schedule.segment import Segment
 _MASKED_ROWS = 256
 """Rows of own tokens that one masked attention call over a shared prefix takes at least: they attend to each other in
 vain, so their number is kept near the prefix's length."""
+_MASKED_OWN_ROWS = 128
+"""The same where nothing else is attended to: a longer span has a call of its own, which takes less time."""
 
 
 class MicroBatch(Rows):
@@ -160,4 +162,4 @@ def _shares_mask_with_prefixes(run: list[Segment], segment: Segment) -> bool:
 
 def _shares_own_mask(run: list[Segment], segment: Segment) -> bool:
     """Whether a mask over own tokens alone stays of limited size."""
-    return segment.end - run[0].first <= _MASKED_ROWS
+    return segment.end - run[0].first <= _MASKED_OWN_ROWS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,11 +132,14 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
             skip_completed_runs=args.skip_completed_runs,
             exit_on_error=args.exit_on_error,
         )
+        gc.freeze()  # else what was imported is looked through again and again, among requests, for what nobody needs
         try:
             with diary, Deadline(args.stop_before, lambda: diary.longest_pass_s):
                 runner.run_all(run_specs)
         except Exception as error:  # runs have been written by now: none of this is bad input
             failure = error
+        finally:
+            gc.unfreeze()
     found = diary.record()
     ended = {run.name for run in found.runs if run.status != "failed"}
     scores = read_scores([spec for spec in run_specs if spec.name in ended], suite_path)
