@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class Models:
         own = deployment.client_spec.args
         asked = {} if self._policy is None else {"policy": self._policy}
         args = {**own, **asked, **self._shaping}
-        self._tell_kept({name: value for name, value in own.items() if name not in {*asked, *self._shaping}}, deployment)
+        self._tell_kept(deployment, given={*asked, *self._shaping})
         client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
         deployment = dataclasses.replace(deployment, client_spec=client_spec)
         is_shaped = any(own.get(name) != value for name, value in self._shaping.items())
@@ -133,10 +133,12 @@ class Models:
             )
         return Entries(model=get_model_metadata(model), tokenizer=tokenizer, deployment=deployment)
 
-    def _tell_kept(self, args: Mapping[str, Any], deployment: ModelDeployment) -> None:
-        """Note what of a known deployment's `args`, which no flag gives, makes its runs others than those of a new one."""
+    def _tell_kept(self, deployment: ModelDeployment, given: Collection[str]) -> None:
+        """Note what a known deployment has beyond a new one's args, but for those that are `given` now."""
         plain = {"pretrained_model_name_or_path": source_of(deployment), "policy": "auto"}
-        kept = [f"{name} {shown(value)}" for name, value in args.items() if plain.get(name) != value]
+        args = deployment.client_spec.args
+        others = {name: value for name, value in args.items() if name not in given and value != plain.get(name)}
+        kept = [f"{name} {shown(value)}" for name, value in others.items()]
         if kept:
             self.notes.append(
                 f"{deployment.name} has {', '.join(kept)} by its entry in model_deployments.yaml, which `register` or "
