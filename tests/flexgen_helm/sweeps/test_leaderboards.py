@@ -1,12 +1,14 @@
 """Protects: leaderboards with a real small model as model and judge, killed when some answers are there, given again.
 
-Entries are those of the shipped files, with shorter answers: `test_entries_are_those_of_the_shipped_files` says so.
+Entries are those of the shipped files, with shorter answers: a small model goes on to the last token that it is
+allowed, one pass over the layers each.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import random
 import re
@@ -40,7 +42,9 @@ from flexgen_helm.sweeps.record import SweepRecord, read_record
 ROOT = Path(__file__).resolve().parents[3]
 NUM_INSTANCES = 5
 NUM_TOKENS = 64
-"""Of an answer: a small model goes on to the last token that it is allowed, one pass over the layers each."""
+"""Of an answer."""
+WINDOW = 1024
+"""Of the model, which ends its verdicts, for which HELM's annotators allow up to 4096 tokens."""
 _CUT = {most: f"increase_max_tokens={NUM_TOKENS - most}" for most in (512, 2000, 4096)}
 IFEVAL = f"ifeval:{_CUT[4096]}"
 _JURY = '{"accuracy": {"score": 4, "explanation": "so"}, "clarity": {"score": 2, "explanation": "so"}}'
@@ -96,6 +100,7 @@ class Sweep:
     folder: Path
     data: Path
     leaderboard: Leaderboard
+    model: Path
     judge: Path
 
     @contextmanager
@@ -110,7 +115,7 @@ class Sweep:
         listed = "".join(f'{{description: "{each}", priority: 1}}\n' for each in self.leaderboard.entries)
         (self.folder / "some.conf").write_text(f"entries: [{listed}]")
         command = [sys.executable, "-m", "flexgen_helm", "sweep", "some.conf", "--suite", suite, "-m"]
-        command += [str(NUM_INSTANCES), "--model", str(demo_model()), "--judge", str(self.judge)]
+        command += [str(NUM_INSTANCES), "--model", str(self.model), "--judge", str(self.judge)]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -216,12 +221,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sweep]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's, with a window of its own."""
+    folder = tmp_path_factory.mktemp("models") / MODEL_NAME
+    shutil.copytree(demo_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": WINDOW}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sweep]:
     """A leaderboard that nothing disturbs, which its model judges itself."""
 
     @functools.cache
     def of(name: str) -> Sweep:
-        sweep = Sweep(tmp_path_factory.mktemp(name), data, LEADERBOARDS[name], demo_model())
+        sweep = Sweep(tmp_path_factory.mktemp(name), data, LEADERBOARDS[name], model, judge=model)
         told = sweep.run("s")
         for run in sweep.judged("s"):
             found = verdicts(run)
@@ -277,10 +292,10 @@ def test_scores_by_a_judge_of_one_verdict(name: str, whole: Callable[[str], Swee
     if name in LEADERBOARDS:
         sweep = replace(whole(name), judge=judge)
         sweep.run("second")
-        (model,) = sweep.record("second").models
-        assert (model.computed, model.cached) == (0, model.requests)
+        (told,) = sweep.record("second").models
+        assert (told.computed, told.cached) == (0, told.requests)
     else:
-        sweep = Sweep(tmp_path / "others", data, leaderboard, judge)
+        sweep = Sweep(tmp_path / "others", data, leaderboard, model, judge)
         sweep.run("second")
     assert sweep.judged("second")
     for run, (statistic, score) in sweep.judged("second").items():
