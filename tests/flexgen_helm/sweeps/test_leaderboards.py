@@ -41,9 +41,9 @@ from flexgen_helm.sweeps.record import SweepRecord, read_record
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_INSTANCES = 5
-NUM_TOKENS = 64
+NUM_TOKENS = 32
 """Of an answer."""
-WINDOW = 1024
+WINDOW = 832
 """Of the model, which ends its verdicts, for which HELM's annotators allow up to 4096 tokens."""
 _CUT = {most: f"increase_max_tokens={NUM_TOKENS - most}" for most in (512, 2000, 4096)}
 IFEVAL = f"ifeval:{_CUT[4096]}"
