@@ -177,9 +177,8 @@ class Scheduler:
         for prefix in passing:
             self._free(prefix)
         for prefix in kept if passing else ():
-            better = self._cache.allocate(len(prefix.tokens))
-            if better is not None:
-                assert prefix.block is not None
+            better = None if prefix.block is None else self._cache.allocate(len(prefix.tokens))
+            if better is not None and prefix.block is not None:
                 is_nearer = better.tier == "device" != prefix.block.tier
                 self._cache.free(prefix.block if is_nearer else better)
                 prefix.block = better if is_nearer else prefix.block
@@ -192,6 +191,9 @@ class Scheduler:
             if self.running or not sequence.chain:
                 return None
             self._unshare(sequence)
+            if not sequence.needs_cache:  # nor do its pieces, if one sweep has all of them
+                self._split([sequence])
+                return [whole(part, self.limits) for part in (*sequence.chain, sequence)]
         return new
 
     def _try_enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
