@@ -134,7 +134,7 @@ def resident(options: argparse.Namespace, told: Told) -> None:
     told("ours", first)
     model = random_model(options.shape).to(device())
     contenders: dict[str, Callable[[], dict[str, Any]]] = {
-        "generate_batch": lambda: continuous(model, prompts, lengths),
+        "generate_batch": lambda: continuous(model, prompts, lengths, options.limit),
         "generate": lambda: batches(model, prompts, lengths, options.batch_size, options.limit),
     }
     for name, run in contenders.items():
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=300, help="tokens of a prompt")
     parser.add_argument("--most", type=int, default=2048, help="tokens of the longest answer")
     parser.add_argument("--batch-size", type=int, default=32, help="of `generate`")
-    parser.add_argument("--limit", type=float, default=30, help="seconds for which batches of `generate` are begun")
+    parser.add_argument("--limit", type=float, default=40, help="seconds after which a rival begins no more")
     parser.add_argument("--offloaded-shape", default="opt-30b")
     parser.add_argument("--offloaded-requests", type=int, default=512)
     parser.add_argument("--name", default="long-answers", help="of the record")

@@ -1,11 +1,12 @@
 """Whole mixtures of experts in little device memory: a row in one process, beside its limits.
 
-    python -m benchmarks.mixtures ROW [--rows RUNSxJOBSxSHARED+OWN:NEW] [--out DIR]
+    python -m benchmarks.mixtures ROW [--rows RUNSxJOBSxSHARED+OWN:NEW] [--tiny] [--out DIR]
 
 Each row names a shape in its published format, the device memory and a workload; weights are random. The limits are the
-bytes that cross the link both ways (weights, keys and values, hidden states), those that the device's memory reads, and
-the operations, each over a rate measured here. Sweeps in which all requests decode are told apart: their limit is what
-crosses the link to the device.
+bytes that cross the link both ways (weights, keys and values, states, hidden states), those that the device's memory
+reads, and the operations, each over a rate measured here. Sweeps in which all requests decode are told apart: their
+limit is what crosses the link to the device. `--tiny` tries a row out on any machine: a few small layers, and a few
+short requests.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flexgen_helm.planning.dummy import open_dummy
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.record import write_record
 from flexgen_helm.planning.roofline import Workload, least_seconds, work_of
+from flexgen_helm.planning.shapes import SHAPES
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -50,8 +52,22 @@ ROWS = {
     "gpt-oss-120b-ten-runs": Row("gpt-oss-120b", "16GB", "10x100x400+100:1"),
     "gpt-oss-120b-decode": Row("gpt-oss-120b", "16GB", "1x512x0+512:32"),
     "mixtral-8x7b-decode": Row("mixtral-8x7b", "24GB", "1x512x0+512:32"),
+    "qwen3-next-80b-decode": Row("qwen3-next-80b-a3b", "16GB", "1x256x0+512:32"),
     "deepseek-v3-8-layers": Row("deepseek-v3", "24GB", "1x10x0+1000:1", _LAYERS),
 }
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 16,
+    "num_local_experts": 16,
+    "n_routed_experts": 16,
+    "num_hidden_layers": 4,
+    "vocab_size": 512,
+}
+"""What is small in a shape that has it."""
+TINY_LOAD = Workload(1, 4, 0, 20, 4)
 
 
 def measure(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
@@ -135,11 +151,16 @@ def main() -> None:
     parser.add_argument("row", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--rows", type=Workload.parse, help="what is asked, in place of the row's")
     parser.add_argument("--gpu-memory", help="in place of the row's")
+    parser.add_argument("--tiny", action="store_true", help="a few small layers, and a few short requests")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options = parser.parse_args()
     row = ROWS[options.row]
     row = replace(row, gpu_memory=options.gpu_memory or row.gpu_memory)
-    print(run(options.row, row, options.rows or Workload.parse(row.load), options.out))
+    name, load = options.row, Workload.parse(row.load)
+    if options.tiny:
+        name, load = f"{name}-tiny", TINY_LOAD
+        row = replace(row, changes=row.changes | {key: TINY[key] for key in TINY.keys() & SHAPES[row.shape].keys()})
+    print(run(name, row, options.rows or load, options.out))
 
 
 if __name__ == "__main__":

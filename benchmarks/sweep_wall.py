@@ -3,14 +3,21 @@
     python -m benchmarks.sweep_wall --data DIR --model DIR --work DIR [--shape llama-3-8b] [--subjects …] [-- FLAGS]
 
 DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv`; FLAGS are those of `sweep`. With `--shape`, the model has
-random weights of that shape, and of `--model` only the tokenizer. Three programs, one after the other: the sweep of a
-question, whose time is start-up; the sweep of all subjects, from the command to its end; and the engine alone with the
-very jobs that the sweep gave it, without HELM. `--work` must be empty or absent: HELM's cache is to answer nothing.
+random weights of that shape, and of `--model` only the tokenizer. Programs, one after the other: the sweep of a
+question, whose time is start-up; the sweep of all subjects, from the command to its end; and, without HELM, the engine
+alone with the very jobs that the sweep gave it. `--work` must be empty or absent: HELM's cache is to answer nothing.
+
+The engine alone computes them all at once, twice, for what the first pass of a process takes; then as they arrived in
+the sweep. With `--parts` an engine in a process of its own does all that, too. So what the passes of the sweep take
+longer is told apart: first calls of kernels, smaller sweeps, the other process, and HELM's processes beside it. Of each
+pass it is printed where its seconds went (`benchmarks/pass_parts.py`), and of the sweeps what their threads were at
+(`benchmarks/stack_samples.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -18,14 +25,23 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.helm_client import place_data
+from benchmarks.pass_parts import Part, PassParts, table
+from benchmarks.stack_samples import Samples, Span, timeline, watch_engines
 from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.planning.environment import hardware
 from flexgen_helm.planning.record import write_record
 from flexgen_helm.sweeps.record import read_record
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from engine.job import Job
+    from engine.schedule.timing import SweepTiming
+    from engine.workers.remote_engine import RemoteEngine
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "the sweep has ended"
@@ -49,43 +65,113 @@ def make_model(source: Path, shape: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a sweep gave its engine; pickled."""
+
+    jobs: Any
+    """`PackedJobs`."""
+    portions: list[tuple[float, int]]
+    """When the next jobs were handed over, in seconds after the first ones, and how many."""
+    parts: list[Part]
+    spans: list[Span]
+    """Of the command's threads."""
+
+
 def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
     """Inside the sweep's program: run it, say when it has ended, and only then write down what the engine was given."""
+    samples = Samples()
+    watch_engines(jobs_file.with_suffix(".engine"))
     from engine.workers.packing import PackedJobs
+    from engine.workers.remote_engine import RemoteEngine
     from flexgen_helm import run
-    from flexgen_helm.helm.requests.asked import Portion
 
-    given: list[Any] = []
-    take = Portion.take_jobs
+    given: list[Job] = []
+    portions: list[tuple[float, int]] = []
+    engines: list[RemoteEngine] = []
+    parts = PassParts(lambda: worker_of(engines[0]))
+    ask, observe = RemoteEngine.sweeps, RemoteEngine._observe
 
-    def noted(self: Portion) -> list[Any]:
-        jobs = take(self)
+    def asked(self: RemoteEngine, jobs: Sequence[Job]) -> Any:
+        if not engines:
+            engines.append(self)
+            parts.begin()
         given.extend(jobs)
-        return jobs
+        portions.append((time.perf_counter(), len(jobs)))
+        return ask(self, jobs)
 
-    Portion.take_jobs = noted  # type: ignore[method-assign]
+    def observed(self: RemoteEngine, timing: SweepTiming, device: str) -> None:
+        parts.observe(timing)
+        observe(self, timing, device)
+
+    RemoteEngine.sweeps = asked  # type: ignore[method-assign, assignment]
+    RemoteEngine._observe = observed  # type: ignore[method-assign]
     code = run.main(["sweep", *arguments])
     print(_MARK, flush=True)
-    jobs_file.write_bytes(pickle.dumps(PackedJobs.of(list(enumerate(given)))))
+    found = Given(
+        jobs=PackedJobs.of(list(enumerate(given))),
+        portions=[(at - portions[0][0], count) for at, count in portions],
+        parts=parts.parts,
+        spans=samples.spans,
+    )
+    jobs_file.write_bytes(pickle.dumps(found))
     return code
 
 
-def engine_child(jobs_file: Path, model: Path, policy: str) -> int:
-    """Inside the engine's program: the same jobs at once, without HELM; prints seconds as JSON."""
+def timelines(jobs_file: Path, begun: float) -> str:
+    """What the command's threads and its engine's were at; seconds since `begun`."""
+    given: Given = pickle.loads(jobs_file.read_bytes())
+    engine = json.loads(jobs_file.with_suffix(".engine").read_text())
+    return f"command:\n{timeline(given.spans, begun)}\nengine:\n{timeline(map(tuple, engine), begun)}"
+
+
+def worker_of(engine: RemoteEngine) -> int:
+    """The process of its first device."""
+    process = engine._place._crew.places[0].process
+    assert process is not None
+    return process.pid
+
+
+def engine_child(jobs_file: Path, model: Path, policy: str, kind: str) -> int:
+    """Inside the engine's program: the same jobs without HELM, here or in a worker; prints what it took as JSON."""
     begun = time.perf_counter()
     from engine import Engine
+    from engine.workers.remote_engine import RemoteEngine
 
-    jobs = [job for _, job in pickle.loads(jobs_file.read_bytes()).unpack()]
-    passes: list[float] = []
-    with Engine.from_pretrained(str(model), policy) as engine:
-        engine.wait_until_loaded()
-        loaded = time.perf_counter()
-        engine.observer = lambda timing: passes.append(timing.sweep_s - timing.load_s)
-        engine.run(jobs)
-        ended = time.perf_counter()
-    print(json.dumps({"jobs": len(jobs), "start_s": loaded - begun, "run_s": ended - loaded, "passes_s": sum(passes),
-                      "passes": len(passes)}))  # fmt: skip
+    given: Given = pickle.loads(jobs_file.read_bytes())
+    jobs = [job for _, job in given.jobs.unpack()]
+    told: dict[str, Any] = {"jobs": len(jobs)}
+    engine: Engine | RemoteEngine
+    with (
+        Engine.from_pretrained(str(model), policy)
+        if kind == "here"
+        else RemoteEngine.from_pretrained(str(model), policy) as engine
+    ):
+        engine.weights_digest()  # which is there when they are loaded
+        told["start_s"] = time.perf_counter() - begun
+        passes = PassParts(os.getpid if isinstance(engine, Engine) else lambda: worker_of(engine))
+        engine.observer = passes.observe
+        for name, portions in (("", [(0.0, len(jobs))]), ("again_", [(0.0, len(jobs))]), ("arriving_", given.portions)):
+            passes.begin()
+            told[f"{name}run_s"] = asked(engine, jobs, portions)
+            told[f"{name}passes_s"] = sum(part.pass_s for part in passes.parts)
+            told[f"{name}passes"] = len(passes.parts)
+            told[f"{name}parts"] = [dataclasses.asdict(part) for part in passes.parts]
+    print(json.dumps(told))
     return 0
+
+
+def asked(engine: Engine | RemoteEngine, jobs: Sequence[Job], portions: Sequence[tuple[float, int]]) -> float:
+    """Seconds until all `jobs` are answered that are asked in portions: seconds after the first one, and a number."""
+    begun, first, calls = time.perf_counter(), 0, []
+    for at, count in portions:
+        time.sleep(max(0.0, at - (time.perf_counter() - begun)))
+        calls.append(engine.sweeps(jobs[first : first + count]))
+        first += count
+    for call in calls:
+        for _ in call:
+            pass
+    return time.perf_counter() - begun
 
 
 def started(arguments: list[str], work: Path) -> tuple[float, str]:
@@ -115,6 +201,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", help="default: all there are")
     parser.add_argument("--instances", type=int, help="questions of each subject; default: all")
     parser.add_argument("--policy", default="auto", help="of sweep and engine")
+    parser.add_argument("--parts", action="store_true", help="also an engine in a worker, without HELM")
     parser.add_argument("--name", default="sweep-wall", help="name of the record")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options, flags = parser.parse_known_args()
@@ -133,18 +220,31 @@ def main() -> None:
     common = ["--model", str(model), "--policy", options.policy, *(flag for flag in flags if flag != "--")]
     entries = [f"mmlu:subject={subject}" for subject in subjects]
     few = ["-r", entries[0], "-m", "1", "--suite", "few", "--disable-cache"]
+    begun = time.time()
     start_up_s, _ = started(["--sweep-child", str(work / "few"), *few, *common], work)
     print(f"start-up, one question: {start_up_s:.1f} s", flush=True)
+    print(timelines(work / "few", begun), flush=True)
     whole = ["-r", *entries, *(["-m", str(options.instances)] if options.instances else []), "--suite", "whole"]
     whole += ["--json-log", "events.jsonl"]
+    begun = time.time()
     wall_s, _ = started(["--sweep-child", str(jobs_file), *whole, *common], work)
     found = read_record(work / "benchmark_output" / "runs" / "whole")
     assert found is not None
     (record,) = found.models
     passes_s = record.time_split.prefill + record.time_split.decode
     print(f"sweep: {wall_s:.1f} s, of which {record.sweeps} passes took {passes_s:.1f} s", flush=True)
-    _, told = started(["--engine-child", str(jobs_file), str(model), options.policy], work)
-    alone = json.loads(told.splitlines()[-1])
+    print(timelines(jobs_file, begun), flush=True)
+    parts = {"sweep": pickle.loads(jobs_file.read_bytes()).parts}
+    print(f"sweep, pass by pass:\n{table(parts['sweep'])}", flush=True)
+    engines = {}
+    for kind in ("here", "worker") if options.parts else ("here",):
+        _, told = started(["--engine-child", str(jobs_file), str(model), options.policy, kind], work)
+        engines[kind] = json.loads(told.splitlines()[-1])
+        for name, heading in (("", "all at once"), ("again_", "again"), ("arriving_", "as they arrived")):
+            found_parts = [Part(**part) for part in engines[kind].pop(f"{name}parts")]
+            parts[f"{kind}, {heading}"] = found_parts
+            print(f"engine {kind}, {heading}, pass by pass:\n{table(found_parts)}", flush=True)
+    alone = engines["here"]
     content = {
         "model": model.name,
         "subjects": len(subjects),
@@ -159,12 +259,14 @@ def main() -> None:
         "sweep_passes": record.sweeps,
         "sweep_passes_s": passes_s,
         "engine_alone": alone,
+        "engine_in_a_worker": engines.get("worker"),
         "passes_ratio": passes_s / alone["passes_s"],
         "wall_ratio": wall_s / (start_up_s + alone["run_s"]),
         "processor_s": sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]),
     }
     for name, value in content.items():
         print(f"{name}: {value}")
+    content["parts"] = {name: [dataclasses.asdict(part) for part in each] for name, each in parts.items()}
     print(write_record(options.name, content, options.out))
 
 
@@ -172,6 +274,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--sweep-child"]:
         sys.exit(sweep_child(Path(sys.argv[2]), sys.argv[3:]))
     elif sys.argv[1:2] == ["--engine-child"]:
-        sys.exit(engine_child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))
+        sys.exit(engine_child(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]))
     else:
         main()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from engine.asking.front import Front
-from engine.asking.pending import Call, Finished
+from engine.asking.pending import Call, Finished, Pending
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import ConfigError, EngineError, JobError, UnsupportedError
 from engine.job import Completion, Job
@@ -96,6 +96,15 @@ class Engine(Front):
     def pad_token(self) -> int:
         """The token that rows are filled up with: the model's, else its end-of-text."""
         return self.parts.pad_token
+
+    def sweeps_of_checked(self, jobs: Iterable[Job], entered: Callable[[list[int]], None]) -> Pending:
+        """`sweeps` of jobs that were checked for this model where they come from: nobody looks at each token again.
+
+        `entered` is called in the engine's thread with the positions of jobs whose first sweep is about to begin.
+        """
+        pending = Pending(dict(enumerate(map(Scheduled.of, jobs))), [], self._abandon, entered)
+        self._submit(pending.call)
+        return pending
 
     def compare_with_stock(
         self,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from engine.batch.micro_batch import MicroBatch
+from engine.batch.step_batch import StepBatch
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
 from engine.cache.state import StateCache
@@ -15,6 +16,7 @@ from engine.model.causal_model import CausalModel
 from engine.model.experts.interface import compute
 from engine.model.experts.joint import JointExperts
 from engine.model.padded import PaddedBatch
+from engine.model.replayed.steps import Steps
 from engine.model.stub import LayerCall
 from engine.planning.limits import WAITING_BATCHES, Limits
 from engine.sampling import choose
@@ -71,6 +73,8 @@ class Executor:
         self._cache, self._states = cache, states
         self._hidden = hidden
         self._joint = JointExperts(model.sweeping, compute, model.device)
+        self.steps = Steps(model, cache, is_wanted=limits.replays)
+        """What replays decode steps that lie on the device."""
         self.num_sweeps = 0
         """Passes over the layers so far."""
 
@@ -84,19 +88,16 @@ class Executor:
         """Be ready for another sweep after one that ended in an error."""
         self._weights.release_all()
         self._hidden.begin(())
+        self.steps.forget("a sweep has failed")
 
     @torch.no_grad()
     def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
         """Compute every segment and answer what its span asks for, in the order of the rows; changes no span."""
         model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
-        micro: list[MicroBatch | PaddedBatch] = [
-            PaddedBatch(segments, model.device, model.sweeping, self.limits.most_states)
-            if model.is_padded
-            else MicroBatch(segments, model.device, self.limits)
-            for segments in batches
-        ]
+        micro = [self._micro_batch(segments) for segments in batches]
+        by_layers = [index for index, batch in enumerate(micro) if not isinstance(batch, StepBatch)]
         hidden.begin(micro)
-        calls: list[list[LayerCall]] = []
+        calls: dict[int, list[LayerCall]] = {}
 
         def through(layer: int, index: int) -> None:
             """Take a micro-batch through a layer."""
@@ -106,8 +107,7 @@ class Executor:
                 if index + 1 < len(micro):
                     weights.look_up_ahead(micro[index + 1].ids)
                 with model.sweeping.arithmetic:
-                    states, recorded = model.record(batch.inputs())
-                calls.append(recorded)
+                    states, calls[index] = model.record(batch.inputs())
             else:
                 states = hidden.take(index)
             model.sweeping.batch = batch
@@ -118,17 +118,28 @@ class Executor:
         model.sweeping.cache, model.sweeping.states = cache, self._states
         cache.stage_ahead(micro)
         self._states.stage_ahead(micro)
-        for layer in range(len(model.layers)):
+        for index, batch in enumerate(micro):
+            if isinstance(batch, StepBatch):
+                weights.look_up(batch.ids)
+                hidden.put(index, self.steps.run(batch))
+        for layer in range(len(model.layers)) if by_layers else ():
             weights.acquire(layer)
             model.sweeping.layer = layer
-            for together in self._together(layer, [batch.num_rows for batch in micro]):
-                self._joint.run([partial(through, layer, index) for index in together])
+            for together in self._together(layer, [micro[index].num_rows for index in by_layers]):
+                self._joint.run([partial(through, layer, by_layers[number]) for number in together])
             weights.release(layer)
         weights.acquire(len(model.layers))
         answers = self._answer(batches)
         weights.release(len(model.layers))
         self.num_sweeps += 1
         return answers
+
+    def _micro_batch(self, segments: list[Segment]) -> MicroBatch | PaddedBatch | StepBatch:
+        model = self._model
+        if model.is_padded:
+            return PaddedBatch(segments, model.device, model.sweeping, self.limits.most_states)
+        steps = self.steps.take(segments) if self.num_sweeps else None  # not before all weights have come
+        return steps or MicroBatch(segments, model.device, self.limits)
 
     def _together(self, layer: int, num_rows: list[int]) -> list[list[int]]:
         """Micro-batches, of so many rows each, that wait for each other where a layer computes experts: neighbours."""
@@ -180,10 +191,10 @@ class Executor:
         gathered = logprobs.gather(-1, tokens[:, None])[:, 0]
         # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
         greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
-        finite = torch.isfinite(logits).all(dim=-1)
+        finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN where a logit is
         values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, finite.tolist(), strict=True)
         return [
-            Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs[row]))
+            Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs, row))
             for row, (ask, token, logprob, best, is_finite) in enumerate(values)
         ]
 
@@ -197,9 +208,9 @@ def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     return torch.where(forced < 0, chosen, forced)
 
 
-def _kept(ask: Ask, logprobs: torch.Tensor) -> torch.Tensor | None:
+def _kept(ask: Ask, logprobs: torch.Tensor, row: int) -> torch.Tensor | None:
     """What follows a scored prefix, for sequences that continue it later; a view would keep the whole chunk."""
-    return logprobs.to("cpu", copy=True) if ask.target is None and isinstance(ask.span, Prefix) else None
+    return logprobs[row].to("cpu", copy=True) if ask.target is None and isinstance(ask.span, Prefix) else None
 
 
 def _asks(segment: Segment) -> list[Ask]:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from engine.advance import advance
 from engine.asking.pending import Call, Finished
@@ -250,7 +251,10 @@ class SweepLoop:
         executor, scheduler, device = self._parts.executor, self._parts.scheduler, self._parts.arena.device
         while batches:
             try:
-                return batches, self._lockstep.sweep(batches)
+                answers = self._lockstep.sweep(batches)
+                if executor.steps.refusal is not None:
+                    scheduler.limits = replace(scheduler.limits, replays=False)
+                return batches, answers
             except Exception as error:
                 if not accelerator.is_out_of_memory(error):
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -110,6 +111,8 @@ class Serving:
         from engine.engine import Engine  # takes seconds: here, before anybody has asked for anything
         from engine.kernels.threads import limit_threads
 
+        gc.freeze()  # else what was imported is looked through again and again for what nobody needs
+
         while isinstance(first := self._inbox.get(), Look | Check):
             if isinstance(first, Look):
                 self._outbox.put(_seen(first))
@@ -153,7 +156,7 @@ class Serving:
                 self._tell(Entered(numbers=np.array([numbers[index] for index in indices])))
 
             try:
-                pending = engine.sweeps((job for _, job in jobs), entered)
+                pending = engine.sweeps_of_checked((job for _, job in jobs), entered)
             except BaseException as error:  # of which the engine has ended meanwhile
                 self._fail(error)
                 return

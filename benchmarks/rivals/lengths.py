@@ -11,8 +11,11 @@ from benchmarks.rivals.contender import device, stopwatch
 from engine.errors import EngineError
 
 
-def continuous(model: Any, prompts: list[list[int]], lengths: list[int]) -> dict[str, Any]:
-    """The loop of `generate_batch`; its graphs are captured before the clock starts."""
+def continuous(model: Any, prompts: list[list[int]], lengths: list[int], limit_s: float) -> dict[str, Any]:
+    """The loop of `generate_batch`; its graphs are captured before the clock starts.
+
+    After `limit_s` seconds it is stopped. Its rate is then that of the time in which most sequences run together.
+    """
     from transformers import GenerationConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
@@ -28,7 +31,7 @@ def continuous(model: Any, prompts: list[list[int]], lengths: list[int]) -> dict
         start = time.perf_counter()
         for prompt, most in zip(prompts, lengths, strict=True):
             manager.add_request(input_ids=prompt, max_new_tokens=most, eos_token_id=-1)
-        while left:
+        while left and time.perf_counter() < start + limit_s:
             result = manager.get_result(timeout=1)
             if result is None and not manager.is_running():
                 raise EngineError("the continuous batching of transformers ended by itself")
@@ -38,6 +41,11 @@ def continuous(model: Any, prompts: list[list[int]], lengths: list[int]) -> dict
                 left, made = left - 1, made + len(result.generated_tokens)
         seconds = time.perf_counter() - start
         attention = model.config._attn_implementation
+        if left:
+            running = manager.batch_processor.scheduler.active_requests
+            made += sum(len(state.generated_tokens) for state in list(running.values()))
+            manager.stop(block=True, hard_stop=True)
+            return {"seconds": seconds, "tokens_s": made / seconds, "attention": attention, "left": left}
     if made != sum(lengths):
         raise EngineError(f"the continuous batching of transformers made {made} tokens instead of {sum(lengths)}")
     return {"seconds": seconds, "tokens_s": made / seconds, "attention": attention}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
@@ -73,13 +73,10 @@ class Front(ABC):
         """
         return _each(self.sweeps(jobs))  # jobs are submitted when this is called, not when the first is asked for
 
-    def sweeps(self, jobs: Iterable[Job], entered: Callable[[list[int]], None] | None = None) -> Pending:
-        """`stream`, but yield all completions of a sweep at once, as soon as it ends (for one transaction a sweep).
-
-        `entered` is called in a thread of the engine with the positions of jobs whose first sweep is about to begin.
-        """
+    def sweeps(self, jobs: Iterable[Job]) -> Pending:
+        """`stream`, but yield all completions of a sweep at once, as soon as it ends (for one transaction a sweep)."""
         accepted, bad = self._accepted(jobs)
-        pending = Pending(accepted, bad, self._abandon, entered)
+        pending = Pending(accepted, bad, self._abandon)
         self._submit(pending.call)
         return pending
 

@@ -30,6 +30,8 @@ class StateGroup:
         """Rows of the micro-batch `[segments * rows]`; None for all, in their order."""
         self.prefixes: list[Prefix] = []
         """Those whose states are continued, once each."""
+        self.num_continuing: list[int] = []
+        """How many segments continue each of these."""
         self.of_prefixes: torch.Tensor | None = None
         """Which of these each segment continues `[segments]`; None where all continue one."""
         if self.source == "prefix":
@@ -62,7 +64,9 @@ class StateGroup:
             if id(prefix) not in places:
                 places[id(prefix)] = len(self.prefixes)
                 self.prefixes.append(prefix)
+                self.num_continuing.append(0)
             parts.append(places[id(prefix)])
+            self.num_continuing[parts[-1]] += 1
         if len(self.prefixes) > 1 or self.count > 1:
             self.of_prefixes = torch.tensor(parts).to(device)
 

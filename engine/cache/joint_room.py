@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.cache.tables import Tables
@@ -41,14 +42,18 @@ class JointRoom:
 
     def free(self, block: Block) -> None:
         """Give a block back."""
-        assert block.slot is not None
-        self._rows.free(block)
-        self._slots.free(Block(block.tier, block.slot, 1))
+        self._rows.free(block if block.slot is None else self.free_state(block))
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
-        """Tell that room for `num_rows` tokens in so many spans will be asked for."""
-        self._rows.expect(num_rows, num_spans)
-        self._slots.expect(num_spans, num_spans)
+    def free_state(self, block: Block) -> Block:
+        """Give back the room of a state; what is left of the block."""
+        assert block.slot is not None
+        self._slots.free(Block(block.tier, block.slot, 1))
+        return replace(block, slot=None)
+
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Tell that spans of so many tokens will ask for room."""
+        self._rows.expect(sizes)
+        self._slots.expect([1] * len(sizes))
         for tier in TIERS:
             if self._is_lopsided(tier):
                 self._release(tier)

@@ -206,6 +206,14 @@ class KVCache(LayerMemory):
         """Rows of a layer's keys and values on the host, `[rows, …]`: numbers, or their codes."""
         return self.room.by_tier["host"][layer]
 
+    def device_table(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows of a layer's keys and values on the device, `[rows, heads, dim]` each."""
+        return self._unpack_flat(layer, self.room.by_tier["device"][layer])
+
+    def device_places(self) -> list[int]:
+        """Where the device's tables are; they move when they grow."""
+        return [table.data_ptr() for table in self.room.by_tier["device"]]
+
     def own(
         self, layer: int, group: DecodeGroup, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

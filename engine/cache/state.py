@@ -59,7 +59,12 @@ class StateCache:
         )
         """Where slots are, and which of them are free."""
         self._fresh: dict[int, State] = {}
-        """Of the layer in hand: states of prefixes computed in this sweep, or read off the device."""
+        """Of the layer in hand: states of prefixes computed in this sweep, or read off the device, until those of the
+        sweep that continue them have begun."""
+        self._users: dict[int, int] = {}
+        """How many segments of the sweep continue each prefix."""
+        self._to_come: dict[int, int] = {}
+        """Of these, how many have not begun in the layer in hand."""
         self._layer = -1
         self._coming: Iterator[tuple[StateGroup, int]] = iter(())
         self._ahead: deque[tuple[StateGroup, int, tuple[torch.Tensor, Any] | Fetch]] = deque()
@@ -72,7 +77,10 @@ class StateCache:
         """
         self._transfer.settle()
         self._disk.settle()
-        self._fresh, self._layer = {}, -1
+        self._fresh, self._layer, self._users = {}, -1, {}
+        for group in (group for batch in batches for group in batch.state_groups):
+            for prefix, count in zip(group.prefixes, group.num_continuing, strict=True):
+                self._users[id(prefix)] = self._users.get(id(prefix), 0) + count
         groups = [group for batch in batches for group in batch.state_groups if self._is_ahead(group)]
         passed = range(len(self._tensors)) if layers is None else layers
         self._coming = ((group, table) for layer in passed for group in groups for table, _ in self._tensors[layer])
@@ -102,13 +110,17 @@ class StateCache:
         To be called once for each group and layer, in the order of the sweep.
         """
         if layer != self._layer:
-            self._fresh, self._layer = {}, layer
+            self._fresh, self._to_come, self._layer = {}, dict(self._users), layer
         if group.source == "nothing":
             return None
         if group.source == "own":
             return [_seen(self._own(group, table), tensor) for table, tensor in self._tensors[layer]]
         parts = [self._behind(layer, prefix) for prefix in group.prefixes]
         states = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]  # which copies
+        for prefix, count in zip(group.prefixes, group.num_continuing, strict=True):
+            self._to_come[id(prefix)] -= count
+            if not self._to_come[id(prefix)]:
+                self._fresh.pop(id(prefix), None)
         taken = group.of_prefixes
         return states if taken is None else [state.index_select(0, taken) for state in states]
 
@@ -154,7 +166,8 @@ class StateCache:
     def write(self, layer: int, group: StateGroup, state: State) -> None:
         """Keep the states `[segments, …]` that a group's rows have left in a layer."""
         for at, prefix in group.read_on:
-            self._fresh[id(prefix)] = [tensor[at : at + 1] for tensor in state]
+            if self._to_come.get(id(prefix)):  # copied, or it would keep those of its group
+                self._fresh[id(prefix)] = [tensor[at : at + 1].clone() for tensor in state]
         for (table, _), tensor in zip(self._tensors[layer], state, strict=True):
             rows = tensor.reshape(group.count, -1).contiguous().view(torch.uint8)
             if group.device_slots is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -75,9 +75,9 @@ class Tables:
         """Bytes `[rows, row bytes]` of a table as numbers, or as they are where they are encoded."""
         return rows.view(self._dtypes[tier])
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
-        """Tell that room for `num_rows` tokens will be asked for: growing copies, so it is better done once."""
-        self._expected = max(self._expected, num_rows)
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Tell that spans of so many tokens will ask for room: growing copies, so it is better done once."""
+        self._expected = max(self._expected, sum(sizes))
         self._refused.clear()
 
     def num_off_device(self, num_rows: int) -> int:
@@ -105,6 +105,10 @@ class Tables:
         """Give a block back."""
         self._free_rows[block.tier].give(block.first, block.num_rows)
         self.num_blocks[block.tier] -= 1
+
+    def free_state(self, block: Block) -> Block:
+        """What is left of a block without its state: these tables have no room for any."""
+        return block
 
     def release(self, tier: Tier) -> None:
         """Let go of the tables of a tier, not of the disk, on which nothing lies."""

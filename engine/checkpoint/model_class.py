@@ -39,8 +39,8 @@ def new_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         whole, config = config, config.get_text_config()
         if getattr(whole, "quantization_config", None) is not None:
             config.quantization_config = whole.quantization_config
-    elif _is_half_of(expected, config):
-        config = expected(text_config=config.to_dict(), tie_word_embeddings=config.tie_word_embeddings)
+    else:
+        config = whole_of_half(config) or config
     model: PreTrainedModel = kind._from_config(config, **settings)
     return model
 
@@ -60,6 +60,18 @@ def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
     is_causal = kind.__name__ in _causal().get(config.model_type, ())
     model: PreTrainedModel = (AutoModelForCausalLM if is_causal else kind).from_pretrained(directory, **settings)
     return model
+
+
+def whole_of_half(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Of the config of a text half alone which only the class of the whole model runs: the whole's, else None.
+
+    Its encoders have the family's default sizes.
+    """
+    expected: Any = model_class(config).config_class
+    if not _is_half_of(expected, config):
+        return None
+    whole: PreTrainedConfig = expected(text_config=config.to_dict(), tie_word_embeddings=config.tie_word_embeddings)
+    return whole
 
 
 def _is_half_of(whole: Any, config: PreTrainedConfig) -> bool:

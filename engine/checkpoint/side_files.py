@@ -38,6 +38,8 @@ SIDE_FILES = (
     "chat_template.json",
     "hf_quant_config.json",
 )
+OF_THE_MODEL = ("config.json", "generation_config.json", "hf_quant_config.json")
+"""Those that are the model's; the others are the tokenizer's."""
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _OTHER_WHOLE = ("tekken.json", "tiktoken.model")
 """Other files that make a tokenizer alone. They are not in `TOKENIZER_FILES`, by which the sampled identity goes."""

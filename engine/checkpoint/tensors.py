@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.gguf.index import gguf_tensors, plain_places
 from engine.checkpoint.safetensors_header import read_safetensors_header
 from engine.checkpoint.weight_files import weight_files
 from engine.errors import CheckpointError, UnsupportedError, one_line, shown
@@ -44,6 +45,8 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """Yield (name, load) for every tensor of one file, as `tensors` does."""
+    if file.suffix == ".gguf":
+        return gguf_tensors(file)
     return _safetensors(file) if file.suffix == ".safetensors" else _bin(file)
 
 
@@ -51,7 +54,9 @@ def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:
     """File and first byte of every tensor that lies in a safetensors file, row by row, as their format has it."""
     places: dict[str, tuple[Path, int]] = {}
     for file in weight_files(path):
-        if file.suffix == ".safetensors":
+        if file.suffix == ".gguf":
+            places.update(plain_places(file))
+        elif file.suffix == ".safetensors":
             header = read_safetensors_header(file)
             ends = {name: entry["data_offsets"] for name, entry in header.items()}
             data = file.stat().st_size - max((end for _, end in ends.values()), default=0)

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from engine.checkpoint.adapters.declared import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from engine.checkpoint.config import read_config
+from engine.checkpoint.gguf.index import GGUF_FILE, GGUF_INDEX
 from engine.checkpoint.safetensors_header import read_safetensors_header
 from engine.errors import CheckpointError, shown
 from engine.reading import find_file, open_file, read_json_object
@@ -49,7 +50,8 @@ def chosen_name(path: Path) -> str | None:
     named = named_weights(path)
     if named is not None and not find_file(path / named, CheckpointError):
         raise CheckpointError(f"{path} has no {named}, which its config.json names as {_NAMED}")
-    return named or next((name for name in CHOICES if find_file(path / name, CheckpointError)), None)
+    found = named or next((name for name in CHOICES if find_file(path / name, CheckpointError)), None)
+    return found or (GGUF_FILE if find_file(path / GGUF_INDEX, CheckpointError) else None)
 
 
 def named_weights(path: Path) -> str | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 
 import torch
 
-from engine.memory import accelerator
+from engine.kernels.compiled import where_compiled
 
 
 class Scaling(IntEnum):
@@ -45,13 +44,9 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, float, int], torch.Tensor]
 """Rows and weight of 16 bits of one dtype on the current device, eps and scaling of a norm: what that makes of them."""
 
 
-@cache
-def kernel_for(device: torch.device) -> Kernel | None:
-    """Our kernel's function, where Triton compiles for the device."""
-    if not accelerator.runs_triton(device):
-        return None
-    try:
-        from engine.kernels.norm_kernel import norm
-    except ImportError:  # torch without Triton
-        return None
+@where_compiled
+def kernel_for() -> Kernel:
+    """Our kernel's function."""
+    from engine.kernels.norm_kernel import norm
+
     return norm

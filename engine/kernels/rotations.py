@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
-from engine.memory import accelerator
+from engine.kernels.compiled import where_compiled
 
 
 def rotated(
@@ -36,13 +35,9 @@ Kernel = Callable[
 """`rotated` for four tensors of 16 bits of one dtype on the current device."""
 
 
-@cache
-def kernel_for(device: torch.device) -> Kernel | None:
-    """Our kernel's function, where Triton compiles for the device."""
-    if not accelerator.runs_triton(device):
-        return None
-    try:
-        from engine.kernels.rotation_kernel import rotate
-    except ImportError:  # torch without Triton
-        return None
+@where_compiled
+def kernel_for() -> Kernel:
+    """Our kernel's function."""
+    from engine.kernels.rotation_kernel import rotate
+
     return rotate

@@ -7,7 +7,7 @@ which has no streams to copy beside, nothing could be run where this was written
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -193,6 +193,38 @@ def reset_peak(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """The most bytes of `device` that torch has reserved; 0 where that is not counted."""
     return int(_module(device).max_memory_reserved(device)) if device.type in _WITH_STREAMS else 0
+
+
+class Recorder:
+    """Records what a CUDA device is asked for, to ask for it again in one call; only where `has_recordings`.
+
+    All recordings share memory: one is replayed at a time, and what it leaves is good until the next.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = new_stream(device)  # one for all: libraries keep memory for each stream
+        self._first = self.record(lambda: torch.zeros(1, device=device))  # torch forgets a pool that no graph uses
+
+    def record(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """What computes what `call` asks for, and where its result lies then; nothing is computed yet.
+
+        Raises what `call` does, and `RuntimeError` for what cannot be recorded: whatever waits for the device.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current_stream(self._device))
+        with on_stream(self._stream, self._device):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = call()
+            except BaseException:
+                with suppress(RuntimeError):  # which says that the recording is void
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current_stream(self._device).wait_stream(self._stream)
+        return graph.replay, result
 
 
 def synchronize(device: torch.device) -> None:

@@ -86,8 +86,10 @@ class CausalModel:
         self.units = self._find_units()
         self.quantization = declared_quantization(path, getattr(self.config, "quantization_config", None))
         """What the model directory says of how it is quantized; None if it is not."""
-        self.packed: dict[str, PackedParameter] = self._find_packed(path, has_weights)
+        self.all_packed: dict[str, PackedParameter] = self._find_packed(path, has_weights)
         """Parameters that the checkpoint holds packed."""
+        self.packed = {name: packed for name, packed in self.all_packed.items() if name != self.embedding_name}
+        """Those that are stored so; the token embedding, of which rows are looked up, is expanded while it is read."""
         self.recorder = CallRecorder(len(self.layers))
         """What stands in for the layers while the model's own forward is called."""
         for index, layer in enumerate(self.layers):
@@ -215,7 +217,7 @@ class CausalModel:
         if not has_weights:
             checked_method(path, self.quantization)
             return {}
-        units = [unit for unit in self.units if unit.name == "head" or unit.name.startswith("layer.")]
+        units = [unit for unit in self.units if unit.name != "outer"]
         owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
         return find_packed(path, self.quantization, owners, self.names)
 

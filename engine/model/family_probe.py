@@ -72,7 +72,7 @@ def probe(model: Drivable) -> list[KVShape]:
                     else:
                         model.outer.positions = positions_of(model)
                         model.outer.asks_lengths = not model.mixers and asks_lengths(model)
-                    _take_mixers(model, is_batch_invariant)
+                    _take_mixers(model)
                     _check_rows(model, found)
                     if model.is_padded:
                         _check_padding(model)
@@ -168,13 +168,8 @@ def one_of_each_kind(model: Drivable) -> list[int]:
     return list(first.values())
 
 
-def _take_mixers(model: Drivable, is_batch_invariant: bool) -> None:
+def _take_mixers(model: Drivable) -> None:
     """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
-    if model.mixers and is_batch_invariant:
-        raise UndrivableError(
-            "batch-invariant: it keeps states, which are computed for several sequences at once; leave batch-invariant "
-            "out"
-        )
     tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
     for index, mixer in model.mixers.items():
         first = tried.setdefault((type(mixer.module), mixer.shape), mixer)

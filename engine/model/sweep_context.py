@@ -66,6 +66,10 @@ class SweepContext:
         """Inside, code of ours that a layer calls is computed as if it was called outside."""
         return self.arithmetic.apart() if isinstance(self.arithmetic, BatchInvariant) else nullcontext()
 
+    def left_out(self) -> AbstractContextManager[None]:
+        """Inside, torch's own functions compute, for one sequence alone."""
+        return self.arithmetic.left_out() if isinstance(self.arithmetic, BatchInvariant) else nullcontext()
+
     def note(self, shape: KVShape, reach: Reach | None = None, *, is_plain: bool = False) -> None:
         """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""
         if self.probed is not None:

@@ -47,8 +47,9 @@ _MOST_HIDDEN_ROWS = 1 << 17
 save next to nothing."""
 _BEHIND_DISK = 4
 """Micro-batches on their way to the disk or from it."""
-_STATE_COPIES = 6
-"""Of a state, while a token is added to it: as it was, and what the new one is made of."""
+_STATE_COPIES = 7
+"""Of a state, while a token is added to it: as it was, what the new one is made of, and that of a prefix which others
+continue."""
 LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
 """Rows of the smallest micro-batch that a plan is made for, and of the one that a greedy plan leaves room for."""
 
@@ -197,9 +198,13 @@ class Demand:
         return max(1, self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes)
 
     def states_at_once(self, rows: int) -> int:
-        """Sequences whose states a layer takes on at once, beside a micro-batch of so many rows; 0 without states."""
+        """Sequences whose states a layer takes on at once, beside a micro-batch of so many rows; 0 without states.
+
+        Under `batch-invariant` each by itself.
+        """
         one = (STAGING_BUFFERS + _STATE_COPIES) * self.shape.state_layer_bytes
-        return max(1, self.staged(rows) // one) if one else 0
+        at_once = self.staged(rows) // one if one and not self.policy.batch_invariant else 1
+        return max(1, at_once) if one else 0
 
     def gathered_row_bytes(self) -> int:
         """What a row that attention gathers takes: in staging buffers, decoded, and collected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.planning.admission import Admission
@@ -33,6 +34,9 @@ class Limits:
     """Rows whose hidden states the activation memory holds."""
     free_rows: int = 0
     """Rows of a sweep that cost next to nothing beside the transfer of the weights: so many may be drafts."""
+    replays: bool = False
+    """Sweeps of decode steps that lie on the device are replayed as they were recorded: they draft nothing, and prompts
+    wait some of them to come in together."""
     admission: Admission | None = None
     """How many rows of prompts that will decode a sweep lets in; None for as many as it has room for."""
     rows_between_fetches: int | None = None
@@ -57,6 +61,11 @@ class Limits:
     def seats(self) -> int:
         """Sequences that run at once, at most."""
         return self.sequences_per_batch * self.batches
+
+    @property
+    def most_prefixes(self) -> float:
+        """New prefixes in a micro-batch: their states are held until those behind them have begun in a layer."""
+        return self.most_states or math.inf
 
 
 WAITING_BATCHES = 16

@@ -115,11 +115,13 @@ class _Planner:
             if self.demand.experts_apart and waiting_rows
             else hidden_rows,
             free_rows=self._free_rows(weights),
+            replays=self._replays(weights, activations),
             admission=self._admission(weights),
-            rows_between_fetches=self._rows_between_fetches(),
+            rows_between_fetches=self._rows_between_fetches(rows),
             waiting_rows=waiting_rows,
             most_states=self.demand.states_at_once(rows),
-            continues=self.shape.continues,
+            # Where a state is continued, rounding depends on what a prefix ends with, and that on who shares it.
+            continues=self.shape.continues and not (self.policy.batch_invariant and self.shape.state_bytes),
             pad=self.policy.pad_to_seq_len,
             rectangular=self.shape.is_padded,
             scores_per_batch=self._scores_per_batch(rows, device),
@@ -144,6 +146,13 @@ class _Planner:
             return 0
         return max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights))
 
+    def _replays(self, weights: Share, activations: Share) -> bool:
+        """Whether a decode step asks the device for the same each time, so that it can be recorded."""
+        shape, policy = self.shape, self.policy
+        is_here = weights.gpu >= 100 and activations.gpu >= 100 and not self.demand.sharing.gather
+        is_plain = shape.is_plain and shape.reads_in_place and not shape.state_bytes and not shape.expanded_bytes
+        return not self.on_cpu and is_here and is_plain and not policy.batch_invariant and policy.pad_to_seq_len is None
+
     def _rows_behind_transfer(self, weights: Share) -> int:
         return int(_FREE_ROWS * self._streamed_part(weights))
 
@@ -156,9 +165,11 @@ class _Planner:
         """Whether keys and values off the device are brought there beside the computation."""
         return not self.on_cpu and not self.policy.cpu_cache_compute
 
-    def _rows_between_fetches(self) -> int | None:
+    def _rows_between_fetches(self, rows_per_batch: int) -> int | None:
         if not self._brings_cache():
             return None
+        if self.shape.is_mixture:  # a few rows of each expert would cost as much as many
+            return rows_per_batch
         return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / self.demand.row_operations))
 
     def _admission(self, weights: Share) -> Admission | None:

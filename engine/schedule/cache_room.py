@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -17,11 +18,14 @@ class CacheRoom(Protocol):
     def free(self, block: Block) -> None:
         """Give room back."""
 
+    def free_state(self, block: Block) -> Block:
+        """Give back the room of a state; what is left of the block."""
+
     refusal: str | None
     """Why memory for more room could not be had, the last time it was asked for; None if it could."""
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
-        """Tell that room for `num_rows` tokens in so many spans will be asked for: it can grow once, not many times."""
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Tell that spans of so many tokens will ask for room: it can grow once, not many times."""
 
     def num_off_device(self, num_rows: int) -> int:
         """How many of so many rows would lie off the device."""

@@ -69,21 +69,22 @@ def _interleaved(decode: list[Segment], new: list[Segment], limits: Limits) -> l
 
 def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
     batches: list[list[Segment]] = []
-    rows = count = 0
+    rows = count = num_prefixes = 0
     for segment in segments:
         size = rows_of(segment)
         is_sequence = isinstance(segment.span, Sequence)
         if not batches or (
             rows + size > limits.rows_per_batch
             or count + is_sequence > limits.sequences_per_batch
+            or num_prefixes + (not is_sequence) > limits.most_prefixes
             or _is_alone(segment)
             or _is_alone(batches[-1][0])
         ):
             batches.append([])
-            rows = count = 0
+            rows = count = num_prefixes = 0
         segment.first = rows
         batches[-1].append(segment)
-        rows, count = rows + size, count + is_sequence
+        rows, count, num_prefixes = rows + size, count + is_sequence, num_prefixes + (not is_sequence)
     return batches
 
 
@@ -116,7 +117,7 @@ def rectangular_batches(segments: list[Segment], limits: Limits) -> list[list[Se
             or kind(batches[-1][0]) != kind(segment)
             or _is_alone(segment)
             or _is_alone(batches[-1][0])
-            or count > limits.sequences_per_batch
+            or count > min(limits.sequences_per_batch, limits.most_prefixes if kind(segment) == 1 else math.inf)
             or count * max(columns, size) > limits.rows_per_batch
             or count * max(keys, reach) > limits.cached_rows_per_batch
             or count * max(columns, size) * max(keys, reach, columns, size) > (limits.scores_per_batch or math.inf)

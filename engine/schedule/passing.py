@@ -1,11 +1,13 @@
-"""Prefixes that nobody needs beyond the sweep that computes them (pure)."""
+"""What of prefixes nobody needs any more, or beyond the sweep that computes them (pure)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.schedule.block import Block
+from engine.schedule.cache_room import CacheRoom
 from engine.schedule.segment import Segment
-from engine.schedule.sequence import Prefix, Sequence
+from engine.schedule.sequence import Prefix, Sequence, Span
 
 
 def passing_prefixes(segments: Iterable[Segment], room: int) -> tuple[list[Prefix], list[Prefix]]:
@@ -31,3 +33,29 @@ def passing_prefixes(segments: Iterable[Segment], room: int) -> tuple[list[Prefi
         else:
             kept.append(prefix)
     return passing, kept
+
+
+def continued_prefixes(spans: Iterable[Span]) -> list[tuple[Prefix, Block]]:
+    """The prefixes that computed spans continue and whose states nobody else will begin from, with their blocks.
+
+    Of a long prompt in pieces, those are all but the last; their tokens are seen by those behind as long as they run.
+    """
+    parents = [span.parent for span in spans if span.cached and span.parent is not None]
+    found = [(each, each.block) for each in parents if each.num_users == 1 and each.block is not None]
+    return [(prefix, block) for prefix, block in found if block.slot is not None]
+
+
+def idle_prefixes(prefixes: Iterable[Prefix], running: Iterable[Sequence], wanted: Iterable[Prefix]) -> list[Prefix]:
+    """Of the prefixes that have room in the cache, those that no running sequence continues and that are not wanted."""
+    kept = {id(prefix) for sequence in running for prefix in sequence.chain} | set(map(id, wanted))
+    return [prefix for prefix in prefixes if prefix.block is not None and id(prefix) not in kept]
+
+
+def nearer(block: Block, cache: CacheRoom) -> Block:
+    """As much room as a block, which nothing has been written to, on the device if there is some; the other is free."""
+    better = cache.allocate(block.num_rows)
+    if better is None:
+        return block
+    is_nearer = better.tier == "device" != block.tier
+    cache.free(block if is_nearer else better)
+    return better if is_nearer else block

@@ -81,6 +81,13 @@ def largest(segments: Iterable[Segment]) -> Span:
     return parent if parent is not None and is_longer else span
 
 
+def named(span: Span, num_prompts: int) -> str:
+    """What a message calls the prompt that a span ends, or what so many prompts begin with."""
+    size = span.start + span.num_rows
+    is_shared = isinstance(span, Prefix)
+    return f"the {size} tokens that {num_prompts} prompts begin with" if is_shared else f"the prompt of {size} tokens"
+
+
 def whole(span: Span, limits: Limits) -> Segment:
     """All rows of a span that is to be computed; prefixes are not padded."""
     rows = span.num_rows

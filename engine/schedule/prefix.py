@@ -27,13 +27,14 @@ def common_length(left: Seq[int], right: Seq[int]) -> int:
 def share_prefixes(sequences: Iterable[Sequence], live: Iterable[Prefix] = ()) -> list[Sequence]:
     """Let `sequences`, all waiting, continue common prefixes; returns them so that sharers are neighbours.
 
-    `live` are prefixes in use: a sequence that begins with one continues it. Prefixes nest (instructions and examples,
-    then the stem of a question for its choices). The last token of a prompt is always its own, since its
-    logits are the sequence's own; a job that only scores keeps two, since its last one is never computed.
+    `live` are prefixes in use: a sequence that begins with one continues it, unless it is closed. Prefixes nest
+    (instructions and examples, then the stem of a question for its choices). The last token of a prompt is always its
+    own, since its logits are the sequence's own; a job that only scores keeps two, since its last one is never
+    computed.
     """
     by_parent: dict[Prefix | None, list[Sequence]] = {}
     children: dict[Prefix | None, list[Prefix]] = {}
-    for prefix in live:
+    for prefix in sorted(live, key=lambda prefix: prefix.is_closed):  # open ones first: another may have its tokens
         children.setdefault(prefix.parent, []).append(prefix)
     for sequence in sequences:
         if (last := _last_continued(sequence, children)) is not None:
@@ -50,14 +51,16 @@ def share_prefixes(sequences: Iterable[Sequence], live: Iterable[Prefix] = ()) -
 def _last_continued(sequence: Sequence, children: dict[Prefix | None, list[Prefix]]) -> Prefix | None:
     """The last of the prefixes in use, by parent, that `sequence` can continue one after the other."""
     own, begin, last = sequence.tokens, 0, sequence.parent
+    found: Prefix | None = None
     while True:
         for prefix in children.get(last, ()):
             end = begin + len(prefix.tokens)
             if end <= sequence.num_shareable and own[begin:end] == prefix.tokens:
                 begin, last = end, prefix
+                found = found if prefix.is_closed else prefix
                 break
         else:
-            return last if last is not sequence.parent else None
+            return found
 
 
 def _cluster(group: list[Sequence], parent: Prefix | None) -> None:

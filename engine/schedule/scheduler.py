@@ -11,11 +11,12 @@ from engine.errors import CapacityError
 from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
-from engine.schedule.passing import passing_prefixes
-from engine.schedule.pieces import beginning, is_long, is_too_long, largest, no_room, smaller, split, whole
+from engine.schedule.passing import continued_prefixes, idle_prefixes, nearer, passing_prefixes
+from engine.schedule.pieces import beginning, is_long, is_too_long, largest, named, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
-from engine.schedule.segment import Segment, add_drafts
+from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
+from engine.schedule.turns import Turns
 
 
 class Scheduler:
@@ -29,6 +30,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._prefixes: list[Prefix] = []
         self.failed: list[Sequence] = []
+        self._turns = Turns()
 
     @property
     def is_idle(self) -> bool:
@@ -50,7 +52,7 @@ class Scheduler:
                     expected.append(len(prefix.tokens))
             if sequence.job.prompt_logprobs and not all(prefix.scored for prefix in sequence.chain):
                 self._unshare(sequence)  # a prefix computed without log-probabilities cannot supply them
-        self._cache.expect(sum(expected), len(expected))
+        self._cache.expect(expected)
         self._waiting.extend(ordered)
 
     def next_sweep(self) -> list[list[Segment]]:
@@ -58,16 +60,17 @@ class Scheduler:
 
         A sequence that can never fit fails alone (its `error` is set) and is among `take_failed`.
         """
+        for prefix, block in continued_prefixes(chain(self._prefixes, self.running)):
+            prefix.block, prefix.is_closed = self._cache.free_state(block), True
         segments = [Segment(sequence, 1) for sequence in self.running]
         rows, entered = len(segments), set[int]()
-        capacity = self.limits.seats
-        admitted, most_admitted = 0, None
+        capacity = 0 if self._turns.is_of_steps(segments, self.limits) else self.limits.seats
+        admitted, most_admitted, has_begun = 0, None, False
         while self._waiting and len(self.running) < capacity:
             sequence = self._waiting[0]
             self._split(span for span in (*sequence.chain, sequence) if span.block is None)
             if is_too_long(sequence, self.limits):
-                self._waiting.popleft()
-                self._fail(sequence, no_room("attention", sequence, "its device memory (gpu-memory)"))
+                self._fail(self._waiting.popleft(), no_room("attention", sequence, "its device memory (gpu-memory)"))
                 continue
             new = self._enter(sequence, entered)
             if new is None:
@@ -88,13 +91,14 @@ class Scheduler:
             admitted += size if sequence.needs_cache else 0
             entered |= {id(segment.span) for segment in part}
             segments, rows = segments + part, rows + size
-            if len(part) < len(new):  # the rest comes with the next sweeps
+            has_begun = part[-1].span is not sequence
+            if has_begun:  # the rest comes with the next sweeps
                 self._withdraw(new[len(part) :])
                 break
             self._waiting.popleft()
             self.running.append(sequence)
         self._spare_blocks(segments)
-        add_drafts(segments, rows, min(self.limits.free_rows, self.limits.rows_per_sweep))
+        self._turns.take(segments, rows, self.limits, has_begun=has_begun)
         return self._cut(segments)
 
     def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:
@@ -117,14 +121,11 @@ class Scheduler:
     def _lose(self, span: Span, segments: list[Segment], reason: str) -> list[Segment]:
         """Let a sequence fail, or all who share a prefix; what is left of a sweep's segments."""
         lost = [each for each in chain(self.running, self._waiting) if span is each or span in each.chain]
-        what = f"the prompt of {span.start + span.num_rows} tokens"
-        if isinstance(span, Prefix):
-            what = f"the {span.start + span.num_rows} tokens that {len(lost)} prompts begin with"
         leaving = set(map(id, lost))
         self.running = [each for each in self.running if id(each) not in leaving]
         self._waiting = deque(each for each in self._waiting if id(each) not in leaving)
         for sequence in lost:
-            self._fail(sequence, f"{reason}; shorten {what}")
+            self._fail(sequence, f"{reason}; shorten {named(span, len(lost))}")
         needed = {id(part) for each in chain(self.running, self._waiting) for part in (each, *each.chain)}
         return [segment for segment in segments if id(segment.span) in needed]
 
@@ -177,45 +178,44 @@ class Scheduler:
         for prefix in passing:
             self._free(prefix)
         for prefix in kept if passing else ():
-            better = None if prefix.block is None else self._cache.allocate(len(prefix.tokens))
-            if better is not None and prefix.block is not None:
-                is_nearer = better.tier == "device" != prefix.block.tier
-                self._cache.free(prefix.block if is_nearer else better)
-                prefix.block = better if is_nearer else prefix.block
+            if prefix.block is not None:
+                prefix.block = nearer(prefix.block, self._cache)
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
-        """Segments that bring `sequence` in, with room in the cache for each; None when there is no room now."""
+        """Segments that bring `sequence` in, or its first pieces, each with room in the cache; None: no room now."""
         while (new := self._try_enter(sequence, entered)) is None:
             if self._evict(sequence.chain):
                 continue
             if self.running or not sequence.chain:
                 return None
+            # The slot of a piece's state is free for another when the next one is computed.
+            if self.limits.most_states and (part := self._try_enter(sequence, entered, partly=True)):
+                return part
             self._unshare(sequence)
-            if not sequence.needs_cache:  # nor do its pieces, if one sweep has all of them
+            if not (sequence.needs_cache or self.limits.most_states):  # nor do its pieces, if one sweep has them all
                 self._split([sequence])
                 return [whole(part, self.limits) for part in (*sequence.chain, sequence)]
         return new
 
-    def _try_enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
+    def _try_enter(self, sequence: Sequence, entered: set[int], *, partly: bool = False) -> list[Segment] | None:
         new: list[Segment] = []
         for prefix in sequence.chain:
             if not prefix.is_computed and id(prefix) not in entered:
                 prefix.block = self._cache.allocate(len(prefix.tokens))
                 if prefix.block is None:
-                    self._withdraw(new)
-                    return None
+                    break
                 new.append(whole(prefix, self.limits))
-        if sequence.needs_cache:
-            sequence.block = self._cache.allocate(sequence.capacity)
-            if sequence.block is None:
-                self._withdraw(new)
-                return None
-        return [*new, whole(sequence, self.limits)]
+        else:
+            sequence.block = self._cache.allocate(sequence.capacity) if sequence.needs_cache else None
+            if sequence.block is not None or not sequence.needs_cache:
+                return [*new, whole(sequence, self.limits)]
+        if not partly:
+            self._withdraw(new)
+        return new if partly else None
 
     def _evict(self, wanted: tuple[Prefix, ...]) -> bool:
         """Free the room of prefixes that only waiting sequences share; they are computed anew when their turn comes."""
-        kept = {id(prefix) for sequence in self.running for prefix in sequence.chain} | set(map(id, wanted))
-        idle = [prefix for prefix in self._prefixes if prefix.block is not None and id(prefix) not in kept]
+        idle = idle_prefixes(self._prefixes, self.running, wanted)
         for prefix in idle:
             self._free(prefix)
             prefix.forget()
@@ -223,9 +223,7 @@ class Scheduler:
 
     def _withdraw(self, segments: list[Segment]) -> None:
         for segment in segments:
-            if segment.span.block is not None:
-                self._cache.free(segment.span.block)
-                segment.span.block = None
+            self._free(segment.span)
 
     def _fail(self, sequence: Sequence, message: str) -> None:
         sequence.error = CapacityError(message)
@@ -254,13 +252,16 @@ class Scheduler:
 
     def _begin_anew(self, segments: list[Segment]) -> list[Segment]:
         """Let sequences begin anew whose states a sweep that failed may have changed; what is left of its segments."""
-        steps = [segment for segment in segments if segment.is_decode and self.limits.most_states]
-        changed = [segment.span for segment in steps if isinstance(segment.span, Sequence)]
-        self.finish(changed)
+        if not self.limits.most_states:
+            return segments
+        changed = [sequence for sequence in self.running if sequence.cached]
+        self.running = [sequence for sequence in self.running if not sequence.cached]
         for sequence in changed:
-            sequence.restart()
+            is_closed = sequence.parent is not None and sequence.parent.is_closed
+            self._leave(sequence) if is_closed else self._free(sequence)
+            sequence.restart() if is_closed else sequence.begin_again()
         self._waiting.extendleft(reversed(changed))
-        return [segment for segment in segments if not (segment.is_decode and self.limits.most_states)]
+        return [segment for segment in segments if not segment.is_decode]
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
         """Forget sequences that nobody waits for any more, whether they run or wait."""

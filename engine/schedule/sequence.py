@@ -97,6 +97,8 @@ class Prefix(Span):
     """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
     next_greedy: int | None = None
     """What greedy choice takes to follow the last token; only if `scored`."""
+    is_closed: bool = False
+    """Whether nobody can continue it any more: it is computed, and its state has been let go."""
 
     @property
     def is_scored(self) -> bool:
@@ -113,7 +115,7 @@ class Prefix(Span):
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy = [], []
         self.next_logprobs = self.next_greedy = None
-        self.is_finite = True
+        self.is_finite, self.is_closed = True, False
 
 
 @dataclass(eq=False, kw_only=True)
@@ -124,7 +126,8 @@ class Sequence(Span):
     num_prompt: int
     """How many of `tokens` are prompt."""
     generated_logprobs: list[float] = field(default_factory=list)
-    rng: random.Random = field(default_factory=random.Random)
+    rng: random.Random | None = None
+    """Draws them; made when the first one is wanted."""
     draws: list[float] = field(default_factory=list)
     """Uniform numbers in [0, 1) that the generated tokens were chosen by, and the one for the next token."""
     finish_reason: FinishReason | None = None
@@ -144,7 +147,7 @@ class Sequence(Span):
     @classmethod
     def of(cls, job: Job) -> Sequence:
         """A new sequence for a checked job."""
-        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt), rng=_rng(job))
+        return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt))
 
     def restart_alone(self) -> None:
         """As `restart`, but alone from now on."""
@@ -153,10 +156,15 @@ class Sequence(Span):
 
     def restart(self) -> None:
         """Be as before anything was computed, sharing nothing; its prefixes and block must have been left."""
-        assert self.block is None
         self.tokens, self.num_prompt = list(self.job.prompt), len(self.job.prompt)
-        self.rng, self.draws = _rng(self.job), []
         self.follow(None)
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Be as before anything behind its prefixes was computed; its block must have been left."""
+        assert self.block is None
+        self.tokens = self.tokens[: self.num_prompt]
+        self.rng, self.draws = None, []
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
         self.is_finite, self.drafter = True, None
@@ -169,7 +177,14 @@ class Sequence(Span):
         return self.tokens[self.num_prompt :]
 
     def draw(self) -> float:
-        """The number that chooses the next token; a sweep that is repeated gets the same one."""
+        """The number that chooses the next token, 0 where the likeliest one is taken.
+
+        A sweep that is repeated gets the same one.
+        """
+        if self.job.sampling.temperature == 0:
+            return 0.0
+        if self.rng is None:
+            self.rng = _rng(self.job)
         while len(self.draws) <= len(self.generated_logprobs):
             self.draws.append(self.rng.random())
         return self.draws[-1]

@@ -36,24 +36,22 @@ def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = N
     """Fill `store` from the weight files of `path`: checks now, and reads parameter by parameter as it is iterated.
 
     Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
-    a time, and merged experts one expert at a time: beyond the placed weights this costs no more anonymous memory than
-    about one tensor of the checkpoint, whose files are only mapped. Layers come in their order, since the first sweep
-    may run behind. Units that are `kept` are read from there, and the others kept from then on. The digest of the
-    weight files follows what is read, and reads the rest at the end. Raises `CheckpointError` when parameters are
-    missing or have another shape.
+    a time, and merged experts one expert at a time: beyond the placed weights this takes about one tensor of memory.
+    Layers come in their order, since the first sweep may run behind. Units that are `kept` are read from there, and the
+    others kept from then on. The digest of the weight files follows what is read, and reads the rest at the end.
+    Raises `CheckpointError` when parameters are missing or have another shape.
     """
     store.source = source = OpenedWeights(path)
     if store.member is None or store.member.index == 0:  # one of several reads all files for it, once
         store.digest = WeightDigest(path, source)
     digest = store.digest
     plan, unexpected = _planned(path, store)
-    by_unit = plan.by_unit()
 
     def follow(span: FileSpan) -> None:
         if digest is not None:
             digest.follow(span.file, span.first, span.end)
 
-    steps = bring(by_unit, store, kept if plan.is_by_unit else None, follow)
+    steps = bring(plan.by_unit(), store, kept if plan.is_by_unit else None, follow)
     source.check_names()
     _tell_unread(path, store.model.module, unexpected)
     return _watched(steps, store, source, digest)
@@ -77,7 +75,7 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
     """What is to be read, and the names of tensors that the model has no place for."""
     model, names = receiver.model, receiver.model.names
     plan = _Plan(path, receiver, _changes(path, model))
-    packed = {source: target for target, whole in model.packed.items() for source in whole.parts}
+    packed = {source: target for target, whole in model.all_packed.items() for source in whole.parts}
     unread = {name for whole in model.packed.values() for name in whole.unread}
     parts: dict[str, list[tuple[str, Load]]] = {}
     merged: dict[str, tuple[WeightConverter, list[Source]]] = {}
@@ -201,11 +199,14 @@ class _Plan:
 
     def add_packed(self, name: str, sources: list[tuple[str, Load]]) -> None:
         """Plan to put all parts of a packed parameter, which are `sources` in the checkpoint."""
-        tensors = {source: load() for source, load in sources}  # mapped, not read
+        model, tensors = self._store.model, {source: load() for source, load in sources}  # mapped, not read
 
         def step() -> None:
-            for source, tensor in tensors.items():
-                self._store.put_packed(name, source, tensor)
+            if name in model.packed:
+                for source, tensor in tensors.items():
+                    self._store.put_packed(name, source, tensor)
+            else:
+                self._store.put(name, model.all_packed[name].numbers(tensors, model.state[name]))
             self._store.arrive(name)
 
         self._steps[name] = Step(step, [*tensors.values()], self._spans(tensors.items()))

@@ -52,9 +52,8 @@ class PackedJobs:
 
     def unpack(self) -> list[tuple[int, Job]]:
         """(number, job) in their order; prompts and stops are tuples."""
-        prompts = _pieces(self.ids.tolist(), self.ends)
         jobs = []
-        for number, prompt, other in zip(self.numbers.tolist(), prompts, self.other.tolist(), strict=True):
+        for number, prompt, other in zip(self.numbers.tolist(), self._prompts(), self.other.tolist(), strict=True):
             most, sampling, stop, is_scored, thinking = self.others[other]
             job = Job(
                 prompt=prompt,
@@ -66,6 +65,14 @@ class PackedJobs:
             )
             jobs.append((number, job))
         return jobs
+
+    def _prompts(self) -> Iterator[tuple[int, ...]]:
+        """Where tokens come again and again, each is one object, which is faster to make and to compare."""
+        num_ids = int(self.ids.max(initial=0)) + 1
+        known = np.arange(num_ids).astype(object) if num_ids < len(self.ids) else None
+        for begin, end in _bounds(self.ends):
+            ids = self.ids[begin:end]
+            yield tuple((ids if known is None else known[ids]).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,4 +171,8 @@ def _tokens(values: Iterable[int]) -> Tokens:
 
 
 def _pieces(values: list[Any], ends: Numbers) -> Iterator[tuple[Any, ...]]:
-    return (tuple(values[begin:end]) for begin, end in pairwise((0, *ends.tolist())))
+    return (tuple(values[begin:end]) for begin, end in _bounds(ends))
+
+
+def _bounds(ends: Numbers) -> Iterator[tuple[int, int]]:
+    return pairwise((0, *ends.tolist()))

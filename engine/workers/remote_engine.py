@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.asking.front import Front
-from engine.asking.pending import Call, Finished, Pending
+from engine.asking.pending import Call, Finished
 from engine.errors import JobError, UnsupportedError
 from engine.job import Completion, Job
 from engine.member import Member
@@ -133,12 +133,6 @@ class RemoteEngine(Front):
     def given_up(self) -> Mapping[str, str]:
         """Devices that are no longer used since their process ended again and again, by name, and how."""
         return dict(self._place.given_up)
-
-    def sweeps(self, jobs: Iterable[Job], entered: Callable[[list[int]], None] | None = None) -> Pending:
-        """As `Engine.sweeps`, but for `entered`: only an engine in this process tells."""
-        if entered is not None:
-            raise UnsupportedError("an engine in processes of its own does not tell when jobs are begun")
-        return super().sweeps(jobs)
 
     def weights_digest(self) -> str | None:
         """As `Engine.weights_digest`."""

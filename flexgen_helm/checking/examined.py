@@ -14,6 +14,7 @@ from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, adapter_folder, 
 from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.config import num_layers, read_config, read_config_file
 from engine.checkpoint.description import ModelDescription, describe
+from engine.checkpoint.gguf.opened import gguf_file
 from engine.checkpoint.model_class import check_causal
 from engine.checkpoint.window import window_of
 from engine.errors import EngineError
@@ -55,12 +56,12 @@ class Examined:
 
 
 def examine(model: str) -> Examined:
-    """Examine a directory, a hub id (whose weights are not fetched) or a config.json.
+    """Examine a directory, a GGUF file, a hub id (whose weights are not fetched) or a config.json.
 
     Raises `EngineError` where there is no such model, or no config.json that can be read.
     """
     file = Path(model).expanduser()
-    if os.path.isfile(file):
+    if os.path.isfile(file) and gguf_file(model) is None:
         config = read_config_file(file)
         with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder:
             path = Path(folder)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.model_class import whole_of_half
 from engine.errors import ConfigError, named
 from flexgen_helm.checking.undecided import UndecidedError
 
@@ -146,6 +147,21 @@ def small_config(full: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrain
         small: PreTrainedConfig = type(full).from_dict({**shrink(full.to_dict()), **SPECIAL, **changes})
     except Exception as error:  # whatever a config class finds wrong with the sizes
         raise UndecidedError(_unfit(full, "cannot be shrunk", error)) from None
+    return small
+
+
+def with_small_encoders(half: PreTrainedConfig) -> PreTrainedConfig:
+    """Of a small text half that only the class of the whole model runs, the whole's config; any other as it is.
+
+    Raises `UndecidedError` where its family refuses such sizes.
+    """
+    try:
+        whole = whole_of_half(half)
+        if whole is None:
+            return half
+        small: PreTrainedConfig = type(whole).from_dict({**shrink(whole.to_dict()), "text_config": half.to_dict()})
+    except Exception as error:  # whatever a config class finds wrong with the sizes
+        raise UndecidedError(_unfit(half, "cannot be shrunk", error)) from None
     return small
 
 

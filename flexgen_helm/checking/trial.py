@@ -24,7 +24,7 @@ from flexgen_helm.checking.left_out import left_out
 from flexgen_helm.checking.packed_copy import pack_copy
 from flexgen_helm.checking.plain import load_reference
 from flexgen_helm.checking.random_model import save_small
-from flexgen_helm.checking.shrinking import small_config
+from flexgen_helm.checking.shrinking import small_config, with_small_encoders
 from flexgen_helm.checking.undecided import UndecidedError, UnpackableError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _tried(full: PreTrainedConfig, changes: Mapping[str, Any], packed: Mapping[s
     small = small_config(full, changes)
     questions = left_out(full, small, LONGEST)
     with tempfile.TemporaryDirectory(prefix="flexgen-check-") as folder, one_thread():
-        directory = save_small(Path(folder) / "model", small)
+        directory = save_small(Path(folder) / "model", with_small_encoders(small))
         if packed is not None:
             questions += pack_copy(directory, packed)
         try:

@@ -38,7 +38,7 @@ def check_parser() -> Parser:
     parser = Parser(
         prog="flexgen-helm check", description=__doc__, epilog=EPILOG, examples=EXAMPLES, texts=("changes",)
     )
-    parser.add_argument("model", metavar="MODEL", help="a hub id, a model directory, or a config.json")
+    parser.add_argument("model", metavar="MODEL", help="a hub id, a model directory, a GGUF file, or a config.json")
     told = "settings of the copy, such as head_dim=16 or use_cache=false, in place of those of its config.json"
     parser.add_argument("changes", metavar="KEY=VALUE", nargs="*", help=told)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there, too")

@@ -53,7 +53,7 @@ def complete_parser() -> Parser:
         texts=["stop"],
         prompts=["prompts"],
     )
-    parser.group("model").add_argument("--model", required=True, help="hub id or directory of the model")
+    parser.group("model").add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
     asked = parser.group("what to ask")
     asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
     asked.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")

@@ -27,7 +27,7 @@ def register_parser() -> Parser:
     """The command line of `flexgen-helm register`."""
     parser = Parser(prog="flexgen-helm register", description=__doc__, examples=EXAMPLES)
     model = parser.group("model")
-    model.add_argument("model", metavar="MODEL", help="hub id or directory of the model")
+    model.add_argument("model", metavar="MODEL", help="hub id, directory or GGUF file of the model")
     model.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
     add_length_flag(model)
     add_shaping_flags(model)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoint.adapters.declared import adapter_folder
 from engine.checkpoint.config import read_config
 from engine.checkpoint.description import ModelDescription
+from engine.checkpoint.gguf.index import GGUF_INDEX
 from engine.checkpoint.model_class import read_model
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.methods import left_unrounded
-from engine.errors import CapacityError, EngineError, UnsupportedError
+from engine.errors import CapacityError, CheckpointError, EngineError, UnsupportedError
 from engine.job import Completion, FinishReason, Job
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.policy import Policy
+from engine.reading import find_file
 from engine.thinking import Reading
 from flexgen_helm.fidelity.oracle import Forced
 
@@ -68,6 +70,8 @@ def _check_quantizer(description: ModelDescription) -> None:
     quantization = declared_quantization(path, config.get("quantization_config"))
     if not quantization:
         return
+    if find_file(path / GGUF_INDEX, CheckpointError):
+        raise UnsupportedError("it is a GGUF file, of which transformers would hold all numbers in float32")
     if unrounded := left_unrounded(path, config):
         raise UnsupportedError(f"it comes quantized, and its own library rounds what is not rounded here: {unrounded}")
     from transformers.quantizers.auto import AutoHfQuantizer

@@ -111,7 +111,7 @@ class Models:
 
     def _known(self, model: str) -> Entries | None:
         """Take a deployment of ours that HELM knows by the model's HELM name, under the policy of this run."""
-        deployment = None if self._path or Path(model).expanduser().is_dir() else our_deployment(model)
+        deployment = None if self._path or Path(model).expanduser().exists() else our_deployment(model)
         if deployment is None:
             return None
         description = describe(source_of(deployment), download_weights=False)

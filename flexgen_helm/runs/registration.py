@@ -72,16 +72,16 @@ def entries_for(
     check: Callable[[ModelDescription, Policy], object] | None = None,
     **shaping: Any,
 ) -> Entries:
-    """Make the entries of a hub id or model directory; reads its tokenizer, but no weights.
+    """Make the entries of a hub id, model directory or GGUF file; reads its tokenizer, but no weights.
 
-    The HELM model is called `name`, by default the hub id, or local/<directory>; `shaping` are args of `Shaping`.
-    Raises `EngineError` for a model that the engine cannot run (which `check` tells, by default `check_model`), and
-    where the longest sequence is not to be found.
+    The HELM model is called `name`, by default the hub id, or local/ and the name of directory or file; `shaping` are
+    args of `Shaping`. Raises `EngineError` for a model that the engine cannot run (which `check` tells, by default
+    `check_model`), and where the longest sequence is not to be found.
     """
     description = describe(model, download_weights=False)
-    is_directory = Path(model).expanduser().is_dir()
-    source = os.path.abspath(os.path.expanduser(model)) if is_directory else model
-    helm_name = _checked_name(name) if name else _default_name(source, is_directory)
+    is_local = Path(model).expanduser().exists()
+    source = os.path.abspath(os.path.expanduser(model)) if is_local else model
+    helm_name = _checked_name(name) if name else _default_name(source, is_local=is_local)
     shaped = Shaping.of(shaping)
     end_of_text_token, prefix_token, translator = _read_tokenizer(description, shaped)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
@@ -125,9 +125,9 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _default_name(source: str, is_directory: bool) -> str:
-    last = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(source)) or "model"
-    return f"local/{last}" if is_directory or "/" not in source else source
+def _default_name(source: str, *, is_local: bool) -> str:
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(source).removesuffix(".gguf")) or "model"
+    return f"local/{last}" if is_local or "/" not in source else source
 
 
 def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[str, str, Translator]:

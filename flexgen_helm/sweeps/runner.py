@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from helm.benchmark.executor import ExecutionSpec, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 
 from engine.errors import ConfigError, EngineError, named
 from engine.job import Job
-from flexgen_helm.helm.preflight import find_problems
 from flexgen_helm.helm.request_cache import CacheFull
 from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.helm.runner import RunsFailed, WholeRunExecutor, failed_requests
@@ -68,10 +69,10 @@ class SweepRunner(TwoStepRunner):
         try:
             ours: list[RunSpec] = []
             others: list[RunSpec] = []
-            for run_spec in self._left(run_specs):
-                (ours if self.executor.is_ours(_deployment(run_spec)) else others).append(run_spec)
-            here = HelmSide(self)
-            with self._helpers(len(ours), here) as helpers:
+            here, todo = HelmSide(self), self._not_done(run_specs)
+            with self._helpers(len(todo), here) as helpers:
+                for run_spec in self._able(todo, helpers):
+                    (ours if self.executor.is_ours(_deployment(run_spec)) else others).append(run_spec)
                 Flow(ours, self.executor.our_client, helpers, here, self).run()
             for run_spec in others:
                 self._run_as_helm_does(run_spec)
@@ -108,15 +109,24 @@ class SweepRunner(TwoStepRunner):
         )
         return HelperProcesses(number, PRELOADED, setting.open)
 
-    def _left(self, run_specs: Sequence[RunSpec]) -> list[RunSpec]:
-        """Run specs that are to be run and that can be."""
+    def _not_done(self, run_specs: Sequence[RunSpec]) -> list[RunSpec]:
+        """Run specs that are to be run."""
         todo = []
         for run_spec in run_specs:
             if self._is_done(run_spec):
                 self.diary.skipped(run_spec)
             else:
                 todo.append(run_spec)
-        for name, error in {**self._without_annotators(todo), **find_problems(todo)}.items():
+        return todo
+
+    def _able(self, todo: Sequence[RunSpec], helpers: HelperProcesses | Here) -> list[RunSpec]:
+        """Those that can be run. A process that helps has imported the metrics which tell, and this one need not."""
+        told: Future[Any] = Future()
+        helpers.start("problems", todo, then=told.set_result)
+        problems = self._without_annotators(todo)
+        if isinstance(outcome := told.result(), BaseException):
+            raise outcome
+        for name, error in {**problems, **outcome}.items():
             self.failed(name, error)
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
 

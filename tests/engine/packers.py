@@ -18,6 +18,12 @@ EXPERTS = r"experts\.\d+\.\w+\.weight$"
 MATRICES = r"(experts\.\d+\.\w+|self_attn\.\w+)\.weight$"
 """Experts and what attention computes with, in the families of the tests."""
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+BLOCKS = {**FP8, "weight_block_size": [8, 16]}
+INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True}
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+NVFP4 = {**FLOAT4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 
 
 def save_packed(
@@ -85,6 +91,29 @@ def modelopt_fours(values: torch.Tensor) -> dict[str, torch.Tensor]:
     scales = (groups.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
     codes = four_bits((groups / (scales.float() * whole)[..., None]).flatten(1))
     return {"weight": codes, "weight_scale": scales, "weight_scale_2": whole, "input_scale": torch.tensor(0.1)}
+
+
+def modelopt_numbers(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What ModelOpt's NVFP4 stands for, code by code."""
+    parts = modelopt_fours(values)
+    codes = torch.stack([parts["weight"] & 15, parts["weight"] >> 4], -1).flatten(1).tolist()
+    table = [*E2M1.tolist(), *(-E2M1).tolist()]
+    numbers = torch.tensor([[table[code] for code in row] for row in codes])
+    scales = (parts["weight_scale"].float() * parts["weight_scale_2"]).repeat_interleave(16, 1)
+    return {"weight": numbers * scales}
+
+
+def float8_numbers(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What float8 and its scales stand for."""
+    return {"weight": parts["weight"].float() * parts["weight_scale"]}
+
+
+def words(method: str) -> tuple[Pack, Pack]:
+    """GPTQ's or AWQ's packing, and what it stands for."""
+    return (
+        lambda values: quantized.grouped(values, method)[0],
+        lambda values: {"weight": quantized.grouped(values, method)[1]},
+    )
 
 
 def save_mxfp4(directory: Path, **changes: Any) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from flexgen_helm.checking.jobs import (
     INNER,
     JOBS,
@@ -20,6 +22,7 @@ from flexgen_helm.checking.jobs import (
 __all__ = [
     "INNER",
     "JOBS",
+    "LATER",
     "OUTER",
     "REACH",
     "TOLERANCE",
@@ -30,6 +33,11 @@ __all__ = [
     "reach",
 ]
 
+LATER = [
+    pytest.param(family, marks=pytest.mark.slow)
+    for family in ("qwen3-next", "lfm2", "falcon-h1", "llama4", "gemma4-multimodal")
+]
+"""A recurrent state, a convolution's, one beside keys and values, attention in chunks, text of a multimodal model."""
 POLICIES: dict[str, dict[str, Any]] = {
     "device": {"percent": [100, 0, 100, 0, 100, 0]},
     "20-80": {"percent": [20, 80, 0, 100, 0, 100]},

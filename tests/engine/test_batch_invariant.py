@@ -40,6 +40,12 @@ def _policy(dtype: str, **others: Any) -> dict[str, Any]:
         ("gemma2", "float16", "attention on the host"),
         pytest.param("mixtral", "float16", "streamed", marks=pytest.mark.slow),
         pytest.param("deepseek-v3", "bfloat16", "streamed", marks=pytest.mark.slow),
+        ("mamba2", "float32", "plain"),
+        pytest.param("qwen3-next", "bfloat16", "4 bits", marks=pytest.mark.slow),
+        pytest.param("falcon-h1", "float16", "streamed", marks=pytest.mark.slow),
+        pytest.param("lfm2", "float32", "attention on the host", marks=pytest.mark.slow),
+        pytest.param("llama4", "bfloat16", "streamed", marks=pytest.mark.slow),
+        pytest.param("gemma4-multimodal", "bfloat16", "streamed", marks=pytest.mark.slow),
     ],
 )
 def test_company_changes_no_bit(
@@ -65,7 +71,7 @@ def test_without_it_company_changes_bits(build: Callable[[str], Path]) -> None:
     assert companies.num_changed(build("llama"), companies.make_jobs(10, 100), policy, 4) > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt-oss", "mixtral", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss", "mixtral", "gemma2", "qwen3-next"])
 def test_answers_are_those_of_transformers(
     family: str, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_streams import play
-from parity import JOBS
+from parity import JOBS, LATER
 
 from engine import Completion, Engine
 
@@ -33,6 +33,7 @@ def values(done: list[Completion]) -> list[Any]:
     return [(list(each.tokens), each.logprobs, each.prompt_logprobs, each.error) for each in done]
 
 
+@pytest.mark.parametrize("family", ["opt", *LATER])
 @pytest.mark.parametrize("device", ["page-locked", "pageable", "no streams"])
 @pytest.mark.parametrize("attends", ["device", "host"])
 @pytest.mark.parametrize("compression", list(COMPRESSIONS))
@@ -40,6 +41,7 @@ def test_the_same_wherever_things_lie(
     compression: str,
     attends: str,
     device: str,
+    family: str,
     build: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -57,7 +59,7 @@ def test_the_same_wherever_things_lie(
     }
     found: dict[str, list[Any]] = {}
     for name, percent in TIERS.items():
-        with Engine.from_pretrained(str(build("opt")), policy={**settings, "percent": percent}) as engine:
+        with Engine.from_pretrained(str(build(family)), policy={**settings, "percent": percent}) as engine:
             found[name] = values(engine.run(SOME))
     assert all(error is None for _, _, _, error in found["device"])
     if attends == "device":

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import LATER
 from safetensors.torch import load_file
 from watch import cache_of
 
@@ -64,7 +65,7 @@ def expected(build: Callable[[str], Path], tmp_path: Path) -> Callable[[str], li
     return lambda family: results(build(family), tmp_path, percent=[100, 0, 100, 0, 100, 0])
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bloom", *LATER[1:]])  # experts that are merged are copied
 def test_weights_are_read_from_the_checkpoint_where_they_lie(
     family: str, build: Callable[[str], Path], tmp_path: Path, expected: Callable[[str], list[Any]]
 ) -> None:

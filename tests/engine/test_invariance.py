@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import parity
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,18 +48,19 @@ def open_engine(build: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         engine.close()
 
 
-def assert_same(found: Completion, expected: Completion) -> None:
+def assert_same(found: Completion, expected: Completion, family: str = "llama") -> None:
     """Equal but for rounding."""
+    near = 3e-5 if family == "gemma4-multimodal" else 1e-5  # it adds up more, and larger numbers
     assert found.error is None
     assert expected.error is None
     assert found.tokens == expected.tokens
     assert found.text == expected.text
     assert found.finish_reason == expected.finish_reason
-    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5, rel=0)
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=near, rel=0)
     assert (found.prompt_logprobs is None) == (expected.prompt_logprobs is None)
     if found.prompt_logprobs and expected.prompt_logprobs:
         assert found.prompt_logprobs[0] is expected.prompt_logprobs[0] is None
-        assert found.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-5, rel=0)
+        assert found.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=near, rel=0)
     assert found.prompt_greedy == expected.prompt_greedy
 
 
@@ -98,10 +100,10 @@ def random_jobs(draw: st.DrawFn) -> Job:
     )
 
 
-STATES = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3-next", "falcon-h1", "mamba2")]
+LATER = [*parity.LATER, pytest.param("mamba2", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", *STATES])
+@pytest.mark.parametrize("family", ["llama", "gemma2", *LATER])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataObject, open_engine: Open) -> None:
@@ -112,10 +114,10 @@ def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataOb
     for policy in policies:
         together = open_engine(policy, family).run([jobs[index] for index in order])
         for index, completion in zip(order, together, strict=True):
-            assert_same(completion, alone[index])
+            assert_same(completion, alone[index], family)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", *STATES])
+@pytest.mark.parametrize("family", ["llama", "bloom", *LATER])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_gives_what_running_alone_gives(policy: str, family: str, open_engine: Open) -> None:
     rng = random.Random(7)
@@ -130,24 +132,25 @@ def test_every_policy_gives_what_running_alone_gives(policy: str, family: str, o
     ]
     alone = [open_engine("one at a time", family).run([job])[0] for job in jobs]
     for found, expected in zip(open_engine(policy, family).run(jobs), alone, strict=True):
-        assert_same(found, expected)
+        assert_same(found, expected, family)
 
 
+@pytest.mark.parametrize("family", ["llama", *LATER])
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("policy", ["thirds", "unshared", "bucket"])
-def test_joining_a_running_sweep_does_not_matter(policy: str, scored: bool, open_engine: Open) -> None:
+def test_joining_a_running_sweep_does_not_matter(policy: str, scored: bool, family: str, open_engine: Open) -> None:
     """A call that arrives while another runs continues its prefixes, and both get what they get alone."""
     early = [Job(prompt=PREFIXES[2] + words(i, 5), max_new_tokens=30, prompt_logprobs=scored) for i in range(3)]
     late = [Job(prompt=PREFIXES[2] + words(i, 7), max_new_tokens=6, prompt_logprobs=i == 9) for i in range(7, 10)]
-    alone = [open_engine("one at a time").run([job])[0] for job in (*early, *late)]
-    engine = open_engine(policy)
+    alone = [open_engine("one at a time", family).run([job])[0] for job in (*early, *late)]
+    engine = open_engine(policy, family)
     for _ in range(2):
         first = engine.stream([*early, Job(prompt=[5], max_new_tokens=1)])
         assert next(first)[0] == 3  # so the others run now
         joined = engine.run(late)
         found = [completion for _, completion in sorted(first, key=lambda pair: pair[0])] + joined
         for one, expected in zip(found, alone, strict=True):
-            assert_same(one, expected)
+            assert_same(one, expected, family)
 
 
 def test_one_seed_gives_one_sample_and_none_gives_many(open_engine: Open) -> None:

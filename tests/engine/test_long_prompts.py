@@ -32,7 +32,7 @@ JOBS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt-oss", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss", "bloom", "qwen3-next"])
 @pytest.mark.parametrize("percent", [[100, 0, 100, 0, 100, 0], [0, 0, 0, 50, 0, 50]], ids=["device", "tiers"])
 def test_long_prompts_are_answered_as_in_transformers(
     family: str,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import parity
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,12 +99,13 @@ def test_every_unit_follows_the_percents(name: str, tied: bool, wide: Callable[[
         assert (slots == 0) == (expected["device"] == 100)
 
 
+@pytest.mark.parametrize("family", ["llama", *parity.LATER])
 @pytest.mark.parametrize("name", list(PERCENTS))
 def test_cache_and_activations_follow_the_percents_to_one_sequence(
-    name: str, build: Callable[[str], Path], tmp_path: Path
+    name: str, family: str, build: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with open_engine(build("llama"), tmp_path, percent=PERCENTS[name], **{"share-prefix": False}) as engine:
-        cache, hidden = cache_of(engine), engine.parts.executor._hidden
+    with open_engine(build(family), tmp_path, percent=PERCENTS[name], **{"share-prefix": False}) as engine:
+        cache, hidden, states = cache_of(engine), engine.parts.executor._hidden, engine.parts.states.room
         watch = Watch(engine, lambda: (dict(cache.room.num_blocks), dict(hidden.num_spans)))
         engine.wait_until_loaded()
         before = engine.placed_bytes()
@@ -117,7 +119,9 @@ def test_cache_and_activations_follow_the_percents_to_one_sequence(
         for tier in TIERS:  # the bytes are there too: rows of the blocks, and hidden rows off the device
             rows = cache.room._free_rows[tier].capacity
             assert (rows > 0) == (blocks[tier] > 0)
-            taken = after[tier] - before[tier] - rows * cache.room.row_bytes[tier]
+            slots = states._free_rows[tier].capacity
+            assert (slots > 0) == (blocks[tier] > 0 and bool(engine.parts.model.mixers))
+            taken = after[tier] - before[tier] - rows * cache.room.row_bytes[tier] - slots * states.row_bytes[tier]
             assert (taken > 0) == (tier != "device" and spans[tier] > 0)
 
 

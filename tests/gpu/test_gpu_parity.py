@@ -33,9 +33,10 @@ FEW = ("device", "20-80", "bucket")
 """Policies of the families outside the core, whose layers are made of the same things."""
 CASES = [(family, policy) for family in FAMILIES for policy in POLICIES if family in models.CORE or policy in FEW]
 HALF = ("device", "20-80", "thirds", "cpu-attention")
-NEAR_TIES = {"phimoe"}
-"""Tiny routers whose experts nearly tie, so that rounding changes the route: in float16 on a card, transformers' own
-eager and sdpa attention differ by 5e-2 here, ten times as much as for the other mixtures of experts."""
+UNSTABLE = {"phimoe", "gemma4-multimodal"}
+"""Tiny models that float16 itself changes by more than the bound, so that it tells nothing of the engine. Experts of
+phimoe's routers nearly tie: transformers' own eager and sdpa attention differ by 5e-2 on a card. For gemma4-multimodal
+they differ by 0.1 to 0.5 on the CPU, and by up to 0.7 from float32."""
 ALL_EXPERTS = {"olmoe", "gpt-oss", "deepseek-v3"}
 """The same, where every token may go to all experts instead: then there is no route to change. (In float16,
 transformers' eager and sdpa attention choose others for 6 of deepseek-v3's 474 routes here, and differ by 0.7.)"""
@@ -43,7 +44,7 @@ HALF_CASES = [
     (f"{family} all-experts" if family in ALL_EXPERTS else family, policy)
     for family in FAMILIES
     for policy in HALF
-    if family not in NEAR_TIES and (family in models.CORE or policy == "20-80")
+    if family not in UNSTABLE and (family in models.CORE or policy == "20-80")
 ]
 
 

@@ -19,15 +19,13 @@ from engine.checkpoint.adapters.declared import (
     LoraConfig,
     read_lora_config,
 )
+from engine.checkpoint.gguf.opened import gguf_directory, gguf_file
 from engine.checkpoint.hub import resolve
-from engine.checkpoint.side_files import found_side_files, is_vocabulary
+from engine.checkpoint.side_files import OF_THE_MODEL, found_side_files, is_vocabulary
 from engine.checkpoint.weight_files import chosen_name, weight_files
 from engine.errors import CheckpointError, EngineError, UnsupportedError, shown
 from engine.memory.paths import cache_directory
 from engine.reading import find_file, reason
-
-_OF_THE_MODEL = ("config.json", "generation_config.json", "hf_quant_config.json")
-"""Side files that are the base model's; the others are the tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,13 @@ class Located:
 def locate(model: str, *, download_weights: bool = True) -> Located:
     """Find a directory or a hub id, which may hold an adapter (adapter_config.json without a config.json beside).
 
-    Raises `CheckpointError` where model, adapter or base model are not there, `UnsupportedError` for an adapter that
-    cannot be merged.
+    A GGUF file, or a directory with one and without config.json, is found as the directory that is made of it. Raises
+    `CheckpointError` where model, adapter or base model are not there, `UnsupportedError` for an adapter that cannot be
+    merged, or a GGUF file that cannot be run.
     """
+    if (file := gguf_file(model)) is not None:
+        directory = gguf_directory(file)
+        return Located(directory, is_local=True, tokenizer=str(directory))
     path, is_local = resolve(model, download_weights=download_weights), _is_directory(model)
     if not _is_adapter(path):
         return Located(path, is_local, _absolute(model))
@@ -104,7 +106,7 @@ def _base(path: Path, named: str, *, download_weights: bool) -> Path:
 
 def _own_tokenizer(path: Path) -> list[Path]:
     """The tokenizer's files in an adapter's directory, as they were when it was trained; empty if there is none."""
-    found = [file for file in found_side_files(path) if file.name not in _OF_THE_MODEL]
+    found = [file for file in found_side_files(path) if file.name not in OF_THE_MODEL]
     if found and not any(map(is_vocabulary, found)):
         raise CheckpointError(
             f"{path} holds {found[0].name} and no vocabulary: whether it goes with its base model's tokenizer cannot "
@@ -120,7 +122,7 @@ def _linked(adapter: Path, base: Path, own: list[Path], *, has_weights: bool) ->
     adapter it would be the base model.
     """
     files = {f"{ADAPTER_FOLDER}/{name}": adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-    side = [file for file in found_side_files(base) if not own or file.name in _OF_THE_MODEL]
+    side = [file for file in found_side_files(base) if not own or file.name in OF_THE_MODEL]
     files |= {file.relative_to(base).as_posix(): file for file in (*side, *(_weights(base) if has_weights else ()))}
     files |= {file.relative_to(adapter).as_posix(): file for file in own}
     links = {link: os.path.abspath(file) for link, file in files.items()}

@@ -72,6 +72,8 @@ class Method:
     """What the format rounds besides weights, and is not rounded here, of a model with experts or without; in words."""
     cut: Callable[[str], tuple[str, str] | None] | None = None
     """From a tensor's name to the parameter's and the part's, where that is not "module.part"; None: none."""
+    has_embedding: bool = False
+    """The token embedding may be packed, too."""
 
 
 def form_of(load: Load) -> PartForm:

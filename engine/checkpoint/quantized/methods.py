@@ -10,6 +10,7 @@ from engine.checkpoint.config import text_config
 from engine.checkpoint.quantized.compressed import COMPRESSED_TENSORS
 from engine.checkpoint.quantized.declared import declared_quantization
 from engine.checkpoint.quantized.floats import FBGEMM_FP8, FP8, MODELOPT, MXFP4
+from engine.checkpoint.quantized.ggml import GGUF
 from engine.checkpoint.quantized.method import Kind, Loads, Method, Told
 from engine.checkpoint.quantized.words import AUTO_ROUND, AWQ, GPTQ
 from engine.errors import UnsupportedError, named
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {
     "gptq": GPTQ,
     "awq": AWQ,
     "auto-round": AUTO_ROUND,
+    "gguf": GGUF,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 
 import torch
 from torch import nn
@@ -45,6 +46,11 @@ class _Finder:
     owners: Mapping[str, nn.Module]
     names: CheckpointNames
 
+    @property
+    def _tables(self) -> type[nn.Linear] | UnionType:
+        """What may hold one packed matrix."""
+        return nn.Linear | nn.Embedding if self.method.has_embedding else nn.Linear
+
     def found(self) -> dict[str, PackedParameter]:
         """All packed parameters, by name."""
         by_module: dict[str, dict[str, Load]] = {}
@@ -65,7 +71,7 @@ class _Finder:
                 kind = self.method.kind(self.told, loads, owner is not None and not isinstance(owner, nn.Linear))
                 if kind is None:
                     continue
-                if isinstance(owner, nn.Linear) and pattern is None:
+                if isinstance(owner, self._tables) and pattern is None:
                     found[target] = self._linear(kind, module, loads, owner, rounding)
                 elif owner is None or not self._may_be_experts(kind, owner, target, pattern):
                     self._refuse_place(module, owner)
@@ -99,7 +105,12 @@ class _Finder:
         return kind.is_for_experts and is_stack and (pattern is not None or self.method.cut is not None)
 
     def _linear(
-        self, kind: Kind, module: str, loads: dict[str, Load], owner: nn.Linear, rounding: InputRounding | None
+        self,
+        kind: Kind,
+        module: str,
+        loads: dict[str, Load],
+        owner: nn.Linear | nn.Embedding,
+        rounding: InputRounding | None,
     ) -> PackedParameter:
         scale = None
         if rounding is not None and rounding.is_static:
@@ -110,7 +121,7 @@ class _Finder:
                 raise ValueError(f"input_scale is {type_name(scale.dtype)}, no plain numbers")
         forms = kind.forms(loads)
         matrix = kind.make(owner.weight.shape, forms)
-        if rounding is not None:
+        if rounding is not None and isinstance(owner, nn.Linear):
             rounding.attach(owner, scale)
         sources = [{name: f"{module}.{name}" for name in forms}]
         return PackedParameter(matrix, sources, unread=_others(module, loads, forms))

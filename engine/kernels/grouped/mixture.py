@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
+from engine.kernels.compiled import where_compiled
 from engine.kernels.grouped import by_torch
 from engine.kernels.grouped.by_torch import rows_of_experts
 from engine.kernels.grouped.matrices import Matrices
-from engine.memory import accelerator
 
 _Mixture = Callable[[Matrices, torch.Tensor, torch.Tensor, torch.Tensor, list[int] | None], torch.Tensor]
 
@@ -39,13 +38,9 @@ def _announced(matrices: Matrices, index: torch.Tensor) -> list[int] | None:
     return counts
 
 
-@cache
-def _kernel_for(device: torch.device) -> _Mixture | None:
-    """Our kernels' function, where Triton compiles for the device."""
-    if not accelerator.runs_triton(device):
-        return None
-    try:
-        from engine.kernels.grouped.kernel import mixture as by_triton
-    except ImportError:  # torch without Triton
-        return None
+@where_compiled
+def _kernel_for() -> _Mixture:
+    """Our kernels' function."""
+    from engine.kernels.grouped.kernel import mixture as by_triton
+
     return by_triton

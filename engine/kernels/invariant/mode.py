@@ -91,6 +91,16 @@ class BatchInvariant(TorchDispatchMode):
         self._is_watching = False
         super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, all is computed as without the mode, and nothing is seen: for calls that concern one sequence."""
+        was_on, self._is_on = self._is_on, False
+        try:
+            with plain_arithmetic():
+                yield
+        finally:
+            self._is_on = was_on
+
     def attach(self, module: nn.Module) -> None:
         """Let a module compute at once: linear layers, layer norms, and calls of others that are known.
 

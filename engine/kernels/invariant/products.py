@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
+from engine.kernels.compiled import where_compiled
 from engine.kernels.invariant.tiles import Tiles
-from engine.memory import accelerator
 
 _LIBRARY_TILES = tuple(1 << power for power in range(12, 3, -1))
 """Rows that the library is asked for at a time, where it gives the bits of our own kernel."""
@@ -160,12 +159,8 @@ def _kernel_for(rows: torch.Tensor) -> _Kernel | None:
     return _compiled_for(rows.device)
 
 
-@cache
-def _compiled_for(device: torch.device) -> _Kernel | None:
-    if not accelerator.runs_triton(device):
-        return None
-    try:
-        from engine.kernels.invariant.product_kernel import multiply
-    except ImportError:  # torch without Triton
-        return None
+@where_compiled
+def _compiled_for() -> _Kernel:
+    from engine.kernels.invariant.product_kernel import multiply
+
     return multiply

@@ -62,6 +62,16 @@ class PackedParameter:
         part = self.parts[source]
         return self._extents[part.name].first + part.first * self.matrix.parts[part.name].num_bytes
 
+    def numbers(self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """What the checkpoint's tensors, by its names, stand for, in the shape and type of `like`."""
+        memory = torch.zeros(self.num_bytes, dtype=torch.uint8)
+        for source, tensor in tensors.items():
+            stored, first = tensor.contiguous().reshape(-1).view(torch.uint8), self.first_byte(source)
+            memory[first : first + len(stored)] = stored
+        values = torch.empty(like.shape, dtype=like.dtype)
+        self.decode(memory, values.view(-1))
+        return values
+
     def ranges(self, first_element: int, num_elements: int) -> list[tuple[int, int]]:
         """Where in the stored bytes the parts of consecutive numbers lie, which are those of whole matrices."""
         size = self.matrix.rows * self.matrix.columns

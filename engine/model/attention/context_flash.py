@@ -1,28 +1,31 @@
-"""Attention of new rows to contexts that are gathered whole, by FlashAttention kernels: windows and sinks."""
+"""Attention of new rows to contexts that are gathered whole, by FlashAttention: windows, sinks, narrow values."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from engine.batch.context_group import ContextGroup
 from engine.model.attention.backend import Attending
 from engine.model.attention.dense import Dense
-from engine.model.attention.flash import has_kernels
+from engine.model.attention.flash import attend_parts, has_kernels
 from engine.model.attention.rule import AttentionRule
 
 
 class ContextFlash(Dense):
-    """Prompts on CUDA from sm80 on, in 16 bits, where a window cuts something off or heads have sinks.
+    """Prompts on CUDA from sm80 on, in 16 bits, where a window cuts something off, or for sinks, or narrow values.
 
     What the first row of a span sees of its prefixes is gathered in front of its own tokens, so that the kernel's
     window, which ends at the last key, is right for all. A sink is a score without a value: a row's result
-    is divided by what it adds to the sum of exponentials. Decode steps are `Dense`'s.
+    is divided by what it adds to the sum of exponentials. Values that are narrower than keys get zeros behind them.
+    (torch's own choice for those is cuDNN, which plans for tens of milliseconds for each shape and thread.) Decode
+    steps are `Dense`'s.
     """
 
     def can(self, asked: Attending) -> bool:
         """Where the card has kernels for these heads, scores have no cap, and no chunk ends before a context does."""
-        query, value, rule = asked.query, asked.value, asked.rule
-        has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
+        query, rule, width = asked.query, asked.rule, asked.query.shape[-1]
+        has_them = has_kernels(query.device, query.dtype, width, width) and asked.value.shape[-1] <= width
         is_whole = rule.reach.chunk is None or asked.batch.longest <= rule.reach.chunk
         return has_them and is_whole and rule.softcap is None and not asked.is_batch_invariant
 
@@ -64,20 +67,10 @@ def attend(
     The number of rows that a span has at most is told as two where it is one: for single rows there is another kernel,
     which splits contexts.
     """
-    window = rule.reach.window
-    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-    result = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        *borders,
-        max(longest[0], 2),
-        longest[1],
-        0.0,
-        True,
-        False,
-        scale=rule.scaling,
-        seqused_k=lengths,
-        **windows,
+    window, narrower = rule.reach.window, query.shape[-1] - value.shape[-1]
+    longest = max(longest[0], 2), longest[1]
+    padded = F.pad(value, (0, narrower)) if narrower else value
+    output, logsumexp = attend_parts(
+        query, key, padded, borders, longest, rule, is_causal=True, lengths=lengths, window=window
     )
-    return result[0], result[1]
+    return output[..., : value.shape[-1]], logsumexp

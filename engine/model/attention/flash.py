@@ -79,7 +79,7 @@ def _merge_prefixes(
             shared, shared_logsumexp = _whole(query, key, value, asked.rule)
         else:
             borders, longest = (group.row_borders, group.prefix_borders), (group.longest, group.longest_prefix)
-            shared, shared_logsumexp = _varlen(query, key, value, borders, longest, asked.rule, is_causal=False)
+            shared, shared_logsumexp = attend_parts(query, key, value, borders, longest, asked.rule, is_causal=False)
         merge(output[place], logsumexp[:, place], shared, shared_logsumexp)
 
 
@@ -109,10 +109,10 @@ def _own_new(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of new spans, each against its own span: `[rows, heads, dim]`, `[heads, rows]`."""
     borders, longest = asked.batch.prefill_borders, asked.batch.longest_prefill
-    return _varlen(query, key, value, (borders, borders), (longest, longest), asked.rule, is_causal=True)
+    return attend_parts(query, key, value, (borders, borders), (longest, longest), asked.rule, is_causal=True)
 
 
-def _varlen(
+def attend_parts(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -121,10 +121,28 @@ def _varlen(
     rule: AttentionRule,
     *,
     is_causal: bool,
+    lengths: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts of the rows against parts of the keys, as `borders` of the two say; `longest` are their largest parts."""
+    """Parts of the rows against parts of the keys, as `borders` of the two say; `longest` are their largest parts.
+
+    Queries, keys and values `[rows, heads, dim]` -> `[rows, heads, dim]` and log-sum-exps `[heads, rows]`. Where parts
+    of the keys have room behind them, `lengths` say how long they are. The kernel's causal mask, and a window of so
+    many keys, are aligned with the last key of a part, that is, with its last row.
+    """
+    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     result = torch.ops.aten._flash_attention_forward(
-        query, key, value, *borders, *longest, 0.0, is_causal, False, scale=rule.scaling
+        query,
+        key,
+        value,
+        *borders,
+        *longest,
+        0.0,
+        is_causal,
+        False,
+        scale=rule.scaling,
+        seqused_k=lengths,
+        **windows,
     )
     return result[0], result[1]
 
@@ -132,25 +150,10 @@ def _varlen(
 def _decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: DecodeGroup, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New rows of each sequence against its own tokens: key, value `[rows, heads, dim]`, from its `own_borders` on.
-
-    The kernel's causal mask is aligned with the last key, that is, with the last new row.
-    """
-    result = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        group.row_borders,
-        group.own_borders,
-        group.steps,
-        group.length,
-        0.0,
-        group.steps > 1,
-        False,
-        scale=rule.scaling,
-        seqused_k=group.own_lengths,
-    )
-    return result[0], result[1]
+    """New rows of each sequence against its own tokens: key, value `[rows, heads, dim]`, from its `own_borders` on."""
+    borders, longest = (group.row_borders, group.own_borders), (group.steps, group.length)
+    is_causal = group.steps > 1
+    return attend_parts(query, key, value, borders, longest, rule, is_causal=is_causal, lengths=group.own_lengths)
 
 
 def _whole(

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine.batch.micro_batch import MicroBatch
 from engine.batch.reach import Reach
+from engine.batch.step_batch import StepBatch
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
 from engine.kernels.invariant.mode import plain_arithmetic
@@ -21,6 +22,7 @@ from engine.model.attention.flash import Flash
 from engine.model.attention.host_flash import HostFlash
 from engine.model.attention.mask import make_mask
 from engine.model.attention.rule import AttentionRule
+from engine.model.attention.step_flash import attend_steps
 from engine.model.attention.whole_flash import WholeFlash
 from engine.model.sweep_context import SweepContext
 from engine.model.undrivable import UndrivableError
@@ -64,7 +66,7 @@ def attention(
         rows = (value + key.mean(-1, keepdim=True)).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return (rows + query.mean(-1, keepdim=True)).transpose(1, 2).contiguous(), None
     batch = context.batch
-    assert isinstance(batch, MicroBatch)
+    assert isinstance(batch, MicroBatch | StepBatch)
     if attention_mask is not None:
         raise UnsupportedError("its attention got a mask that it did not get when the model was opened")
     rule = AttentionRule(
@@ -76,6 +78,8 @@ def attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
     with plain_arithmetic():
         key, value = context.cache.write(context.layer, batch, key, value)
+    if isinstance(batch, StepBatch):
+        return attend_steps(query, batch, context.cache, context.layer, rule)[None], None
     asked = Attending(batch, query, key, value, context.cache, context.layer, rule, context.is_batch_invariant)
     backend = next(backend for backend in BACKENDS if backend.can(asked))
     with context.apart():

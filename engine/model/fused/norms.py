@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.kernels import compiled
 from engine.kernels.norms import Kernel, RMSNorm, Scaling, kernel_for
 from engine.model.sweep_context import SweepContext
 
@@ -85,11 +86,6 @@ def _normed(
     weight = module._parameters["weight"]
     assert weight is not None
     is_other = bool(others or named)  # such as a gate, which a norm may be called with or without
-    if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not _is_there(hidden_states):
+    if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not compiled.is_there(hidden_states):
         return plain(hidden_states, *others, **named)
     return kernel(hidden_states, weight, told.eps, told.scaling)
-
-
-def _is_there(rows: torch.Tensor) -> bool:
-    """Whether rows are where the kernel runs: layers are called on the host, too, when a model is opened."""
-    return rows.is_cuda

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.kernels import compiled
 from engine.kernels.rotations import Kernel, kernel_for, rotated
 from engine.model.sweep_context import SweepContext
 
@@ -118,7 +119,7 @@ def _rotated(
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     is_plain = context.is_stock or named or len(tensors) != len(_TAKES)
-    if is_plain or not _fits(*tensors) or not _is_there(tensors[0]):
+    if is_plain or not _fits(*tensors) or not compiled.is_there(tensors[0]):
         return plain(*tensors, **named)
     query, key, cosine, sine = tensors
     return kernel(query, key, cosine, sine)
@@ -139,8 +140,3 @@ def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: to
         and query.dtype == key.dtype == cosine.dtype == sine.dtype
         and all(each.stride(-1) == 1 for each in (query, key, cosine, sine))
     )
-
-
-def _is_there(rows: torch.Tensor) -> bool:
-    """Whether rows are where the kernel runs: layers are called on the host, too, when a model is opened."""
-    return rows.is_cuda

@@ -73,7 +73,8 @@ class Mixer:
             before = context.states.begin(context.layer, group)
             if before is not None:
                 states.begin(self.shape, before)
-            found = self.on({name: _rows_of(value, lead, group) for name, value in given.items()}, states)
+            with context.left_out():
+                found = self.on({name: _rows_of(value, lead, group) for name, value in given.items()}, states)
             context.states.write(context.layer, group, states.taken(self.shape, group.count))
             whole = _with(whole, found, lead, group)
         return whole

@@ -18,6 +18,7 @@ from helm.benchmark.runner import get_benchmark_output_path, set_benchmark_outpu
 
 from engine.errors import EngineError
 from flexgen_helm.helm.engines import engines
+from flexgen_helm.helm.preflight import find_problems
 from flexgen_helm.helm.requests.entries import PackedEntries
 from flexgen_helm.helm.requests.results import Response, failure, result
 from flexgen_helm.helm.runner import WholeRunExecutor, settled
@@ -51,6 +52,10 @@ class HelmSide:
     def __init__(self, runner: TwoStepRunner) -> None:
         """Call all methods in the main thread: some of HELM's metrics use signals."""
         self._runner = runner
+
+    def problems(self, run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
+        """As `find_problems`."""
+        return find_problems(run_specs)
 
     def make(self, run_spec: RunSpec) -> Made:
         """Make a run's requests; raises whatever the scenario does."""

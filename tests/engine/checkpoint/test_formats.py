@@ -11,9 +11,8 @@ from typing import Any
 import packers
 import parity
 import pytest
-import quantized
 import torch
-from packers import Pack
+from packers import BLOCKS, FLOAT4, FLOAT8, FP8, INT4, NVFP4, Pack, float8_numbers, modelopt_numbers, words
 from parity import JOBS, POLICIES
 from quantized import edit_config
 from safetensors.torch import load_file, save_file
@@ -29,12 +28,6 @@ from engine.weights.loading import check_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries about themselves
 
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
-BLOCKS = {**FP8, "weight_block_size": [8, 16]}
-INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True}
-FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
-FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
-NVFP4 = {**FLOAT4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 BF16 = torch.bfloat16
 
@@ -120,27 +113,6 @@ def test_experts_expand_to_what_compressed_tensors_makes(name: str, dtype: torch
     packers.save_packed(tmp_path / "packed", "mixtral", pack, told)
     packers.save_packed(tmp_path / "plain", "mixtral", lambda values: {"weight": unpack(pack(values)).float()}, None)
     check(tmp_path / "packed", tmp_path / "plain", dtype)
-
-
-def modelopt_numbers(values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What ModelOpt's NVFP4 stands for, code by code."""
-    parts = packers.modelopt_fours(values)
-    codes = torch.stack([parts["weight"] & 15, parts["weight"] >> 4], -1).flatten(1).tolist()
-    table = [*packers.E2M1.tolist(), *(-packers.E2M1).tolist()]
-    numbers = torch.tensor([[table[code] for code in row] for row in codes])
-    scales = (parts["weight_scale"].float() * parts["weight_scale_2"]).repeat_interleave(16, 1)
-    return {"weight": numbers * scales}
-
-
-def float8_numbers(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {"weight": parts["weight"].float() * parts["weight_scale"]}
-
-
-def words(method: str) -> tuple[Pack, Pack]:
-    return (
-        lambda values: quantized.grouped(values, method)[0],
-        lambda values: {"weight": quantized.grouped(values, method)[1]},
-    )
 
 
 GROUPED = {"bits": 4, "group_size": 32}
@@ -259,14 +231,14 @@ def test_modelopts_own_file_is_read(tmp_path: Path) -> None:
     found = expanded(tmp_path, torch.float32)
     assert expected.keys() == found.keys()
     assert all(found[name].equal(values) for name, values in expected.items())
-    for changed, words in (
+    for changed, told_of in (
         ({**content, "producer": {"name": "other"}}, "the producer 'other'"),
         ({**content, "extra": 1}, "the field 'extra'"),
         ({**content, "quantization": {"quant_algo": "W4A8_AWQ"}}, "the quant_algo 'W4A8_AWQ'"),
         ({**content, "quantization": {"quant_algo": "FP8", "rotation": "r"}}, "the field 'rotation'"),
     ):
         file.write_text(json.dumps(changed))
-        with pytest.raises(EngineError, match=words):
+        with pytest.raises(EngineError, match=told_of):
             CausalModel(tmp_path, torch.float32, torch.device("cpu"))
 
 

@@ -269,7 +269,7 @@ def instead(**told: Any) -> Callable[[Path], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "hqq": (tell(quant_method="hqq"), ("by hqq", "unquantized", "awq or auto-round")),
+    "hqq": (tell(quant_method="hqq"), ("by hqq", "unquantized", "auto-round or gguf")),
     "fields of another method": (tell(quant_method="mxfp4"), ("by mxfp4 with the field 'bits'",)),
     "no method": (tell(quant_method=None), ("an unnamed method",)),
     "marlin": (tell(checkpoint_format="marlin"), ("gptq", "the layout 'marlin'")),
@@ -361,7 +361,17 @@ def test_every_format_of_the_library_is_run_or_refused_by_name(tmp_path: Path) -
 def test_every_method_of_transformers_is_run_or_refused_by_name(tmp_path: Path) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    run = {"bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq"}
+    run = {
+        "bitsandbytes_4bit",
+        "bitsandbytes_8bit",
+        "compressed-tensors",
+        "fp8",
+        "fbgemm_fp8",
+        "mxfp4",
+        "gptq",
+        "awq",
+        "gguf",
+    }
     names = AUTO_QUANTIZATION_CONFIG_MAPPING.keys() | {"exl3", "modelopt"}
     for name in names - run - {"auto-round", "modelopt"}:
         with pytest.raises(

@@ -13,6 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from engine.kernels import compiled
 from engine.kernels.norms import RMSNorm, Scaling
 from engine.model.causal_model import CausalModel
 from engine.model.fused import norms
@@ -72,7 +73,7 @@ def test_stock_layers_compute_their_own(build: Callable[[str], Path], monkeypatc
         return RMSNorm(eps, Scaling(scaling))(rows, weight)
 
     monkeypatch.setattr(norms, "kernel_for", lambda device: kernel)
-    monkeypatch.setattr(norms, "_is_there", lambda rows: True)
+    monkeypatch.setattr(compiled, "is_there", lambda rows: True)
     model = CausalModel(build("llama"), DTYPE, torch.device("cpu"))
     module: Any = model.layers[0].get_submodule("input_layernorm")
     module._parameters["weight"] = nn.Parameter(torch.randn(64).to(DTYPE), requires_grad=False)
@@ -96,7 +97,7 @@ def test_a_norm_that_is_called_with_a_gate_computes_it_itself(
     build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(norms, "kernel_for", lambda device: lambda rows, *_: torch.zeros_like(rows))
-    monkeypatch.setattr(norms, "_is_there", lambda rows: True)
+    monkeypatch.setattr(compiled, "is_there", lambda rows: True)
     module, rows = GatedNorm(), torch.randn(3, 48).to(DTYPE)
     expected = module(rows, gate=rows), module(rows, rows)
     norms.fuse_norms([module], SweepContext(), torch.device("cpu"), DTYPE)

@@ -109,7 +109,7 @@ def assert_scores(engine: Engine, model: PreTrainedModel, prompts: list[list[int
 
 
 @pytest.mark.parametrize("policy", ["device", "small"])
-@pytest.mark.parametrize("family", ["opt", "llama", "gemma2", "bloom"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma2", "bloom", *parity.LATER])
 def test_it_is_told_which_tokens_of_a_prompt_are_greedy(
     family: str, policy: str, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
@@ -135,7 +135,7 @@ def test_it_is_told_which_tokens_of_a_prompt_are_greedy(
 
 
 @pytest.mark.parametrize("padding", [None, "bucket", models.WINDOW])
-@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama", *parity.LATER])
 def test_a_prompt_may_fill_the_window_under_any_pad(
     family: str, padding: Any, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
 ) -> None:
@@ -145,7 +145,7 @@ def test_a_prompt_may_fill_the_window_under_any_pad(
 
 
 @pytest.mark.parametrize("padding", [None, "bucket", models.WINDOW])
-@pytest.mark.parametrize("family", ["opt", "gpt2", "llama", "xglm"])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama", "xglm", *parity.LATER])
 def test_a_prompt_that_is_only_scored_may_be_one_longer_than_the_window(
     family: str, padding: Any, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
+from engine.kernels import compiled
 from engine.kernels.rotations import rotated
 from engine.model.causal_model import CausalModel
 from engine.model.fused import rotations
@@ -63,7 +64,7 @@ def test_only_layers_of_ours_are_changed(build: Callable[[str], Path], monkeypat
         return rotated(q, k, cos, sin)
 
     monkeypatch.setattr(rotations, "kernel_for", lambda device: kernel)
-    monkeypatch.setattr(rotations, "_is_there", lambda rows: rows.device.type == "cpu")
+    monkeypatch.setattr(compiled, "is_there", lambda rows: rows.device.type == "cpu")
     model = CausalModel(build("llama"), DTYPE, torch.device("cpu"))
     opened = len(calls)  # its layers were called with rows, to see if these meet
     assert modeling_llama.apply_rotary_pos_emb is before

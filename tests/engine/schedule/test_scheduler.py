@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -28,28 +28,41 @@ from engine.schedule.sequence import Prefix, Sequence
 class Room:
     """Rows of one table of fixed size, of which the first `on_device` are said to be on the device."""
 
-    def __init__(self, capacity: int, on_device: int = 10**9) -> None:
-        self.extents = FreeRows(capacity)
+    def __init__(self, capacity: int, on_device: int = 10**9, num_slots: int = 0) -> None:
+        """num_slots: for states, of which every span has one; 0 for spans that have none."""
+        self.extents, self.slots = FreeRows(capacity), FreeRows(num_slots)
         self.on_device = on_device
 
     refusal: str | None = None
 
     def allocate(self, num_rows: int) -> Block | None:
+        if self.slots.capacity and not self.slots.num_free:
+            return None
         first = self.extents.take(num_rows)
-        return None if first is None else Block("device" if first < self.on_device else "host", first, num_rows)
+        if first is None:
+            return None
+        slot = self.slots.take(1) if self.slots.capacity else None
+        return Block("device" if first < self.on_device else "host", first, num_rows, slot)
 
-    def expect(self, num_rows: int, num_spans: int) -> None:
-        assert num_rows >= 0
+    def expect(self, sizes: list[int]) -> None:
+        assert all(size > 0 for size in sizes)
 
     def num_off_device(self, num_rows: int) -> int:
         return max(0, min(num_rows, self.extents.capacity) - self.on_device)
 
     def free(self, block: Block) -> None:
         self.extents.give(block.first, block.num_rows)
+        if block.slot is not None:
+            self.slots.give(block.slot, 1)
+
+    def free_state(self, block: Block) -> Block:
+        assert block.slot is not None
+        self.slots.give(block.slot, 1)
+        return replace(block, slot=None)
 
     @property
     def is_empty(self) -> bool:
-        return self.extents.num_free == self.extents.capacity == self.extents.tail_free()
+        return all(each.num_free == each.capacity == each.tail_free() for each in (self.extents, self.slots))
 
 
 @dataclass
@@ -106,6 +119,10 @@ class Runner:
                 for prefix in segment.span.chain:  # computed in an earlier sweep, or before it in this one
                     assert prefix.is_computed or id(prefix) in seen
                     assert prefix.block is not None or id(prefix) in seen
+                parent = segment.span.parent
+                if limits.most_states and parent is not None and not segment.past and id(parent) not in seen:
+                    assert parent.block is not None
+                    assert parent.block.slot is not None  # a span begins with the state behind its parent
                 seen.add(id(segment.span))
                 check_segment(segment, limits)
         passing = [segment for segment in segments if isinstance(segment.span, Prefix) and segment.span.block is None]
@@ -140,6 +157,7 @@ def groups_of(runner: Runner) -> list[DecodeGroup]:
 def check_batch(batch: list[Segment], limits: Limits) -> None:
     assert sum(isinstance(segment.span, Sequence) for segment in batch) <= limits.sequences_per_batch
     assert batch[-1].end <= limits.rows_per_batch or len(batch) == 1
+    assert sum(isinstance(segment.span, Prefix) for segment in batch) <= (limits.most_states or len(batch))
     end = 0
     for segment in batch:
         assert segment.begin == end
@@ -200,12 +218,14 @@ def check_segment(segment: Segment, limits: Limits) -> None:
         assert segment.num_pad == 0
 
 
-def make_runner(capacity: int, *, on_device: int = 10**9, share_prefix: bool = True, **limits: object) -> Runner:
+def make_runner(
+    capacity: int, *, on_device: int = 10**9, num_slots: int = 10**6, share_prefix: bool = True, **limits: object
+) -> Runner:
     values: dict[str, object] = {
         "sequences_per_batch": 64, "batches": 4, "rows_per_batch": 256, "cached_rows_per_batch": 10**6,
         "rows_per_sweep": 10**6,
     } | limits  # fmt: skip
-    room = Room(capacity, on_device)
+    room = Room(capacity, on_device, num_slots if limits.get("most_states") else 0)
     return Runner(Scheduler(Limits(**values), room, share_prefix=share_prefix), room)  # type: ignore[arg-type]
 
 
@@ -242,9 +262,11 @@ def job_sets(draw: st.DrawFn) -> list[Job]:
             "reads_on_host": st.booleans(),
             "admission": st.sampled_from([None, Admission(rows_beside_weights=9, rows_beside_cached_row=0.2)]),
             "rows_between_fetches": st.sampled_from([None, 1, 30]),
+            "most_states": st.sampled_from([0, 2]),
         }
     ),
     on_device=st.integers(0, 300),
+    num_slots=st.sampled_from([2, 4, 10**6]),
     share_prefix=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -253,11 +275,12 @@ def test_everybody_is_served_within_the_limits(
     capacity: int,
     limits: dict[str, object],
     on_device: int,
+    num_slots: int,
     share_prefix: bool,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
-    runner = make_runner(capacity, on_device=on_device, share_prefix=share_prefix, **limits)
+    runner = make_runner(capacity, on_device=on_device, num_slots=num_slots, share_prefix=share_prefix, **limits)
     everybody: list[Sequence] = []
     dropped: list[Sequence] = []
     for wait, jobs in arrivals:
@@ -311,6 +334,40 @@ def test_a_prefix_that_only_waiting_sequences_share_makes_room() -> None:
     runner.run(20)
     assert runner.failed == []
     assert runner.rows == [105, 1, 118, 1, 1, 105, 1]
+
+
+def test_pieces_of_long_prompts_keep_one_state() -> None:
+    """Prompts of 40 tokens in four pieces; once they are computed, each has the state behind its last token alone."""
+    runner = make_runner(1000, rows_per_piece=10, most_states=2, num_slots=6)
+    sequences = [Sequence.of(Job(prompt=words(i, 40), max_new_tokens=9)) for i in range(3)]
+    runner.scheduler.add(sequences)
+    running = []
+    for _ in range(3):
+        runner.sweep()
+        running.append(len(runner.scheduler.running))
+    assert running == [1, 2, 3]
+    alone = make_runner(1000, rows_per_piece=10, most_states=2, num_slots=2)
+    alone.scheduler.add([Sequence.of(Job(prompt=words(0, 40), max_new_tokens=2))])
+    alone.run(9)
+    assert alone.rows == [20, 10, 10, 1]
+    same = Sequence.of(Job(prompt=[*words(0, 40), 5], max_new_tokens=1))
+    runner.scheduler.add([same])
+    assert same.chain == ()  # the states between pieces are gone
+    runner.run(20)
+    assert runner.failed == []
+
+
+def test_who_begins_anew_continues_the_prefixes_that_are_still_there() -> None:
+    """A failed sweep has changed the states of decode steps, not the one behind the 100 tokens that they share."""
+    runner = make_runner(1000, most_states=4)
+    prompts = [[*words(0, 100), *words(i, 5)] for i in (1, 2)]
+    runner.scheduler.add([Sequence.of(Job(prompt=prompt, max_new_tokens=4)) for prompt in prompts])
+    runner.sweep()
+    runner.sweep()
+    assert runner.scheduler.cut_smaller(runner.scheduler.next_sweep(), "too little memory") == []
+    runner.run(20)
+    assert runner.rows == [110, 2, 10, 2, 2, 2]
+    assert [each.generated for each in runner.done] == [[1] * 4] * 2
 
 
 def test_a_prefix_known_without_its_logprobs_is_not_shared_with_who_wants_them() -> None:

@@ -14,7 +14,7 @@ import models
 import pytest
 import quantized
 import torch
-from parity import JOBS, OUTER, POLICIES
+from parity import JOBS, LATER, OUTER, POLICIES
 from transformers import PreTrainedModel
 
 from engine import Completion, Engine, Job, Sampling
@@ -84,7 +84,10 @@ def test_an_exact_engine_has_no_difference_wherever_things_lie(
 
 @pytest.mark.parametrize(
     "family",
-    ["opt", "opt-post-norm", "gemma2", "gemma3", "gpt2", "gpt-oss", "deepseek-v3", "mixtral", "mpt", "falcon-new"],
+    [
+        *("opt", "opt-post-norm", "gemma2", "gemma3", "gpt2", "gpt-oss", "deepseek-v3", "mixtral", "mpt", "falcon-new"),
+        *LATER,
+    ],
 )
 def test_families_have_no_difference(
     family: str, build: Build, reference: Callable[[str], PreTrainedModel], tmp_path: Path

@@ -16,7 +16,7 @@ from engine.logit_rules import LogitRules
 from engine.thinking import Channels, Tags, Thinking
 from engine.workers.packing import PackedCompletions, PackedJobs
 
-TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=6)
+TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=6) | st.lists(st.integers(0, 3), max_size=20)
 FLOATS = st.floats(allow_nan=False)
 SAMPLINGS = st.builds(
     Sampling,

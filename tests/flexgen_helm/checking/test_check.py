@@ -171,6 +171,18 @@ def test_a_directory_with_experts(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "were not looked at" not in shown
 
 
+def test_a_text_half_is_tried_inside_its_whole_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_policy: None
+) -> None:
+    """Which transformers reads in no other way; the encoders beside it are small."""
+    half = {"model_type": "qwen3_vl_moe_text", "num_hidden_layers": 4, "vocab_size": 2000, "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(half))
+    assert main(["check", str(tmp_path / "config.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "Qwen3VLMoeForConditionalGeneration (qwen3_vl_moe)" in shown
+    assert shown.splitlines()[-1].startswith("EQUAL: ")
+
+
 def shape_of(name: str) -> dict[str, Any]:
     return {**SHAPES[name]}
 

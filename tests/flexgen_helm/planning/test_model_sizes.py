@@ -22,6 +22,7 @@ PUBLISHED = {
     "llama-3-70b": 70.55,
     "qwen3-30b-a3b": 30.53,
     "mixtral-8x7b": 46.70,
+    "gemma-4-31b": 30.7,
 }
 """Parameters in billions, as the models' own pages or papers have them."""
 BYTES = {
@@ -29,10 +30,12 @@ BYTES = {
     "gpt-oss-120b": (65_248_815_744, 0.0),
     "deepseek-v3": (688_586_727_753 - 11_515_616_512 - 2 * 1_853_358_080, 1e-4),
     "kimi-k2": (594e9, 2e-3),
+    "qwen3-next-80b-a3b": (82.1e9 - 1.68e9, 2e-3),
 }
 """Bytes of the tensors of published checkpoints, and how exactly they are known: total_size of the indices of gpt-oss;
 the files of DeepSeek-V3 less its layer for a second token, which repeats embedding and head; the files of
-Kimi-K2-Thinking, to a gigabyte."""
+Kimi-K2-Thinking, to a gigabyte; those of Qwen3-Next-80B-A3B-Instruct-FP8, to a tenth, less its layer for a second
+token: 512 experts of 3 x 512 x 2048, attention and two matrices of 2048 x 2048."""
 
 
 @pytest.mark.parametrize(

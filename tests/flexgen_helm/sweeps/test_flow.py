@@ -32,7 +32,7 @@ Cli = Callable[..., int]
 def test_runs_made_in_other_processes_are_those_of_helms_run_one(
     cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With processes that are killed on the way, a run that kills each, and a metric that asks the model."""
+    """With processes that are killed on the way, a run that kills each, and metrics: one asks, one is none."""
     plugin = Path("odd_plugin.py")
     shutil.copy(Path(__file__).parents[1] / plugin.name, plugin)
     sampled = f"{SUBJECTS[0]},data_augmentation=misspelling_mild,num_train_trials=1"
@@ -54,10 +54,12 @@ def test_runs_made_in_other_processes_are_those_of_helms_run_one(
 
     monkeypatch.setattr(HelmSide, "finish", noted)
     monkeypatch.setattr(runner, "num_helpers", lambda num_runs: 2)
-    assert cli("sweep", "-r", *entries, "odd:deaths=1", "odd:deaths=9", *common, "--suite", "beside") == 1
+    bad = ("odd:deaths=9", "summarization_xsum_sampled:temperature=0.3,device=cpu")
+    assert cli("sweep", "-r", *entries, "odd:deaths=1", *bad, *common, "--suite", "beside") == 1
     out = capsys.readouterr().out
-    assert f"{len(entries) + 1} done, 1 failed" in out
-    (failed,) = [line for line in out.splitlines() if line.startswith("failed: ")]
+    assert f"{len(entries) + 1} done, 2 failed" in out
+    failed, lacking = sorted(line for line in out.splitlines() if line.startswith("failed: "))
+    assert "metric SummarizationMetric" in lacking
     assert failed.startswith("failed: odd:deaths=9")
     assert "ended 2 times (killed by signal 9)" in failed
     assert differences(SUITES / "beside", SUITES / "alone") == []

@@ -1,0 +1,105 @@
+"""A micro-batch of decode steps that all lie on the device, as tensors whose shapes tell nothing of who decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.batch.rows import Rows
+from engine.schedule.segment import Segment
+
+_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+"""Rows that such micro-batches have; beyond, multiples of the last."""
+_LEAST_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What two such micro-batches have in common that differ in numbers alone."""
+
+    count: int
+    """Rows, one a sequence, padding included."""
+    levels: int
+    """Prefixes of the sequence that has most."""
+    length: int
+    """Tokens that a context has at most: the next power of two."""
+
+
+class StepBatch(Rows):
+    """One new row of each sequence, padded to a round number of rows by copies of the last one.
+
+    A copy writes what the row it is a copy of writes, to the same place.
+    """
+
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        """segments: decode steps of one row, whose keys and values, and those of their prefixes, are on the device."""
+        super().__init__(segments, device)
+        num_steps = len(segments)
+        count = padded_count(num_steps)
+        padded = [*segments, *segments[-1:] * (count - num_steps)]
+        ends = [segment.span.start + segment.past + 1 for segment in segments]
+        levels = max(len(segment.span.chain) for segment in segments)
+        self.shape = StepShape(count, levels, max(_LEAST_LENGTH, 1 << (max(ends) - 1).bit_length()))
+        self.num_steps = num_steps
+        """Rows that are no padding."""
+        self.num_rows = count
+        self.ids = torch.tensor([[segment.tokens[0] for segment in padded]])
+        """`[1, rows]`, on the host."""
+        contexts = [_context(segment, level) for level in range(levels + 1) for segment in padded]
+        firsts, lengths, present = (torch.tensor(each).view(levels + 1, count) for each in zip(*contexts, strict=True))
+        self.device_slots = (firsts[0] + lengths[0] - 1).to(device)
+        self._positions = torch.tensor([[segment.span.start + segment.past for segment in padded]]).to(device)
+        self.firsts = torch.cat((firsts, firsts[:, -1:]), 1).to(device, torch.int32)
+        """Rows of the device's table at which own tokens (first), then those of each prefix begin: int32 `[levels + 1,
+        rows + 1]`, the last one for the kernel's sake."""
+        self.lengths = lengths.to(device, torch.int32)
+        """How many they are: int32 `[levels + 1, rows]`."""
+        self.present = present.to(device)
+        """Whether there are any: bool `[levels + 1, rows]`. Where there are none, an own row stands in."""
+        self.row_borders = torch.arange(count + 1, dtype=torch.int32).to(device)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward is called with."""
+        return {"input_ids": self.ids.to(self._positions.device), "position_ids": self._positions, "use_cache": False}
+
+    def take(self, other: StepBatch) -> None:
+        """Have the numbers of another micro-batch of the same shape, in the same memory."""
+        assert other.shape == self.shape
+        assert self.device_slots is not None
+        assert other.device_slots is not None
+        self.device_slots.copy_(other.device_slots)
+        self.firsts.copy_(other.firsts)
+        self.lengths.copy_(other.lengths)
+        self.present.copy_(other.present)
+
+
+def padded_count(count: int) -> int:
+    """Rows of a micro-batch of so many steps, padding included."""
+    fitting = next((size for size in _COUNTS if size >= count), None)
+    return fitting or -(-count // _COUNTS[-1]) * _COUNTS[-1]
+
+
+def are_steps(segments: Sequence[Segment]) -> bool:
+    """Whether a micro-batch of `segments` can be a `StepBatch`."""
+    return all(
+        segment.is_decode
+        and segment.num_rows == 1
+        and not segment.num_pad
+        and segment.is_on_device
+        and all(prefix.block is not None and prefix.block.tier == "device" for prefix in segment.span.chain)
+        for segment in segments
+    )
+
+
+def _context(segment: Segment, level: int) -> tuple[int, int, bool]:
+    """Where own tokens (level 0) or those of a prefix begin in the table, how many they are, and whether they are."""
+    span = segment.span
+    if 0 < level <= len(span.chain):
+        prefix = span.chain[level - 1]
+        assert prefix.block is not None
+        return prefix.block.first, len(prefix.tokens), True
+    assert span.block is not None
+    return span.block.first, segment.past + 1 if level == 0 else 1, level == 0

@@ -1,0 +1,206 @@
+"""What a GGUF file holds, as transformers reads it: config, tokenizer, and which tensor is which parameter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.gguf.index import GGUF_FILE, PLAIN, Place
+from engine.checkpoint.model_class import new_model
+from engine.errors import CheckpointError, InstallationError, UnsupportedError, named, shown
+from engine.kernels.packed.ggml_blocks import FORMS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SIZES = {
+    "rope.dimension_count": "head_dim",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Fields that transformers passes over in some families, and takes from the family's defaults: they must agree."""
+_EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps\.weight$")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a GGUF file is as a model directory, but for its weights."""
+
+    config: Mapping[str, Any]
+    """For config.json."""
+    tokenizer: PreTrainedTokenizerBase | None
+    places: Mapping[str, Place]
+    """Tensors by the model's names of parameters."""
+
+
+def read_contents(folder: Path, shown_as: Path, *, has_tokenizer: bool = True) -> Contents:
+    """Read `GGUF_FILE` in a directory that holds nothing else; messages name it `shown_as`.
+
+    has_tokenizer: whether its tokenizer is wanted. Raises `CheckpointError` for a file that cannot be read,
+    `UnsupportedError` for what transformers, or the engine, would not take from it, `InstallationError` where the gguf
+    package is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise InstallationError(
+            f"{shown_as} is a GGUF file, and transformers needs gguf to read it ({named(error)}); run `pip install "
+            "gguf`"
+        ) from None
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    try:
+        reader = GGUFReader(folder / GGUF_FILE)
+        told = load_gguf_checkpoint(str(folder / GGUF_FILE))["config"]
+        config = AutoConfig.from_pretrained(folder, gguf_file=GGUF_FILE)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE) if has_tokenizer else None
+        with torch.device("meta"):
+            model = new_model(config, dtype=torch.float16)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # whatever its reader and transformers find wrong with a file
+        raise CheckpointError(f"{shown_as} cannot be read as a GGUF file by transformers: {named(error)}") from None
+    try:
+        _check_fields(reader, config, shown_as)
+        if has_tokenizer:
+            _check_splits(reader, shown_as)
+        places = dict(_places(reader, model, told, shown_as))
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{shown_as}: transformers {transformers.__version__} has its tables for GGUF files elsewhere than 5.24 "
+            f"({named(error)}); take that version"
+        ) from None
+    packed = any(place.type in FORMS for place in places.values())
+    settings = {
+        **json.loads(config.to_json_string(use_diff=False)),
+        "architectures": [type(model).__name__],
+        "dtype": "float16",  # as the scales are; the file does not say what its model was made in
+        "quantization_config": {"quant_method": "gguf"} if packed else None,
+    }
+    left_out = ("_name_or_path", "transformers_version")  # of where and when it was read
+    kept = {name: value for name, value in settings.items() if value is not None and name not in left_out}
+    return Contents(kept, tokenizer, places)
+
+
+def _check_fields(reader: Any, config: Any, file: Path) -> None:
+    """Raise `UnsupportedError` for metadata of the architecture that transformers does not look at."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    architecture = str(reader.fields["general.architecture"].contents())
+    text = config.get_text_config()
+    mappings: Mapping[str, Any] = GGUF_CONFIG_MAPPING
+    mapped = mappings.get(architecture) or mappings.get(text.model_type) or {}
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sizes = {**text.to_dict(), "head_dim": head_dim}
+    for field in reader.fields:
+        key = field.removeprefix(f"{architecture}.")
+        if field.startswith("split.") and key == "split.count" and reader.fields[field].contents() > 1:
+            raise UnsupportedError(f"{file} is one of several files of a model; put them together, or take one file")
+        if key == field or mapped.get(key) is not None:
+            continue
+        value = reader.fields[field].contents()
+        expected = sizes.get(_SIZES.get(key, ""))
+        if expected is None or value != expected:
+            taken = "" if expected is None else f", and takes {expected} for it"
+            raise UnsupportedError(
+                f"{file}: transformers does not look at {field}, which is {shown(value)}{taken}; take a checkpoint in "
+                "safetensors files"
+            )
+
+
+def _check_splits(reader: Any, file: Path) -> None:
+    """Raise `UnsupportedError` for a tokenizer whose way to split a text is another one than transformers takes."""
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+    told = {key: field.contents() for key in ("model", "pre") if (field := reader.fields.get(f"tokenizer.ggml.{key}"))}
+    known = {*getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()), "gpt-2"}
+    if told.get("model") == "gpt2" and told.get("pre") not in known:
+        raise UnsupportedError(
+            f"{file}: its tokenizer splits texts in the way {shown(told.get('pre'))} (tokenizer.ggml.pre), which "
+            "transformers does not know; put the tokenizer.json of the model it was made of into its directory, where "
+            "no other GGUF file is"
+        )
+
+
+def _places(reader: Any, model: Any, told: Mapping[str, Any], file: Path) -> Iterator[tuple[str, Place]]:
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    architecture = str(reader.fields["general.architecture"].contents())
+    kinds: Mapping[str, Any] = TENSOR_PROCESSORS
+    processor = kinds.get(architecture, TensorProcessor)(config=told)
+    try:
+        names = get_gguf_hf_weights_map(model, processor)
+    except Exception as error:  # a family that the gguf package does not know
+        raise UnsupportedError(f"{file}: transformers has no names for its tensors: {named(error)}") from None
+    for tensor in reader.tensors:
+        kind, shape = tensor.tensor_type.name, tuple(map(int, reversed(tensor.shape)))
+        experts = _EXPERTS.search(tensor.name)
+        target = names.get(tensor.name.removesuffix(".weight") if experts else tensor.name)
+        if target is None:
+            raise UnsupportedError(f"{file} holds {shown(tensor.name)}, which transformers does not read")
+        if kind not in PLAIN and kind not in FORMS:
+            raise UnsupportedError(
+                f"{file}: {tensor.name} is of the type {kind}; {', '.join((*FORMS, *PLAIN))} can be run"
+            )
+        first, size = int(tensor.data_offset), int(tensor.n_bytes)
+        if experts:
+            yield from _experts(target, experts.group(1), kind, shape, first, size)
+            continue
+        found, heads = _asked(processor, tensor.name, shape, file)
+        if heads and kind in PLAIN and len(shape) > 1:
+            raise UnsupportedError(
+                f"{file}: {tensor.name} is of the type {kind} with rows in GGUF's order; {', '.join(FORMS)} can be run"
+            )
+        yield target, Place(kind, found, first, size, heads)
+
+
+def _experts(
+    target: str, which: str, kind: str, shape: tuple[int, ...], first: int, size: int
+) -> Iterator[tuple[str, Place]]:
+    """Each expert's matrix by itself, under the name that checkpoints of safetensors files give it."""
+    each, folder = size // shape[0], target.rpartition(".")[0]
+    for index in range(shape[0]):
+        yield f"{folder}.{index}.{which}_proj.weight", Place(kind, shape[1:], first + index * each, each)
+
+
+def _asked(processor: Any, name: str, shape: tuple[int, ...], file: Path) -> tuple[tuple[int, ...], int]:
+    """The shape that transformers makes of a tensor, and of how many heads it puts the rows in order (0: of none).
+
+    It is asked with numbered rows: what it does to them, it does to the tensor's.
+    """
+    import numpy as np
+
+    rows = np.arange(shape[0], dtype=np.float32)
+    try:
+        given = rows.reshape(-1, *([1] * (len(shape) - 1)))
+        result = processor.process(weights=given.copy(), name=name, tensor_key_mapping={}, parsed_parameters={})
+        made: Any = result.weights
+        if result.name == name and made.size == rows.size:
+            if made.shape != given.shape and len(shape) == 1 and (made.reshape(-1) == rows).all():
+                return tuple(made.shape), 0
+            if made.shape == given.shape and (made == given).all():
+                return shape, 0
+            for heads in (processor.config.get(f"num_{kind}_heads") for kind in ("attention", "key_value")):
+                if made.shape == given.shape and heads and rows.size % (2 * heads) == 0:
+                    turned = rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+                    if (made.reshape(-1) == turned).all():
+                        return shape, int(heads)
+    except Exception as error:  # it has code for the shapes of its own family
+        raise UnsupportedError(f"{file}: what transformers does to {name} is not known ({named(error)})") from None
+    raise UnsupportedError(
+        f"{file}: transformers changes the numbers of {name}, or their order, in a way that is not known here; take a "
+        "checkpoint in safetensors files"
+    )

@@ -1,0 +1,93 @@
+"""Where the tensors of a GGUF file are, under the names of the model: an index that lies beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import CheckpointError, one_line
+from engine.reading import MAX_JSON_BYTES, read_json_object
+
+if TYPE_CHECKING:
+    import torch
+
+GGUF_FILE = "model.gguf"
+GGUF_INDEX = "gguf_tensors.json"
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""torch's names of ggml's types of plain numbers."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a GGUF file."""
+
+    type: str
+    """Of its numbers, as ggml calls it: one of `PLAIN`, or of blocks (`FORMS`)."""
+    shape: tuple[int, ...]
+    """Of the model's parameter."""
+    first: int
+    """Byte of the file that it begins at."""
+    num_bytes: int
+    """Size in the file."""
+    heads: int = 0
+    """Where its rows are halves of heads by turns, the number of these heads; 0 where they are in the model's order."""
+
+
+def index_of(places: Mapping[str, Place]) -> dict[str, Any]:
+    """What the index file holds, by the model's names of parameters."""
+    return {"tensors": {name: asdict(place) for name, place in places.items()}}
+
+
+def read_index(file: Path) -> dict[str, Place]:
+    """The tensors of the GGUF file of a model directory, by the model's names; `CheckpointError` where it has none."""
+    index = file.parent / GGUF_INDEX
+    told = read_json_object(index, CheckpointError, limit=MAX_JSON_BYTES).get("tensors")
+    try:
+        return {name: Place(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in told.items()}  # type: ignore[union-attr]
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{index} is no index of a GGUF file; remove {file.parent}, and it is made anew"
+        ) from None
+
+
+def gguf_tensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Yield (name, load) for every tensor of a GGUF file, as views of one mapping of it.
+
+    Plain numbers are called as the model's parameter is; of blocks, the type takes the place of "weight".
+    """
+    import torch
+
+    places = read_index(file)
+    try:
+        storage: Any = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {one_line(error)}; fetch it again") from None
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    for name, place in places.items():
+        known = name if place.type in PLAIN else f"{name.rpartition('.')[0]}.{place.type.lower()}"
+        yield known, lambda place=place: _view(whole, place)  # type: ignore[misc]
+
+
+def plain_places(file: Path) -> dict[str, tuple[Path, int]]:
+    """File and first byte of every tensor of plain numbers that lies row by row as the model has it."""
+    places = read_index(file)
+    return {name: (file, place.first) for name, place in places.items() if place.type in PLAIN and not place.heads}
+
+
+def _view(whole: torch.Tensor, place: Place) -> torch.Tensor:
+    import torch
+
+    from engine.kernels.packed.ggml_blocks import FORMS
+
+    raw = whole[place.first : place.first + place.num_bytes]
+    if (kind := PLAIN.get(place.type)) is not None:
+        return _in_order(raw.view(getattr(torch, kind)).view(place.shape), place).reshape(place.shape)
+    rows = raw.view(*place.shape[:-1], -1, FORMS[place.type].num_bytes)
+    return _in_order(rows, place)
+
+
+def _in_order(rows: torch.Tensor, place: Place) -> torch.Tensor:
+    """Rows as the model has them: GGUF files have the rows of a head's two halves by turns."""
+    return rows.unflatten(0, (place.heads, -1, 2)).transpose(1, 2) if place.heads else rows

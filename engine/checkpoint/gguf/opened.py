@@ -1,0 +1,135 @@
+"""A GGUF file as a model directory: a link to it, an index of its tensors, its config and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.checkpoint.gguf.index import GGUF_FILE, GGUF_INDEX, index_of
+from engine.checkpoint.side_files import OF_THE_MODEL, found_side_files, is_vocabulary
+from engine.errors import CheckpointError
+from engine.memory.paths import cache_directory
+from engine.reading import expand_home, find_file, open_file, reason
+
+if TYPE_CHECKING:
+    from engine.checkpoint.gguf.contents import Contents
+
+_MAGIC = b"GGUF"
+_FORM = "1"
+"""Of what is made here; a directory of another one is not used."""
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that `model` names: itself, or, in a directory without config.json, the one that lies there.
+
+    None for anything else. Raises `CheckpointError` where several lie there.
+    """
+    path = expand_home(model, CheckpointError, "model")
+    try:
+        if path.suffix == ".gguf" and find_file(path, CheckpointError):
+            return path
+        if not path.is_dir() or find_file(path / "config.json", CheckpointError):
+            return None
+        found = sorted(file for file in path.iterdir() if file.suffix == ".gguf")
+    except (OSError, ValueError):
+        return None  # whoever looks it up next tells
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(found)} GGUF files, {found[0].name} and {found[1].name} among them; name one of them"
+        )
+    return found[0] if found else None
+
+
+def gguf_directory(file: Path) -> Path:
+    """The model directory that stands for a GGUF file; it is made, in the user's cache, where there is none yet.
+
+    Its name goes by the file's place, size and time, by the packages that read it, and by the tokenizer's files that
+    lie beside it where no other GGUF file does: these are taken in place of its own. Raises what `read_contents`
+    raises.
+    """
+    with open_file(file, CheckpointError) as stream:
+        magic, status = stream.read(len(_MAGIC)), os.fstat(stream.fileno())
+    if magic != _MAGIC:
+        raise CheckpointError(f"{file} is no GGUF file: it begins with {magic!r}, not with {_MAGIC!r}")
+    beside = _tokenizer_beside(file)
+    told = [
+        *(os.path.abspath(each) for each in (file, *beside)),
+        str(status.st_size),
+        str(status.st_mtime_ns),
+        _FORM,
+        _version("transformers"),
+        _version("gguf"),
+    ]
+    digest = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', file.stem)[:80]}-{digest}"
+    folder = cache_directory() / "gguf"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name / GGUF_INDEX).is_file():
+            _drop_those_of_nothing(folder)
+            _make(folder / name, file, beside)
+    except OSError as error:
+        raise CheckpointError(
+            f"the model directory of {file} cannot be made in {folder}: {reason(error)}; XDG_CACHE_HOME names another "
+            "directory"
+        ) from None
+    return folder / name
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _tokenizer_beside(file: Path) -> list[Path]:
+    """The files of a tokenizer in the directory of a GGUF file that is alone there; none without a vocabulary."""
+    if len([each for each in file.parent.iterdir() if each.suffix == ".gguf"]) > 1:
+        return []
+    found = [each for each in found_side_files(file.parent) if each.name not in OF_THE_MODEL]
+    return found if any(map(is_vocabulary, found)) else []
+
+
+def _make(directory: Path, file: Path, beside: list[Path]) -> None:
+    """Make a model directory, so that no process sees a part of it."""
+    from engine.checkpoint.gguf.contents import read_contents  # loads torch, which a directory that is there does not
+
+    scratch = Path(tempfile.mkdtemp(prefix=".", dir=directory.parent))
+    try:
+        (scratch / GGUF_FILE).symlink_to(os.path.abspath(file))
+        _write(scratch, read_contents(scratch, file, has_tokenizer=not beside))
+        for each in beside:
+            link = scratch / each.relative_to(file.parent)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.abspath(each))
+        scratch.chmod(0o755)
+        shutil.rmtree(directory, ignore_errors=True)  # one without an index
+        try:
+            scratch.rename(directory)
+        except OSError:
+            if not (directory / GGUF_INDEX).is_file():  # else another process has made it meanwhile
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(folder: Path, contents: Contents) -> None:
+    if contents.tokenizer is not None:
+        contents.tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(contents.config, indent=1), encoding="utf-8")
+    (folder / GGUF_INDEX).write_text(json.dumps(index_of(contents.places)), encoding="utf-8")
+
+
+def _drop_those_of_nothing(folder: Path) -> None:
+    """Remove directories of files that are gone."""
+    for other in folder.iterdir():
+        if other.name[0] != "." and not (other / GGUF_FILE).exists():
+            shutil.rmtree(other, ignore_errors=True)

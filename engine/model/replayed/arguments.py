@@ -1,0 +1,52 @@
+"""What the layers of a model are called with, taken apart into tensors and all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from engine.model.stub import LayerCall
+
+
+class Arguments:
+    """Calls of layers: their distinct tensors, and a form that tells everything but the numbers in these."""
+
+    def __init__(self, calls: Sequence[LayerCall]) -> None:
+        self._calls = list(calls)
+        self.tensors: list[torch.Tensor] = []
+        """Each once, in the order of their first use."""
+        numbers: dict[int, int] = {}
+
+        def form_of(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                if id(value) not in numbers:
+                    numbers[id(value)] = len(self.tensors)
+                    self.tensors.append(value)
+                return torch.Tensor, numbers[id(value)], value.shape, value.stride(), value.dtype
+            if isinstance(value, list | tuple):
+                return type(value), [form_of(each) for each in value]
+            if isinstance(value, dict):
+                return dict, [(key, form_of(each)) for key, each in value.items()]
+            plain = isinstance(value, str | int | float | bool | None | torch.dtype | torch.device)
+            return value if plain else (type(value), id(value))
+
+        self.form: list[Any] = [(call.shape, call.streams, form_of(call.args), form_of(call.kwargs)) for call in calls]
+        """Equal for calls that differ in the numbers of their tensors alone."""
+        self._numbers = numbers
+
+    def calls_with(self, tensors: Sequence[torch.Tensor]) -> list[LayerCall]:
+        """The same calls with other tensors, in the order of `tensors`."""
+
+        def with_others(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return tensors[self._numbers[id(value)]]
+            if type(value) in (list, tuple):
+                return type(value)(with_others(each) for each in value)
+            if type(value) is dict:
+                return {key: with_others(each) for key, each in value.items()}
+            return value
+
+        return [replace(call, args=with_others(call.args), kwargs=with_others(call.kwargs)) for call in self._calls]

@@ -1,0 +1,52 @@
+"""All layers for a micro-batch of decode steps of one shape, as one recording that the device replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.batch.step_batch import StepBatch
+from engine.memory import accelerator
+from engine.model.replayed.arguments import Arguments
+from engine.model.stub import LayerCall
+
+Through = Callable[[StepBatch, torch.Tensor, Sequence[LayerCall]], torch.Tensor]
+"""Takes hidden states `[rows, width]` of a micro-batch through all layers."""
+
+
+class Recording:
+    """What the device is asked for one shape; what changes from step to step lies in memory of this object."""
+
+    def __init__(
+        self,
+        batch: StepBatch,
+        hidden: torch.Tensor,
+        arguments: Arguments,
+        through: Through,
+        recorder: accelerator.Recorder,
+    ) -> None:
+        """Record, without computing anything; kernels must have been compiled by a call of `through` before.
+
+        Raises `RuntimeError` where the model asks for what cannot be recorded.
+        """
+        self._batch = batch
+        self._form = arguments.form
+        self._hidden = hidden.clone()
+        self._tensors = [tensor.clone() for tensor in arguments.tensors]
+        calls = arguments.calls_with(self._tensors)
+        self._replay, self._found = recorder.record(lambda: through(batch, self._hidden, calls))
+
+    def fits(self, arguments: Arguments) -> bool:
+        """Whether layers are called as they were recorded, but for numbers in tensors."""
+        return self._form == arguments.form
+
+    def run(self, batch: StepBatch, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """Hidden states `[rows, width]` behind the last layer, of a micro-batch of the same shape."""
+        if batch is not self._batch:
+            self._batch.take(batch)
+        self._hidden.copy_(hidden)
+        for here, tensor in zip(self._tensors, arguments.tensors, strict=True):
+            here.copy_(tensor)
+        self._replay()
+        return self._found.clone()  # the next replay writes there

@@ -1,0 +1,42 @@
+"""What sweeps whose decode steps are replayed do without: prompts for a while, and drafts (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.planning.limits import Limits
+from engine.schedule.segment import Segment, add_drafts
+
+_STEPS = 8
+"""Sweeps of replayed steps before prompts come in again. One that has prompts, too, is not replayed and takes several
+times as long; an answer of a few hundred tokens waits little of that for those of its neighbours."""
+
+
+class Turns:
+    """Lets prompts come in together, some sweeps apart, as long as that keeps the sweeps between them fast.
+
+    Drafts are for the other sweeps: rows of steps that are replayed are one a sequence.
+    """
+
+    def __init__(self) -> None:
+        self._num_steps = _STEPS
+
+    def is_of_steps(self, segments: Sequence[Segment], limits: Limits) -> bool:
+        """Whether a sweep of these is to have no prompts beside them."""
+        return self._num_steps < _STEPS and _are_replayed(segments, limits)
+
+    def take(self, segments: Sequence[Segment], rows: int, limits: Limits, *, has_begun: bool) -> None:
+        """Note what the next sweep consists of, of so many rows, and let it try drafts where it may.
+
+        has_begun: a part of a prompt, whose rest follows without delay.
+        """
+        if _are_replayed(segments, limits):
+            self._num_steps += 1
+            return
+        self._num_steps = _STEPS if has_begun else 0
+        add_drafts(segments, rows, min(limits.free_rows, limits.rows_per_sweep))
+
+
+def _are_replayed(segments: Sequence[Segment], limits: Limits) -> bool:
+    """Whether these are nothing but decode steps that the device replays."""
+    return limits.replays and bool(segments) and all(each.is_decode and each.is_on_device for each in segments)

@@ -1,0 +1,156 @@
+"""Protects: a GGUF file computes what transformers makes of it, stays packed, and is refused where it says more."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import parity
+import pytest
+import torch
+from ggufs import random_blocks, save_gguf
+from parity import JOBS, POLICIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine import Engine
+from engine.checkpoint.adapters.located import locate
+from engine.checkpoint.gguf.index import GGUF_INDEX
+from engine.errors import EngineError, InstallationError
+from engine.kernels.packed.ggml_blocks import FORMS
+from engine.kernels.packed.matrix import PartForm
+from engine.kernels.packed.parameter import PackedParameter
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 22])
+@pytest.mark.parametrize("kind", FORMS)
+def test_blocks_expand_to_the_packages_numbers(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit; and with rows that the file has in another order."""
+    monkeypatch.setattr("engine.kernels.packed.matrix.CHUNK_ELEMENTS", chunk)
+    form, rows = FORMS[kind], 12
+    raw = random_blocks(kind, rows, 3)
+    expected = torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]))
+    blocks = torch.from_numpy(raw).view(rows, 3, -1)
+    turned = blocks.unflatten(0, (2, -1, 2)).transpose(1, 2)
+    for given, wanted in (
+        (blocks, expected),
+        (turned, expected.unflatten(0, (2, -1, 2)).transpose(1, 2).reshape(expected.shape)),
+    ):
+        (name,) = form.names
+        matrix = form(expected.shape, {name: PartForm(torch.uint8, given.shape)})
+        packed = PackedParameter(matrix, [{name: "a"}])
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = packed.numbers({"a": given}, torch.empty(expected.shape, dtype=dtype))
+            assert found.equal(wanted.to(dtype))
+
+
+FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "4 bits, the embedding as head": ("llama", "Q4_0", {"tie_word_embeddings": True}),
+    "8 bits": ("llama", "Q8_0", {}),
+    "biases": ("qwen2", "Q4_0", {}),
+    "experts": ("qwen3-moe", "Q8_0", {"moe_intermediate_size": 768, "num_hidden_layers": 1}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["4 bits, the embedding as head", *(pytest.param(n, marks=pytest.mark.slow) for n in [*FILES][1:])]
+)
+def test_a_file_computes_what_transformers_makes_of_it(name: str, tmp_path: Path) -> None:
+    family, kind, changes = FILES[name]
+    file = save_gguf(tmp_path / "tiny.gguf", family, kind, **changes)
+    source = {"pretrained_model_name_or_path": tmp_path, "gguf_file": file.name}
+    reference = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    expected = parity.expect(reference)
+    for policy in ("thirds", "disk") if name == "8 bits" else ("thirds",):
+        settings = {**POLICIES[policy], "device": "cpu", "dtype": "float32", "offload-dir": str(tmp_path / "off")}
+        with Engine.from_pretrained(str(file), policy=settings) as engine:
+            assert engine.parts.model.packed
+            assert parity.differences(expected, engine.run(JOBS))[0] == []
+            text = "preplaces 1739 unfilling\n"
+            assert engine.tokenizer(text).input_ids == AutoTokenizer.from_pretrained(**source)(text).input_ids
+
+
+def test_one_directory_is_made_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = save_gguf(tmp_path / "tiny.gguf", "llama", "Q8_0")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "same.gguf").hardlink_to(file)
+    made = locate(str(file))
+    config = (made.path / "config.json").read_bytes()
+    (made.path / GGUF_INDEX).unlink()  # as one that was not made to its end
+    assert locate(str(file)) == made
+    assert (made.path / "config.json").read_bytes() == config
+    named = locate(str(tmp_path / "alone"))
+    assert named.path != made.path
+    assert (named.path / "config.json").read_bytes() == config
+    os.utime(file, (1, 1))
+    assert locate(str(file)).path != made.path
+    (tmp_path / "alone" / "other.gguf").hardlink_to(file)
+    with pytest.raises(EngineError, match=r"2 GGUF files, other\.gguf and same\.gguf"):
+        locate(str(tmp_path / "alone"))
+    file.unlink()
+    (tmp_path / "alone" / "other.gguf").unlink()
+    locate(str(tmp_path / "alone"))
+    assert not made.path.exists()  # what is made of files that are gone goes when another one is made
+
+
+def test_a_tokenizer_beside_the_file_is_taken(build: Callable[[str], Path], tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama", "Q8_0", pre="smollm")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((build("llama") / name).read_bytes())
+    made = locate(str(tmp_path))
+    assert (made.path / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    assert made.tokenizer == str(made.path)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 100)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "a type": (lambda file: save_gguf(file, "llama", "Q5_0"), ("output.weight is of the type Q5_0", "Q8_0, Q4_0")),
+    "plain rows in another order": (lambda file: save_gguf(file, "llama", "F16"), (".weight is of the type F16",)),
+    "a field": (
+        lambda file: save_gguf(file, "llama", "Q8_0", fields={"rope.scaling.type": "yarn"}),
+        ("does not look at llama.rope.scaling.type, which is 'yarn'",),
+    ),
+    "heads of another size": (
+        lambda file: save_gguf(file, "qwen2", "Q8_0", fields={"attention.key_length": 32}),
+        ("qwen2.attention.key_length, which is 32, and takes 16 for it",),
+    ),
+    "a tensor": (
+        lambda file: save_gguf(file, "llama", "Q8_0", more={"rope_freqs.weight": torch.ones(8)}),
+        ("holds 'rope_freqs.weight', which transformers does not read",),
+    ),
+    "changed numbers": (
+        lambda file: save_gguf(file, "gemma2", "Q8_0", sliding_window=4096),
+        ("changes the numbers of", "norm.weight"),
+    ),
+    "a way to split texts": (
+        lambda file: save_gguf(file, "llama", "Q8_0", pre="smollm"),
+        ("the way 'smollm' (tokenizer.ggml.pre)", "put the tokenizer.json"),
+    ),
+    "a file cut off": (lambda file: cut(save_gguf(file, "llama", "Q8_0")), ("cannot be read as a GGUF file",)),
+    "another file": (lambda file: file.write_bytes(b"\x80\x02garbage"), ("is no GGUF file",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_file_says_more_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    make, parts = REFUSED[name]
+    file = tmp_path / "tiny.gguf"
+    make(file)
+    with pytest.raises(EngineError) as caught:
+        Engine.from_pretrained(str(file), policy={"device": "cpu"})
+    assert "\n" not in str(caught.value)
+    assert [part for part in (str(file), *parts) if part not in str(caught.value)] == []
+
+
+def test_the_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_gguf(tmp_path / "tiny.gguf", "llama", "Q8_0")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InstallationError, match=r"run `pip install gguf`"):
+        locate(str(file))

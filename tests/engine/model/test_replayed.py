@@ -1,0 +1,108 @@
+"""Protects: decode steps that are replayed give what plain transformers gives, whatever their company and contexts.
+
+What a card records is played on the CPU: a recording is the call that it was made of, made again when it is replayed.
+So the test sees whether all that changes from step to step lies where the recording looks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+from parity import JOBS
+from played_flash import Kernel
+from transformers import PreTrainedModel
+
+from engine import Engine, Job
+from engine.batch.step_batch import padded_count
+from engine.memory import accelerator
+from engine.model.attention import flash, interface
+from engine.planning import planner
+
+
+class Recorder:
+    """Plays `accelerator.Recorder`."""
+
+    made = replayed = 0
+    fails = False
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+
+    def record(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """A place for the result, which the call fills when it is replayed."""
+        if Recorder.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        Recorder.made += 1
+        result = call().fill_(torch.nan)
+
+        def replay() -> None:
+            Recorder.replayed += 1
+            result.copy_(call())
+
+        return replay, result
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    """Plays the card's attention and recordings, for plans that want steps replayed."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", Kernel())
+    monkeypatch.setattr(flash, "has_kernels", lambda device, dtype, key_dim, value_dim: True)
+    monkeypatch.setattr(interface, "BACKENDS", (flash.Flash(),))
+    monkeypatch.setattr(planner._Planner, "_replays", lambda *_: True)
+    monkeypatch.setattr(accelerator, "Recorder", Recorder)
+    monkeypatch.setattr(Recorder, "made", 0)
+    monkeypatch.setattr(Recorder, "replayed", 0)
+    return Recorder
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3-moe"])
+def test_replayed_steps_equal_transformers(
+    family: str, build: Callable[[str], Path], reference: Callable[[str], PreTrainedModel], recorder: type[Recorder]
+) -> None:
+    with Engine.from_pretrained(str(build(family)), policy={"device": "cpu"}) as engine:
+        done = [engine.run(JOBS), engine.run([*JOBS, *JOBS])]  # the second time tables have grown
+        assert engine.parts.executor.steps.refusal is None
+    expected = parity.expect(reference(family))
+    for each in (done[0], done[1][: len(JOBS)], done[1][len(JOBS) :]):
+        found, largest = parity.differences(expected, each)
+        assert not found
+        assert largest < parity.TOLERANCE
+    assert recorder.replayed > 2 * recorder.made > 2
+
+
+def test_what_cannot_be_recorded_is_computed(
+    build: Callable[[str], Path],
+    reference: Callable[[str], PreTrainedModel],
+    recorder: type[Recorder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorder, "fails", True)
+    with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as engine:
+        found, _ = parity.differences(parity.expect(reference("llama")), engine.run(JOBS))
+        assert not found
+        assert "capturing" in str(engine.parts.executor.steps.refusal)
+        assert not engine.parts.scheduler.limits.replays  # drafts are tried again, and prompts wait for nobody
+
+
+def test_prompts_come_in_together_between_replayed_steps(
+    build: Callable[[str], Path], recorder: type[Recorder]
+) -> None:
+    """Of two seats one becomes free at a time: the next prompt waits for eight steps of the other, at most."""
+    jobs = [Job(prompt=[7 + i, 9, 11], max_new_tokens=count) for i, count in enumerate((40, 4, 4, 4))]
+    mixed: list[int] = []
+    policy = {"device": "cpu", "gpu-batch-size": 2, "num-gpu-batches": 1}
+    with Engine.from_pretrained(str(build("llama")), policy=policy) as engine:
+        engine.observer = lambda timing: mixed.append(timing.prefill_rows)
+        done = engine.run(jobs)
+    assert [len(completion.tokens) for completion in done] == [40, 4, 4, 4]
+    assert [number for number, rows in enumerate(mixed) if rows] == [0, 9, 18]
+    assert len(mixed) == 40
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(1, 1), (5, 8), (17, 24), (256, 256), (257, 512)])
+def test_rows_are_padded_to_round_numbers(steps: int, rows: int) -> None:
+    assert padded_count(steps) == rows
