@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = {"of generate_batch": 0.9, "of generate": 4.0, "of the link's limit": 0.8}
+RIVALS = ["generate_batch", "generate"]
 Told = Callable[[str, dict[str, Any]], None]
 """Keeps what is known of a contender."""
 
@@ -135,11 +136,11 @@ def resident(options: argparse.Namespace, told: Told) -> None:
     model = random_model(options.shape).to(device())
     contenders: dict[str, Callable[[], dict[str, Any]]] = {
         "generate_batch": lambda: continuous(model, prompts, lengths, options.limit),
-        "generate": lambda: batches(model, prompts, lengths, options.batch_size, options.limit),
+        "generate": lambda: batches(model, prompts, lengths, options.batch_size, options.limit, options.cut),
     }
-    for name, run in contenders.items():
+    for name in options.rivals:
         try:
-            found = run()
+            found = contenders[name]()
         except Exception as error:  # a rival that fails is a row that says so
             found = {"failed": f"{type(error).__name__}: {error}"[:500]}
         if "tokens_s" in found:
@@ -224,12 +225,14 @@ def main() -> None:
     """Run the parts, and keep what each contender has to tell as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--requests", type=int, default=250)
     parser.add_argument("--own", type=int, default=300, help="tokens of a prompt")
     parser.add_argument("--most", type=int, default=2048, help="tokens of the longest answer")
     parser.add_argument("--batch-size", type=int, default=32, help="of `generate`")
     parser.add_argument("--limit", type=float, default=40, help="seconds after which a rival begins no more")
+    parser.add_argument("--cut", type=int, default=256, help="steps of a batch of `generate` that are measured")
     parser.add_argument("--offloaded-shape", default="opt-30b")
     parser.add_argument("--offloaded-requests", type=int, default=512)
     parser.add_argument("--name", default="long-answers", help="of the record")

@@ -719,8 +719,9 @@ def test_long_answers_end_where_they_are_told_to(opt: str) -> None:
     found = long_answers.ours(opt, Policy(device="cpu"), prompts, [7, 2, 5])
     assert (found["sweeps"], found["most_sequences"]) == (7, 3)
     assert set(found["step_ms"]) == {"1", "2", "4"}  # of three sequences, of two and of one
-    told = long_answers.batches(random_model(opt), prompts, [7, 2, 5], size=2, limit_s=0.0)
+    told = long_answers.batches(random_model(opt), prompts, [7, 2, 5], size=2, limit_s=0.0, cut=6)
     assert (told["batches"], told["measured_batches"], told["steps"], told["projected"]) == (2, 1, 7 + 5, True)
+    assert told["measured_steps"] == 6
 
 
 def test_what_must_cross_the_link_for_long_answers() -> None:

@@ -51,8 +51,13 @@ def continuous(model: Any, prompts: list[list[int]], lengths: list[int], limit_s
     return {"seconds": seconds, "tokens_s": made / seconds, "attention": attention}
 
 
-def batches(model: Any, prompts: list[list[int]], lengths: list[int], size: int, limit_s: float) -> dict[str, Any]:
-    """`generate`, batch by batch; those after `limit_s` seconds are projected by the steps that they take."""
+def batches(
+    model: Any, prompts: list[list[int]], lengths: list[int], size: int, limit_s: float, cut: int
+) -> dict[str, Any]:
+    """`generate`, batch by batch; those after `limit_s` seconds are projected by the steps that they take.
+
+    So are the steps of a batch after the first `cut` ones, though their contexts are longer.
+    """
 
     def generate(first: int, most: int) -> None:
         ids = torch.tensor(prompts[first : first + size], device=device())
@@ -65,11 +70,12 @@ def batches(model: Any, prompts: list[list[int]], lengths: list[int], size: int,
 
     steps = [max(lengths[first : first + size]) for first in range(0, len(prompts), size)]
     generate(0, 2)
-    seconds, measured = 0.0, 0
+    seconds, measured, num_steps = 0.0, 0, 0
     while measured < len(steps) and (not measured or seconds < limit_s):
-        seconds += stopwatch(lambda at=measured: generate(at * size, steps[at]))
-        measured += 1
-    whole = seconds * sum(steps) / sum(steps[:measured])
+        most = min(steps[measured], cut)
+        seconds += stopwatch(lambda at=measured, most=most: generate(at * size, most))
+        measured, num_steps = measured + 1, num_steps + most
+    whole = seconds * sum(steps) / num_steps
     return {
         "seconds": whole,
         "tokens_s": sum(lengths) / whole,
@@ -77,5 +83,6 @@ def batches(model: Any, prompts: list[list[int]], lengths: list[int], size: int,
         "batches": len(steps),
         "measured_batches": measured,
         "steps": sum(steps),
-        "projected": measured < len(steps),
+        "measured_steps": num_steps,
+        "projected": num_steps < sum(steps),
     }

@@ -26,6 +26,10 @@ _OPERATIONS_BETWEEN_FETCHES = 2.5e12
 which a link fills about the staging buffers. Fewer would mean more calls than the host can make meanwhile."""
 _LEAST_BETWEEN_FETCHES = 1024
 """Rows of prompts that still multiply at nearly a card's full rate."""
+_RECORDED_ROWS = 256
+"""Whose temporaries recordings of decode steps keep: of the largest micro-batch, but for policies with larger ones."""
+_RECORDED_BYTES = 64 << 20
+"""Beside their rows: the workspace of products (32 MB on an H100), and pieces that torch cannot use again."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
 _GAP_BYTES = 512 << 10
@@ -101,6 +105,8 @@ class _Planner:
         left["device"] -= self.demand.beside_rows(hidden_rows)
         if self.memory.shared:
             left["host"] -= self.demand.beside_rows(hidden_rows)
+        replays = self._replays(weights, activations)
+        left["device"] -= _RECORDED_ROWS * self.demand.row_bytes + _RECORDED_BYTES if replays else 0
         limits = Limits(
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,
@@ -115,7 +121,7 @@ class _Planner:
             if self.demand.experts_apart and waiting_rows
             else hidden_rows,
             free_rows=self._free_rows(weights),
-            replays=self._replays(weights, activations),
+            replays=replays,
             admission=self._admission(weights),
             rows_between_fetches=self._rows_between_fetches(rows),
             waiting_rows=waiting_rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -255,6 +255,8 @@ def _multiplied(products: Products, module: nn.Linear, rows: torch.Tensor) -> to
 
 def plain_arithmetic() -> AbstractContextManager[Any]:
     """Inside, torch's functions are its own again, at their own speed: for what only moves numbers or rounds them."""
+    if not torch._C._len_torch_dispatch_stack():
+        return nullcontext()  # nothing to keep away; where a mode is, `torch.compile` compiles nothing
     disabled: AbstractContextManager[Any] = torch._C._DisableTorchDispatch()
     return disabled
 

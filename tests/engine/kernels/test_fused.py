@@ -12,6 +12,7 @@ import torch
 from engine.kernels import codec, fused
 from engine.kernels.codec import Codec
 from engine.kernels.fused import Fused
+from engine.kernels.invariant.mode import plain_arithmetic
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,12 @@ def test_where_a_kernel_cannot_be_had_the_operations_run_as_they_are(caplog: pyt
     assert [record.getMessage() for record in caplog.records] == [
         "twice runs as several kernels, slower: no Triton here"
     ]
+
+
+def test_what_is_compiled_can_be_where_arithmetic_is_plain() -> None:
+    compiled = torch.compile(twice, backend="eager", dynamic=True)
+    with plain_arithmetic():
+        assert compiled(torch.ones(2), 2).tolist() == [2, 2]
 
 
 @pytest.mark.slow
