@@ -20,7 +20,7 @@ class Reading:
     thinking: str | None
     """Without white space around it; None where the model did not begin to think."""
     begin: int
-    """Where the answer begins: the index of its first character, behind the white space that follows the thinking."""
+    """Where the answer begins: the index of its first character, behind the blank lines that follow the thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,9 @@ class Progress:
 
 
 def _behind_space(text: str, at: int) -> int:
-    return len(text) - len(text[at:].lstrip())
+    """Where the first line begins that is not blank, with its indentation, which code needs; `at` is within a line."""
+    first = len(text) - len(text[at:].lstrip())
+    return text.rfind("\n", at, first) + 1 or first
 
 
 def _joined(thoughts: list[str]) -> str | None:

@@ -60,10 +60,11 @@ def split(spans: Iterable[Span], most: int, prefixes: list[Prefix]) -> dict[int,
 def beginning(new: list[Segment], most: int, taken: int) -> list[Segment]:
     """What of a sequence's new segments, each of which continues those before it, a sweep of `taken` rows lets in.
 
-    All of them where a sweep of `most` rows has room for all at once; else those that fit beside what is taken, or one.
+    All of them where a sweep of `most` rows has room for all at once, and where pieces have no room in the cache, which
+    are gone behind the sweep; else those that fit beside what is taken, or one.
     """
     reached = list(accumulate(map(rows_of, new)))
-    if reached[-1] <= most:
+    if reached[-1] <= most or any(isinstance(each.span, Prefix) and each.span.block is None for each in new):
         return new
     return new[: max(1, sum(taken + rows <= most for rows in reached))]
 

@@ -70,8 +70,7 @@ class Scheduler:
             sequence = self._waiting[0]
             self._split(span for span in (*sequence.chain, sequence) if span.block is None)
             if is_too_long(sequence, self.limits):
-                self._waiting.popleft()
-                self._fail(sequence, no_room("attention", sequence, "its device memory (gpu-memory)"))
+                self._fail(self._waiting.popleft(), no_room("attention", sequence, "its device memory (gpu-memory)"))
                 continue
             new = self._enter(sequence, entered)
             if new is None:
@@ -193,6 +192,9 @@ class Scheduler:
             if self.limits.most_states and (part := self._try_enter(sequence, entered, partly=True)):
                 return part
             self._unshare(sequence)
+            if not (sequence.needs_cache or self.limits.most_states):  # nor do its pieces, if one sweep has them all
+                self._split([sequence])
+                return [whole(part, self.limits) for part in (*sequence.chain, sequence)]
         return new
 
     def _try_enter(self, sequence: Sequence, entered: set[int], *, partly: bool = False) -> list[Segment] | None:
@@ -221,9 +223,7 @@ class Scheduler:
 
     def _withdraw(self, segments: list[Segment]) -> None:
         for segment in segments:
-            if segment.span.block is not None:
-                self._cache.free(segment.span.block)
-                segment.span.block = None
+            self._free(segment.span)
 
     def _fail(self, sequence: Sequence, message: str) -> None:
         sequence.error = CapacityError(message)

@@ -97,6 +97,8 @@ class FlexGenRunner(Runner):
         """What judges the runs that a model is to judge, where that is known."""
         self._asked: RunSpec | None = None
         """The run spec that is looked at."""
+        self._completed: dict[str, bool] = {}
+        """Of runs that were looked at, by their directories: all their files are read for it, so once is enough."""
         self.environment: Callable[[], Environment] = environment
         """What records say of where they were made."""
         self.beginning = Beginning(Path(self.runs_path))
@@ -134,6 +136,7 @@ class FlexGenRunner(Runner):
                 expected = isinstance(error, EngineError | ExecutorError)
                 herror(f"{run_spec.name}: {error if expected else traceback.format_exc()}")
                 failures[run_spec.name] = error
+        self._completed.clear()
         if failures:
             raise RunsFailed(failures)
 
@@ -163,10 +166,12 @@ class FlexGenRunner(Runner):
         """
         if not super()._is_run_completed(run_path):
             return False
-        lack = lack_of(Path(run_path), self._asked, self.judge_deployment)
-        if lack:
-            hwarn(f"{run_path} is not taken for completed, since {lack}; it is run again")
-        return not lack
+        if run_path not in self._completed:
+            lack = lack_of(Path(run_path), self._asked, self.judge_deployment)
+            if lack:
+                hwarn(f"{run_path} is not taken for completed, since {lack}; it is run again")
+            self._completed[run_path] = not lack
+        return self._completed[run_path]
 
     def _is_done(self, run_spec: RunSpec) -> bool:
         self._asked = run_spec

@@ -108,12 +108,14 @@ def forecast_of(
     jobs: Sequence[Job],
     profile: HardwareProfile | None = None,
     look: Look = resources_here,
+    *,
+    has_weights: bool = True,
 ) -> Forecast | None:
     """What `jobs` of the model in directory `path`, of number format `dtype`, take; None where nothing can be run.
 
     On this machine, of which `look` says what may be used, or on one device of the one of `profile`. Where the policy
     leaves the places open, they are those that the engine takes: the best found where the machine's rates are known,
-    else those of the planner's rule. Loads no weights.
+    else those of the planner's rule. Loads no weights; without `has_weights` their files need not be there.
     Raises `EngineError` for a model that cannot be run, `CapacityError` where the policy has no room on the machine.
     """
     runnable = shared_sequences(jobs)
@@ -136,7 +138,7 @@ def forecast_of(
         found = Resources(memory=memory_of(profile, policy, _DISK))
         on_host, why = is_host(profile), ""
         dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
-    sizes = _sizes(path, dtype)
+    sizes = _sizes(path, dtype, has_weights=has_weights)
     sharing = sharing_of(policy, found, sizes.shape_under(policy), None if on_host else profile)
     policy, plan, seconds, bottleneck = _placed(sizes, policy, found.memory, load, profile, sharing, on_host=on_host)
     load, devices = load.part_of(sharing.count), sharing.count
@@ -162,12 +164,12 @@ def forecast_of(
     )
 
 
-def _sizes(path: str, dtype: str) -> ModelSizes:
+def _sizes(path: str, dtype: str, *, has_weights: bool) -> ModelSizes:
     import torch
 
     from engine.model.causal_model import CausalModel
 
-    return ModelSizes.of(CausalModel(Path(path), getattr(torch, dtype), torch.device("cpu")))
+    return ModelSizes.of(CausalModel(Path(path), getattr(torch, dtype), torch.device("cpu"), has_weights=has_weights))
 
 
 def _placed(

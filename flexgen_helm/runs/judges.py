@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from helm.benchmark.model_deployment_registry import get_model_deployment
+from helm.benchmark.model_deployment_registry import ModelDeployment, get_model_deployment
 from helm.benchmark.run_spec import RunSpec
 
-from engine.errors import ConfigError
+from engine.checkpoint.config import read_config
+from engine.checkpoint.description import describe
+from engine.errors import CapacityError, ConfigError
+from engine.job import Job
+from engine.policy import Policy
 from flexgen_helm.judging.judge import Judge
 from flexgen_helm.judging.judged_runs import judged
 from flexgen_helm.judging.kinds import needs_judge
+from flexgen_helm.planning.forecast import forecast_of
 from flexgen_helm.runs.flags import checked_policy
 from flexgen_helm.runs.models import Models, source_of
 from flexgen_helm.runs.registration import applies_chat_template
+from flexgen_helm.workers.engine_processes import engine_processes
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequenc
     """Make HELM know a judge, by its hub id or directory; `models` are all that the run specs ask.
 
     Raises `ConfigError` for a model that was not trained to follow instructions, as far as its chat template tells,
-    and for two models that HELM would not tell apart. Reads no weights.
+    and for two models that HELM would not tell apart; `CapacityError` for one that does not fit this machine even
+    alone, which else would show when the model has answered. Reads no weights.
     """
     is_one_of_them = name in models.names
     if is_one_of_them and policy is not None:
@@ -55,8 +63,29 @@ def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequenc
         )
     for problem in own.problems():
         raise problem
+    if not is_one_of_them:
+        _check_room(deployment)
     judge = Judge(model=found.model, deployment=found.model_deployment)
     return Bench(judge=judge, models=None if is_one_of_them else own)
+
+
+def _check_room(deployment: ModelDeployment) -> None:
+    """Raise `CapacityError` where a judge has no room for one request of one token.
+
+    The bytes of a quantized model are known by its weight files, so one that is not fetched yet is not looked at.
+    """
+    source = source_of(deployment)
+    description = describe(source, download_weights=False)
+    has_weights = description.weight_bytes > 0
+    if not has_weights and "quantization_config" in read_config(Path(description.path)):
+        return
+    policy = Policy.load(deployment.client_spec.args.get("policy", "auto"))
+    smallest = [Job(prompt=(0,), max_new_tokens=1)]
+    look = engine_processes.resources
+    try:
+        forecast_of(description.path, description.dtype, policy, smallest, look=look, has_weights=has_weights)
+    except CapacityError as error:
+        raise CapacityError(f"the judge {source} does not fit under its policy: {error}") from None
 
 
 def judged_by(judge: Judge, run_specs: list[RunSpec]) -> tuple[list[RunSpec], list[str]]:

@@ -62,7 +62,7 @@ def carry_out(
         if not (args.disable_cache or args.mongo_uri):
             for name in prepared.models.cache_names():
                 footprint.claim(Path(args.local_path) / CACHE_DIR / f"{name}.sqlite")
-        _execute(args, run_specs, show)
+        _execute(args, prepared, show)
     except EngineError:
         take_back(footprint)
         raise
@@ -147,8 +147,10 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     check_run_names(run_spec.name for run_spec in run_specs)
     num_twice = len(entries) - len({(entry.description, *(entry.groups or ())) for entry in entries})
     notes = [f"{num_twice} run entries are there twice; each run is done once"] if num_twice else []
+    notes += models.notes
     bench = find_judge(args.judge, args.judge_policy, models, run_specs) if getattr(args, "judge", None) else None
     if bench is not None:
+        notes += [] if bench.models is None else bench.models.notes
         run_specs, more = judged_by(bench.judge, run_specs)
         notes += more
         check_run_names(run_spec.name for run_spec in run_specs)
@@ -202,9 +204,11 @@ def _register_models_of_huggingface(args: argparse.Namespace) -> None:
         raise ConfigError(f"HELM cannot register the model {name}: {named(error)}") from error
 
 
-def _execute(args: argparse.Namespace, run_specs: list[RunSpec], show: Callable[[Sequence[Score]], str]) -> None:
+def _execute(args: argparse.Namespace, prepared: Prepared, show: Callable[[Sequence[Score]], str]) -> None:
     """Run, then show the scores; `EngineError` for bad input that only shows now, `RunFailed` for a failed run."""
+    run_specs = prepared.run_specs
     display = CommandLineRunner.display = Progress(num_runs=len(run_specs))
+    display.notes.extend(prepared.notes)
     CommandLineRunner.longest_pass_s = 0.0
     own = f"{CommandLineRunner.__module__}.{CommandLineRunner.__name__}"
     auth = create_authentication(args) if args.server_url and not args.skip_instances else Authentication("")

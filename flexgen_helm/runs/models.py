@@ -13,7 +13,7 @@ from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, register_tokenizer_config
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, shown
 from engine.policy import Policy
 from flexgen_helm.helm.requests.shaping import Shaping
 from flexgen_helm.runs.entries import Target
@@ -49,6 +49,8 @@ class Models:
         self._path = path
         self._shaping = Shaping.of(shaping).given()
         self._max_sequence_length = max_sequence_length
+        self.notes: list[str] = []
+        """Lines that are to be read at the end."""
         self._entries: dict[str, Entries] = {}
         self._problems: dict[str, EngineError] = {}
         self._checks: list[Callable[[], None]] = []
@@ -112,10 +114,11 @@ class Models:
         deployment = None if self._path or Path(model).expanduser().exists() else our_deployment(model)
         if deployment is None:
             return None
-        description = describe(source_of(deployment))
+        description = describe(source_of(deployment), download_weights=False)
         own = deployment.client_spec.args
         asked = {} if self._policy is None else {"policy": self._policy}
         args = {**own, **asked, **self._shaping}
+        self._tell_kept(deployment, given={*asked, *self._shaping})
         client_spec = ClientSpec(class_name=deployment.client_spec.class_name, args=args)
         deployment = dataclasses.replace(deployment, client_spec=client_spec)
         is_shaped = any(own.get(name) != value for name, value in self._shaping.items())
@@ -129,6 +132,18 @@ class Models:
                 f"deployment {deployment.name} names tokenizer {deployment.tokenizer_name}, unknown to HELM"
             )
         return Entries(model=get_model_metadata(model), tokenizer=tokenizer, deployment=deployment)
+
+    def _tell_kept(self, deployment: ModelDeployment, given: Collection[str]) -> None:
+        """Note what a known deployment has beyond a new one's args, but for those that are `given` now."""
+        plain = {"pretrained_model_name_or_path": source_of(deployment), "policy": "auto"}
+        args = deployment.client_spec.args
+        others = {name: value for name, value in args.items() if name not in given and value != plain.get(name)}
+        kept = [f"{name} {shown(value)}" for name, value in others.items()]
+        if kept:
+            self.notes.append(
+                f"{deployment.name} has {', '.join(kept)} by its entry in model_deployments.yaml, which `register` or "
+                "an earlier run has written; flags win over it"
+            )
 
     def _new(self, model: str) -> Entries:
         entries = entries_for(

@@ -10,7 +10,8 @@ import models
 import pytest
 from transformers import PreTrainedModel
 
-from engine import Engine, Job
+from engine import Completion, Engine, Job
+from engine.schedule.segment import Segment
 from engine.schedule.timing import SweepTiming
 
 PIECE, SWEEP = 16, 40
@@ -48,7 +49,37 @@ def test_long_prompts_are_answered_as_in_transformers(
         engine.observer = swept.append
         done = engine.run(JOBS)
     assert max(each.prefill_rows + each.decode_rows for each in swept) <= SWEEP
-    for job, one in zip(JOBS, done, strict=True):
+    check(plain, JOBS, done)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_pieces_of_one_token_jobs_need_no_room_in_the_cache(
+    family: str,
+    build: Callable[[str], Path],
+    reference: Callable[[str], PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else they would be computed whole, for which there is no memory."""
+    jobs = [*JOBS[3:], Job(prompt=LONG, max_new_tokens=0, prompt_logprobs=True)]
+    with Engine.from_pretrained(str(build(family)), policy={"device": "cpu"}) as engine:
+        scheduler, longest = engine.parts.scheduler, list[int]()
+        scheduler.limits = replace(scheduler.limits, rows_per_piece=PIECE, rows_per_batch=PIECE, rows_per_sweep=SWEEP)
+        next_sweep = scheduler.next_sweep
+
+        def noted() -> list[list[Segment]]:
+            batches = next_sweep()
+            longest.extend(segment.num_rows for batch in batches for segment in batch)
+            return batches
+
+        monkeypatch.setattr(scheduler, "next_sweep", noted)
+        monkeypatch.setattr(scheduler._cache, "allocate", lambda num_rows: None)
+        done = engine.run(jobs)
+    assert max(longest) <= PIECE
+    check(reference(family), jobs, done)
+
+
+def check(plain: PreTrainedModel, jobs: list[Job], done: list[Completion]) -> None:
+    for job, one in zip(jobs, done, strict=True):
         assert one.error is None
         expected = models.reference_greedy(plain, job.prompt, job.max_new_tokens) if job.max_new_tokens else []
         assert list(one.tokens) == expected

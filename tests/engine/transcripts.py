@@ -92,6 +92,12 @@ TRANSCRIPTS = (
         "<|im_start|>assistant\n",
         (("mark", "<think>\n\n"), ("thinking", ""), ("mark", "</think>\n\n"), ("answer", ANSWER)),
     ),
+    Transcript(
+        "an answer that is indented",
+        THINK,
+        "<|im_start|>assistant\n",
+        (("mark", "<think>\n"), ("thinking", "2 and 2."), ("mark", "</think>  \n\n"), ("answer", "    return 4\n")),
+    ),
     Transcript("closed by the template", THINK, "<think>\n\n</think>\n\n", (("answer", ANSWER),)),
     Transcript("no thinking", THINK, "<|im_start|>assistant\n", (("answer", "<thing>" + ANSWER),)),
     Transcript(

@@ -27,6 +27,28 @@ def place_judge_prompts(cache: Path) -> None:
     write_dataset(cache / "output/airbench2024/data", "stanford-crfm/air-bench-2024", "judge_prompts", {"test": rows})
 
 
+JURY_BENCHMARK = "medhelm_configurable_benchmark:config_path=doctor.yaml"
+_RUBRIC = """Be a strict doctor: was {QUESTION} answered by {RESPONSE}?
+<rubric_criteria>{"accuracy": ["score", "explanation"], "clarity": ["score", "explanation"]}</rubric_criteria>"""
+
+
+def place_jury_benchmark(folder: Path) -> None:
+    """Write what `JURY_BENCHMARK` reads in the working directory: questions, and two models that are the jury."""
+    table(folder / "questions.csv", [("QUESTION",), *((f"question {i}",) for i in range(5))])
+    text(folder / "prompt.txt", "{QUESTION}?")
+    text(folder / "rubric.txt", _RUBRIC)
+    judges = [{"name": "openai/gpt", "model_name": "openai/gpt-4o-2024-05-13"}, {"name": "c", "model_name": "an/other"}]
+    told = {
+        "name": "medhelm_configurable_benchmark",
+        "description": "",
+        "prompt_file": "prompt.txt",
+        "dataset_file": "questions.csv",
+        "metrics": [{"name": "jury_score", "prompt_file": "rubric.txt", "judges": judges}],
+        "max_tokens": 20,
+    }
+    text(folder / "doctor.yaml", json.dumps(told))
+
+
 _CATEGORY = "1.2.3"
 
 

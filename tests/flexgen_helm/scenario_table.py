@@ -55,6 +55,8 @@ METHODS = {
     "language_modeling": "language modelling",
     "ranking_binary": "ranking, one request for each passage",
 }
+SEVERAL_COMPLETIONS = {"chat", "generation", "ranking_binary"}
+"""Methods whose adapters ask for `num_outputs` completions; to the others it is a number of candidates for a token."""
 MADE_BY_HELM = {"dyck_language", "simple_mcqa", "synthetic_reasoning", "synthetic_reasoning_natural"}
 BY_HAND = {
     "grammar": "a file in HELM's checkout",
@@ -153,7 +155,8 @@ def _requests(kind: str, run_specs: list[RunSpec] | ConfigError) -> str:
         words.append(f"{most} token{'s' if most > 1 else ''}")
     if adapter.temperature > 0:
         words.append(f"T={adapter.temperature:g}")
-        words += [f"n={adapter.num_outputs}"] if adapter.num_outputs > 1 else []
+        n = adapter.num_outputs if adapter.method in SEVERAL_COMPLETIONS else 1
+        words += [f"n={n}"] if n > 1 else []
     if adapter.max_train_instances:
         words.append(f"{adapter.max_train_instances} example{'s' if adapter.max_train_instances > 1 else ''}")
     words += ["judged"] if needs_judge(run_specs[-1]) else []

@@ -106,7 +106,7 @@ def _first_of_answer(tokenizer: PreTrainedTokenizerBase, completion: Completion,
 
 def is_cut_off(output: GeneratedOutput) -> bool:
     """Whether there was no room for more than the thinking, so that the answer is empty."""
-    return output.thinking is not None and not output.text and output.finish_reason == {"reason": "length"}
+    return output.thinking is not None and not output.text.strip() and output.finish_reason == {"reason": "length"}
 
 
 def cut_off(count: int) -> str:

@@ -17,7 +17,7 @@ from engine.job import Sampling
 from engine.planning.host_limits import own_memory
 
 model, scored, temperature, count = sys.argv[1], sys.argv[2] == "scored", float(sys.argv[3]), int(sys.argv[4])
-length = int(sys.argv[5])
+length, most = int(sys.argv[5]), int(sys.argv[6])
 peak, done = [0], threading.Event()
 
 def watch():
@@ -28,7 +28,7 @@ random = random.Random(0)
 jobs = [
     Job(
         prompt=[random.randrange(3, 60000) for _ in range(length)],
-        max_new_tokens=2,
+        max_new_tokens=most,
         prompt_logprobs=scored,
         sampling=Sampling(temperature=temperature),
     )
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide where memory goes: many logits a row, and many keys and values."""
     return save_model(
         tmp_path_factory.mktemp("model"), "llama", vocab_size=60000, head_dim=256, num_hidden_layers=4,
-        num_key_value_heads=4, max_position_embeddings=512,
+        num_key_value_heads=4, max_position_embeddings=1 << 14,
     )  # fmt: skip
 
 
@@ -68,8 +68,14 @@ def test_a_long_prompt_on_the_cpu_keeps_within_its_limit(tmp_path: Path) -> None
     check(model, "plain", 0.0, 1, 8000)
 
 
-def check(model: Path, kind: str, temperature: float, count: int, length: int) -> None:
-    command = [sys.executable, "-c", _RUN, str(model), kind, str(temperature), str(count), str(length)]
+@pytest.mark.slow
+def test_a_long_prompt_that_is_only_scored_keeps_within_its_limit(model: Path) -> None:
+    """The KV cache has no room for its pieces, which need none."""
+    check(model, "scored", 0.0, 1, 8000, most=1)
+
+
+def check(model: Path, kind: str, temperature: float, count: int, length: int, most: int = 2) -> None:
+    command = [sys.executable, "-c", _RUN, str(model), kind, *map(str, (temperature, count, length, most))]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     limit, peak, errors = json.loads(made.stdout)

@@ -110,7 +110,8 @@ class Runner:
         total = sum(segment.num_rows for segment in segments)
         if not limits.rectangular:
             total = sum(segment.num_rows + segment.num_pad for segment in segments)
-        assert total <= limits.rows_per_sweep or len(segments) == 1
+        pieces = self.pieces_without_room(before)
+        assert total <= limits.rows_per_sweep or len(segments) == 1 or len(segments) == len(pieces) + 1
         seen: set[int] = set()
         for batch in batches:
             check_batch(batch, limits)
@@ -125,8 +126,17 @@ class Runner:
                 seen.add(id(segment.span))
                 check_segment(segment, limits)
         passing = [segment for segment in segments if isinstance(segment.span, Prefix) and segment.span.block is None]
+        passing = [segment for segment in passing if segment.span not in pieces]
         assert sum(segment.num_rows for segment in passing) <= limits.cached_rows_per_batch
         assert total == 0 or batches
+
+    def pieces_without_room(self, before: list[Sequence]) -> tuple[Prefix, ...]:
+        """Of a sequence that keeps nothing and comes first, where the room cannot hold them even alone."""
+        new = [sequence for sequence in self.scheduler.running[:1] if sequence not in before]
+        chains = [sequence.chain for sequence in new if not sequence.needs_cache]
+        return next(
+            (each for each in chains if sum(len(prefix.tokens) for prefix in each) > self.room.extents.capacity), ()
+        )
 
     def run(self, most_sweeps: int) -> None:
         for _ in range(most_sweeps):

@@ -65,9 +65,9 @@ def test_prompts_are_what_the_flag_says(
 
 
 def test_a_registered_deployment_is_told_otherwise_for_one_run(
-    cli: Cli, tiny_chat: Path, fake_engines: list[FakeEngine]
+    cli: Cli, tiny_chat: Path, fake_engines: list[FakeEngine], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """HELM's prompts then leave room for the template; the file stays as it is."""
+    """HELM's prompts then leave room for the template; the file stays as it is, and where it holds a run says so."""
     assert cli("register", tiny_chat, "--name", "a/b", "--apply-chat-template", "no", "--local-path", "env") == 0
     before = deployment("env")
     assert (before["client_spec"]["args"]["apply_chat_template"], before["max_sequence_length"]) == (False, 512)
@@ -79,6 +79,8 @@ def test_a_registered_deployment_is_told_otherwise_for_one_run(
         assert cli(*run, "--suite", str(word), *flags) == 0
         asked = [job.prompt for engine in fake_engines for call in engine.calls for job in call]
         assert asked == expected_ids(tiny_chat, Path("benchmark_output/runs", str(word)), templated=templated)
+        kept = "flexgen/b has apply_chat_template False by its entry in model_deployments.yaml"
+        assert (kept in capfd.readouterr().out) == (word in (None, "auto"))
     assert deployment("env") == before
 
 

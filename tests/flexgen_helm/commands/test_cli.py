@@ -21,6 +21,7 @@ from fake_engine import FakeEngine
 from tiny_models import random_llama, save_tiny_model
 
 from engine.errors import CapacityError, CheckpointError
+from flexgen_helm.helm.completed import lack_of
 from flexgen_helm.run import main
 
 ENTRY = "synthetic_reasoning_natural:difficulty=easy"
@@ -659,9 +660,23 @@ def test_a_damaged_run_is_run_again_where_completed_ones_are_skipped(cli: Cli, t
 
 
 def test_a_run_of_other_settings_is_run_again_where_completed_ones_are_skipped(
-    cli: Cli, tiny_chat: Path, fake_engines: list[FakeEngine], caplog: pytest.LogCaptureFixture
+    cli: Cli,
+    tiny_chat: Path,
+    fake_engines: list[FakeEngine],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """HELM's name of the run is the same each time; where a policy places things changes no result."""
+    """HELM's name of the run is the same each time; where a policy places things changes no result.
+
+    All of a run's files are read to know that, once for each command.
+    """
+    looked: list[str] = []
+
+    def noted(*args: Any) -> str:
+        looked.append(lack_of(*args))
+        return looked[-1]
+
+    monkeypatch.setattr("flexgen_helm.helm.runner.lack_of", noted)
     longer = f"{ENTRY},increase_max_tokens=2"
     commands: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (ENTRY, (1,), ""),
@@ -680,6 +695,8 @@ def test_a_run_of_other_settings_is_run_again_where_completed_ones_are_skipped(
         calls = sum(len(engine.calls) for engine in fake_engines) - before
         assert calls == (number == 0 or told != "")
         assert told in caplog.text
+        assert (len(looked), bool("".join(looked))) == (min(number, 1), told != "")
+        looked.clear()
         caplog.clear()
     assert len(list(Path("benchmark_output/runs/default").glob("*/stats.json"))) == 1
 

@@ -38,6 +38,16 @@ def test_what_is_included_is_read_as_helm_reads_it(text: str, folder: Path) -> N
     assert read_entry_file(file) == expected
 
 
+def test_a_list_of_helms_repository_is_read_as_helm_reads_it(folder: Path) -> None:
+    """They end lines with commas or without, the last one too, and leave the model to --models-to-run."""
+    named = (("xstest:model=text", 1), ("bbq:subject=all,max_train_instances=0,model=text", 2))
+    lines = [f'{{description: "{description}", priority: {priority}}}' for description, priority in named]
+    for between in (",\n", "\n"):
+        file = list_of(folder, "\n".join(["# HELM Safety", "", "entries: [", *(line + between for line in lines), "]"]))
+        assert read_entry_file(file) == read_run_entries([str(file)]).entries
+        assert [(each.description, each.priority) for each in read_entry_file(file)] == list(named)
+
+
 def test_a_file_that_may_be_missing_may_be_missing(folder: Path) -> None:
     assert len(read_entry_file(list_of(folder, 'include "none.conf"\n' + ENTRY))) == 1
 

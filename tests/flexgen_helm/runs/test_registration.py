@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from engine import Policy
 from engine.errors import CheckpointError, ConfigError
 from flexgen_helm.runs import registration, yaml_lists
+from flexgen_helm.runs.models import Models
 from flexgen_helm.runs.registration import Entries, entries_for, merge_into_local_path, register_in_process
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 
@@ -52,14 +53,19 @@ def test_entries_of_a_directory(tiny_llama: Path, entries: Entries) -> None:
 def test_a_chat_template_is_looked_for_without_weights(
     tiny_chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's cache has the model's other files only."""
+    """The hub's cache has the model's other files only; HELM may know the model already, or not."""
     folder = tmp_path / "models--org--tiny"
     shutil.copytree(tiny_chat, folder / "snapshots" / "1", ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert registration.applies_chat_template(entries_for("org/tiny").deployment, "org/tiny")
+    entries = entries_for("org/tiny")
+    assert registration.applies_chat_template(entries.deployment, "org/tiny")
+    register_in_process(entries)
+    models = Models(policy=None)
+    assert models.target("org/tiny").model_deployment == entries.deployment.name
+    assert (list(models.problems()), models.notes) == ([], [])
 
 
 def test_entries_as_they_are_asked_for(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

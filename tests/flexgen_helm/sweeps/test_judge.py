@@ -12,7 +12,6 @@ from typing import Any
 
 import leaderboard_data
 import pytest
-import scenario_files
 from fake_engine import FakeEngine
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.annotation.annotator_factory import AnnotatorFactory
@@ -35,8 +34,6 @@ from flexgen_helm.sweeps.record import SweepRecord, read_record
 
 Cli = Callable[..., int]
 NAME = "local_tiny-judge"
-PROMPT = """Be a strict doctor: was {QUESTION} answered by {RESPONSE}?
-<rubric_criteria>{"accuracy": ["score", "explanation"], "clarity": ["score", "explanation"]}</rubric_criteria>"""
 API_NAMES = ("gpt", "claude", "openai")
 
 
@@ -69,18 +66,7 @@ def cli(cli: Cli, leaderboards: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", leaderboards)
-    scenario_files.table(Path("questions.csv"), [("QUESTION",), *((f"question {i}",) for i in range(5))])
-    scenario_files.text(Path("prompt.txt"), "{QUESTION}?")
-    scenario_files.text(Path("rubric.txt"), PROMPT)
-    judges = [{"name": "openai/gpt", "model_name": "openai/gpt-4o-2024-05-13"}, {"name": "c", "model_name": "an/other"}]
-    metrics = [{"name": "jury_score", "prompt_file": "rubric.txt", "judges": judges}]
-    told = {
-        "name": "medhelm_configurable_benchmark",
-        "description": "",
-        "prompt_file": "prompt.txt",
-        "dataset_file": "questions.csv",
-    }
-    scenario_files.text(Path("doctor.yaml"), json.dumps({**told, "metrics": metrics, "max_tokens": 20}))
+    leaderboard_data.place_jury_benchmark(Path())
     return cli
 
 
@@ -168,7 +154,7 @@ ENTRIES = {  # entry: the statistic that scores it, and the score that an annota
     "omni_math:increase_max_tokens=-4060": ("omni_math_accuracy", lambda told: told.get("gpt_equivalence_judgement")),
     HARM_BENCH: ("safety_score", lambda told: told.get("gpt_score")),
     "air_bench_2024": ("air_score", lambda told: told.get("score")),
-    "medhelm_configurable_benchmark:config_path=doctor.yaml": ("jury_score", lambda told: _of_jury(told.get(NAME))),
+    leaderboard_data.JURY_BENCHMARK: ("jury_score", lambda told: _of_jury(told.get(NAME))),
 }
 
 
@@ -457,6 +443,7 @@ def test_a_judge_never_takes_the_place_of_a_model_that_a_run_entry_names(
         (("--judge", "{tiny-model}", "--judge-policy", "auto"), "is the model that is judged"),
         (("--judge", "{tiny-judge}", "--apply-chat-template", "no", "-r", "live_qa"), "LiveQAAnnotator"),
         (("--judge", "no-such-model"), "no-such-model"),
+        (("--judge", "{tiny-judge}", "--judge-policy", "small.yaml"), "tiny-judge does not fit under its policy: "),
     ],
 )
 def test_what_cannot_judge_is_refused_before_anything_is_written(
@@ -470,6 +457,7 @@ def test_what_cannot_judge_is_refused_before_anything_is_written(
 ) -> None:
     paths = {"{tiny_llama}": tiny_llama, **{f"{{{name}}}": path for name, path in models.items()}}
     given = [paths.get(each, each) for each in arguments]
+    Path("small.yaml").write_text("cpu-memory: 1MB")
     entries, before = conf(HARM_BENCH), sorted(Path().rglob("*"))
     assert cli("sweep", entries, "--model", models["tiny-model"], *given, "--suite", "bad") == 2
     assert said in capsys.readouterr().err
