@@ -285,7 +285,9 @@ def test_a_leaderboard_that_is_killed_goes_on_and_ends_as_if_nothing_had_happene
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LEADERBOARDS, "others"])
-def test_scores_by_a_judge_of_one_verdict(name: str, whole: Callable[[str], Sweep], data: Path, tmp_path: Path) -> None:
+def test_scores_by_a_judge_of_one_verdict(
+    name: str, whole: Callable[[str], Sweep], model: Path, data: Path, tmp_path: Path
+) -> None:
     """What it is worth is computed by hand; the answers are those of the first judge's suite, from the cache."""
     leaderboard = LEADERBOARDS.get(name, OTHERS)
     judge = save_judge(tmp_path / "judge", leaderboard.verdict)
