@@ -80,6 +80,7 @@ class Executor:
 
     def close(self) -> None:
         """Let go of keys, values, states and hidden states; the arena frees the memory."""
+        self.steps.forget("the engine is closed")
         self._cache.close()
         self._states.close()
         self._hidden.close()
@@ -88,7 +89,7 @@ class Executor:
         """Be ready for another sweep after one that ended in an error."""
         self._weights.release_all()
         self._hidden.begin(())
-        self.steps.forget("a sweep has failed")
+        self.steps.clear()
 
     @torch.no_grad()
     def sweep(self, batches: list[list[Segment]]) -> list[Answer]:

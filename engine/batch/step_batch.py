@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,18 +79,6 @@ def padded_count(count: int) -> int:
     """Rows of a micro-batch of so many steps, padding included."""
     fitting = next((size for size in _COUNTS if size >= count), None)
     return fitting or -(-count // _COUNTS[-1]) * _COUNTS[-1]
-
-
-def are_steps(segments: Sequence[Segment]) -> bool:
-    """Whether a micro-batch of `segments` can be a `StepBatch`."""
-    return all(
-        segment.is_decode
-        and segment.num_rows == 1
-        and not segment.num_pad
-        and segment.is_on_device
-        and all(prefix.block is not None and prefix.block.tier == "device" for prefix in segment.span.chain)
-        for segment in segments
-    )
 
 
 def _context(segment: Segment, level: int) -> tuple[int, int, bool]:

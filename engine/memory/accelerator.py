@@ -221,6 +221,8 @@ class Recorder:
             except BaseException:
                 with suppress(RuntimeError):  # which says that the recording is void
                     graph.capture_end()
+                with suppress(RuntimeError):  # before torch 2.12 memory went on being taken for it
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
                 raise
             graph.capture_end()
         current_stream(self._device).wait_stream(self._stream)

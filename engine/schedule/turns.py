@@ -11,6 +11,9 @@ _STEPS = 8
 """Sweeps of replayed steps before prompts come in again. One that has prompts, too, is not replayed and takes several
 times as long; an answer of a few hundred tokens waits little of that for those of its neighbours."""
 
+_MOST_PREFIXES = 4
+"""That a sequence continues, one behind the other: each is a further attention for every row of its micro-batch."""
+
 
 class Turns:
     """Lets prompts come in together, some sweeps apart, as long as that keeps the sweeps between them fast.
@@ -37,6 +40,19 @@ class Turns:
         add_drafts(segments, rows, min(limits.free_rows, limits.rows_per_sweep))
 
 
+def are_steps(segments: Sequence[Segment]) -> bool:
+    """Whether these are nothing but decode steps of one row, all of whose contexts lie on the device, in few parts."""
+    return all(
+        segment.is_decode
+        and segment.num_rows == 1
+        and not segment.num_pad
+        and segment.is_on_device
+        and len(segment.span.chain) <= _MOST_PREFIXES
+        and all(prefix.block is not None and prefix.block.tier == "device" for prefix in segment.span.chain)
+        for segment in segments
+    )
+
+
 def _are_replayed(segments: Sequence[Segment], limits: Limits) -> bool:
-    """Whether these are nothing but decode steps that the device replays."""
-    return limits.replays and bool(segments) and all(each.is_decode and each.is_on_device for each in segments)
+    """Whether a sweep of these is replayed by the device."""
+    return limits.replays and bool(segments) and are_steps(segments)

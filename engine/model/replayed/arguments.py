@@ -8,30 +8,38 @@ from typing import Any
 
 import torch
 
+from engine.errors import UnsupportedError
 from engine.model.stub import LayerCall
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class Arguments:
     """Calls of layers: their distinct tensors, and a form that tells everything but the numbers in these."""
 
-    def __init__(self, calls: Sequence[LayerCall]) -> None:
+    def __init__(self, calls: Sequence[LayerCall], device: torch.device) -> None:
+        """Raises `UnsupportedError` for anything but tensors on `device`, plain values, and lists and dicts of them.
+
+        What an object holds may change from call to call, and nobody would see it.
+        """
         self._calls = list(calls)
         self.tensors: list[torch.Tensor] = []
         """Each once, in the order of their first use."""
         numbers: dict[int, int] = {}
 
         def form_of(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.device == device:
                 if id(value) not in numbers:
                     numbers[id(value)] = len(self.tensors)
                     self.tensors.append(value)
                 return torch.Tensor, numbers[id(value)], value.shape, value.stride(), value.dtype
-            if isinstance(value, list | tuple):
+            if type(value) in (list, tuple):
                 return type(value), [form_of(each) for each in value]
-            if isinstance(value, dict):
+            if type(value) is dict:
                 return dict, [(key, form_of(each)) for key, each in value.items()]
-            plain = isinstance(value, str | int | float | bool | None | torch.dtype | torch.device)
-            return value if plain else (type(value), id(value))
+            if type(value) in _PLAIN:
+                return type(value), value
+            raise UnsupportedError(f"its layers are called with a {type(value).__name__} that cannot be recorded")
 
         self.form: list[Any] = [(call.shape, call.streams, form_of(call.args), form_of(call.kwargs)) for call in calls]
         """Equal for calls that differ in the numbers of their tensors alone."""

@@ -31,6 +31,7 @@ class Recording:
         Raises `RuntimeError` where the model asks for what cannot be recorded.
         """
         self._batch = batch
+        self._batch.segments = []  # it outlives those who decode
         self._form = arguments.form
         self._hidden = hidden.clone()
         self._tensors = [tensor.clone() for tensor in arguments.tensors]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.batch.step_batch import StepBatch, StepShape, are_steps
+from engine.batch.step_batch import StepBatch, StepShape
 from engine.cache.key_value import KVCache
 from engine.errors import named
 from engine.memory import accelerator
@@ -16,6 +16,7 @@ from engine.model.replayed.arguments import Arguments
 from engine.model.replayed.recording import Recording
 from engine.model.stub import LayerCall
 from engine.schedule.segment import Segment
+from engine.schedule.turns import are_steps
 
 _MOST_RECORDINGS = 32
 
@@ -33,7 +34,7 @@ class Steps:
         """None for a shape that was computed once."""
         self._places: list[int] = []
         """Where the cache's tables were when these were made."""
-        self._recorder = accelerator.Recorder(model.device) if is_wanted else None
+        self._recorder: accelerator.Recorder | None = None
         self.refusal: str | None = None
         """Why no more is recorded; None while nothing failed."""
         self.num_replays = 0
@@ -47,40 +48,55 @@ class Steps:
     def run(self, batch: StepBatch) -> torch.Tensor:
         """Hidden states `[steps, width]` behind the last layer; weights must be in place, embeddings looked up."""
         hidden, calls = self._model.record(batch.inputs())
-        return self._run(batch, hidden, calls)[: batch.num_steps]
+        found = self._replayed(batch, hidden, calls)
+        return (self._through(batch, hidden, calls) if found is None else found)[: batch.num_steps]
 
-    def _run(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
+    def _replayed(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor | None:
+        """The same of a replay; None where there is nothing to replay yet, or ever."""
+        if self.refusal is not None:  # since this sweep began
+            return None
         if (places := self._cache.device_places()) != self._places:
             self._places = places
             self._recordings.clear()
         is_known = batch.shape in self._recordings
         recording = self._recordings.pop(batch.shape, None)
-        arguments = Arguments(calls)
-        if recording is not None and not recording.fits(arguments):
-            recording, is_known = None, False
-        if recording is None and is_known:
-            recording = self._record(batch, hidden, arguments)
-        if self.refusal is None:
-            self._recordings[batch.shape] = recording
+        try:
+            arguments = Arguments(calls, hidden.device)
+            if recording is None and is_known:
+                recording = self._recorded(batch, hidden, arguments)
+            elif recording is not None and not recording.fits(arguments):
+                recording = None
+        except Exception as error:  # what is no fault of recording is raised by what is computed without it
+            self.forget(named(error))
+            return None
+        self._recordings[batch.shape] = recording
         if len(self._recordings) > _MOST_RECORDINGS:
             self._recordings.popitem(last=False)
         if recording is None:
-            return self._through(batch, hidden, calls)
+            return None
         self.num_replays += 1
         return recording.run(batch, hidden, arguments)
 
-    def _record(self, batch: StepBatch, hidden: torch.Tensor, arguments: Arguments) -> Recording | None:
-        assert self._recorder is not None
+    def _recorded(self, batch: StepBatch, hidden: torch.Tensor, arguments: Arguments) -> Recording:
         try:
+            self._recorder = self._recorder or accelerator.Recorder(hidden.device)
             return Recording(batch, hidden, arguments, self._through, self._recorder)
-        except Exception as error:  # what is no fault of the recording is raised by what is computed without it
-            self.forget(named(error))
-            return None
+        except Exception as error:
+            if not accelerator.is_out_of_memory(error):
+                raise
+        accelerator.release_memory(hidden.device)  # torch does not do so by itself while it records
+        self._recorder = self._recorder or accelerator.Recorder(hidden.device)
+        return Recording(batch, hidden, arguments, self._through, self._recorder)
+
+    def clear(self) -> None:
+        """Let go of all recordings and their memory."""
+        self._recordings.clear()
+        self._recorder = None
 
     def forget(self, reason: str) -> None:
-        """Let go of all recordings and their memory, and make no more."""
-        self._recordings.clear()
-        self._recorder, self.refusal = None, reason
+        """The same, and make no more."""
+        self.clear()
+        self.refusal = reason
 
     def _through(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
         sweeping = self._model.sweeping

@@ -6,6 +6,7 @@ So the test sees whether all that changes from step to step lies where the recor
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +19,16 @@ from transformers import PreTrainedModel
 
 from engine import Engine, Job
 from engine.batch.step_batch import padded_count
+from engine.errors import UnsupportedError
 from engine.memory import accelerator
 from engine.model.attention import flash, interface
+from engine.model.replayed.arguments import Arguments
+from engine.model.stub import LayerCall
 from engine.planning import planner
+from engine.schedule.block import Block
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix, Sequence
+from engine.schedule.turns import are_steps
 
 
 class Recorder:
@@ -101,6 +109,34 @@ def test_prompts_come_in_together_between_replayed_steps(
     assert [len(completion.tokens) for completion in done] == [40, 4, 4, 4]
     assert [number for number, rows in enumerate(mixed) if rows] == [0, 9, 18]
     assert len(mixed) == 40
+
+
+def test_only_what_is_seen_to_stay_is_recorded() -> None:
+    here, other = torch.ones(2), torch.zeros(2)
+    calls = [
+        LayerCall((1, 2), (here,), {"pair": (here, other), "name": None}),
+        LayerCall((1, 2), (), {"again": [other]}),
+    ]
+    arguments = Arguments(calls, here.device)
+    assert [id(tensor) for tensor in arguments.tensors] == [id(here), id(other)]
+    first, second = arguments.calls_with(["a", "b"])  # type: ignore[list-item]
+    assert (first.args, first.kwargs, second.kwargs) == (("a",), {"pair": ("a", "b"), "name": None}, {"again": ["b"]})
+    assert arguments.form == Arguments(calls, here.device).form
+    for value in (object(), {1, 2}, OrderedDict(), here.to("meta")):
+        with pytest.raises(UnsupportedError, match=type(value).__name__):
+            Arguments([LayerCall((1, 2), (), {"cache": value})], here.device)
+
+
+def test_prefixes_that_are_elsewhere_are_not_waited_for() -> None:
+    """Own tokens on the device, a prefix on the host: such sweeps are computed as ever, with drafts and prompts."""
+    prefix = Prefix(tokens=[1, 2], num_users=1)
+    prefix.block = Block("host", 0, 2)
+    job = Job(prompt=[1, 2, 3], max_new_tokens=4)
+    sequence = Sequence(job=job, tokens=[3, 4], num_prompt=1, parent=prefix)
+    sequence.block, sequence.cached = Block("device", 0, 4), 1
+    assert not are_steps([Segment(sequence, 1)])
+    prefix.block = Block("device", 4, 2)
+    assert are_steps([Segment(sequence, 1)])
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(1, 1), (5, 8), (17, 24), (256, 256), (257, 512)])
