@@ -66,12 +66,12 @@ def find_place(description: ModelDescription, policy: Policy) -> Place:
 def _check_quantizer(description: ModelDescription) -> None:
     """Unlike the engine, `transformers` needs the format's own library."""
     path = Path(description.path)
+    if find_file(path / GGUF_INDEX, CheckpointError):  # of blocks or of plain numbers
+        raise UnsupportedError("it is a GGUF file, of which transformers would hold all numbers in float32")
     config = read_config(path)
     quantization = declared_quantization(path, config.get("quantization_config"))
     if not quantization:
         return
-    if find_file(path / GGUF_INDEX, CheckpointError):
-        raise UnsupportedError("it is a GGUF file, of which transformers would hold all numbers in float32")
     if unrounded := left_unrounded(path, config):
         raise UnsupportedError(f"it comes quantized, and its own library rounds what is not rounded here: {unrounded}")
     from transformers.quantizers.auto import AutoHfQuantizer

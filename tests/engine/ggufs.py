@@ -12,8 +12,10 @@ import gguf
 import models
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+
+from engine.checkpoint.gguf.index import PLAIN
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -31,31 +33,40 @@ def save_gguf(
     fields: Mapping[str, Any] | None = None,
     more: Mapping[str, torch.Tensor] | None = None,
     pre: str | None = None,
+    of_tokenizer: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
-    """A tiny model whose matrices are of the type `kind`, its embedding of Q8_0; norms and biases are F32.
+    """A tiny model whose matrices are of the type `kind`, its embedding of Q8_0 or plain too; norms and biases are F32.
 
-    fields: further whole numbers and texts of the architecture. more: further tensors. pre: how its tokenizer says that
-    it splits texts.
+    fields: further whole numbers and texts of the architecture, or None for one that is left out. more: further
+    tensors. pre: how its tokenizer says that it splits texts. of_tokenizer: its further fields, or None likewise. Beside
+    the file, in a directory of its name, is the model that it was made of, with the numbers that the types can hold.
     """
     directory = models.save_model(file.with_suffix(""), family, **changes)
+    fields, of_tokenizer = fields or {}, of_tokenizer or {}
     config = AutoConfig.from_pretrained(directory)
     arch = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     _add_config(writer, config)
-    for name, value in (fields or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(f"{gguf.MODEL_ARCH_NAMES[arch]}.{name}", value)
-    _add_tokenizer(writer, directory, pre or ("qwen2" if "qwen" in config.model_type else "gpt-2"))
+    for name, value in fields.items():
+        _add_field(writer, f"{gguf.MODEL_ARCH_NAMES[arch]}.{name}", value)
+    if is_qwen := "qwen" in config.model_type:
+        _set_class(directory, "Qwen2Tokenizer")  # as published, whatever the model's family
+    _add_tokenizer(writer, directory, pre or ("qwen2" if is_qwen else "gpt-2"))
+    for name, value in of_tokenizer.items():
+        _add_field(writer, f"tokenizer.ggml.{name}", value)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for name, values in _stacked(load_file(directory / "model.safetensors")).items():
+    state = load_file(directory / "model.safetensors")
+    types = {name: _type(name, values, kind) for name, values in state.items()}
+    held = {name: _held(values, types[name]) for name, values in state.items()}
+    save_file(held, directory / "model.safetensors", {"format": "pt"})
+    for name, values in _stacked(state).items():
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert known is not None, name
         if config.model_type == "llama" and ".self_attn." in name and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
             values = values.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        is_matrix = values.ndim > 1 and "gate_inp" not in known
-        _add(writer, known, values, ("Q8_0" if "token_embd" in known else kind) if is_matrix else "F32")
+        _add(writer, known, values, _type(name, values, kind))
     for name, values in (more or {}).items():
         _add(writer, name, values, "F32")
     writer.write_header_to_file()
@@ -63,6 +74,31 @@ def save_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def _type(name: str, values: torch.Tensor, kind: str) -> str:
+    if values.ndim == 1 or name.endswith(".gate.weight"):
+        return "F32"
+    return "Q8_0" if "embed_tokens" in name and kind not in PLAIN else kind
+
+
+def _held(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The numbers that a type can hold, nearest to these by the gguf package."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values.float().numpy(), type_), type_).copy())
+
+
+def _add_field(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+    """In the place of what was told by this name; None takes that away."""
+    writer.kv_data[0].pop(name, None)
+    if isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, str):
+        writer.add_string(name, value)
+    elif isinstance(value, list):
+        writer.add_array(name, value)
+    elif value is not None:
+        writer.add_uint32(name, value)
 
 
 def _add(writer: gguf.GGUFWriter, name: str, values: torch.Tensor, kind: str) -> None:
@@ -103,6 +139,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, pre: str) -> None:
     writer.add_bos_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_eos_token_id(2)
+
+
+def _set_class(directory: Path, name: str) -> None:
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": name}))
 
 
 def _stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.gguf.index import GGUF_FILE, PLAIN, Place
 from engine.checkpoint.model_class import new_model
-from engine.errors import CheckpointError, InstallationError, UnsupportedError, named, shown
+from engine.errors import CheckpointError, EngineError, InstallationError, UnsupportedError, named, shown
 from engine.kernels.packed.ggml_blocks import FORMS
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Contents:
     config: Mapping[str, Any]
     """For config.json."""
     tokenizer: PreTrainedTokenizerBase | None
+    told: Mapping[str, Any]
+    """The file's fields that tell of its tokenizer, by their whole names."""
     places: Mapping[str, Place]
     """Tensors by the model's names of parameters."""
 
@@ -61,22 +65,22 @@ def read_contents(folder: Path, shown_as: Path, *, has_tokenizer: bool = True) -
 
     try:
         reader = GGUFReader(folder / GGUF_FILE)
+        _check_architecture(reader, shown_as)
         told = load_gguf_checkpoint(str(folder / GGUF_FILE))["config"]
         config = AutoConfig.from_pretrained(folder, gguf_file=GGUF_FILE)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE) if has_tokenizer else None
         with torch.device("meta"):
             model = new_model(config, dtype=torch.float16)
-    except UnsupportedError:
+    except EngineError:
         raise
     except Exception as error:  # whatever its reader and transformers find wrong with a file
         raise CheckpointError(
-            f"{shown_as} cannot be read as a GGUF file by transformers: {named(error)}; fetch it again"
+            f"{shown_as} cannot be read as a GGUF file by transformers: {named(error)}; fetch it again, or update gguf "
+            "if the file is newer"
         ) from None
     try:
         _check_fields(reader, config, shown_as)
-        if has_tokenizer:
-            _check_splits(reader, shown_as)
-        places = dict(_places(reader, model, told, shown_as))
+        places = dict(_places(reader, model, _with_heads(told, reader, config, shown_as), shown_as))
     except ImportError as error:
         raise UnsupportedError(
             f"{shown_as}: transformers {transformers.__version__} has its tables for GGUF files elsewhere than 5.24 "
@@ -86,12 +90,57 @@ def read_contents(folder: Path, shown_as: Path, *, has_tokenizer: bool = True) -
     settings = {
         **json.loads(config.to_json_string(use_diff=False)),
         "architectures": [type(model).__name__],
-        "dtype": "float16",  # as the scales are; the file does not say what its model was made in
+        "dtype": "float16" if packed else _plain_dtype(places),  # as scales are; the model's own is not told
         "quantization_config": {"quant_method": "gguf"} if packed else None,
     }
     left_out = ("_name_or_path", "transformers_version")  # of where and when it was read
     kept = {name: value for name, value in settings.items() if value is not None and name not in left_out}
-    return Contents(kept, tokenizer, places)
+    fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.ggml.")}
+    return Contents(kept, tokenizer, fields, places)
+
+
+def _check_architecture(reader: Any, file: Path) -> None:
+    """Raise `UnsupportedError` for an architecture that transformers does not read from GGUF files."""
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    architecture = str(reader.fields["general.architecture"].contents())
+    if _squeezed(architecture) not in map(_squeezed, GGUF_SUPPORTED_ARCHITECTURES):
+        raise UnsupportedError(
+            f"{file} is of the architecture {shown(architecture)}, which transformers {transformers.__version__} does "
+            f"not read from a GGUF file; {_CURE}"
+        )
+
+
+def _squeezed(name: str) -> str:
+    """A name as llama.cpp and transformers both have it: qwen3moe for qwen3_moe, gptoss for gpt-oss."""
+    return re.sub("[-_]", "", name)
+
+
+def _with_heads(told: Mapping[str, Any], reader: Any, config: Any, file: Path) -> Mapping[str, Any]:
+    """What transformers reads of a file, with the heads of keys and values that a file need not tell.
+
+    Where it tells none, there are as many as of queries; without their number transformers leaves rows in the file's
+    order.
+    """
+    architecture, text = str(reader.fields["general.architecture"].contents()), config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    found = getattr(text, "num_key_value_heads", heads)
+    if f"{architecture}.attention.head_count_kv" not in reader.fields and found != heads:
+        raise UnsupportedError(
+            f"{file} does not tell {architecture}.attention.head_count_kv, and transformers takes {found} for it, "
+            f"where {heads} are meant; {_CURE}"
+        )
+    return {**told, "num_attention_heads": heads, "num_key_value_heads": found}
+
+
+def _plain_dtype(places: Mapping[str, Place]) -> str:
+    """The type that most numbers of the matrices are in."""
+    sizes: Counter[str] = Counter()
+    for place in places.values():
+        if len(place.shape) > 1:
+            sizes[PLAIN[place.type]] += math.prod(place.shape)
+    return max(sizes, key=sizes.__getitem__, default="float32")
 
 
 def _check_fields(reader: Any, config: Any, file: Path) -> None:
@@ -117,20 +166,6 @@ def _check_fields(reader: Any, config: Any, file: Path) -> None:
             raise UnsupportedError(
                 f"{file}: transformers does not look at {field}, which is {shown(value)}{taken}; {_CURE}"
             )
-
-
-def _check_splits(reader: Any, file: Path) -> None:
-    """Raise `UnsupportedError` for a tokenizer whose way to split a text is another one than transformers takes."""
-    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
-
-    told = {key: field.contents() for key in ("model", "pre") if (field := reader.fields.get(f"tokenizer.ggml.{key}"))}
-    known = {*getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()), "gpt-2"}
-    if told.get("model") == "gpt2" and told.get("pre") not in known:
-        raise UnsupportedError(
-            f"{file}: its tokenizer splits texts in the way {shown(told.get('pre'))} (tokenizer.ggml.pre), which "
-            "transformers does not know; put the tokenizer.json of the model it was made of into its directory, where "
-            "no other GGUF file is"
-        )
 
 
 def _places(reader: Any, model: Any, told: Mapping[str, Any], file: Path) -> Iterator[tuple[str, Place]]:

@@ -12,7 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG
 from engine.checkpoint.gguf.index import GGUF_FILE, GGUF_INDEX, index_of
+from engine.checkpoint.gguf.tokenizer import check_tokenizer, ends_of_text
 from engine.checkpoint.side_files import OF_THE_MODEL, found_side_files, is_vocabulary
 from engine.errors import CheckpointError
 from engine.memory.paths import cache_directory
@@ -22,12 +24,12 @@ if TYPE_CHECKING:
     from engine.checkpoint.gguf.contents import Contents
 
 _MAGIC = b"GGUF"
-_FORM = "1"
+_FORM = "2"
 """Of what is made here; a directory of another one is not used."""
 
 
 def gguf_file(model: str) -> Path | None:
-    """The GGUF file that `model` names: itself, or, in a directory without config.json, the one that lies there.
+    """The GGUF file that `model` names: itself, or the one in a directory of neither a config.json nor an adapter.
 
     None for anything else. Raises `CheckpointError` where several lie there.
     """
@@ -35,7 +37,9 @@ def gguf_file(model: str) -> Path | None:
     try:
         if path.suffix == ".gguf" and find_file(path, CheckpointError):
             return path
-        if not path.is_dir() or find_file(path / "config.json", CheckpointError):
+        if not path.is_dir() or any(
+            find_file(path / name, CheckpointError) for name in ("config.json", ADAPTER_CONFIG)
+        ):
             return None
         found = sorted(file for file in path.iterdir() if file.suffix == ".gguf")
     except (OSError, ValueError):
@@ -101,22 +105,26 @@ def _tokenizer_beside(file: Path) -> list[Path]:
 def _make(directory: Path, file: Path, beside: list[Path]) -> None:
     """Make a model directory, so that no process sees a part of it."""
     from engine.checkpoint.gguf.contents import read_contents  # loads torch, which a directory that is there does not
+    from engine.checkpoint.tokenizer import load_tokenizer
 
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=directory.parent))
     try:
         (scratch / GGUF_FILE).symlink_to(os.path.abspath(file))
-        _write(scratch, read_contents(scratch, file, has_tokenizer=not beside))
+        contents = read_contents(scratch, file, has_tokenizer=not beside)
+        _write(scratch, contents)
+        if not beside:
+            check_tokenizer(load_tokenizer(scratch), contents.told, file)  # as it will be loaded
         for each in beside:
             link = scratch / each.relative_to(file.parent)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(os.path.abspath(each))
         scratch.chmod(0o755)
-        shutil.rmtree(directory, ignore_errors=True)  # one without an index
         try:
             scratch.rename(directory)
         except OSError:
-            if not (directory / GGUF_INDEX).is_file():  # else another process has made it meanwhile
-                raise
+            if not (directory / GGUF_INDEX).is_file():  # else another process has made it meanwhile, and may read it
+                shutil.rmtree(directory, ignore_errors=True)
+                scratch.rename(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -124,8 +132,18 @@ def _make(directory: Path, file: Path, beside: list[Path]) -> None:
 def _write(folder: Path, contents: Contents) -> None:
     if contents.tokenizer is not None:
         contents.tokenizer.save_pretrained(folder)
+        _drop_added(folder / "tokenizer.json", len(contents.told["tokenizer.ggml.tokens"]))
     (folder / "config.json").write_text(json.dumps(contents.config, indent=1), encoding="utf-8")
+    if len(ends := ends_of_text(contents.told)) > 1:  # of which config.json has the first
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
     (folder / GGUF_INDEX).write_text(json.dumps(index_of(contents.places)), encoding="utf-8")
+
+
+def _drop_added(file: Path, num_tokens: int) -> None:
+    """Remove tokens that the GGUF file does not have: transformers adds defaults of the tokenizer's class."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < num_tokens]
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _drop_those_of_nothing(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.checkpoint.config import read_config
 from engine.checkpoint.description import ModelDescription, describe
+from engine.checkpoint.gguf.index import GGUF_INDEX
 from engine.checkpoint.identity.modelling_source import source_digest, source_files
 from engine.checkpoint.identity.sampled import sampled_fingerprint
 from engine.checkpoint.identity.weight_digest import weights_digest
@@ -18,7 +19,7 @@ from engine.checkpoint.weight_files import all_weight_files
 from engine.errors import CheckpointError
 from engine.planning.hardware import resolve_device, resolve_dtype
 from engine.policy import Policy
-from engine.reading import read_bytes
+from engine.reading import find_file, read_bytes
 
 NUMERICS_VERSION = 3
 """Raised by hand whenever a change of the engine can change a result beyond rounding."""
@@ -126,7 +127,8 @@ def differences(earlier: Mapping[str, object], now: Mapping[str, object]) -> str
 def _side_digest(path: Path) -> str:
     """Hex digest of all of a model directory that is no weights and can change token ids, prompts or results."""
     digest = hashlib.sha256()
-    for file in found_side_files(path):
+    index = path / GGUF_INDEX  # tells in which order rows of the weights are taken
+    for file in (*found_side_files(path), *([index] if find_file(index, CheckpointError) else [])):
         content = read_bytes(file, CheckpointError, limit=MAX_SIDE_BYTES)
         digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hashlib.sha256(content).digest())
     return digest.hexdigest()

@@ -48,29 +48,45 @@ def test_blocks_expand_to_the_packages_numbers(kind: str, chunk: int, monkeypatc
 
 
 FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "4 bits, the embedding as head": ("llama", "Q4_0", {"tie_word_embeddings": True}),
+    "4 bits, the embedding as head": (
+        "llama",
+        "Q4_0",
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "fields": {"attention.head_count_kv": None},  # as many as of queries, where a file does not tell
+            "of_tokenizer": {"add_bos_token": True},
+        },
+    ),
     "8 bits": ("llama", "Q8_0", {}),
     "biases": ("qwen2", "Q4_0", {}),
-    "experts": ("qwen3-moe", "Q8_0", {"moe_intermediate_size": 768, "num_hidden_layers": 1}),
+    "plain numbers": ("qwen2", "BF16", {}),
+    "experts": (
+        "qwen3-moe",
+        "Q8_0",
+        {"moe_intermediate_size": 768, "num_hidden_layers": 1, "norm_topk_prob": True},
+    ),
 }
 
 
 @pytest.mark.parametrize(
     "name", ["4 bits, the embedding as head", *(pytest.param(n, marks=pytest.mark.slow) for n in [*FILES][1:])]
 )
-def test_a_file_computes_what_transformers_makes_of_it(name: str, tmp_path: Path) -> None:
+def test_a_file_computes_what_its_model_does(name: str, tmp_path: Path) -> None:
+    """The model in safetensors files that it was made of, with the numbers that the file's types can hold."""
     family, kind, changes = FILES[name]
     file = save_gguf(tmp_path / "tiny.gguf", family, kind, **changes)
-    source = {"pretrained_model_name_or_path": tmp_path, "gguf_file": file.name}
-    reference = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-    expected = parity.expect(reference)
+    own = file.with_suffix("")
+    expected = parity.expect(AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval())
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    first = [tokenizer.bos_token_id] if "of_tokenizer" in changes else []
     for policy in ("thirds", "disk") if name == "8 bits" else ("thirds",):
         settings = {**POLICIES[policy], "device": "cpu", "dtype": "float32", "offload-dir": str(tmp_path / "off")}
         with Engine.from_pretrained(str(file), policy=settings) as engine:
-            assert engine.parts.model.packed
+            assert bool(engine.parts.model.packed) == (kind in FORMS)
             assert parity.differences(expected, engine.run(JOBS))[0] == []
-            text = "preplaces 1739 unfilling\n"
-            assert engine.tokenizer(text).input_ids == AutoTokenizer.from_pretrained(**source)(text).input_ids
+            for text in ("preplaces 1739 unfilling\n", "<s>re</s>load <pad>", ""):
+                assert engine.tokenizer(text).input_ids == first + tokenizer(text).input_ids
 
 
 def test_one_directory_is_made_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +144,34 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "changed numbers": (
         lambda file: save_gguf(file, "gemma2", "Q8_0", sliding_window=4096),
         ("changes the numbers of", "norm.weight"),
+    ),
+    "an architecture": (
+        lambda file: save_gguf(file, "llama", "Q8_0", architecture="chameleon"),
+        ("of the architecture 'chameleon', which transformers",),
+    ),
+    "first token not told": (
+        lambda file: save_gguf(file, "llama", "Q8_0", pre="tekken", of_tokenizer={"token_type": [3] * VOCABULARY}),
+        ("whether a text begins with a special token (tokenizer.ggml.add_bos_token)",),
+    ),
+    "whole words": (
+        lambda file: save_gguf(file, "llama", "Q8_0", pre="llama-bpe", of_tokenizer={"merges": ["r e"], **BOS}),
+        ("does not make the token", "of this word"),
+    ),
+    "a special token out of the byte alphabet": (
+        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer=with_token(401, "<\uff5cend\uff5c>", 3)),
+        ("its special token '<\uff5cend\uff5c>' has the id 401",),
+    ),
+    "a token of the user out of it": (
+        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer=with_token(401, "a b", 4)),
+        ("its special token 'a b' has the id 401",),
+    ),
+    "no end of text": (
+        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer={"eos_token_id": None}),
+        ("does not say which token ends a text",),
+    ),
+    "no space before a text": (
+        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer={**sentencepiece(), "add_space_prefix": False}),
+        ("tokenizer.ggml.add_space_prefix is False",),
     ),
     "a way to split texts": (
         lambda file: save_gguf(file, "llama", "Q8_0", pre="smollm"),
