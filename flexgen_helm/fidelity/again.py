@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,14 @@ from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.judging.kinds import needs_judge
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
 from flexgen_helm.runs.launch import register_what_is_installed
-from flexgen_helm.runs.models import source_of
-from flexgen_helm.runs.registration import CLIENT, WITHOUT_CODE, Entries, register_in_process
+from flexgen_helm.runs.registration import (
+    CLIENT,
+    WITHOUT_CODE,
+    Entries,
+    located_tokenizer,
+    register_in_process,
+    source_of,
+)
 from flexgen_helm.runs.scratch_output import scratch_output
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.progress import Progress
@@ -47,6 +54,7 @@ def run_again(run_path: Path, found: Provenance) -> Iterator[Path]:
     """
     run_spec = _run_spec(run_path)
     entries = _entries(found)
+    entries = replace(entries, tokenizer=located_tokenizer(entries.tokenizer, entries.deployment))
     output_path = run_path.parents[2] if run_path.parents[1].name == "runs" else run_path.parent
     with scratch_output(output_path) as scratch:
         local_path = scratch / "prod_env"

@@ -32,7 +32,7 @@ from flexgen_helm.helm.scores import Score, choose, read_scores, short_name
 from flexgen_helm.judging.judged_runs import without_judge
 from flexgen_helm.planning.environment import environment
 from flexgen_helm.runs.command_line_runner import CommandLineRunner
-from flexgen_helm.runs.models import source_of
+from flexgen_helm.runs.registration import source_of
 from flexgen_helm.terminal.progress import Progress, StatusLine
 
 

@@ -19,8 +19,8 @@ from flexgen_helm.judging.judged_runs import judged
 from flexgen_helm.judging.kinds import needs_judge
 from flexgen_helm.planning.forecast import forecast_of
 from flexgen_helm.runs.flags import checked_policy
-from flexgen_helm.runs.models import Models, source_of
-from flexgen_helm.runs.registration import applies_chat_template
+from flexgen_helm.runs.models import Models
+from flexgen_helm.runs.registration import applies_chat_template, source_of
 from flexgen_helm.workers.engine_processes import engine_processes
 
 

@@ -10,7 +10,12 @@ from typing import Any
 
 from helm.benchmark.model_deployment_registry import ALL_MODEL_DEPLOYMENTS, ClientSpec, ModelDeployment
 from helm.benchmark.model_metadata_registry import get_model_metadata
-from helm.benchmark.tokenizer_config_registry import get_tokenizer_config, register_tokenizer_config
+from helm.benchmark.tokenizer_config_registry import (
+    TOKENIZER_NAME_TO_CONFIG,
+    TokenizerSpec,
+    get_tokenizer_config,
+    register_tokenizer_config,
+)
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.errors import ConfigError, EngineError, shown
@@ -20,11 +25,14 @@ from flexgen_helm.runs.entries import Target
 from flexgen_helm.runs.flags import PolicySpec
 from flexgen_helm.runs.registration import (
     CLIENT,
+    TOKENIZER,
+    WITHOUT_CODE,
     Entries,
     entries_for,
+    located_tokenizer,
     merge_into_local_path,
-    refuse_code_of_tokenizer,
     register_in_process,
+    source_of,
     with_longest_sequence,
 )
 from flexgen_helm.workers.engine_processes import engine_processes
@@ -131,6 +139,7 @@ class Models:
             raise ConfigError(
                 f"deployment {deployment.name} names tokenizer {deployment.tokenizer_name}, unknown to HELM"
             )
+        tokenizer = located_tokenizer(tokenizer, deployment)
         return Entries(model=get_model_metadata(model), tokenizer=tokenizer, deployment=deployment)
 
     def _tell_kept(self, deployment: ModelDeployment, given: Collection[str]) -> None:
@@ -174,6 +183,12 @@ def our_deployment(model: str) -> ModelDeployment | None:
     return ours[-1] if ours else None
 
 
-def source_of(deployment: ModelDeployment) -> str:
-    """Return the hub id or directory of a deployment of ours."""
-    return str(deployment.client_spec.args.get("pretrained_model_name_or_path") or deployment.model_name)
+def refuse_code_of_tokenizer(name: str) -> None:
+    """Let HELM in this process load a tokenizer without asking whether its directory's code may run."""
+    known = TOKENIZER_NAME_TO_CONFIG[name]
+    spec = known.tokenizer_spec
+    if spec.class_name == TOKENIZER and "trust_remote_code" not in (spec.args or {}):
+        args = {**(spec.args or {}), **WITHOUT_CODE}
+        register_tokenizer_config(
+            dataclasses.replace(known, tokenizer_spec=TokenizerSpec(class_name=spec.class_name, args=args))
+        )

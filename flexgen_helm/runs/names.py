@@ -1,8 +1,9 @@
-"""Names of suites and runs, which become names of directories: refused before anything is computed for them."""
+"""Names of suites and runs, which become names of directories, and of models: refused before anything is computed."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,3 +48,16 @@ def check_one_file_system(suite_path: Path) -> None:
             f"{suite_path} is on another file system than {beside}, from which finished runs are moved into it; "
             "remove the link and name a directory on that file system with -o"
         )
+
+
+def checked_model_name(name: str) -> str:
+    """HELM's name of a model as it is given; `ConfigError` for one that HELM could not read in a run's entry."""
+    if not re.fullmatch(r"[^/\s,:=]+/[^/\s,:=]+", name):
+        raise ConfigError(f"HELM model name {name!r} is not of the form organization/model, e.g. local/my-model")
+    return name
+
+
+def default_model_name(source: str, *, is_local: bool) -> str:
+    """HELM's name of a model by its hub id, or by its directory or file."""
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(source).removesuffix(".gguf")) or "model"
+    return f"local/{last}" if is_local or "/" not in source else source

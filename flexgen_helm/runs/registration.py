@@ -32,12 +32,14 @@ from helm.benchmark.tokenizer_config_registry import (
 )
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
+from engine.checkpoint.gguf.opened import gguf_file
 from engine.checkpoint.side_files import read_generation_config
 from engine.errors import CheckpointError, ConfigError, EngineError, named
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 from flexgen_helm.helm.requests.shaping import NAMES, Shaping
 from flexgen_helm.helm.requests.translate import Translator
+from flexgen_helm.runs.names import checked_model_name, default_model_name
 from flexgen_helm.runs.yaml_lists import MAX_BYTES, add_to_yaml_lists
 
 CLIENT = "flexgen_helm.client.FlexGenClient"
@@ -81,9 +83,9 @@ def entries_for(
     description = describe(model, download_weights=False)
     is_local = Path(model).expanduser().exists()
     source = os.path.abspath(os.path.expanduser(model)) if is_local else model
-    helm_name = _checked_name(name) if name else _default_name(source, is_local=is_local)
+    helm_name = checked_model_name(name) if name else default_model_name(source, is_local=is_local)
     shaped = Shaping.of(shaping)
-    end_of_text_token, prefix_token, translator = _read_tokenizer(description, shaped)
+    tokenizer, translator = _read_tokenizer(description, shaped, helm_name)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
     if check is None:
         from engine.opening import check_model  # loads torch, which is not checked before
@@ -101,14 +103,7 @@ def entries_for(
             release_date=None,
             tags=[TEXT_MODEL_TAG, FULL_FUNCTIONALITY_TEXT_MODEL_TAG],
         ),
-        tokenizer=TokenizerConfig(
-            name=helm_name,
-            tokenizer_spec=TokenizerSpec(
-                class_name=TOKENIZER, args={"pretrained_model_name_or_path": description.tokenizer, **WITHOUT_CODE}
-            ),
-            end_of_text_token=end_of_text_token,
-            prefix_token=prefix_token,
-        ),
+        tokenizer=tokenizer,
         deployment=ModelDeployment(
             name=f"{DEPLOYMENTS}/{helm_name.split('/')[1]}",
             model_name=helm_name,
@@ -119,19 +114,10 @@ def entries_for(
     )
 
 
-def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"[^/\s,:=]+/[^/\s,:=]+", name):
-        raise ConfigError(f"HELM model name {name!r} is not of the form organization/model, e.g. local/my-model")
-    return name
-
-
-def _default_name(source: str, *, is_local: bool) -> str:
-    last = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(source).removesuffix(".gguf")) or "model"
-    return f"local/{last}" if is_local or "/" not in source else source
-
-
-def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[str, str, Translator]:
-    """End-of-text token, prefix token, and what would translate for the model."""
+def _read_tokenizer(
+    description: ModelDescription, shaping: Shaping, name: str = ""
+) -> tuple[TokenizerConfig, Translator]:
+    """HELM's entry of a model's tokenizer, and what would translate for the model."""
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
     path, settings = description.path, read_generation_config(Path(description.path))
@@ -152,12 +138,33 @@ def _read_tokenizer(description: ModelDescription, shaping: Shaping) -> tuple[st
         raise
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {named(error)}") from None
-    return end_of_text_token, prefix_token, translator
+    spec = TokenizerSpec(
+        class_name=TOKENIZER, args={"pretrained_model_name_or_path": description.tokenizer, **WITHOUT_CODE}
+    )
+    entry = TokenizerConfig(
+        name=name, tokenizer_spec=spec, end_of_text_token=end_of_text_token, prefix_token=prefix_token
+    )
+    return entry, translator
+
+
+def source_of(deployment: ModelDeployment) -> str:
+    """Return the hub id or directory of a deployment of ours."""
+    return str(deployment.client_spec.args.get("pretrained_model_name_or_path") or deployment.model_name)
+
+
+def located_tokenizer(known: TokenizerConfig, deployment: ModelDeployment) -> TokenizerConfig:
+    """HELM's entry of the tokenizer of a deployment of ours, of a GGUF file as it is now, else `known`.
+
+    The directory that is made of such a file is another one for each of its states.
+    """
+    if gguf_file(source := source_of(deployment)) is None:
+        return known
+    return _read_tokenizer(describe(source, download_weights=False), shaping_of(deployment), known.name)[0]
 
 
 def applies_chat_template(deployment: ModelDeployment, source: str) -> bool:
     """Whether a deployment of ours of the model `source` puts prompts through its chat template; fetches no weights."""
-    return _read_tokenizer(describe(source, download_weights=False), shaping_of(deployment))[2].applies_chat_template
+    return _read_tokenizer(describe(source, download_weights=False), shaping_of(deployment))[1].applies_chat_template
 
 
 def _longest_sequence(
@@ -198,7 +205,7 @@ def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int
     """
     args = deployment.client_spec.args
     description = with_window(describe(source, download_weights=False), args.get("window"))
-    _, _, translator = _read_tokenizer(description, shaping_of(deployment))
+    _, translator = _read_tokenizer(description, shaping_of(deployment))
     is_asked, own = longest is not None, deployment.max_sequence_length
     longest, window = _longest_sequence(source, longest, description, translator)
     if not is_asked and own is not None:
@@ -227,26 +234,15 @@ def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | d
 def register_in_process(entries: Entries) -> None:
     """Make HELM in this process know the entries.
 
-    Model and tokenizer stay as they are if they are registered; the deployment is replaced, because it says how this
-    run is to be done.
+    Model and tokenizer, but that of a GGUF file, stay as they are if they are registered; the deployment is replaced,
+    because it says how this run is to be done.
     """
     if entries.model.name not in MODEL_NAME_TO_MODEL_METADATA:
         register_model_metadata(dataclasses.replace(entries.model))
-    if entries.tokenizer.name not in TOKENIZER_NAME_TO_CONFIG:
+    if entries.tokenizer.name not in TOKENIZER_NAME_TO_CONFIG or gguf_file(source_of(entries.deployment)):
         register_tokenizer_config(entries.tokenizer)
     ALL_MODEL_DEPLOYMENTS[:] = [known for known in ALL_MODEL_DEPLOYMENTS if known.name != entries.deployment.name]
     register_model_deployment(entries.deployment)
-
-
-def refuse_code_of_tokenizer(name: str) -> None:
-    """Let HELM in this process load a tokenizer without asking whether its directory's code may run."""
-    known = TOKENIZER_NAME_TO_CONFIG[name]
-    spec = known.tokenizer_spec
-    if spec.class_name == TOKENIZER and "trust_remote_code" not in (spec.args or {}):
-        args = {**(spec.args or {}), **WITHOUT_CODE}
-        register_tokenizer_config(
-            dataclasses.replace(known, tokenizer_spec=TokenizerSpec(class_name=spec.class_name, args=args))
-        )
 
 
 def check_local_path(local_path: str | Path) -> None:

@@ -38,9 +38,10 @@ def save_gguf(
 ) -> Path:
     """A tiny model whose matrices are of the type `kind`, its embedding of Q8_0 or plain too; norms and biases are F32.
 
-    fields: further whole numbers and texts of the architecture, or None for one that is left out. more: further
-    tensors. pre: how its tokenizer says that it splits texts. of_tokenizer: its further fields, or None likewise. Beside
-    the file, in a directory of its name, is the model that it was made of, with the numbers that the types can hold.
+    fields: further whole numbers and texts of the architecture, or general ones, or None for one that is left out.
+    more: further tensors. pre: how its tokenizer says that it splits texts. of_tokenizer: its further fields, or None
+    likewise. Beside the file, in a directory of its name, is the model that it was made of, with the numbers that the
+    types can hold.
     """
     directory = models.save_model(file.with_suffix(""), family, **changes)
     fields, of_tokenizer = fields or {}, of_tokenizer or {}
@@ -49,7 +50,8 @@ def save_gguf(
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     _add_config(writer, config)
     for name, value in fields.items():
-        _add_field(writer, f"{gguf.MODEL_ARCH_NAMES[arch]}.{name}", value)
+        is_general = name.startswith("general.")
+        _add_field(writer, name if is_general else f"{gguf.MODEL_ARCH_NAMES[arch]}.{name}", value)
     if is_qwen := "qwen" in config.model_type:
         _set_class(directory, "Qwen2Tokenizer")  # as published, whatever the model's family
     _add_tokenizer(writer, directory, pre or ("qwen2" if is_qwen else "gpt-2"))
@@ -157,6 +159,33 @@ def _stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: torch.stack([each[index] for index in sorted(each)]) if isinstance(each, dict) else each
         for name, each in found.items()
+    }
+
+
+def with_last_token(token: str, kind: gguf.TokenType) -> dict[str, Any]:
+    """Fields of the tiny models' tokenizer with another last token."""
+    told = json.loads(models.make_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(told["vocab"], key=told["vocab"].get)[:-1]
+    return {
+        "tokens": [*tokens, token],
+        "token_type": [*[gguf.TokenType.CONTROL] * 3, *[gguf.TokenType.NORMAL] * (len(tokens) - 3), kind],
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in told["merges"]][:-1],
+    }
+
+
+SENTENCEPIECE = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a"]
+
+
+def of_sentencepiece() -> dict[str, Any]:
+    """Fields of a tokenizer of `SENTENCEPIECE` and fillers."""
+    tokens = [*SENTENCEPIECE, *(f"<filler{index}>" for index in range(models.VOCABULARY - len(SENTENCEPIECE)))]
+    kinds = {"<unk>": gguf.TokenType.UNKNOWN, "<s>": gguf.TokenType.CONTROL, "</s>": gguf.TokenType.CONTROL}
+    others = {"<0": gguf.TokenType.BYTE, "<f": gguf.TokenType.UNUSED}
+    return {
+        **{"model": "llama", "pre": None, "merges": None, "tokens": tokens},
+        "token_type": [kinds.get(token, others.get(token[:2], gguf.TokenType.NORMAL)) for token in tokens],
+        "scores": [-float(index) for index in range(len(tokens))],
+        **{"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "padding_token_id": None},
     }
 
 

@@ -93,7 +93,7 @@ def _whole_word_problem(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str,
     for index, (token, kind) in enumerate(zip(fields["tokens"], kinds, strict=False)):
         if kind == 1 and [piece.id for piece in model.tokenize(token)] != [index]:
             return (
-                f"transformers' tokenizer of it does not make the token {shown(token)} of this word, as llama.cpp does"
+                f"transformers' tokenizer of it does not make its token {shown(token)} of that word, as llama.cpp does"
             )
     return None
 

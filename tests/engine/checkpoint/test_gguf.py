@@ -12,13 +12,15 @@ import gguf
 import parity
 import pytest
 import torch
-from ggufs import random_blocks, save_gguf
+from ggufs import SENTENCEPIECE, of_sentencepiece, random_blocks, save_gguf, with_last_token
 from parity import JOBS, POLICIES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engine import Engine
 from engine.checkpoint.adapters.located import locate
-from engine.checkpoint.gguf.index import GGUF_INDEX
+from engine.checkpoint.description import describe
+from engine.checkpoint.gguf.index import GGUF_INDEX, PLAIN
+from engine.checkpoint.tokenizer import special_tokens
 from engine.errors import EngineError, InstallationError
 from engine.kernels.packed.ggml_blocks import FORMS
 from engine.kernels.packed.matrix import PartForm
@@ -122,6 +124,24 @@ def test_a_tokenizer_beside_the_file_is_taken(build: Callable[[str], Path], tmp_
     assert made.tokenizer == str(made.path)
 
 
+def test_what_a_file_says_of_first_and_last_tokens_holds(tmp_path: Path) -> None:
+    """Computed by hand: a piece of a text begins with a space, and a text with its first token."""
+    ends = {"eot_token_id": SENTENCEPIECE.index("b"), "eom_token_id": SENTENCEPIECE.index("</s>")}
+    file = save_gguf(tmp_path / "tiny.gguf", "llama", "Q8_0", of_tokenizer={**of_sentencepiece(), **ends})
+    path = locate(str(file)).path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    pieces = ["<s>", "\u2581a", "b", "\u2581", "b", "</s>"]
+    assert tokenizer("ab b</s>").input_ids == [SENTENCEPIECE.index(piece) for piece in pieces]
+    expected = [SENTENCEPIECE.index("</s>"), SENTENCEPIECE.index("b")]
+    assert special_tokens(path, AutoConfig.from_pretrained(path), tokenizer).end_of_text == expected
+
+
+def test_numbers_of_one_type_stay_in_it(tmp_path: Path) -> None:
+    for kind, dtype in PLAIN.items():
+        file = save_gguf(tmp_path / f"{kind}.gguf", "qwen2", kind)
+        assert describe(str(file)).dtype == dtype
+
+
 def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 100)
 
@@ -146,31 +166,33 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("changes the numbers of", "norm.weight"),
     ),
     "an architecture": (
-        lambda file: save_gguf(file, "llama", "Q8_0", architecture="chameleon"),
+        lambda file: save_gguf(file, "llama", "Q8_0", fields={"general.architecture": "chameleon"}),
         ("of the architecture 'chameleon', which transformers",),
     ),
     "first token not told": (
-        lambda file: save_gguf(file, "llama", "Q8_0", pre="tekken", of_tokenizer={"token_type": [3] * VOCABULARY}),
+        lambda file: save_gguf(file, "llama", "Q8_0", pre="tekken"),
         ("whether a text begins with a special token (tokenizer.ggml.add_bos_token)",),
     ),
     "whole words": (
-        lambda file: save_gguf(file, "llama", "Q8_0", pre="llama-bpe", of_tokenizer={"merges": ["r e"], **BOS}),
-        ("does not make the token", "of this word"),
+        lambda file: save_gguf(file, "llama", "Q8_0", pre="llama-bpe", of_tokenizer={"merges": ["r e"]}),
+        ("does not make its token", "of that word"),
     ),
     "a special token out of the byte alphabet": (
-        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer=with_token(401, "<\uff5cend\uff5c>", 3)),
-        ("its special token '<\uff5cend\uff5c>' has the id 401",),
+        lambda file: save_gguf(
+            file, "llama", "Q8_0", of_tokenizer=with_last_token("<\uff5cend\uff5c>", gguf.TokenType.CONTROL)
+        ),
+        ("its special token '<\uff5cend\uff5c>' has the id 499",),
     ),
     "a token of the user out of it": (
-        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer=with_token(401, "a b", 4)),
-        ("its special token 'a b' has the id 401",),
+        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer=with_last_token("a b", gguf.TokenType.USER_DEFINED)),
+        ("its special token 'a b' has the id 499",),
     ),
     "no end of text": (
         lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer={"eos_token_id": None}),
         ("does not say which token ends a text",),
     ),
     "no space before a text": (
-        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer={**sentencepiece(), "add_space_prefix": False}),
+        lambda file: save_gguf(file, "llama", "Q8_0", of_tokenizer={**of_sentencepiece(), "add_space_prefix": False}),
         ("tokenizer.ggml.add_space_prefix is False",),
     ),
     "a way to split texts": (

@@ -13,6 +13,7 @@ from typing import Any
 import loras
 import pytest
 import yaml
+from ggufs import save_gguf
 from helm.benchmark import model_deployment_registry, model_metadata_registry, tokenizer_config_registry
 from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
@@ -20,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Policy
+from engine.checkpoint.adapters.located import locate
 from engine.errors import CheckpointError, ConfigError
 from flexgen_helm.runs import registration, yaml_lists
-from flexgen_helm.runs.models import Models
+from flexgen_helm.runs.models import Models, refuse_code_of_tokenizer
 from flexgen_helm.runs.registration import Entries, entries_for, merge_into_local_path, register_in_process
 from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 
@@ -102,6 +104,22 @@ def test_an_adapter_is_registered_by_its_own_name_with_the_tokenizer_that_there_
     assert args["pretrained_model_name_or_path"] == str(lora)
     with HuggingFaceTokenizer.create_tokenizer(**args) as tokenizer:
         assert tokenizer.eos_token == "</s>"
+
+
+def test_the_tokenizer_of_a_file_is_of_its_state_now(tmp_path: Path) -> None:
+    """HELM loads it from what was made of the file, which is something else for each of its states."""
+    file = save_gguf(tmp_path / "changing.gguf", "llama", "Q8_0")
+    first = Models(policy=None)
+    names = first.target(str(file))
+    first.write(str(tmp_path / "prod_env"))
+    os.utime(file, (1, 1))
+    for named in (str(file), names.model):  # looked up as new, and as HELM knows it
+        os.utime(file, (len(named), 1))
+        now = Models(policy=None)
+        assert now.target(named) == names
+        assert (list(first.problems()), list(now.problems())) == ([], [])
+        spec = tokenizer_config_registry.get_tokenizer_config(names.model).tokenizer_spec
+        assert spec.args["pretrained_model_name_or_path"] == str(locate(str(file)).path)
 
 
 def test_a_directory_name_that_helm_could_not_parse_is_rewritten(tiny_llama: Path, tmp_path: Path) -> None:
@@ -324,6 +342,6 @@ def test_a_register_that_is_kept_waiting_says_so(tmp_path: Path, monkeypatch: py
 def test_a_tokenizer_of_an_older_file_is_not_asked_about_either(tiny_llama: Path) -> None:
     spec = TokenizerSpec(class_name=registration.TOKENIZER, args={"pretrained_model_name_or_path": str(tiny_llama)})
     tokenizer_config_registry.register_tokenizer_config(TokenizerConfig(name="older/tokenizer", tokenizer_spec=spec))
-    registration.refuse_code_of_tokenizer("older/tokenizer")
+    refuse_code_of_tokenizer("older/tokenizer")
     known = tokenizer_config_registry.TOKENIZER_NAME_TO_CONFIG["older/tokenizer"].tokenizer_spec.args
     assert known == {**(spec.args or {}), "trust_remote_code": False}
