@@ -54,7 +54,7 @@ def _split_problem(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]
     told = f"its tokenizer splits texts in the way {shown(split)} (tokenizer.ggml.pre), which transformers"
     if split not in {*known, "gpt-2"}:
         return f"{told} does not know"
-    made = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]  # type: ignore[attr-defined]
+    made = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
     steps = made.get("pretokenizers", [made])
     patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
     by_default = [step for step in steps if step["type"] == "ByteLevel" and step["use_regex"]]  # GPT-2's
@@ -88,7 +88,7 @@ def _whole_word_problem(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str,
     """llama.cpp takes whole words that are tokens without merging, for most ways to split; transformers merges."""
     if fields.get("model") != "gpt2" or fields.get("pre") in _PLAIN_SPLITS:
         return None
-    model = tokenizer.backend_tokenizer.model  # type: ignore[attr-defined]
+    model = tokenizer.backend_tokenizer.model
     kinds = fields.get("token_type") or [1] * len(fields["tokens"])
     for index, (token, kind) in enumerate(zip(fields["tokens"], kinds, strict=False)):
         if kind == 1 and [piece.id for piece in model.tokenize(token)] != [index]:

@@ -16,15 +16,18 @@ from ggufs import SENTENCEPIECE, of_sentencepiece, random_blocks, save_gguf, wit
 from parity import JOBS, POLICIES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from engine import Engine
+from engine import Engine, Policy
 from engine.checkpoint.adapters.located import locate
 from engine.checkpoint.description import describe
+from engine.checkpoint.gguf import opened
 from engine.checkpoint.gguf.index import GGUF_INDEX, PLAIN
+from engine.checkpoint.identity.result import identity_beside_weights
 from engine.checkpoint.tokenizer import special_tokens
-from engine.errors import EngineError, InstallationError
+from engine.errors import EngineError, InstallationError, UnsupportedError
 from engine.kernels.packed.ggml_blocks import FORMS
 from engine.kernels.packed.matrix import PartForm
 from engine.kernels.packed.parameter import PackedParameter
+from flexgen_helm.fidelity.reference import find_place
 
 
 @pytest.mark.parametrize("chunk", [64, 1 << 22])
@@ -98,6 +101,9 @@ def test_one_directory_is_made_of_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "alone" / "same.gguf").hardlink_to(file)
     made = locate(str(file))
     config = (made.path / "config.json").read_bytes()
+    identity = identity_beside_weights(str(file), Policy())
+    (made.path / GGUF_INDEX).write_text((made.path / GGUF_INDEX).read_text().replace('"heads": 2', '"heads": 0'))
+    assert identity_beside_weights(str(file), Policy()) != identity  # answers with rows in another order are others
     (made.path / GGUF_INDEX).unlink()  # as one that was not made to its end
     assert locate(str(file)) == made
     assert (made.path / "config.json").read_bytes() == config
@@ -113,6 +119,28 @@ def test_one_directory_is_made_of_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "alone" / "other.gguf").unlink()
     locate(str(tmp_path / "alone"))
     assert not made.path.exists()  # what is made of files that are gone goes when another one is made
+
+
+def test_what_another_process_has_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = save_gguf(tmp_path / "tiny.gguf", "llama", "Q8_0")
+    write, inside, made = opened._write, [True], []
+
+    def slow(*args: Any) -> None:
+        if inside and inside.pop():
+            path = locate(str(file)).path
+            made.append((path, path.stat().st_ino))
+        write(*args)
+
+    monkeypatch.setattr(opened, "_write", slow)
+    path = locate(str(file)).path
+    assert [(path, path.stat().st_ino)] == made
+
+
+def test_an_adapter_with_a_file_beside_is_an_adapter(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama", "Q8_0")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert opened.gguf_file(str(tmp_path)) is None
 
 
 def test_a_tokenizer_beside_the_file_is_taken(build: Callable[[str], Path], tmp_path: Path) -> None:
@@ -139,7 +167,10 @@ def test_what_a_file_says_of_first_and_last_tokens_holds(tmp_path: Path) -> None
 def test_numbers_of_one_type_stay_in_it(tmp_path: Path) -> None:
     for kind, dtype in PLAIN.items():
         file = save_gguf(tmp_path / f"{kind}.gguf", "qwen2", kind)
-        assert describe(str(file)).dtype == dtype
+        description = describe(str(file))
+        assert description.dtype == dtype
+        with pytest.raises(UnsupportedError, match="it is a GGUF file"):  # `verify` compares it layer by layer
+            find_place(description, Policy.load({"device": "cpu"}))
 
 
 def cut(file: Path) -> None:
