@@ -50,7 +50,9 @@ class Samples:
                     self._note(ident, names[ident], _doing(frame), now)
             if self._file is not None and now - written > 1:
                 written = now
-                self._file.write_text(json.dumps(self.spans))
+                beside = self._file.with_suffix(".new")
+                beside.write_text(json.dumps(self.spans))
+                beside.replace(self._file)
 
     def _note(self, ident: int, name: str, doing: str, now: float) -> None:
         spans = self._spans.setdefault(ident, [])

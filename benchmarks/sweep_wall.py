@@ -121,7 +121,8 @@ def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
 def timelines(jobs_file: Path, begun: float) -> str:
     """What the command's threads and its engine's were at; seconds since `begun`."""
     given: Given = pickle.loads(jobs_file.read_bytes())
-    engine = json.loads(jobs_file.with_suffix(".engine").read_text())
+    samples = jobs_file.with_suffix(".engine")
+    engine = json.loads(samples.read_text()) if samples.is_file() else []  # none is written in the first second
     return f"command:\n{timeline(given.spans, begun)}\nengine:\n{timeline(map(tuple, engine), begun)}"
 
 

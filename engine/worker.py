@@ -111,6 +111,7 @@ class Serving:
         from engine.engine import Engine  # takes seconds: here, before anybody has asked for anything
         from engine.kernels.threads import limit_threads
 
+        gc.collect()
         gc.freeze()  # else what was imported is looked through again and again for what nobody needs
 
         while isinstance(first := self._inbox.get(), Look | Check):

@@ -67,8 +67,8 @@ class JointRoom:
 
     def _release(self, tier: Tier) -> bool:
         """Let both kinds begin anew on a tier in memory on which nothing lies; False where something does."""
-        if tier == "disk" or self._slots.num_blocks[tier]:
-            return False
+        if tier == "disk" or self._slots.num_blocks[tier] or self._rows.num_blocks[tier]:
+            return False  # rows alone are those of a span whose state nobody continues any more
         self._rows.release(tier)
         self._slots.release(tier)
         return True

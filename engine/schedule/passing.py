@@ -41,7 +41,7 @@ def continued_prefixes(spans: Iterable[Span]) -> list[tuple[Prefix, Block]]:
     Of a long prompt in pieces, those are all but the last; their tokens are seen by those behind as long as they run.
     """
     parents = [span.parent for span in spans if span.cached and span.parent is not None]
-    found = [(each, each.block) for each in parents if each.num_users == 1 and each.block is not None]
+    found = [(each, each.block) for each in parents if each.is_piece and each.num_users == 1 and each.block is not None]
     return [(prefix, block) for prefix, block in found if block.slot is not None]
 
 

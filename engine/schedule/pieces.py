@@ -81,11 +81,11 @@ def largest(segments: Iterable[Segment]) -> Span:
     return parent if parent is not None and is_longer else span
 
 
-def named(span: Span, num_prompts: int) -> str:
-    """What a message calls the prompt that a span ends, or what so many prompts begin with."""
-    size = span.start + span.num_rows
-    is_shared = isinstance(span, Prefix)
-    return f"the {size} tokens that {num_prompts} prompts begin with" if is_shared else f"the prompt of {size} tokens"
+def named(span: Span, prompts: list[Sequence]) -> str:
+    """What a message calls the prompt that a span is of, or what several begin with."""
+    if len(prompts) > 1:
+        return f"the {span.start + span.num_rows} tokens that {len(prompts)} prompts begin with"
+    return f"the prompt of {len(prompts[0].job.prompt)} tokens"
 
 
 def whole(span: Span, limits: Limits) -> Segment:

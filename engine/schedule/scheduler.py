@@ -125,7 +125,7 @@ class Scheduler:
         self.running = [each for each in self.running if id(each) not in leaving]
         self._waiting = deque(each for each in self._waiting if id(each) not in leaving)
         for sequence in lost:
-            self._fail(sequence, f"{reason}; shorten {named(span, len(lost))}")
+            self._fail(sequence, f"{reason}; shorten {named(span, lost)}")
         needed = {id(part) for each in chain(self.running, self._waiting) for part in (each, *each.chain)}
         return [segment for segment in segments if id(segment.span) in needed]
 

@@ -64,7 +64,8 @@ class Span:
         heads: list[Prefix] = []
         for first, end in pairwise(borders):
             parent = heads[-1] if heads else self.parent
-            heads.append(Prefix(tokens=self.tokens[first:end], parent=parent, num_users=1, scored=self.is_scored))
+            tokens = self.tokens[first:end]
+            heads.append(Prefix(tokens=tokens, parent=parent, num_users=1, scored=self.is_scored, is_piece=True))
         self.tokens = self.tokens[borders[-1] :]
         self.follow(heads[-1] if heads else self.parent)
         return heads
@@ -93,6 +94,8 @@ class Prefix(Span):
     """Waiting and running sequences, and prefixes, whose parent this one is."""
     scored: bool = False
     """Whether somebody asked for the log-probabilities of these tokens."""
+    is_piece: bool = False
+    """Whether it is a part of a span that was too long, which that span alone begins from."""
     next_logprobs: Any = None
     """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
     next_greedy: int | None = None

@@ -132,6 +132,7 @@ def _run(args: argparse.Namespace, prepared: Prepared, suite_path: Path, json_lo
             skip_completed_runs=args.skip_completed_runs,
             exit_on_error=args.exit_on_error,
         )
+        gc.collect()
         gc.freeze()  # else what was imported is looked through again and again, among requests, for what nobody needs
         try:
             with diary, Deadline(args.stop_before, lambda: diary.longest_pass_s):

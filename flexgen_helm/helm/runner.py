@@ -118,6 +118,12 @@ class FlexGenRunner(Runner):
         With `exit_on_error`, raises the first error as it is; `CacheFull` in any case. Run specs whose metrics cannot
         be made, or whose answers leave prompts no room, fail before anything runs.
         """
+        try:
+            self._run_all(run_specs)
+        finally:
+            self._completed.clear()
+
+    def _run_all(self, run_specs: list[RunSpec]) -> None:
         failures: dict[str, Exception] = {}
         if not self.dry_run and not self.cache_instances_only:
             failures.update(find_problems([spec for spec in run_specs if not self._is_done(spec)]))
@@ -136,7 +142,6 @@ class FlexGenRunner(Runner):
                 expected = isinstance(error, EngineError | ExecutorError)
                 herror(f"{run_spec.name}: {error if expected else traceback.format_exc()}")
                 failures[run_spec.name] = error
-        self._completed.clear()
         if failures:
             raise RunsFailed(failures)
 

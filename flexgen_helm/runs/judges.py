@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from helm.benchmark.run_spec import RunSpec
 
 from engine.checkpoint.config import read_config
 from engine.checkpoint.description import describe
-from engine.errors import CapacityError, ConfigError
+from engine.errors import CapacityError, ConfigError, EngineError, named
 from engine.job import Job
 from engine.policy import Policy
 from flexgen_helm.judging.judge import Judge
@@ -22,6 +23,8 @@ from flexgen_helm.runs.flags import checked_policy
 from flexgen_helm.runs.models import Models
 from flexgen_helm.runs.registration import applies_chat_template, source_of
 from flexgen_helm.workers.engine_processes import engine_processes
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ def _check_room(deployment: ModelDeployment) -> None:
         forecast_of(description.path, description.dtype, policy, smallest, look=look, has_weights=has_weights)
     except CapacityError as error:
         raise CapacityError(f"the judge {source} does not fit under its policy: {error}") from None
+    except EngineError:
+        raise
+    except Exception as error:  # a forecast is no reason to end: opening the judge says what is wrong
+        _LOG.warning("whether the judge %s has room was not found out: %s", source, named(error))
 
 
 def judged_by(judge: Judge, run_specs: list[RunSpec]) -> tuple[list[RunSpec], list[str]]:

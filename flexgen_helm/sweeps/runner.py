@@ -80,6 +80,7 @@ class SweepRunner(TwoStepRunner):
                 self._have_judged(self._judge)
         finally:
             self.clear_scratch()
+            self._completed.clear()
         if self._failures:
             raise RunsFailed(self._failures)
 

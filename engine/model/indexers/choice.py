@@ -91,4 +91,4 @@ class Choice:
     def forget_rows(self) -> None:
         """Let go of what the indexer was called with, once attention is computed; what was chosen stays."""
         self._given = None
-        self.keys = self.keys[:0]
+        self.keys = self.keys.new_empty(0, *self.keys.shape[1:])  # a view would keep all of it

@@ -15,6 +15,9 @@ from engine.model.padded import CacheView
 from engine.model.probing.forward import inputs_of, outer_zeros
 from engine.model.probing.length_view import LengthView
 
+_NUMBERS = {"layer_idx", "layer_index", "layer_id"}
+"""What modules call the number of their layer."""
+
 
 def asks_lengths(model: Drivable) -> bool:
     """Whether layers ask their cache how long it is, as far as that shows when they are called on `meta`."""
@@ -49,4 +52,4 @@ def settings_of(module: nn.Module) -> tuple[Any, ...]:
 
 def _settings(name: str, module: nn.Module) -> tuple[Any, ...]:
     told = {key: each for key, each in vars(module).items() if type(each) in (bool, int, float, str)}
-    return name, type(module), *((key, each) for key, each in told.items() if "idx" not in key and "index" not in key)
+    return name, type(module), *((key, each) for key, each in told.items() if key not in _NUMBERS)

@@ -193,6 +193,23 @@ def test_rows_and_slots_of_a_span_are_on_one_tier_within_one_budget() -> None:
     assert [room.allocate(5) is not None for _ in range(9)] == [True] * 8 + [False]
 
 
+def test_rows_whose_state_nobody_continues_stay_where_they_are() -> None:
+    """Of a prompt in pieces: the device's only slot is free again, and its rows are seen as long as the prompt runs."""
+    room, rows, _ = joint_room({"device": 20, "host": 60, "disk": 0}, 2, 10)
+    piece = room.allocate(5)
+    assert piece is not None
+    assert piece.tier == "device"
+    rows.by_tier["device"][0][piece.first : piece.first + 5] = 7
+    piece = room.free_state(piece)
+    behind = room.allocate(9)  # more than the device has beside those rows
+    assert behind is not None
+    assert behind.tier == "host"
+    room.expect([5] * 20)
+    assert rows.by_tier["device"][0][piece.first : piece.first + 5].eq(7).all()
+    room.free(piece)
+    assert set(rows.num_blocks.values()) == {0, 1}
+
+
 def test_spans_without_rows_have_room_where_their_states_have() -> None:
     """A model without attention: its rows take nothing, and would lie on a disk of no bytes, too."""
     room, _, _ = joint_room({"device": 35, "host": 0, "disk": 0}, 0, 10)

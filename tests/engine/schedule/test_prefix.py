@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Job
+from engine.schedule import block as blocks
+from engine.schedule.passing import continued_prefixes
 from engine.schedule.prefix import MIN_SHARED_TOKENS, common_length, share_prefixes
 from engine.schedule.scheduler import Limits, Scheduler, Segment
 from engine.schedule.sequence import Prefix, Sequence
@@ -243,3 +245,12 @@ def test_prompts_that_grow_step_by_step_nest_as_deep_as_they_are_many() -> None:
     assert compute(scheduler, scheduler.next_sweep()) == num_computed(sequences)
     assert scheduler.is_idle
     assert cache.room == 2 * len(tokens)
+
+
+def test_a_prefix_that_others_may_yet_share_keeps_its_state() -> None:
+    """Only pieces of a long prompt are continued by one span for good."""
+    block = blocks.Block("device", 0, 2, slot=0)
+    for is_piece in (False, True):
+        prefix = Prefix(tokens=[1, 2], num_users=1, block=block, is_piece=is_piece)
+        behind = Sequence(job=Job(prompt=[1, 2, 3]), tokens=[3], num_prompt=1, parent=prefix, cached=1)
+        assert continued_prefixes([behind]) == ([(prefix, block)] if is_piece else [])
