@@ -78,16 +78,8 @@ class FlexGenRunner(Runner):
         skip_completed_runs: bool,
         exit_on_error: bool,
     ) -> None:
-        super().__init__(
-            execution_spec,
-            output_path,
-            suite,
-            skip_instances,
-            cache_instances,
-            cache_instances_only,
-            skip_completed_runs,
-            exit_on_error,
-        )
+        flags = skip_instances, cache_instances, cache_instances_only, skip_completed_runs, exit_on_error
+        super().__init__(execution_spec, output_path, suite, *flags)
         context = self.executor.context
         if isinstance(context, LocalContext):
             from flexgen_helm.helm.requests.known_tokens import KnownTokens  # imports transformers
