@@ -123,7 +123,8 @@ class Executor:
             if isinstance(batch, StepBatch):
                 weights.look_up(batch.ids)
                 hidden.put(index, self.steps.run(batch))
-        for layer in range(len(model.layers)) if by_layers else ():
+        # A member of a group that has nothing to compute brings its part of each layer for the others.
+        for layer in range(len(model.layers)) if by_layers or not micro else ():
             weights.acquire(layer)
             model.sweeping.layer = layer
             for together in self._together(layer, [micro[index].num_rows for index in by_layers]):
