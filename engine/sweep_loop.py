@@ -126,7 +126,7 @@ class SweepLoop:
             for _ in loading:
                 if self._closing:
                     return
-            self._loaded = time.perf_counter()
+            self._loaded = min(self._loaded, time.perf_counter())
         except BaseException as error:
             weights, fault = self._parts.weights, explained(error, self._parts.policy)
             weights.give_up(fault)
@@ -193,6 +193,8 @@ class SweepLoop:
         self._tell_entered()
         num_sequences = len(scheduler.running)
         scheduled = time.perf_counter()
+        if self._loaded > scheduled and self._parts.weights.is_complete:  # the loader has yet to say so
+            self._loaded = scheduled
         batches, answers = self._sweep(batches)
         self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
         swept = time.perf_counter()

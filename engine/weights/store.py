@@ -270,6 +270,11 @@ class WeightStore:
             self.wait_for(placed)
         self.check_source()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every parameter is in place; raises the fault that kept one from arriving."""
+        return next(self.arrivals.left(), None) is None
+
     def check_source(self) -> None:
         """Raise `CheckpointError` if the checkpoint was written to while it is read; to be asked after each sweep."""
         if self.source is not None:
