@@ -254,7 +254,7 @@ class SweepLoop:
         while batches:
             try:
                 answers = self._lockstep.sweep(batches)
-                if executor.steps.refusal is not None:
+                if scheduler.limits.replays and executor.steps.refusal is not None:
                     scheduler.limits = replace(scheduler.limits, replays=False)
                 return batches, answers
             except Exception as error:

@@ -17,6 +17,8 @@ from engine.model.undrivable import UndrivableError
 
 _WHOLE = 1 << 14
 """Parameters of at most so many numbers get random ones; multiplications by larger ones are replaced."""
+_WHOLE_IN_MODULE = 1 << 22
+"""The same where one module is tried by itself."""
 _SEEDS = 3
 _TOLERANCE = 0.01
 """Of outputs, relative to the largest: mixed rows differ by far more, and rounding by far less."""
@@ -160,6 +162,25 @@ def numbers_in(layer: nn.Module, whole: int = _WHOLE) -> Iterator[None]:
             module._buffers.update(buffers)
         for config, told in experts:
             config._experts_implementation = told
+
+
+@contextmanager
+def tried(layer: nn.Module, kind: str, refusal: type[UnsupportedError]) -> Iterator[None]:
+    """Inside, a module of a layer, called `kind`, may be called with a few rows of random numbers.
+
+    Where it has no numbers to compute with, the rest is passed over. An `UnsupportedError` leaves as it is; what fails
+    otherwise leaves as a `refusal`.
+    """
+    with numbers_in(layer, _WHOLE_IN_MODULE), Sketch(), torch.no_grad():
+        try:
+            yield
+        except NoNumbersError:
+            pass
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            if "meta" not in str(error):  # else a matrix without numbers
+                raise refusal(f"its {kind} does not run: {named(error)}") from None
 
 
 def _numbers(parameter: nn.Parameter, generator: torch.Generator, whole: int) -> nn.Parameter:

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.errors import named
 from engine.model.indexers.indexer import Indexer
-from engine.model.rows_apart import NoNumbersError, Sketch, mapped, numbers_in
+from engine.model.rows_apart import mapped, tried
 from engine.model.undrivable import UndrivableError
 
 _ROWS = 3
 _SEEDS = 5
 """Keys of the same score are chosen one way or the other; not in all of these."""
-_WHOLE = 1 << 22
-"""Parameters of at most so many numbers get some; linear layers may have more."""
 
 
 def try_choice(indexer: Indexer, layer: nn.Module) -> None:
@@ -25,16 +22,9 @@ def try_choice(indexer: Indexer, layer: nn.Module) -> None:
     Raises `UndrivableError` where that is not the same, where positions are none, or come twice, and where it does not
     choose all keys if there are no more. Of a module that cannot be tried, nothing is said.
     """
-    with numbers_in(layer, _WHOLE), Sketch(), torch.no_grad():
-        try:
-            if not any(_is_apart(indexer, seed) for seed in range(_SEEDS)):
-                raise UndrivableError(f"its {indexer.kind} chooses other keys for a row in other company")
-        except (UndrivableError, NoNumbersError) as error:
-            if isinstance(error, UndrivableError):
-                raise
-        except Exception as error:
-            if "meta" not in str(error):  # else a matrix without numbers
-                raise UndrivableError(f"its {indexer.kind} does not run: {named(error)}") from None
+    with tried(layer, indexer.kind, UndrivableError):
+        if not any(_is_apart(indexer, seed) for seed in range(_SEEDS)):
+            raise UndrivableError(f"its {indexer.kind} chooses other keys for a row in other company")
 
 
 def _is_apart(indexer: Indexer, seed: int) -> bool:

@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.errors import UnsupportedError, named
+from engine.errors import UnsupportedError
 from engine.model.mixers.mixer import Mixer
 from engine.model.mixers.states import States
-from engine.model.rows_apart import NoNumbersError, Sketch, mapped, numbers_in
+from engine.model.rows_apart import mapped, tried
 
 _ROWS = 6
 _TOLERANCE = 1e-3
 """Of outputs, relative to the largest: rounding in float32 is far less, and a state that is lost far more."""
-_WHOLE = 1 << 22
-"""Parameters of at most so many numbers get some; linear layers may have more."""
 
 
 def try_out(mixer: Mixer, layer: nn.Module) -> None:
@@ -26,15 +24,8 @@ def try_out(mixer: Mixer, layer: nn.Module) -> None:
     step behind a state differs from the whole. Of a module that cannot be tried, nothing is said, and it does not
     continue.
     """
-    with numbers_in(layer, _WHOLE), Sketch(), torch.no_grad():
-        try:
-            mixer.continues = _Trial(mixer).run()
-        except (UnsupportedError, NoNumbersError) as error:
-            if isinstance(error, UnsupportedError):
-                raise
-        except Exception as error:
-            if "meta" not in str(error):  # else a matrix without numbers
-                raise UnsupportedError(f"its {mixer.kind} does not run: {named(error)}") from None
+    with tried(layer, mixer.kind, UnsupportedError):
+        mixer.continues = _Trial(mixer).run()
 
 
 class _Trial:
