@@ -42,7 +42,7 @@ RUNS = [*commands_of("python", "-m", "flexgen_helm.run"), *commands_of("flexgen-
 
 
 def test_every_command_is_looked_at_here() -> None:
-    known = ("make", "pip", "helm-run", "flexgen-helm", "python -m flexgen_helm.run")
+    known = ("make", "pip", "inspect eval", "helm-run", "flexgen-helm", "python -m flexgen_helm.run")
     assert [command for command in commands() if not command.startswith(known)] == []
     assert len(RUNS) >= 5
 
