@@ -75,6 +75,7 @@ def test_other_commands_are_accepted() -> None:
     from flexgen_helm.commands.check import parse_check_flags
     from flexgen_helm.commands.compare import parse_compare_flags
     from flexgen_helm.commands.complete import complete_parser
+    from flexgen_helm.commands.completion.serve import serve_parser
     from flexgen_helm.commands.plan import names_shape, parse_plan_flags, plan_parser
     from flexgen_helm.commands.register import register_parser
     from flexgen_helm.commands.report import parse_report_flags
@@ -94,6 +95,8 @@ def test_other_commands_are_accepted() -> None:
         shape_config(args.shape)
     for arguments in commands_of("flexgen-helm", "complete"):
         policy_from_flags(complete_parser().parse_args(arguments))
+    for arguments in commands_of("flexgen-helm", "serve"):
+        policy_from_flags(serve_parser().parse_args(arguments))
     for arguments in commands_of("flexgen-helm", "plan"):
         if not names_shape(arguments):
             assert names_entries(parse_plan_flags(arguments))
@@ -128,7 +131,8 @@ def test_every_flag_in_the_text_exists() -> None:
     known = sweep_parser().format_help() + complete_parser().format_help()
     commands = ROOT / "flexgen_helm" / "commands"
     known += "".join(
-        (commands / f"{name}.py").read_text() for name in ("register", "doctor", "report", "compare", "plan")
+        (commands / f"{name}.py").read_text()
+        for name in ("register", "doctor", "report", "compare", "plan", "completion/serve")
     )
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}

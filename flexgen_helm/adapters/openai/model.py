@@ -6,6 +6,7 @@ import codecs
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, EngineError, JobError
@@ -162,6 +163,14 @@ _BYTES = "bytes:"
 """How a token is spelled that is part of a character."""
 
 
+def names_of(model: str, served: str | None) -> tuple[str, ...]:
+    """What bodies may call a model: by what it is served as, else as the command line does, or as its directory."""
+    if served:
+        return (served,)
+    directory = Path(model)
+    return tuple(dict.fromkeys((model, directory.resolve().name))) if directory.is_dir() else (model,)
+
+
 def usage(asked: Asked, jobs: Sequence[Job], completions: Sequence[Completion]) -> dict[str, int]:
     """How many tokens the prompts have, each counted once, and how many were generated, ends of text among them."""
     prompt = sum(len(job.prompt) for job in jobs[:: asked.num_choices])
@@ -172,14 +181,13 @@ def usage(asked: Asked, jobs: Sequence[Job], completions: Sequence[Completion]) 
 def error_body(error: EngineError) -> tuple[int, dict[str, Any]]:
     """HTTP's status for an error, and OpenAI's error object of it."""
     is_theirs = isinstance(error, ConfigError | JobError)
-    status = error.status if isinstance(error, RefusedBody) else 400 if is_theirs else 500
-    told = {
-        "message": str(error),
-        "type": "invalid_request_error" if is_theirs else "server_error",
-        "param": error.param if isinstance(error, RefusedBody) else None,
-        "code": {404: "model_not_found"}.get(status),
-    }
-    return status, {"error": told}
+    status, param = (error.status, error.param) if isinstance(error, RefusedBody) else (400 if is_theirs else 500, None)
+    kind = _KINDS.get(status, "invalid_request_error" if is_theirs else "server_error")
+    code = "model_not_found" if (status, param) == (404, "model") else None
+    return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 def _choice(job: Job, number: int) -> Job:

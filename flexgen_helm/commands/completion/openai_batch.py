@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, EngineError, did_you_mean, shown
 from engine.job import Completion, Job
 from engine.reading import parse_json
 from flexgen_helm.adapters.openai.bodies import ENDPOINTS, Asked, RefusedBody, read_body
-from flexgen_helm.adapters.openai.model import Model, error_body
+from flexgen_helm.adapters.openai.model import Model, error_body, names_of
 from flexgen_helm.commands.completion.answers import LineForm, Place
 from flexgen_helm.commands.completion.prompts import BadPrompt
 from flexgen_helm.commands.completion.questions import Format, Question, read_lines, shown_name
@@ -132,7 +131,7 @@ class OpenAIFormat(Format):
 
     def __init__(self, args: Any, defaults: Mapping[str, Any]) -> None:
         """`args` are those of the command line, `defaults` what it says of settings by default."""
-        self._names = _names(args)
+        self._names = names_of(args.model, args.served_model_name)
         named = [*args.prompts, *([] if args.input is None else [args.input])]
         if len(named) != 1:
             raise ConfigError("--format openai takes one batch file: name it, or - for standard input")
@@ -178,13 +177,6 @@ class OpenAIFormat(Format):
     def settings(self) -> dict[str, Any]:
         """What bodies may call the model."""
         return {"format": "openai", "served_model_name": self._names[0]}
-
-
-def _names(args: Any) -> tuple[str, ...]:
-    if args.served_model_name:
-        return (str(args.served_model_name),)
-    directory = Path(args.model)
-    return (args.model, directory.resolve().name) if directory.is_dir() else (args.model,)
 
 
 def _answer(index: int, key: str, custom_id: str | None, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
