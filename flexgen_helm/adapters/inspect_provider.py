@@ -11,7 +11,7 @@ from typing import Any
 
 import engine
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
-from engine.job import Completion, Job, Sampling, check_num_completions
+from engine.job import Completion, Job, Likeliest, Sampling, check_num_completions
 from engine.policy import Policy, parse_bytes
 from engine.text.prompt import PromptTokenizer, check_characters
 from engine.text.template import check_template_ends
@@ -198,6 +198,7 @@ class FlexGenAPI(HuggingFaceAPI):
                 stop=tuple(config.stop_seqs or ()),
                 thinking=rule,
                 prompt_logprobs=config.prompt_logprobs is not None,
+                likeliest=bool(config.top_logprobs),
             )
             for number in range(count)
         ]
@@ -217,7 +218,7 @@ class FlexGenAPI(HuggingFaceAPI):
         if reading is not None and reading.thinking:
             message.content = [ContentReasoning(reasoning=reading.thinking), ContentText(text=message.text)]
         reason = "stop" if done.finish_reason != "length" else "model_length" if is_cut else "max_tokens"
-        scores = self._logprobs(done.tokens, done.logprobs, config) if config.logprobs else None
+        scores = self._logprobs(done.tokens, done.logprobs, done.likeliest) if config.logprobs else None
         of_prompt = None
         if done.prompt_logprobs is not None:
             of_prompt = self._logprobs(job.prompt[1:], [score or 0.0 for score in done.prompt_logprobs[1:]], None)
@@ -228,13 +229,13 @@ class FlexGenAPI(HuggingFaceAPI):
             prompt_logprobs=of_prompt,
         )
 
-    def _logprobs(self, ids: Sequence[int], scores: Sequence[float], config: GenerateConfig | None) -> Logprobs:
-        """Of tokens; the likeliest one is told beside each where `config` asks for it."""
-        texts = Spelling(self.tokenizer).texts(ids)
-        told = []
-        for token, score in zip(texts, scores, strict=True):
-            top = [TopLogprob(token=token, logprob=score)] if config is not None and config.top_logprobs else None
-            told.append(Logprob(token=token, logprob=score, top_logprobs=top))
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[float], likeliest: Sequence[Likeliest] | None) -> Logprobs:
+        """Of tokens, with the likeliest one in the place of each where those were asked for."""
+        texts = Spelling(self.tokenizer).texts
+        told = [Logprob(token=token, logprob=score) for token, score in zip(texts(ids), scores, strict=True)]
+        for at, (token, score) in enumerate(likeliest or ()):
+            spelled = texts([*ids[max(0, at - 1) : at], token])[-1]
+            told[at].top_logprobs = [TopLogprob(token=spelled, logprob=score)]
         return Logprobs(content=told)
 
     def _make_reasoner(self, budget: int | None) -> Reasoner:
@@ -266,8 +267,5 @@ def _refuse_what_is_not_carried_out(config: GenerateConfig) -> None:
             raise ConfigError(f"{name} {value!r} is not supported; leave it out")
     if config.prompt_logprobs not in (None, 1):
         raise ConfigError(f"prompt_logprobs {config.prompt_logprobs}: of the prompt's tokens alone (1)")
-    if config.top_logprobs and (config.top_logprobs != 1 or config.temperature != 0):
-        raise JobError(
-            f"top_logprobs {config.top_logprobs}: the likeliest token is known where it is the one that is generated, "
-            "at temperature 0; leave it out, or ask for 1 there"
-        )
+    if config.top_logprobs not in (None, 0, 1):
+        raise JobError(f"top_logprobs {config.top_logprobs}: the likeliest token alone is told (1)")

@@ -48,7 +48,7 @@ class Asked:
     logprobs: bool
     """Whether log-probabilities of tokens are asked for, those of the prompt's too with `echo`."""
     names_likeliest: bool
-    """Whether the likeliest token is asked for beside each; at temperature 0 it is the token itself."""
+    """Whether the likeliest token is asked for beside each."""
     echo: bool
     """Whether the prompt comes back before the completion."""
     stream: bool
@@ -139,14 +139,6 @@ def _check(asked: Asked, given: Mapping[str, Any]) -> None:
         raise RefusedBody(str(error)) from None
     if "top_logprobs" in given and not asked.logprobs:
         raise RefusedBody("'top_logprobs' needs logprobs: true", "top_logprobs")
-    if asked.names_likeliest:
-        sampling = asked.sampling
-        if asked.echo or sampling.temperature > 0 or sampling.presence_penalty or sampling.frequency_penalty:
-            raise RefusedBody(
-                "the likeliest token is known where it is the one that is generated: at temperature 0, without echo "
-                "and penalties; ask for log-probabilities of the tokens themselves (logprobs: 0, or top_logprobs: 0)",
-                "top_logprobs" if asked.endpoint == CHAT else "logprobs",
-            )
     if asked.max_tokens == 0 and not asked.echo:
         raise RefusedBody("max_tokens 0 without echo asks for nothing", "max_tokens")
     if "best_of" in given and given["best_of"] != asked.num_choices:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, EngineError, JobError
-from engine.job import Completion, Job
+from engine.job import Completion, Job, Likeliest
 from engine.text.prompt import PromptTokenizer
 from engine.text.template import names_in_template
 from flexgen_helm.adapters.openai.bodies import CHAT, Asked, Prompt, RefusedBody
@@ -68,6 +68,7 @@ class Model:
             sampling=asked.sampling,
             stop=asked.stop,
             prompt_logprobs=asked.echo and (asked.logprobs or asked.max_tokens == 0),
+            likeliest=asked.names_likeliest,
         )
 
     def _chat(self, asked: Asked) -> Job:
@@ -88,7 +89,14 @@ class Model:
                 raise RefusedBody("the model sets no limit of its own; give max_completion_tokens", "max_tokens")
             most = max(1, self.prompts.window - len(ids))
         rule = self.reasoner.rule(text)
-        return Job(prompt=ids, max_new_tokens=most, sampling=asked.sampling, stop=asked.stop, thinking=rule)
+        return Job(
+            prompt=ids,
+            max_new_tokens=most,
+            sampling=asked.sampling,
+            stop=asked.stop,
+            thinking=rule,
+            likeliest=asked.names_likeliest,
+        )
 
     def _checked(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
         known = names_in_template(str(self.prompts.tokenizer.get_chat_template())) if variables else set()
@@ -128,7 +136,11 @@ class Model:
         logprobs = None
         if asked.logprobs:
             texts = self._spelled(done.tokens)
-            told = [_chat_logprob(*each, asked.names_likeliest) for each in zip(texts, done.logprobs, strict=True)]
+            tops = self._likeliest(done.tokens, texts, done.likeliest)
+            told = [
+                {**_chat_logprob(text, score), "top_logprobs": [] if top is None else [_chat_logprob(*top)]}
+                for text, score, top in zip(texts, done.logprobs, tops, strict=True)
+            ]
             logprobs = {"content": told, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(done)}
 
@@ -140,16 +152,34 @@ class Model:
         text = given + done.text if asked.echo else done.text
         logprobs = None
         if asked.logprobs:
-            texts = self._spelled([*before, *done.tokens])
+            ids = [*before, *done.tokens]
+            texts = self._spelled(ids)
             scores = [*((done.prompt_logprobs or ()) if asked.echo else ()), *done.logprobs]
-            likeliest = [None if score is None else {each: score} for each, score in zip(texts, scores, strict=True)]
+            likeliest = [*((done.prompt_likeliest or ()) if asked.echo else ()), *(done.likeliest or ())]
+            told = zip(texts, scores, self._likeliest(ids, texts, likeliest), strict=True)
+            # The likeliest one wins where two tokens are spelled alike.
+            tops = [None if top is None else {token: score, top[0]: top[1]} for token, score, top in told]
             logprobs = {
                 "tokens": texts,
                 "token_logprobs": scores,
-                "top_logprobs": likeliest if asked.names_likeliest else None,
+                "top_logprobs": tops if asked.names_likeliest else None,
                 "text_offset": _offsets(texts),
             }
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": _reason(done)}
+
+    def _likeliest(
+        self, ids: Sequence[int], texts: Sequence[str], likeliest: Sequence[Likeliest | None] | None
+    ) -> list[tuple[str, float] | None]:
+        """Spelling and log-probability of the likeliest token in the place of each of `ids`; None where not known."""
+        told: list[tuple[str, float] | None] = []
+        for at, top in enumerate(likeliest or [None] * len(ids)):
+            if top is None:
+                told.append(None)
+            else:
+                is_same = top[0] == ids[at]
+                text = texts[at] if is_same else self._spelled([*ids[max(0, at - 1) : at], top[0]])[-1]
+                told.append((text, top[1]))
+        return told
 
     def _spelled(self, ids: Sequence[int]) -> list[str]:
         return Spelling(self.prompts.tokenizer).texts(ids)
@@ -199,9 +229,8 @@ def _reason(done: Completion) -> str | None:
     return "stop" if done.finish_reason == "endoftext" else done.finish_reason
 
 
-def _chat_logprob(token: str, logprob: float, names_likeliest: bool) -> dict[str, Any]:
-    told = {"token": token, "logprob": logprob, "bytes": list(_bytes(token))}
-    return {**told, "top_logprobs": [dict(told)] if names_likeliest else []}
+def _chat_logprob(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(_bytes(token))}
 
 
 def _bytes(token: str) -> bytes:

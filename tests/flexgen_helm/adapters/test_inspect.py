@@ -32,7 +32,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if tools %}{{ tools }}{% endif %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-GREEDY = GenerateConfig(temperature=0.0, logprobs=True, max_connections=16)
+GREEDY = GenerateConfig(temperature=0.0, logprobs=True, top_logprobs=1, max_connections=16)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,7 @@ def test_texts_logprobs_and_scores_are_those_of_hf(ours: Model, theirs: Model, t
             assert logprobs == pytest.approx(
                 [each.logprob for each in other_score.logprobs.content[: len(logprobs)]], abs=1e-4
             )
+            assert [each.top_logprobs[0].logprob for each in score.logprobs.content] == logprobs
         assert {name: s.value for name, s in (log.samples[0].scores or {}).items()} == {
             name: s.value for name, s in (other.samples[0].scores or {}).items()
         }

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed; pip install -e 
 
 import httpx
 import models
+import torch
 import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -243,6 +245,63 @@ def test_the_official_client(client: httpx.Client, greedy: Callable[[str, int], 
             asking.completions.create(model="m", prompt="hi", logit_bias={"5": 1})
 
 
+def test_lm_evals_completions_over_it_are_those_of_its_own_model(client: httpx.Client, directory: Path) -> None:
+    """Scores, whether continuations are greedy, and texts, by the harness's client for such endpoints."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install -e '.[lm-eval]'")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    theirs: Any = HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=1)
+    asking: Any = LocalCompletionsAPI(
+        base_url=f"{client.base_url}/v1/completions",
+        model="m",
+        tokenizer=str(directory),
+        tokenizer_backend="huggingface",
+        max_length=theirs.max_length,
+        batch_size=3,
+    )
+    contexts = [f"context number {number}" for number in range(5)]
+    greedy = [theirs.tokenizer.decode(_next(theirs, context)) for context in contexts]
+    pairs = [*zip(contexts, greedy, strict=True), *((context, " other words") for context in contexts)]
+    requests = [SimpleNamespace(args=pair) for pair in pairs]
+    found, expected = (each.loglikelihood(requests, disable_tqdm=True) for each in (asking, theirs))
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+    assert sum(is_greedy for _, is_greedy in found) >= 3
+    until = {"until": ["e"], "max_gen_toks": 6}
+    asked = [SimpleNamespace(args=(context, dict(until))) for context in contexts]
+    texts = (each.generate_until(asked, disable_tqdm=True) for each in (asking, theirs))
+    assert next(texts) == next(texts)
+
+
+def _next(model: Any, context: str) -> list[int]:
+    ids = torch.tensor([model.tok_encode(context)])
+    with torch.no_grad():
+        return [int(model.model(ids).logits[0, -1].argmax())]
+
+
+def test_helms_own_client_for_such_endpoints(client: httpx.Client, directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="openai is not installed; tests/README.md says how to run these")
+    from helm.clients.openai_client import OpenAILegacyCompletionsClient
+    from helm.common.cache import BlackHoleCacheConfig
+    from helm.common.request import Request
+
+    with Engine.from_pretrained(str(directory)) as engine:
+        ids = engine.tokenizer("how likely is it")["input_ids"]
+        (done,) = engine.run([Job(prompt=ids, max_new_tokens=3, prompt_logprobs=True)])
+    url = f"{client.base_url}/v1"
+    cache = BlackHoleCacheConfig()
+    asking = OpenAILegacyCompletionsClient(cache, api_key="-", base_url=url, openai_model_name="m")
+    asked = Request(
+        model="m/m", model_deployment="m/m", prompt="how likely is it", temperature=0, max_tokens=3, echo_prompt=True
+    )
+    found = asking.make_request(asked)
+    assert found.success, found.error
+    scores = [token.logprob for token in found.completions[0].tokens]
+    assert scores[1:] == pytest.approx([*(done.prompt_logprobs or ())[1:], *done.logprobs], abs=1e-4)
+    assert found.completions[0].text == "how likely is it" + done.text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -264,7 +323,7 @@ def test_the_command_serves_until_it_is_told_to_end(directory: Path, capsys: pyt
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.search(r"http://127.0.0.1:(\d+)/v1", line)
-    assert found, line
+    assert found, process.communicate(timeout=60)[1]
     asked = {"model": str(directory), "prompt": "x", "max_tokens": 2}
     assert httpx.post(f"{found[0]}/completions", json=asked, timeout=120).status_code == 200
     assert main(["serve", "--model", str(directory), "--port", found[1]]) == 2

@@ -136,7 +136,6 @@ BAD: dict[str, tuple[Any, str]] = {
     "model": (line("model", {**GREEDY, "prompt": "x", "model": "gpt-5"}), "model 'gpt-5' is not here"),
     "long": (line("long", {**GREEDY, "prompt": "long " * 300}), "exceed the model's window of 128"),
     "likeliest": (line("likeliest", {**GREEDY, "prompt": "x", "logprobs": 5}), "neither 0 nor 1"),
-    "unknown": (line("unknown", {**GREEDY, "prompt": "x", "logprobs": 1, "temperature": 1}), "the likeliest token"),
     "stream": (line("stream", {**GREEDY, "prompt": "x", "stream": True}), "field 'stream'"),
     "number": (line("number", {**GREEDY, "prompt": "x", "n": True}), "field 'n': True is no whole number"),
     "image": (
