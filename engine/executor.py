@@ -200,7 +200,10 @@ class Executor:
             greedy, greedy_logprobs = best.tolist(), logprobs.gather(-1, best[:, None])[:, 0].tolist()
         finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN where a logit is
         values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, greedy_logprobs, finite.tolist(), strict=True)
-        return [Answer(*value, _kept(value[0], logprobs, row)) for row, value in enumerate(values)]
+        return [
+            Answer(ask, token, logprob, best_token, best_logprob, is_finite, _kept(ask, logprobs, row))
+            for row, (ask, token, logprob, best_token, best_logprob, is_finite) in enumerate(values)
+        ]
 
 
 def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
