@@ -250,11 +250,6 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many a CUDA device has; 0 for others."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 0
-
-
 def shared_memory(device: torch.device) -> int:
     """Bytes of a CUDA device's memory that the threads of a block may share; those of the smallest kind elsewhere."""
     if device.type != "cuda":

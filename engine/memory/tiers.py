@@ -20,12 +20,10 @@ def percents(share: Share) -> dict[Tier, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that a run may use on each tier, and what computes there."""
+    """Bytes that a run may use on each tier."""
 
     device: int
     host: int
     disk: int
     shared: bool = False
     """Device and host tier are the same memory (the CPU): together they may use `host`."""
-    multiprocessors: int = 0
-    """Of the device, which products are shared out over; 0 where it is not known."""

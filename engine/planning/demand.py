@@ -6,21 +6,16 @@ from dataclasses import replace
 
 from engine.memory.disk.file import BLOCK, align_up
 from engine.memory.tiers import Memory, Tier, percents
-from engine.planning.limits import (
-    GATHER_SLOTS,
-    LEAST_BATCH_ROWS,
-    LOGITS_BYTES,
-    READ_AHEAD_BYTES,
-    SLOTS,
-    SMALL_BATCH_ROWS,
-    STAGING_BUFFERS,
-    WAITING_BATCHES,
-    batch_rows,
-)
+from engine.planning.limits import GATHER_SLOTS, LOGITS_BYTES, READ_AHEAD_BYTES, SLOTS, STAGING_BUFFERS, WAITING_BATCHES
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing, WeightBytes
 from engine.policy import Policy, Share
 
+_ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
+_MORE_ROWS = (32768, 16384)
+"""For small layers on an accelerator, whose micro-batches else end before the host has asked for the next."""
+_MOST_OPERATIONS = 1e12
+"""On the rows of such a micro-batch, in a layer: 1.5 ms of a fast card, about what a host needs to ask for it."""
 _WORK_FRACTION = 0.3
 """Share of the device memory left by the weights that a micro-batch's temporaries may take."""
 _LOGITS_COPIES = {"cpu": 4, "other": 3}
@@ -55,6 +50,8 @@ _BEHIND_DISK = 4
 _STATE_COPIES = 7
 """Of a state, while a token is added to it: as it was, what the new one is made of, and that of a prefix which others
 continue."""
+LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
+"""Rows of the smallest micro-batch that a plan is made for, and of the one that a greedy plan leaves room for."""
 
 
 class Demand:
@@ -253,7 +250,10 @@ class Demand:
 
     def rows_per_batch(self, left: int, *, is_resident: bool = False) -> int:
         """Rows of a micro-batch whose temporaries fit into what is `left`; more for small layers that are resident."""
-        choices = batch_rows(self.on_cpu, self.row_operations if is_resident else None, self.memory.multiprocessors)
+        choices = _ROWS["cpu" if self.on_cpu else "other"]
+        if is_resident and not self.on_cpu:
+            more = (rows for rows in _MORE_ROWS if rows * self.row_operations <= _MOST_OPERATIONS)
+            choices = (*more, *choices)
         fitting = [rows for rows in choices if rows * self.row_bytes <= _WORK_FRACTION * max(0, left)]
         return fitting[0] if fitting else choices[-1]
 

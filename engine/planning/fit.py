@@ -6,8 +6,7 @@ import math
 
 from engine.errors import CapacityError
 from engine.memory.tiers import Tier
-from engine.planning.demand import Demand
-from engine.planning.limits import LEAST_BATCH_ROWS
+from engine.planning.demand import LEAST_BATCH_ROWS, Demand
 from engine.policy import Share
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import replace
 
 from engine.errors import ConfigError, InstallationError
 from engine.memory.cores import usable_cores
@@ -74,18 +73,17 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
     Where device and host memory are the same (CPU, MPS), the device tier is a budget like any other; unless limited, it
     may be all of it. There `cpu_memory` holds for the whole process.
     """
-    found, multiprocessors = None, 0
+    found = None
     if device != "cpu":
         import torch
 
         from engine.memory import accelerator
 
         found = accelerator.memory(torch.device(device))
-        multiprocessors = accelerator.multiprocessors(torch.device(device))
     limits, own = known_limits(), own_memory() if found is None else 0
     if cpu_memory is not None and (placed := _placed(cpu_memory, own)) > limits.available:
         warnings.warn(f"cpu-memory {gb(cpu_memory)} exceeds {_beyond(limits, placed)}", stacklevel=2)
-    memory = memory_within(
+    return memory_within(
         limits.available,
         None if found is None else found[0],
         free_disk(offload_dir) if offload_dir else 0,
@@ -93,7 +91,6 @@ def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None
         cpu_memory,
         own_bytes=own,
     )
-    return replace(memory, multiprocessors=multiprocessors)
 
 
 def memory_within(

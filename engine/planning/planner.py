@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from engine.errors import CapacityError
 from engine.memory.tiers import TIERS, Tier, percents
 from engine.planning.admission import Admission
-from engine.planning.demand import Demand
+from engine.planning.demand import SMALL_BATCH_ROWS, Demand
 from engine.planning.fit import Fit, gb
 from engine.planning.hardware import Memory
-from engine.planning.limits import SMALL_BATCH_ROWS, Limits
+from engine.planning.limits import Limits
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share

@@ -75,7 +75,6 @@ def seats_for(policy: Policy, waiting: Sequence[WorkerProcess] = ()) -> Seats:
             host=min(each.host for each in memories),
             disk=min(each.disk for each in memories),
             shared=memories[0].shared,
-            multiprocessors=memories[0].multiprocessors,
         ),
         gather=gathers(policy.gather_weights, [str(each.device) for each in policies], alike=not note),
         notes=tuple(notes),

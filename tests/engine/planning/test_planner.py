@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine import Policy
 from engine.errors import CapacityError
 from engine.planning.hardware import Memory
-from engine.planning.limits import Limits, even_rows
+from engine.planning.limits import Limits
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import Plan, make_plan
 from engine.planning.sharing import Sharing
@@ -456,16 +456,6 @@ def test_small_layers_on_the_device_are_computed_in_larger_micro_batches() -> No
     assert rows(small, Share(gpu=50, cpu=50)) == rows(OPT_30B, resident) == 8192
     assert rows(small, resident, replace(card, device=3 * GB)) == 16384
     assert rows(replace(small, unit_bytes=(1_000_000_000,) * 30), resident) == 8192
-    assert rows(OPT_30B, resident, replace(card, multiprocessors=132)) == 8448
-
-
-def test_rows_come_out_even_on_the_multiprocessors() -> None:
-    """Tiles of 128 rows and 256 of 1,024 columns: 33 x 4 are 132, and 57 x 4 twice 114."""
-    assert [even_rows(rows, 132) for rows in (16384, 8192, 4096, 2048)] == [16896, 8448, 4224, 2048]
-    assert even_rows(4096, 128) == 4096
-    assert even_rows(7300, 114) == 57 * 128
-    assert even_rows(4096, 108) == 4096  # 27 x 4 are 108: a sixth fewer rows than were asked for
-    assert even_rows(4096, 0) == 4096
 
 
 EXPERTS = ModelShape(
