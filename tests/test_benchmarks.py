@@ -811,7 +811,7 @@ def test_several_devices_are_timed_beside_one(opt: str, tmp_path: Path, capsys: 
 def test_a_cards_time_is_summed_by_what_its_kernels_do() -> None:
     events = [
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", 2000.0),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", 500.0),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::half_t>>", 500.0),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", 1000.0),
         ("void at::native::vectorized_elementwise_kernel<8, relu>", 250.0),
         ("Memcpy HtoD (Pinned -> Device)", 50.0),
@@ -831,6 +831,7 @@ def test_a_workloads_operations_are_counted_by_hand() -> None:
     assert jobs[0].prompt[:4] == jobs[2].prompt[:4] != jobs[3].prompt[:4]
     suite = card_time.Asked.parse("suite").runs
     assert len(suite) == 20
-    assert all(
-        350 <= shared <= 1500 and len(own) == 100 and min(own) >= 40 and max(own) <= 140 for shared, own in suite
-    )
+    assert all(350 <= shared <= 1500 for shared, _ in suite)
+    assert all(len(own) == 100 and min(own) >= 40 and max(own) <= 140 for _, own in suite)
+    with pytest.raises(ConfigError, match="one new token"):
+        card_time.Asked.parse("2x3x4+5:8")
