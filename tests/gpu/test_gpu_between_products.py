@@ -29,7 +29,7 @@ def test_gated_products_as_by_torch(width: int, activation: Activation, dtype: t
     gate, up = both.chunk(2, dim=-1)
     found, expected = kernel(gate, up, activation), gated(gate, up, activation)
     assert (found == expected).float().mean() > 0.999  # exponentials by another way move a number by a step, rarely
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
     assert torch.equal(kernel(gate[:, 7:9], up[:, 7:9], activation), found[:, 7:9])
 
 
