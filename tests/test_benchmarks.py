@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    card_time,
     codecs,
     compression,
     data_wrangling,
@@ -805,3 +806,32 @@ def test_several_devices_are_timed_beside_one(opt: str, tmp_path: Path, capsys: 
         assert len(row["each_s"]) == len(found["devices"])
         assert found["host_bytes_of_weights"] > 0
     assert capsys.readouterr().out.count("1x6x8+4:2") == 3
+
+
+def test_a_cards_time_is_summed_by_what_its_kernels_do() -> None:
+    events = [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", 2000.0),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::half_t>>", 500.0),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", 1000.0),
+        ("void at::native::vectorized_elementwise_kernel<8, relu>", 250.0),
+        ("Memcpy HtoD (Pinned -> Device)", 50.0),
+    ]
+    found = card_time.summed(events)
+    expected = {"products": [3.0, 2], "attention": [0.5, 1], "between": [0.25, 1], "copies": [0.05, 1]}
+    assert found["kinds_ms"] == expected
+    assert next(iter(found["kernels_ms"])) == events[0][0]
+
+
+def test_a_workloads_operations_are_counted_by_hand() -> None:
+    asked = card_time.Asked.parse("2x3x4+5:1")
+    assert asked.num_tokens == 2 * (4 + 3 * 5)
+    assert asked.num_pairs == 2 * (1 + 2 + 3 + 4 + 3 * (5 + 6 + 7 + 8 + 9))
+    jobs = asked.jobs(100, 0)
+    assert [len(job.prompt) for job in jobs] == [9] * 6
+    assert jobs[0].prompt[:4] == jobs[2].prompt[:4] != jobs[3].prompt[:4]
+    suite = card_time.Asked.parse("suite").runs
+    assert len(suite) == 20
+    assert all(350 <= shared <= 1500 for shared, _ in suite)
+    assert all(len(own) == 100 and min(own) >= 40 and max(own) <= 140 for _, own in suite)
+    with pytest.raises(ConfigError, match="one new token"):
+        card_time.Asked.parse("2x3x4+5:8")
