@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -31,7 +33,7 @@ from benchmarks import (
     sweep_suite,
     timeline,
 )
-from benchmarks.rivals import contender, run
+from benchmarks.rivals import contender, generate_batch, run
 from engine import Job, Policy
 from engine.errors import CheckpointError, ConfigError
 from engine.planning.limits import Limits
@@ -542,6 +544,18 @@ class TestRivals:
         result = run.run_contender([sys.executable, "-c", program], tmp_path, 1)
         assert says in result["failed"]
         assert says in run.table_line("x", result)
+
+    @pytest.mark.parametrize("name", run.MODULES)
+    def test_contenders_have_a_script(self, name: str, tmp_path: Path) -> None:
+        options = argparse.Namespace(shape="opt-125m", row="1x2x0+4:2", gpu_memory="1GB")
+        command = run.command_of(f"{name} --cut 2", options, tmp_path)
+        assert command[-2:] == ["--cut", "2"]
+        assert importlib.util.find_spec(command[command.index("-m") + 1]) is not None
+
+    def test_continuous_batching_is_not_limited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["generate_batch", "--shape", "opt-125m", "--cut", "2"])
+        with pytest.raises(SystemExit, match="leave out --cut"):
+            generate_batch.main()
 
     def test_what_was_not_measured_is_said(self) -> None:
         result = {

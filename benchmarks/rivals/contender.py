@@ -6,6 +6,7 @@ A contender is a process of its own: it prints progress as it likes and, last, o
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from engine.memory import accelerator
 from engine.policy import parse_bytes
 from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.planning.roofline import Workload
@@ -78,6 +80,12 @@ def task_of(options: argparse.Namespace) -> Task:
 def device() -> torch.device:
     """Where contenders compute."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def release() -> None:
+    """Give back what torch holds of what is gone."""
+    gc.collect()
+    accelerator.release_memory(device())
 
 
 def stopwatch(call: Callable[[], object]) -> float:

@@ -25,18 +25,19 @@ from flexgen_helm.planning.roofline import Workload
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SCRIPTS = ("flexllmgen", "accelerate", "deepspeed", "transformers", "transformers-1")
 MODULES = {
     "flexllmgen": "flexllmgen",
     "accelerate": "accelerate_offload",
     "deepspeed": "deepspeed_zero",
     "transformers": "transformers_generate",
     "transformers-1": "transformers_generate",
+    "generate_batch": "generate_batch",
 }
+"""The script of each contender."""
 
 
 def command_of(contender: str, options: argparse.Namespace, out: Path) -> list[str]:
-    """The command line of a contender: "flexgen-helm", or one of `SCRIPTS`, with further flags behind its name."""
+    """The command line of a contender: "flexgen-helm", or one of `MODULES`, with further flags behind its name."""
     name, *flags = shlex.split(contender)
     limit = ["--gpu-memory", options.gpu_memory] if options.gpu_memory else []
     if name == "flexgen-helm":
@@ -114,14 +115,14 @@ def main() -> None:
         "--contenders",
         nargs="+",
         default=["flexgen-helm", "accelerate --cut 2 --batches 1"],
-        help=f"flexgen-helm, {', '.join(SCRIPTS)}; each may have flags of its own behind it, in one argument",
+        help=f"flexgen-helm, {', '.join(MODULES)}; each may have flags of its own behind it, in one argument",
     )
     parser.add_argument("--limit", type=float, default=240, help="most seconds of one contender")
     parser.add_argument("--name", help="name of the record (default: from shape and memory)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options = parser.parse_args()
     for contender in options.contenders:
-        if shlex.split(contender)[0] not in ("flexgen-helm", *SCRIPTS):
+        if shlex.split(contender)[0] not in ("flexgen-helm", *MODULES):
             parser.error(f"no contender {contender!r}")
     name = options.name or "-".join(filter(None, ("rivals", options.shape, options.gpu_memory)))
     content: dict[str, Any] = {
