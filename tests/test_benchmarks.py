@@ -33,7 +33,7 @@ from benchmarks import (
     sweep_suite,
     timeline,
 )
-from benchmarks.rivals import contender, generate_batch, run
+from benchmarks.rivals import contender, freetoken, generate_batch, run
 from engine import Job, Policy
 from engine.errors import CheckpointError, ConfigError
 from engine.planning.limits import Limits
@@ -556,6 +556,14 @@ class TestRivals:
         monkeypatch.setattr(sys, "argv", ["generate_batch", "--shape", "opt-125m", "--cut", "2"])
         with pytest.raises(SystemExit, match="leave out --cut"):
             generate_batch.main()
+
+    def test_freetoken_reads_a_configuration_of_the_shape(self, tmp_path: Path) -> None:
+        from transformers import AutoConfig
+
+        freetoken.checkpoint_of("qwen3-30b-a3b", tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert config.architectures == ["Qwen3MoeForCausalLM"]
+        assert (config.num_hidden_layers, config.num_experts, config.hidden_size) == (48, 128, 2048)
 
     def test_what_was_not_measured_is_said(self) -> None:
         result = {

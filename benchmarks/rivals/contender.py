@@ -61,12 +61,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def task_of(options: argparse.Namespace) -> Task:
-    """The task that the flags mean; limits what torch may reserve on the card."""
-    limit = None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory")
+def limit_device(limit: int | None) -> None:
+    """Let torch reserve so many bytes at most on the card."""
     if limit is not None and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), 0)
+
+
+def task_of(options: argparse.Namespace, *, enforce: bool = True) -> Task:
+    """The task that the flags mean; limits what torch may reserve on the card, unless not to `enforce` it yet."""
+    limit = None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory")
+    if enforce:
+        limit_device(limit)
     return Task(
         shape=options.shape,
         load=options.row,

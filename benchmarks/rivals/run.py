@@ -32,6 +32,7 @@ MODULES = {
     "transformers": "transformers_generate",
     "transformers-1": "transformers_generate",
     "generate_batch": "generate_batch",
+    "freetoken": "freetoken",
 }
 """The script of each contender."""
 
