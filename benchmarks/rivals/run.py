@@ -106,8 +106,8 @@ def table_line(contender: str, result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Run the contenders one after the other; the record is written anew after each."""
+def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; ends the process with one line if a contender is unknown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-30b")
     parser.add_argument("--row", type=Workload.parse, default="1x64x0+512:32")
@@ -121,10 +121,16 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=240, help="most seconds of one contender")
     parser.add_argument("--name", help="name of the record (default: from shape and memory)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for contender in options.contenders:
         if shlex.split(contender)[0] not in ("flexgen-helm", *MODULES):
             parser.error(f"no contender {contender!r}")
+    return options
+
+
+def main() -> None:
+    """Run the contenders one after the other; the record is written anew after each."""
+    options = parse_flags()
     name = options.name or "-".join(filter(None, ("rivals", options.shape, options.gpu_memory)))
     content: dict[str, Any] = {
         "shape": options.shape,
