@@ -57,12 +57,15 @@ def run_contender(command: list[str], out: Path, limit_s: float) -> dict[str, An
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ
         )
+        code: int | None = None
         try:
-            code: int | None = process.wait(limit_s)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            pass
+        finally:  # also where we are interrupted: it is in a session of its own
+            if code is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         log.seek(0)
         lines = log.read().splitlines()
     process_s = time.perf_counter() - start
