@@ -607,6 +607,13 @@ class TestRivals:
         part, detail = generating.time_generate(model, replace(task, cut=3, batches=1), 5)
         assert (part, detail["projected"], detail["measured_tokens"]) == (pytest.approx(whole), True, 4)
 
+    def test_a_record_tells_of_a_shape_what_its_file_says(self, tmp_path: Path) -> None:
+        changed = {"shape": "opt-30b", "num_hidden_layers": 8}
+        file = tmp_path / "opt-30b-8-layers.json"
+        file.write_text(json.dumps(changed))
+        assert run.shape_of(str(file)) == {"shape": "opt-30b-8-layers", "changes": changed}
+        assert run.shape_of("opt-6.7b") == {"shape": "opt-6.7b"}
+
     def test_published_figures_have_a_source(self) -> None:
         figures = json.loads((ROOT / "benchmarks" / "rivals" / "published.json").read_text())
         assert {"Petals", "FlexGen", "MoE-Gen", "KTransformers"} <= {figure["system"] for figure in figures}

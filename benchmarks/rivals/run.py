@@ -109,6 +109,12 @@ def table_line(contender: str, result: dict[str, Any]) -> str:
     )
 
 
+def shape_of(shape: str) -> dict[str, Any]:
+    """What a record says of a shape: its name, and what is in its file if it is one."""
+    file = Path(shape)
+    return {"shape": file.stem, "changes": json.loads(file.read_text())} if file.is_file() else {"shape": shape}
+
+
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; ends the process with one line if a contender is unknown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,9 +140,9 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run the contenders one after the other; the record is written anew after each."""
     options = parse_flags()
-    name = options.name or "-".join(filter(None, ("rivals", options.shape, options.gpu_memory)))
+    name = options.name or "-".join(filter(None, ("rivals", Path(options.shape).stem, options.gpu_memory)))
     content: dict[str, Any] = {
-        "shape": options.shape,
+        **shape_of(options.shape),
         "row": str(options.row),
         "gpu_memory": options.gpu_memory,
         "contenders": {},
