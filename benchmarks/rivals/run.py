@@ -140,9 +140,10 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run the contenders one after the other; the record is written anew after each."""
     options = parse_flags()
-    name = options.name or "-".join(filter(None, ("rivals", Path(options.shape).stem, options.gpu_memory)))
+    shape = shape_of(options.shape)
+    name = options.name or "-".join(filter(None, ("rivals", shape["shape"], options.gpu_memory)))
     content: dict[str, Any] = {
-        **shape_of(options.shape),
+        **shape,
         "row": str(options.row),
         "gpu_memory": options.gpu_memory,
         "contenders": {},
