@@ -249,7 +249,7 @@ def _name(found: Estimate) -> str:
     parts += [f"{weights.disk:g} % on disk"] if weights.disk else []
     parts += ["attention on the host"] if found.policy.cpu_cache_compute else []
     for name, bits in (("weights", found.policy.compress_weight), ("cache", found.policy.compress_cache)):
-        parts += [f"{name} in {bits} bits"] if bits else []
+        parts += [f"{name} {bits}" if bits == "lossless" else f"{name} in {bits} bits"] if bits else []
     return ", ".join(parts)
 
 

@@ -43,7 +43,7 @@ def compression(policy: object) -> str:
     parts = []
     for key, what in (("compress-weight", "weights"), ("compress-cache", "cache")):
         if bits := policy.get(key):
-            parts.append(f"{what} in {4 if bits is True else bits} bits")
+            parts.append(f"{what} {bits}" if bits == "lossless" else f"{what} in {4 if bits is True else bits} bits")
     return ", ".join(parts)
 
 
