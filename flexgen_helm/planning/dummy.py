@@ -142,7 +142,7 @@ def open_dummy(shape: str, policy: Policy, member: Member | None = None) -> Engi
 
 
 def fill_randomly(store: WeightStore) -> Iterator[None]:
-    """Put small random numbers everywhere, or random codes: one random block, repeated. One matrix of a shape is encoded."""
+    """Put small random numbers everywhere, or random codes: one random block, repeated. Of a shape, one is encoded."""
     from flexgen_helm.planning.packed.random_codes import RandomCodes
 
     block, packed = _random_block(), store.model.packed

@@ -75,10 +75,8 @@ class KeptWeights:
         }
         digest = hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest()[:12]
         name = re.sub(r"[^\w.-]+", "-", self.source.name.removeprefix("models--"))[:80]
-        self.folder = (
-            weights_directory()
-            / f"{name}-{codes if isinstance(codes, str) else f'{codes}bit'}-{self.manifest['dtype']}-{digest}"
-        )
+        form = codes if isinstance(codes, str) else f"{codes}bit"
+        self.folder = weights_directory() / f"{name}-{form}-{self.manifest['dtype']}-{digest}"
         self._opened: dict[str, tuple[torch.Tensor, list[int]]] = {}
         self._complete: SimpleQueue[str | None] = SimpleQueue()
         self._stopping = self._has_told = False

@@ -97,6 +97,7 @@ def compressed(model: PreTrainedModel, names: set[str], bits: int) -> PreTrained
     return model
 
 
+CODEC = GroupCodes(Codec(4))
 CASES = [
     *(("opt", 4, policy) for policy in POLICIES),
     *(("llama", 8, policy) for policy in ("device", "thirds")),
@@ -113,11 +114,7 @@ def test_equals_transformers_with_the_same_weights(
     with Engine.from_pretrained(str(build(family)), policy={**settings, "compress-weight": bits}) as engine:
         done = engine.run(JOBS)
         again = engine.run(JOBS)
-        names = {
-            name
-            for unit in engine.parts.model.units
-            for name in coded_names(engine.parts.model, unit, GroupCodes(Codec(4)))
-        }
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit, CODEC)}
         stored = sum(sum(tiers.values()) for tiers in engine.parts.weights.placed_bytes().values())
         whole = sum(tensor.numel() * tensor.element_size() for tensor in engine.parts.model.state.values())
     assert names
@@ -225,11 +222,7 @@ def test_codes_take_less_room_off_the_device(build: Callable[[str], Path], tmp_p
 def test_what_is_encoded(build: Callable[[str], Path]) -> None:
     """All of a layer's matrices, experts among them; neither routers nor embeddings nor the head."""
     with Engine.from_pretrained(str(build("qwen3-moe")), policy={"device": "cpu", "compress-weight": 4}) as engine:
-        names = {
-            name
-            for unit in engine.parts.model.units
-            for name in coded_names(engine.parts.model, unit, GroupCodes(Codec(4)))
-        }
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit, CODEC)}
     kinds = {name.split("layers.0.")[1] for name in names if "layers.0." in name}
     attention = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
     assert kinds == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
