@@ -75,7 +75,7 @@ class Lossless:
 
     def weight_ranges(self, like: torch.Tensor, first_element: int, num_elements: int) -> list[tuple[int, int]]:
         """Of the six parts."""
-        size = like.shape[-2:].numel()
+        size = max(1, like.shape[-2:].numel())
         first, end = first_element // size, (first_element + num_elements) // size
         return [(begin + first * each, begin + end * each) for begin, _, each in _layout(like)]
 
@@ -83,7 +83,7 @@ class Lossless:
         self, name: str, like: torch.Tensor, first_element: int, values: torch.Tensor, device: torch.device
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """A chunk after the other; the table is found before, of all numbers of a matrix."""
-        size = like.shape[-2:].numel()
+        size = max(1, like.shape[-2:].numel())
         if first_element % size or values.numel() % size:
             raise UnsupportedError(f"compress-weight: lossless: {name} comes in pieces, not by matrices; leave it out")
         for at in range(0, values.numel(), size):
@@ -92,6 +92,8 @@ class Lossless:
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
         """By a kernel, where there is one, else by torch."""
+        if not values.numel():
+            return
         count = len(parts[2]) // _EXPONENTS
         whole = [*parts[:3], parts[3].view(torch.int32), parts[4].view(torch.int16), parts[5]]
         each = [part.view(count, -1) for part in whole]
