@@ -30,8 +30,8 @@ _SCORE_COPIES = 3
 
 
 def large_matrices(model: CausalModel, unit: Unit) -> frozenset[str]:
-    """Parameters of a unit that a codec may take: a layer's large matrices."""
-    if not unit.name.startswith("layer."):
+    """Parameters of a unit that a codec may take: large matrices of a layer, and of a head that is not tied."""
+    if not unit.name.startswith(("layer.", "head")):
         return frozenset()
     shapes = {name: model.state[name].shape for name in unit.owners}
     least = _CODED_PART * sum(shape.numel() for shape in shapes.values())
@@ -40,6 +40,8 @@ def large_matrices(model: CausalModel, unit: Unit) -> frozenset[str]:
 
 def coded_names(model: CausalModel, unit: Unit, codec: WeightCodec) -> frozenset[str]:
     """Parameters of a unit that a codec takes."""
+    if not (unit.name.startswith("layer.") or codec.takes_head):
+        return frozenset()
     return frozenset(name for name in large_matrices(model, unit) if codec.takes(name, model.state[name]))
 
 

@@ -19,6 +19,8 @@ class GroupCodes:
     """A `WeightCodec`: what `Codec` makes of a flat parameter, its codes, steps and leasts one after the other."""
 
     codec: Codec
+    takes_head: ClassVar[bool] = False
+    """It decides between tokens, and is rounded last."""
     working_part: ClassVar[float] = 0.5
     """Half bytes of a matrix are spread over whole ones before they become numbers."""
 

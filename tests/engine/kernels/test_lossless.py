@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from interpreter import interpreted
 
 from engine.errors import UnsupportedError
-from engine.kernels.weight_codes.lossless import Lossless, is_worth_it, room_for_escapes
+from engine.kernels.weight_codes.lossless import Lossless, is_worth_it
 
 CPU = torch.device("cpu")
 CODEC = Lossless()
@@ -81,7 +81,7 @@ def test_a_matrix_has_as_many_escapes_as_there_is_room_for() -> None:
     full = with_escapes(200)
     assert expanded(stored(full), full, 0, 64_000).equal(full.flatten().view(torch.int16))
     with pytest.raises(
-        UnsupportedError, match="w has 201 of 64,000 numbers .* and room for 200; leave compress-weight"
+        UnsupportedError, match=r"w has 201 of 64,000 numbers .* and room for 200; leave compress-weight"
     ):
         stored(with_escapes(201))
 
