@@ -86,6 +86,11 @@ class WeightStore:
         return self.codec is not None and any(placed.coded for placed in self.placed.values())
 
     @property
+    def has_rounded(self) -> bool:
+        """Whether the codec takes any parameter, and its numbers are others then."""
+        return self.has_codes and self.codec is not None and self.codec.rounds
+
+    @property
     def unit_names(self) -> list[str]:
         """Units that have parameters, in the order of the sweep."""
         return list(self.placed)

@@ -40,7 +40,7 @@ def large_matrices(model: CausalModel, unit: Unit) -> frozenset[str]:
 
 def coded_names(model: CausalModel, unit: Unit, codec: WeightCodec) -> frozenset[str]:
     """Parameters of a unit that a codec takes."""
-    if not (unit.name.startswith("layer.") or codec.takes_head):
+    if codec.rounds and not unit.name.startswith("layer."):
         return frozenset()
     return frozenset(name for name in large_matrices(model, unit) if codec.takes(name, model.state[name]))
 

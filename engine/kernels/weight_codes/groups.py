@@ -19,8 +19,7 @@ class GroupCodes:
     """A `WeightCodec`: what `Codec` makes of a flat parameter, its codes, steps and leasts one after the other."""
 
     codec: Codec
-    takes_head: ClassVar[bool] = False
-    """It decides between tokens, and is rounded last."""
+    rounds: ClassVar[bool] = True
     working_part: ClassVar[float] = 0.5
     """Half bytes of a matrix are spread over whole ones before they become numbers."""
 

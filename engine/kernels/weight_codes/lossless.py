@@ -63,7 +63,7 @@ class Lossless:
 
     plain: frozenset[str] = frozenset()
     """Parameters that stay as they are: they have too many escapes."""
-    takes_head: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
     working_part: ClassVar[float] = 0.0
 
     def takes(self, name: str, like: torch.Tensor) -> bool:

@@ -15,8 +15,8 @@ class WeightCodec(Protocol):
     experts that are merged into one parameter, each is encoded by itself, so that it can be expanded by itself.
     """
 
-    takes_head: ClassVar[bool]
-    """Whether a head that is not tied to the token embedding is encoded, too."""
+    rounds: ClassVar[bool]
+    """Whether numbers come back as others; if not, a head that is not tied to the token embedding is encoded, too."""
     working_part: ClassVar[float]
     """Of a layer's numbers, how many bytes more are in use on the device while they are expanded."""
 
