@@ -114,15 +114,23 @@ def _weight_codes(sizes: ModelSizes, base: Policy, compress: bool) -> list[Weigh
 def best_of(found: list[Estimate]) -> Estimate:
     """The one to take of the policies that `search` found.
 
-    With attention on the host only if it is faster by far; then, of those that are about as fast as the best of their
-    kind, the one with the largest micro-batches: what an estimate leaves out grows with their number.
+    With attention on the host only if it is faster by far, and with lossless weights if by more than estimates are
+    wrong; then, of those that are about as fast as the best of their kind, the one with the largest micro-batches: what
+    an estimate leaves out grows with their number.
     """
     best = found[0]
     others = [each for each in found if not each.policy.cpu_cache_compute]
     if others and best.seconds > _HOST_ATTENTION_GAIN * others[0].seconds:
         best = others[0]
+    plain = [each for each in found if _without_codes(each) == _without_codes(best) and not each.policy.compress_weight]
+    if best.policy.compress_weight == "lossless" and plain and plain[0].seconds <= (1 + _UNSURE) * best.seconds:
+        best = plain[0]  # nothing has to be encoded
     alike = [each for each in found if _kind(each) == _kind(best) and each.seconds <= (1 + _UNSURE) * best.seconds]
     return max(alike, key=lambda each: (each.plan.limits.rows_per_batch, each.plan.activations.gpu, -each.seconds))
+
+
+def _without_codes(found: Estimate) -> tuple[object, ...]:
+    return found.policy.cpu_cache_compute, found.policy.compress_cache
 
 
 def _kind(found: Estimate) -> tuple[object, ...]:
