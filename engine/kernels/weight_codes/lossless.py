@@ -22,8 +22,8 @@ ESCAPE = 15
 _EXPONENTS = 16
 _NUMBERS_PER_ESCAPE = 320
 """Of a matrix, numbers for each of which there is room for one escape."""
-_CHUNK_TILES = 1024
-"""Encoded or expanded at once by torch: a number takes about 20 bytes meanwhile."""
+_HOST_TILES, _DEVICE_TILES = 256, 1024
+"""Encoded or expanded at once by torch: a number takes about 20 bytes meanwhile, on the host in its caches."""
 _SAMPLED_PART = 0.5
 """Of the room for escapes, what those of a sample may fill."""
 
@@ -115,7 +115,7 @@ def _encoded(
     name: str, values: torch.Tensor, places: Sequence[int], device: torch.device
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Stored bytes of a matrix, whose parts begin at `places`."""
-    size, chunk = values.numel(), _CHUNK_TILES * TILE
+    size, chunk = values.numel(), _tiles_at_once(device) * TILE
 
     def chunks() -> Iterator[tuple[int, torch.Tensor]]:
         for at in range(0, size, chunk):
@@ -157,9 +157,9 @@ def _expand(numbers: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
 
 def _expand_matrix(parts: Sequence[torch.Tensor], numbers: torch.Tensor) -> None:
     fractions, codes, table, starts, places, escaped = parts
-    num_tiles = len(starts) - 1
-    for first in range(0, num_tiles, _CHUNK_TILES):
-        end = min(first + _CHUNK_TILES, num_tiles)
+    num_tiles, at_once = len(starts) - 1, _tiles_at_once(numbers.device)
+    for first in range(0, num_tiles, at_once):
+        end = min(first + at_once, num_tiles)
         some = codes[first * HALF : end * HALF].view(-1, 1, HALF)
         both = torch.cat((some & 15, some >> 4), dim=1).flatten()
         here = slice(first * TILE, min(end * TILE, len(numbers)))
@@ -169,6 +169,10 @@ def _expand_matrix(parts: Sequence[torch.Tensor], numbers: torch.Tensor) -> None
     at = torch.arange(num_tiles, device=starts.device).repeat_interleave(counts) * TILE
     at += places[: len(at)]
     numbers[at] = _bits(fractions[at], escaped[: len(at)])
+
+
+def _tiles_at_once(device: torch.device) -> int:
+    return _HOST_TILES if device.type == "cpu" else _DEVICE_TILES
 
 
 def _bits(fractions: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
