@@ -72,7 +72,7 @@ def test_compression_takes_bits(line: str, bits: int | None) -> None:
 
 def test_only_weights_may_be_lossless() -> None:
     assert Policy.load(policy("--compress-weight lossless")).compress_weight == "lossless"
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="--compress-cache: 'lossless'"):
         policy("--compress-cache lossless")
 
 
