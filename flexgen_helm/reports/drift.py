@@ -37,13 +37,13 @@ class Drift:
 
 
 def compression(policy: object) -> str:
-    """What a policy compresses, in words; empty if nothing."""
+    """What a policy rounds, in words; empty if nothing."""
     if not isinstance(policy, Mapping):
         return ""
     parts = []
     for key, what in (("compress-weight", "weights"), ("compress-cache", "cache")):
-        if bits := policy.get(key):
-            parts.append(f"{what} {bits}" if bits == "lossless" else f"{what} in {4 if bits is True else bits} bits")
+        if (bits := policy.get(key)) and bits != "lossless":
+            parts.append(f"{what} in {4 if bits is True else bits} bits")
     return ", ".join(parts)
 
 
