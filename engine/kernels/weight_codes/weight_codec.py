@@ -34,7 +34,7 @@ class WeightCodec(Protocol):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Stored bytes of flat `values`, which are the parameter's from `first_element` on: (place, uint8 on the host).
 
-        `device` computes them, a few numbers at a time. Raises `UnsupportedError` for numbers that have no room.
+        `device` may compute them, a few numbers at a time. Raises `UnsupportedError` for numbers that have no room.
         """
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:

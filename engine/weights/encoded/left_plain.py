@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.weight_codes.lossless import is_worth_it
+from engine.kernels.weight_codes.lossless_encoder import is_worth_it
 from engine.model.causal_model import CausalModel
 from engine.weights.loading import steps_by_unit
 from engine.weights.receiver import Nowhere

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from interpreter import interpreted
 
 from engine.errors import UnsupportedError
-from engine.kernels.weight_codes.lossless import Lossless, is_worth_it
+from engine.kernels.weight_codes.lossless import Lossless
+from engine.kernels.weight_codes.lossless_encoder import is_worth_it
 
 CPU = torch.device("cpu")
 CODEC = Lossless()
