@@ -1,4 +1,4 @@
-"""On a CUDA device lossless weights are expanded by a kernel, bit for bit, and encoded as on the host."""
+"""On a CUDA device lossless weights are expanded by a kernel, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.gpu
 CODEC = Lossless()
 
 
-def stored(values: torch.Tensor, where: str) -> torch.Tensor:
+def stored(values: torch.Tensor) -> torch.Tensor:
     memory = torch.full((CODEC.num_weight_bytes(values),), 255, dtype=torch.uint8)
-    for first, part in CODEC.encoded("w", values, 0, values.flatten(), torch.device(where)):
+    for first, part in CODEC.encoded("w", values, 0, values.flatten(), values.device):
         memory[first : first + len(part)] = part
     return memory
 
@@ -35,8 +35,7 @@ def every_pattern() -> torch.Tensor:
     ids=lambda values: "x".join(map(str, values.shape)),
 )
 def test_the_card_expands_every_number_to_its_bits(values: torch.Tensor) -> None:
-    memory = stored(values, "cpu")
-    assert stored(values, "cuda").equal(memory)
+    memory = stored(values)
     on_card, size = memory.cuda(), values.shape[-2:].numel()
     for first in (0, values.numel() - size):  # all of them, and the last matrix
         count = values.numel() - first

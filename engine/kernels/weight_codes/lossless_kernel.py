@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-_WARPS = 4
+_WARPS = 2
 
 
 @triton.jit  # type: ignore[untyped-decorator]
