@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -24,6 +24,8 @@ NUMBERS_PER_ESCAPE = 320
 """Of a matrix, numbers for each of which there is room for one escape."""
 _CHUNK_ELEMENTS = 256 * TILE
 """Encoded at once by a core, within its caches."""
+_MOST_CHUNKS = 256
+"""Encoded before any is taken, of less than a megabyte each."""
 _SAMPLED_PART = 0.5
 """Of the room for escapes, what those of a sample may fill."""
 
@@ -57,7 +59,7 @@ class Encoder:
         code_of[table] = np.arange(NUM_EXPONENTS, dtype=np.uint8)
         per_tile, found, exponents = [np.zeros(1, dtype=np.int64)], list[Array](), list[Array]()
         at = 0
-        for fractions, codes, *escapes in self._pool.map(partial(_coded, code_of), chunks):
+        for fractions, codes, *escapes in self._few(partial(_coded, code_of), chunks):
             yield places[0] + at, torch.from_numpy(fractions)
             yield places[1] + at // 2, torch.from_numpy(codes)
             at += len(fractions)
@@ -73,6 +75,11 @@ class Encoder:
         yield places[2], torch.from_numpy(np.append(table, np.uint8(0)))
         for place, part in zip(places[3:], (starts, np.concatenate(found), np.concatenate(exponents)), strict=True):
             yield place, torch.from_numpy(part.view(np.uint8))
+
+    def _few(self, call: Callable[[torch.Tensor], tuple[Array, ...]], chunks: Sequence[torch.Tensor]) -> Iterator[Any]:
+        """What `call` makes of each, so few at a time that what waits to be taken is little."""
+        for first in range(0, len(chunks), _MOST_CHUNKS):
+            yield from self._pool.map(call, chunks[first : first + _MOST_CHUNKS])
 
 
 def is_worth_it(sample: torch.Tensor) -> bool:
