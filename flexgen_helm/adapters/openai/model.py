@@ -54,8 +54,7 @@ class Model:
             first = [self._chat(asked)] if asked.endpoint == CHAT else [self._plain(asked, p) for p in asked.prompts]
             for job in first:
                 job.check()
-                if self.prompts.window is not None:
-                    job.check_fits(_ANY_VOCABULARY, self.prompts.window, None)
+                job.check_fits(_ANY_VOCABULARY, self.prompts.window, None)
         except JobError as error:
             raise RefusedBody(str(error)) from None
         return [_choice(job, number) for job in first for number in range(asked.num_choices)]
