@@ -101,10 +101,12 @@ import torch
 from engine.kernels.weight_codes.lossless import HALF, Lossless
 from engine.kernels.weight_codes.lossless_kernel import expand
 
+torch.manual_seed(0)
 for shape in ((3, 5, 1237), (1, 2048), (2, 64, 160)):
     values = (torch.randn(shape) * 0.02).bfloat16()
     for at, number in enumerate((float("nan"), -0.0, float("inf"), 1e-40, 3e38)):
         values.view(-1)[7 + 900 * at :: 4500] = number
+    values.view(-1)[50:54] = 2.0 ** -torch.arange(60, 64)
     codec, size = Lossless(), values.shape[-2:].numel()
     memory = torch.zeros(codec.num_weight_bytes(values), dtype=torch.uint8)
     for first, part in codec.encoded("w", values, 0, values.flatten(), torch.device("cpu")):
