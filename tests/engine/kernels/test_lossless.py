@@ -56,13 +56,12 @@ def test_matrices_of_any_shape_come_back_together_and_one_by_one(
     count: int, rows: int, columns: int, seed: int
 ) -> None:
     random = torch.Generator().manual_seed(seed)
-    exponents = torch.randint(1, 1 << 7, (14,), generator=random)[
-        torch.randint(14, (count, rows, columns), generator=random)
-    ]
+    common = torch.randint(1, 1 << 7, (15,), generator=random)
+    exponents = common[torch.randint(15, (count, rows, columns), generator=random)]
     signs, fractions = (torch.randint(0, top, (count, rows, columns), generator=random) for top in (2, 128))
     bits = ((signs << 15) | (exponents << 7) | fractions).to(torch.int16)
     size = rows * columns
-    if size >= 320:  # room for an escape
+    if size >= 320:  # there is room for an escape
         bits.view(count, size)[:, size // 2] = -1
     values = bits.view(torch.bfloat16)
     memory = stored(values)
