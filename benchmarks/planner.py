@@ -52,6 +52,17 @@ CASES = (
     Case("opt-6.7b", "6GB", "1x32x0+256:8"),
     Case("opt-6.7b", "4GB", "10x100x400+100:1"),
     Case("opt-30b", "16GB", "1x88x0+512:32", points=0),
+    # From here on, cases that no estimate was fitted to.
+    Case("opt-1.3b", "2.5GB", "1x48x0+300:12", points=4),
+    Case("opt-1.3b", "2GB", "1x24x200+60:20", points=4),
+    Case("opt-1.3b", "2GB", "4x40x600+60:2", points=4),
+    Case("opt-6.7b", "8GB", "1x40x0+400:10", points=4),
+    Case("opt-6.7b", "5GB", "6x60x300+80:1", points=4),
+    Case("opt-6.7b", "7GB", "2x50x500+50:4", points=4),
+    Case("llama-3-8b", "6GB", "1x64x0+512:8", points=4),
+    Case("llama-3-8b", "8GB", "8x80x600+90:1", points=4),
+    Case("llama-3-8b", "5GB", "4x60x250+60:5", points=4),
+    Case("opt-13b", "10GB", "5x60x400+100:2", points=0),
 )
 
 
