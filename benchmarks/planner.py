@@ -23,8 +23,7 @@ from engine.planning.hardware import available_memory, resolve_device
 from engine.planning.hardware_profile import HardwareProfile
 from engine.policy import Policy, parse_bytes
 from flexgen_helm.commands.bench import timed
-from flexgen_helm.commands.plan import _model
-from flexgen_helm.planning.dummy import open_dummy
+from flexgen_helm.planning.dummy import open_dummy, shape_model
 from flexgen_helm.planning.estimate import Estimate
 from flexgen_helm.planning.policy_search import best_of, search
 from flexgen_helm.planning.record import write_record
@@ -118,7 +117,7 @@ def examine(case: Case, points: int, profile: HardwareProfile) -> dict[str, Any]
     load, base = Workload.parse(case.work), Policy(gpu_memory=parse_bytes(case.gpu_memory, "case"))
     memory = available_memory(resolve_device("auto"), base.gpu_memory, None, None)
     with tempfile.TemporaryDirectory() as folder:
-        model = _model(case.shape, profile.dtype, Path(folder))
+        model = shape_model(case.shape, profile.dtype, Path(folder))
     start = time.perf_counter()
     found = search(model, profile, memory, load, base, compress=False)
     record = asdict(case) | {"search_s": time.perf_counter() - start, "chosen": run(case.shape, best_of(found), load)}
