@@ -99,8 +99,8 @@ class TokenEmbedding:
                 if len(here) == len(rows):
                     rows.copy_(found, non_blocking=True)
                 else:
-                    rows.index_copy_(0, here.to(self._device), found.to(self._device, non_blocking=True))
-        return rows, inverse.to(self._device)
+                    rows.index_copy_(0, accelerator.sent(here, self._device), found.to(self._device, non_blocking=True))
+        return rows, accelerator.sent(inverse, self._device)
 
     def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows of the table, page-locked if they are to cross the link."""
