@@ -54,10 +54,12 @@ def most_hidden(
 
     All of them where nobody else decodes, now or later, and where nothing crosses the link that could hide them.
     """
-    if limits.admission is None or not any(sequence.needs_cache for sequence in chain(running, waiting)):
+    running = list(running)
+    decoding = any(sequence.needs_cache for sequence in chain(running, waiting))
+    if limits.admission is None or not decoding or not limits.admission.hidden_rows(_num_off_device(running, cache)):
         return math.inf
-    hidden = limits.admission.hidden_rows(_num_off_device((each for each in running if each.cached), cache))
-    return hidden - intake.num_prompt_rows if hidden else math.inf
+    steps = [sequence for sequence in running if sequence.cached]
+    return limits.admission.hidden_rows(_num_off_device(steps, cache)) - intake.num_prompt_rows
 
 
 def _num_off_device(sequences: Iterable[Sequence], cache: CacheRoom) -> int:

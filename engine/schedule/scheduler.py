@@ -77,10 +77,10 @@ class Scheduler:
         """Let in sequences that will decode, then others, as far as these are hidden (docs/adr/0031)."""
         waiting, limits, cache, seats = self._waiting, self.limits, self._cache, self.limits.seats
         share = waiting.share(self.running)
-        for is_passing in (True, False) if self._is_passing_due and self.running else (False, True):
+        for is_passing in (self._is_passing_due, not self._is_passing_due):
             if is_passing and not intake.has_begun:
                 most = most_hidden(intake, self.running, waiting.decoding, limits, cache)
-                least = share if intake.num_steps else 0
+                least = share if intake.num_steps or self._is_passing_due else 0
                 self._is_passing_due = self._fill(waiting.passing, intake, seats, least, most)
             elif waiting.decoding and not intake.has_begun:  # a few seats are kept for the others
                 most = most_admitted(self.running, waiting.decoding, limits, cache)
