@@ -84,7 +84,7 @@ class Scheduler:
                 self._is_passing_due = self._fill(waiting.passing, intake, seats, least, most)
             elif waiting.decoding and not intake.has_begun:  # a few seats are kept for the others
                 most = most_admitted(self.running, waiting.decoding, limits, cache)
-                self._fill(waiting.decoding, intake, seats - min(share, seats // 4), 1, most)
+                self._fill(waiting.decoding, intake, seats - min(share, max(1, seats // 4), seats - 1), 1, most)
 
     def _fill(self, queue: deque[Sequence], intake: Intake, seats: int, least: int, most: float) -> bool:
         """Let in sequences of a queue: at least so many if there is room, and more up to so many rows of prompts.
