@@ -9,7 +9,7 @@ import torch
 
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
-from engine.kernels.codec import GROUP, Codec
+from engine.kernels.codec import Codec
 from engine.member import Member
 from engine.memory.arena import Arena
 from engine.memory.disk.io import wait_for
@@ -165,25 +165,21 @@ class WeightStore:
         assert self.codec is not None
         for at in range(0, source.numel(), _CODED_CHUNK_ELEMENTS):
             values = source[at : at + _CODED_CHUNK_ELEMENTS].to(self._device)
-            parts = self.codec.encode(values, dtype)
-            self._put_codes(placed, extent, [part.cpu() for part in parts], first_element + at, dtype)
+            parts = self.codec.encode(values.to(dtype))
+            self._put_codes(placed, extent, [part.cpu() for part in parts], first_element + at)
 
     def put_codes(self, name: str, codes: list[torch.Tensor], first_element: int = 0) -> None:
-        """Copy codes, steps and leasts of consecutive elements of a parameter, on the host, to their places."""
+        """Copy codes, scales and multiples of consecutive elements of a parameter, on the host, to their places."""
         placed, extent = self._extent_of[name]
         self._claim_host(placed)
-        self._put_codes(placed, extent, codes, first_element, self.model.state[name].dtype)
+        self._put_codes(placed, extent, codes, first_element)
 
-    def _put_codes(
-        self, placed: PlacedUnit, extent: Extent, parts: list[torch.Tensor], first_element: int, dtype: torch.dtype
-    ) -> None:
+    def _put_codes(self, placed: PlacedUnit, extent: Extent, parts: list[torch.Tensor], first_element: int) -> None:
         assert self.codec is not None
-        codes, steps, leasts = parts
-        code_bytes, step_bytes = self.codec.part_bytes(self.model.state[extent.name].numel(), dtype)
-        self._write(placed, extent.first + self.codec.code_bytes(first_element), codes, torch.uint8)
-        place = extent.first + code_bytes + first_element // GROUP * dtype.itemsize
-        self._write(placed, place, steps, dtype)
-        self._write(placed, place + step_bytes, leasts, dtype)
+        whole = self.model.state[extent.name].numel()
+        num_elements = len(parts[0]) * 8 // self.codec.bits
+        for part, (first, _) in zip(parts, self.codec.ranges(first_element, num_elements, whole), strict=True):
+            self._write(placed, extent.first + first, part, torch.uint8)
 
     def codec_of(self, name: str) -> Codec | None:
         """What a parameter is encoded by; None if it is stored as numbers."""

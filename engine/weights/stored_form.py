@@ -70,7 +70,7 @@ def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[st
         if name in model.packed:
             sizes[name] = model.packed[name].num_bytes
         elif codec is not None:
-            sizes[name] = codec.num_bytes(like.numel(), like.dtype)
+            sizes[name] = codec.num_bytes(like.numel())
     return sizes
 
 
@@ -169,7 +169,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
         outer_bytes=sizes["outer"],
         cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
         cache_layer_row_bytes=widest.width * item,
-        coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width, model.dtype),
+        coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width),
         state_bytes=sum(states),
         state_layer_bytes=max(states, default=0),
         continues=model.continues,

@@ -147,7 +147,7 @@ def fill_randomly(store: WeightStore) -> Iterator[None]:
 
     block, packed = _random_block(), store.model.packed
     random = RandomCodes() if packed else None
-    codes: dict[torch.dtype, list[torch.Tensor]] = {}
+    codes: list[torch.Tensor] = []
     for unit in store.model.units:
         for name in unit.owners:
             if random is not None and name in packed:
@@ -156,14 +156,14 @@ def fill_randomly(store: WeightStore) -> Iterator[None]:
                 yield
                 continue
             like, codec = store.model.state[name], store.codec_of(name)
-            if codec is not None and like.dtype not in codes:
-                codes[like.dtype] = list(codec.encode(block, like.dtype))
+            if codec is not None and not codes:
+                codes = list(codec.encode(block))
             for first in range(0, like.numel(), len(block)):
                 size = min(len(block), like.numel() - first)
                 if codec is None:
                     store.put(name, block[:size], first_element=first)
                 else:
-                    parts = [part[: len(part) * size // len(block)] for part in codes[like.dtype]]
+                    parts = [part[: len(part) * size // len(block)] for part in codes]
                     store.put_codes(name, parts, first_element=first)
             store.arrive(name)
             yield
