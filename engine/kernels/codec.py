@@ -129,7 +129,7 @@ def _level(odd: int, bits: int) -> int:
 
 
 def rotated(groups: torch.Tensor) -> torch.Tensor:
-    """Float32 `groups` `[…, GROUP]` times the Hadamard matrix over 8, by additions in an order that is always the same."""
+    """Float32 `groups` `[…, GROUP]` times the Hadamard matrix over 8, added in an order that is always the same."""
     half = GROUP // 2
     while half:
         pairs = groups.unflatten(-1, (-1, 2, half))

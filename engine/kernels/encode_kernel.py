@@ -49,9 +49,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     quarters = tl.reshape(numbers, (block, 4, 16))
     largest = tl.max(tl.abs(quarters), axis=2)
     # A greatest number may pass over a NaN, a sum does not.
-    scale = tl.div_rn(
-        tl.max(largest, axis=1) + tl.sum(numbers * 0, axis=1), tl.full((block,), top * _MULTIPLES, tl.float32)
-    )
+    greatest = tl.max(largest, axis=1) + tl.sum(numbers * 0, axis=1)
+    scale = tl.div_rn(greatest, tl.full((block,), top * _MULTIPLES, tl.float32))
     stored = scale.to(tl.int32, bitcast=True)
     stored = (stored + 0x7FFF + ((stored >> 16) & 1)) >> 16
     stored = tl.where(stored < 0x80, 0, stored)  # less than the least normal number
