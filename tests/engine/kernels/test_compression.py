@@ -97,7 +97,7 @@ def test_equal_and_strange_numbers(bits: int, dtype: torch.dtype) -> None:
     values[1], values[2, 3], values[3, 5] = -0.125, torch.nan, torch.inf
     back = there_and_back(values, bits)
     assert back[0].equal(values[0])
-    assert ((back[1] + 0.125).abs() < 0.125 / 8).all()
+    assert (back[1] + 0.125).norm() < 0.2  # of 1: equal numbers are one outlier behind the rotation
     assert not back[2:].isfinite().any()
 
 
