@@ -22,8 +22,8 @@ BEND = 28
 """Of 4 bits, the code of the odd number u stands for u times (28 + |u|): finer near 0, where most numbers are."""
 SCALE_BYTES = 2
 """Of a group's scale, a bfloat16, and as many of its four multiples."""
-_CHUNK = 1 << 12
-"""Groups that torch's operations take at once."""
+_HOST_CHUNK, _CHUNK = 1 << 12, 1 << 16
+"""Groups that torch's operations take at once: few on the host, so that they stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,9 @@ def _encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _at_once(groups: torch.Tensor) -> int:
-    """How many rows of `groups` to take at a time, so that the host's caches hold them."""
-    return max(1, _CHUNK * len(groups) * GROUP // max(1, groups.numel()))
+    """How many rows of `groups` to take at a time."""
+    most = _HOST_CHUNK if groups.device.type == "cpu" else _CHUNK
+    return max(1, most * len(groups) * GROUP // max(1, groups.numel()))
 
 
 def _encode_some(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

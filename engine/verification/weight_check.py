@@ -24,7 +24,7 @@ class WeightCheck:
     """Compares what the device computes with, unit by unit in the order of the sweep, with what the checkpoint holds.
 
     Numbers that are not encoded must be the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
-    encodes must be within half a step of their group (`Codec`), and packed ones what their parts stand for.
+    encodes must be within what its codes explain (`Codec.bound`), and packed ones what their parts stand for.
     """
 
     def __init__(self, store: WeightStore) -> None:
