@@ -147,7 +147,8 @@ def _hadamard(device: torch.device) -> torch.Tensor:
 
 def _quarters(groups: torch.Tensor) -> torch.Tensor:
     """Rotated `groups` `[…, GROUP]` as float32 `[…, 4, QUARTER]`."""
-    return rotated(groups.float()).unflatten(-1, (-1, QUARTER))
+    quarters: torch.Tensor = rotated(groups.float()).unflatten(-1, (-1, QUARTER))
+    return quarters
 
 
 def _odd(numbers: torch.Tensor, bits: int) -> torch.Tensor:

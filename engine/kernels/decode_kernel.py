@@ -18,7 +18,7 @@ _GROUPS_PER_PROGRAM = 64
 _QUARTER = tl.constexpr(16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _hadamard():  # type: ignore[no-untyped-def]
     """The Hadamard matrix of 16 rows as float16: 1 where row and column have an even number of ones in common."""
     common = tl.arange(0, 16)[:, None] & tl.arange(0, 16)[None, :]
