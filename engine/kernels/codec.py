@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -209,7 +209,7 @@ def _bytes(numbers: torch.Tensor) -> torch.Tensor:
 def _encode_kernel() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     from engine.kernels.encode_kernel import encode  # needs Triton
 
-    return encode
+    return partial(encode, bend=BEND)
 
 
 _encode_fast = Fused(_encode, _encode_kernel)
@@ -242,7 +242,7 @@ def _decode_some(
 def _decode_kernel() -> Callable[..., torch.Tensor]:
     from engine.kernels.decode_kernel import decode_into  # needs Triton
 
-    return decode_into
+    return partial(decode_into, bend=BEND)
 
 
 _fill = Fused(_decode_into, _decode_kernel)

@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.codec import BEND
-
 _GROUPS_PER_PROGRAM = 64
 _QUARTER = tl.constexpr(16)
 
@@ -82,7 +80,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def decode_into(
-    groups: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, multiples: torch.Tensor, bits: int
+    groups: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, multiples: torch.Tensor, bits: int, bend: int
 ) -> torch.Tensor:
     """Fill `groups` `[…, GROUP]`, which has no gaps, as `engine.kernels.codec` says; on the current device.
 
@@ -94,6 +92,6 @@ def decode_into(
     strides = [each.stride(0) if scales.dim() == 2 else 0 for each in (codes, scales, multiples)]
     grid = (triton.cdiv(count, _GROUPS_PER_PROGRAM),)
     kernel: Any = _kernel
-    sizes = {"bits": bits, "bend": BEND, "block": _GROUPS_PER_PROGRAM}
+    sizes = {"bits": bits, "bend": bend, "block": _GROUPS_PER_PROGRAM}
     kernel[grid](groups, codes, scales, multiples, count, scales.shape[-1], *strides, **sizes)
     return groups

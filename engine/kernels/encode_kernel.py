@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.codec import BEND
-
 _GROUPS_PER_PROGRAM = 16
 _MULTIPLES = tl.constexpr(16)
 
@@ -93,7 +91,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(multiples + group, shifted.to(tl.int16), mask=group < count)
 
 
-def encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode(groups: torch.Tensor, bits: int, bend: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bytes `[…, bytes of a group]` of codes, scales and multiples of `groups` `[…, GROUP]`, as the codec says."""
     shape, groups = groups.shape[:-1], groups.contiguous()
     codes = torch.empty(*shape, groups.shape[-1] * bits // 8, dtype=torch.uint8, device=groups.device)
@@ -101,5 +99,5 @@ def encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor,
     kernel: Any = _kernel
     grid = (triton.cdiv(scales.numel(), _GROUPS_PER_PROGRAM),)
     if scales.numel():
-        kernel[grid](groups, codes, scales, multiples, scales.numel(), bits=bits, bend=BEND, block=_GROUPS_PER_PROGRAM)
+        kernel[grid](groups, codes, scales, multiples, scales.numel(), bits=bits, bend=bend, block=_GROUPS_PER_PROGRAM)
     return codes, scales.view(torch.uint8), multiples.view(torch.uint8)

@@ -7,7 +7,7 @@ from interpreter import interpreted
 _SCRIPT = """
 import itertools
 import torch
-from engine.kernels.codec import GROUP, Codec, _decode_into
+from engine.kernels.codec import BEND, GROUP, Codec, _decode_into
 from engine.kernels.decode_kernel import decode_into
 from engine.kernels.encode_kernel import encode
 
@@ -28,14 +28,14 @@ for bits, dtype, (rows, groups) in itertools.product(
     parts = whole.split((code_bytes, scale_bytes, scale_bytes, 16), dim=1)[:3]
     parts = [part.unflatten(1, (groups, -1)) for part in parts]
     found = torch.empty(rows, groups, GROUP, dtype=dtype)
-    decode_into(found, *parts, bits)
+    decode_into(found, *parts, bits, BEND)
     torch.testing.assert_close(found.flatten(1), back, **exact)
     flat = [part.flatten(0, 1).contiguous() for part in parts]
     again, expected = torch.empty(rows * groups, GROUP, dtype=dtype), torch.empty(rows * groups, GROUP, dtype=dtype)
-    decode_into(again, *flat, bits)
+    decode_into(again, *flat, bits, BEND)
     torch.testing.assert_close(again, _decode_into(expected, *flat, bits), **exact)
 
-    mine = torch.cat([part.flatten(1) for part in encode(numbers.unflatten(1, (-1, GROUP)), bits)], dim=1)
+    mine = torch.cat([part.flatten(1) for part in encode(numbers.unflatten(1, (-1, GROUP)), bits, BEND)], dim=1)
     of_mine = codec.decode_rows(mine, width, dtype)
     finite = back.isfinite()
     assert of_mine.isfinite().equal(finite)
