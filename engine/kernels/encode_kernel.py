@@ -21,9 +21,8 @@ def _rotated(numbers, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows `[block, 64]` times the Hadamard matrix over 8."""
     place = tl.broadcast_to(tl.arange(0, 64)[None, :], (block, 64))
     for stage in tl.static_range(6):
-        half: tl.constexpr = 32 >> stage
-        other = tl.gather(numbers, place ^ half, axis=1)
-        numbers = tl.where((place & half) == 0, numbers + other, other - numbers)
+        other = tl.gather(numbers, place ^ (32 >> stage), axis=1)
+        numbers = tl.where((place & (32 >> stage)) == 0, numbers + other, other - numbers)
     return numbers * 0.125
 
 
@@ -52,14 +51,14 @@ def _kernel(  # type: ignore[no-untyped-def]
     stored = scale.to(tl.int32, bitcast=True)
     stored = (stored + 0x7FFF + ((stored >> 16) & 1)) >> 16
     stored = tl.where(stored < 0x80, 0, stored)  # less than the least normal number
+    stored = tl.where(scale == scale, stored, 0x7FC0)  # a NaN whose bits would overflow
     scale = (stored << 16).to(tl.float32, bitcast=True)
     one = tl.full((block,), 1.0, tl.float32)
     whole = tl.where(stored == 0, 0.0, tl.div_rn(one, scale))[:, None]
     nearest = tl.floor(tl.div_rn(largest * whole, tl.full((block, 4), top, tl.float32)) + 0.5)
     odd, multiple, least = quarters, largest, largest
     for index in tl.static_range(3):
-        change: tl.constexpr = -1 if index == 1 else index // 2
-        tried = tl.minimum(tl.maximum(nearest + change, 1.0), 16.0)
+        tried = tl.minimum(tl.maximum(nearest + (index // 2 - index % 2), 1.0), 16.0)  # and 0, -1, 1
         wanted = quarters * tl.div_rn(tl.broadcast_to(whole, (block, 4)), tried)[:, :, None]
         size = tl.abs(wanted)
         if bits == 4:
