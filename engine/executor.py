@@ -48,7 +48,9 @@ class Answer(NamedTuple):
     logprob: float
     """Natural log of its probability under the model's unmodified distribution."""
     greedy: int
-    """The token that greedy choice takes; -1 where nobody compares with it."""
+    """The token that greedy choice takes by these logits; -1 where nobody asks for it."""
+    greedy_logprob: float
+    """The natural log of its probability, likewise; 0 where nobody asks."""
     is_finite: bool
     """Whether all logits of the row are numbers."""
     next_logprobs: torch.Tensor | None = None
@@ -192,13 +194,16 @@ class Executor:
             )
             tokens[rows] = _with_due(chosen, sequences)
         gathered = logprobs.gather(-1, tokens[:, None])[:, 0]
-        # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
-        greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
+        # Decode steps ask for no more than they choose, but for jobs that say so; a prompt's tokens are compared.
+        greedy, greedy_logprobs = [-1] * len(asks), [0.0] * len(asks)
+        if len(choosing) < len(asks) or any(isinstance(a.span, Sequence) and a.span.job.likeliest for a in asks):
+            best = logits.argmax(dim=-1)
+            greedy, greedy_logprobs = best.tolist(), logprobs.gather(-1, best[:, None])[:, 0].tolist()
         finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN where a logit is
-        values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, finite.tolist(), strict=True)
+        values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, greedy_logprobs, finite.tolist(), strict=True)
         return [
-            Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs, row))
-            for row, (ask, token, logprob, best, is_finite) in enumerate(values)
+            Answer(ask, token, logprob, best_token, best_logprob, is_finite, _kept(ask, logprobs, row))
+            for row, (ask, token, logprob, best_token, best_logprob, is_finite) in enumerate(values)
         ]
 
 
