@@ -12,6 +12,7 @@ from engine.batch.step_batch import StepBatch
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
 from engine.cache.state import StateCache
+from engine.memory import accelerator
 from engine.model.causal_model import CausalModel
 from engine.model.experts.interface import compute
 from engine.model.experts.joint import JointExperts
@@ -165,7 +166,7 @@ class Executor:
             wanted = [ask for segment in segments for ask in _asks(segment)]
             last = self._hidden.take(index)
             if wanted:
-                states.append(last[torch.tensor([ask.row for ask in wanted], device=last.device)])
+                states.append(last[accelerator.sent(torch.tensor([ask.row for ask in wanted]), last.device)])
                 asks += wanted
         answers: list[Answer] = []
         chunk = max(1, self.limits.logits_bytes // (4 * self._model.vocab_size))
@@ -179,10 +180,10 @@ class Executor:
     def _answer_chunk(self, asks: list[Ask], states: torch.Tensor) -> list[Answer]:
         logits = self._model.head(states)
         logprobs = logits.log_softmax(dim=-1)
-        tokens = torch.tensor([ask.target or 0 for ask in asks], device=logits.device)
+        tokens = accelerator.sent(torch.tensor([ask.target or 0 for ask in asks]), logits.device)
         choosing = [i for i, ask in enumerate(asks) if ask.target is None and isinstance(ask.span, Sequence)]
         if choosing:
-            rows = torch.tensor(choosing, device=logits.device)
+            rows = accelerator.sent(torch.tensor(choosing), logits.device)
             sequences = [ask.span for ask in asks if ask.target is None and isinstance(ask.span, Sequence)]
             chosen = choose(
                 logits if len(choosing) == len(asks) else logits[rows],
@@ -211,7 +212,7 @@ def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     due = [sequence.thinking.due[0] if sequence.thinking.due else -1 for sequence in sequences]
     if max(due) < 0:
         return chosen
-    forced = torch.tensor(due, device=chosen.device)
+    forced = accelerator.sent(torch.tensor(due), chosen.device)
     return torch.where(forced < 0, chosen, forced)
 
 

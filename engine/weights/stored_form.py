@@ -174,7 +174,7 @@ def shape_of(model: CausalModel, codec: WeightCodec | None = None, cache_codec: 
         outer_bytes=sizes["outer"],
         cache_row_bytes=sum(shape.width for shape in model.kv_shapes) * item,
         cache_layer_row_bytes=widest.width * item,
-        coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width, model.dtype),
+        coded_layer_row_bytes=0 if cache_codec is None else cache_codec.row_bytes(widest.width),
         state_bytes=sum(states),
         state_layer_bytes=max(states, default=0),
         continues=model.continues,

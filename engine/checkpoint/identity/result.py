@@ -21,7 +21,7 @@ from engine.planning.hardware import resolve_device, resolve_dtype
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised by hand whenever a change of the engine can change a result beyond rounding."""
 
 Identity = dict[str, str | int | None]

@@ -1,4 +1,4 @@
-"""Weights in codes of 4 or 8 bits, rounded: 64 consecutive numbers of a matrix share a step and a least value."""
+"""Weights in codes of 4 or 8 bits, rounded: 64 consecutive numbers of a matrix are a group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK_ELEMENTS = 2 << 20
 
 @dataclass(frozen=True)
 class GroupCodes:
-    """A `WeightCodec`: what `Codec` makes of a flat parameter, its codes, steps and leasts one after the other."""
+    """A `WeightCodec`: what `Codec` makes of a flat parameter, its codes, scales and multiples one after the other."""
 
     codec: Codec
     rounds: ClassVar[bool] = True
@@ -28,12 +28,12 @@ class GroupCodes:
         return like.shape[-2:].numel() % GROUP == 0
 
     def num_weight_bytes(self, like: torch.Tensor) -> int:
-        """Codes, steps and leasts."""
-        return self.codec.num_bytes(like.numel(), like.dtype)
+        """Codes, scales and multiples."""
+        return self.codec.num_bytes(like.numel())
 
     def weight_ranges(self, like: torch.Tensor, first_element: int, num_elements: int) -> list[tuple[int, int]]:
-        """Of codes, steps and leasts."""
-        return self.codec.ranges(first_element, num_elements, like.numel(), like.dtype)
+        """Of codes, scales and multiples."""
+        return self.codec.ranges(first_element, num_elements, like.numel())
 
     def encoded(
         self, name: str, like: torch.Tensor, first_element: int, values: torch.Tensor, device: torch.device
@@ -42,8 +42,8 @@ class GroupCodes:
         for at in range(0, values.numel(), _CHUNK_ELEMENTS):
             chunk = values[at : at + _CHUNK_ELEMENTS].to(device)
             places = self.weight_ranges(like, first_element + at, chunk.numel())
-            for (place, _), part in zip(places, self.codec.encode(chunk, like.dtype), strict=True):
-                yield place, part.cpu().view(torch.uint8)
+            for (place, _), part in zip(places, self.codec.encode(chunk.to(like.dtype)), strict=True):
+                yield place, part.cpu()
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
         """By a kernel, where there is one."""

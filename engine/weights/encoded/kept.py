@@ -31,7 +31,7 @@ from engine.weights.encoded.unit_file import PARTIAL, DamagedFileError, open_uni
 from engine.weights.read_ahead import Step
 from engine.weights.store import WeightStore
 
-_LAYOUT_VERSION = 1
+_LAYOUT_VERSION = 2
 """Of the directory and of what is in the files; raised whenever an older one must not be read."""
 _MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20
