@@ -33,6 +33,7 @@ from benchmarks import (
     sweep_overhead,
     sweep_suite,
     timeline,
+    together,
 )
 from benchmarks.rivals import contender, freetoken, generate_batch, run
 from engine import Job, Policy
@@ -839,6 +840,15 @@ def test_several_devices_are_timed_beside_one(opt: str, tmp_path: Path, capsys: 
         assert len(row["each_s"]) == len(found["devices"])
         assert found["host_bytes_of_weights"] > 0
     assert capsys.readouterr().out.count("1x6x8+4:2") == 3
+
+
+def test_workloads_that_share_sweeps_bring_the_weights_once() -> None:
+    """By hand: 32 sweeps of 10 bytes of weights, 500 of keys and values, and the arithmetic of both."""
+    parts = {"from_device_bytes": 1.0, "device_bytes": 2.0}
+    long = Work(sweeps=32, flop=7.0, to_device_bytes=32 * 10 + 500, **parts)
+    short = Work(sweeps=2, flop=90.0, to_device_bytes=2 * 10, **parts)
+    expected = Work(sweeps=32, flop=97.0, to_device_bytes=820, from_device_bytes=2.0, device_bytes=4.0)
+    assert together.together([long, short], 10) == expected
 
 
 def test_a_cards_time_is_summed_by_what_its_kernels_do() -> None:
