@@ -57,6 +57,8 @@ def test_the_same_wherever_things_lie(
         "gpu-batch-size": 4,
         "offload-dir": str(tmp_path),
     }
+    # A sum in another order may take a number over the middle between two codes of the cache.
+    most = 1e-4 if "compress-cache" in settings else 1e-5
     found: dict[str, list[Any]] = {}
     for name, percent in TIERS.items():
         with Engine.from_pretrained(str(build(family)), policy={**settings, "percent": percent}) as engine:
@@ -67,5 +69,5 @@ def test_the_same_wherever_things_lie(
     for name in ("host", "disk", "mixed"):
         for one, other in zip(found[name], found["device"], strict=True):
             assert one[0] == other[0]
-            assert one[1] == pytest.approx(other[1], abs=1e-5, rel=0)
-            assert (one[2] or [None])[1:] == pytest.approx((other[2] or [None])[1:], abs=1e-5, rel=0)
+            assert one[1] == pytest.approx(other[1], abs=most, rel=0)
+            assert (one[2] or [None])[1:] == pytest.approx((other[2] or [None])[1:], abs=most, rel=0)
