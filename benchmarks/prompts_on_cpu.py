@@ -16,7 +16,6 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -87,7 +86,7 @@ def main() -> None:
         model = Path(options.shape or shape)
         policy = Policy.load({"device": "cpu", "dtype": "float32"})
         engines = {"kernels": open_dummy(str(model), policy)}
-        with mock.patch.object(functions, "loaded", lambda: None):
+        with mock.patch.object(functions, "loaded", return_value=None):
             engines["torch"] = open_dummy(str(model), policy)
         config_of = Path(folder) / "model"
         config_of.mkdir()
@@ -100,8 +99,8 @@ def main() -> None:
         products = [gemm_seconds(config_of, tokens, len(jobs))]
         for _ in range(options.rounds):
             for name, engine in engines.items():
-                hidden: Any = (lambda: None) if name == "torch" else functions.loaded
-                with mock.patch.object(functions, "loaded", hidden):
+                kernel = None if name == "torch" else functions.loaded()
+                with mock.patch.object(functions, "loaded", return_value=kernel):
                     rounds[name].append(timed(engine, jobs))
                 products.append(gemm_seconds(config_of, tokens, len(jobs)))
                 took = rounds[name][-1]

@@ -84,8 +84,10 @@ class MicroBatch(Rows):
 
     @cached_property
     def prefill_runs(self) -> list[tuple[list[int], tuple[Prefix, ...]]]:
-        """Neighbouring new spans that continue the same chain, or none: where each begins and the last one ends, counted
-        from the first new row, and the chain."""
+        """Neighbouring new spans that continue the same chain, or none, and that chain.
+
+        Of the spans: where each begins and the last one ends, counted from the first new row.
+        """
         first = self.prefill_first
         return [([*(s.first - first for s in run), run[-1].end - first], run[0].span.chain) for run in self._new_runs]
 

@@ -51,8 +51,7 @@ def reason_of(error: BaseException) -> str:
 
 @cache
 def on_torch_threads() -> Any:
-    """What calls a C function of one pointer on each of a number of threads, with this pointer: `(function, pointer,
-    threads, 0)`.
+    """What calls a C function of one pointer on several threads at once: `(function, pointer, threads, 0)`.
 
     It is the function that torch's own loops begin with (GNU OpenMP's, whose name others export, too). Threads of our
     own would wait for the cores on which torch's wait for more work by spinning.
