@@ -8,8 +8,8 @@ import models
 import pytest
 import torch
 
-from engine.kernels import rotations
-from engine.kernels.norms import RMSNorm, Scaling, kernel_for
+from engine.kernels.elementwise import rotations
+from engine.kernels.elementwise.norms import RMSNorm, Scaling, kernel_for
 from engine.model.causal_model import CausalModel
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.kernels import compiled
-from engine.kernels.norms import Kernel, RMSNorm, Scaling, kernel_for
+from engine.kernels.elementwise.norms import Kernel, RMSNorm, Scaling, kernel_for
 from engine.model.sweep_context import SweepContext
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")

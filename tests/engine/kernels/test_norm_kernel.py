@@ -6,8 +6,8 @@ from interpreter import interpreted
 
 _SCRIPT = """
 import torch
-from engine.kernels.norm_kernel import norm
-from engine.kernels.norms import RMSNorm, Scaling
+from engine.kernels.elementwise.norm_kernel import norm
+from engine.kernels.elementwise.norms import RMSNorm, Scaling
 
 torch.manual_seed(0)
 for scaling in Scaling:

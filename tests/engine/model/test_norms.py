@@ -14,7 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.kernels import compiled
-from engine.kernels.norms import RMSNorm, Scaling
+from engine.kernels.elementwise.norms import RMSNorm, Scaling
 from engine.model.causal_model import CausalModel
 from engine.model.fused import norms
 from engine.model.fused.norms import norm_of

@@ -47,6 +47,6 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, float, int], torch.Tensor]
 @where_compiled
 def kernel_for() -> Kernel:
     """Our kernel's function."""
-    from engine.kernels.norm_kernel import norm
+    from engine.kernels.elementwise.norm_kernel import norm
 
     return norm

@@ -49,7 +49,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int) -> torch.Tensor:
     """Rows `[…, width]` of 16 bits, with any strides, normed and scaled by weight `[width]`, on the current device.
 
-    `eps` is added to the mean of the squares; scaling: see `engine.kernels.norms.Scaling`.
+    `eps` is added to the mean of the squares; scaling: see `engine.kernels.elementwise.norms.Scaling`.
     """
     width = rows.shape[-1]
     flat = rows.reshape(-1, width)
