@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.memory.paths import cache_directory
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -62,10 +60,9 @@ def on_torch_threads() -> Any:
     return start
 
 
-def run(function: Any, work: ctypes.Structure) -> None:
-    """Call a C function of one pointer with `work`, on as many threads as torch uses here."""
-    place = ctypes.cast(function, ctypes.c_void_p)
-    on_torch_threads()(place, ctypes.cast(ctypes.pointer(work), ctypes.c_void_p), torch.get_num_threads(), 0)
+def run(function: Any, work: ctypes.Structure, threads: int) -> None:
+    """Call a C function of one pointer with `work`, on so many threads."""
+    on_torch_threads()(ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(work), threads, 0)
 
 
 def _compiler() -> str:

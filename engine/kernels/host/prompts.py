@@ -82,7 +82,7 @@ def attend(
         *(each.data_ptr() for each in tables), tasks, kv_heads, copies, query.shape[2], value.shape[2],
         query.data_ptr(), query.stride(0), query.stride(1), output.data_ptr(), scaling,
     )  # fmt: skip
-    library.run(kernel.attend_prompts, work)
+    library.run(kernel.attend_prompts, work, torch.get_num_threads())
     if work.failed:
         raise MemoryError("no memory for a block of the scores of attention on the host")
     return output
