@@ -27,6 +27,11 @@ def kernel_for(device: torch.device, dtype: torch.dtype, kernel: _Kernel) -> _Ke
     return kernel if is_for and functions.loaded() is not None else None
 
 
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether these are numbers that the functions below are made for: a layer may be called with others."""
+    return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+
+
 def gate_product(gate: torch.Tensor, up: torch.Tensor, activation: int) -> torch.Tensor:
     """`activation(gate) * up`, of one shape."""
     if activation == Activation.GELU:

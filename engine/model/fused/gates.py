@@ -168,13 +168,16 @@ def _computed(
     *others: Any,
     **named: Any,
 ) -> torch.Tensor:
-    is_there = compiled.is_there(hidden_states, kernel is host_rows.gate_product)
+    is_on_host = kernel is host_rows.gate_product
+    is_there = host_rows.takes(hidden_states) if is_on_host else compiled.is_there(hidden_states)
     if others or named or context.is_stock or not is_there:
         return plain(hidden_states, *others, **named)
     return told(module, hidden_states, partial(_product, kernel))
 
 
 def _product(kernel: Kernel, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    dtypes = (torch.float32,) if kernel is host_rows.gate_product else (torch.float16, torch.bfloat16)
-    is_fit = gate.dtype == up.dtype and gate.dtype in dtypes
+    if kernel is host_rows.gate_product:
+        is_fit = host_rows.takes(gate, up)
+    else:
+        is_fit = gate.dtype == up.dtype and gate.dtype in (torch.float16, torch.bfloat16)
     return kernel(gate, up, activation) if is_fit else gated(gate, up, activation)

@@ -88,7 +88,7 @@ def _normed(
     weight = module._parameters["weight"]
     assert weight is not None
     is_other = bool(others or named)  # such as a gate, which a norm may be called with or without
-    is_there = compiled.is_there(hidden_states, kernel is host_rows.norm) and hidden_states.device == weight.device
+    is_there = host_rows.takes(hidden_states, weight) if kernel is host_rows.norm else compiled.is_there(hidden_states)
     if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not is_there:
         return plain(hidden_states, *others, **named)
     return kernel(hidden_states, weight, told.eps, told.scaling)

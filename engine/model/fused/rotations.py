@@ -133,8 +133,9 @@ def _rotated(
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     is_plain = context.is_stock or named or len(tensors) != len(_TAKES)
-    is_there = not is_plain and compiled.is_there(tensors[0], kernel is host_rows.rotate)
-    if not is_there or not _fits(*tensors, per_pair=per_pair):
+    if is_plain or not _fits(*tensors, per_pair=per_pair):
+        return plain(*tensors, **named)
+    if not (host_rows.takes(*tensors) if kernel is host_rows.rotate else compiled.is_there(tensors[0])):
         return plain(*tensors, **named)
     query, key, cosine, sine = tensors
     return kernel(query, key, cosine, sine, per_pair)
