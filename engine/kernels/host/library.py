@@ -20,8 +20,10 @@ from engine.memory.paths import cache_directory
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 60
 FAILURES = (OSError, ValueError, AttributeError, subprocess.SubprocessError)
-"""What `compiled`, opening what it returns and `on_torch_threads` raise where there is no compiler or it fails
-(ValueError: what CC holds is no command), or where torch's threads are not to be had."""
+"""What `compiled`, opening what it returns and `on_torch_threads` raise where such functions cannot be had.
+
+There is no compiler or it fails (ValueError: what CC holds is no command), or torch's threads are not GNU OpenMP's.
+"""
 
 
 def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
