@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import ConfigError
 from engine.job import Job, Sampling
 from flexgen_helm.commands.bench import bench_policy, rates_of
 from flexgen_helm.planning.dummy import open_dummy, shape_name
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = "suite"
 _KINDS = {
-    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce", "gemv"),
     "attention": ("flash", "fmha"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce", "gemv"),
     "copies": ("memcpy", "memset"),
 }
 """By parts of kernels' names, in lower case; the first that fits."""
@@ -58,6 +59,8 @@ class Asked:
                 tuple((rng.randint(350, 1500), tuple(rng.randint(40, 140) for _ in range(100))) for _ in range(20))
             )
         load = Workload.parse(text)
+        if load.new != 1:
+            raise ConfigError(f"workload {text!r}: only requests of one new token are counted here; end it with :1")
         return cls(((load.shared, (load.own,) * load.num_jobs),) * load.num_runs)
 
     def jobs(self, vocabulary: int, seed: int) -> list[Job]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from engine.kernels.elementwise.gates import Activation, gated
 from engine.kernels.elementwise.norms import Scaling
@@ -46,8 +47,15 @@ def gate_product(gate: torch.Tensor, up: torch.Tensor, activation: int) -> torch
     return output
 
 
-def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int) -> torch.Tensor:
-    """Rows `[…, width]`, each divided by the root of the mean of its squares, times weight `[width]`."""
+def norm(
+    rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows `[…, width]`, each divided by the root of the mean of its squares, times weight `[width]`.
+
+    With a bias: as `LayerNorm`, for which torch has a function that takes one pass, too.
+    """
+    if bias is not None:
+        return F.layer_norm(rows, weight.shape, weight, bias, eps)
     rows, weight = rows.contiguous(), weight.contiguous()
     output = torch.empty(rows.shape)
     plus = 1.0 if scaling == Scaling.WIDE_FROM_ONE else 0.0
