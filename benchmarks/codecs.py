@@ -30,7 +30,7 @@ def ours(dtype: torch.dtype) -> Codecs:
         return (
             lambda values: made.encode_rows(values.view(-1, GROUP)),
             lambda coded: made.decode_rows(coded, GROUP, dtype).flatten(),
-            made.row_bytes(GROUP, dtype) * 8 / GROUP,
+            made.row_bytes(GROUP) * 8 / GROUP,
         )
 
     return {f"engine, {bits} bits": codec(bits) for bits in (4, 8)}

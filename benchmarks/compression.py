@@ -3,7 +3,7 @@
 Scores real texts with a real model once as it is and once for each compression, and prints how far log-probabilities
 move: the mean of a token's (its change is the logarithm of the change of the perplexity), the mean and the 99th
 percentile of the size of a token's change, and how often it stays as it was whether the text's token is the most likely
-one, which greedy choice would have taken (a hit).
+one, which greedy choice would have taken (a hit). The first tokens of a text are left out, which attend to few others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from engine import Engine, Job
 from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
+_BEYOND = 32
+"""Tokens of each text that are not looked at."""
 SETTINGS: dict[str, dict[str, int]] = {
     "as it is": {},
     "weights 8": {"compress-weight": 8},
@@ -39,7 +41,7 @@ def passages(files: list[Path], count: int, characters: int) -> list[str]:
 
 
 def score(model: str, policy: dict[str, Any], texts: list[str], window: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Log-probabilities of all tokens but the first of each text, whether each is greedy, and bytes of the weights."""
+    """Log-probabilities of each text's tokens beyond `_BEYOND`, whether each is greedy, and bytes of the weights."""
     with Engine.from_pretrained(model, policy=policy) as engine:
         prompts = [engine.tokenizer(text)["input_ids"][:window] for text in texts]
         done = engine.run([Job(prompt=prompt, max_new_tokens=0, prompt_logprobs=True) for prompt in prompts])
@@ -47,8 +49,8 @@ def score(model: str, policy: dict[str, Any], texts: list[str], window: int) -> 
     for completion in done:
         if completion.error is not None:
             raise SystemExit(str(completion.error))
-    logprobs = [value for completion in done for value in (completion.prompt_logprobs or ())[1:]]
-    greedy = [value for completion in done for value in (completion.prompt_greedy or ())[1:]]
+    logprobs = [value for completion in done for value in (completion.prompt_logprobs or ())[_BEYOND:]]
+    greedy = [value for completion in done for value in (completion.prompt_greedy or ())[_BEYOND:]]
     return np.array(logprobs, dtype=float), np.array(greedy), stored
 
 
@@ -96,6 +98,7 @@ def main() -> None:
         "texts": [file.name for file in options.texts],
         "passages": len(texts),
         "tokens": 0 if base is None else len(base[0]),
+        "tokens_left_out_of_each": _BEYOND,
         "settings": rows,
     }
     print(write_record(options.name, content, options.out))

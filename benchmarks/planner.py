@@ -23,8 +23,7 @@ from engine.planning.hardware import available_memory, resolve_device
 from engine.planning.hardware_profile import HardwareProfile
 from engine.policy import Policy, parse_bytes
 from flexgen_helm.commands.bench import timed
-from flexgen_helm.commands.plan import _model
-from flexgen_helm.planning.dummy import open_dummy
+from flexgen_helm.planning.dummy import open_dummy, shape_model
 from flexgen_helm.planning.estimate import Estimate
 from flexgen_helm.planning.policy_search import best_of, search
 from flexgen_helm.planning.record import write_record
@@ -52,6 +51,17 @@ CASES = (
     Case("opt-6.7b", "6GB", "1x32x0+256:8"),
     Case("opt-6.7b", "4GB", "10x100x400+100:1"),
     Case("opt-30b", "16GB", "1x88x0+512:32", points=0),
+    # From here on, cases that no estimate was fitted to.
+    Case("opt-1.3b", "2.5GB", "1x48x0+300:12", points=4),
+    Case("opt-1.3b", "2GB", "1x24x200+60:20", points=4),
+    Case("opt-1.3b", "2GB", "4x40x600+60:2", points=4),
+    Case("opt-6.7b", "8GB", "1x40x0+400:10", points=4),
+    Case("opt-6.7b", "5GB", "6x60x300+80:1", points=4),
+    Case("opt-6.7b", "7GB", "2x50x500+50:4", points=4),
+    Case("llama-3-8b", "6GB", "1x64x0+512:8", points=4),
+    Case("llama-3-8b", "8GB", "8x80x600+90:1", points=4),
+    Case("llama-3-8b", "5GB", "4x60x250+60:5", points=4),
+    Case("opt-13b", "10GB", "5x60x400+100:2", points=0),
 )
 
 
@@ -107,7 +117,7 @@ def examine(case: Case, points: int, profile: HardwareProfile) -> dict[str, Any]
     load, base = Workload.parse(case.work), Policy(gpu_memory=parse_bytes(case.gpu_memory, "case"))
     memory = available_memory(resolve_device("auto"), base.gpu_memory, None, None)
     with tempfile.TemporaryDirectory() as folder:
-        model = _model(case.shape, profile.dtype, Path(folder))
+        model = shape_model(case.shape, profile.dtype, Path(folder))
     start = time.perf_counter()
     found = search(model, profile, memory, load, base, compress=False)
     record = asdict(case) | {"search_s": time.perf_counter() - start, "chosen": run(case.shape, best_of(found), load)}

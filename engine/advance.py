@@ -39,7 +39,11 @@ def _take(answer: Answer, text: Text) -> None:
     if ask.target is not None:
         span.prompt_logprobs.append(answer.logprob)
         span.prompt_greedy.append(answer.token == answer.greedy)
+        if isinstance(span, Prefix) or (isinstance(span, Sequence) and span.job.likeliest):
+            span.prompt_likeliest.append((answer.greedy, answer.greedy_logprob))
     elif isinstance(span, Prefix):
         span.next_logprobs, span.next_greedy = answer.next_logprobs, answer.greedy
     elif isinstance(span, Sequence) and span.is_finite:
+        if span.job.likeliest:
+            span.generated_likeliest.append((answer.greedy, answer.greedy_logprob))
         add_token(span, answer.token, answer.logprob, text)

@@ -12,6 +12,7 @@ from engine.batch.step_batch import StepBatch
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
 from engine.cache.state import StateCache
+from engine.memory import accelerator
 from engine.model.causal_model import CausalModel
 from engine.model.experts.interface import compute
 from engine.model.experts.joint import JointExperts
@@ -47,7 +48,9 @@ class Answer(NamedTuple):
     logprob: float
     """Natural log of its probability under the model's unmodified distribution."""
     greedy: int
-    """The token that greedy choice takes; -1 where nobody compares with it."""
+    """The token that greedy choice takes by these logits; -1 where nobody asks for it."""
+    greedy_logprob: float
+    """The natural log of its probability, likewise; 0 where nobody asks."""
     is_finite: bool
     """Whether all logits of the row are numbers."""
     next_logprobs: torch.Tensor | None = None
@@ -163,7 +166,7 @@ class Executor:
             wanted = [ask for segment in segments for ask in _asks(segment)]
             last = self._hidden.take(index)
             if wanted:
-                states.append(last[torch.tensor([ask.row for ask in wanted], device=last.device)])
+                states.append(last[accelerator.sent(torch.tensor([ask.row for ask in wanted]), last.device)])
                 asks += wanted
         answers: list[Answer] = []
         chunk = max(1, self.limits.logits_bytes // (4 * self._model.vocab_size))
@@ -177,10 +180,10 @@ class Executor:
     def _answer_chunk(self, asks: list[Ask], states: torch.Tensor) -> list[Answer]:
         logits = self._model.head(states)
         logprobs = logits.log_softmax(dim=-1)
-        tokens = torch.tensor([ask.target or 0 for ask in asks], device=logits.device)
+        tokens = accelerator.sent(torch.tensor([ask.target or 0 for ask in asks]), logits.device)
         choosing = [i for i, ask in enumerate(asks) if ask.target is None and isinstance(ask.span, Sequence)]
         if choosing:
-            rows = torch.tensor(choosing, device=logits.device)
+            rows = accelerator.sent(torch.tensor(choosing), logits.device)
             sequences = [ask.span for ask in asks if ask.target is None and isinstance(ask.span, Sequence)]
             chosen = choose(
                 logits if len(choosing) == len(asks) else logits[rows],
@@ -191,13 +194,16 @@ class Executor:
             )
             tokens[rows] = _with_due(chosen, sequences)
         gathered = logprobs.gather(-1, tokens[:, None])[:, 0]
-        # Decode steps ask for no more than they choose; a prompt's tokens are compared with the greedy ones.
-        greedy = [-1] * len(asks) if len(choosing) == len(asks) else logits.argmax(dim=-1).tolist()
+        # Decode steps ask for no more than they choose, but for jobs that say so; a prompt's tokens are compared.
+        greedy, greedy_logprobs = [-1] * len(asks), [0.0] * len(asks)
+        if len(choosing) < len(asks) or any(isinstance(a.span, Sequence) and a.span.job.likeliest for a in asks):
+            best = logits.argmax(dim=-1)
+            greedy, greedy_logprobs = best.tolist(), logprobs.gather(-1, best[:, None])[:, 0].tolist()
         finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN where a logit is
-        values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, finite.tolist(), strict=True)
+        values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, greedy_logprobs, finite.tolist(), strict=True)
         return [
-            Answer(ask, token, logprob, best, is_finite, _kept(ask, logprobs, row))
-            for row, (ask, token, logprob, best, is_finite) in enumerate(values)
+            Answer(ask, token, logprob, best_token, best_logprob, is_finite, _kept(ask, logprobs, row))
+            for row, (ask, token, logprob, best_token, best_logprob, is_finite) in enumerate(values)
         ]
 
 
@@ -206,7 +212,7 @@ def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     due = [sequence.thinking.due[0] if sequence.thinking.due else -1 for sequence in sequences]
     if max(due) < 0:
         return chosen
-    forced = torch.tensor(due, device=chosen.device)
+    forced = accelerator.sent(torch.tensor(due), chosen.device)
     return torch.where(forced < 0, chosen, forced)
 
 

@@ -15,6 +15,8 @@ MOST_COMPLETIONS = 10_000
 """That anybody may ask for of one prompt: each is a job, and a billion would fill the memory."""
 
 FinishReason = Literal["stop", "length", "endoftext"]
+Likeliest = tuple[int, float]
+"""A token, and the natural log of its probability under the model's unmodified distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class Job:
     """How the model thinks before it answers: strings of `stop` are then matched in the answer only, lists anywhere."""
     prompt_logprobs: bool = False
     """Also return the log-probability of each prompt token, and whether greedy choice would have taken it."""
+    likeliest: bool = False
+    """Also return, beside each log-probability, which token is the likeliest there, and that one's."""
 
     def check(self) -> None:
         """Raise `JobError` for a job that no model could run."""
@@ -139,6 +143,10 @@ class Completion:
     """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not asked for."""
     prompt_greedy: tuple[bool | None, ...] | None = None
     """Whether `prompt[i]` is the token that greedy choice takes after `prompt[:i]`; there with `prompt_logprobs`."""
+    likeliest: tuple[Likeliest, ...] | None = None
+    """For each of `tokens` the likeliest one at its place; None if not asked for."""
+    prompt_likeliest: tuple[Likeliest | None, ...] | None = None
+    """The same for each token of the prompt, if those are scored; the first is None."""
     finish_reason: FinishReason | None = None
     """Why it ended; "length" for a job that only scores; None when `error` is set."""
     end_token: int | None = None

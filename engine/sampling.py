@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.job import Sampling
+from engine.memory import accelerator
 from engine.planning.limits import LOGITS_BYTES
 
 _MIN_TEMPERATURE = 1e-20
@@ -43,10 +44,9 @@ def choose(
         return tokens
     is_cut = [samplings[row].top_k is not None or samplings[row].top_p < 1 for row in sampled]
     sampled = [row for cut in (False, True) for row, each in zip(sampled, is_cut, strict=True) if each == cut]
-    # In one copy, whatever the parts: each would wait for the weights that are on the link by now.
-    settings = torch.tensor(
-        [(row, *_settings(samplings[row], logits.shape[-1]), draws[row]) for row in sampled], dtype=torch.float64
-    ).to(logits.device)
+    # In one copy, whatever the parts: each comes behind the weights that are on the link by now.
+    listed = [(row, *_settings(samplings[row], logits.shape[-1]), draws[row]) for row in sampled]
+    settings = accelerator.sent(torch.tensor(listed, dtype=torch.float64), logits.device)
     num_whole = is_cut.count(False)
     for some, num_bytes, sample in (
         (settings[:num_whole], _WHOLE_BYTES, _sample_whole),

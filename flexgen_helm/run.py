@@ -27,6 +27,7 @@ COMMANDS = {
     "sweep": "run a whole suite as one job that can be stopped at any moment and goes on where it was",
     "register": "write a model's HELM entries once, for plain helm-run",
     "complete": "prompts in, completions out, as JSON lines; goes on where it was",
+    "serve": "an OpenAI-compatible endpoint over the engine",
     "bench": "time the engine on random weights of a real shape, beside the machine's limits",
     "plan": "the policy with the least estimated time for a workload, before anything is run",
     "check": "say whether a model runs, by which path, what it needs, and if a small copy is as in plain transformers",
@@ -107,6 +108,10 @@ def _run_command(command: str, rest: list[str]) -> int:
             from flexgen_helm.commands.complete import complete
 
             return complete(rest)
+        if command == "serve":
+            from flexgen_helm.commands.completion.serve import serve
+
+            return serve(rest)
         if command == "plan":
             from flexgen_helm.commands.plan import plan
 

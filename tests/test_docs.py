@@ -44,7 +44,8 @@ RUNS = [*commands_of("python", "-m", "flexgen_helm.run"), *commands_of("flexgen-
 
 
 def test_every_command_is_looked_at_here() -> None:
-    known = ("make", "pip", "helm-", "flexgen-helm", "python -m flexgen_helm.run", "python -m benchmarks.rivals.run")
+    ours = ("flexgen-helm", "python -m flexgen_helm.run", "python -m benchmarks.rivals.run")
+    known = ("make", "pip", "inspect eval", "helm-", *ours)
     assert [command for command in commands() if not command.startswith(known)] == []  # scripts are blocks of `bash`
     assert len(RUNS) >= 5
 
@@ -78,6 +79,7 @@ def test_other_commands_are_accepted() -> None:
     from flexgen_helm.commands.check import parse_check_flags
     from flexgen_helm.commands.compare import parse_compare_flags
     from flexgen_helm.commands.complete import complete_parser
+    from flexgen_helm.commands.completion.serve import serve_parser
     from flexgen_helm.commands.plan import names_shape, parse_plan_flags, plan_parser
     from flexgen_helm.commands.register import register_parser
     from flexgen_helm.commands.report import parse_report_flags
@@ -97,6 +99,8 @@ def test_other_commands_are_accepted() -> None:
         shape_config(args.shape)
     for arguments in commands_of("flexgen-helm", "complete"):
         policy_from_flags(complete_parser().parse_args(arguments))
+    for arguments in commands_of("flexgen-helm", "serve"):
+        policy_from_flags(serve_parser().parse_args(arguments))
     for arguments in commands_of("flexgen-helm", "plan"):
         if not names_shape(arguments):
             assert names_entries(parse_plan_flags(arguments))
@@ -138,7 +142,8 @@ def test_every_flag_in_the_text_exists() -> None:
     )
     commands = ROOT / "flexgen_helm" / "commands"
     known += "".join(
-        (commands / f"{name}.py").read_text() for name in ("register", "doctor", "report", "compare", "plan")
+        (commands / f"{name}.py").read_text()
+        for name in ("register", "doctor", "report", "compare", "plan", "completion/serve")
     )
     known += "".join(script.read_text() for script in (ROOT / "benchmarks").glob("*.py"))
     text = re.sub(r"```.*?```", "", GUIDES, flags=re.DOTALL)

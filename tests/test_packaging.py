@@ -67,6 +67,7 @@ def test_entry_points_of_the_wheel(wheel: zipfile.ZipFile) -> None:
         wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
     )
     assert dict(points["helm"]) == {"flexgen_helm": "flexgen_helm.plugin"}
+    assert dict(points["inspect_ai"]) == {"flexgen_helm": "flexgen_helm.inspect_adapter"}
     assert dict(points["console_scripts"]) == {"flexgen-helm": "flexgen_helm.run:main"}
 
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import torch
 
+from engine.memory import accelerator
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
 
@@ -64,7 +65,7 @@ def _group(segments: list[Segment], device: torch.device, window: int | None) ->
     if seen:
         prefix = torch.arange(start - seen, start)
         own = [torch.arange(s.first, s.end) - first + start for s in segments]
-        index = torch.cat([rows for each in own for rows in (prefix, each)]).to(device)
+        index = accelerator.sent(torch.cat([rows for each in own for rows in (prefix, each)]), device)
     return ContextGroup(
         first=first,
         end=segments[-1].end,
@@ -79,4 +80,4 @@ def _group(segments: list[Segment], device: torch.device, window: int | None) ->
 
 def borders(sizes: list[int], device: torch.device) -> torch.Tensor:
     """Where parts of these sizes begin that lie one behind the other, and where the last ends: int32."""
-    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device)
+    return accelerator.sent(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from engine.batch.reach import Reach
+from engine.memory import accelerator
 from engine.memory.tiers import Tier
 from engine.schedule.block import Block
 from engine.schedule.segment import Segment
@@ -33,10 +34,10 @@ class DecodeGroup:
         """New rows of each sequence: its last token, and what is drafted to follow."""
         past = torch.tensor([segment.past for segment in segments])
         self.length = int(past.max()) + self.steps
-        self.past = past.to(device)
-        self.own_lengths = (past + self.steps).to(device, torch.int32)
+        self.past = accelerator.sent(past, device)
+        self.own_lengths = accelerator.sent(past + self.steps, device, torch.int32)
         borders = torch.arange(len(segments) + 1, dtype=torch.int32)
-        self.row_borders = (borders * self.steps).to(device)
+        self.row_borders = accelerator.sent(borders * self.steps, device)
         """Where each sequence's queries begin: int32 `[sequences + 1]`."""
         blocks = [segment.span.block for segment in segments if segment.span.block is not None]
         self.tier: Tier = blocks[0].tier
@@ -49,7 +50,7 @@ class DecodeGroup:
             self.stored_runs, firsts = _stored_runs(
                 blocks, [segment.past + self.steps for segment in segments], gap_rows
             )
-        self.own_borders = torch.tensor([*firsts, firsts[-1]], dtype=torch.int32).to(device)
+        self.own_borders = accelerator.sent(torch.tensor([*firsts, firsts[-1]], dtype=torch.int32), device)
         """Where each sequence's own tokens begin, in the device's table or among the staged rows: int32
         `[sequences + 1]`."""
         self._start = segments[0].span.start

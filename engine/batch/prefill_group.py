@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.batch.reach import Reach
+from engine.memory import accelerator
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
 
@@ -42,4 +43,4 @@ class PrefillGroup:
         key_order = torch.cat((torch.arange(start), order))
         seen = ((key_owner == -1) | (key_owner == owner[:, None])) & reach.sees(order[:, None], key_order)
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-        return mask.to(self._device)
+        return accelerator.sent(mask, self._device)

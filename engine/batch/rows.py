@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch.state_group import state_groups
+from engine.memory import accelerator
 from engine.schedule.block import Block
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
@@ -56,11 +57,11 @@ class Rows:
             rows += range(segment.first, segment.first + segment.num_rows)
             slots += _slots(segment, block)
         if rows:
-            self.device_rows = None if len(rows) == self.num_rows else torch.tensor(rows).to(device)
-            self.device_slots = torch.tensor(slots).to(device)
+            self.device_rows = None if len(rows) == self.num_rows else accelerator.sent(torch.tensor(rows), device)
+            self.device_slots = accelerator.sent(torch.tensor(slots), device)
         if steps:
             rows = [row for segment, _ in steps for row in range(segment.first, segment.first + segment.num_rows)]
-            taken = None if len(rows) == self.num_rows else torch.tensor(rows).to(device)
+            taken = None if len(rows) == self.num_rows else accelerator.sent(torch.tensor(rows), device)
             self.scattered = Scatter(taken, torch.tensor([slot for each in steps for slot in _slots(*each)]))
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from engine.memory import accelerator
 from engine.memory.tiers import Tier
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
@@ -26,7 +27,7 @@ class StateGroup:
         firsts = torch.tensor([segment.first for segment in segments])
         index = (firsts[:, None] + torch.arange(self.length)).flatten()
         is_all = len(index) == num_rows and bool((index == torch.arange(num_rows)).all())
-        self.index: torch.Tensor | None = None if is_all else index.to(device)
+        self.index: torch.Tensor | None = None if is_all else accelerator.sent(index, device)
         """Rows of the micro-batch `[segments * rows]`; None for all, in their order."""
         self.prefixes: list[Prefix] = []
         """Those whose states are continued, once each."""
@@ -43,11 +44,11 @@ class StateGroup:
         self.kept: torch.Tensor | None = None
         """Segments whose states stay on the device `[stored]`; None for all."""
         if 0 < len(on_device) < len(segments):
-            self.kept = torch.tensor([at for at, _ in on_device]).to(device)
+            self.kept = accelerator.sent(torch.tensor([at for at, _ in on_device]), device)
         self.device_slots: torch.Tensor | None = None
         """Where those are `[stored]`; None where none are."""
         if on_device:
-            self.device_slots = torch.tensor([slot for _, slot in on_device]).to(device)
+            self.device_slots = accelerator.sent(torch.tensor([slot for _, slot in on_device]), device)
         self.host_runs = _runs([(at, slot) for at, tier, slot in stored if tier == "host" and slot is not None])
         """(segment, slot, how many) of states that the host keeps: neighbours there and here."""
         self.disk_runs = _runs([(at, slot) for at, tier, slot in stored if tier == "disk" and slot is not None])
@@ -68,7 +69,7 @@ class StateGroup:
             parts.append(places[id(prefix)])
             self.num_continuing[parts[-1]] += 1
         if len(self.prefixes) > 1 or self.count > 1:
-            self.of_prefixes = torch.tensor(parts).to(device)
+            self.of_prefixes = accelerator.sent(torch.tensor(parts), device)
 
 
 def state_groups(segments: list[Segment], num_rows: int, most: int, device: torch.device) -> list[StateGroup]:

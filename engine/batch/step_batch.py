@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from engine.batch.rows import Rows
+from engine.memory import accelerator
 from engine.schedule.segment import Segment
 
 _COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -49,20 +50,26 @@ class StepBatch(Rows):
         """`[1, rows]`, on the host."""
         contexts = [_context(segment, level) for level in range(levels + 1) for segment in padded]
         firsts, lengths, present = (torch.tensor(each).view(levels + 1, count) for each in zip(*contexts, strict=True))
-        self.device_slots = (firsts[0] + lengths[0] - 1).to(device)
-        self._positions = torch.tensor([[segment.span.start + segment.past for segment in padded]]).to(device)
-        self.firsts = torch.cat((firsts, firsts[:, -1:]), 1).to(device, torch.int32)
+        self.device_slots = accelerator.sent(firsts[0] + lengths[0] - 1, device)
+        self._device = device
+        positions = torch.tensor([[segment.span.start + segment.past for segment in padded]])
+        self._positions = accelerator.sent(positions, device)
+        self.firsts = accelerator.sent(torch.cat((firsts, firsts[:, -1:]), 1), device, torch.int32)
         """Rows of the device's table at which own tokens (first), then those of each prefix begin: int32 `[levels + 1,
         rows + 1]`, the last one for the kernel's sake."""
-        self.lengths = lengths.to(device, torch.int32)
+        self.lengths = accelerator.sent(lengths, device, torch.int32)
         """How many they are: int32 `[levels + 1, rows]`."""
-        self.present = present.to(device)
+        self.present = accelerator.sent(present, device)
         """Whether there are any: bool `[levels + 1, rows]`. Where there are none, an own row stands in."""
-        self.row_borders = torch.arange(count + 1, dtype=torch.int32).to(device)
+        self.row_borders = accelerator.sent(torch.arange(count + 1, dtype=torch.int32), device)
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is called with."""
-        return {"input_ids": self.ids.to(self._positions.device), "position_ids": self._positions, "use_cache": False}
+        return {
+            "input_ids": accelerator.sent(self.ids, self._device),
+            "position_ids": self._positions,
+            "use_cache": False,
+        }
 
     def take(self, other: StepBatch) -> None:
         """Have the numbers of another micro-batch of the same shape, in the same memory."""

@@ -226,5 +226,5 @@ def _rows(num_bytes: int, row_bytes: int) -> int:
 def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | None) -> dict[Tier, int]:
     """Bytes of a token's keys and values in all layers, by tier: off the device, as `codec` encodes them."""
     numbers = sum(shape.width for shape in shapes) * dtype.itemsize
-    coded = numbers if codec is None else sum(codec.row_bytes(shape.width, dtype) for shape in shapes)
+    coded = numbers if codec is None else sum(codec.row_bytes(shape.width) for shape in shapes)
     return {"device": numbers, "host": coded, "disk": coded}

@@ -1,32 +1,48 @@
-"""Group-wise codes of 4 or 8 bits: 64 consecutive numbers share a step and a least value (docs/adr/0004)."""
+"""Group-wise codes of 4 or 8 bits: 64 consecutive numbers are rotated, and share a scale (docs/adr/0029)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
 from engine.kernels.fused import Fused
+from engine.kernels.invariant.mode import plain_arithmetic
 from engine.memory.layout import align
 
 GROUP = 64
-"""Numbers that share a step and a least value, as in FlexGen."""
+"""Numbers that are rotated together and share a scale."""
+QUARTER = 16
+"""Numbers of a group that share a multiple of its scale."""
+MULTIPLES = 16
+"""The multiples of a group's scale are 1 to 16: four bits each."""
+BEND = 28
+"""Of 4 bits, the code of the odd number u stands for u times (28 + |u|): finer near 0, where most numbers are."""
+SCALE_BYTES = 2
+"""Of a group's scale, a bfloat16, and as many of its four multiples."""
+_HOST_CHUNK, _CHUNK = 1 << 12, 1 << 16
+"""Groups that torch's operations take at once: few on the host, so that they stay in its caches."""
 
 
 @dataclass(frozen=True)
 class Codec:
     """Encodes flat tensors as bytes, and back.
 
-    A number becomes the nearest of `2**bits` values, `step` apart, of which the lowest is not above the group's least
-    and the highest not below its greatest. So it comes back within `step / 2` (and the rounding of its dtype), where a
-    step is `(greatest - least) / (2**bits - 1)`, larger by the rounding of step and least to the dtype. Groups that
-    hold a NaN or an infinity come back as NaN.
+    A group is multiplied by the Hadamard matrix of 64 rows, divided by 8, which is its own inverse and spreads outliers
+    over the group. Each number of the product is coded as the nearest of `2**bits` levels. Level `c` is
+    `scale * multiple * u` of 8 bits and `scale * multiple * u * (BEND + |u|)` of 4, where `u = 2 * c - levels`; a scale
+    belongs to the group and a multiple to a quarter of it. To decode, levels are multiplied by the same matrix. All
+    sums there are of whole numbers below 2**24, hence exact in whatever order: everyone who decodes gets the same.
 
-    For numbers of less than 99 % of the dtype's range only: beyond, steps overflow, and infinities come back.
+    So a group comes back within `bound` of itself, in the length of the vector, and within the rounding of its dtype.
+    Groups that hold a NaN or an infinity come back without any finite number. For numbers of less than half of the
+    dtype's range only, and more than 1e-32: a group of smaller ones comes back as zeros.
 
-    Layout of n numbers, each part aligned as parameters are: codes, steps, leasts. Of 4 bits, a byte holds a number of
-    the group's first half in its low bits and one of the second half in its high bits.
+    Layout of n numbers, each part aligned as parameters are: codes, scales (bfloat16), multiples. Of 4 bits, a byte
+    holds a number of the group's first half in its low bits and one of the second half in its high bits; so do the two
+    bytes of a group's multiples, each less 1, for even and odd quarters.
     """
 
     bits: int
@@ -41,95 +57,192 @@ class Codec:
         assert num_elements % GROUP == 0
         return num_elements * self.bits // 8
 
-    def part_bytes(self, num_elements: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Aligned bytes of the codes, and of the steps (or the leasts)."""
-        return align(self.code_bytes(num_elements)), align(num_elements // GROUP * dtype.itemsize)
+    def part_bytes(self, num_elements: int) -> tuple[int, int]:
+        """Aligned bytes of the codes, and of the scales (or the multiples)."""
+        return align(self.code_bytes(num_elements)), align(num_elements // GROUP * SCALE_BYTES)
 
-    def num_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
-        """Bytes of so many numbers of `dtype`, encoded."""
-        codes, steps = self.part_bytes(num_elements, dtype)
-        return codes + 2 * steps
+    def num_bytes(self, num_elements: int) -> int:
+        """Bytes of so many numbers, encoded."""
+        codes, scales = self.part_bytes(num_elements)
+        return codes + 2 * scales
 
-    def encode(self, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes uint8, steps and leasts of `dtype`, of flat `values`, whose number is a multiple of `GROUP`."""
-        codes, steps, leasts = _encode(values.to(dtype).view(-1, GROUP), self.bits)
-        return codes.flatten(), steps, leasts
+    def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The bytes of codes, scales and multiples of flat `values`, whose number is a multiple of `GROUP`."""
+        codes, scales, multiples = _encode_fast(values.view(-1, GROUP), self.bits)
+        return codes.flatten(), scales.flatten(), multiples.flatten()
 
-    def ranges(
-        self, first_element: int, num_elements: int, whole_elements: int, dtype: torch.dtype
-    ) -> list[tuple[int, int]]:
-        """Where codes, steps and leasts of some numbers of `dtype` lie in the bytes of all that are encoded together.
+    def ranges(self, first_element: int, num_elements: int, whole_elements: int) -> list[tuple[int, int]]:
+        """Where codes, scales and multiples of some numbers lie in the bytes of all that are encoded together.
 
         first_element, num_elements: multiples of `GROUP`.
         """
-        code_bytes, step_bytes = self.part_bytes(whole_elements, dtype)
-        first, end = (at // GROUP * dtype.itemsize for at in (first_element, first_element + num_elements))
+        code_bytes, scale_bytes = self.part_bytes(whole_elements)
+        first, end = (at // GROUP * SCALE_BYTES for at in (first_element, first_element + num_elements))
         codes = self.code_bytes(first_element), self.code_bytes(first_element + num_elements)
-        return [codes, *((begin + first, begin + end) for begin in (code_bytes, code_bytes + step_bytes))]
+        return [codes, *((begin + first, begin + end) for begin in (code_bytes, code_bytes + scale_bytes))]
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
         """Write the numbers of `coded` bytes into flat `values`."""
         count = values.numel()
-        self.decode_parts([coded[first:end] for first, end in self.ranges(0, count, count, values.dtype)], values)
+        self.decode_parts([coded[first:end] for first, end in self.ranges(0, count, count)], values)
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        """Write the numbers of codes, steps and leasts, which are bytes that lie as `ranges` says, into `values`."""
-        steps, leasts = (part.view(values.dtype) for part in parts[1:])
-        _fill(values.view(-1, GROUP), parts[0].view(len(steps), -1), steps, leasts, self.bits)
+        """Write the numbers of codes, scales and multiples, bytes that lie as `ranges` says, into flat `values`."""
+        groups = values.view(-1, GROUP)
+        codes, scales, multiples = (part.view(len(groups), -1) for part in parts)
+        _fill(groups, codes, scales, multiples, self.bits)
 
-    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Bytes of a row of `width` numbers of `dtype`, a multiple of `GROUP`, encoded by `encode_rows`."""
-        return self.code_bytes(width) + 2 * (width // GROUP) * dtype.itemsize
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of `width` numbers, a multiple of `GROUP`, encoded by `encode_rows`."""
+        return self.code_bytes(width) + 2 * (width // GROUP) * SCALE_BYTES
 
     def encode_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Bytes `[count, row_bytes]` of rows `[count, width]`: each row's codes, steps and leasts are together."""
-        # A single row would be compiled for anew, in the midst of the last sequence's last step: it has a double, which
-        # must lie in memory as several rows do.
-        several = rows if len(rows) > 1 else rows.repeat(2, 1)
-        parts = _encode_fast(several.unflatten(1, (-1, GROUP)), self.bits)
-        return torch.cat([part.flatten(1).view(torch.uint8) for part in parts], dim=1)[: len(rows)]
+        """Bytes `[count, row_bytes]` of rows `[count, width]`: each row's codes, scales and multiples are together."""
+        parts = _encode_fast(rows.unflatten(1, (-1, GROUP)), self.bits)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def decode_rows(self, coded: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """The rows `[count, width]` of `dtype` of `coded` bytes `[count, row_bytes]`."""
-        rows = torch.empty(len(coded), width // GROUP, GROUP, dtype=dtype, device=coded.device)
-        code_bytes, groups = self.code_bytes(width), width // GROUP
-        first = code_bytes // dtype.itemsize
-        numbers = coded.view(dtype)  # [count, …]: the codes, too, which are not looked at so
-        steps, leasts = numbers[:, first : first + groups], numbers[:, first + groups : first + 2 * groups]
-        _fill(rows, coded[:, :code_bytes].unflatten(1, (groups, -1)), steps, leasts, self.bits)
+        groups = width // GROUP
+        rows = torch.empty(len(coded), groups, GROUP, dtype=dtype, device=coded.device)
+        sizes = self.code_bytes(width), groups * SCALE_BYTES, groups * SCALE_BYTES
+        codes, scales, multiples = (part.unflatten(1, (groups, -1)) for part in coded.split(sizes, dim=1))
+        _fill(rows, codes, scales, multiples, self.bits)
         return rows.flatten(1)
+
+    def bound(self, groups: torch.Tensor) -> torch.Tensor:
+        """How far `groups` `[…, GROUP]` may be, at most, from what comes back: the length of the difference, `[…]`.
+
+        Without the rounding of their dtype.
+        """
+        largest = _quarters(groups).abs().amax(dim=-1)
+        top = _level(self.levels, self.bits)
+        scale = largest.amax(dim=-1, keepdim=True) / (top * MULTIPLES) * (1 + 2**-8)
+        # A multiple that covers a quarter is too large by less than 1; the levels farthest out are farthest apart.
+        half_gap = (top - _level(self.levels - 2, self.bits)) / 2 * (largest / top + scale)
+        return torch.maximum(half_gap, largest * 2**-8).square().sum(dim=-1).mul(QUARTER).sqrt()
+
+
+def _level(odd: int, bits: int) -> int:
+    """What the code of an odd number stands for, in units of its scale's multiple."""
+    return odd * (BEND + abs(odd)) if bits == 4 else odd
+
+
+def rotated(groups: torch.Tensor) -> torch.Tensor:
+    """Float32 `groups` `[…, GROUP]` times the Hadamard matrix over 8, added in an order that is always the same."""
+    half = GROUP // 2
+    while half:
+        pairs = groups.unflatten(-1, (-1, 2, half))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        groups = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        half //= 2
+    return groups / 8
+
+
+@cache
+def _hadamard(device: torch.device) -> torch.Tensor:
+    """The matrix that `rotated` multiplies by, times 8."""
+    return rotated(torch.eye(GROUP, device=device)) * 8
+
+
+def _quarters(groups: torch.Tensor) -> torch.Tensor:
+    """Rotated `groups` `[…, GROUP]` as float32 `[…, 4, QUARTER]`."""
+    quarters: torch.Tensor = rotated(groups.float()).unflatten(-1, (-1, QUARTER))
+    return quarters
+
+
+def _odd(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """The odd numbers whose levels are nearest to `numbers`, which are in units of a scale's multiple."""
+    size = numbers.abs()
+    if bits == 4:  # The middle between the levels of u - 1 and u + 1, for an even u, is u * (BEND + u) + 1.
+        size = ((size - 1).clamp(min=0) + BEND**2 / 4).sqrt() - BEND / 2
+    odd = (size / 2).floor().clamp(0, 2 ** (bits - 1) - 1) * 2 + 1
+    return torch.where(numbers < 0, -odd, odd)
 
 
 def _encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes uint8 `[…, bytes]`, steps and leasts `[…]` of `groups` `[…, GROUP]`, in its dtype."""
-    levels, dtype, groups = 2**bits - 1, groups.dtype, groups.float()
-    least, greatest = groups.aminmax(dim=-1)
-    leasts = _rounded(least, dtype, -1)
-    steps = _rounded((greatest - leasts.float()) / levels, dtype, 1)
-    # A step of 0 means a group of equal numbers, all of code 0.
-    scaled = (groups - leasts.float()[..., None]) / steps.float().where(steps > 0, torch.inf)[..., None]
-    codes = scaled.round().clamp(0, levels).nan_to_num(0).to(torch.uint8)
+    """Bytes `[…, bytes of a group]` of codes, scales and multiples of `groups` `[…, GROUP]`."""
+    with plain_arithmetic():  # one group by itself
+        found = [_encode_some(part, bits) for part in groups.split(_at_once(groups))]
+    codes, scales, multiples = (parts[0] if len(found) == 1 else torch.cat(parts) for parts in zip(*found, strict=True))
+    return codes, scales, multiples
+
+
+def _at_once(groups: torch.Tensor) -> int:
+    """How many rows of `groups` to take at a time."""
+    most = _HOST_CHUNK if groups.device.type == "cpu" else _CHUNK
+    return max(1, most * len(groups) * GROUP // max(1, groups.numel()))
+
+
+def _encode_some(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    quarters, levels = _quarters(groups), 2**bits - 1
+    top, tiny = _level(levels, bits), torch.finfo(torch.float32).smallest_normal
+    largest = quarters.abs().amax(dim=-1)
+    scales = (largest.amax(dim=-1, keepdim=True) / (top * MULTIPLES)).bfloat16()
+    scales = torch.where(scales < tiny, 0, scales)  # which some devices take for nothing
+    scale = scales.float()
+    whole = 1 / scale.where(scale != 0, torch.inf)  # numbers times it are in units of the scale
+    nearest = (largest * whole / top + 0.5).floor()
+    odd, multiples, least = quarters, largest, largest
+    for change in (0, -1, 1):
+        tried = (nearest + change).clamp(1, MULTIPLES)
+        found = _odd(quarters * (whole / tried)[..., None], bits)
+        reached = found * (found.abs() + BEND) if bits == 4 else found
+        error = (quarters - reached * (tried * scale)[..., None]).square()
+        while error.shape[-1] > 1:  # in the same order, whatever else is encoded
+            error = error[..., : error.shape[-1] // 2] + error[..., error.shape[-1] // 2 :]
+        error = error[..., 0]
+        better = (error < least) if change else torch.ones_like(error, dtype=torch.bool)
+        odd, multiples = torch.where(better[..., None], found, odd), torch.where(better, tried, multiples)
+        least = torch.where(better, error, least)
+    codes = _bytes((odd + levels).flatten(-2) / 2)
     if bits == 4:
         codes = codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4)
-    return codes, steps, leasts
+    fours = _bytes(multiples - 1)
+    return codes, scales.view(torch.uint8), fours[..., ::2] | (fours[..., 1::2] << 4)
 
 
-_encode_fast = Fused(_encode)
+def _bytes(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.nan_to_num(0).to(torch.uint8)
+
+
+def _encode_kernel() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    from engine.kernels.encode_kernel import encode  # needs Triton
+
+    return partial(encode, bend=BEND)
+
+
+_encode_fast = Fused(_encode, _encode_kernel)
 
 
 def _decode_into(
-    groups: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, leasts: torch.Tensor, bits: int
+    groups: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, multiples: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """Fill `groups` `[…, GROUP]` with the numbers of codes uint8 `[…, bytes]`, steps and leasts `[…]`."""
+    """Fill `groups` `[…, GROUP]` with the numbers of codes, scales and multiples, bytes `[…, bytes of a group]`."""
+    parts = (each.split(_at_once(groups)) for each in (groups, codes, scales, multiples))
+    with plain_arithmetic():  # sums are exact
+        for group, code, scale, fours in zip(*parts, strict=True):
+            _decode_some(group, code, scale, fours, bits)
+    return groups
+
+
+def _decode_some(
+    groups: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, multiples: torch.Tensor, bits: int
+) -> None:
     if bits == 4:
         codes = torch.cat((codes & 15, codes >> 4), dim=-1)
-    return torch.addcmul(leasts[..., None], groups.copy_(codes), steps[..., None], out=groups)
+    odd = codes.float().mul_(2).sub_(2**bits - 1)
+    if bits == 4:
+        odd = odd.mul_(odd.abs().add_(BEND))
+    fours = torch.stack((multiples & 15, multiples >> 4), dim=-1).flatten(-2) + 1
+    whole = odd.unflatten(-1, (-1, QUARTER)).mul_(fours[..., None]).flatten(-2) @ _hadamard(groups.device)
+    groups.copy_(whole.mul_(scales.view(torch.bfloat16).float() / 8))
 
 
 def _decode_kernel() -> Callable[..., torch.Tensor]:
     from engine.kernels.decode_kernel import decode_into  # needs Triton
 
-    return decode_into
+    return partial(decode_into, bend=BEND)
 
 
 _fill = Fused(_decode_into, _decode_kernel)
@@ -138,12 +251,3 @@ _fill = Fused(_decode_into, _decode_kernel)
 def codec_of(bits: int | None) -> Codec | None:
     """The codec that a policy's compress-weight or compress-cache means."""
     return Codec(bits) if bits else None
-
-
-def _rounded(values: torch.Tensor, dtype: torch.dtype, direction: int) -> torch.Tensor:
-    """Numbers of `dtype` that are not below (direction 1) or not above (-1) float32 `values`, about the nearest."""
-    limits = torch.finfo(dtype)
-    nearest = values.to(dtype)
-    beyond = values + direction * (values.abs() * limits.eps + limits.smallest_normal * limits.eps)
-    wrong = (nearest.float() - values) * direction < 0
-    return torch.where(wrong, beyond.to(dtype), nearest)

@@ -13,7 +13,7 @@
 #endif
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
-enum { GROUP = 64 };
+enum { GROUP = 64, QUARTER = 16, BEND = 28, SCALE_BYTES = 2 }; /* as engine/kernels/codec.py has them */
 
 static inline float of_bfloat16(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -59,10 +59,32 @@ static inline void of_float16s(const uint16_t *restrict from, int64_t count, flo
     for (; i < count; i++) to[i] = of_float16(from[i]);
 }
 
-static inline float number(const char *at, int type, int64_t i) {
-    if (type == FLOAT16) return of_float16(((const uint16_t *)at)[i]);
-    if (type == BFLOAT16) return of_bfloat16(((const uint16_t *)at)[i]);
-    return ((const float *)at)[i];
+/* Multiply a group by the Hadamard matrix and divide by 8. */
+static inline void rotate(float *x) {
+    for (int half = GROUP / 2; half; half /= 2)
+        for (int first = 0; first < GROUP; first += 2 * half)
+            for (int i = first; i < first + half; i++) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+    for (int i = 0; i < GROUP; i++) x[i] /= 8;
+}
+
+/* What a code stands for, in units of its scale's multiple. */
+static inline float level(float code, int bits) {
+    const float odd = 2 * code - (float)((1 << bits) - 1);
+    return bits == 4 ? odd * (BEND + __builtin_fabsf(odd)) : odd;
+}
+
+/* Behind the codes of a row of `width` numbers are the scales of its groups, then four multiples of each. */
+static inline float scale_at(const char *row, int bits, int64_t width, int64_t group) {
+    return of_bfloat16(((const uint16_t *)(row + width * bits / 8))[group]);
+}
+
+static inline float multiple_at(const char *row, int bits, int64_t width, int64_t group, int quarter) {
+    const char *multiples = row + width * bits / 8 + width / GROUP * SCALE_BYTES;
+    return (float)(((((const uint16_t *)multiples)[group] >> 4 * quarter) & 15) + 1);
 }
 
 /* Numbers [first, first + count) of a row of `width` numbers, as float32. Codes: both multiples of GROUP. */
@@ -79,10 +101,7 @@ static inline void piece(const char *restrict row, int type, int bits, int64_t w
         }
         return;
     }
-    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
-    const char *steps = row + width * bits / 8, *leasts = steps + groups * size;
     for (int64_t g = first / GROUP; g < (first + count) / GROUP; g++, to += GROUP) {
-        const float step = number(steps, type, g), least = number(leasts, type, g);
         const uint8_t *codes = (const uint8_t *)row + g * GROUP * bits / 8;
         if (bits == 4) {
             for (int i = 0; i < GROUP / 2; i++) to[i] = (float)(codes[i] & 15);
@@ -90,7 +109,10 @@ static inline void piece(const char *restrict row, int type, int bits, int64_t w
         } else {
             for (int i = 0; i < GROUP; i++) to[i] = (float)codes[i];
         }
-        for (int i = 0; i < GROUP; i++) to[i] = least + to[i] * step;
+        for (int i = 0; i < GROUP; i++) to[i] = level(to[i], bits) * multiple_at(row, bits, width, g, i / QUARTER);
+        rotate(to);
+        const float scale = scale_at(row, bits, width, g);
+        for (int i = 0; i < GROUP; i++) to[i] *= scale;
         if (type == FLOAT16)
             for (int i = 0; i < GROUP; i++) to[i] = of_float16(to_float16(to[i]));
         if (type == BFLOAT16)
@@ -131,18 +153,26 @@ static inline floats numbers_at(const char *at, int type) {
     return x;
 }
 
-/* Lanes [16 * part, 16 * part + 16) of the codes of a group. */
-static inline floats codes_at(const uint8_t *codes, int bits, int part) {
+/* What the codes of a quarter of a group stand for, in units of the quarter's multiple: 16 lanes. */
+static inline floats levels_at(const uint8_t *codes, int bits, int quarter) {
     bytes b;
     if (bits == 8) {
-        memcpy(&b, codes + LANES * part, sizeof b);
+        memcpy(&b, codes + LANES * quarter, sizeof b);
     } else {
-        memcpy(&b, codes + LANES * (part & 1), sizeof b);
-        b = part < 2 ? b & 15 : b >> 4;
+        memcpy(&b, codes + LANES * (quarter & 1), sizeof b);
+        b = quarter < 2 ? b & 15 : b >> 4;
     }
     floats x;
 #if defined(__AVX512F__)
-    const __m512 y = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)b));
+    const __m512i wide = _mm512_cvtepu8_epi32((__m128i)b);
+    if (bits == 4) { /* a table of 16 numbers is one register */
+        float table[LANES];
+        for (int i = 0; i < LANES; i++) table[i] = level((float)i, 4);
+        const __m512 found = _mm512_permutexvar_ps(wide, _mm512_loadu_ps(table));
+        memcpy(&x, &found, sizeof x);
+        return x;
+    }
+    const __m512 y = _mm512_cvtepi32_ps(wide);
     memcpy(&x, &y, sizeof x);
 #elif defined(__AVX2__)
     const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32((__m128i)b));
@@ -152,7 +182,8 @@ static inline floats codes_at(const uint8_t *codes, int bits, int part) {
 #else
     for (int i = 0; i < LANES; i++) x[i] = (float)b[i];
 #endif
-    return x;
+    x = 2 * x - (float)((1 << bits) - 1);
+    return bits == 4 ? x * (BEND + (floats)((words)x & 0x7fffffff)) : x;
 }
 
 /* The sum of all lanes, pair by pair: one after the other would be a chain of sixteen waits. */
@@ -174,12 +205,11 @@ static inline float dot(const float *a, const float *b, int64_t n) {
 }
 
 /* The products of a query and a head's numbers [first, first + count) of `rows` (at most ROWS) consecutive rows.
-   `sums`: those of each group's query. */
+   Where they are in codes, the query is rotated as they are. */
 static inline void products(const char *row, int64_t row_bytes, int rows, int type, int bits, int64_t width,
-                            int64_t first, int64_t count, const float *query, const float *sums, float *to) {
-    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
+                            int64_t first, int64_t count, const float *query, float *to) {
+    const int64_t size = type == FLOAT32 ? 4 : 2;
     floats totals[ROWS] = {{0}};
-    float rests[ROWS] = {0};
     if (!bits) {
         for (int64_t i = 0; i < count; i += LANES) {
             const floats q = load(query + i);
@@ -196,24 +226,23 @@ static inline void products(const char *row, int64_t row_bytes, int rows, int ty
             for (int i = 0; i < GROUP / LANES; i++) {
                 const floats q = load(query + g * GROUP + i * LANES);
                 for (int r = 0; r < rows; r++) {
-                    const uint8_t *codes = (const uint8_t *)row + r * row_bytes + (first + g * GROUP) * bits / 8;
-                    parts[r] += codes_at(codes, bits, i) * q;
+                    const char *at = row + r * row_bytes;
+                    const uint8_t *codes = (const uint8_t *)at + (first + g * GROUP) * bits / 8;
+                    parts[r] += levels_at(codes, bits, i) * q * multiple_at(at, bits, width, first / GROUP + g, i);
                 }
             }
-            for (int r = 0; r < rows; r++) {
-                const char *steps = row + r * row_bytes + width * bits / 8, *leasts = steps + groups * size;
-                totals[r] += parts[r] * number(steps, type, first / GROUP + g);
-                rests[r] += sums[g] * number(leasts, type, first / GROUP + g);
-            }
+            for (int r = 0; r < rows; r++)
+                totals[r] += parts[r] * scale_at(row + r * row_bytes, bits, width, first / GROUP + g);
         }
     }
-    for (int r = 0; r < rows; r++) to[r] = sum(totals[r]) + rests[r];
+    for (int r = 0; r < rows; r++) to[r] = sum(totals[r]);
 }
 
-/* Add numbers [first, first + count) of `rows` (at most ROWS) consecutive rows, each by its weight. */
+/* Add numbers [first, first + count) of `rows` (at most ROWS) consecutive rows, each by its weight; those in codes as
+   they are rotated. */
 static inline void add(const char *row, int64_t row_bytes, int rows, int type, int bits, int64_t width, int64_t first,
                        int64_t count, const float *weights, float *to) {
-    const int64_t size = type == FLOAT32 ? 4 : 2, groups = width / GROUP;
+    const int64_t size = type == FLOAT32 ? 4 : 2;
     if (!bits) {
         for (int64_t i = 0; i < count; i += LANES) {
             floats x = load(to + i);
@@ -227,18 +256,17 @@ static inline void add(const char *row, int64_t row_bytes, int rows, int type, i
         return;
     }
     for (int64_t g = 0; g < count / GROUP; g++) {
-        float scales[ROWS], rest = 0;
+        float scales[ROWS];
         for (int r = 0; r < rows; r++) ask_for(row + (r + ROWS) * row_bytes + (first + g * GROUP) * bits / 8);
-        for (int r = 0; r < rows; r++) {
-            const char *steps = row + r * row_bytes + width * bits / 8, *leasts = steps + groups * size;
-            scales[r] = weights[r] * number(steps, type, first / GROUP + g);
-            rest += weights[r] * number(leasts, type, first / GROUP + g);
-        }
+        for (int r = 0; r < rows; r++)
+            scales[r] = weights[r] * scale_at(row + r * row_bytes, bits, width, first / GROUP + g);
         for (int i = 0; i < GROUP / LANES; i++) {
-            floats x = load(to + g * GROUP + i * LANES) + rest;
+            floats x = load(to + g * GROUP + i * LANES);
             for (int r = 0; r < rows; r++) {
-                const uint8_t *codes = (const uint8_t *)row + r * row_bytes + (first + g * GROUP) * bits / 8;
-                x += codes_at(codes, bits, i) * scales[r];
+                const char *at = row + r * row_bytes;
+                const uint8_t *codes = (const uint8_t *)at + (first + g * GROUP) * bits / 8;
+                const float multiple = multiple_at(at, bits, width, first / GROUP + g, i);
+                x += levels_at(codes, bits, i) * (scales[r] * multiple);
             }
             store(to + g * GROUP + i * LANES, x);
         }
@@ -312,22 +340,17 @@ struct work {
 /* The same for one query of each head, without the buffer: scores [heads, longest], sums [heads, value dim]. */
 static void keys_of_one(const struct work *w, const char *table, int64_t at, int64_t heads, int64_t length,
                         const float *query, float *scores, int64_t longest) {
-    const int64_t width = w->kv_heads * (w->key_dim + w->value_dim), dim = w->key_dim, groups = dim / GROUP;
-    float group_sums[heads * groups + 1];
-    for (int64_t g = 0; g < heads * groups; g++) {
-        group_sums[g] = 0;
-        for (int64_t i = 0; i < GROUP; i++) group_sums[g] += query[g * GROUP + i];
-    }
+    const int64_t width = w->kv_heads * (w->key_dim + w->value_dim), dim = w->key_dim;
     for (int64_t l = 0; l < length; l += ROWS) {
         const char *row = table + l * w->row_bytes;
         const int rows = length - l < ROWS ? (int)(length - l) : ROWS;
         for (int64_t h = 0; h < heads; h++) {
-            const float *q = query + h * dim, *of_groups = group_sums + h * groups;
+            const float *q = query + h * dim;
             float *to = scores + h * longest + l;
             if (rows == ROWS) /* a constant, for the compiler */
-                products(row, w->row_bytes, ROWS, w->type, w->bits, width, at + h * dim, dim, q, of_groups, to);
+                products(row, w->row_bytes, ROWS, w->type, w->bits, width, at + h * dim, dim, q, to);
             else
-                products(row, w->row_bytes, rows, w->type, w->bits, width, at + h * dim, dim, q, of_groups, to);
+                products(row, w->row_bytes, rows, w->type, w->bits, width, at + h * dim, dim, q, to);
         }
     }
 }
@@ -378,6 +401,8 @@ int attend(struct work *w) {
                 piece(w->query, w->type, 0, 0, ROW(h, s, 0) * w->key_dim, w->copies * w->key_dim, to);
                 for (int64_t i = 0; i < w->copies * w->key_dim; i++) to[i] *= w->scaling;
             }
+        if (is_single && w->bits)
+            for (int64_t i = 0; i < heads * w->key_dim; i += GROUP) rotate(query + i);
         if (is_single) keys_of_one(w, table, key_at, heads, length, query, scores, longest);
         for (int64_t l = 0; l < length && !is_single; l++) {
             piece(table + l * w->row_bytes, w->type, w->bits, width, key_at, heads * w->key_dim, numbers);
@@ -397,6 +422,8 @@ int attend(struct work *w) {
                 }
         memset(sums, 0, 4 * w->block * rows * w->value_dim);
         if (is_single) values_of_one(w, table, value_at, heads, length, scores, longest, sums);
+        if (is_single && w->bits)
+            for (int64_t i = 0; i < heads * w->value_dim; i += GROUP) rotate(sums + i);
         for (int64_t l = 0; l < length && !is_single; l++) {
             piece(table + l * w->row_bytes, w->type, w->bits, width, value_at, heads * w->value_dim, numbers);
             for (int64_t h = 0; h < heads; h++)

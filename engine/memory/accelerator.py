@@ -111,6 +111,18 @@ def page_locked(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, pin_memory=True)
 
 
+def sent(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A small tensor of the host on `device`, as `dtype` if given; nobody waits until it has arrived there.
+
+    A copy from pageable memory would wait for all that the device was asked for before, and for copies in its way.
+    """
+    if not has_streams(device):
+        return tensor.to(device, dtype)
+    here = page_locked(*tensor.shape, dtype=dtype or tensor.dtype)
+    here.copy_(tensor)
+    return here.to(device, non_blocking=True)
+
+
 def transit(device: torch.device, num_bytes: int) -> torch.Tensor:
     """New host memory `[num_bytes]`, uint8, for what goes to or from `device`: page-locked if that runs beside it."""
     if has_streams(device):

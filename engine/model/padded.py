@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from engine.batch.rows import Rows
 from engine.cache.shape import KVShape
 from engine.errors import UnsupportedError
+from engine.memory import accelerator
 from engine.schedule.segment import Segment
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ class PaddedBatch(Rows):
             mask[index, -(span.start + last) :] = 1
         self.ids = ids
         """`[segments, rows]`, on the host."""
-        self._positions = positions.to(device)
-        self._mask = mask.to(device)
+        self._positions = accelerator.sent(positions, device)
+        self._mask = accelerator.sent(mask, device)
         self._sweeping = sweeping
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is called with."""
         return {
-            "input_ids": self.ids.to(self._mask.device),
+            "input_ids": accelerator.sent(self.ids, self._mask.device),
             "position_ids": self._positions,
             "attention_mask": self._mask,
             "cache": CacheView(_LayerView(self._sweeping, self)),

@@ -25,3 +25,7 @@ class Admission:
         if beside_cache <= self.rows_beside_weights:
             return None
         return max(1, int(beside_cache + self.rows_beside_weights))
+
+    def hidden_rows(self, cached_rows: int) -> int:
+        """Rows of prompts that are computed while a sweep's weights and so many cached rows cross the link."""
+        return int(cached_rows * self.rows_beside_cached_row + self.rows_beside_weights)

@@ -184,13 +184,14 @@ class _Planner:
 
         A further sweep would cost more than it hides there.
         """
-        if not self._brings_cache() or weights.disk > 0 or not self.shape.cache_row_bytes:
+        if self.on_cpu or weights.disk > 0 or not self.shape.cache_row_bytes:
             return None
         shape = self.shape
         row_bytes = shape.cache_row_bytes * self.demand.stored_row_bytes() / shape.cache_layer_row_bytes
+        crossing = row_bytes if self._brings_cache() else 0.0
         return Admission(
             rows_beside_weights=_ADMITTED_ROWS * self._streamed_part(weights),
-            rows_beside_cached_row=_ADMITTED_ROWS * shape.stored_part * row_bytes / shape.weight_bytes,
+            rows_beside_cached_row=_ADMITTED_ROWS * shape.stored_part * crossing / shape.weight_bytes,
         )
 
     def _scores_per_batch(self, rows: int, left: int) -> int | None:

@@ -51,7 +51,22 @@ def idle_prefixes(prefixes: Iterable[Prefix], running: Iterable[Sequence], wante
     return [prefix for prefix in prefixes if prefix.block is not None and id(prefix) not in kept]
 
 
-def nearer(block: Block, cache: CacheRoom) -> Block:
+def spare_blocks(segments: Iterable[Segment], room: int, cache: CacheRoom) -> None:
+    """Take back the blocks of new prefixes that nobody needs after this sweep; others may then have a better tier.
+
+    Their keys and values live as long as the current layer, if they have no more than `room` rows together.
+    """
+    passing, kept = passing_prefixes(segments, room)
+    for prefix in passing:
+        if prefix.block is not None:
+            cache.free(prefix.block)
+            prefix.block = None
+    for prefix in kept if passing else ():
+        if prefix.block is not None:
+            prefix.block = _nearer(prefix.block, cache)
+
+
+def _nearer(block: Block, cache: CacheRoom) -> Block:
     """As much room as a block, which nothing has been written to, on the device if there is some; the other is free."""
     better = cache.allocate(block.num_rows)
     if better is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable
 from itertools import chain, islice
@@ -11,12 +10,14 @@ from engine.errors import CapacityError
 from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
-from engine.schedule.passing import continued_prefixes, idle_prefixes, nearer, passing_prefixes
+from engine.schedule.intake import Intake, most_admitted, most_hidden
+from engine.schedule.passing import continued_prefixes, idle_prefixes, spare_blocks
 from engine.schedule.pieces import beginning, is_long, is_too_long, largest, named, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
 from engine.schedule.turns import Turns
+from engine.schedule.waiting import Waiting
 
 
 class Scheduler:
@@ -27,10 +28,12 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._cache = cache
         self._share_prefix = share_prefix and limits.continues and not isinstance(limits.pad, int)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = Waiting()
         self._prefixes: list[Prefix] = []
         self.failed: list[Sequence] = []
         self._turns = Turns()
+        self._is_passing_due = False
+        """Whether one that does not decode found no room in the cache, so that these come first when there is some."""
 
     @property
     def is_idle(self) -> bool:
@@ -42,7 +45,8 @@ class Scheduler:
         sequences = list(sequences)
         ordered = share_prefixes(sequences, self._prefixes) if self._share_prefix else sequences
         known = set(map(id, self._prefixes))
-        expected = [sequence.capacity for sequence in ordered[: self.limits.seats] if sequence.needs_cache]
+        decoding = islice((sequence for sequence in ordered if sequence.needs_cache), self.limits.seats)
+        expected = [sequence.capacity for sequence in decoding]
         for sequence in ordered:
             for prefix in sequence.chain:
                 prefix.scored |= sequence.job.prompt_logprobs and not prefix.is_computed
@@ -53,7 +57,7 @@ class Scheduler:
             if sequence.job.prompt_logprobs and not all(prefix.scored for prefix in sequence.chain):
                 self._unshare(sequence)  # a prefix computed without log-probabilities cannot supply them
         self._cache.expect(expected)
-        self._waiting.extend(ordered)
+        self._waiting.add(ordered)
 
     def next_sweep(self) -> list[list[Segment]]:
         """Micro-batches of the next sweep: a step of every running sequence, and as many waiting ones as fit.
@@ -62,44 +66,61 @@ class Scheduler:
         """
         for prefix, block in continued_prefixes(chain(self._prefixes, self.running)):
             prefix.block, prefix.is_closed = self._cache.free_state(block), True
-        segments = [Segment(sequence, 1) for sequence in self.running]
-        rows, entered = len(segments), set[int]()
-        capacity = 0 if self._turns.is_of_steps(segments, self.limits) else self.limits.seats
-        admitted, most_admitted, has_begun = 0, None, False
-        while self._waiting and len(self.running) < capacity:
-            sequence = self._waiting[0]
+        intake = Intake([Segment(sequence, 1) for sequence in self.running])
+        if not self._turns.is_of_steps(intake.segments, self.limits):
+            self._let_in(intake)
+        spare_blocks(intake.segments, self.limits.cached_rows_per_batch, self._cache)
+        self._turns.take(intake.segments, intake.rows, self.limits, has_begun=intake.has_begun)
+        return self._cut(intake.segments)
+
+    def _let_in(self, intake: Intake) -> None:
+        """Let in sequences that will decode, then others, as far as these are hidden (docs/adr/0031)."""
+        waiting, limits, cache, seats = self._waiting, self.limits, self._cache, self.limits.seats
+        share = waiting.share(self.running)
+        for is_passing in (self._is_passing_due, not self._is_passing_due):
+            if is_passing and not intake.has_begun:
+                most = most_hidden(intake, self.running, waiting.decoding, limits, cache)
+                least = share if intake.num_steps or self._is_passing_due else 0
+                self._is_passing_due = self._fill(waiting.passing, intake, seats, least, most)
+            elif waiting.decoding and not intake.has_begun:  # a few seats are kept for the others
+                most = most_admitted(self.running, waiting.decoding, limits, cache)
+                self._fill(waiting.decoding, intake, seats - min(share, max(1, seats // 4), seats - 1), 1, most)
+
+    def _fill(self, queue: deque[Sequence], intake: Intake, seats: int, least: int, most: float) -> bool:
+        """Let in sequences of a queue: at least so many if there is room, and more up to so many rows of prompts.
+
+        Whether the cache has no room for the next one.
+        """
+        count = admitted = 0
+        while queue and len(self.running) < seats:
+            sequence = queue[0]
             self._split(span for span in (*sequence.chain, sequence) if span.block is None)
             if is_too_long(sequence, self.limits):
-                self._fail(self._waiting.popleft(), no_room("attention", sequence, "its device memory (gpu-memory)"))
+                self._fail(queue.popleft(), no_room("attention", sequence, "its device memory (gpu-memory)"))
                 continue
-            new = self._enter(sequence, entered)
+            new = self._enter(sequence, intake.entered)
             if new is None:
-                if self.running or entered:
-                    break
-                self._waiting.popleft()
+                if self.running or intake.entered:
+                    return True
+                queue.popleft()
                 cure = "the cache more memory (gpu-memory, cpu-memory, or a disk share)"
                 self._fail(sequence, self._cache.refusal or no_room("the KV cache", sequence, cure))
                 continue
-            part = beginning(new, self.limits.rows_per_sweep, rows)
+            part = beginning(new, self.limits.rows_per_sweep, intake.rows)
             size = sum(map(rows_of, part))
-            if sequence.needs_cache and admitted and most_admitted is None:  # who waits may be many: not before
-                most_admitted = self._most_admitted(capacity)
-            is_late = sequence.needs_cache and most_admitted is not None and admitted + size > most_admitted
-            if is_late or (segments and rows + size > self.limits.rows_per_sweep):
+            is_late = count >= least and admitted + size > most
+            if is_late or (intake.segments and intake.rows + size > self.limits.rows_per_sweep):
                 self._withdraw(new)
-                break
-            admitted += size if sequence.needs_cache else 0
-            entered |= {id(segment.span) for segment in part}
-            segments, rows = segments + part, rows + size
-            has_begun = part[-1].span is not sequence
-            if has_begun:  # the rest comes with the next sweeps
+                return False
+            count, admitted = count + 1, admitted + size
+            intake.take(part)
+            intake.has_begun = part[-1].span is not sequence
+            if intake.has_begun:  # the rest comes with the next sweeps
                 self._withdraw(new[len(part) :])
-                break
-            self._waiting.popleft()
+                return False
+            queue.popleft()
             self.running.append(sequence)
-        self._spare_blocks(segments)
-        self._turns.take(segments, rows, self.limits, has_begun=has_begun)
-        return self._cut(segments)
+        return False
 
     def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:
         """The work of a sweep that found too little memory, in smaller micro-batches, now and from now on.
@@ -123,7 +144,7 @@ class Scheduler:
         lost = [each for each in chain(self.running, self._waiting) if span is each or span in each.chain]
         leaving = set(map(id, lost))
         self.running = [each for each in self.running if id(each) not in leaving]
-        self._waiting = deque(each for each in self._waiting if id(each) not in leaving)
+        self._waiting.drop(leaving)
         for sequence in lost:
             self._fail(sequence, f"{reason}; shorten {named(span, lost)}")
         needed = {id(part) for each in chain(self.running, self._waiting) for part in (each, *each.chain)}
@@ -159,27 +180,6 @@ class Scheduler:
 
     def _cut(self, segments: list[Segment]) -> list[list[Segment]]:
         return (rectangular_batches if self.limits.rectangular else packed_batches)(segments, self.limits)
-
-    def _most_admitted(self, capacity: int) -> float:
-        """Rows of sequences that will decode, and of their prefixes, that the next sweep lets in."""
-        if self.limits.admission is None:
-            return math.inf
-        at_once = islice(chain(self.running, self._waiting), capacity)
-        cached = sum(sequence.capacity for sequence in at_once if sequence.needs_cache)
-        most = self.limits.admission.most_rows(self._cache.num_off_device(cached))
-        return math.inf if most is None else most
-
-    def _spare_blocks(self, segments: list[Segment]) -> None:
-        """Take back the blocks of new prefixes that nobody needs after this sweep; others may then have a better tier.
-
-        Their keys and values live as long as the current layer, if there are not too many of them.
-        """
-        passing, kept = passing_prefixes(segments, self.limits.cached_rows_per_batch)
-        for prefix in passing:
-            self._free(prefix)
-        for prefix in kept if passing else ():
-            if prefix.block is not None:
-                prefix.block = nearer(prefix.block, self._cache)
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
         """Segments that bring `sequence` in, or its first pieces, each with room in the cache; None: no room now."""
@@ -248,7 +248,7 @@ class Scheduler:
         self.finish(suspects)
         for sequence in suspects:
             sequence.restart_alone()
-        self._waiting.extendleft(reversed(suspects))
+        self._waiting.put_back(suspects)
 
     def _begin_anew(self, segments: list[Segment]) -> list[Segment]:
         """Let sequences begin anew whose states a sweep that failed may have changed; what is left of its segments."""
@@ -260,7 +260,7 @@ class Scheduler:
             is_closed = sequence.parent is not None and sequence.parent.is_closed
             self._leave(sequence) if is_closed else self._free(sequence)
             sequence.restart() if is_closed else sequence.begin_again()
-        self._waiting.extendleft(reversed(changed))
+        self._waiting.put_back(changed)
         return [segment for segment in segments if not segment.is_decode]
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
@@ -269,7 +269,7 @@ class Scheduler:
         for sequence in self._waiting:
             if id(sequence) in leaving:
                 self._leave(sequence)
-        self._waiting = deque(sequence for sequence in self._waiting if id(sequence) not in leaving)
+        self._waiting.drop(leaving)
         self.finish(sequence for sequence in self.running if id(sequence) in leaving)
 
     def take_failed(self) -> list[Sequence]:

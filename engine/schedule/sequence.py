@@ -9,7 +9,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.job import FinishReason, Job
+from engine.job import FinishReason, Job, Likeliest
 from engine.schedule.drafts import Drafter
 from engine.thinking import Progress
 
@@ -35,6 +35,8 @@ class Span:
     """Log-probabilities of the prompt tokens among `tokens`, but the first, where asked for."""
     prompt_greedy: list[bool] = field(default_factory=list)
     """Whether each of those is the token that greedy choice would have taken."""
+    prompt_likeliest: list[Likeliest] = field(default_factory=list)
+    """The likeliest token in the place of each of those; a prefix keeps them in any case."""
     is_finite: bool = True
     """Whether all logits so far were numbers; else it, or a neighbour of its micro-batch, is at fault."""
 
@@ -116,7 +118,7 @@ class Prefix(Span):
     def forget(self) -> None:
         """Be as before it was computed."""
         self.cached = 0
-        self.prompt_logprobs, self.prompt_greedy = [], []
+        self.prompt_logprobs, self.prompt_greedy, self.prompt_likeliest = [], [], []
         self.next_logprobs = self.next_greedy = None
         self.is_finite, self.is_closed = True, False
 
@@ -129,6 +131,8 @@ class Sequence(Span):
     num_prompt: int
     """How many of `tokens` are prompt."""
     generated_logprobs: list[float] = field(default_factory=list)
+    generated_likeliest: list[Likeliest] = field(default_factory=list)
+    """The likeliest token in each place, and in that of end-of-text, if the job asks for them."""
     rng: random.Random | None = None
     """Draws them; made when the first one is wanted."""
     draws: list[float] = field(default_factory=list)
@@ -170,6 +174,7 @@ class Sequence(Span):
         self.rng, self.draws = None, []
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.generated_logprobs = [], [], []
+        self.prompt_likeliest, self.generated_likeliest = [], []
         self.is_finite, self.drafter = True, None
         self.finish_reason, self.end_token, self.error = None, None, None
         self.thinking = Progress.of(self.job.thinking)

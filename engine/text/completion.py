@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from engine.errors import EngineError, JobError, named
-from engine.job import Completion
+from engine.job import Completion, Likeliest
 from engine.schedule.sequence import Sequence
 from engine.text.decoding import Text
 
@@ -91,12 +91,15 @@ def completion_of(sequence: Sequence, text: Text) -> Completion:
 def _completion_of(sequence: Sequence, text: Text) -> Completion:
     tokens, written, is_cut = _cut(sequence, text)
     logprobs, greedy = _prompt_scores(sequence) if sequence.job.prompt_logprobs else (None, None)
+    asks = sequence.job.likeliest
     return Completion(
         text=written,
         tokens=tuple(tokens),
         logprobs=tuple(sequence.generated_logprobs[: len(tokens)]),
         prompt_logprobs=logprobs,
         prompt_greedy=greedy,
+        likeliest=tuple(sequence.generated_likeliest[: len(tokens)]) if asks else None,
+        prompt_likeliest=_prompt_likeliest(sequence) if asks and logprobs is not None else None,
         finish_reason="stop" if is_cut else sequence.finish_reason,
         end_token=None if is_cut else sequence.end_token,
     )
@@ -140,6 +143,15 @@ def _prompt_scores(sequence: Sequence) -> tuple[tuple[float | None, ...], tuple[
         logprobs += [*prefix.prompt_logprobs, float(prefix.next_logprobs[token])]
         greedy += [*prefix.prompt_greedy, prefix.next_greedy == token]
     return (*logprobs, *sequence.prompt_logprobs), (*greedy, *sequence.prompt_greedy)
+
+
+def _prompt_likeliest(sequence: Sequence) -> tuple[Likeliest | None, ...]:
+    """The likeliest token in the place of each token of the whole prompt; the first has none."""
+    found: list[Likeliest | None] = [None]
+    for prefix in sequence.chain:
+        assert prefix.next_greedy is not None
+        found += [*prefix.prompt_likeliest, (prefix.next_greedy, float(prefix.next_logprobs[prefix.next_greedy]))]
+    return (*found, *sequence.prompt_likeliest)
 
 
 def _fault(sequence: Sequence, error: BaseException, text: Text) -> EngineError:

@@ -71,14 +71,19 @@ class PromptTokenizer:
         `variables` go to the template. Raises whatever the template raises, and `CheckpointError` for one that does not
         end.
         """
+        ids = self._applied(messages, tokenize=True, return_dict=False, **variables)
+        return list(ids)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The text of the conversation that `chat` makes ids of; raises what it raises."""
+        return str(self._applied(messages, tokenize=False, **variables))
+
+    def _applied(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         conversation = [dict(message) for message in messages]
         characters = sum(len(str(message.get("content", ""))) for message in conversation)
         check_characters(characters, self.window)
         _ = self._ends
-        ids = self.tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
-        )
-        return list(ids)
+        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, **options)
 
     @cached_property
     def _ends(self) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.kernels.codec import GROUP, Codec
+from engine.kernels.weight_codes.groups import GroupCodes
 from engine.model.unit import Unit
 from engine.verification.difference import WeightDifference
 from engine.weights.store import WeightStore
@@ -23,8 +24,8 @@ Numbers = Callable[[int, int], torch.Tensor]
 class WeightCheck:
     """Compares what the device computes with, unit by unit in the order of the sweep, with what the checkpoint holds.
 
-    Numbers that are not encoded must be the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
-    encodes must be within half a step of their group (`Codec`), and packed ones what their parts stand for.
+    Numbers that are not rounded must be the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
+    rounds must be within what codes explain (`Codec.bound`), and packed ones what their parts stand for.
     """
 
     def __init__(self, store: WeightStore) -> None:
@@ -90,7 +91,7 @@ class WeightCheck:
 
     def _compare(self, name: str, ours: Numbers, value: torch.Tensor) -> WeightDifference:
         like, packed = self._model.state[name], self._model.packed.get(name)
-        codec = self._store.codec_of(name) if packed is None else None
+        codec = None if packed is not None else self._store.codec_of(name)
         if packed is not None:
             device = ours(0, 1).device
             whole = torch.empty(like.numel(), dtype=like.dtype, device=device)
@@ -104,19 +105,13 @@ class WeightCheck:
                 continue
             apart = (one.float() - other.float()).abs()
             apart = torch.where(one.isnan() & other.isnan(), 0.0, apart).nan_to_num(nan=torch.inf)
-            allowed = torch.zeros((), device=apart.device) if codec is None else _half_steps(other, codec)
-            is_wrong |= bool((apart > allowed).any())
+            is_wrong |= not isinstance(codec, GroupCodes) or _is_beyond(apart, other, codec.codec)
             largest = max(largest, float(apart.max()))
         return WeightDifference(parameter=name, largest=largest, is_wrong=is_wrong)
 
 
-def _half_steps(values: torch.Tensor, codec: Codec) -> torch.Tensor:
-    """How far numbers may be from `values` whose code they come from, each: half a step, and rounding to the dtype."""
+def _is_beyond(apart: torch.Tensor, values: torch.Tensor, codec: Codec) -> bool:
+    """Whether any group of numbers is farther from `values`, whose code it comes from, than its code explains."""
     groups = values.float().view(-1, GROUP)
-    least, greatest = groups.aminmax(dim=-1)
-    eps = torch.finfo(values.dtype).eps
-    largest = torch.maximum(least.abs(), greatest.abs())
-    # Step and least are rounded to the dtype, outwards, and so is the number that they make.
-    step = (greatest - least + 2 * eps * largest) / codec.levels * (1 + 2 * eps)
-    allowed = step / 2 * (1 + 4 * eps) + 3 * eps * largest
-    return allowed.repeat_interleave(GROUP)
+    rounding = torch.finfo(values.dtype).eps * groups.square().sum(dim=-1).sqrt() * 2
+    return bool((apart.view(-1, GROUP).square().sum(dim=-1).sqrt() > codec.bound(groups) + rounding).any())

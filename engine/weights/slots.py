@@ -20,6 +20,9 @@ from engine.weights.portion import Portion
 from engine.weights.store import WeightStore
 from engine.weights.sweep_reader import SweepReader
 
+_AT_ONCE = 64 << 20
+"""Bytes of weights in one copy: about a millisecond, for which other copies have to wait that cross the link."""
+
 
 @dataclass(eq=False)
 class Slot:
@@ -177,7 +180,8 @@ class Slots:
         for tier, offset, piece in portion.pieces():
             destination = target[offset : offset + piece.numel()]
             if self._copy_stream is None or tier == "device" or (tier == "host" and self._store.arena.pinned):
-                destination.copy_(piece, non_blocking=True)
+                for place, part in zip(destination.split(_AT_ONCE), piece.split(_AT_ONCE), strict=True):
+                    place.copy_(part, non_blocking=True)
             else:
                 self._staged.copy(piece, destination)
         if not portion.placed.split.disk:

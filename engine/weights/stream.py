@@ -136,7 +136,7 @@ class WeightStream:
         if slot is None or not self._is_read_late(placed):
             return
         self._slots.free(slot)
-        self._slots.prefetch(portion)
+        self._slots.prefetch_behind(portion)  # behind the last, what the next sweep begins with
         self._num_passed = step + 1
 
     def _is_read_late(self, placed: PlacedUnit) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,9 @@ from engine.memory.disk.io import wait_for
 from engine.model.causal_model import CausalModel
 from engine.model.stub import is_same
 from engine.weights.placed_unit import PlacedUnit
+
+_UNDER_WAY = 2
+"""Copies of looked up rows that the device has not made yet: each keeps page-locked memory, tens of megabytes."""
 
 
 class TokenEmbedding:
@@ -37,6 +41,8 @@ class TokenEmbedding:
             1, thread_name_prefix="flexgen-look-up", initializer=accelerator.make_current, initargs=(arena.device,)
         )
         self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._copies: deque[Any] = deque()
+        """Events of those that may be under way."""
         self._ids = self._index = torch.empty(0, dtype=torch.long)
         self._rows = torch.empty(0)
         if table.num_streamed:
@@ -84,6 +90,8 @@ class TokenEmbedding:
         """Rows of the token embedding that `ids` need, on the device, and where among them each id finds its own."""
         table = self._table
         self._wait_for(table)
+        while len(self._copies) >= _UNDER_WAY:
+            self._copies.popleft().synchronize()
         unique, inverse = torch.unique(ids, return_inverse=True)
         like = self._model.state[table.extents[0].name]
         rows = torch.empty(len(unique), like.shape[1], dtype=like.dtype, device=self._device)
@@ -99,8 +107,11 @@ class TokenEmbedding:
                 if len(here) == len(rows):
                     rows.copy_(found, non_blocking=True)
                 else:
-                    rows.index_copy_(0, here.to(self._device), found.to(self._device, non_blocking=True))
-        return rows, inverse.to(self._device)
+                    rows.index_copy_(0, accelerator.sent(here, self._device), found.to(self._device, non_blocking=True))
+        index = accelerator.sent(inverse, self._device)
+        if self._has_streams:
+            self._copies.append(accelerator.current_stream(self._device).record_event())
+        return rows, index
 
     def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows of the table, page-locked if they are to cross the link."""

@@ -56,7 +56,7 @@ class Group:
 
 
 def groups_of(jobs: Mapping[int, Job], num_shares: int, others: int = 0, *, share_prefix: bool = True) -> list[Group]:
-    """The groups of `jobs`, by number, in the order of their tokens.
+    """The groups of `jobs`, by number: those with the longest answers first, then in the order of their tokens.
 
     A group that alone is larger than a fair share of the work is cut where its jobs have least in common, unless that
     costs more than it spares. `others`: computed tokens of other work that waits for the same `num_shares` devices.
@@ -86,7 +86,7 @@ def groups_of(jobs: Mapping[int, Job], num_shares: int, others: int = 0, *, shar
             work.append((first, borders[1], order[first], inherited))
         else:
             work.extend((left, right, None, 0) for left, right in reversed([*pairwise(borders)]))
-    return groups
+    return sorted(groups, key=lambda group: -max(load.new for load in group.loads))
 
 
 def _joined(borders: list[int], ends: list[int], most: float) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineError
-from engine.job import Completion, FinishReason, Job, Sampling
+from engine.job import Completion, FinishReason, Job, Likeliest, Sampling
 from engine.thinking import Thinking
 
 Numbers = NDArray[np.int64]
@@ -31,8 +31,9 @@ class PackedJobs:
     """The tokens of all prompts, one behind the other."""
     ends: Numbers
     """Where each prompt ends in `ids`: `[jobs]`."""
-    others: tuple[tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool, Thinking | None], ...]
-    """Most new tokens, sampling, stops, whether the prompt is scored, and the rule for thinking; those that differ."""
+    others: tuple[tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool, bool, Thinking | None], ...]
+    """Most new tokens, sampling, stops, whether the prompt is scored, and the likeliest tokens told, and the rule for
+    thinking; those that differ."""
     other: Numbers
     """Which of `others` each job has: `[jobs]`."""
 
@@ -54,13 +55,14 @@ class PackedJobs:
         """(number, job) in their order; prompts and stops are tuples."""
         jobs = []
         for number, prompt, other in zip(self.numbers.tolist(), self._prompts(), self.other.tolist(), strict=True):
-            most, sampling, stop, is_scored, thinking = self.others[other]
+            most, sampling, stop, is_scored, likeliest, thinking = self.others[other]
             job = Job(
                 prompt=prompt,
                 max_new_tokens=most,
                 sampling=sampling,
                 stop=stop,
                 prompt_logprobs=is_scored,
+                likeliest=likeliest,
                 thinking=thinking,
             )
             jobs.append((number, job))
@@ -95,6 +97,8 @@ class PackedCompletions:
     """Why each ended: its place in a list of reasons."""
     end_tokens: Numbers
     """-1 where none ended it."""
+    likeliest: dict[int, tuple[tuple[Likeliest, ...], tuple[Likeliest | None, ...] | None]]
+    """Of those that ask for it, by number: the likeliest tokens, and those of the prompt."""
     errors: dict[int, EngineError]
     """Of those that failed, by number."""
 
@@ -116,6 +120,11 @@ class PackedCompletions:
             scored=_numbers(scored),
             reasons=_numbers(_REASONS.index(each.finish_reason) for each in done),
             end_tokens=_numbers(_NONE if each.end_token is None else each.end_token for each in done),
+            likeliest={
+                number: (each.likeliest, each.prompt_likeliest)
+                for number, each in completions
+                if each.likeliest is not None
+            },
             errors={number: each.error for number, each in completions if each.error is not None},
         )
 
@@ -143,12 +152,15 @@ class PackedCompletions:
             strict=True,
         ):
             first: tuple[None, ...] = (None,) * (size > 0)
+            likeliest, of_prompt = self.likeliest.get(number, (None, None))
             completion = Completion(
                 text=text,
                 tokens=ids,
                 logprobs=logs,
                 prompt_logprobs=None if size == _NONE else (*first, *own_scores),
                 prompt_greedy=None if size == _NONE else (*first, *own_greedy),
+                likeliest=likeliest,
+                prompt_likeliest=of_prompt,
                 finish_reason=_REASONS[reason],
                 end_token=None if end == _NONE else end,
                 error=self.errors.get(number),
@@ -159,7 +171,7 @@ class PackedCompletions:
 
 def _rest(job: Job) -> tuple[Any, ...]:
     stop = tuple(each if isinstance(each, str) else tuple(map(int, each)) for each in job.stop)
-    return int(job.max_new_tokens), job.sampling, stop, bool(job.prompt_logprobs), job.thinking
+    return int(job.max_new_tokens), job.sampling, stop, bool(job.prompt_logprobs), bool(job.likeliest), job.thinking
 
 
 def _numbers(values: Iterable[int]) -> Numbers:

@@ -1,4 +1,4 @@
-"""Models for other evaluation harnesses; each is known to its harness once it is imported.
+"""Models for other evaluation harnesses, each known to its harness once it is imported, and OpenAI's API.
 
-Imports the engine and that harness, and no other folder of flexgen_helm.
+Imports the engine, the harness in question, and of flexgen_helm `planning` and what knows how models think and spell.
 """

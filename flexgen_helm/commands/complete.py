@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.errors import ConfigError, EngineError, InstallationError, JobError
-from engine.job import Completion, Job, Sampling, check_num_completions
+from engine.errors import ConfigError, InstallationError
+from engine.job import Completion
 from engine.policy import Policy
 from flexgen_helm.commands.completion.answers import Answers, Place
-from flexgen_helm.commands.completion.prompts import BadPrompt, Prompt, Settings, from_arguments, from_jsonl, from_lines
+from flexgen_helm.commands.completion.own_format import OwnFormat
+from flexgen_helm.commands.completion.prompts import Settings
+from flexgen_helm.commands.completion.questions import Format, Question
 from flexgen_helm.commands.completion.record import AnswersRecord
 from flexgen_helm.runs.flags import POLICY, add_policy_flags, policy_from_flags
 from flexgen_helm.terminal.errors import RunFailed
@@ -22,9 +22,6 @@ from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.terminal.progress import Progress
 from flexgen_helm.workers.engine_processes import engine_processes
-
-if TYPE_CHECKING:
-    from engine.text.prompt import PromptTokenizer
 
 _SHOWN = 20
 """Bad prompts that are named, at most."""
@@ -34,13 +31,19 @@ _FORMAT = """\
 a line of JSON in: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you like "id",
 "metadata", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "num_completions";
 out: index, sample, what was given, completion, finish_reason, num_tokens, logprob (natural, summed) or error.
+
+with --format openai a line is a request of OpenAI's batch files, for /v1/completions or /v1/chat/completions, and comes
+back as they write it. Lines that cannot be carried out are answered with an error; the others run.
 """
 EXAMPLES = (
     "flexgen-helm complete --model facebook/opt-30b --policy opt-30b-t4 -i prompts.txt -o answers.jsonl",
     "flexgen-helm complete --model ./my-model --gpu-memory 16GB --chat 'Name three rivers.'",
+    "flexgen-helm complete --model facebook/opt-30b --format openai batch.jsonl -o answers.jsonl",
 )
-_MOST_BYTES = 1_000_000_000
-"""Of prompts, all of which are in memory together with their tokens."""
+_OF_OWN_FORMAT = (
+    *("jsonl", "chat", "num_completions", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop"),
+)
+"""Flags that a line of OpenAI's says for itself."""
 
 
 def complete_parser() -> Parser:
@@ -50,7 +53,7 @@ def complete_parser() -> Parser:
         description=__doc__,
         epilog=_FORMAT,
         examples=EXAMPLES,
-        texts=["stop"],
+        texts=["stop", "served_model_name"],
         prompts=["prompts"],
     )
     parser.group("model").add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
@@ -58,6 +61,15 @@ def complete_parser() -> Parser:
     asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
     asked.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
     asked.add_argument("--jsonl", action="store_true", help="the input is JSONL, whatever it is called")
+    asked.add_argument(
+        "--format",
+        choices=("own", "openai"),
+        default="own",
+        help="of input and output: the lines below, or OpenAI's batch files (own)",
+    )
+    asked.add_argument(
+        "--served-model-name", metavar="NAME", help="what the bodies of --format openai call the model (--model)"
+    )
     asked.add_argument("--chat", action="store_true", help="every prompt is a user's message for the chat template")
     asked.add_argument("--skip-bad", action="store_true", help="ask the others when some prompts cannot be asked")
     asked.add_argument("-n", "--num-completions", type=int, default=1, metavar="N", help="of each prompt (1)")
@@ -78,10 +90,12 @@ def complete_parser() -> Parser:
 
 def complete(arguments: Sequence[str]) -> int:
     """Complete the prompts of a command line; `EngineError` for bad input, `RunFailed` when some failed."""
-    args = complete_parser().parse_args(arguments)
+    parser = complete_parser()
+    args = parser.parse_args(arguments)
     spec = policy_from_flags(args)
     policy = Policy.load("auto" if spec is None else spec)
-    found = _read(args)
+    form = _format(args, parser)
+    found = form.prompts()
     engine_processes.prepare()
     if problem := model_problem():
         raise InstallationError(problem)
@@ -92,17 +106,17 @@ def complete(arguments: Sequence[str]) -> int:
 
     description = describe(args.model)
     tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)), description.window)
-    jobs, bad = _jobs(found, tokenizer, description.window, chat=args.chat)
+    questions, bad = form.questions(found, tokenizer)
     for prompt in bad[:_SHOWN]:
         print(f"{prompt.where}: {prompt.reason}", file=sys.stderr)
     if len(bad) > _SHOWN:
         print(f"and {len(bad) - _SHOWN} more", file=sys.stderr)
-    if bad and not args.skip_bad:
+    if bad and not (args.skip_bad or form.skips_bad):
         raise ConfigError(
             f"{len(bad)} of {len(found)} prompts cannot be asked, the first: {bad[0].where}: {bad[0].reason}; "
             "mend them, or give --skip-bad to ask the others"
         )
-    if not jobs:
+    if not questions:
         raise ConfigError(f"none of the {len(found)} prompts can be asked")
     beside = identity_beside_weights(args.model, policy)
 
@@ -112,149 +126,46 @@ def complete(arguments: Sequence[str]) -> int:
         return result_identity(args.model, policy) if weights is None else {"weights": weights, **beside}
 
     def keys(weights: str | None) -> dict[Place, str]:
-        return {place: _key(prompt, job, identity_of(weights)) for place, (prompt, job) in jobs.items()}
+        return {question.place: question.key(identity_of(weights)) for question in questions}
 
-    with Answers(args.output) as answers:
+    with Answers(args.output, form.form) as answers:
         record = AnswersRecord(answers.path)
 
         def begin(weights: str | None) -> dict[Place, str]:
             made = {"model": args.model, "policy": policy.as_mapping(), "identity": identity_of(weights)}
-            record.write({**made, "settings": _settings(args)}, goes_on=bool(done))
+            record.write({**made, "settings": form.settings()}, goes_on=bool(done))
             return keys(weights)
 
         done = answers.resume(lambda: keys(None), lambda: record.what_differs(identity_of(None)))
-        left = {place: job for place, job in jobs.items() if place not in done}
+        left = [question for question in questions if question.place not in done]
         for prompt in bad:
-            answers.add({"index": prompt.index, "where": prompt.where, "error": prompt.reason})
+            answers.add(form.refusal(prompt))
         failures = _ask(args, policy, left, begin, answers) if left else []
         answers.sort()
     if done:
         print(f"{len(done)} answers were there already", file=sys.stderr)
     if failures:
         again = "; the same command asks them again" if args.output else ""
-        raise RunFailed(f"{len(failures)} of {len(left)} requests failed, the first: {failures[0]}{again}")
+        num_asked = sum(len(question.jobs) for question in left)
+        raise RunFailed(f"{len(failures)} of {num_asked} requests failed, the first: {failures[0]}{again}")
     return 0
 
 
-def _read(args: Any) -> list[Prompt | BadPrompt]:
-    """The prompts of the command line, at least one."""
-    settings = Settings(**_settings(args))
-    if bool(args.prompts) == (args.input is not None):
-        raise ConfigError("give prompts either as arguments or by --input")
-    if args.prompts:
-        return from_arguments(args.prompts, settings)
-    name = "standard input" if args.input == "-" else args.input
-    try:
-        if args.input == "-" and sys.stdin is None:
-            raise ConfigError("standard input is closed; name a file with --input")
-        if args.input == "-":
-            data = sys.stdin.buffer.read(_MOST_BYTES + 1)
-        else:
-            with Path(args.input).open("rb") as stream:  # which may be a pipe: a shell's <(...) is one
-                data = stream.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise ConfigError(f"--input {name} has more than {_MOST_BYTES:,} bytes; cut it into several files")
-        lines = data.decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise ConfigError(f"--input {name} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--input {name} is not UTF-8 (byte {error.start}); convert it") from None
-    found = (from_jsonl if args.jsonl or name.endswith(".jsonl") else from_lines)(lines, name, settings)
-    if not found:
-        raise ConfigError(f"--input {name} holds no prompt")
-    return found
+def _format(args: Any, parser: Parser) -> Format:
+    """The format of the command line."""
+    if args.format == "openai":
+        from flexgen_helm.commands.completion.openai_batch import OpenAIFormat
 
-
-def _settings(args: Any) -> dict[str, Any]:
-    """Those of the command line, which hold where a prompt has none of its own; a seed of None is drawn."""
-    return {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "seed": args.seed,
-        "stop": tuple(_unescaped(stop) for stop in args.stop),
-        "num_completions": args.num_completions,
-    }
-
-
-def _unescaped(text: str) -> str:
-    r"""`\n`, `\t` and `\\` as a shell's user means them."""
-    return text.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t").replace("\0", "\\")
-
-
-def _jobs(
-    found: list[Prompt | BadPrompt], tokenizer: PromptTokenizer, window: int | None, *, chat: bool
-) -> tuple[dict[Place, tuple[Prompt, Job]], list[BadPrompt]]:
-    """The jobs of the prompts that can be asked, and what cannot, by place."""
-    jobs: dict[Place, tuple[Prompt, Job]] = {}
-    bad = [prompt for prompt in found if isinstance(prompt, BadPrompt)]
-    for prompt in found:
-        if isinstance(prompt, BadPrompt):
-            continue
-        try:
-            own = _jobs_of(prompt, _tokens(prompt, tokenizer, chat=chat), window)
-        except (ConfigError, JobError) as error:
-            bad.append(BadPrompt(index=prompt.index, where=prompt.where, reason=str(error)))
-        else:
-            jobs.update({(prompt.index, sample): (prompt, job) for sample, job in enumerate(own)})
-    return jobs, sorted(bad, key=lambda prompt: prompt.index)
-
-
-def _tokens(prompt: Prompt, tokenizer: PromptTokenizer, *, chat: bool) -> list[int]:
-    messages = prompt.messages
-    if messages is None and chat:
-        messages = ({"role": "user", "content": prompt.text},)
-    if messages is None:
-        return tokenizer.plain(prompt.text)
-    if not tokenizer.tokenizer.chat_template:
-        raise ConfigError("the model has no chat template; give 'prompt', without --chat")
-    try:
-        return tokenizer.chat(messages)
-    except EngineError:
-        raise
-    except Exception as error:  # templates raise what they like
-        raise ConfigError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
-
-
-def _jobs_of(prompt: Prompt, tokens: list[int], window: int | None) -> list[Job]:
-    settings = prompt.settings
-    check_num_completions(settings.num_completions)
-    if settings.max_new_tokens < 1:
-        raise JobError(f"max_new_tokens {settings.max_new_tokens} is below 1")
-    if window is not None and len(tokens) + settings.max_new_tokens - 1 > window:
-        raise JobError(
-            f"prompt of {len(tokens)} tokens + {settings.max_new_tokens} new ones exceed the model's window of {window}"
-        )
-    jobs = [
-        Job(
-            prompt=tokens,
-            max_new_tokens=settings.max_new_tokens,
-            sampling=Sampling(
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                seed=None if settings.seed is None else settings.seed + sample,
-            ),
-            stop=settings.stop,
-        )
-        for sample in range(settings.num_completions)
-    ]
-    jobs[0].check()
-    return jobs
-
-
-def _key(prompt: Prompt, job: Job, identity: dict[str, Any]) -> str:
-    """Tells what was asked of which weights, and what goes into the answer with it."""
-    sampling = vars(job.sampling)
-    asked = [job.prompt, job.max_new_tokens, sorted(sampling.items()), job.stop, sorted(identity.items()), prompt.given]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        return OpenAIFormat(args, {name: parser.get_default(name) for name in _OF_OWN_FORMAT})
+    if args.served_model_name:
+        raise ConfigError("--served-model-name is for --format openai; leave it out")
+    return OwnFormat(args)
 
 
 def _ask(
     args: Any,
     policy: Policy,
-    left: dict[Place, tuple[Prompt, Job]],
+    left: Sequence[Question],
     begin: Callable[[str | None], dict[Place, str]],
     answers: Answers,
 ) -> list[str]:
@@ -262,38 +173,31 @@ def _ask(
 
     `begin` is called before the first answer is written, with the digest of the weights, and returns the keys.
     """
-    places, failures, tokens = list(left), list[str](), 0
+    jobs = [(question, at) for question in left for at in range(len(question.jobs))]
+    done: dict[Place, dict[int, Completion]] = {question.place: {} for question in left}
+    failures, tokens = list[str](), 0
     progress = Progress()
     progress.begin("prompts" if args.input in (None, "-") else Path(args.input).name)
-    progress(0, len(places), 0)
+    progress(0, len(jobs), 0)
     try:
         with engine_processes.load(args.model, policy) as engine:
             keys: dict[Place, str] = {}
-            for number, (at, completion) in enumerate(engine.stream(job for _, job in left.values()), 1):
+            stream = engine.stream(question.jobs[at] for question, at in jobs)
+            for number, (index, completion) in enumerate(stream, 1):
                 keys = keys or begin(engine.weights_digest())  # all weights are read by the end of the first sweep
-                place = places[at]
-                prompt, job = left[place]
-                answers.add(_answer(place, prompt, completion, keys[place]))
+                question, at = jobs[index]
+                found = done[question.place]
+                found[at] = completion
                 if completion.error is not None:
-                    failures.append(f"{prompt.where}: {completion.error}")
-                tokens += len(job.prompt) + len(completion.tokens)
-                progress(number, len(places), tokens)
+                    failures.append(f"{question.where}: {completion.error}")
+                if len(found) == len(question.jobs):
+                    ordered = [found[each] for each in range(len(found))]
+                    answers.add(question.answer(ordered, keys[question.place]))
+                    del done[question.place]
+                tokens += len(question.jobs[at].prompt) + len(completion.tokens)
+                progress(number, len(jobs), tokens)
     finally:
         throughput = progress.close()
         if progress.num_computed:
             print(throughput, file=sys.stderr)
     return failures
-
-
-def _answer(place: Place, prompt: Prompt, completion: Completion, key: str) -> dict[str, Any]:
-    entry = {"index": place[0], "sample": place[1], **prompt.given}
-    if completion.error is not None:
-        return {**entry, "error": str(completion.error)}
-    return {
-        **entry,
-        "completion": completion.text,
-        "finish_reason": completion.finish_reason,
-        "num_tokens": len(completion.tokens),
-        "logprob": sum(completion.logprobs),
-        "key": key,
-    }

@@ -50,7 +50,7 @@ class _Turn:
 
 
 class Flow:
-    """Takes runs of our client through making, answering and finishing, model by model in HELM's order.
+    """Takes runs of our client through making, answering and finishing: model by model, the longest answers first.
 
     Makes requests ahead, also of models that come later, as far as `MOST_TOKENS` or a few sweeps of the engine; hands
     them over in whole sweeps, so that none is computed half empty; and finishes runs while the engine goes on.
@@ -76,6 +76,8 @@ class Flow:
         by_deployment: dict[str, list[RunSpec]] = {}
         for run_spec in run_specs:
             by_deployment.setdefault(deployment_of(run_spec), []).append(run_spec)
+        for specs in by_deployment.values():  # what is short is computed beside them
+            specs.sort(key=lambda run_spec: -run_spec.adapter_spec.max_tokens)
         self._turns = [
             _Turn(deployment, deque(specs), dict.fromkeys(each.name for each in specs), len(specs), len(specs))
             for deployment, specs in by_deployment.items()

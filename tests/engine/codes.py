@@ -7,11 +7,11 @@ import torch
 from engine.kernels.codec import Codec
 
 
-def join(codec: Codec, parts: tuple[torch.Tensor, ...], count: int, dtype: torch.dtype) -> torch.Tensor:
+def join(codec: Codec, parts: tuple[torch.Tensor, ...], count: int) -> torch.Tensor:
     """The stored bytes of what `encode` gave."""
-    code_bytes, step_bytes = codec.part_bytes(count, dtype)
-    coded = torch.full((codec.num_bytes(count, dtype),), 255, dtype=torch.uint8)
-    for first, part in zip((0, code_bytes, code_bytes + step_bytes), parts, strict=True):
+    code_bytes, scale_bytes = codec.part_bytes(count)
+    coded = torch.full((codec.num_bytes(count),), 255, dtype=torch.uint8)
+    for first, part in zip((0, code_bytes, code_bytes + scale_bytes), parts, strict=True):
         raw = part.view(torch.uint8)
         coded[first : first + len(raw)] = raw
     return coded

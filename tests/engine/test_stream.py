@@ -19,6 +19,8 @@ from watch import Watch, cache_of
 from engine import Engine, EngineError, Job, Sampling
 from engine.errors import CapacityError, JobError, NumericsError
 from engine.schedule.timing import SweepTiming
+from engine.weights.portion import Portion
+from engine.weights.slots import Slot, Slots
 
 PREFIX = list(range(10, 40))
 
@@ -134,6 +136,22 @@ def test_a_sweep_begins_without_rows_of_the_one_before(tmp_path: Path) -> None:
             engine.run([Job(prompt=[first, *PREFIX, 50 + i], max_new_tokens=2) for i in range(3)])
         assert len(watch.batches) > 2
         assert set(watch.seen) == {0}
+
+
+def test_the_next_sweep_is_being_brought_when_one_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link has two layers to bring while the host makes answers of a sweep and puts the next one together."""
+    brought: list[str] = []
+    fetch = Slots.fetch
+
+    def noted(slots: Slots, portion: Portion, slot: Slot) -> None:
+        brought.append(portion.placed.unit.name)
+        fetch(slots, portion, slot)
+
+    monkeypatch.setattr(Slots, "fetch", noted)
+    models.save_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    with Engine.from_pretrained(str(tmp_path / "model"), policy={"device": "cpu", "percent": [0, 100] * 3}) as engine:
+        engine.run([Job(prompt=PREFIX, max_new_tokens=1)])
+        assert brought[-3:] == ["head", "layer.0", "layer.1"]
 
 
 def test_a_prefix_keeps_one_row_of_logprobs_and_not_the_chunk_around_it(engine: Engine) -> None:

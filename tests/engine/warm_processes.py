@@ -164,6 +164,11 @@ def _become(start: Start, descriptors: list[int]) -> NoReturn:
     for each, number in zip(away, start.descriptors, strict=True):
         os.dup2(each, number)
         os.close(each)
+    # The streams were made for other files, in which one could seek, perhaps, as one cannot in a pipe.
+    with contextlib.suppress(OSError):
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - the process has it to its end
+    with contextlib.suppress(OSError):
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(start.environment)
     os.chdir(start.cwd)

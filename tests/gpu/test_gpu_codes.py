@@ -27,21 +27,41 @@ def test_the_card_decodes_what_the_host_does_bit_for_bit(bits: int, dtype: torch
     coded = form.encode_rows(rows)
     found = form.decode_rows(coded.cuda(), rows.shape[1], dtype).cpu()
     expected = form.decode_rows(coded, rows.shape[1], dtype)
-    assert (
-        found.view(torch.int16).where(~found.isnan(), 0).equal(expected.view(torch.int16).where(~expected.isnan(), 0))
-    )
-    assert found.isnan().equal(expected.isnan())
+    assert found.isfinite().equal(expected.isfinite())
+    assert found.where(found.isfinite(), 0).equal(expected.where(expected.isfinite(), 0))
 
     count = numbers.numel()
-    parts = form.encode(rows.flatten(), dtype)
-    whole = torch.zeros(form.num_bytes(count, dtype), dtype=torch.uint8)
-    code_bytes, step_bytes = form.part_bytes(count, dtype)
-    for part, first in zip(parts, (0, code_bytes, code_bytes + step_bytes), strict=True):
-        whole[first : first + part.nbytes] = part.view(torch.uint8)
+    whole = torch.zeros(form.num_bytes(count), dtype=torch.uint8)
+    for part, (first, end) in zip(form.encode(rows.flatten()), form.ranges(0, count, count), strict=True):
+        whole[first:end] = part
     flat = torch.empty(count, dtype=dtype, device="cuda")
     form.decode(whole.cuda(), flat)
-    assert flat.cpu().nan_to_num(9).equal(expected.flatten().nan_to_num(9))
+    assert (
+        flat.cpu()
+        .where(expected.flatten().isfinite(), 0)
+        .equal(expected.flatten().where(expected.flatten().isfinite(), 0))
+    )
     assert not codec._fill._fails
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_card_encodes_what_the_host_does(bits: int, dtype: torch.dtype) -> None:
+    """But for groups in which two multiples, or two codes, nearly tie; whatever is encoded beside a row."""
+    rows = (torch.randn(1000, 7, GROUP) * torch.rand(1000, 7, 1) * 10).to(dtype).flatten(1)
+    rows[5, 3], rows[6, 70], rows[9] = torch.nan, torch.inf, 0.0
+    form = Codec(bits)
+    found = form.encode_rows(rows.cuda())
+    back, expected = (form.decode_rows(each, rows.shape[1], dtype) for each in (found.cpu(), form.encode_rows(rows)))
+    assert back.isfinite().equal(expected.isfinite())
+    assert back.isfinite().view(1000, -1, GROUP).sum() == (1000 * 7 - 2) * GROUP
+    back, expected = (each.where(each.isfinite(), 0) for each in (back, expected))
+    groups_apart = (back != expected).view(-1, GROUP).any(dim=1)
+    assert groups_apart.float().mean() < 1e-3
+    assert (back.float() - expected.float()).norm() < 1e-3 * expected.float().norm()
+    assert found[200:203].equal(form.encode_rows(rows[200:203].cuda()))
+    assert found[7:8].equal(form.encode_rows(rows[7:8].cuda()))
+    assert not codec._encode_fast._fails
 
 
 def packed(name: str) -> tuple[RowsApart, dict[str, torch.Tensor]]:

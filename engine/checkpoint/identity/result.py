@@ -21,7 +21,7 @@ from engine.planning.hardware import resolve_device, resolve_dtype
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised by hand whenever a change of the engine can change a result beyond rounding."""
 
 Identity = dict[str, str | int | None]
@@ -84,7 +84,7 @@ def result_settings(description: ModelDescription, policy: Policy) -> Identity:
     """The part of an identity that is no digest: what the policy sets, and the engine's own version."""
     return {
         "dtype": resolve_dtype(policy.dtype, description.dtype, resolve_device(policy.device)),
-        "compress_weight": policy.compress_weight,
+        "compress_weight": policy.weight_bits,
         "compress_cache": policy.compress_cache,
         "numerics": NUMERICS_VERSION,
         # Only where it is: answers of releases that did not have it keep their keys.

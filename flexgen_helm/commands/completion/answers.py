@@ -9,6 +9,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,22 @@ Place = tuple[int, int]
 """Index of a prompt, and which of its completions."""
 
 
-_BEGINNING = '{"index": '
-"""Of every line."""
+@dataclass(frozen=True, kw_only=True)
+class LineForm:
+    """How a line tells what it answers."""
+
+    beginning: str
+    """Of every line."""
+    read: Callable[[Any], tuple[Place, str | None, bool]]
+    """Place, key, and whether it is a failure, of a line as JSON has it; an error of Python for what is no answer."""
+
+
+def _read_own(entry: Any) -> tuple[Place, str | None, bool]:
+    return (int(entry["index"]), int(entry.get("sample", 0))), entry.get("key"), "error" in entry
+
+
+OWN_FORM = LineForm(beginning='{"index": ', read=_read_own)
+"""Lines of our own format."""
 
 
 class Answers:
@@ -32,8 +47,8 @@ class Answers:
     was written before then being whole lines but for the last.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, form: LineForm = OWN_FORM) -> None:
+        self._path, self._form = path, form
         self._file: FileIO | None = None
         """Unbuffered: what is written is there whatever becomes of the process."""
         self._is_new = False
@@ -91,18 +106,18 @@ class Answers:
         if self._path is None:
             return set()
         *whole, cut_off = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
-        if not (cut_off.startswith(_BEGINNING) or _BEGINNING.startswith(cut_off)):
+        beginning = self._form.beginning
+        if not (cut_off.startswith(beginning) or beginning.startswith(cut_off)):
             raise ConfigError(f"{self._path} is no file of answers of `complete`; name another --output")
         kept: dict[Place, str] = {}
         keys: dict[Place, str] = {}
         for number, line in enumerate(whole, 1):
             where = f"{self._path}, line {number}"
             try:
-                entry = json.loads(line)
-                place, key = (int(entry["index"]), int(entry.get("sample", 0))), entry.get("key")
+                place, key, is_failure = self._form.read(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 raise ConfigError(f"{where} is no answer of `complete`; name another --output") from None
-            if "error" in entry:
+            if is_failure:
                 continue
             keys = keys or keys_of()
             if keys.get(place) != key:
@@ -128,8 +143,8 @@ class Answers:
         if self._path is None:
             return
         lines = self._path.read_text(encoding="utf-8").split("\n")[:-1]
-        entries = [json.loads(line) for line in lines]
-        order = sorted(range(len(lines)), key=lambda at: (entries[at]["index"], entries[at].get("sample", 0)))
+        places = [self._form.read(json.loads(line))[0] for line in lines]
+        order = sorted(range(len(lines)), key=places.__getitem__)
         self._replace([lines[at] for at in order], only_if=order != list(range(len(lines))))
 
     def _replace(self, lines: Iterable[str], *, only_if: bool) -> None:

@@ -16,13 +16,16 @@ from codes import join
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import JOBS, POLICIES
+from scipy.linalg import hadamard
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine import Engine, Policy
 from engine.errors import CapacityError
-from engine.kernels.codec import GROUP, Codec, codec_of
+from engine.kernels.codec import GROUP, Codec
+from engine.kernels.weight_codes.groups import GroupCodes
+from engine.kernels.weight_codes.named import weight_codec_of
 from engine.planning.hardware import Memory
 from engine.planning.planner import make_plan
 from engine.policy import Share
@@ -35,55 +38,77 @@ def there_and_back(values: torch.Tensor, bits: int) -> torch.Tensor:
     """`values` of any shape as they come back."""
     codec, flat = Codec(bits), values.reshape(-1)
     back = torch.full_like(flat, math.nan)
-    codec.decode(join(codec, codec.encode(flat, flat.dtype), flat.numel(), flat.dtype), back)
+    codec.decode(join(codec, codec.encode(flat), flat.numel()), back)
     return back.view(values.shape)
 
 
-@settings(max_examples=150, deadline=None)
+def decoded_by_hand(codec: Codec, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The groups `[groups, GROUP]` that bytes stand for, in double precision, as the docstring of the codec says."""
+    codes, scales, multiples = parts
+    codes = codes.view(-1, codec.code_bytes(GROUP))
+    if codec.bits == 4:
+        codes = torch.cat((codes & 15, codes >> 4), dim=1)
+    odd = 2 * codes.double() - codec.levels
+    levels = odd * (28 + odd.abs()) if codec.bits == 4 else odd
+    shifted = multiples.view(torch.int16).int()[:, None] >> torch.tensor([0, 4, 8, 12])
+    levels = levels.view(-1, 4, 16) * ((shifted & 15) + 1)[..., None]
+    matrix = torch.from_numpy(hadamard(GROUP)).double() / 8
+    return levels.view(-1, GROUP) @ matrix * scales.view(torch.bfloat16).double()[:, None]
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     bits=st.sampled_from([4, 8]),
     dtype=st.sampled_from(DTYPES),
     spread=st.floats(-4, 2),
     offset=st.floats(-10, 10),
+    outlier=st.sampled_from([0, 100]),
 )
-def test_numbers_come_back_within_half_a_step(
-    seed: int, bits: int, dtype: torch.dtype, spread: float, offset: float
+def test_groups_come_back_within_their_bound(
+    seed: int, bits: int, dtype: torch.dtype, spread: float, offset: float, outlier: int
 ) -> None:
-    """As the docstring states it; a step is as large as it says."""
+    """And as the layout says; the bound follows from the widest gap, which is a quarter's largest number's part."""
     random = torch.Generator().manual_seed(seed)
-    values = ((torch.randn(4 * GROUP, generator=random) + offset) * 10**spread).to(dtype)
+    values = torch.randn(4 * GROUP, generator=random) + offset
+    values[7] += outlier
+    values = (values * 10**spread).to(dtype)
     codec, eps = Codec(bits), torch.finfo(dtype).eps
-    codes, steps, leasts = codec.encode(values, dtype)
+    parts = codec.encode(values)
+    assert [part.dtype for part in parts] == [torch.uint8] * 3
     groups, back = values.double().view(-1, GROUP), there_and_back(values, bits).double().view(-1, GROUP)
-    size = groups.abs().amax(dim=1, keepdim=True)
-    assert (leasts.double() <= groups.amin(dim=1)).all()
-    assert (leasts.double() + steps.double() * codec.levels >= groups.amax(dim=1) - 1e-6 * size[:, 0]).all()
-    ideal = (groups.amax(dim=1) - groups.amin(dim=1)) / codec.levels
-    assert (steps.double() <= (ideal + 3 * eps * size[:, 0] / codec.levels) * (1 + 3 * eps) + 1e-6).all()
-    assert ((back - groups).abs() <= steps.double()[:, None] / 2 * (1 + 1e-5) + 2 * eps * size).all()
-    assert codes.dtype == torch.uint8
+    torch.testing.assert_close(back, decoded_by_hand(codec, parts), rtol=eps, atol=6e-8 if eps > 1e-4 else 0)
+    length = groups.square().sum(dim=1).sqrt()
+    apart = (back - groups).square().sum(dim=1).sqrt()
+    bound = codec.bound(groups).double()
+    assert (apart <= bound + eps * length + 1e-6).all()
+    assert (bound <= length * (0.8 if bits == 4 else 0.03)).all()
+
+
+def test_numbers_of_a_normal_distribution_come_back_nearer_than_a_step_for_64_would_bring_them() -> None:
+    """0.090 and 0.0053 of their length, where 64 numbers share a least number and an even step in as many bytes."""
+    values = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    for bits, most in ((4, 0.073), (8, 0.0050)):
+        assert (there_and_back(values, bits) - values).norm() < most * values.norm()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_and_strange_numbers(bits: int, dtype: torch.dtype) -> None:
-    values = torch.zeros(5, GROUP, dtype=dtype)
-    values[1], values[2], values[2, 3], values[3, 5] = -0.125, 0.5, torch.nan, torch.inf
-    values[4] = torch.linspace(0, 2**bits - 1, GROUP).round() / 4 - 1
+    values = torch.zeros(4, GROUP, dtype=dtype)
+    values[1], values[2, 3], values[3, 5] = -0.125, torch.nan, torch.inf
     back = there_and_back(values, bits)
-    assert back[:2].equal(values[:2])
-    assert back[2].isnan().all()
-    assert not back[3].isfinite().any()
-    assert back[4].equal(values[4])  # exactly the numbers that the codes stand for
+    assert back[0].equal(values[0])
+    assert (back[1] + 0.125).norm() < 0.2  # of 1: equal numbers are one outlier behind the rotation
+    assert not back[2:].isfinite().any()
 
 
 def test_sizes() -> None:
-    """4.5 and 8.5 bits a number in 16 bits, as of FlexGen's groups."""
+    """4.5 and 8.5 bits a number, as of FlexGen's groups in 16 bits."""
     count = 1 << 16
-    assert Codec(4).num_bytes(count, torch.float16) == count * 4.5 / 8
-    assert Codec(8).num_bytes(count, torch.bfloat16) == count * 8.5 / 8
-    assert Codec(4).num_bytes(count, torch.float32) == count * 5 / 8
+    assert Codec(4).num_bytes(count) == count * 4.5 / 8
+    assert Codec(8).num_bytes(count) == count * 8.5 / 8
+    assert Codec(4).row_bytes(128) == 128 * 4.5 / 8
 
 
 def compressed(model: PreTrainedModel, names: set[str], bits: int) -> PreTrainedModel:
@@ -95,6 +120,7 @@ def compressed(model: PreTrainedModel, names: set[str], bits: int) -> PreTrained
     return model
 
 
+CODEC = GroupCodes(Codec(4))
 CASES = [
     *(("opt", 4, policy) for policy in POLICIES),
     *(("llama", 8, policy) for policy in ("device", "thirds")),
@@ -111,7 +137,7 @@ def test_equals_transformers_with_the_same_weights(
     with Engine.from_pretrained(str(build(family)), policy={**settings, "compress-weight": bits}) as engine:
         done = engine.run(JOBS)
         again = engine.run(JOBS)
-        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit)}
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit, CODEC)}
         stored = sum(sum(tiers.values()) for tiers in engine.parts.weights.placed_bytes().values())
         whole = sum(tensor.numel() * tensor.element_size() for tensor in engine.parts.model.state.values())
     assert names
@@ -204,7 +230,7 @@ def test_padded_families_attend_to_codes_too(build: Callable[[str], Path], tmp_p
 
 
 def test_codes_take_less_room_off_the_device(build: Callable[[str], Path], tmp_path: Path) -> None:
-    """9 bits a number of 32 (8 of a code, and steps), in host memory and on disk."""
+    """8.5 bits a number of 32, in host memory and on disk."""
     settings = {"device": "cpu", "percent": [100, 0, 34, 33, 100, 0], "offload-dir": str(tmp_path)}
     held = {}
     for bits in (None, 8):
@@ -213,13 +239,13 @@ def test_codes_take_less_room_off_the_device(build: Callable[[str], Path], tmp_p
             held[bits] = engine.placed_bytes()
     assert held[8]["device"] == held[None]["device"]
     for tier in ("host", "disk"):
-        assert held[8][tier] == pytest.approx(held[None][tier] * 9 / 32, rel=0.01)
+        assert held[8][tier] == pytest.approx(held[None][tier] * 8.5 / 32, rel=0.01)
 
 
 def test_what_is_encoded(build: Callable[[str], Path]) -> None:
     """All of a layer's matrices, experts among them; neither routers nor embeddings nor the head."""
     with Engine.from_pretrained(str(build("qwen3-moe")), policy={"device": "cpu", "compress-weight": 4}) as engine:
-        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit)}
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit, CODEC)}
     kinds = {name.split("layers.0.")[1] for name in names if "layers.0." in name}
     attention = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
     assert kinds == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
@@ -243,9 +269,9 @@ def test_encoded_layers_hide_less_arithmetic(build: Callable[[str], Path]) -> No
     shapes = {}
     for bits in (None, 4):
         with Engine.from_pretrained(str(build("opt")), policy={"device": "cpu"}) as engine:
-            shapes[bits] = shape_of(engine.parts.model, codec_of(bits))
+            shapes[bits] = shape_of(engine.parts.model, weight_codec_of(bits))
     assert shapes[None].stored_part == 1.0
-    assert 5 / 32 < shapes[4].stored_part < 0.2  # 5 bits of 32, and biases
+    assert 4.5 / 32 < shapes[4].stored_part < 0.2  # 4.5 bits of 32, and biases
     memory = Memory(device=10**9, host=10**9, disk=0)
     free = {
         bits: make_plan(shape, Policy(weights=Share(gpu=0, cpu=100)), memory, on_cpu=False).limits.free_rows

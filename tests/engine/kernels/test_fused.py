@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels import codec, fused
-from engine.kernels.codec import Codec
+from engine.kernels import fused
 from engine.kernels.fused import Fused
 from engine.kernels.invariant.mode import plain_arithmetic
 
@@ -69,27 +68,6 @@ def test_nothing_is_compiled_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Fused(twice)(torch.ones(2), 3).tolist() == [3, 3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_compiled_codes_are_the_same_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
-    """In 16 bits, roundings of steps and leasts included."""
-    groups = (torch.randn(300, 8, 64) * torch.rand(300, 8, 1) * 10 + torch.randn(300, 8, 1)).to(dtype)
-    groups[3, 2] = 0.5
-    encode, decode = Fused(codec._encode), Fused(codec._decode_into)
-    found, expected = encode(groups, bits), codec._encode(groups, bits)
-    for one, other in zip(found, expected, strict=True):
-        assert one.equal(other)
-    codes, steps, leasts = expected
-    mine, yours = torch.empty_like(groups), torch.empty_like(groups)
-    decode(mine, codes, steps, leasts, bits)
-    codec._decode_into(yours, codes, steps, leasts, bits)
-    assert mine.equal(yours)
-    assert encode._compiled is not None
-    assert not encode._fails
-    assert not decode._fails
-
-
 def test_where_a_kernel_cannot_be_had_the_operations_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     def make() -> Callable[..., torch.Tensor]:
         raise ImportError("no Triton here")
@@ -107,15 +85,3 @@ def test_what_is_compiled_can_be_where_arithmetic_is_plain() -> None:
     compiled = torch.compile(twice, backend="eager", dynamic=True)
     with plain_arithmetic():
         assert compiled(torch.ones(2), 2).tolist() == [2, 2]
-
-
-@pytest.mark.slow
-def test_a_single_row_needs_no_compiling_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That would come in the midst of a job: in the last step of the last sequence."""
-    compiled = Fused(codec._encode)
-    monkeypatch.setattr(codec, "_encode_fast", compiled)
-    rows = torch.randn(7, 128).half()
-    together = Codec(4).encode_rows(rows)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert Codec(4).encode_rows(rows[2:3].clone()).equal(together[2:3])
-    assert not compiled._fails

@@ -29,7 +29,7 @@ int main(void) {
         const int64_t heads = 1 + rand() %% 5, copies = 1 + rand() %% 2, steps = 1 + rand() %% 2, count = rand() %% 4;
         const int64_t *dim = dims[rand() %% 7], width = heads * (dim[0] + dim[1]), type = rand() %% 3;
         const int64_t bits = dim[0] %% 64 || dim[1] %% 64 ? 0 : rand() %% 3 * 4, size = type == FLOAT32 ? 4 : 2;
-        const int64_t row_bytes = bits ? width * bits / 8 + 2 * (width / 64) * size : width * size;
+        const int64_t row_bytes = bits ? width * bits / 8 + 4 * (width / 64) : width * size;
         int64_t firsts[4], lengths[4], rows = 0;
         for (int64_t s = 0; s < count; s++) {
             firsts[s] = rows;

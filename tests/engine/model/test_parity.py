@@ -16,7 +16,7 @@ from parity import JOBS, PADDINGS, POLICIES
 from transformers import PreTrainedModel
 from watch import Watch
 
-from engine import Engine, Job
+from engine import Engine, Job, Sampling
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "families.md"
 TIED = ("opt", "gpt2", "gemma2", "bloom")
@@ -119,7 +119,11 @@ def test_it_is_told_which_tokens_of_a_prompt_are_greedy(
         with torch.no_grad():
             start.append(int(model(torch.tensor([start])).logits[0, -1].argmax()))
     prompts = [start, [*start[:24], 9, *start[25:]], [*start[:24], 10, 11], start[:1], start[:25]]
-    jobs = [Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=True) for prompt in prompts for count in (0, 3)]
+    jobs = [
+        Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=True, likeliest=True, sampling=sampling)
+        for prompt in prompts
+        for count, sampling in ((0, Sampling()), (3, Sampling(temperature=2.0, seed=3)))
+    ]
     jobs.append(Job(prompt=start, max_new_tokens=3))
     settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path)}
     with Engine.from_pretrained(str(build(family)), policy=settings) as engine:
@@ -127,11 +131,18 @@ def test_it_is_told_which_tokens_of_a_prompt_are_greedy(
     for job, completion in zip(jobs[:-1], done, strict=False):
         assert completion.error is None
         with torch.no_grad():
-            best = model(torch.tensor([list(job.prompt)])).logits[0].argmax(-1).tolist()
+            logits = model(torch.tensor([[*job.prompt, *completion.tokens]])).logits[0]
+        best = logits.argmax(-1).tolist()
+        told = [*(completion.prompt_likeliest or ()), *(completion.likeliest or ())][1:]
+        assert [token for token, _ in told] == best[: len(told)]
+        assert [score for _, score in told] == pytest.approx(
+            logits.log_softmax(-1).amax(-1)[: len(told)].tolist(), abs=1e-4
+        )
+        assert len(told) == len(job.prompt) + len(completion.tokens) - 1
         expected = [token == guess for token, guess in zip(job.prompt[1:], best, strict=False)]
         assert completion.prompt_greedy == (None, *expected)
         assert sum(expected) >= min(4, len(expected))
-    assert done[-1].prompt_greedy is None
+    assert (done[-1].prompt_greedy, done[-1].likeliest, done[-1].prompt_likeliest) == (None, None, None)
 
 
 @pytest.mark.parametrize("padding", [None, "bucket", models.WINDOW])

@@ -306,8 +306,10 @@ def test_prompts_are_let_in_by_what_crosses_the_link() -> None:
     assert limits(Policy(weights=Share(gpu=0, cpu=100)), huge).rows_between_fetches == 1024
     mixture = limits(Policy(weights=Share(gpu=0, cpu=100)), replace(huge, cpu_work_row_bytes=huge.work_row_bytes))
     assert mixture.rows_between_fetches == mixture.rows_per_batch > 1024
-    on_host = limits(Policy(cpu_cache_compute=True))
-    assert (on_host.admission, on_host.rows_between_fetches) == (None, None)
+    on_host = limits(Policy(cpu_cache_compute=True, weights=Share(gpu=50, cpu=50)))
+    assert on_host.rows_between_fetches is None
+    assert on_host.admission is not None
+    assert (on_host.admission.most_rows(10**6), on_host.admission.hidden_rows(10**6)) == (None, rows / 2)
     plain = replace(OPT_30B, is_plain=True)
     assert limits(Policy(cpu_cache_compute=True), plain).reads_on_host
     assert not limits(Policy(), plain).reads_on_host

@@ -489,6 +489,54 @@ def test_jobs_that_keep_nothing_are_not_held_back() -> None:
     assert admitted(runner, 1) == [6]
 
 
+def test_jobs_of_one_token_come_in_beside_decode_steps() -> None:
+    """By hand: 2 answers of 9 tokens decode in 8 sweeps behind the first, so 40 prompts come in by fives.
+
+    The link hides more in the second case: with 2 x (20 + 8) cached rows off the device, 56 + 44 rows, five prompts.
+    """
+    for weights, expected in ((1, [0, 5, 5, 5, 5, 5, 5, 5, 5]), (104, [3, 8, 8, 8, 8, 5, 0, 0, 0])):
+        pace = Admission(rows_beside_weights=weights, rows_beside_cached_row=1)
+        runner = make_runner(10_000, on_device=0, admission=pace)
+        runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=1)) for i in range(2, 42)])
+        runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=9)) for i in range(2)])
+        runner.run(9)
+        assert [rows // 20 for rows in [runner.rows[0] - 40, *(rows - 2 for rows in runner.rows[1:])]] == expected
+
+
+def test_who_has_most_to_say_comes_first_with_those_who_share_its_prefix() -> None:
+    runner = make_runner(10_000, sequences_per_batch=3, batches=1)
+    short = [Job(prompt=words(i, 20), max_new_tokens=3) for i in range(2)]
+    group = [Job(prompt=[*words(9, 40), i], max_new_tokens=count) for i, count in ((1, 2), (2, 8))]
+    sequences = [Sequence.of(job) for job in (*short, *group)]
+    runner.scheduler.add(sequences[:2])
+    runner.scheduler.add(sequences[2:])
+    runner.scheduler.next_sweep()
+    assert runner.scheduler.running[:2] == sequences[2:]
+    assert len(runner.scheduler.running) == 3
+
+
+def test_a_seat_is_kept_for_jobs_of_one_token() -> None:
+    """Four seats, and answers enough to fill them for long."""
+    runner = make_runner(10_000, sequences_per_batch=4, batches=1)
+    long = [Sequence.of(Job(prompt=words(i, 20), max_new_tokens=5)) for i in range(20)]
+    runner.scheduler.add(long)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=1)) for i in range(20, 23)])
+    for _ in range(4):
+        runner.sweep()
+    assert sum(sequence.job.max_new_tokens == 1 for sequence in runner.done) == 3
+
+
+def test_room_that_others_would_take_goes_to_a_job_of_one_token_that_found_none() -> None:
+    """Room for two answers of 24 rows; the prefix of 32 that two jobs share needs what both leave."""
+    runner = make_runner(48)
+    runner.scheduler.add([Sequence.of(Job(prompt=words(i, 20), max_new_tokens=5)) for i in range(8)])
+    runner.scheduler.add([Sequence.of(Job(prompt=[*words(9, 32), i, i], max_new_tokens=1)) for i in range(2)])
+    runner.run(40)
+    answered = [sequence.job.max_new_tokens for sequence in runner.done]
+    assert answered.index(1) == 2
+    assert len(answered) == 10
+
+
 def test_prompts_are_computed_between_decode_steps_that_are_fetched() -> None:
     """By hand: 8 steps and 6 x 20 rows in parts of 50 are three, each with room for two prompts beside its steps."""
     for on_device, expected in ((0, [(2, 2), (3, 2), (3, 2)]), (10**6, [(8, 6)])):

@@ -136,8 +136,8 @@ def test_files_hold_what_the_codec_makes_of_the_checkpoint(
             stored, layout = opened.get_tensor("bytes"), json.loads(opened.metadata()["layout"])
         for name, (first, end, _, is_coded) in layout.items():
             values, codec = state[name].flatten(), Codec(bits)
-            parts = codec.encode(values, values.dtype) if is_coded else ()
-            expected = join(codec, parts, values.numel(), values.dtype) if is_coded else values.view(torch.uint8)
+            parts = codec.encode(values) if is_coded else ()
+            expected = join(codec, parts, values.numel()) if is_coded else values.view(torch.uint8)
             gap = expected == 255 if is_coded else torch.zeros_like(expected, dtype=torch.bool)  # or between parts
             assert (stored[first:end] == expected)[~gap].all(), name
             seen[name] = is_coded

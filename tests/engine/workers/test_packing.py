@@ -33,6 +33,7 @@ JOBS = st.builds(
     sampling=SAMPLINGS,
     stop=st.lists(st.text(min_size=1, max_size=4) | TOKENS.filter(len), max_size=2),
     prompt_logprobs=st.booleans(),
+    likeliest=st.booleans(),
     thinking=st.none() | st.builds(Thinking, style=STYLES, budget=st.none() | st.just(7), closing=TOKENS.map(tuple)),
 )
 
@@ -43,12 +44,15 @@ def completions(draw: st.DrawFn) -> Completion:
         return Completion(error=JobError(draw(st.text(max_size=9))))
     tokens = draw(TOKENS)
     scored = draw(st.none() | st.lists(FLOATS, max_size=5))
+    likeliest = draw(st.none() | st.just(tuple((token, -0.1 * token) for token in tokens)))
     return Completion(
         text=draw(st.text()),
         tokens=tuple(tokens),
         logprobs=tuple(draw(st.lists(FLOATS, min_size=len(tokens), max_size=len(tokens)))),
         prompt_logprobs=None if scored is None else (None, *scored),
         prompt_greedy=None if scored is None else (None, *(x < 0 for x in scored)),
+        likeliest=likeliest,
+        prompt_likeliest=None if likeliest is None or scored is None else (None, *((3, x) for x in scored)),
         finish_reason=draw(st.sampled_from(["stop", "length", "endoftext"])),
         end_token=draw(st.none() | st.integers(0, 99)),
     )

@@ -165,3 +165,9 @@ def test_without_sharing_every_job_is_its_own_group() -> None:
     groups = groups_of(suite(groups=1, jobs=5, shared=100, own=1), 2, share_prefix=False)
     assert [load.rows for group in groups for load in group.loads] == [101] * 5
     assert len(groups) == 5
+
+
+def test_long_answers_are_handed_out_first() -> None:
+    """What is short is computed beside them."""
+    jobs = {number: Job(prompt=[number + 1] * 9, max_new_tokens=count) for number, count in enumerate((1, 8, 1, 30))}
+    assert [load.number for group in groups_of(jobs, 2) for load in group.loads] == [3, 1, 0, 2]

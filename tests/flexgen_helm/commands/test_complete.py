@@ -25,8 +25,8 @@ from transformers import __version__ as transformers_version
 
 from engine import Engine, Job, Policy, Sampling
 from engine.checkpoint.identity.result import result_identity
-from flexgen_helm.commands.complete import _unescaped
 from flexgen_helm.commands.completion.answers import Answers
+from flexgen_helm.commands.completion.own_format import unescaped
 from flexgen_helm.run import main
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
@@ -159,7 +159,7 @@ def test_stops_fire(complete: Complete, model: Path) -> None:
 
 
 def test_stops_are_meant_as_typed_in_a_shell() -> None:
-    assert _unescaped(r"a\n\t\\n") == "a\n\t\\n"
+    assert unescaped(r"a\n\t\\n") == "a\n\t\\n"
 
 
 def test_text_of_any_characters_comes_back(complete: Complete, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_the_help_of_every_command_ends_with_examples(
     from flexgen_helm.commands.bench import bench_parser
     from flexgen_helm.commands.check import check_parser
     from flexgen_helm.commands.complete import complete_parser
+    from flexgen_helm.commands.completion.serve import serve_parser
     from flexgen_helm.commands.plan import plan_parser
     from flexgen_helm.commands.register import register_parser
     from flexgen_helm.commands.sweep import sweep_parser
@@ -69,6 +70,7 @@ def test_the_help_of_every_command_ends_with_examples(
         "bench": bench_parser,
         "check": check_parser,
         "plan": plan_parser,
+        "serve": serve_parser,
         "verify": run_parser,
     }
     for command in COMMANDS:
@@ -83,7 +85,7 @@ def test_the_help_of_every_command_ends_with_examples(
                 parsers[command]().parse_args(words)
 
 
-@pytest.mark.parametrize("command", ["run", "sweep", "verify", "complete", "register", "plan", "lm-eval"])
+@pytest.mark.parametrize("command", ["run", "sweep", "verify", "complete", "serve", "register", "plan", "lm-eval"])
 def test_memory_limits_are_flags_of_every_command_that_places_a_model(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ FILES = {
     "sweep": ("--model", "--policy", "--json-log", "-o", "--suite", ""),
     "verify": ("--model", "--policy", "-c", "-o"),
     "complete": ("--model", "--policy", "--input", "--output", "--offload-dir"),
+    "serve": ("--model", "--policy", "--offload-dir"),
     "register": ("", "--policy", "--local-path"),
     "plan": ("--shape", "--hardware", "--write", "--offload-dir"),
     "bench": ("--shape", "--policy", "--out"),
@@ -133,6 +136,7 @@ NEEDED = {
     "plan": ["--shape", "opt-125m"],
     "register": ["m/m"],
     "report": ["s"],
+    "serve": ["--model", "m"],
 }
 
 

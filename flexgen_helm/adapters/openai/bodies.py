@@ -1,0 +1,272 @@
+"""Bodies of OpenAI's completions and chat completions: every field is carried out, or refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.errors import ConfigError, JobError, did_you_mean, shown
+from engine.job import Sampling, check_num_completions
+
+Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
+COMPLETIONS: Endpoint = "/v1/completions"
+CHAT: Endpoint = "/v1/chat/completions"
+ENDPOINTS: tuple[Endpoint, ...] = (COMPLETIONS, CHAT)
+
+Prompt = str | tuple[int, ...]
+"""Text, or token ids, special ones included."""
+
+
+class RefusedBody(ConfigError):
+    """A body that is not carried out; `param` is the field to blame, `status` what HTTP says of it."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.status = param, status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a body asks for."""
+
+    endpoint: Endpoint
+    model: str
+    prompts: tuple[Prompt, ...] = ()
+    """Of completions; none of a chat."""
+    messages: tuple[Mapping[str, str], ...] = ()
+    """Of a chat: `role` and `content` of each."""
+    template_variables: Mapping[str, Any]
+    """What the chat template is given beside the messages."""
+    max_tokens: int | None
+    """Most tokens to generate; None leaves it to the window."""
+    sampling: Sampling
+    """Of the first choice; choice i of a prompt has seed + i."""
+    num_choices: int
+    """Of each prompt."""
+    stop: tuple[str, ...]
+    logprobs: bool
+    """Whether log-probabilities of tokens are asked for, those of the prompt's too with `echo`."""
+    names_likeliest: bool
+    """Whether the likeliest token is asked for beside each."""
+    echo: bool
+    """Whether the prompt comes back before the completion."""
+    stream: bool
+    stream_usage: bool
+    """Whether a stream ends with the numbers of tokens."""
+
+
+def read_body(body: Any, endpoint: Endpoint) -> Asked:
+    """What a body, as JSON has it, asks of an endpoint; raises `RefusedBody` naming the field it cannot carry out."""
+    if not isinstance(body, dict):
+        raise RefusedBody(f"the body is {shown(body)}, not a JSON object")
+    known = {*_COMMON, *_UNCHANGED, *(_OF_CHAT if endpoint == CHAT else _OF_COMPLETIONS)}
+    for name in sorted(body.keys() - known):
+        raise RefusedBody(f"unknown field {name!r} of {endpoint}{did_you_mean(name, known)}; leave it out", name)
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, harmless in _UNCHANGED.items():
+        if name in given and given[name] not in harmless:
+            raise RefusedBody(f"field {name!r}: {shown(given[name])} is not supported; leave it out", name)
+    read = _Fields(given)
+    max_tokens = _max_tokens(read, given, endpoint)
+    asked = Asked(
+        endpoint=endpoint,
+        model=read("model", _text),
+        prompts=() if endpoint == CHAT else read("prompt", _prompts),
+        messages=read("messages", _messages) if endpoint == CHAT else (),
+        template_variables=read("chat_template_kwargs", _mapping, {}),
+        max_tokens=max_tokens,
+        sampling=_sampling(read),
+        num_choices=read("n", _whole, 1),
+        stop=read("stop", _stop, ()),
+        logprobs=read("logprobs", _truth, False) if endpoint == CHAT else "logprobs" in given,
+        names_likeliest=read("top_logprobs" if endpoint == CHAT else "logprobs", _num_likeliest, 0) == 1,
+        echo=read("echo", _truth, False),
+        stream=read("stream", _truth, False),
+        stream_usage=read("stream_options", _stream_usage, False),
+    )
+    _check(asked, given)
+    return asked
+
+
+class _Fields:
+    """Reads fields that are given, each by the function for its kind."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = given
+
+    def __call__(self, name: str, read: Callable[[Any], Any], default: Any = ...) -> Any:
+        """The field's value; `default` where it is left out or null, which `...` refuses."""
+        if name not in self._given:
+            if default is ...:
+                raise RefusedBody(f"field {name!r} is missing", name)
+            return default
+        try:
+            return read(self._given[name])
+        except ValueError as error:
+            raise RefusedBody(f"field {name!r}: {shown(self._given[name])} is {error}", name) from None
+
+
+def _max_tokens(read: _Fields, given: Mapping[str, Any], endpoint: Endpoint) -> int | None:
+    if endpoint == COMPLETIONS:
+        return int(read("max_tokens", _whole, 16))
+    if "max_tokens" in given and "max_completion_tokens" in given:
+        raise RefusedBody("give either 'max_completion_tokens' or 'max_tokens'", "max_tokens")
+    found = read("max_completion_tokens", _whole, read("max_tokens", _whole, None))
+    if found == 0:
+        raise RefusedBody("max_tokens 0 of a chat asks for nothing; it is a number from 1", "max_tokens")
+    return None if found is None else int(found)
+
+
+def _sampling(read: _Fields) -> Sampling:
+    top_k = read("top_k", _whole, -1)
+    return Sampling(
+        temperature=read("temperature", _number, 1.0),
+        top_k=None if top_k in (-1, 0) else top_k,  # both stand for all tokens elsewhere
+        top_p=read("top_p", _number, 1.0),
+        seed=read("seed", _whole, None),
+        presence_penalty=read("presence_penalty", _number, 0.0),
+        frequency_penalty=read("frequency_penalty", _number, 0.0),
+    )
+
+
+def _check(asked: Asked, given: Mapping[str, Any]) -> None:
+    """Raise for fields that do not go together, and for values that no job may have."""
+    try:
+        check_num_completions(asked.num_choices)
+        asked.sampling.check()
+    except JobError as error:
+        raise RefusedBody(str(error)) from None
+    if "top_logprobs" in given and not asked.logprobs:
+        raise RefusedBody("'top_logprobs' needs logprobs: true", "top_logprobs")
+    if asked.max_tokens == 0 and not asked.echo:
+        raise RefusedBody("max_tokens 0 without echo asks for nothing", "max_tokens")
+    if "best_of" in given and given["best_of"] != asked.num_choices:
+        raise RefusedBody(f"field 'best_of': {shown(given['best_of'])} is not n, {asked.num_choices}", "best_of")
+    if "stream_options" in given and not asked.stream:
+        raise RefusedBody("'stream_options' needs stream: true", "stream_options")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("no text")
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("neither true nor false")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < -1:
+        raise ValueError("no whole number from 0")
+    return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError("no number")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    return value
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(each, str) and each for each in stops):
+        raise ValueError("neither a text nor a list of texts, none of them empty")
+    return tuple(stops)
+
+
+def _num_likeliest(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value not in (0, 1):
+        raise ValueError("neither 0 nor 1: of the likeliest tokens, at most one is told")
+    return value
+
+
+def _stream_usage(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() - {"include_usage"}:
+        raise ValueError('no {"include_usage": true}')
+    return _truth(value.get("include_usage", False))
+
+
+def _prompts(value: Any) -> tuple[Prompt, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value:
+        if all(_is_id(each) for each in value):
+            return (tuple(value),)
+        if all(isinstance(each, str) for each in value):
+            return tuple(value)
+        if all(isinstance(each, list) and each and all(map(_is_id, each)) for each in value):
+            return tuple(map(tuple, value))
+    raise ValueError("neither a text, nor a list of texts, of token ids, or of lists of token ids")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError('no list of {"role": ..., "content": ...}')
+    return tuple(map(_message, value))
+
+
+def _message(value: Any) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        raise ValueError('no list of {"role": ..., "content": ...}')
+    given = {name: each for name, each in value.items() if each not in (None, [])}
+    for name in sorted(given.keys() - {"role", "content"}):
+        raise RefusedBody(f"field 'messages': {name!r} of a message is not supported; leave it out", "messages")
+    return {"role": value["role"], "content": _content(given.get("content"))}
+
+
+def _content(value: Any) -> str:
+    """The text of a message: a text, or a list of one part of text."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        part: Mapping[str, Any] = value[0]
+        if part.get("type") == "text" and not part.keys() - {"type", "text"}:
+            value = part.get("text")
+    if not isinstance(value, str):
+        raise RefusedBody(
+            f"field 'messages': the content {shown(value)} is neither a text nor one part of text; join several parts",
+            "messages",
+        )
+    return value
+
+
+_COMMON = (
+    *("model", "n", "max_tokens", "stop", "logprobs", "stream", "stream_options"),
+    *("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty"),
+)
+_OF_COMPLETIONS = ("prompt", "echo", "best_of")
+_OF_CHAT = ("messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs")
+
+
+class _Anything:
+    """Holds every value: fields that name who asks, and change no answer."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
+_UNCHANGED: Mapping[str, Any] = {
+    **dict.fromkeys(("user", "metadata", "safety_identifier"), _Anything()),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "modalities": (["text"],),
+}
+"""Fields that are known, with those of their values that ask for nothing."""

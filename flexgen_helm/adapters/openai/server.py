@@ -1,0 +1,246 @@
+"""An OpenAI-compatible endpoint over an engine: requests that come together share its sweeps."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
+
+from engine.asking.front import Front
+from engine.errors import ConfigError, EngineError, InstallationError
+from engine.job import Completion, Job
+from engine.reading import parse_json
+from flexgen_helm.adapters.openai.bodies import CHAT, COMPLETIONS, Asked, Endpoint, RefusedBody, read_body
+from flexgen_helm.adapters.openai.model import Model, error_body
+from flexgen_helm.adapters.openai.streaming import Chunks
+
+try:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise InstallationError(f"starlette is missing ({error}); run `pip install 'flexgen-helm[serve]'`") from error
+
+_MOST_BYTES = 64_000_000
+"""Of a body."""
+_ALIVE_S = 15.0
+"""A stream says something this often, so that nobody between takes it for dead."""
+_GONE = 499
+"""What servers note where the client has gone; nobody reads it."""
+_T = TypeVar("_T")
+
+
+class Server:
+    """Answers HTTP requests by jobs of an engine, at most so many at a time."""
+
+    def __init__(self, model: Model, engine: Front, *, most_choices: int, api_key: str | None = None) -> None:
+        """most_choices: of all requests that are waiting or being computed; whoever comes then is sent away (429).
+
+        api_key: what requests must bring as their bearer token; None lets everybody in.
+        """
+        self._model, self._engine = model, engine
+        self._most, self._api_key = most_choices, api_key
+        self._num_choices = 0
+        self._tokenizer = asyncio.Lock()
+
+    def app(self, hosts: Sequence[str]) -> Starlette:
+        """The application; `hosts` are the names by which it may be called, `*` any."""
+        return Starlette(
+            routes=[
+                Route("/health", self._health, methods=["GET"]),
+                Route("/v1/models", self._models, methods=["GET"]),
+                Route("/v1/models/{name:path}", self._models, methods=["GET"]),
+                Route(COMPLETIONS, self._answering(COMPLETIONS), methods=["POST"]),
+                Route(CHAT, self._answering(CHAT), methods=["POST"]),
+            ],
+            # Else a page of the web could have its own name lead here, and read answers in a visitor's browser.
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+            exception_handlers={HTTPException: _http_error},
+        )
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "choices_in_progress": self._num_choices})
+
+    async def _models(self, request: Request) -> Response:
+        if (refused := self._unauthorized(request)) is not None:
+            return refused
+        window = self._model.prompts.window
+        told = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "flexgen-helm", "max_model_len": window}
+            for name in self._model.names
+        ]
+        if (name := request.path_params.get("name")) is None:
+            return JSONResponse({"object": "list", "data": told})
+        if name not in self._model.names:
+            return _refusal(RefusedBody(f"model {name!r} is not here; {self._model.names[0]!r} is", "model", 404))
+        return JSONResponse(told[self._model.names.index(name)])
+
+    def _answering(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            if (refused := self._unauthorized(request)) is not None:
+                return refused
+            try:
+                asked = read_body(await _body(request), endpoint)
+                jobs = await self._locked(self._model.jobs, asked)
+                self._enter(len(jobs))
+            except ClientDisconnect:
+                return Response(status_code=_GONE)
+            except EngineError as error:
+                return _refusal(error)
+            if asked.stream:
+                return _Stream(self._stream(asked, jobs), partial(self._leave, len(jobs)))
+            try:
+                return await self._whole(request, asked, jobs)
+            finally:
+                self._leave(len(jobs))
+
+        return answer
+
+    def _unauthorized(self, request: Request) -> Response | None:
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        if self._api_key is None or (
+            kind.lower() == "bearer" and hmac.compare_digest(token.encode(), self._api_key.encode())
+        ):
+            return None
+        refused = _refusal(RefusedBody("the bearer token is missing or another one than --api-key", None, 401))
+        refused.headers["WWW-Authenticate"] = "Bearer"
+        return refused
+
+    def _enter(self, count: int) -> None:
+        """Count a request's choices in, or raise."""
+        if count > self._most:
+            raise RefusedBody(f"{count} choices are more than --max-choices {self._most}; ask in several requests", "n")
+        if self._num_choices + count > self._most:
+            raise RefusedBody(f"{self._num_choices} of {self._most} choices are in progress; ask later", None, 429)
+        self._num_choices += count
+
+    async def _locked(self, work: Callable[..., _T], *args: Any) -> _T:
+        """What tokenizes or decodes, in a thread: it may take long, and takes one caller at a time."""
+        async with self._tokenizer:
+            return await asyncio.to_thread(work, *args)
+
+    async def _whole(self, request: Request, asked: Asked, jobs: Sequence[Job]) -> Response:
+        computing = asyncio.ensure_future(self._completions(jobs))
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait((computing, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not computing.done():
+                return Response(status_code=_GONE)
+            body = await self._locked(self._model.body, asked, jobs, computing.result(), uuid.uuid4().hex)
+            return JSONResponse(body)
+        except EngineError as error:
+            return _refusal(error)
+        finally:
+            for task in (computing, gone):
+                task.cancel()  # jobs of a client that has gone are dropped
+
+    async def _completions(self, jobs: Sequence[Job]) -> list[Completion]:
+        found: dict[int, Completion] = {}
+        stream: Any = self._engine.astream(jobs)
+        async with aclosing(stream):
+            async for index, completion in stream:
+                found[index] = completion
+        return [found[index] for index in range(len(jobs))]
+
+    async def _stream(self, asked: Asked, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
+        """Events of a stream: the engine tells of a choice when it is whole, and until then there are comments."""
+        chunks = Chunks(self._model, asked, jobs, uuid.uuid4().hex)
+        coming: asyncio.Queue[tuple[int, Completion] | BaseException | None] = asyncio.Queue()
+        computing = asyncio.ensure_future(self._pass_on(jobs, coming))
+        try:
+            for chunk in chunks.beginning():
+                yield _event(chunk)
+            while True:
+                try:
+                    found = await asyncio.wait_for(coming.get(), _ALIVE_S)
+                except TimeoutError:
+                    yield b": in progress\n\n"
+                    continue
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    break
+                for chunk in await self._locked(chunks.of, *found):
+                    yield _event(chunk)
+            for chunk in chunks.ending():
+                yield _event(chunk)
+            yield b"data: [DONE]\n\n"
+        except EngineError as error:
+            yield _event(error_body(error)[1])
+        finally:
+            computing.cancel()
+
+    async def _pass_on(self, jobs: Sequence[Job], coming: asyncio.Queue[Any]) -> None:
+        """Put (position, completion) of each job, then None; or what went wrong."""
+        stream: Any = self._engine.astream(jobs)
+        try:
+            async with aclosing(stream):
+                async for found in stream:
+                    coming.put_nowait(found)
+            coming.put_nowait(None)
+        except Exception as error:
+            coming.put_nowait(error)
+
+    def _leave(self, count: int) -> None:
+        self._num_choices -= count
+
+
+class _Stream(StreamingResponse):
+    """Calls `leave` when it ends, however that comes about."""
+
+    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._leave = leave
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def _body(request: Request) -> Any:
+    """The JSON that a request brings; raises `RefusedBody`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what pages of other sites may send unasked has other types
+        raise RefusedBody(f"content-type {kind!r} is not application/json", None, 415)
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > _MOST_BYTES:
+            raise RefusedBody(f"the body has more than {_MOST_BYTES:,} bytes", None, 413)
+    found = parse_json(bytes(content), "the body", ConfigError)
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise RefusedBody("the body holds NaN or an infinite number, which is no JSON") from None
+    return found
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed its connection; to be asked once the body is read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(chunk: Any) -> bytes:
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode(errors="replace")
+
+
+def _refusal(error: EngineError) -> Response:
+    status, body = error_body(error)
+    return JSONResponse(body, status_code=status, headers={"Retry-After": "5"} if status == 429 else None)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return _refusal(RefusedBody(f"{request.method} {request.url.path} is not served here", None, status))

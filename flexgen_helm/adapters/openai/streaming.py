@@ -1,0 +1,57 @@
+"""The chunks in which an answer of OpenAI's API comes as a stream of events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from engine.job import Completion, Job
+from flexgen_helm.adapters.openai.bodies import CHAT, Asked
+from flexgen_helm.adapters.openai.model import Model, usage
+
+
+class Chunks:
+    """Makes the chunks of one answer, each choice's text in one of them."""
+
+    def __init__(self, model: Model, asked: Asked, jobs: Sequence[Job], name: str) -> None:
+        """`name` makes the id that all of them have."""
+        self._model, self._asked, self._jobs = model, asked, jobs
+        self._is_chat = asked.endpoint == CHAT
+        self._head: dict[str, Any] = {
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{name}",
+            "object": "chat.completion.chunk" if self._is_chat else "text_completion",
+            "created": int(time.time()),
+            "model": asked.model,
+        }
+        if asked.stream_usage:
+            self._head["usage"] = None
+        self._done: dict[int, Completion] = {}
+
+    def beginning(self) -> Iterator[dict[str, Any]]:
+        """Before anything is computed: who answers."""
+        for index in range(len(self._jobs)) if self._is_chat else ():
+            yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None)
+
+    def of(self, index: int, done: Completion) -> list[dict[str, Any]]:
+        """Those of a choice that is whole; raises its error if it failed."""
+        if done.error is not None:
+            raise done.error
+        self._done[index] = done
+        job = self._jobs[index]
+        if not self._is_chat:
+            choice = self._model.text_choice(self._asked, job, done, index)
+            return [self._chunk(index, choice, choice["finish_reason"])]
+        choice = self._model.chat_choice(self._asked, job, done, index)
+        delta = {name: text for name in ("reasoning_content", "content") if (text := choice["message"].get(name))}
+        said = self._chunk(index, {"delta": delta, "logprobs": choice["logprobs"]}, None)
+        return [said, self._chunk(index, {"delta": {}, "logprobs": None}, choice["finish_reason"])]
+
+    def ending(self) -> Iterator[dict[str, Any]]:
+        """Behind all choices: the numbers of tokens, where they were asked for."""
+        if self._asked.stream_usage:
+            done = [self._done[index] for index in range(len(self._jobs))]
+            yield {**self._head, "choices": [], "usage": usage(self._asked, self._jobs, done)}
+
+    def _chunk(self, index: int, choice: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {**self._head, "choices": [{**choice, "index": index, "finish_reason": reason}]}
