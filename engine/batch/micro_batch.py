@@ -18,6 +18,7 @@ from engine.batch.rows import Rows
 from engine.memory import accelerator
 from engine.planning.limits import Limits
 from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix
 
 _MASKED_ROWS = 256
 """Rows of own tokens that one masked attention call over a shared prefix takes at least: they attend to each other in
@@ -67,6 +68,7 @@ class MicroBatch(Rows):
         self.longest = max(segment.span.start + segment.past + segment.num_rows for segment in segments)
         """Tokens of the longest context."""
         self._context_groups: dict[int | None, list[ContextGroup]] = {}
+        self._new_runs = new_runs
         self.decode_chains = _chains(decode_runs)
         """(first row, end row, prefixes) of neighbouring decode steps that continue the same chain."""
         self.prefill_chains = _chains(new_runs)
@@ -83,6 +85,15 @@ class MicroBatch(Rows):
         """New spans, for an attention to their own tokens only."""
         runs = _runs_of_new_spans(self.segments, _shares_own_mask)
         return [PrefillGroup(run, self._device, ()) for run in runs]
+
+    @cached_property
+    def prefill_runs(self) -> list[tuple[list[int], tuple[Prefix, ...]]]:
+        """Neighbouring new spans that continue the same chain, or none, and that chain.
+
+        Of the spans: where each begins and the last one ends, counted from the first new row.
+        """
+        first = self.prefill_first
+        return [([*(s.first - first for s in run), run[-1].end - first], run[0].span.chain) for run in self._new_runs]
 
     @cached_property
     def decode_prefixes(self) -> list[PrefixGroup]:

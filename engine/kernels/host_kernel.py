@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -19,14 +12,12 @@ from pathlib import Path
 import torch
 
 from engine.kernels.codec import GROUP
+from engine.kernels.host import library
 from engine.memory import accelerator
 from engine.memory.cores import usable_cores
-from engine.memory.paths import cache_directory
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("host_attention.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_SECONDS = 60
 _HOST = torch.device("cpu")
 _PIECE_BYTES = 8192
 """Of a row, what a task reads in one piece, about."""
@@ -134,48 +125,14 @@ def _pool() -> ThreadPoolExecutor:
 def _kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None, once told, where it cannot be had."""
     try:
-        kernel = ctypes.CDLL(str(_compiled()))
+        kernel = ctypes.CDLL(str(library.compiled("host-attention", [_SOURCE])))
         kernel.attend.argtypes = (ctypes.c_void_p,)
         kernel.attend.restype = ctypes.c_int
-    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: what CC holds is no command
-        reason = " ".join(str(getattr(error, "stderr", None) or error).split())[:300]
+    except library.FAILURES as error:
+        reason = library.reason_of(error)
         _LOG.warning("attention on the host runs on torch's kernel, slower in 16 bits: %s", reason)
         return None
     return kernel
-
-
-def _compiled() -> Path:
-    """The shared library, kept in the cache directory under what it depends on."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [_compiler()]
-    text = _SOURCE.read_bytes()
-    parts = [text, " ".join([*compiler, *_FLAGS, platform.machine(), _cpu_flags()]).encode()]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    path = cache_directory() / f"host-attention-{key}.so"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
-        made = Path(folder) / path.name
-        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-        made.replace(path)
-    return path
-
-
-def _compiler() -> str:
-    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if found is None:
-        raise OSError("there is no C compiler (cc, gcc or clang)")
-    return found
-
-
-def _cpu_flags() -> str:
-    """What the processor can, where the system tells: a home directory may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def by_torch(

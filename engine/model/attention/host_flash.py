@@ -1,4 +1,4 @@
-"""Prefill by the CPU's FlashAttention kernel: own tokens, then the shared prefix, merged by their log-sum-exps."""
+"""Prefill on the CPU: in one pass over shared prefix and own tokens, or by torch's FlashAttention kernel for each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 from engine.batch.prefill_group import PrefillGroup
 from engine.batch.reach import Reach
 from engine.kernels.elementwise.merges import merge
+from engine.kernels.host import prompts
 from engine.model.attention.backend import Attending
 from engine.model.attention.dense import Dense
 from engine.model.attention.rule import AttentionRule
+from engine.schedule.sequence import Prefix
 
 
 class HostFlash(Dense):
@@ -24,9 +26,17 @@ class HostFlash(Dense):
         return is_on_cpu and same_size and asked.rule.is_stock_within(asked.batch.longest)
 
     def prefill(self, asked: Attending) -> torch.Tensor:
-        """Own tokens of all new spans, then each chain of prefixes for all that continue it."""
+        """By our kernel in float32; else own tokens of all new spans, then each chain for all that continue it.
+
+        The two results are merged by their log-sum-exps.
+        """
         batch, query, key, value, rule = asked.batch, asked.query, asked.key, asked.value, asked.rule
         start = batch.prefill_first
+        if query.dtype == torch.float32:
+            runs = [prompts.Run(borders, _prefix(asked, chain)) for borders, chain in batch.prefill_runs]
+            found = prompts.attend(query[start:], key[start:], value[start:], runs, rule.scaling)
+            if found is not None:
+                return found
         output = query.new_empty(len(query) - start, *query.shape[1:])
         logsumexp = torch.empty(query.shape[1], len(output), dtype=torch.float32)
         for group in batch.own_groups:
@@ -38,6 +48,10 @@ class HostFlash(Dense):
             shared, shared_logsumexp = _whole(query[first:end], prefix_key, prefix_value, rule)
             merge(output[place], logsumexp[:, place], shared, shared_logsumexp)
         return output
+
+
+def _prefix(asked: Attending, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    return asked.cache.fork_flat(asked.layer, [chain]) if chain else None
 
 
 def _own(

@@ -14,6 +14,7 @@ from torch import nn
 
 from engine.kernels import compiled
 from engine.kernels.elementwise.gates import Activation, Kernel, gated, kernel_for
+from engine.kernels.host import rows as host_rows
 from engine.model.sweep_context import SweepContext
 
 _SIZES = (1e-2, 1.0, 30.0, 1e3)
@@ -53,7 +54,8 @@ def fuse_gates(layers: Iterable[nn.Module], context: SweepContext, device: torch
 
     A module is one if what it hands to its last linear layer has the bits of `gated`, for random rows.
     """
-    kernel = kernel_for(device) if dtype in (torch.float16, torch.bfloat16) else None
+    is_short = dtype in (torch.float16, torch.bfloat16)
+    kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.gate_product)
     if kernel is None:
         return
     known: dict[Any, Gate | None] = {}
@@ -166,11 +168,16 @@ def _computed(
     *others: Any,
     **named: Any,
 ) -> torch.Tensor:
-    if others or named or context.is_stock or not compiled.is_there(hidden_states):
+    is_on_host = kernel is host_rows.gate_product
+    is_there = host_rows.takes(hidden_states) if is_on_host else compiled.is_there(hidden_states)
+    if others or named or context.is_stock or not is_there:
         return plain(hidden_states, *others, **named)
     return told(module, hidden_states, partial(_product, kernel))
 
 
 def _product(kernel: Kernel, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    is_fit = gate.dtype == up.dtype and gate.dtype in (torch.float16, torch.bfloat16)
+    if kernel is host_rows.gate_product:
+        is_fit = host_rows.takes(gate, up)
+    else:
+        is_fit = gate.dtype == up.dtype and gate.dtype in (torch.float16, torch.bfloat16)
     return kernel(gate, up, activation) if is_fit else gated(gate, up, activation)

@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.kernels import compiled
 from engine.kernels.elementwise.norms import Kernel, LayerNorm, RMSNorm, Scaling, kernel_for
+from engine.kernels.host import rows as host_rows
 from engine.model.sweep_context import SweepContext
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
@@ -28,7 +29,8 @@ def fuse_norms(layers: Iterable[nn.Module], context: SweepContext, device: torch
 
     A module is one if what it returns for random rows has the bits of `RMSNorm` or `LayerNorm` by torch's functions.
     """
-    kernel = kernel_for(device) if dtype in (torch.float16, torch.bfloat16) else None
+    is_short = dtype in (torch.float16, torch.bfloat16)
+    kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.norm)
     if kernel is None:
         return
     known: dict[Any, Norm | None] = {}
@@ -94,6 +96,7 @@ def _normed(
     weight = module._parameters["weight"]
     assert weight is not None
     is_other = bool(others or named)  # such as a gate, which a norm may be called with or without
-    if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not compiled.is_there(hidden_states):
+    is_there = host_rows.takes(hidden_states, weight) if kernel is host_rows.norm else compiled.is_there(hidden_states)
+    if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not is_there:
         return plain(hidden_states, *others, **named)
     return kernel(hidden_states, weight, told.eps, told.scaling, module._parameters.get("bias"))

@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.kernels import compiled
 from engine.kernels.elementwise.rotations import Kernel, kernel_for, rotated
+from engine.kernels.host import rows as host_rows
 from engine.model.sweep_context import SweepContext
 
 _TAKES = ("q", "k", "cos", "sin")
@@ -33,7 +34,8 @@ def fuse_rotations(
     A module's `forward` is called with its own view of its file's names, in which such a function is exchanged; the
     function that others see stays as it is.
     """
-    kernel = kernel_for(device) if dtype in (torch.float16, torch.bfloat16) else None
+    is_short = dtype in (torch.float16, torch.bfloat16)
+    kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.rotate)
     if kernel is None:
         return
     known: dict[Any, Callable[..., Any] | None] = {}
@@ -131,7 +133,9 @@ def _rotated(
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     is_plain = context.is_stock or named or len(tensors) != len(_TAKES)
-    if is_plain or not _fits(*tensors, per_pair=per_pair) or not compiled.is_there(tensors[0]):
+    if is_plain or not _fits(*tensors, per_pair=per_pair):
+        return plain(*tensors, **named)
+    if not (host_rows.takes(*tensors) if kernel is host_rows.rotate else compiled.is_there(tensors[0])):
         return plain(*tensors, **named)
     query, key, cosine, sine = tensors
     return kernel(query, key, cosine, sine, per_pair)

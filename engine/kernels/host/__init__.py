@@ -1,0 +1,1 @@
+"""C that is compiled for the processor at hand, where it runs."""

@@ -1,0 +1,83 @@
+"""C sources compiled for the processor at hand, once, and kept; their functions run on torch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from engine.memory.paths import cache_directory
+
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SECONDS = 60
+FAILURES = (OSError, ValueError, AttributeError, subprocess.SubprocessError)
+"""What `compiled`, opening what it returns and `on_torch_threads` raise where such functions cannot be had.
+
+There is no compiler or it fails (ValueError: what CC holds is no command), or torch's threads are not GNU OpenMP's.
+"""
+
+
+def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
+    """The shared library of `sources`, kept in the cache directory under `name` and what it depends on."""
+    compiler = shlex.split(os.environ.get("CC", "")) or [_compiler()]
+    texts = [file.read_bytes() for file in (*sources, *headers)]
+    parts = [*texts, " ".join([*compiler, *_FLAGS, platform.machine(), _cpu_flags()]).encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    path = cache_directory() / f"{name}-{key}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
+        made = Path(folder) / path.name
+        command = [*compiler, *_FLAGS, *map(str, sources), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        made.replace(path)
+    return path
+
+
+def reason_of(error: BaseException) -> str:
+    """Why one of `FAILURES` came, in one line."""
+    return " ".join(str(getattr(error, "stderr", None) or error).split())[:300]
+
+
+@cache
+def on_torch_threads() -> Any:
+    """What calls a C function of one pointer on several threads at once: `(function, pointer, threads, 0)`.
+
+    It is the function that torch's own loops begin with (GNU OpenMP's, whose name others export, too). Threads of our
+    own would wait for the cores on which torch's wait for more work by spinning.
+    """
+    start = ctypes.CDLL(None).GOMP_parallel
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    start.restype = None
+    return start
+
+
+def run(function: Any, work: ctypes.Structure, threads: int) -> None:
+    """Call a C function of one pointer with `work`, on so many threads."""
+    on_torch_threads()(ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(work), threads, 0)
+
+
+def _compiler() -> str:
+    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if found is None:
+        raise OSError("there is no C compiler (cc, gcc or clang)")
+    return found
+
+
+def _cpu_flags() -> str:
+    """What the processor can, where the system tells: a home directory may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
