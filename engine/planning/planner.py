@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from engine.errors import CapacityError
 from engine.memory.tiers import TIERS, Tier, percents
 from engine.planning.admission import Admission
 from engine.planning.demand import SMALL_BATCH_ROWS, Demand
+from engine.planning.draft.room import DRAFT_POLICY, DraftRoom
 from engine.planning.fit import Fit, gb
 from engine.planning.hardware import Memory
 from engine.planning.limits import Limits
@@ -56,6 +59,8 @@ class Plan:
     """Encoded experts are expanded with their layer, once a sweep; else some at a time, for each micro-batch."""
     experts_apart: bool = False
     """Those are brought to the device some at a time, too, apart from what else their layer has."""
+    draft: Plan | None = None
+    """Of the draft model, which lies on the device, if there is one."""
     is_tight: bool = False
     """The weights leave less device memory than the worst-case workspace; the plan may run out of memory."""
 
@@ -65,14 +70,48 @@ class Plan:
         return self.weights.disk > 0 or self.activations.disk > 0 or self.cache_budgets["disk"] > 0
 
 
-def make_plan(shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool, sharing: Sharing = ALONE) -> Plan:
+def make_plan(
+    shape: ModelShape,
+    policy: Policy,
+    memory: Memory,
+    *,
+    on_cpu: bool,
+    sharing: Sharing = ALONE,
+    draft: ModelShape | None = None,
+) -> Plan:
     """Make `policy` definite, filling what it leaves open greedily: device, then host, then disk if there is one.
 
     Of several engines that share the weights, `memory` has the device of each, and host and disk of all together; the
-    plan is that of each. Raises `CapacityError`, with the numbers and the nearest policy that fits, when it does not
-    fit.
+    plan is that of each. A `draft` model lies on the device with its KV cache. Raises `CapacityError`, with the numbers
+    and the nearest policy that fits, when it does not fit.
     """
-    return _Planner(shape, policy, memory, on_cpu, sharing).plan()
+
+    def made(memory: Memory) -> Plan:
+        return _Planner(shape, policy, memory, on_cpu, sharing).plan()
+
+    return (
+        made(memory) if draft is None else _with_draft(DraftRoom(shape, draft, policy, memory, on_cpu, sharing), made)
+    )
+
+
+def _with_draft(room: DraftRoom, made: Callable[[Memory], Plan]) -> Plan:
+    """The plan that is `made` in what a draft leaves of the memory, and the draft's own."""
+    num_bytes = room.least
+    try:
+        plan = made(room.without(num_bytes))
+    except CapacityError:
+        made(room.memory)  # what does not fit even alone says so
+        raise room.refusal() from None
+    with suppress(CapacityError):
+        larger = room.with_cache(plan.cache_budgets)
+        plan, num_bytes = made(room.without(larger)), larger
+    draft = _Planner(room.draft, DRAFT_POLICY, room.alone(num_bytes), room.on_cpu, ALONE).plan()
+    # What hidden states of more rows than a few micro-batches would take is for keys and values.
+    limits = draft.limits
+    rows = min(limits.rows_per_sweep, 2 * max(limits.rows_per_batch, limits.rows_per_piece or 0))
+    freed = (limits.rows_per_sweep - rows) * room.draft.hidden_row_bytes
+    budgets = {**draft.cache_budgets, "device": draft.cache_budgets["device"] + freed}
+    return replace(plan, draft=replace(draft, limits=replace(limits, rows_per_sweep=rows), cache_budgets=budgets))
 
 
 class _Planner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.planning.limits import Limits
-from engine.schedule.segment import Segment, add_drafts
+from engine.schedule.segment import AddDrafts, Segment
 
 _STEPS = 8
 """Sweeps of replayed steps before prompts come in again. One that has prompts, too, is not replayed and takes several
@@ -21,7 +21,8 @@ class Turns:
     Drafts are for the other sweeps: rows of steps that are replayed are one a sequence.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, add: AddDrafts) -> None:
+        self._add = add
         self._num_steps = _STEPS
 
     def is_of_steps(self, segments: Sequence[Segment], limits: Limits) -> bool:
@@ -37,7 +38,7 @@ class Turns:
             self._num_steps += 1
             return
         self._num_steps = _STEPS if has_begun else 0
-        add_drafts(segments, rows, min(limits.free_rows, limits.rows_per_sweep))
+        self._add(segments, rows, limits)
 
 
 def are_steps(segments: Sequence[Segment]) -> bool:

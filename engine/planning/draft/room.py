@@ -1,0 +1,88 @@
+"""Memory of the device that a draft model takes beside the model that it drafts for (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from engine.errors import CapacityError
+from engine.memory.tiers import Memory, Tier
+from engine.planning.demand import LEAST_BATCH_ROWS, SMALL_BATCH_ROWS, Demand
+from engine.planning.fit import gb
+from engine.planning.model_shape import ModelShape
+from engine.planning.sharing import Sharing
+from engine.policy import Policy, Share
+
+_PROMPT_ROWS = 1024
+"""Rows of prompts that a draft model takes at once, about, on an accelerator: it is small, so more save little."""
+_MOST_PART = 0.25
+"""Of the device memory that the model leaves to its KV cache, what the draft's may take where that lies elsewhere."""
+_ROUNDS = 20
+"""Of making up what depends on itself; each leaves less than half of the error."""
+_DEVICE = Share(gpu=100, cpu=0)
+DRAFT_POLICY = Policy(weights=_DEVICE, kv_cache=_DEVICE, activations=_DEVICE)
+"""All of a draft model lies on the device."""
+
+
+@dataclass(frozen=True)
+class DraftRoom:
+    """Shares a device out between a model and its draft."""
+
+    shape: ModelShape
+    draft: ModelShape
+    policy: Policy
+    memory: Memory
+    """All that there is for both."""
+    on_cpu: bool
+    sharing: Sharing
+
+    @property
+    def least(self) -> int:
+        """Device memory for the draft's weights and the work on them."""
+        return self._needed(0)
+
+    def with_cache(self, budgets: Mapping[Tier, int]) -> int:
+        """The same with a KV cache of as many tokens as the model's, which has these budgets beside `least`.
+
+        As far as the device has room for them.
+        """
+        return self._needed(self._cache_bytes(budgets))
+
+    def refusal(self) -> CapacityError:
+        """Why there is no room for a draft beside a model that fits alone."""
+        demand = Demand(self.shape, self.policy, self.memory, on_cpu=self.on_cpu, sharing=self.sharing)
+        weights = self.policy.weights or Share(gpu=0, cpu=100)
+        device = demand.device_room(weights.gpu)
+        left = device - demand.device_weights(weights) - demand.work(LEAST_BATCH_ROWS)
+        return CapacityError(
+            f"draft-model: its weights {gb(self.draft.weight_bytes)}, with the work on them {gb(self.least)}, exceed "
+            f"the {gb(max(0, left))} that the model leaves of {gb(device)} of device memory; take a smaller draft, raise "
+            "gpu-memory, or leave fewer weights on the device"
+        )
+
+    def _needed(self, cache_bytes: int) -> int:
+        """Device memory for the draft's weights, the work on them, and so many bytes of keys and values."""
+        rows = SMALL_BATCH_ROWS if self.on_cpu else _PROMPT_ROWS
+        room = fixed = self.draft.weight_bytes + int(cache_bytes / 0.7)  # the planner gives the work up to 30 %
+        for _ in range(_ROUNDS):
+            demand = Demand(self.draft, DRAFT_POLICY, self.alone(room), on_cpu=self.on_cpu)
+            room = fixed + demand.expanded + demand.needed(rows) + rows * self.draft.hidden_row_bytes
+        return room
+
+    def _cache_bytes(self, budgets: Mapping[Tier, int]) -> int:
+        """What the draft's KV cache is to have of the device, where the model's may have `budgets`."""
+        own, draft = self.shape.cache_row_bytes, self.draft.cache_row_bytes
+        device, everywhere = budgets["device"], sum(budgets.values())
+        beside = device * draft / (own + draft)
+        return int(max(beside, min(_MOST_PART * device, everywhere * draft / (own + draft))))
+
+    def without(self, num_bytes: int) -> Memory:
+        """The memory that a draft of so many bytes leaves."""
+        memory = replace(self.memory, device=max(0, self.memory.device - num_bytes))
+        if not memory.shared:
+            return memory
+        return replace(memory, host=max(0, memory.host - self.sharing.count * num_bytes))
+
+    def alone(self, num_bytes: int) -> Memory:
+        """The memory that the draft's own plan is made for."""
+        return Memory(device=num_bytes, host=num_bytes, disk=0, shared=self.memory.shared)
