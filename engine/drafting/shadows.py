@@ -61,7 +61,7 @@ class Shadow(Sequence):
         new = self.target.tokens[self.num_known :]
         if len(self.target.tokens) < self.num_known:
             return None
-        came = common_length(self.proposed, new)
+        came = common_length([*self.proposed], new)
         tried = came + (came < min(len(self.proposed), len(new)))
         self.cached = min(self.cached, self.num_known - (self.start - self.target.start) + came)
         self.proposed, self.num_known = (), len(self.target.tokens)

@@ -86,25 +86,28 @@ def make_plan(
     and the nearest policy that fits, when it does not fit.
     """
 
-    def made(memory: Memory) -> Plan:
+    def made(policy: Policy, memory: Memory) -> Plan:
         return _Planner(shape, policy, memory, on_cpu, sharing).plan()
 
     return (
-        made(memory) if draft is None else _with_draft(DraftRoom(shape, draft, policy, memory, on_cpu, sharing), made)
+        made(policy, memory)
+        if draft is None
+        else _with_draft(DraftRoom(shape, draft, policy, memory, on_cpu, sharing), made)
     )
 
 
-def _with_draft(room: DraftRoom, made: Callable[[Memory], Plan]) -> Plan:
+def _with_draft(room: DraftRoom, made: Callable[[Policy, Memory], Plan]) -> Plan:
     """The plan that is `made` in what a draft leaves of the memory, and the draft's own."""
-    num_bytes = room.least
+    policy, num_bytes = room.policy, room.least
     try:
-        plan = made(room.without(num_bytes))
+        plan = made(policy, room.without(num_bytes))
     except CapacityError:
-        made(room.memory)  # what does not fit even alone says so
+        made(policy, room.memory)  # what does not fit even alone says so
         raise room.refusal() from None
     with suppress(CapacityError):
-        larger = room.with_cache(plan.cache_budgets)
-        plan, num_bytes = made(room.without(larger)), larger
+        on_device = made(replace(policy, kv_cache=None), room.without(num_bytes)).cache_budgets["device"]
+        larger = room.with_cache(on_device, plan.cache_budgets)
+        plan, num_bytes = made(policy, room.without(larger)), larger
     draft = _Planner(room.draft, DRAFT_POLICY, room.alone(num_bytes), room.on_cpu, ALONE).plan()
     # What hidden states of more rows than a few micro-batches would take is for keys and values.
     limits = draft.limits

@@ -39,15 +39,13 @@ def load_checkpoint(
 
     Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
     a time, and merged experts one expert at a time: beyond the placed weights this takes about one tensor of memory.
-    Layers come in their order, since the first sweep may run behind. Units that are `kept` are read from there, and the
-    others kept from then on. The digest of the weight files, if it is wanted, follows what is read, and reads the rest
-    at the end.
-    Raises `CheckpointError` when parameters are missing or have another shape.
+    Layers come in their order, since the first sweep may run behind. Units that are `kept` are read from there, others
+    kept from then on. The digest, if wanted, follows what is read, and reads the rest. Raises `CheckpointError` when
+    parameters are missing or have another shape.
     """
     store.source = source = OpenedWeights(path)
-    if with_digest and (store.member is None or store.member.index == 0):  # one of several reads all files for it, once
-        store.digest = WeightDigest(path, source)
-    digest = store.digest
+    is_first = store.member is None or store.member.index == 0  # of several, one reads all files, once
+    store.digest = digest = WeightDigest(path, source) if with_digest and is_first else None
     plan, unexpected = _planned(path, store)
 
     def follow(span: FileSpan) -> None:
@@ -70,8 +68,7 @@ def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[Step]]:
 
     Units come in the order of the sweep. Raises `CheckpointError` as `load_checkpoint` does.
     """
-    by_unit = _planned(path, receiver)[0].by_unit()
-    return {unit: [step for _, step in steps] for unit, steps in by_unit.items()}
+    return {unit: [step for _, step in steps] for unit, steps in _planned(path, receiver)[0].by_unit().items()}
 
 
 def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:

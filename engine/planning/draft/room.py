@@ -41,12 +41,16 @@ class DraftRoom:
         """Device memory for the draft's weights and the work on them."""
         return self._needed(0)
 
-    def with_cache(self, budgets: Mapping[Tier, int]) -> int:
-        """The same with a KV cache of as many tokens as the model's, which has these budgets beside `least`.
+    def with_cache(self, device: int, budgets: Mapping[Tier, int]) -> int:
+        """The same with a KV cache of as many tokens as the model's, as far as the device has room for them.
 
-        As far as the device has room for them.
+        Beside `least`, the model's may have `budgets`, and could have so many bytes of the `device`.
         """
-        return self._needed(self._cache_bytes(budgets))
+        own, draft = self.shape.cache_row_bytes, self.draft.cache_row_bytes
+        part = draft / (own + draft)
+        if budgets["device"] == sum(budgets.values()) > 0:
+            return self._needed(int(device * part))
+        return self._needed(int(min(max(_MOST_PART, part) * device, max(device, sum(budgets.values())) * part)))
 
     def refusal(self) -> CapacityError:
         """Why there is no room for a draft beside a model that fits alone."""
@@ -56,8 +60,8 @@ class DraftRoom:
         left = device - demand.device_weights(weights) - demand.work(LEAST_BATCH_ROWS)
         return CapacityError(
             f"draft-model: its weights {gb(self.draft.weight_bytes)}, with the work on them {gb(self.least)}, exceed "
-            f"the {gb(max(0, left))} that the model leaves of {gb(device)} of device memory; take a smaller draft, raise "
-            "gpu-memory, or leave fewer weights on the device"
+            f"the {gb(max(0, left))} that the model leaves of {gb(device)} of device memory; take a smaller draft, "
+            "raise gpu-memory, or leave fewer weights on the device"
         )
 
     def _needed(self, cache_bytes: int) -> int:
@@ -68,13 +72,6 @@ class DraftRoom:
             demand = Demand(self.draft, DRAFT_POLICY, self.alone(room), on_cpu=self.on_cpu)
             room = fixed + demand.expanded + demand.needed(rows) + rows * self.draft.hidden_row_bytes
         return room
-
-    def _cache_bytes(self, budgets: Mapping[Tier, int]) -> int:
-        """What the draft's KV cache is to have of the device, where the model's may have `budgets`."""
-        own, draft = self.shape.cache_row_bytes, self.draft.cache_row_bytes
-        device, everywhere = budgets["device"], sum(budgets.values())
-        beside = device * draft / (own + draft)
-        return int(max(beside, min(_MOST_PART * device, everywhere * draft / (own + draft))))
 
     def without(self, num_bytes: int) -> Memory:
         """The memory that a draft of so many bytes leaves."""

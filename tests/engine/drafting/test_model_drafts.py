@@ -1,0 +1,143 @@
+"""Protects: a draft model changes no answer, saves sweeps as it agrees, and leaves nothing behind in its cache."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine import Completion, Engine, Job, Sampling
+from engine.drafting.pace import Pace
+
+PREFIX = [*range(40, 70)]
+NUM_NEW = 24
+
+
+class Always(Pace):
+    """Drafts as many tokens in every sweep, so that tests do not depend on times."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.fixed = size
+
+    def size(self, count: int, rows: int) -> int:
+        return self.fixed
+
+    def pays_to_begin(self, tokens: int, left: int, count: int, size: int) -> bool:
+        return True
+
+
+def jobs() -> list[Job]:
+    """Greedy and sampled ones, of several lengths, that share prefixes and do not."""
+    rng = random.Random(5)
+    greedy = [
+        Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=count % 2 == 1)
+        for prompt in ([*PREFIX, 7], [*PREFIX, 9, 11], rng.choices(range(3, 500), k=20))
+        for count in (NUM_NEW, 5, 2, 1)
+    ]
+    samplings = [
+        Sampling(temperature=1.0, seed=3),
+        Sampling(temperature=0.7, top_k=20, top_p=0.9, seed=4),
+        Sampling(temperature=1.0, seed=5, presence_penalty=1.0, frequency_penalty=0.5),
+        Sampling(presence_penalty=1.0),
+    ]
+    sampled = [replace(greedy[4], sampling=each, max_new_tokens=NUM_NEW) for each in samplings]
+    return [*greedy, *sampled, replace(greedy[0], stop=[[400], "re"])]
+
+
+@pytest.fixture(scope="module")
+def plain(build: Callable[[str], Path]) -> Callable[[str], list[Completion]]:
+    @cache
+    def of(family: str) -> list[Completion]:
+        with Engine.from_pretrained(str(build(family)), policy={"device": "cpu"}) as engine:
+            return engine.run(jobs())
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def stranger(build: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same tokenizer with other random numbers."""
+    directory = models.save_model(tmp_path_factory.mktemp("stranger"), "opt")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    model.save_pretrained(directory)
+    return directory
+
+
+def drafting(model: Path, draft: Path, size: int, **policy: Any) -> Engine:
+    engine = Engine.from_pretrained(str(model), policy={"device": "cpu", "draft-model": str(draft), **policy})
+    assert engine.parts.draft is not None
+    engine.parts.draft.drafts.pace = Always(size)
+    engine.wait_until_loaded()
+    return engine
+
+
+def assert_same(found: list[Completion], expected: list[Completion]) -> None:
+    for done, answer in zip(found, expected, strict=True):
+        assert done.error is None
+        assert (done.tokens, done.text, done.finish_reason) == (answer.tokens, answer.text, answer.finish_reason)
+        assert done.logprobs == pytest.approx(answer.logprobs, abs=1e-5)
+        assert (done.prompt_logprobs or ())[1:] == pytest.approx((answer.prompt_logprobs or ())[1:], abs=1e-5)
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    """A draft's cache is empty again once a sweep has shown that its sequences have ended."""
+    draft = engine.parts.draft
+    assert draft is not None
+    draft.drafts.add([], 0, engine.parts.scheduler.limits)
+    assert set(draft.cache.room.num_blocks.values()) == {0}
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "host": ("llama", {"percent": [0, 100, 0, 100, 0, 100]}),
+    "few at once": ("llama", {"percent": [34, 33, 34, 33, 34, 33], "gpu-batch-size": 3}),
+    "own attention": ("gptj", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_model_as_draft_is_right_each_time(
+    case: str, build: Callable[[str], Path], plain: Callable[[str], list[Completion]], tmp_path: Path
+) -> None:
+    family, policy = CASES[case]
+    with drafting(build(family), build(family), 3, **policy, **{"offload-dir": str(tmp_path)}) as engine:
+        assert_same(engine.run(jobs()), plain(family))
+        assert_nothing_held(engine)
+        draft = engine.parts.draft
+        assert draft is not None
+        assert draft.drafts.num_came == draft.drafts.num_tried > 100
+        if case == "llama":
+            before = engine.num_sweeps
+            engine.run(jobs()[:1])  # a token of the prompt's sweep, then four of each
+            assert engine.num_sweeps - before == 1 + -(-(NUM_NEW - 1) // 4)
+
+
+def test_a_draft_that_is_wrong_changes_nothing(
+    build: Callable[[str], Path],
+    plain: Callable[[str], list[Completion]],
+    stranger: Path,
+    reference: Callable[[str], PreTrainedModel],
+) -> None:
+    with drafting(build("llama"), stranger, 5) as engine:
+        found = engine.run(jobs())
+        assert_same(found, plain("llama"))
+        assert_nothing_held(engine)
+        draft = engine.parts.draft
+        assert draft is not None
+        assert draft.drafts.num_came < 0.2 * draft.drafts.num_tried
+        assert draft.drafts.num_tried > 50
+    for job, done in [*zip(jobs(), found, strict=True)][:2]:
+        assert list(done.tokens) == models.reference_greedy(reference("llama"), list(job.prompt), job.max_new_tokens)
