@@ -13,7 +13,7 @@ from engine.planning.demand import SMALL_BATCH_ROWS, Demand
 from engine.planning.draft.room import DRAFT_POLICY, DraftRoom
 from engine.planning.fit import Fit, gb
 from engine.planning.hardware import Memory
-from engine.planning.limits import Limits
+from engine.planning.limits import RECORDED_BYTES, RECORDED_ROWS, Limits
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share
@@ -29,10 +29,6 @@ _OPERATIONS_BETWEEN_FETCHES = 2.5e12
 which a link fills about the staging buffers. Fewer would mean more calls than the host can make meanwhile."""
 _LEAST_BETWEEN_FETCHES = 1024
 """Rows of prompts that still multiply at nearly a card's full rate."""
-_RECORDED_ROWS = 256
-"""Whose temporaries recordings of decode steps keep: of the largest micro-batch, but for policies with larger ones."""
-_RECORDED_BYTES = 64 << 20
-"""Beside their rows: the workspace of products (32 MB on an H100), and pieces that torch cannot use again."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
 _GAP_BYTES = 512 << 10
@@ -108,13 +104,13 @@ def _with_draft(room: DraftRoom, made: Callable[[Policy, Memory], Plan]) -> Plan
         on_device = made(replace(policy, kv_cache=None), room.without(num_bytes)).cache_budgets["device"]
         larger = room.with_cache(on_device, plan.cache_budgets)
         plan, num_bytes = made(policy, room.without(larger)), larger
-    draft = _Planner(room.draft, DRAFT_POLICY, room.alone(num_bytes), room.on_cpu, ALONE).plan()
-    # What hidden states of more rows than a few micro-batches would take is for keys and values.
-    limits = draft.limits
-    rows = min(limits.rows_per_sweep, 2 * max(limits.rows_per_batch, limits.rows_per_piece or 0))
-    freed = (limits.rows_per_sweep - rows) * room.draft.hidden_row_bytes
-    budgets = {**draft.cache_budgets, "device": draft.cache_budgets["device"] + freed}
-    return replace(plan, draft=replace(draft, limits=replace(limits, rows_per_sweep=rows), cache_budgets=budgets))
+    draft = _Planner(room.draft, DRAFT_POLICY, room.alone(2 * num_bytes), room.on_cpu, ALONE).plan()
+    draft = replace(
+        draft,
+        limits=room.limits(draft.limits, num_bytes),
+        cache_budgets={"device": room.cache_bytes(num_bytes), "host": 0, "disk": 0},
+    )
+    return replace(plan, draft=draft)
 
 
 class _Planner:
@@ -148,7 +144,7 @@ class _Planner:
         if self.memory.shared:
             left["host"] -= self.demand.beside_rows(hidden_rows)
         replays = self._replays(weights, activations)
-        left["device"] -= _RECORDED_ROWS * self.demand.row_bytes + _RECORDED_BYTES if replays else 0
+        left["device"] -= RECORDED_ROWS * self.demand.row_bytes + RECORDED_BYTES if replays else 0
         limits = Limits(
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,

@@ -9,14 +9,18 @@ from engine.errors import CapacityError
 from engine.memory.tiers import Memory, Tier
 from engine.planning.demand import LEAST_BATCH_ROWS, SMALL_BATCH_ROWS, Demand
 from engine.planning.fit import gb
+from engine.planning.limits import RECORDED_BYTES, RECORDED_ROWS, Limits
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import Sharing
 from engine.policy import Policy, Share
 
-_PROMPT_ROWS = 1024
-"""Rows of prompts that a draft model takes at once, about, on an accelerator: it is small, so more save little."""
-_MOST_PART = 0.25
-"""Of the device memory that the model leaves to its KV cache, what the draft's may take where that lies elsewhere."""
+_ROWS = {"cpu": SMALL_BATCH_ROWS, "other": 1024}
+"""Of a draft model's micro-batches: it is small, so more save little."""
+_LOGITS_BYTES = 32 << 20
+"""Of a chunk of its logits, at most: each sequence asks for one row."""
+_MOST_PART = 0.75
+"""Of the device memory that the model leaves to its KV cache, what the draft's may take where that may lie elsewhere: a
+draft's keys and values save more transfers there than the model's."""
 _ROUNDS = 20
 """Of making up what depends on itself; each leaves less than half of the error."""
 _DEVICE = Share(gpu=100, cpu=0)
@@ -64,14 +68,29 @@ class DraftRoom:
             "raise gpu-memory, or leave fewer weights on the device"
         )
 
+    @property
+    def _rows(self) -> int:
+        return _ROWS["cpu" if self.on_cpu else "other"]
+
     def _needed(self, cache_bytes: int) -> int:
         """Device memory for the draft's weights, the work on them, and so many bytes of keys and values."""
-        rows = SMALL_BATCH_ROWS if self.on_cpu else _PROMPT_ROWS
-        room = fixed = self.draft.weight_bytes + int(cache_bytes / 0.7)  # the planner gives the work up to 30 %
+        room = self.draft.weight_bytes + cache_bytes
         for _ in range(_ROUNDS):
-            demand = Demand(self.draft, DRAFT_POLICY, self.alone(room), on_cpu=self.on_cpu)
-            room = fixed + demand.expanded + demand.needed(rows) + rows * self.draft.hidden_row_bytes
+            room = self._beside_cache(room) + cache_bytes
         return room
+
+    def _beside_cache(self, room: int) -> int:
+        """What of so much device memory is not for the draft's keys and values."""
+        demand = Demand(self.draft, DRAFT_POLICY, self.alone(room), on_cpu=self.on_cpu)
+        logits = self._logits_bytes(room)
+        work = demand.work(self._rows) - demand.work(0) + demand.work(0) * logits // demand.logits_bytes()
+        kept = demand.overhead(self._rows) - (demand.staged(self._rows) if self.draft.reads_in_place else 0)
+        recorded = 0 if self.on_cpu else RECORDED_ROWS * self.draft.work_row_bytes + RECORDED_BYTES
+        hidden = 2 * self._rows * (self.draft.hidden_row_bytes + self.draft.handed_row_bytes)
+        return demand.device_weights(_DEVICE) + work + kept + recorded + hidden
+
+    def _logits_bytes(self, room: int) -> int:
+        return min(_LOGITS_BYTES, max(room // 16, 1 << 20))
 
     def without(self, num_bytes: int) -> Memory:
         """The memory that a draft of so many bytes leaves."""
@@ -81,5 +100,25 @@ class DraftRoom:
         return replace(memory, host=max(0, memory.host - self.sharing.count * num_bytes))
 
     def alone(self, num_bytes: int) -> Memory:
-        """The memory that the draft's own plan is made for."""
+        """So much memory, for the draft alone."""
         return Memory(device=num_bytes, host=num_bytes, disk=0, shared=self.memory.shared)
+
+    def cache_bytes(self, num_bytes: int) -> int:
+        """What of so much device memory is for the draft's keys and values."""
+        demand = Demand(self.draft, DRAFT_POLICY, self.alone(num_bytes), on_cpu=self.on_cpu)
+        return max(0, demand.growing(num_bytes - self._beside_cache(num_bytes)))
+
+    def limits(self, found: Limits, num_bytes: int) -> Limits:
+        """The draft's limits, `found` in more memory, in so much."""
+        rows = self._rows
+        demand = Demand(self.draft, DRAFT_POLICY, self.alone(num_bytes), on_cpu=self.on_cpu)
+        return replace(
+            found,
+            rows_per_batch=rows,
+            rows_per_piece=rows,
+            rows_per_sweep=2 * rows,
+            cached_rows_per_batch=max(1, demand.staged(rows) // demand.gathered_row_bytes()),
+            scores_per_batch=None if found.scores_per_batch is None else rows * rows,
+            logits_bytes=self._logits_bytes(num_bytes),
+            waiting_rows=0,
+        )
