@@ -4,9 +4,9 @@
 
 Weights of both are random, and those of the large one are codes of 4 bits, so its choices are made to agree with the
 first drafted tokens of each step (`FORCED` of them): drafting, checking and taking back what was wrong run as they are.
-As many requests of 512 + 32 tokens run as the draft's KV cache holds; the model's own lies on the host where the device
-has no more room. Then the same requests run without a draft, under the policy that the planner makes for that: what the
-draft would take of the device holds weights.
+As many requests of 512 + 32 tokens run as the draft's KV cache holds, most of the model's own keys and values on the
+host; and as many as both caches hold on the device. Then the same requests run without a draft, under the policy that
+the planner makes for that: what the draft would take of the device holds weights.
 """
 
 from __future__ import annotations
@@ -124,25 +124,24 @@ def measure(engine: Engine, load: Workload) -> dict[str, Any]:
         found["came"], found["tried"] = drafts.num_came - came[0], drafts.num_tried - came[1]
         found["acceptance"] = drafts.pace.acceptance
         found["draft_pass_s"] = drafts.pace.steps.at(load.num_requests)
-    return found
-
-
-def show(name: str, found: dict[str, Any]) -> None:
-    """One line of what was measured."""
     print(
-        f"{name}: {found['rows']} in {found['seconds']:.2f} s, {found['sweeps']} sweeps, "
+        f"  {found['rows']} in {found['seconds']:.2f} s, {found['sweeps']} sweeps, "
         f"{found['new_tokens_s']:.1f} tokens/s; decoding {found['decoding_s']:.2f} s, {found['drafting_s']:.2f} s "
         "of them between sweeps" + (f"; {found['came']} of {found['tried']} came" if "came" in found else ""),
         flush=True,
     )
+    return found
 
 
-def most_requests(engine: Engine, load: Workload) -> int:
-    """Requests whose keys and values the draft's cache holds."""
+def loads_of(engine: Engine, load: Workload) -> list[Workload]:
+    """As many requests as the draft's cache holds, and as many as the model's holds on the device beside it."""
     draft = engine.parts.draft
     assert draft is not None
-    room = draft.cache.room
-    return room.budgets["device"] // (load.kept * room.row_bytes["device"])
+    held = [
+        room.budgets["device"] // (load.kept * room.row_bytes["device"])
+        for room in (draft.cache.room, engine.parts.cache.room)
+    ]
+    return [replace(load, num_jobs=max(1, min(load.num_jobs, held[0], count))) for count in held]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,20 +179,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         drafted = replace(base, draft_model=str(folder / "draft"), weights=Share(gpu=0, cpu=100))
         with open_dummy(shape, drafted) as engine:
             told("filled")
-            load = replace(load, num_jobs=min(load.num_jobs, most_requests(engine, load)))
+            loads = loads_of(engine, load)
             record["sizes"] = asdict(sizes_of(engine))
             with forced(engine):
-                record["drafted"] = measure(engine, load)
-            show("with a draft", record["drafted"])
+                record["drafted"] = [measure(engine, each) for each in loads]
         write_record("model-drafts", record, options.out)
         told("measured with a draft")
         with open_dummy(shape, base) as engine:
             told(f"filled again, {engine.plan.weights}")
-            record["plain"] = measure(engine, load)
-            record["plain"]["streamed_bytes"] = sizes_of(engine).streamed_bytes
-            show("without", record["plain"])
-        record["gain"] = record["plain"]["seconds"] / record["drafted"]["seconds"]
-        told(f"{record['gain']:.2f} x as fast with a draft")
+            record["plain_sizes"] = asdict(sizes_of(engine))
+            record["plain"] = [measure(engine, each) for each in loads]
+        pairs = zip(record["plain"], record["drafted"], strict=True)
+        record["gains"] = [plain["seconds"] / drafted["seconds"] for plain, drafted in pairs]
+        told(", ".join(f"{gain:.2f} x as fast" for gain in record["gains"]) + " with a draft")
         print(write_record("model-drafts", record, options.out))
 
 

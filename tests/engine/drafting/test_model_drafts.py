@@ -12,27 +12,13 @@ from typing import Any
 import models
 import pytest
 import torch
+from drafted import drafting
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine import Completion, Engine, Job, Sampling
-from engine.drafting.pace import Pace
 
 PREFIX = [*range(40, 70)]
 NUM_NEW = 24
-
-
-class Always(Pace):
-    """Drafts as many tokens in every sweep, so that tests do not depend on times."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.fixed = size
-
-    def size(self, count: int, rows: int) -> int:
-        return self.fixed
-
-    def pays_to_begin(self, tokens: int, left: int, count: int, size: int) -> bool:
-        return True
 
 
 def jobs() -> list[Job]:
@@ -74,14 +60,6 @@ def stranger(build: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
             parameter.normal_(0.0, 0.3)
     model.save_pretrained(directory)
     return directory
-
-
-def drafting(model: Path, draft: Path, size: int, **policy: Any) -> Engine:
-    engine = Engine.from_pretrained(str(model), policy={"device": "cpu", "draft-model": str(draft), **policy})
-    assert engine.parts.draft is not None
-    engine.parts.draft.drafts.pace = Always(size)
-    engine.wait_until_loaded()
-    return engine
 
 
 def assert_same(found: list[Completion], expected: list[Completion]) -> None:
