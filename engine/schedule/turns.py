@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine.planning.limits import Limits
 from engine.schedule.segment import AddDrafts, Segment
@@ -18,7 +19,7 @@ _MOST_PREFIXES = 4
 class Turns:
     """Lets prompts come in together, some sweeps apart, as long as that keeps the sweeps between them fast.
 
-    Drafts are for the other sweeps: rows of steps that are replayed are one a sequence.
+    Rows of steps that are replayed are one a sequence, and further ones cost: only a draft model may add some.
     """
 
     def __init__(self, add: AddDrafts) -> None:
@@ -34,11 +35,9 @@ class Turns:
 
         has_begun: a part of a prompt, whose rest follows without delay.
         """
-        if _are_replayed(segments, limits):
-            self._num_steps += 1
-            return
-        self._num_steps = _STEPS if has_begun else 0
-        self._add(segments, rows, limits)
+        are_replayed = _are_replayed(segments, limits)
+        self._num_steps = self._num_steps + 1 if are_replayed else _STEPS if has_begun else 0
+        self._add(segments, rows, replace(limits, free_rows=0) if are_replayed else limits)
 
 
 def are_steps(segments: Sequence[Segment]) -> bool:
