@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ from drafted import drafting
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine import Completion, Engine, Job, Sampling
+from engine.errors import CapacityError, ConfigError, UnsupportedError
+from engine.schedule.segment import Segment
 
 PREFIX = [*range(40, 70)]
 NUM_NEW = 24
+TIGHT = {"gpu-memory": "6MB", "percent": [0, 100, 0, 100, 0, 100]}
 
 
 def jobs() -> list[Job]:
@@ -119,3 +125,47 @@ def test_a_draft_that_is_wrong_changes_nothing(
         assert draft.drafts.num_tried > 50
     for job, done in [*zip(jobs(), found, strict=True)][:2]:
         assert list(done.tokens) == models.reference_greedy(reference("llama"), list(job.prompt), job.max_new_tokens)
+
+
+def test_what_was_drafted_in_vain_is_forgotten(
+    build: Callable[[str], Path], plain: Callable[[str], list[Completion]]
+) -> None:
+    """The second token of each draft is made wrong: the first of the next one, computed behind it, is right again."""
+    with drafting(build("llama"), build("llama"), 2) as engine:
+        draft = engine.parts.draft
+        assert draft is not None
+        executor, passes = draft.drafts._executor, count(1)
+        choices = executor.choices
+
+        def spoiled(batches: list[list[Segment]]) -> dict[int, int]:
+            is_second = next(passes) % 2 == 0
+            return {span: token + 3 if is_second else token for span, token in choices(batches).items()}
+
+        executor.__dict__["choices"] = spoiled
+        assert_same(engine.run(jobs()[:1]), plain("llama")[:1])
+        assert engine.num_sweeps == 1 + NUM_NEW // 2
+        draft.drafts.add([], 0, engine.parts.scheduler.limits)
+        assert (draft.drafts.num_came, draft.drafts.num_tried) == (NUM_NEW // 2 - 1, NUM_NEW - 2)
+
+
+def refused(model: Path, draft: Path, **policy: Any) -> str:
+    with pytest.raises((CapacityError, ConfigError, UnsupportedError)) as caught:
+        drafting(model, draft, 1, **policy)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_draft_is_refused(build: Callable[[str], Path], stranger: Path, tmp_path: Path) -> None:
+    other = models.save_model(tmp_path / "other", "opt")
+    file = other / "tokenizer.json"
+    told = json.loads(file.read_text())
+    vocabulary = told["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.__getitem__)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(told))
+    message = refused(build("llama"), other)
+    assert f"id {vocabulary[second]} is {second!r} there and {first!r} here" in message.replace('"', "'")
+    states = models.save_model(tmp_path / "states", "mamba2")
+    assert "its layers keep a state" in refused(build("llama"), states)
+    assert "layers of the model keep a state" in refused(states, build("llama"))
+    assert re.search(r"draft-model: its weights [\d.]+ MB, .* exceed", refused(build("llama"), stranger, **TIGHT))
