@@ -131,14 +131,14 @@ def test_what_was_drafted_in_vain_is_forgotten(
     build: Callable[[str], Path], plain: Callable[[str], list[Completion]]
 ) -> None:
     """The second token of each draft is made wrong: the first of the next one, computed behind it, is right again."""
-    with drafting(build("llama"), build("llama"), 2) as engine:
+    with drafting(build("llama"), build("llama"), 3) as engine:
         draft = engine.parts.draft
         assert draft is not None
         executor, passes = draft.drafts._executor, count(1)
         choices = executor.choices
 
         def spoiled(batches: list[list[Segment]]) -> dict[int, int]:
-            is_second = next(passes) % 2 == 0
+            is_second = next(passes) % 3 == 2
             return {span: token + 3 if is_second else token for span, token in choices(batches).items()}
 
         executor.__dict__["choices"] = spoiled
