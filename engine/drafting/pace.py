@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 MOST_DRAFTED = 7
 """Tokens of a draft, at most."""
 _FIRST_SIZE = 3
@@ -13,8 +15,11 @@ _KEPT_TOKENS = 500.0
 _PRIOR = (3.0, 4.0)
 """Tokens that came, of those tried, before any is: few, so that the first sweeps tell."""
 _EVERY = 32
-"""One sweep of so many drafts nothing, so that it shows what rows cost: the eighth first."""
+"""One sweep of so many drafts nothing where all have about as many rows, so that it shows what rows cost."""
 _FIRST_WITHOUT = 8
+"""Sweeps with drafts before the first such one: before them come those of the prompts, which have other rows."""
+_SPREAD = 0.3
+"""Standard deviation of rows, in parts of their mean, from which on the line through them tells what rows cost."""
 _LEAST_GAIN = 1.02
 """Tokens in a second, beside those without drafts, below which drafts do not pay."""
 _PAUSE = 32
@@ -41,10 +46,16 @@ class Line:
         return self._weight > 0
 
     @property
+    def spread(self) -> float:
+        """Standard deviation of the measurements' rows, in parts of their mean."""
+        mean, square = self._x / max(1e-9, self._weight), self._xx / max(1e-9, self._weight)
+        return math.sqrt(max(0.0, square - mean * mean)) / max(1e-9, mean)
+
+    @property
     def slope(self) -> float:
         """Seconds of a further row; none is known to cost anything while all measurements had as many."""
         spread = self._weight * self._xx - self._x * self._x
-        if spread <= 1e-9 * max(1.0, self._weight * self._xx):
+        if self.spread < 1e-4:
             return 0.0
         steepest = self._y / self._x  # through the origin: fewer rows never take less than none
         return min(steepest, max(0.0, (self._weight * self._xy - self._x * self._y) / spread))
@@ -89,7 +100,9 @@ class Pace:
             self._left -= 1
             return 0
         self._until_without -= 1
-        if self._until_without <= 0:
+        if self.sweeps.spread > _SPREAD:
+            self._until_without = max(1, self._until_without)
+        elif self._until_without <= 0:
             self._until_without = _EVERY
             return 0
         if not (self.sweeps.is_known and self.steps.is_known):
