@@ -3,8 +3,8 @@
     python -m benchmarks.draft_acceptance --data DIR [--model DIR] [--requests 8] [--new 64] [--out DIR]
 
 Prompts are GSM8K's test questions behind five worked examples, and MMLU's test questions; answers are greedy, then
-sampled at temperature 1. The draft's matrices are those that `compress-weight: 4` stands for, so it is as large and as
-slow as the model here: what its tokens would save is told by how many come, not by the seconds.
+sampled at temperature 1. The draft's matrices are those that `compress-weight: 4` stands for, in full width: it is as
+slow as the model here and would not be used, so the length of drafts is fixed (`SIZE`). Told is how many come.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import Engine, Job, Sampling
+from engine.drafting.pace import Pace
 from engine.kernels.codec import codec_of
 from engine.model.causal_model import CausalModel
 from engine.weights.stored_form import coded_names
@@ -29,7 +30,18 @@ from flexgen_helm.planning.record import write_record
 from flexgen_helm.runs.assets import demo_model
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZE = 4
 SUBJECTS = ("anatomy", "college_chemistry", "philosophy")
+
+
+class Fixed(Pace):
+    """Drafts as many tokens in every sweep, whether it pays or not."""
+
+    def size(self, count: int, rows: int) -> int:
+        return SIZE
+
+    def pays_to_begin(self, tokens: int, left: int, count: int, size: int) -> bool:
+        return True
 
 
 def write_rounded(model: Path, folder: Path, bits: int) -> None:
@@ -70,6 +82,9 @@ def run(model: Path, draft: Path | None, jobs: Sequence[Job]) -> tuple[dict[str,
     policy = {"device": "cpu", "dtype": "float32"} | ({} if draft is None else {"draft-model": str(draft)})
     with Engine.from_pretrained(str(model), policy=policy) as engine:
         engine.wait_until_loaded()
+        drafts = None if engine.parts.draft is None else engine.parts.draft.drafts
+        if drafts is not None:
+            drafts.pace = Fixed()
         begun, before = time.perf_counter(), engine.num_sweeps
         done = engine.run(jobs)
         seconds = time.perf_counter() - begun
@@ -77,9 +92,9 @@ def run(model: Path, draft: Path | None, jobs: Sequence[Job]) -> tuple[dict[str,
         if failed:
             raise failed[0]
         found: dict[str, Any] = {"seconds": seconds, "sweeps": engine.num_sweeps - before}
-        if engine.parts.draft is not None:
-            drafts = engine.parts.draft.drafts
-            found |= {"came": drafts.num_came, "tried": drafts.num_tried, "acceptance": drafts.pace.acceptance}
+        if drafts is not None:
+            part = drafts.num_came / drafts.num_tried
+            found |= {"came": drafts.num_came, "tried": drafts.num_tried, "acceptance": part}
     return found, [each.tokens for each in done]
 
 
