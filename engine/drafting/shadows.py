@@ -33,7 +33,7 @@ class Shadow(Sequence):
     @classmethod
     def of_target(cls, target: Sequence, parent: Prefix | None) -> Shadow:
         """The shadow of a running sequence, nothing of which is computed yet."""
-        job = replace(target.job, prompt_logprobs=False) if target.job.prompt_logprobs else target.job
+        job = replace(target.job, prompt_logprobs=False, thinking=None)  # nothing is scored, and no token is due
         tokens = list(target.tokens)
         return cls(
             job=job,
@@ -83,7 +83,7 @@ class _Shared:
     original: Prefix
     pieces: tuple[Prefix, ...]
     users: set[int] = field(default_factory=set)
-    """Shadows, and prefixes, that continue it."""
+    """Sequences whose shadows continue it, by their identities."""
 
 
 class Shadows:

@@ -84,29 +84,30 @@ def assert_nothing_held(engine: Engine) -> None:
     assert set(draft.cache.room.num_blocks.values()) == {0}
 
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "host": ("llama", {"percent": [0, 100, 0, 100, 0, 100]}),
-    "few at once": ("llama", {"percent": [34, 33, 34, 33, 34, 33], "gpu-batch-size": 3}),
-    "own attention": ("gptj", {}),
+CASES: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "few in a micro-batch": ("llama", {"percent": [34, 33, 34, 33, 34, 33], "gpu-batch-size": 3}, None),
+    "own attention, prompts in pieces": ("gptj", {"percent": [0, 100, 0, 100, 0, 100]}, 8),
 }
+"""Family, policy, and rows of the pieces in which the draft takes prompts."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_model_as_draft_is_right_each_time(
     case: str, build: Callable[[str], Path], plain: Callable[[str], list[Completion]], tmp_path: Path
 ) -> None:
-    family, policy = CASES[case]
+    family, policy, pieces = CASES[case]
     with drafting(build(family), build(family), 3, **policy, **{"offload-dir": str(tmp_path)}) as engine:
+        assert engine.parts.draft is not None
+        shadows = engine.parts.draft.drafts._shadows
+        shadows._limits = replace(shadows._limits, rows_per_piece=pieces)
         assert_same(engine.run(jobs()), plain(family))
         assert_nothing_held(engine)
         draft = engine.parts.draft
         assert draft is not None
         assert draft.drafts.num_came == draft.drafts.num_tried > 100
-        if case == "llama":
-            before = engine.num_sweeps
-            engine.run(jobs()[:1])  # a token of the prompt's sweep, then four of each
-            assert engine.num_sweeps - before == 1 + -(-(NUM_NEW - 1) // 4)
+        before = engine.num_sweeps
+        engine.run(jobs()[:1])  # a token of the prompt's sweep, then four of each
+        assert engine.num_sweeps - before == 1 + -(-(NUM_NEW - 1) // 4)
 
 
 def test_a_draft_that_is_wrong_changes_nothing(
