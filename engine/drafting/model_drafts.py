@@ -129,11 +129,9 @@ class ModelDrafts:
                     most[id(shadow)] = 0
                 else:
                     drafts[id(shadow)].append(chosen[id(shadow)])
+                    shadow.take(chosen[id(shadow)])
             asked = [shadow for shadow in asked if len(drafts[id(shadow)]) < most[id(shadow)]]
-            segments = []
-            for shadow in asked:
-                shadow.tokens = [*shadow.coming, *drafts[id(shadow)]]
-                segments.append(Segment(shadow, 1))
+            segments = [Segment(shadow, 1) for shadow in asked]
         return [(shadow, tuple(drafts[id(shadow)])) for shadow in drafting]
 
     def _first_rows(self, target: Sequence, count: int, size: int) -> list[Segment] | None:

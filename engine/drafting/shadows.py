@@ -51,7 +51,14 @@ class Shadow(Sequence):
 
     def draw(self, ahead: int = 0) -> float:
         """The number that the sequence will choose the same token by."""
-        return self.target.draw(len(self.generated) - len(self.target.generated) + ahead)
+        number = len(self.tokens) - self.num_prompt + ahead
+        return self.target.draw(number - len(self.target.generated_logprobs))
+
+    def take(self, token: int) -> None:
+        """Have a further token, which is computed next."""
+        if len(self.tokens) < self.cached:  # several rows have brought it up to its sequence
+            self.tokens = self.coming
+        self.tokens.append(token)
 
     def settle(self) -> tuple[int, int] | None:
         """See which of the proposed tokens came: how many did, and how many were tried; None if all began anew.
