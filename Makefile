@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 TABLE ?= families.md
 
-.PHONY: demo test slow families lint format clean
+.PHONY: demo test slow families lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flexgen_helm.run $(ARGS)
@@ -28,6 +28,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -37,6 +40,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[test,dev]'
+	touch $@
+
+$(VENV)/.installed-docs: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 clean:

@@ -1,26 +1,30 @@
 """How near sweeps come to the disk's rate: `python -m benchmarks.disk_tier --shape opt-30b --offload-dir DIR`.
 
 Opens random weights of a shape with so many percent of them on disk, and runs requests of one token that share most of
-their prompt: one sweep each time. The limit is the bytes that a sweep reads from disk over the disk's rate, measured
-right before by direct reads of a file of its own in the same directory. Also looks at how much the page cache grew,
-which direct reads leave as it is (other processes do not).
+their prompt: one sweep each time. The limit is what a plain reader takes for the same bytes of the same files: direct
+reads by as many threads, into memory that nobody looks at, right before and right after each run. Also looks at how
+much the page cache grew, which direct reads leave as it is (other processes do not).
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import Policy
-from engine.measuring.disk_rates import disk_rates
-from engine.policy import parse_bytes
+from engine.memory.disk.file import PIECE_BYTES, READERS, Request, requests_of
 from flexgen_helm.commands.bench import timed
 from flexgen_helm.planning.dummy import open_dummy, shape_name
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.record import write_record
 from flexgen_helm.planning.roofline import Workload
+
+if TYPE_CHECKING:
+    from engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,33 +49,56 @@ def policy_of(options: argparse.Namespace, disk: float) -> Policy:
     return Policy.from_mapping({key: value for key, value in mapping.items() if value is not None})
 
 
-def measure(shape: str, policy: Policy, load: Workload, runs: int, read_bytes_s: float) -> dict[str, Any]:
-    """Time `runs` calls of the workload; seconds, and the least there could be."""
+def requests_for(engine: Engine) -> list[Request]:
+    """Direct reads that bring everything of the weights that is on disk."""
+    placed = engine.parts.weights.placed.values()
+    return requests_of(span for unit in placed for span in unit.disk_spans(unit.part.first, unit.part.end))
+
+
+def plain_read_s(requests: list[Request]) -> float:
+    """Seconds of `requests` and nothing else, by as many threads as the engine reads with."""
+    memory = memoryview(mmap.mmap(-1, PIECE_BYTES))  # all threads read into it: nobody looks at it
+    start = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(lambda each: each.file.read(each.first, memory, each.end - each.first), requests):
+            pass
+    return time.perf_counter() - start
+
+
+def measure(shape: str, policy: Policy, load: Workload, runs: int) -> dict[str, Any]:
+    """Time `runs` calls of the workload, and a plain reader of the same bytes around each; seconds, and the ratio."""
     start, cached = time.perf_counter(), page_cache_bytes()
     with open_dummy(shape, policy) as engine:
         load_s, cached_by_load = time.perf_counter() - start, page_cache_bytes() - cached
         timed(engine, load, seed=1)  # claims the memory that it needs
-        disk_bytes, cached = sizes_of(engine).disk_bytes, page_cache_bytes()
-        times = [timed(engine, load, seed) for seed in range(2, 2 + runs)]
+        requests, cached = requests_for(engine), page_cache_bytes()
+        plain, times = [plain_read_s(requests)], []
+        for seed in range(2, 2 + runs):
+            times.append(timed(engine, load, seed))
+            plain.append(plain_read_s(requests))
         grown = page_cache_bytes() - cached
-        read_ahead_bytes = engine.plan.read_ahead_bytes
-    limits = [sweeps * disk_bytes / read_bytes_s for _, sweeps in times]
+        disk_bytes, read_ahead_bytes = sizes_of(engine).disk_bytes, engine.plan.read_ahead_bytes
+    limits = [sweeps * (plain[run] + plain[run + 1]) / 2 for run, (_, sweeps) in enumerate(times)]
     return {
         "policy": policy.as_mapping(),
         "load_s": load_s,
         "page_cache_growth_by_load_bytes": cached_by_load,
         "disk_bytes_a_sweep": disk_bytes,
+        "plain_reader_bytes": sum(each.num_bytes for each in requests),
+        "plain_reader_s": plain,
         "read_ahead_bytes": read_ahead_bytes,
         "seconds": [seconds for seconds, _ in times],
         "sweeps": [sweeps for _, sweeps in times],
         "limit_s": limits,
-        "over_limit": [seconds / limit if limit else None for (seconds, _), limit in zip(times, limits, strict=True)],
+        "over_limit": [
+            seconds / limit if disk_bytes else None for (seconds, _), limit in zip(times, limits, strict=True)
+        ],
         "page_cache_growth_bytes": grown,
     }
 
 
 def main() -> None:
-    """Measure the disk, then the engine at each share; print and record both."""
+    """Measure the engine at each share, beside a plain reader; print and record both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-30b")
     parser.add_argument("--weights", type=float, nargs="+", default=[50.0], help="percents of the weights on disk")
@@ -80,7 +107,6 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs=2, default=(400, 100), metavar=("SHARED", "OWN"))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--offload-dir", type=Path, required=True)
-    parser.add_argument("--probe", default="8GB", help="size of the file that the disk is measured with")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--gpu-memory")
     parser.add_argument("--cpu-memory")
@@ -90,18 +116,12 @@ def main() -> None:
     rows = []
     for disk in options.weights:
         policy = policy_of(options, disk)
-        read, written = disk_rates(str(options.offload_dir), num_bytes=parse_bytes(options.probe, "--probe"), seconds=5)
-        print(f"disk reads {read / 1e9:.2f} GB/s, writes {written / 1e9:.2f} GB/s", flush=True)
-        row = {
-            "disk_percent": disk,
-            "disk_read_bytes_s": read,
-            "disk_write_bytes_s": written,
-            **measure(options.shape, policy, load, options.runs, read),
-        }
+        row = {"disk_percent": disk, **measure(options.shape, policy, load, options.runs)}
         rows.append(row)
         print(f"{disk:g} % on disk, {row['disk_bytes_a_sweep'] / 1e9:.2f} GB a sweep; loaded in {row['load_s']:.1f} s")
         for seconds, limit, over in zip(row["seconds"], row["limit_s"], row["over_limit"], strict=True):
-            print(f"  {seconds:.3f} s, limit {limit:.3f} s: {'no disk' if over is None else f'{over:.2f} x the limit'}")
+            told = "no disk" if over is None else f"{over:.2f} x a plain reader"
+            print(f"  {seconds:.3f} s, limit {limit:.3f} s: {told}", flush=True)
         print(f"  the page cache grew by {row['page_cache_growth_bytes'] / 1e6:.0f} MB", flush=True)
     content = {"shape": options.shape, "row": str(load), "rows": rows}
     print(write_record(f"disk-tier-{shape_name(options.shape)}", content, options.out))

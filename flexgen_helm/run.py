@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from flexgen_helm import __version__, engine_problem
 from flexgen_helm.terminal.errors import RunFailed, UsageError
 from flexgen_helm.terminal.parser import Parser
+from flexgen_helm.terminal.plain_text import plain, plain_output
 from flexgen_helm.terminal.signals import NOT_FINISHED, heeding_signals
 
 atexit.register(gc.freeze)  # else the interpreter looks through all of torch and HELM before it ends, for seconds
@@ -41,7 +42,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with heeding_signals() as signals:
+    with plain_output(), heeding_signals() as signals:
         try:
             code = _main(arguments)
         except SystemExit:
@@ -148,9 +149,7 @@ def _run_command(command: str, rest: list[str]) -> int:
 
 
 def _complain(message: object, code: int) -> int:
-    text = " ".join(str(message).split())  # a name from outside may hold what a terminal takes for commands
-    told = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
-    print(f"flexgen-helm: error: {told}", file=sys.stderr)
+    print(f"flexgen-helm: error: {plain(' '.join(str(message).split()))}", file=sys.stderr)
     return code
 
 

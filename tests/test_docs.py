@@ -1,4 +1,4 @@
-"""Protects: every command, policy and file that the README shows is one that works."""
+"""Protects: every command, policy and file that the README and the guides in docs/ show is one that works."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from engine import Engine
 from engine.policy import Policy, policy_directories
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "ARCHITECTURE.md")]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+GUIDES = "\n".join(TEXTS.values())
 HELM = pytest.importorskip("helm.benchmark.run", reason="crfm-helm is not installed")
 pytest.importorskip("flexgen_helm.plugin")  # registers our run entries
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", GUIDES, re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -42,7 +44,7 @@ RUNS = [*commands_of("python", "-m", "flexgen_helm.run"), *commands_of("flexgen-
 
 
 def test_every_command_is_looked_at_here() -> None:
-    known = ("make", "pip", "helm-run", "flexgen-helm", "python -m flexgen_helm.run")
+    known = ("make", "pip", "helm-", "flexgen-helm", "python -m flexgen_helm.run")  # scripts are blocks of `bash`
     assert [command for command in commands() if not command.startswith(known)] == []
     assert len(RUNS) >= 5
 
@@ -125,21 +127,34 @@ def test_every_flag_in_the_text_exists() -> None:
     from flexgen_helm.commands.complete import complete_parser
     from flexgen_helm.commands.sweep import sweep_parser
 
-    known = sweep_parser().format_help() + complete_parser().format_help()
+    known = " ".join(
+        flag
+        for parser in (sweep_parser(), complete_parser(), HELM.build_parser())
+        for action in parser._actions
+        for flag in action.option_strings
+    )
     commands = ROOT / "flexgen_helm" / "commands"
     known += "".join(
         (commands / f"{name}.py").read_text() for name in ("register", "doctor", "report", "compare", "plan")
     )
-    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--description"}
+    known += "".join(script.read_text() for script in (ROOT / "benchmarks").glob("*.py"))
+    text = re.sub(r"```.*?```", "", GUIDES, flags=re.DOTALL)
+    others = {
+        "--description",
+        "--now",
+        "--signal",
+        "--summarizer-class-name",
+    }  # FlexGen, systemd, Slurm, helm-summarize
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others
     assert flags
     assert [flag for flag in flags if flag not in known] == []
 
 
 def test_the_policy_shown_is_one_and_shows_every_key() -> None:
-    shown = next(block for block in blocks("yaml") if block.startswith("gpu-batch-size"))
-    policy = yaml.safe_load(shown)
-    Policy.from_mapping(policy)
+    shown = [yaml.safe_load(block) for block in blocks("yaml") if block.startswith("gpu-batch-size")]
+    for each in shown:
+        Policy.from_mapping(each)
+    policy = max(shown, key=len)
     known = {field.name.replace("_", "-") for field in fields(Policy)}
     assert set(policy) == known - {"weights", "kv-cache", "activations"} | {"percent"}
 
@@ -147,8 +162,7 @@ def test_the_policy_shown_is_one_and_shows_every_key() -> None:
 def test_every_shipped_policy_and_file_of_entries_is_named() -> None:
     shipped = {file.stem for folder in policy_directories() for file in folder.glob("*.yaml")}
     shipped |= {file.stem for file in (ROOT / "run_specs").glob("*.conf")}
-    text = README + (ROOT / "docs" / "scenarios.md").read_text(encoding="utf-8")
-    assert [name for name in shipped if f"`{name}`" not in text] == []
+    assert [name for name in shipped if f"`{name}`" not in GUIDES] == []
 
 
 def test_the_deployment_shown_is_one() -> None:
@@ -185,9 +199,19 @@ def test_the_python_shown_runs(
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_links_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", TEXTS[page])
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_index_of_the_guides_names_them_all() -> None:
+    index = ROOT / "docs" / "README.md"
+    assert set(re.findall(r"\]\(([\w.-]+\.md)\)", TEXTS[index])) >= {page.name for page in PAGES[1:]} - {index.name}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 200
 
 
 def test_the_demo_ends_with_a_command_that_works() -> None:
