@@ -112,7 +112,7 @@ class ModelDrafts:
         most: dict[int, int] = {}
         segments: list[Segment] = []
         drafting: list[Shadow] = []
-        for target in targets:
+        for target in targets[: self.pace.most_sequences(len(targets))]:
             count = min(size, target.most_drafted, self._room_in_window(target))
             found = self._first_rows(target, len(targets), size) if count > 0 else None
             shadow = self._shadows.get(target)

@@ -26,6 +26,13 @@ _PAUSE = 32
 """Sweeps without drafts where they do not pay, before they are tried again; each time twice as many."""
 
 
+_FIRST_SEQUENCES = 8
+"""That are drafted for before it is known what a pass over their prompts takes."""
+_TRIED_AGAIN = 64
+"""One shadow of so many that seem to cost more than they save is begun all the same: what the first pass took is no
+measure, since kernels are compiled in it."""
+
+
 class Line:
     """A straight line through the latest measurements: seconds by rows."""
 
@@ -78,6 +85,8 @@ class Pace:
         self._pause = _PAUSE
         self._left = 0
         """Sweeps without drafts still to come, since drafts do not pay."""
+        self._num_refused = 0
+        """Shadows that were not worth beginning."""
 
     @property
     def acceptance(self) -> float:
@@ -136,4 +145,11 @@ class Pace:
         if not (self.sweeps.is_known and self.steps.is_known):
             return True
         saved = (left - left / self.tokens(size)) * self.sweeps.at(count) / count
-        return tokens * self.steps.slope < saved
+        if tokens * self.steps.slope < saved:
+            return True
+        self._num_refused += 1
+        return self._num_refused % _TRIED_AGAIN == 0
+
+    def most_sequences(self, count: int) -> int:
+        """How many of `count` sequences are drafted for now."""
+        return count if self.steps.is_known else min(count, _FIRST_SEQUENCES)
