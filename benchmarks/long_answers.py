@@ -16,7 +16,6 @@ they are told to. The record is written anew whenever something is known.
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import time
 from collections.abc import Callable
@@ -24,13 +23,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from benchmarks.rivals.contender import device
+from benchmarks.rivals.contender import device, release
 from benchmarks.rivals.lengths import batches, continuous
 from engine.errors import EngineError
 from engine.job import Job
-from engine.memory import accelerator
 from engine.policy import Policy
 from flexgen_helm.commands.bench import rates_of
 from flexgen_helm.planning.dummy import open_dummy, random_model, shape_config
@@ -110,19 +106,13 @@ def without_drafts(engine: Engine) -> None:
     scheduler.limits = replace(scheduler.limits, free_rows=0)
 
 
-def release(where: torch.device) -> None:
-    """Give back what torch holds of what is gone."""
-    gc.collect()
-    accelerator.release_memory(where)
-
-
 def ours(shape: str, policy: Policy, prompts: list[list[int]], lengths: list[int]) -> dict[str, Any]:
     """The engine, rehearsed by as many answers of two tokens."""
     with open_dummy(shape, policy) as engine:
         without_drafts(engine)
         ask(engine, prompts, [2] * len(prompts))
         found = ask(engine, prompts, lengths)
-    release(device())
+    release()
     return found
 
 
@@ -147,7 +137,7 @@ def resident(options: argparse.Namespace, told: Told) -> None:
             ratio, asked = first["tokens_s"] / found["tokens_s"], ASKED[f"of {name}"]
             found |= {"ratio": ratio, "asked": asked, "held": ratio >= asked}
         told(name, found)
-        release(device())
+        release()
 
 
 def least_link_s(
@@ -201,7 +191,7 @@ def offloaded(options: argparse.Namespace, told: Told) -> None:
             "fraction_by_sweeps_seen": seen / found["seconds"],
         },
     )
-    release(device())
+    release()
 
 
 PARTS = {"resident": resident, "offloaded": offloaded}

@@ -21,6 +21,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 _CODES = {"compress-weight": 4, "compress-cache": 4}
+_LOSSLESS = {"compress-weight": "lossless"}
+_EIGHTH = {"weights": {"gpu": 13, "cpu": 87}}
 _HALF = {"weights": {"gpu": 50, "cpu": 50}}
 
 
@@ -51,6 +53,11 @@ ROWS = {
         "16GB",
         {"compress-weight": 4, "weights": {"gpu": 12, "cpu": 88}, **_seats(400)},
         ("2x400x0+512:32",),
+    ),
+    "llama-3-8b-6GB": Row("llama-3-8b", "6GB", _EIGHTH, ("1x10x0+512:32",)),
+    "llama-3-8b-6GB-lossless": Row("llama-3-8b", "6GB", {**_EIGHTH, **_LOSSLESS}, ("1x10x0+512:32",)),
+    "llama-3-70b-16GB-lossless": Row(
+        "llama-3-70b", "16GB", {**_LOSSLESS, "weights": {"gpu": 6, "cpu": 94}}, ("1x32x0+512:32",)
     ),
     "opt-30b-16GB-host-attention": Row("opt-30b", "16GB", {"cpu-cache-compute": True}, ("1x88x0+512:32",)),
     "opt-175b-16GB-4bit": Row("opt-175b", "16GB", _CODES, ("1x100x400+100:1", "1x32x0+512:32")),

@@ -20,6 +20,7 @@ from engine.errors import CapacityError, EngineError, UnsupportedError, named, o
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
 from engine.kernels.threads import limit_threads, one_thread
+from engine.kernels.weight_codes.named import weight_codec_of
 from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.arena import Arena
@@ -27,12 +28,13 @@ from engine.model.causal_model import CausalModel
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.planning.planner import Plan, make_plan
 from engine.planning.sharing import ALONE, Sharing
-from engine.policy import Policy
+from engine.policy import Policy, only_bfloat16
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.scheduler import Scheduler
 from engine.schedule.segment import add_drafts
 from engine.text.decoding import Text
 from engine.weights.encoded.kept import KeptWeights
+from engine.weights.encoded.left_plain import left_plain
 from engine.weights.loading import check_checkpoint, load_checkpoint
 from engine.weights.members.group import Group
 from engine.weights.store import WeightStore
@@ -96,10 +98,10 @@ class Parts:
 
 def fill_from(description: ModelDescription, policy: Policy) -> Fill:
     """What fills a store from the described checkpoint, or from its encoded weights where they were kept."""
-    path, bits = Path(description.path), policy.compress_weight
+    path, codes = Path(description.path), policy.compress_weight
 
     def fill(store: WeightStore) -> Iterator[None]:
-        return load_checkpoint(path, store, KeptWeights(path, store, bits) if bits and store.has_codes else None)
+        return load_checkpoint(path, store, KeptWeights(path, store, codes) if codes and store.has_codes else None)
 
     return fill
 
@@ -120,7 +122,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
         sharing = ALONE
     else:
         memory, sharing = member.memory, Sharing(count=member.count, gather=member.gather)
-    codec, cache_codec = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
+    is_lossless = policy.compress_weight == "lossless"
+    plain = left_plain(Path(description.path), model) if is_lossless and description.weight_bytes else frozenset[str]()
+    codec, cache_codec = weight_codec_of(policy.compress_weight, plain), codec_of(policy.compress_cache)
     shape, on_cpu = shape_of(model, codec, cache_codec), device.type == "cpu"
     drafting = _draft_model(description, policy, model, tokenizer, device)
     draft_shape = None if drafting is None else shape_of(drafting.model)
@@ -250,6 +254,8 @@ def _open_model(
         _check_cache_codec(model)
     if policy.compress_weight and model.quantization:
         raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
+    if policy.compress_weight == "lossless" and dtype != torch.bfloat16:
+        raise UnsupportedError(only_bfloat16(str(dtype).removeprefix("torch.")))
     return model, tokenizer, special
 
 

@@ -14,6 +14,7 @@ from engine.reading import expand_home, find_file, read_yaml
 
 PadMode = Literal["bucket"] | int | None
 Bits = Literal[4, 8] | None
+WeightCodes = Literal[4, 8, "lossless"] | None
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
@@ -43,6 +44,11 @@ def parse_bytes(value: Any, where: str) -> int:
     if size <= 0:
         raise ConfigError(f"{where}: {shown(value)} is no memory at all")
     return size
+
+
+def only_bfloat16(dtype: str) -> str:
+    """That a lossless codec takes no weights of this dtype: of float16's 16 bits it would leave 15.1."""
+    return f"compress-weight: lossless takes bfloat16, and the model is computed in {dtype}; leave it out, or set dtype"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +119,8 @@ class Policy:
     activations: Share | None = None
     pad_to_seq_len: PadMode = None
     """None: packed, no padding; "bucket": to the next bucket; an int: every prompt to this many tokens."""
-    compress_weight: Bits = None
+    compress_weight: WeightCodes = None
+    """Bits that weights are rounded to, or "lossless": they come back bit for bit."""
     compress_cache: Bits = None
     cpu_cache_compute: bool = False
     pin_weight: bool = True
@@ -165,9 +172,10 @@ class Policy:
         for key in ("gpu_memory", "cpu_memory"):
             if values.get(key) is not None:
                 values[key] = parse_bytes(values[key], f"{where}: {key.replace('_', '-')}")
-        for key in ("compress_weight", "compress_cache"):
-            if key in values:
-                values[key] = _bits(values[key], f"{where}: {key.replace('_', '-')}")
+        if values.get("compress_weight") != "lossless" and "compress_weight" in values:
+            values["compress_weight"] = _bits(values["compress_weight"], f"{where}: compress-weight", ", lossless")
+        if "compress_cache" in values:
+            values["compress_cache"] = _bits(values["compress_cache"], f"{where}: compress-cache")
         if "device" in values:
             values["device"] = parse_device(values["device"], f"{where}: device")
         if values.get("gather_weights") == "auto":
@@ -220,6 +228,11 @@ class Policy:
             )
 
     @property
+    def weight_bits(self) -> Bits:
+        """Bits that weights are rounded to; None where they stay what they are."""
+        return None if self.compress_weight == "lossless" else self.compress_weight
+
+    @property
     def uses_disk(self) -> bool:
         """Whether any spelled-out share is on disk."""
         return any(share is not None and share.disk > 0 for share in (self.weights, self.kv_cache, self.activations))
@@ -251,14 +264,14 @@ def _directory(value: Any, where: str) -> str:
     return str(expand_home(text, ConfigError, where))
 
 
-def _bits(value: Any, where: str) -> Bits:
+def _bits(value: Any, where: str, others: str = "") -> Bits:
     if value is None or value is False:
         return None
     if value is True or value == 4:
         return 4
     if value == 8:
         return 8
-    raise ConfigError(f"{where}: {shown(value)} is none of false, 4, 8")
+    raise ConfigError(f"{where}: {shown(value)} is none of false, 4, 8{others}")
 
 
 def policy_directories() -> list[Path]:

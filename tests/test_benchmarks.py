@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    card_time,
     codecs,
     compression,
     data_wrangling,
@@ -31,7 +34,7 @@ from benchmarks import (
     sweep_suite,
     timeline,
 )
-from benchmarks.rivals import contender, run
+from benchmarks.rivals import contender, freetoken, generate_batch, run
 from engine import Job, Policy
 from engine.errors import CheckpointError, ConfigError
 from engine.planning.limits import Limits
@@ -543,6 +546,26 @@ class TestRivals:
         assert says in result["failed"]
         assert says in run.table_line("x", result)
 
+    @pytest.mark.parametrize("name", run.MODULES)
+    def test_contenders_have_a_script(self, name: str, tmp_path: Path) -> None:
+        options = argparse.Namespace(shape="opt-125m", row="1x2x0+4:2", gpu_memory="1GB")
+        command = run.command_of(f"{name} --cut 2", options, tmp_path)
+        assert command[-2:] == ["--cut", "2"]
+        assert importlib.util.find_spec(command[command.index("-m") + 1]) is not None
+
+    def test_continuous_batching_is_not_limited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["generate_batch", "--shape", "opt-125m", "--cut", "2"])
+        with pytest.raises(SystemExit, match="leave out --cut"):
+            generate_batch.main()
+
+    def test_freetoken_reads_a_configuration_of_the_shape(self, tmp_path: Path) -> None:
+        from transformers import AutoConfig
+
+        freetoken.checkpoint_of("qwen3-30b-a3b", tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert config.architectures == ["Qwen3MoeForCausalLM"]
+        assert (config.num_hidden_layers, config.num_experts, config.hidden_size) == (48, 128, 2048)
+
     def test_what_was_not_measured_is_said(self) -> None:
         result = {
             "seconds": 10.0,
@@ -585,10 +608,21 @@ class TestRivals:
         part, detail = generating.time_generate(model, replace(task, cut=3, batches=1), 5)
         assert (part, detail["projected"], detail["measured_tokens"]) == (pytest.approx(whole), True, 4)
 
+    def test_a_record_tells_of_a_shape_what_its_file_says(self, tmp_path: Path) -> None:
+        changed = {"shape": "opt-30b", "num_hidden_layers": 8}
+        file = tmp_path / "opt-30b-8-layers.json"
+        file.write_text(json.dumps(changed))
+        assert run.shape_of(str(file)) == {"shape": "opt-30b-8-layers", "changes": changed}
+        assert run.shape_of("opt-6.7b") == {"shape": "opt-6.7b"}
+
     def test_published_figures_have_a_source(self) -> None:
         figures = json.loads((ROOT / "benchmarks" / "rivals" / "published.json").read_text())
-        assert {"Petals", "FlexGen"} <= {figure["system"] for figure in figures}
-        assert all(figure["source"] and figure["new_tokens_s"] > 0 for figure in figures)
+        assert {"Petals", "FlexGen", "MoE-Gen", "KTransformers"} <= {figure["system"] for figure in figures}
+        for figure in figures:
+            assert figure.keys() - {"prompt_tokens_s"} == {"system", "work", "new_tokens_s", "per", "source"}
+            assert figure["source"]
+            assert figure["new_tokens_s"] > 0
+            assert figure.get("prompt_tokens_s", 1) > 0
 
 
 class TestDataWrangling:
@@ -805,3 +839,32 @@ def test_several_devices_are_timed_beside_one(opt: str, tmp_path: Path, capsys: 
         assert len(row["each_s"]) == len(found["devices"])
         assert found["host_bytes_of_weights"] > 0
     assert capsys.readouterr().out.count("1x6x8+4:2") == 3
+
+
+def test_a_cards_time_is_summed_by_what_its_kernels_do() -> None:
+    events = [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", 2000.0),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::half_t>>", 500.0),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", 1000.0),
+        ("void at::native::vectorized_elementwise_kernel<8, relu>", 250.0),
+        ("Memcpy HtoD (Pinned -> Device)", 50.0),
+    ]
+    found = card_time.summed(events)
+    expected = {"products": [3.0, 2], "attention": [0.5, 1], "between": [0.25, 1], "copies": [0.05, 1]}
+    assert found["kinds_ms"] == expected
+    assert next(iter(found["kernels_ms"])) == events[0][0]
+
+
+def test_a_workloads_operations_are_counted_by_hand() -> None:
+    asked = card_time.Asked.parse("2x3x4+5:1")
+    assert asked.num_tokens == 2 * (4 + 3 * 5)
+    assert asked.num_pairs == 2 * (1 + 2 + 3 + 4 + 3 * (5 + 6 + 7 + 8 + 9))
+    jobs = asked.jobs(100, 0)
+    assert [len(job.prompt) for job in jobs] == [9] * 6
+    assert jobs[0].prompt[:4] == jobs[2].prompt[:4] != jobs[3].prompt[:4]
+    suite = card_time.Asked.parse("suite").runs
+    assert len(suite) == 20
+    assert all(350 <= shared <= 1500 for shared, _ in suite)
+    assert all(len(own) == 100 and min(own) >= 40 and max(own) <= 140 for _, own in suite)
+    with pytest.raises(ConfigError, match="one new token"):
+        card_time.Asked.parse("2x3x4+5:8")

@@ -44,8 +44,8 @@ RUNS = [*commands_of("python", "-m", "flexgen_helm.run"), *commands_of("flexgen-
 
 
 def test_every_command_is_looked_at_here() -> None:
-    known = ("make", "pip", "helm-", "flexgen-helm", "python -m flexgen_helm.run")  # scripts are blocks of `bash`
-    assert [command for command in commands() if not command.startswith(known)] == []
+    known = ("make", "pip", "helm-", "flexgen-helm", "python -m flexgen_helm.run", "python -m benchmarks.rivals.run")
+    assert [command for command in commands() if not command.startswith(known)] == []  # scripts are blocks of `bash`
     assert len(RUNS) >= 5
 
 
@@ -72,6 +72,7 @@ def test_helm_accepts_its_commands(arguments: list[str]) -> None:
 
 
 def test_other_commands_are_accepted() -> None:
+    from benchmarks.rivals.run import parse_flags
     from engine.planning.hardware_profile import HardwareProfile
     from flexgen_helm.commands.bench import bench_parser, workloads
     from flexgen_helm.commands.check import parse_check_flags
@@ -119,6 +120,8 @@ def test_other_commands_are_accepted() -> None:
         assert read_entries(sweep_args)
     for arguments in commands_of("flexgen-helm", "register"):
         checked_policy(register_parser().parse_args(arguments).policy)
+    for arguments in commands_of("python", "-m", "benchmarks.rivals.run"):
+        shape_config(parse_flags(arguments).shape)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {arguments[0] for arguments in commands_of("make")} <= targets
 

@@ -6,6 +6,7 @@ A contender is a process of its own: it prints progress as it likes and, last, o
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from engine.memory import accelerator
 from engine.policy import parse_bytes
 from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.planning.roofline import Workload
@@ -59,12 +61,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def task_of(options: argparse.Namespace) -> Task:
-    """The task that the flags mean; limits what torch may reserve on the card."""
-    limit = None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory")
+def limit_device(limit: int | None) -> None:
+    """Let torch reserve so many bytes at most on the card."""
     if limit is not None and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), 0)
+
+
+def task_of(options: argparse.Namespace, *, enforce: bool = True) -> Task:
+    """The task that the flags mean; limits what torch may reserve on the card, unless not to `enforce` it yet."""
+    limit = None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory")
+    if enforce:
+        limit_device(limit)
     return Task(
         shape=options.shape,
         load=options.row,
@@ -78,6 +86,12 @@ def task_of(options: argparse.Namespace) -> Task:
 def device() -> torch.device:
     """Where contenders compute."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def release() -> None:
+    """Give back what torch holds of what is gone."""
+    gc.collect()
+    accelerator.release_memory(device())
 
 
 def stopwatch(call: Callable[[], object]) -> float:

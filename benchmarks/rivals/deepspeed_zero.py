@@ -16,8 +16,6 @@ from benchmarks.rivals.contender import finish, parser, task_of
 from benchmarks.rivals.generating import sequence_bytes, time_generate
 from flexgen_helm.planning.dummy import random_model
 
-_LIBRARIES_BYTES = 2 << 30
-
 
 def main() -> None:
     """Run the task."""
@@ -54,8 +52,8 @@ def main() -> None:
     setup_s = time.perf_counter() - start
     limit = task.gpu_memory or int(0.9 * torch.cuda.mem_get_info()[0])
     table = model.config.vocab_size * hidden * 2
-    room = limit - 4 * layer - 2 * table - _LIBRARIES_BYTES
-    batch_size = task.batch_size or max(1, min(task.load.num_requests, int(0.8 * room / sequence_bytes(task))))
+    room = limit - 4 * layer - 2 * table
+    batch_size = task.batch_size or max(1, min(task.load.num_requests, int(0.9 * room / sequence_bytes(task))))
     seconds, detail = time_generate(engine.module, task, batch_size, synced_gpus=False)
     finish(task, seconds, setup_s=setup_s, deepspeed=deepspeed.__version__, **detail)
     del keep

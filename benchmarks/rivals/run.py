@@ -25,18 +25,20 @@ from flexgen_helm.planning.roofline import Workload
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SCRIPTS = ("flexllmgen", "accelerate", "deepspeed", "transformers", "transformers-1")
 MODULES = {
     "flexllmgen": "flexllmgen",
     "accelerate": "accelerate_offload",
     "deepspeed": "deepspeed_zero",
     "transformers": "transformers_generate",
     "transformers-1": "transformers_generate",
+    "generate_batch": "generate_batch",
+    "freetoken": "freetoken",
 }
+"""The script of each contender."""
 
 
 def command_of(contender: str, options: argparse.Namespace, out: Path) -> list[str]:
-    """The command line of a contender: "flexgen-helm", or one of `SCRIPTS`, with further flags behind its name."""
+    """The command line of a contender: "flexgen-helm", or one of `MODULES`, with further flags behind its name."""
     name, *flags = shlex.split(contender)
     limit = ["--gpu-memory", options.gpu_memory] if options.gpu_memory else []
     if name == "flexgen-helm":
@@ -55,12 +57,15 @@ def run_contender(command: list[str], out: Path, limit_s: float) -> dict[str, An
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ
         )
+        code: int | None = None
         try:
-            code: int | None = process.wait(limit_s)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            pass
+        finally:  # also where we are interrupted: it is in a session of its own
+            if code is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         log.seek(0)
         lines = log.read().splitlines()
     process_s = time.perf_counter() - start
@@ -104,8 +109,14 @@ def table_line(contender: str, result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Run the contenders one after the other; the record is written anew after each."""
+def shape_of(shape: str) -> dict[str, Any]:
+    """What a record says of a shape: its name, and what is in its file if it is one."""
+    file = Path(shape)
+    return {"shape": file.stem, "changes": json.loads(file.read_text())} if file.is_file() else {"shape": shape}
+
+
+def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; ends the process with one line if a contender is unknown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-30b")
     parser.add_argument("--row", type=Workload.parse, default="1x64x0+512:32")
@@ -114,22 +125,28 @@ def main() -> None:
         "--contenders",
         nargs="+",
         default=["flexgen-helm", "accelerate --cut 2 --batches 1"],
-        help=f"flexgen-helm, {', '.join(SCRIPTS)}; each may have flags of its own behind it, in one argument",
+        help=f"flexgen-helm, {', '.join(MODULES)}; each may have flags of its own behind it, in one argument",
     )
     parser.add_argument("--limit", type=float, default=240, help="most seconds of one contender")
     parser.add_argument("--name", help="name of the record (default: from shape and memory)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for contender in options.contenders:
-        if shlex.split(contender)[0] not in ("flexgen-helm", *SCRIPTS):
+        if shlex.split(contender)[0] not in ("flexgen-helm", *MODULES):
             parser.error(f"no contender {contender!r}")
-    name = options.name or "-".join(filter(None, ("rivals", options.shape, options.gpu_memory)))
+    return options
+
+
+def main() -> None:
+    """Run the contenders one after the other; the record is written anew after each."""
+    options = parse_flags()
+    shape = shape_of(options.shape)
+    name = options.name or "-".join(filter(None, ("rivals", shape["shape"], options.gpu_memory)))
     content: dict[str, Any] = {
-        "shape": options.shape,
+        **shape,
         "row": str(options.row),
         "gpu_memory": options.gpu_memory,
         "contenders": {},
-        "published": json.loads((HERE / "published.json").read_text()),
     }
     for contender in options.contenders:
         with tempfile.TemporaryDirectory() as out:
@@ -140,7 +157,7 @@ def main() -> None:
             print(f"    | {line[:200]}", flush=True)
         path = write_record(name, content, options.out)
     print("published, not run here:")
-    for figure in content["published"]:
+    for figure in json.loads((HERE / "published.json").read_text()):
         print(f"  {figure['system']}: {figure['new_tokens_s']} tokens/s per {figure['per']} - {figure['work']}")
     print(path)
 

@@ -140,6 +140,7 @@ def _measure(
         disk_write_bytes_s=disk_written,
         links_together_bytes_s=links_together,
         gather_bytes_s=gather,
+        computes_bfloat16=device.type == "cpu" or accelerator.computes_bfloat16(device),
     )
 
 

@@ -24,7 +24,9 @@ from engine.model.attention import flash
 from engine.model.build import build, decoder_layers, give_each_its_own
 from engine.model.experts.interface import keep_experts_apart, names_of_matrices, take_experts
 from engine.model.family_probe import probe
+from engine.model.fused.gates import fuse_gates
 from engine.model.fused.norms import fuse_norms
+from engine.model.fused.rectifiers import fuse_rectifiers
 from engine.model.fused.rotations import fuse_rotations
 from engine.model.indexers.indexer import Indexer
 from engine.model.mixers.mixer import Mixer
@@ -113,6 +115,8 @@ class CausalModel:
         self._leave_out(unused_parameters(self))
         fuse_norms(self.layers, self.sweeping, device, dtype)
         fuse_rotations(self.layers, self.sweeping, device, dtype)
+        fuse_gates(self.layers, self.sweeping, device, dtype)
+        fuse_rectifiers(self, device, dtype)
         for root in (self.module, *self.layers):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):

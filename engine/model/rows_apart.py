@@ -107,17 +107,18 @@ def _is_apart(layers: list[nn.Module], context: SweepContext, width: int, calls:
         for layer, (together, alone) in zip(layers, calls, strict=True):
             context.attended = 0
             try:
-                whole = _states(layer, hidden, together)
+                whole = states_of(layer, hidden, together)
             finally:
                 if context.attended > 1:
                     raise UnsupportedError("its layers attend more than once")
-            single = [_states(layer, hidden[i : i + 1], call) for i, call in enumerate(alone)]
+            single = [states_of(layer, hidden[i : i + 1], call) for i, call in enumerate(alone)]
     apart = whole.reshape(count, -1) - torch.stack(single).reshape(count, -1)
     tolerance = 0.0 if context.is_batch_invariant else _TOLERANCE
     return not bool(apart.abs().max() > tolerance * whole.abs().max())
 
 
-def _states(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+def states_of(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """What a layer makes of float32 rows `[rows, width]` that it is called with as a model calls it: the same."""
     args, kwargs = mapped(_as_float, call.given())
     return call.streams.flat(call.states_of(layer(call.laid_out(hidden), *args, **kwargs)))
 

@@ -66,6 +66,9 @@ class HardwareProfile:
     gather_bytes_s: float | None = None
     """That reach each card from all the others, when all gather the parts of all; None where there is one."""
 
+    computes_bfloat16: bool | None = None
+    """Whether the device has it; where a profile does not tell, it does, as all but old cards do."""
+
     @property
     def cores(self) -> int:
         """Cores that the process may use."""
@@ -75,6 +78,16 @@ class HardwareProfile:
     def host_memory_bytes(self) -> int:
         """All host memory, or the container's limit."""
         return self.machine.host_memory_bytes
+
+    def computed_in(self, asked: str, own: str) -> str:
+        """The number format that a model of the format `own` is computed in under a policy's dtype `asked`.
+
+        All formats of 16 bits are as fast as the measured one.
+        """
+        if asked != "auto":
+            return asked
+        takes_own = own == "bfloat16" and self.dtype == "float16" and self.computes_bfloat16 is not False
+        return own if takes_own else self.dtype
 
     @classmethod
     def load(cls, spec: str | Path | None = None) -> HardwareProfile:
@@ -111,6 +124,8 @@ class HardwareProfile:
             values[name] = _text(values[name], f"{where}: {_key(name)}")
         if values["dtype"] not in HOST_DTYPES:
             raise ConfigError(f"{where}: unknown dtype {values['dtype']!r}{did_you_mean(values['dtype'], HOST_DTYPES)}")
+        if values["computes_bfloat16"] not in (None, True, False):
+            raise ConfigError(f"{where}: computes-bfloat16: {shown(values['computes_bfloat16'])} is not true or false")
         values["gemm_flop_s"] = _by_rows(values["gemm_flop_s"], f"{where}: gemm-flop-s")
         for name in ("host_attention_bytes_s", "host_attention_beside_copy_bytes_s"):
             values[name] = _by_dtype(values[name], f"{where}: {_key(name)}")

@@ -88,7 +88,7 @@ class LayerwiseComparison:
         model, device = driven.model, driven.model.device
         self._dtype: torch.dtype = model.dtype
         self._stock = StockForward(model, driven.cache.codec)
-        encodes = driven.weights.has_codes or driven.cache.codec is not None
+        encodes = driven.weights.has_rounded or driven.cache.codec is not None
         self._plain = StockForward(model) if encodes and driven.checkpoint is not None else None
         self._check = WeightCheck(driven.weights)
         self._names = ["embedding", *(f"layer {index}" for index in range(len(model.layers))), "head"]
@@ -269,7 +269,7 @@ class LayerwiseComparison:
     def _bound(self, layer: int, values: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """Inside, a layer's parameters are the checkpoint's own."""
         model = self._driven.model
-        if not self._driven.weights.has_codes:  # they are anyway
+        if not self._driven.weights.has_rounded:  # they are anyway
             return nullcontext()
         unit = next(unit for unit in model.units if unit.name == f"layer.{layer}")
         return unit.holding({name: values[name].to(model.device, model.state[name].dtype) for name in unit.owners})

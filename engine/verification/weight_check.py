@@ -8,6 +8,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.kernels.codec import GROUP, Codec
+from engine.kernels.weight_codes.groups import GroupCodes
 from engine.model.unit import Unit
 from engine.verification.difference import WeightDifference
 from engine.weights.store import WeightStore
@@ -23,8 +24,8 @@ Numbers = Callable[[int, int], torch.Tensor]
 class WeightCheck:
     """Compares what the device computes with, unit by unit in the order of the sweep, with what the checkpoint holds.
 
-    Numbers that are not encoded must be the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
-    encodes must be within half a step of their group (`Codec`), and packed ones what their parts stand for.
+    Numbers that are not rounded must be the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
+    rounds must be within half a step of their group (`Codec`), and packed ones what their parts stand for.
     """
 
     def __init__(self, store: WeightStore) -> None:
@@ -90,7 +91,7 @@ class WeightCheck:
 
     def _compare(self, name: str, ours: Numbers, value: torch.Tensor) -> WeightDifference:
         like, packed = self._model.state[name], self._model.packed.get(name)
-        codec = self._store.codec_of(name) if packed is None else None
+        codec = None if packed is not None else self._store.codec_of(name)
         if packed is not None:
             device = ours(0, 1).device
             whole = torch.empty(like.numel(), dtype=like.dtype, device=device)
@@ -104,7 +105,7 @@ class WeightCheck:
                 continue
             apart = (one.float() - other.float()).abs()
             apart = torch.where(one.isnan() & other.isnan(), 0.0, apart).nan_to_num(nan=torch.inf)
-            allowed = torch.zeros((), device=apart.device) if codec is None else _half_steps(other, codec)
+            allowed = _half_steps(other, codec.codec) if isinstance(codec, GroupCodes) else torch.zeros_like(apart)
             is_wrong |= bool((apart > allowed).any())
             largest = max(largest, float(apart.max()))
         return WeightDifference(parameter=name, largest=largest, is_wrong=is_wrong)

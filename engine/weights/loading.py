@@ -63,12 +63,12 @@ def check_checkpoint(path: Path, model: CausalModel) -> None:
     _planned(path, Nowhere(model))[0].check_missing()
 
 
-def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[Step]]:
-    """What brings the parameters of each unit from the weight files of `path` to `receiver`, by the unit's name.
+def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[tuple[set[str], Step]]]:
+    """What brings which parameters of each unit from the weight files of `path` to `receiver`, by the unit's name.
 
     Units come in the order of the sweep. Raises `CheckpointError` as `load_checkpoint` does.
     """
-    return {unit: [step for _, step in steps] for unit, steps in _planned(path, receiver)[0].by_unit().items()}
+    return _planned(path, receiver)[0].by_unit()
 
 
 def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:

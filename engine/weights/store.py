@@ -9,11 +9,11 @@ import torch
 
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
-from engine.kernels.codec import GROUP, Codec
+from engine.kernels.weight_codes.weight_codec import WeightCodec
 from engine.member import Member
 from engine.memory.arena import Arena
 from engine.memory.disk.io import wait_for
-from engine.memory.layout import Extent, align
+from engine.memory.layout import align
 from engine.memory.tiers import Tier
 from engine.model.causal_model import CausalModel
 from engine.policy import Share
@@ -24,8 +24,6 @@ from engine.weights.placed_unit import Place, PlacedUnit
 _CHUNK_ELEMENTS = 16 << 20
 _CONVERTED_ELEMENTS = 1 << 20
 """Converted at once on their way to the disk: it takes memory."""
-_CODED_CHUNK_ELEMENTS = 2 << 20
-"""Encoded at once: it takes about 30 bytes for each, on the device."""
 
 
 class WeightStore:
@@ -42,7 +40,7 @@ class WeightStore:
         share: Share,
         arena: Arena,
         *,
-        codec: Codec | None = None,
+        codec: WeightCodec | None = None,
         member: Member | None = None,
         expands_whole: bool = True,
     ) -> None:
@@ -86,6 +84,11 @@ class WeightStore:
     def has_codes(self) -> bool:
         """Whether the codec takes any parameter."""
         return self.codec is not None and any(placed.coded for placed in self.placed.values())
+
+    @property
+    def has_rounded(self) -> bool:
+        """Whether the codec takes any parameter, and its numbers are others then."""
+        return self.has_codes and self.codec is not None and self.codec.rounds
 
     @property
     def unit_names(self) -> list[str]:
@@ -139,7 +142,10 @@ class WeightStore:
         source = tensor.reshape(-1)
         self._claim_host(placed)
         if name in placed.coded:
-            self._put_coded(placed, extent, source, first_element, dtype)
+            assert self.codec is not None
+            like = self.model.state[name]
+            for place, part in self.codec.encoded(name, like, first_element, source, self._device):
+                self._write(placed, extent.first + place, part, torch.uint8)
         else:
             self._write(placed, extent.first + first_element * dtype.itemsize, source, dtype)
 
@@ -159,33 +165,13 @@ class WeightStore:
         if "host" not in placed.parts:  # page-locking takes its time: others are read from disk meanwhile
             placed.parts["host"] = self.arena.empty(placed.split.host, "host")
 
-    def _put_coded(
-        self, placed: PlacedUnit, extent: Extent, source: torch.Tensor, first_element: int, dtype: torch.dtype
-    ) -> None:
-        assert self.codec is not None
-        for at in range(0, source.numel(), _CODED_CHUNK_ELEMENTS):
-            values = source[at : at + _CODED_CHUNK_ELEMENTS].to(self._device)
-            parts = self.codec.encode(values, dtype)
-            self._put_codes(placed, extent, [part.cpu() for part in parts], first_element + at, dtype)
-
-    def put_codes(self, name: str, codes: list[torch.Tensor], first_element: int = 0) -> None:
-        """Copy codes, steps and leasts of consecutive elements of a parameter, on the host, to their places."""
+    def put_stored(self, name: str, stored: torch.Tensor, first: int) -> None:
+        """Copy stored bytes uint8 of an encoded parameter, on the host, from byte `first` on, to their places."""
         placed, extent = self._extent_of[name]
         self._claim_host(placed)
-        self._put_codes(placed, extent, codes, first_element, self.model.state[name].dtype)
+        self._write(placed, extent.first + first, stored, torch.uint8)
 
-    def _put_codes(
-        self, placed: PlacedUnit, extent: Extent, parts: list[torch.Tensor], first_element: int, dtype: torch.dtype
-    ) -> None:
-        assert self.codec is not None
-        codes, steps, leasts = parts
-        code_bytes, step_bytes = self.codec.part_bytes(self.model.state[extent.name].numel(), dtype)
-        self._write(placed, extent.first + self.codec.code_bytes(first_element), codes, torch.uint8)
-        place = extent.first + code_bytes + first_element // GROUP * dtype.itemsize
-        self._write(placed, place, steps, dtype)
-        self._write(placed, place + step_bytes, leasts, dtype)
-
-    def codec_of(self, name: str) -> Codec | None:
+    def codec_of(self, name: str) -> WeightCodec | None:
         """What a parameter is encoded by; None if it is stored as numbers."""
         return self.codec if name in self._extent_of[name][0].coded else None
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from engine.checkpoint.config import count_of
-from engine.kernels.codec import GROUP, Codec
+from engine.kernels.codec import Codec
+from engine.kernels.weight_codes.weight_codec import WeightCodec
 from engine.memory import accelerator
 from engine.memory.layout import align
 from engine.model.causal_model import CausalModel
@@ -20,33 +21,37 @@ _CODED_PART = 0.01
 exact."""
 GROUP_BYTES = 256 << 20
 """Most that experts' numbers take which are expanded at a time; those of one expert may be more."""
+_PACKED_WORKING_PART = 0.5
+"""As `WeightCodec.working_part`, of matrices that come packed."""
 _GAPS = 1 << 10
 """Between the parts of experts in a slot, at most."""
 _SCORE_COPIES = 3
 """Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
 
 
-def coded_names(model: CausalModel, unit: Unit) -> frozenset[str]:
-    """Parameters of a unit that a codec takes: a layer's large matrices."""
-    if not unit.name.startswith("layer."):
+def large_matrices(model: CausalModel, unit: Unit) -> frozenset[str]:
+    """Parameters of a unit that a codec may take: large matrices of a layer, and of a head that is not tied."""
+    if not unit.name.startswith(("layer.", "head")):
         return frozenset()
     shapes = {name: model.state[name].shape for name in unit.owners}
     least = _CODED_PART * sum(shape.numel() for shape in shapes.values())
-    return frozenset(
-        name
-        for name, shape in shapes.items()
-        # Experts arrive one at a time, each with groups of its own.
-        if len(shape) > 1 and shape.numel() >= least and shape[-2:].numel() % GROUP == 0
-    )
+    return frozenset(name for name, shape in shapes.items() if len(shape) > 1 and shape.numel() >= least)
 
 
-def encoded_names(model: CausalModel, unit: Unit, codec: Codec | None) -> frozenset[str]:
+def coded_names(model: CausalModel, unit: Unit, codec: WeightCodec) -> frozenset[str]:
+    """Parameters of a unit that a codec takes."""
+    if codec.rounds and not unit.name.startswith("layer."):
+        return frozenset()
+    return frozenset(name for name in large_matrices(model, unit) if codec.takes(name, model.state[name]))
+
+
+def encoded_names(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> frozenset[str]:
     """Parameters of a unit that are stored encoded, by the codec or as the checkpoint packs them."""
     packed = frozenset(name for name in unit.owners if name in model.packed)
-    return packed or (frozenset() if codec is None else coded_names(model, unit))
+    return packed or (frozenset() if codec is None else coded_names(model, unit, codec))
 
 
-def stack_names(model: CausalModel, unit: Unit, codec: Codec | None) -> frozenset[str]:
+def stack_names(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> frozenset[str]:
     """Experts of a unit that are stored encoded, and may be expanded some at a time."""
     return encoded_names(model, unit, codec) & model.expert_matrices
 
@@ -62,7 +67,7 @@ def group_bytes(model: CausalModel, names: Iterable[str]) -> int:
     return max((experts_at_once(like) * like[0].nbytes for like in likes), default=0)
 
 
-def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[str, int]:
+def stored_sizes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> dict[str, int]:
     """Bytes of each parameter of a unit, as it is stored."""
     sizes = whole_sizes(model, unit)
     for name in encoded_names(model, unit, codec):
@@ -70,7 +75,7 @@ def stored_sizes(model: CausalModel, unit: Unit, codec: Codec | None) -> dict[st
         if name in model.packed:
             sizes[name] = model.packed[name].num_bytes
         elif codec is not None:
-            sizes[name] = codec.num_bytes(like.numel(), like.dtype)
+            sizes[name] = codec.num_weight_bytes(like)
     return sizes
 
 
@@ -79,14 +84,14 @@ def whole_sizes(model: CausalModel, unit: Unit) -> dict[str, int]:
     return {name: model.state[name].numel() * model.state[name].element_size() for name in unit.owners}
 
 
-def least_expanded_bytes(model: CausalModel, unit: Unit, codec: Codec | None) -> int:
+def least_expanded_bytes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> int:
     """Bytes of an encoded unit as it is computed with where its experts are expanded some at a time."""
     stacks = stack_names(model, unit, codec)
     others = sum(size for name, size in whole_sizes(model, unit).items() if name not in stacks)
     return others + group_bytes(model, stacks)
 
 
-def apart_bytes(model: CausalModel, unit: Unit, codec: Codec | None) -> int:
+def apart_bytes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> int:
     """The most of a unit's stored bytes that passes through a slot at once, experts by themselves, some at a time."""
     sizes, stacks = stored_sizes(model, unit, codec), stack_names(model, unit, codec)
     likes = {name: model.state[name] for name in stacks}
@@ -140,7 +145,7 @@ def _num_heads(model: CausalModel) -> int:
     return count_of(model.config.get_text_config(), "num_attention_heads") or 0
 
 
-def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec | None = None) -> ModelShape:
+def shape_of(model: CausalModel, codec: WeightCodec | None = None, cache_codec: Codec | None = None) -> ModelShape:
     """Sizes that the planner needs, with weights kept as `codec` has them, keys and values as `cache_codec` has."""
     config = model.config.get_text_config()
     sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
@@ -148,6 +153,7 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     whole = {unit.name: sum(whole_sizes(model, unit).values()) for unit in coded}
     stacks = [name for unit in coded for name in stack_names(model, unit, codec)]
     least = [least_expanded_bytes(model, unit, codec) for unit in coded]
+    working = _PACKED_WORKING_PART if codec is None else codec.working_part
     layers = tuple(size for name, size in sizes.items() if name.startswith("layer."))
     head = sizes["embedding"] if model.is_tied else sizes["head"]
     states = [shape.num_bytes for shape in model.state_shapes if shape is not None]
@@ -161,9 +167,8 @@ def shape_of(model: CausalModel, codec: Codec | None = None, cache_codec: Codec 
     )
     return ModelShape(
         unit_bytes=(*layers, head),
-        # Half bytes of a matrix are spread over whole ones before they become numbers.
-        expanded_bytes=max(whole.values(), default=0) * 3 // 2,
-        least_expanded_bytes=max(least, default=0) * 3 // 2,
+        expanded_bytes=round(max(whole.values(), default=0) * (1 + working)),
+        least_expanded_bytes=round(max(least, default=0) * (1 + working)),
         stored_part=1.0 if not whole else sum(sizes[name] for name in whole) / sum(whole.values()),
         embedding_bytes=0 if model.is_tied else sizes["embedding"],
         outer_bytes=sizes["outer"],

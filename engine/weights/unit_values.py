@@ -38,7 +38,8 @@ class UnitValues:
         except BaseException:
             self._source.close()
             raise
-        self._steps: Iterator[None] = run_steps(chain.from_iterable(by_unit.values()), lambda span: None)
+        steps = (step for _, step in chain.from_iterable(by_unit.values()))
+        self._steps: Iterator[None] = run_steps(steps, lambda span: None)
 
     def take(self, unit: Unit) -> dict[str, torch.Tensor]:
         """The parameters of a unit on the host, in the dtypes of the files; of packed ones, uint8 of their parts.

@@ -162,11 +162,13 @@ def _plan_shape(arguments: Sequence[str]) -> int:
     from flexgen_helm.planning.policy_search import best_of, memory_of, search
 
     profile = HardwareProfile.load(args.hardware)
-    window, longest = window_of(shape_config(args.shape)), load.shared + load.own + load.new - 1
+    config = shape_config(args.shape)
+    dtype = profile.computed_in("auto", config.get("dtype") or config.get("torch_dtype") or "float16")
+    window, longest = window_of(config), load.shared + load.own + load.new - 1
     if window is not None and longest > window:
         raise ConfigError(f"--work {load}: sequences of {longest} tokens exceed the model's window of {window}")
     memory = memory_of(profile, base, parse_bytes(args.disk, "--disk"))
-    found = search(_sizes(args.shape, profile.dtype), profile, memory, load, base, compress=args.allow_compression)
+    found = search(_sizes(args.shape, dtype), profile, memory, load, base, compress=args.allow_compression)
     best = best_of(found)
     found = [best, *(each for each in found if each is not best)]
     if args.hardware is not None and base.gpu_memory is None:  # another machine's limit is not found out there
@@ -249,7 +251,7 @@ def _name(found: Estimate) -> str:
     parts += [f"{weights.disk:g} % on disk"] if weights.disk else []
     parts += ["attention on the host"] if found.policy.cpu_cache_compute else []
     for name, bits in (("weights", found.policy.compress_weight), ("cache", found.policy.compress_cache)):
-        parts += [f"{name} in {bits} bits"] if bits else []
+        parts += [f"{name} {bits}" if bits == "lossless" else f"{name} in {bits} bits"] if bits else []
     return ", ".join(parts)
 
 

@@ -142,12 +142,12 @@ def open_dummy(shape: str, policy: Policy, member: Member | None = None) -> Engi
 
 
 def fill_randomly(store: WeightStore) -> Iterator[None]:
-    """Put small random numbers everywhere, or random codes: one random block, repeated. It is encoded once."""
+    """Put small random numbers everywhere, or random codes: one random block, repeated. Of a shape, one is encoded."""
     from flexgen_helm.planning.packed.random_codes import RandomCodes
 
     block, packed = _random_block(), store.model.packed
     random = RandomCodes() if packed else None
-    codes: dict[torch.dtype, list[torch.Tensor]] = {}
+    stored: dict[tuple[torch.dtype, torch.Size], list[tuple[int, torch.Tensor]]] = {}
     for unit in store.model.units:
         for name in unit.owners:
             if random is not None and name in packed:
@@ -156,15 +156,16 @@ def fill_randomly(store: WeightStore) -> Iterator[None]:
                 yield
                 continue
             like, codec = store.model.state[name], store.codec_of(name)
-            if codec is not None and like.dtype not in codes:
-                codes[like.dtype] = list(codec.encode(block, like.dtype))
-            for first in range(0, like.numel(), len(block)):
-                size = min(len(block), like.numel() - first)
-                if codec is None:
-                    store.put(name, block[:size], first_element=first)
-                else:
-                    parts = [part[: len(part) * size // len(block)] for part in codes[like.dtype]]
-                    store.put_codes(name, parts, first_element=first)
+            if codec is None:
+                for first in range(0, like.numel(), len(block)):
+                    store.put(name, block[: like.numel() - first], first_element=first)
+            else:
+                kind = like.dtype, like.shape
+                if kind not in stored:
+                    values = block.repeat(-(-like.numel() // len(block)))[: like.numel()]
+                    stored[kind] = list(codec.encoded(name, like, 0, values, store.arena.device))
+                for first, part in stored[kind]:
+                    store.put_stored(name, part, first)
             store.arrive(name)
             yield
 

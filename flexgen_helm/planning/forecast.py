@@ -141,7 +141,7 @@ def forecast_of(
     else:
         found = Resources(memory=memory_of(profile, policy, _DISK))
         on_host, why = is_host(profile), ""
-        dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
+        dtype = profile.computed_in(policy.dtype, dtype)
     sizes = _sizes(path, dtype, has_weights=has_weights)
     sharing = sharing_of(policy, found, sizes.shape_under(policy), None if on_host else profile)
     draft = draft_shape(policy, dtype)

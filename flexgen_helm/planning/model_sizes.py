@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from engine.checkpoint.config import count_of
 from engine.errors import ConfigError
 from engine.memory.tiers import Tier
 from engine.planning.model_shape import ModelShape
-from engine.policy import Bits, Policy
+from engine.policy import Bits, Policy, WeightCodes, only_bfloat16
 from flexgen_helm.planning.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -57,13 +57,24 @@ class ModelSizes:
     num_layers: int
     head: str
     """The unit that a sweep ends with."""
-    coded: Mapping[tuple[Bits, Bits], Coded]
-    """By the bits of weights and of keys and values; of the latter, only what can be encoded."""
+    coded: Mapping[tuple[WeightCodes, Bits], Coded]
+    """By the codes of weights and the bits of keys and values, as far as they can be encoded."""
 
     @property
     def can_encode_weights(self) -> bool:
         """Whether a codec takes weights: not those of a checkpoint that comes quantized."""
         return (4, None) in self.coded
+
+    @property
+    def can_encode_lossless(self) -> bool:
+        """Whether a codec takes weights without changing them: those of bfloat16."""
+        return ("lossless", None) in self.coded
+
+    def not_encoded(self, codes: WeightCodes) -> str:
+        """Why weights cannot be encoded so."""
+        if codes == "lossless" and self.can_encode_weights:
+            return only_bfloat16("another dtype")
+        return "compress-weight: this model comes quantized already; leave it out"
 
     @property
     def can_encode_cache(self) -> bool:
@@ -73,8 +84,8 @@ class ModelSizes:
     def shape_under(self, policy: Policy) -> ModelShape:
         """What the engine's planner needs under `policy`'s compression; `ConfigError` where no codec takes it."""
         coded = self.coded.get((policy.compress_weight, policy.compress_cache))
-        if coded is None and policy.compress_weight and not self.can_encode_weights:
-            raise ConfigError("compress-weight: this model comes quantized already; leave it out")
+        if (policy.compress_weight, None) not in self.coded:
+            raise ConfigError(self.not_encoded(policy.compress_weight))
         if coded is None:
             raise ConfigError(
                 f"compress-cache: no codec takes this model's keys and values in {policy.compress_cache} bits"
@@ -88,7 +99,8 @@ class ModelSizes:
             return model
         from engine.cache.key_value import unencodable_layer
 
-        weight_bits = (None,) if model.packed else _BITS
+        lossless: tuple[WeightCodes, ...] = ("lossless",) if str(model.dtype) == "torch.bfloat16" else ()
+        weight_codes = (None,) if model.packed else (*_BITS, *lossless)
         cache_bits = _BITS if unencodable_layer(model.kv_shapes) is None else (None,)
         widths = sum(shape.key_dim + shape.value_dim for shape in model.kv_shapes)
         config = model.config.get_text_config()
@@ -100,7 +112,7 @@ class ModelSizes:
             hidden_row_bytes=model.hidden_size * model.hidden_dtype.itemsize,
             num_layers=len(model.layers),
             head="embedding" if model.is_tied else "head",
-            coded={(weight, cache): _coded(model, weight, cache) for weight in weight_bits for cache in cache_bits},
+            coded={(weight, cache): _coded(model, weight, cache) for weight in weight_codes for cache in cache_bits},
         )
 
     def placed(self, placed: Mapping[str, Mapping[Tier, int]], policy: Policy) -> Sizes:
@@ -143,7 +155,9 @@ def shipped_sizes(shape: str, dtype: str) -> ModelSizes | None:
     for folder in (package / "configs" / "shapes", package.parent / "configs" / "shapes"):
         file = folder / f"{shape}.json"
         if file.is_file():
-            return ModelSizes.from_mapping(json.loads(file.read_text(encoding="utf-8")))
+            found = ModelSizes.from_mapping(json.loads(file.read_text(encoding="utf-8")))
+            codes = {bits: each for bits, each in found.coded.items() if dtype == "bfloat16" or bits[0] != "lossless"}
+            return replace(found, coded=codes)
     return None
 
 
@@ -162,12 +176,13 @@ def _active_parameters(model: CausalModel) -> int:
     return round(active)
 
 
-def _coded(model: CausalModel, weight: Bits, cache: Bits) -> Coded:
+def _coded(model: CausalModel, weight: WeightCodes, cache: Bits) -> Coded:
     from engine.cache.tables import cache_row_bytes
     from engine.kernels.codec import codec_of
+    from engine.kernels.weight_codes.named import weight_codec_of
     from engine.weights.stored_form import encoded_names, shape_of, stack_names, stored_sizes, whole_sizes
 
-    codec = codec_of(weight)
+    codec = weight_codec_of(weight)
     expanded = [unit for unit in model.units if encoded_names(model, unit, codec)]
     experts = [whole_sizes(model, unit)[name] for unit in expanded for name in stack_names(model, unit, codec)]
     return Coded(

@@ -10,14 +10,14 @@ import math
 import warnings
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from engine.errors import CapacityError
 from engine.planning.hardware import Memory, memory_within
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import make_plan
 from engine.planning.sharing import ALONE, Sharing, WeightBytes
-from engine.policy import Policy, Share
+from engine.policy import Bits, Policy, Share, WeightCodes
 from flexgen_helm.planning.estimate import Estimate, estimate, is_host
 from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.roofline import Workload
@@ -30,7 +30,7 @@ _HOST_ATTENTION_GAIN = 0.9
 """Of the best other policy's time, what attention on the host may take at most: its estimate is the least sure."""
 _UNSURE = 0.05
 """Estimates that differ by less say nothing of which policy is faster."""
-_BITS: tuple[Literal[4, 8] | None, ...] = (None, 8, 4)
+_BITS: tuple[Bits, ...] = (None, 8, 4)
 
 
 def memory_of(profile: HardwareProfile, base: Policy, disk_bytes: int) -> Memory:
@@ -75,10 +75,9 @@ def search(
     places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
     # Of one token nothing is kept that could be attended to; and where attention is computed changes an answer's bits.
     places = places if load.new > 1 and not base.batch_invariant else places[:1]
-    weight_bits = _BITS if compress and sizes.can_encode_weights else (base.compress_weight,)
-    for weight, cache, on_host in product(weight_bits, cache_bits, dict.fromkeys(places)):
-        if weight and not sizes.can_encode_weights:
-            raise CapacityError("compress-weight: this model comes quantized already; leave it out")
+    for weight, cache, on_host in product(_weight_codes(sizes, base, compress), cache_bits, dict.fromkeys(places)):
+        if (weight, None) not in sizes.coded:
+            raise CapacityError(sizes.not_encoded(weight))
         if (weight, cache) not in sizes.coded:
             raise CapacityError(f"compress-cache: no codec takes this model's keys and values in {cache} bits")
         shape = sizes.coded[weight, cache].shape
@@ -106,18 +105,34 @@ def search(
     )
 
 
+def _weight_codes(sizes: ModelSizes, base: Policy, compress: bool) -> list[WeightCodes]:
+    """Codes of weights to choose from: those that change no number are, whether or not others may be."""
+    if not sizes.can_encode_weights or (base.compress_weight and not compress):
+        return [base.compress_weight]
+    lossless: list[WeightCodes] = ["lossless"] if sizes.can_encode_lossless else []
+    return [None, *lossless, *(_BITS[1:] if compress else ())]
+
+
 def best_of(found: list[Estimate]) -> Estimate:
     """The one to take of the policies that `search` found.
 
-    With attention on the host only if it is faster by far; then, of those that are about as fast as the best of their
-    kind, the one with the largest micro-batches: what an estimate leaves out grows with their number.
+    With attention on the host only if it is faster by far, and with lossless weights if by more than estimates are
+    wrong; then, of those that are about as fast as the best of their kind, the one with the largest micro-batches: what
+    an estimate leaves out grows with their number.
     """
     best = found[0]
     others = [each for each in found if not each.policy.cpu_cache_compute]
     if others and best.seconds > _HOST_ATTENTION_GAIN * others[0].seconds:
         best = others[0]
+    plain = [each for each in found if _without_codes(each) == _without_codes(best) and not each.policy.compress_weight]
+    if best.policy.compress_weight == "lossless" and plain and plain[0].seconds <= (1 + _UNSURE) * best.seconds:
+        best = plain[0]  # nothing has to be encoded
     alike = [each for each in found if _kind(each) == _kind(best) and each.seconds <= (1 + _UNSURE) * best.seconds]
     return max(alike, key=lambda each: (each.plan.limits.rows_per_batch, each.plan.activations.gpu, -each.seconds))
+
+
+def _without_codes(found: Estimate) -> tuple[object, ...]:
+    return found.policy.cpu_cache_compute, found.policy.compress_cache
 
 
 def _kind(found: Estimate) -> tuple[object, ...]:
@@ -143,4 +158,4 @@ def _shares(shape: ModelShape, memory: Memory, base: Policy, sharing: Sharing) -
 
 def _changes(policy: Policy) -> int:
     """How much of the numbers codes take away, for the order of equals."""
-    return sum(16 - bits for bits in (policy.compress_weight, policy.compress_cache) if bits)
+    return sum(16 - bits for bits in (policy.weight_bits, policy.compress_cache) if bits)

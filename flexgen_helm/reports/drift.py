@@ -37,12 +37,12 @@ class Drift:
 
 
 def compression(policy: object) -> str:
-    """What a policy compresses, in words; empty if nothing."""
+    """What a policy rounds, in words; empty if nothing."""
     if not isinstance(policy, Mapping):
         return ""
     parts = []
     for key, what in (("compress-weight", "weights"), ("compress-cache", "cache")):
-        if bits := policy.get(key):
+        if (bits := policy.get(key)) and bits != "lossless":
             parts.append(f"{what} in {4 if bits is True else bits} bits")
     return ", ".join(parts)
 

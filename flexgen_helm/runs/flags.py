@@ -97,8 +97,11 @@ def add_policy_flags(group: argparse._ActionsContainer) -> None:
         ("--cpu-cache-compute", "attend over host-resident KV on the CPU"),
     ):
         group.add_argument(flag, type=_boolean, nargs="?", const=True, metavar="BOOL", help=what)
-    for flag, what in (("--compress-weight", "weights"), ("--compress-cache", "KV cache")):
-        group.add_argument(flag, type=_bits, nargs="?", const=True, metavar="BITS", help=f"{what} in 4 or 8 bits")
+    for flag, kind, metavar, what in (
+        ("--compress-weight", _weight_codes, "CODES", "weights in 4 or 8 bits, or: lossless"),
+        ("--compress-cache", _bits, "BITS", "KV cache in 4 or 8 bits"),
+    ):
+        group.add_argument(flag, type=kind, nargs="?", const=True, metavar=metavar, help=what)
     # What the first letters of these two have always meant in FlexGen's scripts, --cpu-memory or not.
     group.add_argument("--cpu", dest="cpu_cache_compute", type=_boolean, nargs="?", const=True, help=argparse.SUPPRESS)
     group.add_argument("--gpu", dest="gpu_batch_size", type=int, help=argparse.SUPPRESS)
@@ -274,6 +277,10 @@ def _boolean(text: str) -> bool:
 
 def _bits(text: str) -> bool | int:
     return int(text) if text in ("4", "8") else _boolean(text)
+
+
+def _weight_codes(text: str) -> bool | int | str:
+    return text if text == "lossless" else _bits(text)
 
 
 def _pad(text: str) -> int | str:

@@ -8,8 +8,8 @@ import models
 import pytest
 import torch
 
-from engine.kernels import rotations
-from engine.kernels.norms import RMSNorm, Scaling, kernel_for
+from engine.kernels.elementwise import rotations
+from engine.kernels.elementwise.norms import LayerNorm, RMSNorm, Scaling, kernel_for
 from engine.model.causal_model import CausalModel
 
 pytestmark = pytest.mark.gpu
@@ -26,11 +26,27 @@ def test_as_by_torch(width: int, scaling: Scaling, dtype: torch.dtype) -> None:
     told = RMSNorm(1e-6, scaling)
     rows = (torch.randn(1000, width, device="cuda") * torch.logspace(-3, 2, 1000, device="cuda")[:, None]).to(dtype)
     weight = torch.randn(width, device="cuda").to(dtype)
-    found, expected = kernel(rows, weight, told.eps, told.scaling), told(rows, weight)
+    found, expected = kernel(rows, weight, told.eps, told.scaling, None), told(rows, weight)
     assert (found == expected).float().mean() > 0.99  # sums in another order move a number by one step, rarely
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
     for taken in (slice(0, 1), slice(333, 400)):
-        assert torch.equal(kernel(rows[taken], weight, told.eps, told.scaling), found[taken])
+        assert torch.equal(kernel(rows[taken], weight, told.eps, told.scaling, None), found[taken])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 720, 7168])
+def test_layer_norms_as_by_torch(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kernel = kernel_for(torch.device("cuda", torch.cuda.current_device()))
+    if kernel is None:
+        pytest.skip("Triton does not compile for this card")
+    told, sizes = LayerNorm(1e-5), torch.logspace(-3, 2, 1000, device="cuda")[:, None]
+    rows = ((torch.randn(1000, width, device="cuda") + 1) * sizes).to(dtype)
+    weight, bias = torch.randn(2, width, device="cuda").to(dtype)
+    found, expected = kernel(rows, weight, told.eps, told.scaling, bias), told(rows, weight, bias)
+    assert (found == expected).float().mean() > 0.98
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(kernel(rows[333:400], weight, told.eps, told.scaling, bias), found[333:400])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -84,7 +84,7 @@ def result_settings(description: ModelDescription, policy: Policy) -> Identity:
     """The part of an identity that is no digest: what the policy sets, and the engine's own version."""
     return {
         "dtype": resolve_dtype(policy.dtype, description.dtype, resolve_device(policy.device)),
-        "compress_weight": policy.compress_weight,
+        "compress_weight": policy.weight_bits,
         "compress_cache": policy.compress_cache,
         "numerics": NUMERICS_VERSION,
         # Only where it is: answers of releases that did not have it keep their keys.

@@ -8,6 +8,7 @@ import torch
 
 from engine.batch.decode_group import DecodeGroup
 from engine.batch.prefix_group import PrefixGroup
+from engine.kernels.elementwise.merges import merge
 from engine.memory.accelerator import has_flash_attention
 from engine.model.attention import host_attention
 from engine.model.attention.backend import Attending, AttentionBackend
@@ -81,15 +82,6 @@ def _merge_prefixes(
             borders, longest = (group.row_borders, group.prefix_borders), (group.longest, group.longest_prefix)
             shared, shared_logsumexp = attend_parts(query, key, value, borders, longest, asked.rule, is_causal=False)
         merge(output[place], logsumexp[:, place], shared, shared_logsumexp)
-
-
-def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> None:
-    """Let `output` `[rows, heads, dim]`, of the own tokens, be that of the prefix (`shared`) and the own ones.
-
-    Log-sum-exps `[heads, rows]`; the weight of the prefix is its share of the sum of exponentials.
-    """
-    weight = torch.sigmoid(shared_logsumexp - logsumexp).T[:, :, None]
-    output.lerp_(shared, weight.to(output.dtype))
 
 
 def _own(asked: Attending, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tensor]:

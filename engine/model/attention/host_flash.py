@@ -6,9 +6,9 @@ import torch
 
 from engine.batch.prefill_group import PrefillGroup
 from engine.batch.reach import Reach
+from engine.kernels.elementwise.merges import merge
 from engine.model.attention.backend import Attending
 from engine.model.attention.dense import Dense
-from engine.model.attention.flash import merge
 from engine.model.attention.rule import AttentionRule
 
 

@@ -1,4 +1,4 @@
-"""Which modules of a model's layers are root-mean-square norms: found out by calling them, not by their names."""
+"""Which modules of a model's layers are norms that have a kernel: found out by calling them, not by their names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.kernels import compiled
-from engine.kernels.norms import Kernel, RMSNorm, Scaling, kernel_for
+from engine.kernels.elementwise.norms import Kernel, LayerNorm, RMSNorm, Scaling, kernel_for
 from engine.model.sweep_context import SweepContext
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
@@ -20,16 +20,18 @@ _OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "sweeping"})
 _ROWS = 16
 """Of each size."""
 
+Norm = RMSNorm | LayerNorm
+
 
 def fuse_norms(layers: Iterable[nn.Module], context: SweepContext, device: torch.device, dtype: torch.dtype) -> None:
     """Let norms in `layers` be one kernel each, where there is one for the device and the dtype.
 
-    A module is one if what it returns for random rows has the bits of `RMSNorm` by torch's functions.
+    A module is one if what it returns for random rows has the bits of `RMSNorm` or `LayerNorm` by torch's functions.
     """
     kernel = kernel_for(device) if dtype in (torch.float16, torch.bfloat16) else None
     if kernel is None:
         return
-    known: dict[Any, RMSNorm | None] = {}
+    known: dict[Any, Norm | None] = {}
     """By what a module is made of: layers have the same norms."""
     for layer in layers:
         for module in layer.modules():
@@ -49,10 +51,12 @@ def _made_of(module: nn.Module) -> tuple[Any, ...]:
     return (type(module), plain, shapes) if is_told else (id(module),)
 
 
-def norm_of(module: nn.Module, dtype: torch.dtype) -> RMSNorm | None:
+def norm_of(module: nn.Module, dtype: torch.dtype) -> Norm | None:
     """The norm that a module computes of rows of `dtype`; None if it is none, or computes another one."""
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 1 or weight.dtype != dtype or len(list(module.parameters())) > 1:
+    weight, given = module._parameters.get("weight"), dict(module.named_parameters())
+    if weight is None or weight.ndim != 1 or not given.keys() <= {"weight", "bias"}:
+        return None
+    if any(each.shape != weight.shape or each.dtype != dtype for each in given.values()):
         return None
     if any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return None
@@ -62,21 +66,25 @@ def norm_of(module: nn.Module, dtype: torch.dtype) -> RMSNorm | None:
     generator = torch.Generator().manual_seed(0)
     width = weight.shape[0]
     rows = torch.cat([torch.randn(_ROWS, width, generator=generator) * size for size in _SIZES]).to(dtype)
-    factor = torch.randn(width, generator=generator).to(dtype)
+    numbers: dict[str, torch.Tensor] = {
+        name: torch.randn(width, generator=generator).to(dtype) for name in ("weight", "bias") if name in given
+    }
     try:
-        found = torch.func.functional_call(module, {"weight": factor}, (rows.unflatten(0, (2, -1)),))
+        found = torch.func.functional_call(module, numbers, (rows.unflatten(0, (2, -1)),))
     except Exception:  # it takes something else than rows
         return None
     if not isinstance(found, torch.Tensor) or found.dtype != dtype or found.numel() != rows.numel():
         return None
-    known = (RMSNorm(epsilons[0], scaling) for scaling in Scaling)
-    return next((told for told in known if torch.equal(found.flatten(0, -2), told(rows, factor))), None)
+    known: Iterable[Norm] = [LayerNorm(epsilons[0])]
+    if "bias" not in given:
+        known = [RMSNorm(epsilons[0], scaling) for scaling in Scaling]
+    return next((told for told in known if torch.equal(found.flatten(0, -2), told(rows, **numbers))), None)
 
 
 def _normed(
     module: nn.Module,
     plain: Callable[..., torch.Tensor],
-    told: RMSNorm,
+    told: Norm,
     kernel: Kernel,
     context: SweepContext,
     hidden_states: torch.Tensor,
@@ -88,4 +96,4 @@ def _normed(
     is_other = bool(others or named)  # such as a gate, which a norm may be called with or without
     if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not compiled.is_there(hidden_states):
         return plain(hidden_states, *others, **named)
-    return kernel(hidden_states, weight, told.eps, told.scaling)
+    return kernel(hidden_states, weight, told.eps, told.scaling, module._parameters.get("bias"))

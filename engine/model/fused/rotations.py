@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.kernels import compiled
-from engine.kernels.rotations import Kernel, kernel_for, rotated
+from engine.kernels.elementwise.rotations import Kernel, kernel_for, rotated
 from engine.model.sweep_context import SweepContext
 
 _TAKES = ("q", "k", "cos", "sin")

@@ -57,7 +57,7 @@ class Expansion:
             found = packed.ranges(first_element, num_elements)
         else:
             assert codec is not None
-            found = codec.ranges(first_element, num_elements, like.numel(), like.dtype)
+            found = codec.weight_ranges(like, first_element, num_elements)
         return [(extent.first + first, extent.first + end) for first, end in found]
 
     @property

@@ -58,15 +58,15 @@ class KeptWeights:
     the memory that holds them anyway, and is left when all are written. Left by an exception, it writes no more.
     """
 
-    def __init__(self, source: Path, weights: WeightStore, bits: int) -> None:
-        """source: the model directory. Raises no `OSError`."""
+    def __init__(self, source: Path, weights: WeightStore, codes: int | str) -> None:
+        """source: the model directory. codes: the policy's compress-weight. Raises no `OSError`."""
         self._weights = weights
         root = source.resolve()
         is_of_hub = root.parent.name == "snapshots"
         self.source = root.parent.parent if is_of_hub else root
         self.manifest: dict[str, Any] = {
             "source": str(self.source),
-            "compress-weight": bits,
+            "compress-weight": codes,
             "dtype": str(weights.model.dtype).removeprefix("torch."),
             "weights": weights_state(source),
             "transformers": transformers.__version__,
@@ -75,7 +75,8 @@ class KeptWeights:
         }
         digest = hashlib.sha256(json.dumps(self.manifest).encode()).hexdigest()[:12]
         name = re.sub(r"[^\w.-]+", "-", self.source.name.removeprefix("models--"))[:80]
-        self.folder = weights_directory() / f"{name}-{bits}bit-{self.manifest['dtype']}-{digest}"
+        form = codes if isinstance(codes, str) else f"{codes}bit"
+        self.folder = weights_directory() / f"{name}-{form}-{self.manifest['dtype']}-{digest}"
         self._opened: dict[str, tuple[torch.Tensor, list[int]]] = {}
         self._complete: SimpleQueue[str | None] = SimpleQueue()
         self._stopping = self._has_told = False

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from engine.kernels.codec import Codec
+from engine.kernels.weight_codes.weight_codec import WeightCodec
 from engine.member import Member
 from engine.memory.arena import Arena
 from engine.memory.layout import ALIGNMENT, Part, lay_out, part_bytes, part_of, split_bytes, streamed_from
@@ -25,7 +25,7 @@ def place_unit(
     share: Share,
     arena: Arena,
     *,
-    codec: Codec | None,
+    codec: WeightCodec | None,
     member: Member | None,
     expands_whole: bool,
 ) -> PlacedUnit:

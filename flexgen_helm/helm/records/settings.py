@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def _args(entry: Any) -> dict[str, Any]:
 
 
 def _policy(policy: Any) -> dict[str, Any]:
-    found = Policy.load("auto" if policy is None else policy).as_mapping()
+    loaded = Policy.load("auto" if policy is None else policy)
+    found = replace(loaded, compress_weight=loaded.weight_bits).as_mapping()  # where they are rounded
     return {name: found.get(name) for name in _OF_RESULTS}
 
 

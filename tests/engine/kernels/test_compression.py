@@ -22,7 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine import Engine, Policy
 from engine.errors import CapacityError
-from engine.kernels.codec import GROUP, Codec, codec_of
+from engine.kernels.codec import GROUP, Codec
+from engine.kernels.weight_codes.groups import GroupCodes
+from engine.kernels.weight_codes.named import weight_codec_of
 from engine.planning.hardware import Memory
 from engine.planning.planner import make_plan
 from engine.policy import Share
@@ -95,6 +97,7 @@ def compressed(model: PreTrainedModel, names: set[str], bits: int) -> PreTrained
     return model
 
 
+CODEC = GroupCodes(Codec(4))
 CASES = [
     *(("opt", 4, policy) for policy in POLICIES),
     *(("llama", 8, policy) for policy in ("device", "thirds")),
@@ -111,7 +114,7 @@ def test_equals_transformers_with_the_same_weights(
     with Engine.from_pretrained(str(build(family)), policy={**settings, "compress-weight": bits}) as engine:
         done = engine.run(JOBS)
         again = engine.run(JOBS)
-        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit)}
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit, CODEC)}
         stored = sum(sum(tiers.values()) for tiers in engine.parts.weights.placed_bytes().values())
         whole = sum(tensor.numel() * tensor.element_size() for tensor in engine.parts.model.state.values())
     assert names
@@ -219,7 +222,7 @@ def test_codes_take_less_room_off_the_device(build: Callable[[str], Path], tmp_p
 def test_what_is_encoded(build: Callable[[str], Path]) -> None:
     """All of a layer's matrices, experts among them; neither routers nor embeddings nor the head."""
     with Engine.from_pretrained(str(build("qwen3-moe")), policy={"device": "cpu", "compress-weight": 4}) as engine:
-        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit)}
+        names = {name for unit in engine.parts.model.units for name in coded_names(engine.parts.model, unit, CODEC)}
     kinds = {name.split("layers.0.")[1] for name in names if "layers.0." in name}
     attention = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
     assert kinds == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
@@ -243,7 +246,7 @@ def test_encoded_layers_hide_less_arithmetic(build: Callable[[str], Path]) -> No
     shapes = {}
     for bits in (None, 4):
         with Engine.from_pretrained(str(build("opt")), policy={"device": "cpu"}) as engine:
-            shapes[bits] = shape_of(engine.parts.model, codec_of(bits))
+            shapes[bits] = shape_of(engine.parts.model, weight_codec_of(bits))
     assert shapes[None].stored_part == 1.0
     assert 5 / 32 < shapes[4].stored_part < 0.2  # 5 bits of 32, and biases
     memory = Memory(device=10**9, host=10**9, disk=0)

@@ -6,8 +6,8 @@ from interpreter import interpreted
 
 _SCRIPT = """
 import torch
-from engine.kernels.norm_kernel import norm
-from engine.kernels.norms import RMSNorm, Scaling
+from engine.kernels.elementwise.norm_kernel import norm
+from engine.kernels.elementwise.norms import LayerNorm, RMSNorm, Scaling
 
 torch.manual_seed(0)
 for scaling in Scaling:
@@ -20,8 +20,17 @@ for scaling in Scaling:
         assert (found == told(rows, weight)).float().mean() > 0.99
         assert torch.equal(norm(rows[1:2], weight, told.eps, told.scaling), found[1:2])
     print("same")
+for width in (48, 150):
+    rows, weight, bias = (torch.randn(6, width) + 2).half(), torch.randn(width).half(), torch.randn(width).half()
+    rows *= torch.logspace(-3, 1, 6)[:, None].half()
+    told = LayerNorm(1e-5)
+    found, expected = norm(rows, weight, told.eps, told.scaling, bias), told(rows, weight, bias)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert (found == expected).float().mean() > 0.98
+    assert torch.equal(norm(rows[1:2], weight, told.eps, told.scaling, bias), found[1:2])
+    print("centred")
 """
 
 
 def test_the_kernel_norms_rows_in_tritons_interpreter() -> None:
-    assert interpreted(_SCRIPT) == ["same"] * 3
+    assert interpreted(_SCRIPT) == ["same"] * 3 + ["centred"] * 2

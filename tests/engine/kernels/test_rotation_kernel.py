@@ -11,8 +11,8 @@ from interpreter import interpreted
 
 _SCRIPT = """
 import torch
-from engine.kernels.rotation_kernel import rotate
-from engine.kernels.rotations import rotated
+from engine.kernels.elementwise.rotation_kernel import rotate
+from engine.kernels.elementwise.rotations import rotated
 
 torch.manual_seed(0)
 for dim, turned, heads, per_pair in ((16, 16, 3, 2), (24, 24, 1, 2), (40, 16, 2, 2), (24, 24, 2, 1)):
@@ -37,7 +37,7 @@ def test_products_are_rounded_before_they_are_added() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from engine.kernels import rotation_kernel
+    from engine.kernels.elementwise import rotation_kernel
 
     kernel = rotation_kernel._kernel
     launched = mock.MagicMock()

@@ -14,7 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.kernels import compiled
-from engine.kernels.norms import RMSNorm, Scaling
+from engine.kernels.elementwise.norms import LayerNorm, RMSNorm, Scaling
 from engine.model.causal_model import CausalModel
 from engine.model.fused import norms
 from engine.model.fused.norms import norm_of
@@ -33,6 +33,8 @@ def test_norms_of_transformers_are_known_by_what_they_compute(kind: Any, scaling
         module = kind(48, eps=1e-5).to(DTYPE)
     assert norm_of(module, DTYPE) == RMSNorm(1e-5, scaling)
     assert norm_of(module, torch.float16) is None  # its weight is of another dtype
+    layer_norm = nn.LayerNorm(48, eps=1e-4, dtype=DTYPE, device="meta")
+    assert norm_of(layer_norm, DTYPE) == LayerNorm(1e-4)
 
 
 class Norm(nn.Module):
@@ -68,7 +70,7 @@ def test_others_are_not_taken_for_one() -> None:
 def test_stock_layers_compute_their_own(build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
 
-    def kernel(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int) -> torch.Tensor:
+    def kernel(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int, bias: None) -> torch.Tensor:
         calls.append(eps)
         return RMSNorm(eps, Scaling(scaling))(rows, weight)
 

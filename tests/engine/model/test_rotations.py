@@ -11,7 +11,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from engine.kernels import compiled
-from engine.kernels.rotations import rotated
+from engine.kernels.elementwise.rotations import rotated
 from engine.model.causal_model import CausalModel
 from engine.model.fused import rotations
 from engine.model.fused.rotations import numbers_per_pair

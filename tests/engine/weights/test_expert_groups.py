@@ -36,8 +36,13 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "float8 in blocks": lambda path: packers.save_packed(path, "deepseek-v3", packers.float8_blocks(8, 16), BLOCKS),
     "int4": lambda path: packers.save_packed(path, "qwen3-moe", *packers.compressed("pack-quantized", **INT4)[:2]),
     "codes": lambda path: models.save_model(path, "qwen3-moe"),
+    "lossless": lambda path: models.save_model(path, "qwen3-moe"),
 }
-"""Transposed with biases; with dense layers; two matrices of an expert in one parameter; of `compress-weight`."""
+"""Transposed with biases; with dense layers; two matrices of an expert in one parameter; `compress-weight`, twice."""
+CODES: dict[str, dict[str, Any]] = {
+    "codes": {"compress-weight": 4},
+    "lossless": {"compress-weight": "lossless", "dtype": "bfloat16"},
+}
 SOME = [JOBS[0], JOBS[2], JOBS[7], JOBS[-1]]
 
 
@@ -63,8 +68,7 @@ def apart(some_at_a_time: None, monkeypatch: pytest.MonkeyPatch) -> list[WeightS
 
 
 def settings_of(name: str, policy: str, tmp_path: Path, **others: Any) -> dict[str, Any]:
-    compression = {"compress-weight": 4} if name == "codes" else {}
-    return {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path / "off"), **compression, **others}
+    return {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path / "off"), **CODES.get(name, {}), **others}
 
 
 def answers(directory: Path, settings: dict[str, Any], jobs: list[Job], *, whole: bool = False) -> list[Completion]:
@@ -75,7 +79,7 @@ def answers(directory: Path, settings: dict[str, Any], jobs: list[Job], *, whole
         return done
 
 
-@pytest.mark.parametrize(("name", "policy"), [*zip(MODELS, ("disk", "thirds", "device", "small"), strict=True)])
+@pytest.mark.parametrize(("name", "policy"), [*zip(MODELS, ("disk", "thirds", "device", "small", "disk"), strict=True)])
 def test_bits_are_those_of_the_whole_layer_wherever_it_lies(name: str, policy: str, tmp_path: Path) -> None:
     """Three experts at a time of the smallest, of which there are four."""
     directory, settings = MODELS[name](tmp_path / "model"), settings_of(name, policy, tmp_path)
@@ -149,7 +153,7 @@ def test_experts_are_expanded_once_for_all_that_wait(tmp_path: Path, monkeypatch
     assert [each.tokens for each in again] == [each.tokens for each in done]
 
 
-@pytest.mark.parametrize(("name", "policy"), [*zip(MODELS, ("disk", "thirds", "host", "small"), strict=True)])
+@pytest.mark.parametrize(("name", "policy"), [*zip(MODELS, ("disk", "thirds", "host", "small", "thirds"), strict=True)])
 def test_bits_are_the_same_where_experts_pass_by_themselves(
     name: str, policy: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -38,11 +38,14 @@ def alone(case: Case, jobs: Any = SOME) -> Outcome:
 
 
 def test_members_answer_as_one_engine_does(build: Callable[[str], Path], tmp_path: Path) -> None:
-    """Bit for bit: all tiers, tied and untied, encoded, packed by experts; one of them has nothing to compute."""
+    """Bit for bit: all tiers, tied and untied, encoded, lossless, packed by experts; one has nothing to compute."""
     cases = [
         case(build("llama"), tmp_path, "device", [SOME, SOME]),
         case(build("gpt2"), tmp_path, "thirds", [SOME, []]),
         case(build("qwen3-moe"), tmp_path, "thirds", [SOME, SOME], **{"compress-weight": 4}),
+        case(
+            build("qwen3-moe"), tmp_path, "20-80", [SOME, SOME], **{"compress-weight": "lossless", "dtype": "bfloat16"}
+        ),
         case(build("llama"), tmp_path, "disk", [[], SOME], overlap=False),
     ]
     for given, outcomes in zip(cases, members.run(cases, 2, tmp_path), strict=True):

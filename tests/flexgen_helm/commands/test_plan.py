@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from engine.errors import CapacityError
 from engine.kernels.codec import codec_of
+from engine.kernels.weight_codes.named import weight_codec_of
 from engine.model.causal_model import CausalModel
 from engine.planning.hardware import Memory
 from engine.planning.hardware_profile import HardwareProfile
@@ -92,7 +93,7 @@ def test_estimates_are_what_a_card_took(name: str, models: dict[str, CausalModel
         memory = Memory(device=policy.gpu_memory or 0, host=121 * GB, disk=0)
         model = models[record["shape"]]
         chosen = replace(policy, weights=Share(**record["plan"]["weights"]))
-        codecs = codec_of(policy.compress_weight), codec_of(policy.compress_cache)
+        codecs = weight_codec_of(policy.compress_weight), codec_of(policy.compress_cache)
         plan_ = make_plan(shape_of(model, *codecs), chosen, memory, on_cpu=False)
         found = estimate(model, H100, Workload.parse(row["row"]), chosen, plan_)
         assert 0.8 * row["seconds"] <= found.seconds <= 1.05 * row["seconds"], row["row"]

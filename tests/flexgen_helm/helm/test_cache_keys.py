@@ -73,6 +73,7 @@ def test_what_of_the_deployment_can_change_a_result_is_in_the_key(
         {"pad-to-seq-len": "bucket"},
         {"pad-to-seq-len": 400},
         {"dtype": "float32"},
+        {"compress-weight": "lossless"},
         {"gpu-memory": "1GB", "cpu-memory": "2GB"},
         {"share-prefix": False, "overlap": False, "pin-weight": False},
     ],

@@ -102,6 +102,26 @@ def test_the_best_of_the_search(work: str, opt: Path, card: HardwareProfile, tmp
     assert ("attention on the host" in chosen.note.split(";")[0]) == (":32" in work)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lossless_weights_are_chosen_where_the_link_holds_work_back(
+    dtype: str, card: HardwareProfile, tmp_path: Path
+) -> None:
+    """By their bytes: 12.1 of 16 bits; and not for prompts that keep the card busy, nor of float16."""
+    write_model_directory("llama-3-8b", tmp_path)
+    jobs = {work: Workload.parse(work).jobs(50_000) for work in ("1x8x0+100:40", "9x100x400+400:1")}
+    base = Policy(gpu_memory=6 * GB, cpu_memory=100 * GB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto_policy, "available_memory", lambda *_: replace(MEMORY, device=6 * GB))
+        patch.setattr(auto_policy, "resolve_dtype", lambda *_: dtype)  # which would ask the card
+        slow, fast = (choose(str(tmp_path), dtype, base, each) for each in jobs.values())
+        given = choose(str(tmp_path), dtype, replace(base, compress_weight="lossless"), jobs["1x8x0+100:40"])
+    assert slow.policy.compress_weight == ("lossless" if dtype == "bfloat16" else None)
+    assert ("on the device, lossless;" in slow.note) == (dtype == "bfloat16")
+    assert fast.policy.compress_weight is None
+    assert given.policy.compress_weight == "lossless"
+    assert (given.estimate is not None) == (dtype == "bfloat16")
+
+
 def test_what_is_said_stays(opt: Path, card: HardwareProfile) -> None:
     jobs = Workload.parse("1x9x0+50:1").jobs(50_000)
     for said in (Policy(weights=Share(gpu=1, cpu=99)), Policy(kv_cache=Share(gpu=0, cpu=100))):

@@ -70,6 +70,12 @@ def test_compression_takes_bits(line: str, bits: int | None) -> None:
     assert Policy.load(policy("--compress-cache" + line)).compress_cache == bits
 
 
+def test_only_weights_may_be_lossless() -> None:
+    assert Policy.load(policy("--compress-weight lossless")).compress_weight == "lossless"
+    with pytest.raises(UsageError, match="--compress-cache: 'lossless'"):
+        policy("--compress-cache lossless")
+
+
 def test_first_letters_mean_what_they_did_before_there_were_memory_limits() -> None:
     assert policy("--cpu --gpu 7") == {"cpu-cache-compute": True, "gpu-batch-size": 7}
     assert policy("--cpu-m 2GB --gpu-m 1GB") == {"cpu-memory": "2GB", "gpu-memory": "1GB"}

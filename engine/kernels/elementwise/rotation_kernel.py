@@ -70,7 +70,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, per_pair: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `engine.kernels.rotations.rotated`; the results lie row by row, as projections give queries and keys.
+    """As `rotations.rotated`; the results lie row by row, as projections give queries and keys.
 
     All four have 16 bits and one dtype, are on the current device, and have neighbouring numbers side by side.
     """

@@ -1,7 +1,8 @@
-"""The Triton kernel for root-mean-square norms of rows of 16 bits, on accelerators that have Triton.
+"""The Triton kernel for norms of rows of 16 bits, on accelerators that have Triton.
 
-Written out in torch's functions a norm reads or writes its rows eleven times, seven of them in 32 bits. A row is
-summed in an order that follows from its width alone, and rounded where torch's functions round it.
+Written out in torch's functions a root-mean-square norm reads or writes its rows eleven times, seven of them in 32
+bits; torch's kernel for layer norms reads them at half the rate of the memory. A row is summed in an order that follows
+from its width alone, and rounded where torch's functions round it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ _BLOCK = 4096
 def _kernel(  # type: ignore[no-untyped-def]
     rows,
     weight,
+    bias,
     result,
     count,
     stride,
     eps,
     width: tl.constexpr,
     scaling: tl.constexpr,
+    has_bias: tl.constexpr,
     block_rows: tl.constexpr,
     block_width: tl.constexpr,
 ):
@@ -34,6 +37,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     inside = (row < count) & (column < width)
     numbers = tl.load(rows + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    if has_bias:
+        numbers = tl.where(inside, numbers - (tl.sum(numbers, 1) / width)[:, None], 0.0)
     mean = tl.sum(numbers * numbers, 1) / width
     normed = numbers * tl.rsqrt(mean + eps)[:, None]
     kind = result.dtype.element_ty
@@ -43,13 +48,18 @@ def _kernel(  # type: ignore[no-untyped-def]
         scaled = normed * factor
     else:
         scaled = normed * (1.0 + factor)
+    if has_bias:
+        scaled += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(result + row * width + column, scaled.to(kind), mask=inside)
 
 
-def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int) -> torch.Tensor:
+def norm(
+    rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rows `[…, width]` of 16 bits, with any strides, normed and scaled by weight `[width]`, on the current device.
 
-    `eps` is added to the mean of the squares; scaling: see `engine.kernels.norms.Scaling`.
+    `eps` is added to the mean of the squares; scaling: see `engine.kernels.elementwise.norms.Scaling`. With a bias
+    `[width]` and `WIDE` it is a layer norm: a row's mean is taken from it before, and the bias added at the end.
     """
     width = rows.shape[-1]
     flat = rows.reshape(-1, width)
@@ -64,12 +74,14 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int) -> 
     kernel[(triton.cdiv(len(flat), block_rows),)](
         flat,
         weight.contiguous(),
+        weight if bias is None else bias.contiguous(),
         result,
         len(flat),
         flat.stride(0),
         eps,
         width=width,
         scaling=int(scaling),
+        has_bias=bias is not None,
         block_rows=block_rows,
         block_width=block_width,
         num_warps=min(16, max(4, block_rows * block_width // 1024)),

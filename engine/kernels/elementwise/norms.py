@@ -1,4 +1,4 @@
-"""Root-mean-square norms as families write them, and one kernel in their place where a device can have it."""
+"""Norms of rows as families write them, and one kernel in their place where a device can have it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+import torch.nn.functional as F
 
 from engine.kernels.compiled import where_compiled
 
@@ -40,13 +41,26 @@ class RMSNorm:
         return (normed * factor).to(rows.dtype)
 
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, float, int], torch.Tensor]
-"""Rows and weight of 16 bits of one dtype on the current device, eps and scaling of a norm: what that makes of them."""
+@dataclass(frozen=True)
+class LayerNorm:
+    """A norm of rows: each less its mean, divided by its standard deviation, scaled and shifted, in float32."""
+
+    eps: float
+    """What is added to the variance."""
+    scaling = Scaling.WIDE
+
+    def __call__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Rows `[…, width]` scaled by weight and shifted by bias `[width]`, all of one dtype, by torch's function."""
+        return F.layer_norm(rows, weight.shape, weight, bias, self.eps)
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, float, int, torch.Tensor | None], torch.Tensor]
+"""Rows and weight of 16 bits of one dtype on the current device, eps, scaling, and the bias of a `LayerNorm`."""
 
 
 @where_compiled
 def kernel_for() -> Kernel:
     """Our kernel's function."""
-    from engine.kernels.norm_kernel import norm
+    from engine.kernels.elementwise.norm_kernel import norm
 
     return norm

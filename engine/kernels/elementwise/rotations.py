@@ -41,6 +41,6 @@ Kernel = Callable[
 @where_compiled
 def kernel_for() -> Kernel:
     """Our kernel's function."""
-    from engine.kernels.rotation_kernel import rotate
+    from engine.kernels.elementwise.rotation_kernel import rotate
 
     return rotate

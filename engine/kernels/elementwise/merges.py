@@ -1,0 +1,47 @@
+"""Attention to two parts of a context becomes that to both: by torch, or by one kernel where a device can have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.kernels import compiled
+from engine.kernels.compiled import where_compiled
+
+
+def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> None:
+    """Let `output` `[rows, heads, dim]`, of the own tokens, be that of the prefix (`shared`) and the own ones.
+
+    Log-sum-exps `[heads, rows]`; the weight of the prefix is its share of the sum of exponentials. It is rounded to the
+    dtype of both, and then their mean.
+    """
+    kernel = kernel_for(output.device) if compiled.is_there(output) else None
+    if kernel is not None and _fits(output, logsumexp, shared, shared_logsumexp):
+        kernel(output, logsumexp, shared, shared_logsumexp)
+        return
+    weight = torch.sigmoid(shared_logsumexp - logsumexp).T[:, :, None]
+    output.lerp_(shared, weight.to(output.dtype))
+
+
+def _fits(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> bool:
+    """Whether dtypes and places are those that the kernel takes."""
+    return (
+        output.dtype == shared.dtype
+        and output.dtype in (torch.float16, torch.bfloat16)
+        and output.is_contiguous()
+        and shared.is_contiguous()
+        and all(x.dtype == torch.float32 and x.stride(1) == 1 for x in (logsumexp, shared_logsumexp))
+    )
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""`merge` for contiguous tensors of 16 bits on the current device."""
+
+
+@where_compiled
+def kernel_for() -> Kernel:
+    """Our kernel's function."""
+    from engine.kernels.elementwise.merge_kernel import merge_parts
+
+    return merge_parts
