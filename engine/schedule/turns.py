@@ -1,4 +1,4 @@
-"""What sweeps whose decode steps are replayed do without: prompts for a while, and drafts (pure)."""
+"""What sweeps whose decode steps are replayed do without: prompts for a while, and drafts that are looked up (pure)."""
 
 from __future__ import annotations
 
