@@ -94,6 +94,10 @@ class Executor:
         self._hidden.begin(())
         self.steps.clear()
 
+    def choices(self, batches: list[list[Segment]]) -> dict[int, int]:
+        """Compute every segment; the token chosen behind the last row of each, by its span's identity."""
+        return {id(answer.ask.span): answer.token for answer in self.sweep(batches)}
+
     @torch.no_grad()
     def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
         """Compute every segment and answer what its span asks for, in the order of the rows; changes no span."""
@@ -184,12 +188,16 @@ class Executor:
         choosing = [i for i, ask in enumerate(asks) if ask.target is None and isinstance(ask.span, Sequence)]
         if choosing:
             rows = accelerator.sent(torch.tensor(choosing), logits.device)
-            sequences = [ask.span for ask in asks if ask.target is None and isinstance(ask.span, Sequence)]
+            wanted = [(ask.span, ask.drafted) for ask in asks if ask.target is None and isinstance(ask.span, Sequence)]
+            sequences = [sequence for sequence, _ in wanted]
             chosen = choose(
                 logits if len(choosing) == len(asks) else logits[rows],
                 [sequence.job.sampling for sequence in sequences],
-                [sequence.draw() for sequence in sequences],
-                [sequence.generated if sequence.job.sampling.reads_generated else [] for sequence in sequences],
+                [sequence.draw(len(drafted)) for sequence, drafted in wanted],
+                [
+                    [*sequence.generated, *drafted] if sequence.job.sampling.reads_generated else []
+                    for sequence, drafted in wanted
+                ],
                 self.limits.logits_bytes,
             )
             tokens[rows] = _with_due(chosen, sequences)

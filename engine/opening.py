@@ -15,6 +15,7 @@ from engine.cache.key_value import KVCache, unencodable_layer
 from engine.cache.state import StateCache
 from engine.checkpoint.description import ModelDescription
 from engine.checkpoint.tokenizer import SpecialTokens, load_tokenizer, special_tokens
+from engine.drafting.opened import DraftModel, OpenedDraft, open_draft
 from engine.errors import CapacityError, EngineError, UnsupportedError, named, one_line
 from engine.executor import Executor
 from engine.kernels.codec import GROUP, codec_of
@@ -30,6 +31,7 @@ from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, only_bfloat16
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.scheduler import Scheduler
+from engine.schedule.segment import add_drafts
 from engine.text.decoding import Text
 from engine.weights.encoded.kept import KeptWeights
 from engine.weights.encoded.left_plain import left_plain
@@ -73,6 +75,8 @@ class Parts:
     window: int | None
     """Most positions of a sequence; None when the model sets no limit."""
     pad_token: int
+    draft: OpenedDraft | None
+    """The model that drafts tokens for it, if there is one."""
     end_limit: Callable[[], None]
     """Ends the limit on what torch reserves on the device, if the policy sets one."""
     loading: Iterator[None]
@@ -85,6 +89,8 @@ class Parts:
             self.group.close()
         self.weights.close()
         self.executor.close()
+        if self.draft is not None:
+            self.draft.close()
         self.arena.close()
         accelerator.release_memory(self.arena.device)
         self.end_limit()
@@ -120,10 +126,12 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     plain = left_plain(Path(description.path), model) if is_lossless and description.weight_bytes else frozenset[str]()
     codec, cache_codec = weight_codec_of(policy.compress_weight, plain), codec_of(policy.compress_cache)
     shape, on_cpu = shape_of(model, codec, cache_codec), device.type == "cpu"
-    plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing)
+    drafting = _draft_model(description, policy, model, tokenizer, device)
+    draft_shape = None if drafting is None else shape_of(drafting.model)
+    plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing, draft=draft_shape)
     end_limit = accelerator.limit_memory(device, policy.gpu_memory) if policy.gpu_memory is not None else _no_limit
     arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
-    store = stream = group = None
+    store = stream = group = draft = None
     try:
         if plan.uses_disk:
             arena.check_offload_dir()
@@ -150,6 +158,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
         states = StateCache(model.state_shapes, arena, plan.cache_budgets, plan.kv_cache)
         room = JointRoom(cache.room, states.room) if model.mixers else cache.room
         hidden = HiddenStates(arena, plan.activations, model.hidden_size, model.hidden_dtype)
+        if drafting is not None and plan.draft is not None:
+            draft = open_draft(drafting, model, plan.draft, arena, Executor)
+            loading = _one_after_the_other(draft.loading, loading)
         return Parts(
             policy=policy,
             path=Path(description.path),
@@ -160,7 +171,12 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
             cache=cache,
             states=states,
             room=room,
-            scheduler=Scheduler(plan.limits, room, share_prefix=policy.share_prefix),
+            scheduler=Scheduler(
+                plan.limits,
+                room,
+                share_prefix=policy.share_prefix,
+                drafts=add_drafts if draft is None else draft.drafts.add,
+            ),
             executor=Executor(model, stream, cache, states, hidden, plan.limits),
             arena=arena,
             group=group,
@@ -168,10 +184,13 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
             text=Text(tokenizer, frozenset(special.end_of_text)),
             window=None if description.window is None else description.window - model.outer.positions.offset,
             pad_token=[*special.padding, *special.end_of_text, 0][0],
+            draft=draft,
             end_limit=end_limit,
             loading=loading,
         )
     except BaseException as error:
+        if draft is not None:
+            draft.close()
         if stream is not None:
             stream.close()
         if group is not None:
@@ -190,9 +209,30 @@ def check_model(description: ModelDescription, policy: Policy) -> None:
     """
     has_weights = description.weight_bytes > 0
     cpu = torch.device("cpu")
-    model, _, _ = _open_model(description, policy, torch.float32, cpu, has_weights=has_weights)
+    model, tokenizer, _ = _open_model(description, policy, torch.float32, cpu, has_weights=has_weights)
     if has_weights:
         check_checkpoint(Path(description.path), model)
+    if (draft := _draft_model(description, policy, model, tokenizer, cpu)) is not None:
+        draft.check_weights()
+
+
+def _draft_model(
+    description: ModelDescription,
+    policy: Policy,
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> DraftModel | None:
+    """The policy's draft model, without numbers, if it names one; refuses what cannot draft for `model`."""
+    if policy.draft_model is None:
+        return None
+    return DraftModel.of(policy.draft_model, model, tokenizer, model.dtype, device)
+
+
+def _one_after_the_other(*steps: Iterator[None]) -> Iterator[None]:
+    """Steps of several, those of the first before the second's."""
+    for each in steps:
+        yield from each
 
 
 def _open_model(

@@ -128,6 +128,8 @@ class Policy:
     share_prefix: bool = True
     batch_invariant: bool = False
     """Answers have the same bits whatever is computed beside them, at a cost."""
+    draft_model: str | None = None
+    """Hub id or directory of a small model of the same tokenizer that drafts tokens; it changes no answer."""
     dtype: str = "auto"
     device: str | tuple[str, ...] = "auto"
     """One device, several of one kind, "all" of the best kind, or "auto": one, or all like cards of a machine."""
@@ -200,6 +202,8 @@ class Policy:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigError(f"{where}: {name.replace('_', '-')} {shown(value)} is not true or false")
+        if self.draft_model is not None and not (isinstance(self.draft_model, str) and self.draft_model.strip()):
+            raise ConfigError(f"{where}: draft-model {shown(self.draft_model)} is no name of a model")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{where}: unknown dtype {shown(self.dtype)}{did_you_mean(str(self.dtype), DTYPES)}")
         parse_device(self.device, f"{where}: device")

@@ -130,6 +130,8 @@ class SweepLoop:
         except BaseException as error:
             weights, fault = self._parts.weights, explained(error, self._parts.policy)
             weights.give_up(fault)
+            if self._parts.draft is not None:
+                self._parts.draft.weights.give_up(fault)
             if weights.digest is not None:  # `loading`, which ends it otherwise, may not have begun
                 weights.digest.give_up(fault)
         finally:
@@ -215,6 +217,8 @@ class SweepLoop:
         scheduler.isolate(suspects)
         prefill_rows, decode_rows = count_rows(batches)
         load_s = max(0.0, min(swept, self._loaded) - scheduled)
+        if self._parts.draft is not None and not load_s:
+            self._parts.draft.drafts.swept(prefill_rows + decode_rows, swept - scheduled)
         self._observe(
             SweepTiming(
                 begun=begun,

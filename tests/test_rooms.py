@@ -24,6 +24,7 @@ ROOMS = {
         "cache",
         "model",
         "weights",
+        "drafting",
         "verification",
         "asking",
         "workers",

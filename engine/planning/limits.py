@@ -85,3 +85,9 @@ other work is computed."""
 
 READ_AHEAD_BYTES = 256 << 20
 """Staging memory for what the sweep reads of weights on disk: an eighth of a second of a fast disk."""
+
+
+RECORDED_ROWS = 256
+"""Whose temporaries recordings of decode steps keep: of the largest micro-batch, but for policies with larger ones."""
+RECORDED_BYTES = 64 << 20
+"""Beside their rows: the workspace of products (32 MB on an H100), and pieces that torch cannot use again."""

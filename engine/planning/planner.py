@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from engine.errors import CapacityError
 from engine.memory.tiers import TIERS, Tier, percents
 from engine.planning.admission import Admission
 from engine.planning.demand import SMALL_BATCH_ROWS, Demand
+from engine.planning.draft.room import DRAFT_POLICY, DraftRoom
 from engine.planning.fit import Fit, gb
 from engine.planning.hardware import Memory
-from engine.planning.limits import Limits
+from engine.planning.limits import RECORDED_BYTES, RECORDED_ROWS, Limits
 from engine.planning.model_shape import ModelShape
 from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share
@@ -26,10 +29,6 @@ _OPERATIONS_BETWEEN_FETCHES = 2.5e12
 which a link fills about the staging buffers. Fewer would mean more calls than the host can make meanwhile."""
 _LEAST_BETWEEN_FETCHES = 1024
 """Rows of prompts that still multiply at nearly a card's full rate."""
-_RECORDED_ROWS = 256
-"""Whose temporaries recordings of decode steps keep: of the largest micro-batch, but for policies with larger ones."""
-_RECORDED_BYTES = 64 << 20
-"""Beside their rows: the workspace of products (32 MB on an H100), and pieces that torch cannot use again."""
 _FREE_RESIDENT_ROWS = 128
 """The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
 _GAP_BYTES = 512 << 10
@@ -56,6 +55,8 @@ class Plan:
     """Encoded experts are expanded with their layer, once a sweep; else some at a time, for each micro-batch."""
     experts_apart: bool = False
     """Those are brought to the device some at a time, too, apart from what else their layer has."""
+    draft: Plan | None = None
+    """Of the draft model, which lies on the device, if there is one."""
     is_tight: bool = False
     """The weights leave less device memory than the worst-case workspace; the plan may run out of memory."""
 
@@ -65,14 +66,51 @@ class Plan:
         return self.weights.disk > 0 or self.activations.disk > 0 or self.cache_budgets["disk"] > 0
 
 
-def make_plan(shape: ModelShape, policy: Policy, memory: Memory, *, on_cpu: bool, sharing: Sharing = ALONE) -> Plan:
+def make_plan(
+    shape: ModelShape,
+    policy: Policy,
+    memory: Memory,
+    *,
+    on_cpu: bool,
+    sharing: Sharing = ALONE,
+    draft: ModelShape | None = None,
+) -> Plan:
     """Make `policy` definite, filling what it leaves open greedily: device, then host, then disk if there is one.
 
     Of several engines that share the weights, `memory` has the device of each, and host and disk of all together; the
-    plan is that of each. Raises `CapacityError`, with the numbers and the nearest policy that fits, when it does not
-    fit.
+    plan is that of each. A `draft` model lies on the device with its KV cache. Raises `CapacityError`, with the numbers
+    and the nearest policy that fits, when it does not fit.
     """
-    return _Planner(shape, policy, memory, on_cpu, sharing).plan()
+
+    def made(policy: Policy, memory: Memory) -> Plan:
+        return _Planner(shape, policy, memory, on_cpu, sharing).plan()
+
+    return (
+        made(policy, memory)
+        if draft is None
+        else _with_draft(DraftRoom(shape, draft, policy, memory, on_cpu, sharing), made)
+    )
+
+
+def _with_draft(room: DraftRoom, made: Callable[[Policy, Memory], Plan]) -> Plan:
+    """The plan that is `made` in what a draft leaves of the memory, and the draft's own."""
+    policy, num_bytes = room.policy, room.least
+    try:
+        plan = made(policy, room.without(num_bytes))
+    except CapacityError:
+        made(policy, room.memory)  # what does not fit even alone says so
+        raise room.refusal() from None
+    with suppress(CapacityError):
+        on_device = made(replace(policy, kv_cache=None), room.without(num_bytes)).cache_budgets["device"]
+        larger = room.with_cache(on_device, plan.cache_budgets)
+        plan, num_bytes = made(policy, room.without(larger)), larger
+    draft = _Planner(room.draft, DRAFT_POLICY, room.alone(2 * num_bytes), room.on_cpu, ALONE).plan()
+    draft = replace(
+        draft,
+        limits=room.limits(draft.limits, num_bytes),
+        cache_budgets={"device": room.cache_bytes(num_bytes), "host": 0, "disk": 0},
+    )
+    return replace(plan, draft=draft)
 
 
 class _Planner:
@@ -106,7 +144,7 @@ class _Planner:
         if self.memory.shared:
             left["host"] -= self.demand.beside_rows(hidden_rows)
         replays = self._replays(weights, activations)
-        left["device"] -= _RECORDED_ROWS * self.demand.row_bytes + _RECORDED_BYTES if replays else 0
+        left["device"] -= RECORDED_ROWS * self.demand.row_bytes + RECORDED_BYTES if replays else 0
         limits = Limits(
             sequences_per_batch=self.policy.gpu_batch_size or _SEQUENCES,
             batches=self.policy.num_gpu_batches or _BATCHES,

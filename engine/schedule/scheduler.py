@@ -14,7 +14,7 @@ from engine.schedule.intake import Intake, most_admitted, most_hidden
 from engine.schedule.passing import continued_prefixes, idle_prefixes, spare_blocks
 from engine.schedule.pieces import beginning, is_long, is_too_long, largest, named, no_room, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
-from engine.schedule.segment import Segment
+from engine.schedule.segment import AddDrafts, Segment, add_drafts
 from engine.schedule.sequence import Prefix, Sequence, Span
 from engine.schedule.turns import Turns
 from engine.schedule.waiting import Waiting
@@ -23,7 +23,9 @@ from engine.schedule.waiting import Waiting
 class Scheduler:
     """Keeps waiting and running sequences; between sweeps finished ones leave and waiting ones enter."""
 
-    def __init__(self, limits: Limits, cache: CacheRoom, *, share_prefix: bool = True) -> None:
+    def __init__(
+        self, limits: Limits, cache: CacheRoom, *, share_prefix: bool = True, drafts: AddDrafts = add_drafts
+    ) -> None:
         self.limits = self._planned = limits
         self.running: list[Sequence] = []
         self._cache = cache
@@ -31,7 +33,7 @@ class Scheduler:
         self._waiting = Waiting()
         self._prefixes: list[Prefix] = []
         self.failed: list[Sequence] = []
-        self._turns = Turns()
+        self._turns = Turns(drafts)
         self._is_passing_due = False
         """Whether one that does not decode found no room in the cache, so that these come first when there is some."""
 
@@ -233,9 +235,8 @@ class Scheduler:
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Let ended sequences leave: their room in the cache, and prefixes that nobody needs any more, are free."""
         leaving = set(map(id, sequences))
-        for sequence in self.running:
-            if id(sequence) in leaving:
-                self._leave(sequence)
+        for sequence in (each for each in self.running if id(each) in leaving):
+            self._leave(sequence)
         self.running = [sequence for sequence in self.running if id(sequence) not in leaving]
 
     def isolate(self, sequences: Iterable[Sequence]) -> None:
@@ -266,9 +267,8 @@ class Scheduler:
     def drop(self, sequences: Iterable[Sequence]) -> None:
         """Forget sequences that nobody waits for any more, whether they run or wait."""
         leaving = set(map(id, sequences))
-        for sequence in self._waiting:
-            if id(sequence) in leaving:
-                self._leave(sequence)
+        for sequence in (each for each in self._waiting if id(each) in leaving):
+            self._leave(sequence)
         self._waiting.drop(leaving)
         self.finish(sequence for sequence in self.running if id(sequence) in leaving)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from engine.memory.tiers import Tier
+from engine.planning.limits import Limits
 from engine.schedule.sequence import Sequence, Span
 
 
@@ -61,12 +62,17 @@ class Segment:
         return [*self.span.tokens[self.past : self.past + self.num_rows - len(self.draft)], *self.draft]
 
 
-def add_drafts(segments: Iterable[Segment], rows: int, most: int) -> None:
-    """Let decode steps try their drafts, as long as a sweep of `rows` rows has `most` at most."""
+AddDrafts = Callable[[Collection[Segment], int, Limits], None]
+"""Lets decode steps of a sweep of so many rows try tokens that may come next."""
+
+
+def add_drafts(segments: Collection[Segment], rows: int, limits: Limits) -> None:
+    """Let decode steps that try none yet try what came next earlier, as long as rows of the sweep cost nothing."""
+    most = min(limits.free_rows, limits.rows_per_sweep)
     for segment in segments:
         if rows >= most:
             break
-        if segment.is_decode and isinstance(segment.span, Sequence):
+        if segment.is_decode and not segment.draft and isinstance(segment.span, Sequence):
             draft = segment.span.draft()
             if rows + len(draft) <= most:
                 segment.draft = draft

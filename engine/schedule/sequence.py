@@ -184,37 +184,36 @@ class Sequence(Span):
         """Generated tokens so far."""
         return self.tokens[self.num_prompt :]
 
-    def draw(self) -> float:
-        """The number that chooses the next token, 0 where the likeliest one is taken.
+    def draw(self, ahead: int = 0) -> float:
+        """The number that chooses the next token, or one so many behind it; 0 where the likeliest one is taken.
 
-        A sweep that is repeated gets the same one.
+        A sweep that is repeated gets the same one, and so does a token that was drafted before.
         """
         if self.job.sampling.temperature == 0:
             return 0.0
         if self.rng is None:
             self.rng = _rng(self.job)
-        while len(self.draws) <= len(self.generated_logprobs):
+        number = len(self.generated_logprobs) + ahead
+        while len(self.draws) <= number:
             self.draws.append(self.rng.random())
-        return self.draws[-1]
+        return self.draws[number]
 
-    def draft(self) -> tuple[int, ...]:
-        """Tokens that may come next, for the model to check in the same sweep; only greedy choices can be checked.
+    @property
+    def most_drafted(self) -> int:
+        """How many tokens may be drafted to come next, for the model to check in the same sweep.
 
         The last new token is never fed back, so the block has room for all but that one. A sequence that is alone
         drafts none: a wrong guess that yields no number would be taken for its own fault. Tokens that are due come one
         by one.
         """
-        sampling = self.job.sampling
-        room = self.job.max_new_tokens - len(self.generated_logprobs) - 1
-        if (
-            self.is_alone
-            or room < 1
-            or sampling.temperature > 0
-            or sampling.presence_penalty
-            or sampling.frequency_penalty
-            or sampling.rules is not None
-            or self.thinking.due
-        ):
+        if self.is_alone or self.thinking.due:
+            return 0
+        return max(0, self.job.max_new_tokens - len(self.generated_logprobs) - 1)
+
+    def draft(self) -> tuple[int, ...]:
+        """Tokens that may come next, since they did so earlier; only where greedy choice takes them."""
+        sampling, room = self.job.sampling, self.most_drafted
+        if room < 1 or sampling.temperature > 0 or sampling.reads_generated:
             return ()
         if self.drafter is None:
             self.drafter = Drafter(chain.from_iterable(prefix.tokens for prefix in self.chain))

@@ -17,7 +17,7 @@ class SweepTiming:
     begun: float
     """`time.perf_counter` when the sweep was begun to be put together."""
     host_s: float
-    """Seconds of scheduling before it and of making completions after it."""
+    """Seconds of scheduling before it, drafts of a model included, and of making completions after it."""
     sweep_s: float
     """Seconds of the pass over the layers, to the answers of the last one."""
     load_s: float

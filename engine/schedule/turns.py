@@ -1,11 +1,12 @@
-"""What sweeps whose decode steps are replayed do without: prompts for a while, and drafts (pure)."""
+"""What sweeps whose decode steps are replayed do without: prompts for a while, and drafts that are looked up (pure)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine.planning.limits import Limits
-from engine.schedule.segment import Segment, add_drafts
+from engine.schedule.segment import AddDrafts, Segment
 
 _STEPS = 8
 """Sweeps of replayed steps before prompts come in again. One that has prompts, too, is not replayed and takes several
@@ -18,10 +19,11 @@ _MOST_PREFIXES = 4
 class Turns:
     """Lets prompts come in together, some sweeps apart, as long as that keeps the sweeps between them fast.
 
-    Drafts are for the other sweeps: rows of steps that are replayed are one a sequence.
+    Rows of steps that are replayed are one a sequence, and further ones cost: only a draft model may add some.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, add: AddDrafts) -> None:
+        self._add = add
         self._num_steps = _STEPS
 
     def is_of_steps(self, segments: Sequence[Segment], limits: Limits) -> bool:
@@ -33,11 +35,9 @@ class Turns:
 
         has_begun: a part of a prompt, whose rest follows without delay.
         """
-        if _are_replayed(segments, limits):
-            self._num_steps += 1
-            return
-        self._num_steps = _STEPS if has_begun else 0
-        add_drafts(segments, rows, min(limits.free_rows, limits.rows_per_sweep))
+        are_replayed = _are_replayed(segments, limits)
+        self._num_steps = self._num_steps + 1 if are_replayed else _STEPS if has_begun else 0
+        self._add(segments, rows, replace(limits, free_rows=0) if are_replayed else limits)
 
 
 def are_steps(segments: Sequence[Segment]) -> bool:

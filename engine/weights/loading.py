@@ -32,19 +32,20 @@ from engine.weights.store import WeightStore
 _log = logging.getLogger(__name__)
 
 
-def load_checkpoint(path: Path, store: WeightStore, kept: KeptWeights | None = None) -> Iterator[None]:
+def load_checkpoint(
+    path: Path, store: WeightStore, kept: KeptWeights | None = None, *, with_digest: bool = True
+) -> Iterator[None]:
     """Fill `store` from the weight files of `path`: checks now, and reads parameter by parameter as it is iterated.
 
     Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
     a time, and merged experts one expert at a time: beyond the placed weights this takes about one tensor of memory.
-    Layers come in their order, since the first sweep may run behind. Units that are `kept` are read from there, and the
-    others kept from then on. The digest of the weight files follows what is read, and reads the rest at the end.
-    Raises `CheckpointError` when parameters are missing or have another shape.
+    Layers come in their order, since the first sweep may run behind. Units that are `kept` are read from there, others
+    kept from then on. The digest, if wanted, follows what is read, and reads the rest. Raises `CheckpointError` when
+    parameters are missing or have another shape.
     """
     store.source = source = OpenedWeights(path)
-    if store.member is None or store.member.index == 0:  # one of several reads all files for it, once
-        store.digest = WeightDigest(path, source)
-    digest = store.digest
+    is_first = store.member is None or store.member.index == 0  # of several, one reads all files, once
+    store.digest = digest = WeightDigest(path, source) if with_digest and is_first else None
     plan, unexpected = _planned(path, store)
 
     def follow(span: FileSpan) -> None:

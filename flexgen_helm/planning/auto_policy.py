@@ -18,6 +18,7 @@ from engine.policy import Policy
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.sequence import Prefix
 from engine.schedule.sequence import Sequence as Running
+from flexgen_helm.planning.drafts import draft_shape
 from flexgen_helm.planning.estimate import Estimate, is_host
 from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.policy_search import best_of, search
@@ -85,14 +86,17 @@ def choose(
     from engine.model.causal_model import CausalModel
 
     try:
-        model = CausalModel(Path(path), getattr(torch, resolve_dtype(policy.dtype, dtype, device)), torch.device("cpu"))
+        dtype = resolve_dtype(policy.dtype, dtype, device)
+        model = CausalModel(Path(path), getattr(torch, dtype), torch.device("cpu"))
         sizes = ModelSizes.of(model)
         sharing = sharing_of(policy, found, sizes.shape_under(policy), profile)
         if is_open:
             policy = replace(policy, gather_weights=sharing.gather)
         if is_placed:
             return Chosen(policy, None, "")
-        best = best_of(search(sizes, profile, found.memory, load, policy, compress=False, sharing=sharing))
+        draft = draft_shape(policy, dtype)
+        fitting = search(sizes, profile, found.memory, load, policy, compress=False, sharing=sharing, draft=draft)
+        best = best_of(fitting)
     except EngineError:
         return Chosen(policy, None, "")
     places = [_on_devices(best.plan, sharing)]

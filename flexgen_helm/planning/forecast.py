@@ -14,12 +14,14 @@ from engine.memory.tiers import TIERS, Tier
 from engine.planning.gathering import sharing_of
 from engine.planning.hardware import Memory, resolve_device, resolve_dtype
 from engine.planning.hardware_profile import HardwareProfile
+from engine.planning.model_shape import ModelShape
 from engine.planning.planner import Plan, make_plan
 from engine.planning.sharing import Resources, Sharing
 from engine.policy import Policy
 from engine.schedule.cutting import padded_length
 from engine.schedule.sequence import Sequence as Running
 from flexgen_helm.planning.auto_policy import Look, resources_here, shared_sequences, workload_of_shared
+from flexgen_helm.planning.drafts import draft_shape
 from flexgen_helm.planning.estimate import check_room, estimate, is_host, placed_bytes, room_taken
 from flexgen_helm.planning.model_sizes import ModelSizes
 from flexgen_helm.planning.policy_search import best_of, memory_of, search
@@ -65,6 +67,8 @@ class Forecast:
     weights: Mapping[Tier, int]
     held: Mapping[Tier, int]
     """At the fullest, besides what computing takes; on the device tier, as in `weights`, of each device."""
+    draft_bytes: int
+    """Weights of the draft model, on each device; 0 without one."""
     memory: Memory
     """What may be used: `device` of each device."""
     on_host: bool
@@ -140,7 +144,10 @@ def forecast_of(
         dtype = profile.computed_in(policy.dtype, dtype)
     sizes = _sizes(path, dtype, has_weights=has_weights)
     sharing = sharing_of(policy, found, sizes.shape_under(policy), None if on_host else profile)
-    policy, plan, seconds, bottleneck = _placed(sizes, policy, found.memory, load, profile, sharing, on_host=on_host)
+    draft = draft_shape(policy, dtype)
+    policy, plan, seconds, bottleneck = _placed(
+        sizes, policy, found.memory, load, profile, sharing, draft, on_host=on_host
+    )
     load, devices = load.part_of(sharing.count), sharing.count
     placed = sizes.placed(placed_bytes(sizes, policy, plan.weights, sharing), policy)
     work = work_of(load, placed, plan, cache_crosses=not policy.cpu_cache_compute)
@@ -157,6 +164,7 @@ def forecast_of(
         disk_bytes=float(devices * work.sweeps * placed.disk_bytes),
         weights=weights,
         held=held,
+        draft_bytes=0 if draft is None else draft.weight_bytes,
         memory=found.memory,
         on_host=on_host,
         seconds=seconds,
@@ -179,15 +187,16 @@ def _placed(
     load: Workload,
     profile: HardwareProfile | None,
     sharing: Sharing,
+    draft: ModelShape | None,
     *,
     on_host: bool,
 ) -> tuple[Policy, Plan, float | None, str]:
     """The policy with its places, its plan, seconds and what bounds them, as far as rates are known."""
     is_open = policy.weights is None and policy.kv_cache is None
     if is_open and profile is not None and not on_host:  # as `auto_policy.choose`
-        best = best_of(search(sizes, profile, memory, load, policy, compress=False, sharing=sharing))
+        best = best_of(search(sizes, profile, memory, load, policy, compress=False, sharing=sharing, draft=draft))
         return best.policy, best.plan, best.seconds, best.bottleneck
-    plan = make_plan(sizes.shape_under(policy), policy, memory, on_cpu=on_host, sharing=sharing)
+    plan = make_plan(sizes.shape_under(policy), policy, memory, on_cpu=on_host, sharing=sharing, draft=draft)
     if profile is None:
         check_room(load, sizes.placed(placed_bytes(sizes, policy, plan.weights), policy), plan)
         return policy, plan, None, ""
@@ -221,6 +230,12 @@ def lines(found: Forecast) -> Iterator[str]:
     moved = "nothing crosses a link: the device is the host" if found.on_host else f"over the link {link}"
     yield f"bytes: {moved}; {size(found.disk_bytes)} of weights from disk; {found.sweeps:,} passes over the layers"
     yield f"room: {'; '.join(_rooms(found))}"
+    if found.plan.draft is not None:
+        room = found.plan.draft.cache_budgets["device"]
+        yield (
+            f"draft model: {size(found.draft_bytes)} of weights and room for {size(room)} of keys and values on "
+            "each device besides; what its drafts save is not in the time"
+        )
 
 
 def _rooms(found: Forecast) -> Iterator[str]:

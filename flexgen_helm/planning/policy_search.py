@@ -59,11 +59,13 @@ def search(
     *,
     compress: bool,
     sharing: Sharing = ALONE,
+    draft: ModelShape | None = None,
 ) -> list[Estimate]:
     """All policies that fit, the fastest first; of equals, the one that changes least of the numbers comes first.
 
     `base` says what is not searched for: memory limits, directories, and with `compress` false, the bits of codes.
-    sharing: of several devices that share the weights. Raises `CapacityError`, with what is missing, when none fits.
+    sharing: of several devices that share the weights. draft: of the policy's draft model, whose memory is left to it;
+    what it saves is not known beforehand. Raises `CapacityError`, with what is missing, when none fits.
     """
     sizes = ModelSizes.of(model)
     found: list[Estimate] = []
@@ -84,7 +86,7 @@ def search(
                 base, compress_weight=weight, compress_cache=cache, weights=share, cpu_cache_compute=on_host
             )
             try:
-                plan = make_plan(shape, policy, memory, on_cpu=is_host(profile), sharing=sharing)
+                plan = make_plan(shape, policy, memory, on_cpu=is_host(profile), sharing=sharing, draft=draft)
                 (tight if plan.is_tight else found).append(estimate(sizes, profile, load, policy, plan, sharing))
             except CapacityError as error:
                 reason = reason or error

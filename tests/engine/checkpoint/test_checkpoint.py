@@ -178,6 +178,7 @@ def test_identity_knows_weights_tokenizer_and_dtype_but_not_placement(build: Bui
     assert first != identity(**{"compress-cache": 4})
     assert first != identity(**{"batch-invariant": True})
     assert first == identity(**{"batch-invariant": False})
+    assert first == identity(**{"draft-model": "some/model"})  # whatever it drafts
     state = state_of(directory)
     replace_weights(directory, state)
     before = identity()

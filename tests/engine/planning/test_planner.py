@@ -562,3 +562,65 @@ def test_states_are_counted_and_a_policy_that_holds_none_is_refused_with_numbers
         CapacityError, match=r"states of one sequence and a token's .* take 300\.0 GB, .*host 1[0-9.]+ GB"
     ):
         make_plan(little, Policy.load("opt-30b-t4"), T4, on_cpu=False)
+
+
+OPT_1B = ModelShape(
+    unit_bytes=(100_000_000,) * 24 + (206_000_000,),
+    embedding_bytes=0,
+    outer_bytes=10_000_000,
+    cache_row_bytes=24 * 2 * 2048 * 2,
+    cache_layer_row_bytes=2 * 2048 * 2,
+    hidden_row_bytes=2048 * 2,
+    work_row_bytes=2 * (6 * 2048 + 3 * 4 * 2048 + 4 * 2048),
+    is_plain=True,
+    reads_in_place=True,
+)
+
+
+@given(
+    share=st.sampled_from([None, Share(gpu=0, cpu=100), Share(gpu=30, cpu=70)]),
+    cache=st.sampled_from([None, Share(gpu=100, cpu=0), Share(gpu=0, cpu=100)]),
+    device=st.integers(4 * GB, 90 * GB),
+    on_cpu=st.booleans(),
+)
+def test_a_model_and_its_draft_fit_the_device_together(
+    share: Share | None, cache: Share | None, device: int, on_cpu: bool
+) -> None:
+    host = 120 * GB
+    memory = Memory(device=host if on_cpu else device, host=host, disk=0, shared=on_cpu)
+    policy = Policy(weights=None if on_cpu else share, kv_cache=None if on_cpu else cache)
+    try:
+        plan = make_plan(OPT_30B, policy, memory, on_cpu=on_cpu, draft=OPT_1B)
+    except CapacityError:
+        return
+    draft = plan.draft
+    assert draft is not None
+    both = used(plan, OPT_30B)["device"] + used(draft, OPT_1B)["device"]
+    assert both <= memory.device + 128
+    assert draft.weights.gpu == draft.activations.gpu == 100
+    assert draft.cache_budgets["host"] == draft.cache_budgets["disk"] == 0
+    if (
+        not on_cpu and share is not None and cache is not None and cache.gpu == 100
+    ):  # as many tokens as the model's, by their bytes
+        tokens = [
+            each.cache_budgets["device"] / shape.cache_row_bytes for each, shape in ((plan, OPT_30B), (draft, OPT_1B))
+        ]
+        # What the draft takes may make the model's micro-batches smaller, which leaves its cache more than was shared.
+        assert 0.4 * tokens[0] <= tokens[1] <= 1.2 * tokens[0] + 200
+        if device > 40 * GB:
+            assert tokens[1] == pytest.approx(tokens[0], rel=0.1)
+
+
+def test_a_draft_without_room_is_refused_with_the_numbers() -> None:
+    policy = Policy(weights=Share(gpu=0, cpu=100))
+    memory = replace(T4, device=5 * GB)
+    make_plan(OPT_30B, policy, memory, on_cpu=False)
+    with pytest.raises(
+        CapacityError, match=r"^draft-model: its weights 2\.6 GB, .* exceed the .* GB that the model leaves"
+    ):
+        make_plan(OPT_30B, policy, memory, on_cpu=False, draft=OPT_1B)
+    with pytest.raises(CapacityError) as alone:
+        make_plan(OPT_30B, policy, replace(memory, device=GB), on_cpu=False)
+    with pytest.raises(CapacityError) as both:
+        make_plan(OPT_30B, policy, replace(memory, device=GB), on_cpu=False, draft=OPT_1B)
+    assert str(both.value) == str(alone.value)

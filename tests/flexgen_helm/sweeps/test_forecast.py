@@ -18,7 +18,7 @@ from engine.planning.hardware import Memory
 from engine.planning.sharing import Resources, Sharing
 from engine.policy import Policy
 from flexgen_helm.commands.plan import ENTRIES_EXAMPLES, parse_plan_flags
-from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, size
+from flexgen_helm.planning.forecast import Forecast, duration, forecast_of, lines, size
 from flexgen_helm.run import main
 from flexgen_helm.sweeps import foreseen
 from flexgen_helm.sweeps.record import read_record
@@ -179,6 +179,24 @@ def test_the_help_of_a_plan_of_entries_has_examples_that_can_be_given(capsys: py
     for line in ENTRIES_EXAMPLES:
         assert line in shown
         assert parse_plan_flags(line.split()[2:]).model
+
+
+def test_a_draft_model_s_room_is_told(tiny_llama: Path) -> None:
+    """Its weights are those of the file; what it takes, the model's keys and values lack."""
+    jobs = [Job(prompt=[5, 6, 7], max_new_tokens=9)]
+    settings = {"device": "cpu", "dtype": "float32", "gpu-memory": "40MB", "cpu-memory": "4GB"}
+    found = {}
+    for name, more in (("without", {}), ("with", {"draft-model": str(tiny_llama)})):
+        found[name] = forecast_of(str(tiny_llama), "float32", Policy.from_mapping({**settings, **more}), jobs)
+    alone, both = found["without"], found["with"]
+    assert alone is not None
+    assert both is not None
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="float32")
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert both.draft_bytes == num_bytes
+    assert both.plan.cache_budgets["device"] < alone.plan.cache_budgets["device"] - num_bytes
+    assert [line for line in lines(both) if line.startswith(f"draft model: {size(num_bytes)} of weights and room for ")]
+    assert not [line for line in lines(alone) if line.startswith("draft model")]
 
 
 def test_numbers_as_people_say_them() -> None:

@@ -1,0 +1,137 @@
+"""A draft model: whether it can draft for a model, and what is needed to compute with it, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from engine.cache.hidden import HiddenStates
+from engine.cache.key_value import KVCache
+from engine.cache.state import StateCache
+from engine.checkpoint.description import ModelDescription, describe
+from engine.checkpoint.tokenizer import load_tokenizer
+from engine.drafting.model_drafts import Computes, ModelDrafts
+from engine.errors import ConfigError, UnsupportedError, shown
+from engine.kernels.threads import one_thread
+from engine.memory.arena import Arena
+from engine.model.causal_model import CausalModel
+from engine.planning.limits import Limits
+from engine.planning.planner import Plan
+from engine.weights.loading import check_checkpoint, load_checkpoint
+from engine.weights.store import WeightStore
+from engine.weights.stream import WeightStream
+
+MakeExecutor = Callable[[CausalModel, WeightStream, KVCache, StateCache, HiddenStates, Limits], Computes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftModel:
+    """A draft model without numbers."""
+
+    description: ModelDescription
+    model: CausalModel
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        target: CausalModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> DraftModel:
+        """The draft model of that name for `target`, whose tokenizer is given.
+
+        Raises `ConfigError` where its tokenizer is another, `UnsupportedError` where one of the two keeps states, and
+        what opening any model raises.
+        """
+        if target.mixers:
+            raise UnsupportedError(
+                "draft-model: layers of the model keep a state, which cannot go back to before a draft that is wrong; "
+                "leave it out"
+            )
+        description = describe(name)
+        path = Path(description.path)
+        check_vocabulary(name, load_tokenizer(path), tokenizer)
+        with one_thread():
+            model = CausalModel(path, dtype, device)
+        if model.mixers:
+            raise UnsupportedError(
+                f"draft-model {name}: its layers keep a state, which cannot go back to before a draft that is wrong; "
+                "take a model whose layers keep keys and values"
+            )
+        return cls(description=description, model=model)
+
+    def check_weights(self) -> None:
+        """Raise `CheckpointError` for weight files that do not fit; reads no weights."""
+        check_checkpoint(Path(self.description.path), self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedDraft:
+    """A draft model with its places on the device."""
+
+    model: CausalModel
+    weights: WeightStore
+    stream: WeightStream
+    cache: KVCache
+    drafts: ModelDrafts
+    loading: Iterator[None]
+    """Brings a parameter to its place at each step."""
+
+    def close(self) -> None:
+        """Let go of everything; the arena frees the memory."""
+        self.drafts.close()
+        self.stream.close()
+        self.weights.close()
+
+
+def open_draft(
+    draft: DraftModel, target: CausalModel, plan: Plan, arena: Arena, make_executor: MakeExecutor
+) -> OpenedDraft:
+    """Open a draft model for `target` by its own plan, all of it on the device."""
+    model, path = draft.model, Path(draft.description.path)
+    store = WeightStore(model, plan.weights, arena, expands_whole=plan.expands_whole)
+    stream = None
+    try:
+        loading = load_checkpoint(path, store, with_digest=False)  # it changes no result
+        stream = WeightStream(store, None, overlap=False, read_ahead_bytes=0, experts_apart=plan.experts_apart)
+        cache = KVCache(model.kv_shapes, model.dtype, arena, plan.cache_budgets, plan.kv_cache)
+        states = StateCache(model.state_shapes, arena, plan.cache_budgets, plan.kv_cache)
+        hidden = HiddenStates(arena, plan.activations, model.hidden_size, model.hidden_dtype)
+        window, offset = draft.description.window, model.outer.positions.offset
+        drafts = ModelDrafts(
+            make_executor(model, stream, cache, states, hidden, plan.limits),
+            cache.room,
+            plan.limits,
+            device=arena.device,
+            window=None if window is None else window - offset,
+            vocabularies=(model.vocab_size, target.vocab_size),
+            is_ready=lambda: store.is_complete,
+        )
+    except BaseException:
+        if stream is not None:
+            stream.close()
+        store.close()
+        raise
+    return OpenedDraft(model=model, weights=store, stream=stream, cache=cache, drafts=drafts, loading=loading)
+
+
+def check_vocabulary(name: str, draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
+    """Raise `ConfigError` where token ids of two tokenizers stand for different tokens: the first such one."""
+    own, other = ({number: token for token, number in each.get_vocab().items()} for each in (draft, target))
+    if own == other:
+        return
+    number = next(number for number in sorted({*own, *other}) if own.get(number) != other.get(number))
+
+    def told(tokens: dict[int, str]) -> str:
+        return shown(tokens[number]) if number in tokens else "no token"
+
+    raise ConfigError(
+        f"draft-model {name}: its tokenizer is not the model's: id {number} is {told(own)} there and {told(other)} "
+        f"here ({len(own)} and {len(other)} tokens); take a smaller model of the same family"
+    )

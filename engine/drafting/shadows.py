@@ -1,0 +1,163 @@
+"""Running sequences as a draft model has them: their tokens, and its own keys and values of them (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from engine.planning.limits import Limits
+from engine.schedule.cache_room import CacheRoom
+from engine.schedule.pieces import whole
+from engine.schedule.prefix import common_length
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix, Sequence, Span
+
+_MOST_BEHIND = 8
+"""Tokens that a shadow takes in as a decode step; one that is further behind is begun anew, as a prompt."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Shadow(Sequence):
+    """A running sequence as the draft model has it.
+
+    It draws the same numbers, so that where both models have the same distribution they choose the same token.
+    """
+
+    target: Sequence
+    """The sequence."""
+    proposed: tuple[int, ...] = ()
+    """Tokens that the sequence is trying, behind the first `num_known` of its own."""
+    num_known: int = 0
+    """Of the sequence's own tokens, those that it had when these were drafted."""
+
+    @classmethod
+    def of_target(cls, target: Sequence, parent: Prefix | None) -> Shadow:
+        """The shadow of a running sequence, nothing of which is computed yet."""
+        job = replace(target.job, prompt_logprobs=False, thinking=None)  # nothing is scored, and no token is due
+        tokens = list(target.tokens)
+        return cls(
+            job=job,
+            tokens=tokens,
+            num_prompt=target.num_prompt,
+            parent=parent,
+            target=target,
+            num_known=len(tokens),
+        )
+
+    @property
+    def coming(self) -> list[int]:
+        """The sequence's tokens from this span's first one on; those that were cut off as prefixes are not in it."""
+        return self.target.tokens[self.start - self.target.start :]
+
+    def draw(self, ahead: int = 0) -> float:
+        """The number that the sequence will choose the same token by."""
+        number = len(self.tokens) - self.num_prompt + ahead
+        return self.target.draw(number - len(self.target.generated_logprobs))
+
+    def take(self, token: int) -> None:
+        """Have a further token, which is computed next."""
+        if len(self.tokens) < self.cached:  # several rows have brought it up to its sequence
+            self.tokens = self.coming
+        self.tokens.append(token)
+
+    def settle(self) -> tuple[int, int] | None:
+        """See which of the proposed tokens came: how many did, and how many were tried; None if all began anew.
+
+        What was computed on others is forgotten: the rows behind are written again.
+        """
+        new = self.target.tokens[self.num_known :]
+        if len(self.target.tokens) < self.num_known:
+            return None
+        came = common_length([*self.proposed], new)
+        tried = came + (came < min(len(self.proposed), len(new)))
+        self.cached = min(self.cached, self.num_known - (self.start - self.target.start) + came)
+        self.proposed, self.num_known = (), len(self.target.tokens)
+        return came, tried
+
+    def step(self) -> Segment | None:
+        """The rows that bring it up to its sequence; None if it is too far behind."""
+        coming = self.coming
+        if len(coming) - self.cached > _MOST_BEHIND:
+            return None
+        self.tokens = coming[: self.cached + 1]
+        return Segment(self, len(coming) - self.cached, draft=tuple(coming[self.cached + 1 :]))
+
+
+@dataclass(eq=False)
+class _Shared:
+    """A prefix as the draft model has it: in as many pieces as its memory asks for."""
+
+    original: Prefix
+    pieces: tuple[Prefix, ...]
+    users: set[int] = field(default_factory=set)
+    """Sequences whose shadows continue it, by their identities."""
+
+
+class Shadows:
+    """The shadows of running sequences, and of the prefixes that they share, with their room in the draft's cache."""
+
+    def __init__(self, room: CacheRoom, limits: Limits) -> None:
+        self._room, self._limits = room, limits
+        self._of: dict[int, Shadow] = {}
+        """By the sequence's identity."""
+        self._shared: dict[int, _Shared] = {}
+        """By the prefix's identity."""
+
+    def __iter__(self) -> Iterator[Shadow]:
+        return iter(list(self._of.values()))
+
+    def get(self, target: Sequence) -> Shadow | None:
+        """The shadow of a sequence, if it has one."""
+        return self._of.get(id(target))
+
+    def begin(self, target: Sequence) -> list[Segment] | None:
+        """A new shadow of `target`: the segments that compute it; None where the cache has no room for it now."""
+        new: list[Span] = []
+        for prefix in target.chain:
+            if id(prefix) not in self._shared:
+                parent = self._last_piece(prefix.parent)
+                mirrored = Prefix(tokens=prefix.tokens, parent=parent)
+                pieces = (*self._split(mirrored), mirrored)
+                self._shared[id(prefix)] = _Shared(prefix, pieces)
+                new += pieces
+            self._shared[id(prefix)].users.add(id(target))
+        shadow = Shadow.of_target(target, self._last_piece(target.parent))
+        heads = self._split(shadow)
+        self._of[id(target)] = shadow
+        new += [*heads, shadow]
+        for span in new:
+            span.block = self._room.allocate(span.capacity)
+            if span.block is None:
+                self.drop(shadow)
+                return None
+        return [whole(span, self._limits) for span in new]
+
+    def _split(self, span: Span) -> list[Prefix]:
+        most = self._limits.rows_per_piece
+        return span.split(most) if most is not None and span.num_rows > most else []
+
+    def _last_piece(self, prefix: Prefix | None) -> Prefix | None:
+        return None if prefix is None else self._shared[id(prefix)].pieces[-1]
+
+    def drop(self, shadow: Shadow) -> None:
+        """Let go of a shadow, and of the prefixes that no other continues."""
+        del self._of[id(shadow.target)]
+        shared = [each for each in self._shared.values() if id(shadow.target) in each.users]
+        kept = {id(piece) for each in self._shared.values() for piece in each.pieces}
+        self._free([shadow, *(piece for piece in shadow.chain if id(piece) not in kept)])
+        for each in shared:
+            each.users.discard(id(shadow.target))
+            if not each.users:
+                del self._shared[id(each.original)]
+                self._free(each.pieces)
+
+    def _free(self, spans: Iterable[Span]) -> None:
+        for span in spans:
+            if span.block is not None:
+                self._room.free(span.block)
+                span.block = None
+
+    def clear(self) -> None:
+        """Let go of all."""
+        for shadow in self:
+            self.drop(shadow)

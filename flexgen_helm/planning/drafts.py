@@ -1,0 +1,26 @@
+"""What a policy's draft model takes, for plans that are made without opening it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.planning.model_shape import ModelShape
+from engine.policy import Policy
+
+
+def draft_shape(policy: Policy, dtype: str) -> ModelShape | None:
+    """Sizes of the policy's draft model in a number format of torch's; None without one. Downloads no weights.
+
+    Raises `EngineError` for a model that cannot be run.
+    """
+    if policy.draft_model is None:
+        return None
+    import torch
+
+    from engine.checkpoint.description import describe
+    from engine.model.causal_model import CausalModel
+    from engine.weights.stored_form import shape_of
+
+    found = describe(policy.draft_model, download_weights=False)
+    has_weights = found.weight_bytes > 0
+    return shape_of(CausalModel(Path(found.path), getattr(torch, dtype), torch.device("cpu"), has_weights=has_weights))
