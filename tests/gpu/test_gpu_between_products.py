@@ -28,8 +28,10 @@ def test_gated_products_as_by_torch(width: int, activation: Activation, dtype: t
     both = (torch.randn(1, 400, 2 * width, device="cuda") * sizes).to(dtype)
     gate, up = both.chunk(2, dim=-1)
     found, expected = kernel(gate, up, activation), gated(gate, up, activation)
-    assert (found == expected).float().mean() > 0.999  # exponentials by another way move a number by a step, rarely
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
+    # Exponentials by another way move a number by a step, rarely. Below, one and a tangent near minus one cancel.
+    assert (found == expected)[gate > -1].float().mean() > 0.999
+    lost = 2**-22 * (gate.float() * up.float()).abs() + 1e-7
+    assert ((found.float() - expected.float()).abs() <= 2e-2 * expected.float().abs() + lost).all()
     assert torch.equal(kernel(gate[:, 7:9], up[:, 7:9], activation), found[:, 7:9])
 
 
