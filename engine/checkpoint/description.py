@@ -32,6 +32,8 @@ class ModelDescription:
     weight_bytes: int
     """Size of the weight files' tensors."""
     num_layers: int
+    vocab_size: int | None = None
+    """How many token ids it knows; None where its config does not say."""
 
 
 def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
@@ -48,7 +50,8 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
     check_side_files(path)
     weight_bytes = checked_weight_bytes(path) if download_weights or located.is_local else 0
     text = text_config(config)
-    is_rotary = getattr(load_family_config(path), "rope_parameters", None) is not None
+    family = load_family_config(path)
+    is_rotary = getattr(family, "rope_parameters", None) is not None
     dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
     return ModelDescription(
         path=str(path),
@@ -59,6 +62,7 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
         dtype=dtype.removeprefix("torch."),
         weight_bytes=weight_bytes,
         num_layers=num_layers(config),
+        vocab_size=getattr(family, "vocab_size", None),
     )
 
 

@@ -106,7 +106,7 @@ def complete(arguments: Sequence[str]) -> int:
 
     description = describe(args.model)
     tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)), description.window)
-    questions, bad = form.questions(found, tokenizer)
+    questions, bad = form.questions(found, tokenizer, description.vocab_size)
     for prompt in bad[:_SHOWN]:
         print(f"{prompt.where}: {prompt.reason}", file=sys.stderr)
     if len(bad) > _SHOWN:
@@ -116,7 +116,7 @@ def complete(arguments: Sequence[str]) -> int:
             f"{len(bad)} of {len(found)} prompts cannot be asked, the first: {bad[0].where}: {bad[0].reason}; "
             "mend them, or give --skip-bad to ask the others"
         )
-    if not questions:
+    if not questions and not form.skips_bad:
         raise ConfigError(f"none of the {len(found)} prompts can be asked")
     beside = identity_beside_weights(args.model, policy)
 

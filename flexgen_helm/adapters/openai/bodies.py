@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.errors import ConfigError, JobError, did_you_mean, shown
-from engine.job import Sampling, check_num_completions
+from engine.job import MOST_COMPLETIONS, Sampling, check_num_completions
 
 Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
 COMPLETIONS: Endpoint = "/v1/completions"
@@ -54,6 +54,11 @@ class Asked:
     stream: bool
     stream_usage: bool
     """Whether a stream ends with the numbers of tokens."""
+
+    @property
+    def num_jobs(self) -> int:
+        """Choices of all prompts."""
+        return self.num_choices * max(1, len(self.prompts))
 
 
 def read_body(body: Any, endpoint: Endpoint) -> Asked:
@@ -137,6 +142,12 @@ def _check(asked: Asked, given: Mapping[str, Any]) -> None:
         asked.sampling.check()
     except JobError as error:
         raise RefusedBody(str(error)) from None
+    if asked.num_jobs > MOST_COMPLETIONS:
+        raise RefusedBody(
+            f"{len(asked.prompts)} prompts of n = {asked.num_choices} choices are more than {MOST_COMPLETIONS}; "
+            "ask in several requests",
+            "n" if asked.num_choices > 1 else "prompt",
+        )
     if "top_logprobs" in given and not asked.logprobs:
         raise RefusedBody("'top_logprobs' needs logprobs: true", "top_logprobs")
     if asked.max_tokens == 0 and not asked.echo:

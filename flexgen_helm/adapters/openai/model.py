@@ -27,10 +27,17 @@ class Model:
     prompts: PromptTokenizer
     reasoner: Reasoner | None
     """How it thinks before it answers a chat; None without a chat template."""
+    vocab_size: int | None
+    """How many token ids the model knows; None leaves it to the engine to refuse others."""
+    spelling: Spelling
+    """Of its tokenizer: what it finds of a token, it keeps."""
 
     @classmethod
-    def of(cls, names: Sequence[str], prompts: PromptTokenizer) -> Model:
-        """That of a tokenizer; raises `ConfigError` where its template does not tell how it thinks."""
+    def of(cls, names: Sequence[str], prompts: PromptTokenizer, vocab_size: int | None) -> Model:
+        """That of a tokenizer, and of a model of so many token ids.
+
+        Raises `ConfigError` where its template does not tell how it thinks.
+        """
         tokenizer = prompts.tokenizer
         reasoner = None
         if tokenizer.chat_template:
@@ -44,7 +51,13 @@ class Model:
             reasoner = Reasoner.of(
                 tokenizer, model=names[0], template=template, probe=probe, reasoning=None, budget=None
             )
-        return cls(names=tuple(names), prompts=prompts, reasoner=reasoner)
+        return cls(
+            names=tuple(names),
+            prompts=prompts,
+            reasoner=reasoner,
+            vocab_size=vocab_size,
+            spelling=Spelling(tokenizer),
+        )
 
     def jobs(self, asked: Asked) -> list[Job]:
         """A job for each choice of each prompt, choices of one prompt together; raises `RefusedBody`."""
@@ -60,7 +73,7 @@ class Model:
         return [_choice(job, number) for job in first for number in range(asked.num_choices)]
 
     def _plain(self, asked: Asked, prompt: Prompt) -> Job:
-        ids = self.prompts.plain(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.prompts.plain(prompt) if isinstance(prompt, str) else self._known(prompt)
         return Job(
             prompt=ids,
             max_new_tokens=asked.max_tokens or 0,
@@ -69,6 +82,13 @@ class Model:
             prompt_logprobs=asked.echo and (asked.logprobs or asked.max_tokens == 0),
             likeliest=asked.names_likeliest,
         )
+
+    def _known(self, prompt: Sequence[int]) -> list[int]:
+        for token in prompt:
+            if token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
+                size = "" if self.vocab_size is None else f" of {self.vocab_size}"
+                raise RefusedBody(f"field 'prompt': {token} is no token id of the model's vocabulary{size}", "prompt")
+        return list(prompt)
 
     def _chat(self, asked: Asked) -> Job:
         if self.reasoner is None:
@@ -134,7 +154,7 @@ class Model:
             message |= {"content": done.text[reading.begin :], "reasoning_content": reading.thinking}
         logprobs = None
         if asked.logprobs:
-            texts = self._spelled(done.tokens)
+            texts = self.spelling.texts(done.tokens)
             tops = self._likeliest(done.tokens, texts, done.likeliest)
             told = [
                 {**_chat_logprob(text, score), "top_logprobs": [] if top is None else [_chat_logprob(*top)]}
@@ -152,7 +172,7 @@ class Model:
         logprobs = None
         if asked.logprobs:
             ids = [*before, *done.tokens]
-            texts = self._spelled(ids)
+            texts = self.spelling.texts(ids)
             scores = [*((done.prompt_logprobs or ()) if asked.echo else ()), *done.logprobs]
             likeliest = [*((done.prompt_likeliest or ()) if asked.echo else ()), *(done.likeliest or ())]
             told = zip(texts, scores, self._likeliest(ids, texts, likeliest), strict=True)
@@ -176,12 +196,9 @@ class Model:
                 told.append(None)
             else:
                 is_same = top[0] == ids[at]
-                text = texts[at] if is_same else self._spelled([*ids[max(0, at - 1) : at], top[0]])[-1]
+                text = texts[at] if is_same else self.spelling.texts([*ids[max(0, at - 1) : at], top[0]])[-1]
                 told.append((text, top[1]))
         return told
-
-    def _spelled(self, ids: Sequence[int]) -> list[str]:
-        return Spelling(self.prompts.tokenizer).texts(ids)
 
 
 _ANY_VOCABULARY = 1 << 62

@@ -7,8 +7,7 @@ import hmac
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from functools import partial
+from contextlib import ExitStack, aclosing
 from typing import Any, TypeVar
 
 from engine.asking.front import Front
@@ -88,20 +87,19 @@ class Server:
         async def answer(request: Request) -> Response:
             if (refused := self._unauthorized(request)) is not None:
                 return refused
-            try:
-                asked = read_body(await _body(request), endpoint)
-                jobs = await self._locked(self._model.jobs, asked)
-                self._enter(len(jobs))
-            except ClientDisconnect:
-                return Response(status_code=_GONE)
-            except EngineError as error:
-                return _refusal(error)
-            if asked.stream:
-                return _Stream(self._stream(asked, jobs), partial(self._leave, len(jobs)))
-            try:
-                return await self._whole(request, asked, jobs)
-            finally:
-                self._leave(len(jobs))
+            with ExitStack() as entered:
+                try:
+                    asked = read_body(await _body(request), endpoint)
+                    self._enter(asked.num_jobs)  # before there are jobs: a small body may ask for very many
+                    entered.callback(self._leave, asked.num_jobs)
+                    jobs = await self._locked(self._model.jobs, asked)
+                    if asked.stream:
+                        return _Stream(self._stream(asked, jobs), entered.pop_all().close)
+                    return await self._whole(request, asked, jobs)
+                except ClientDisconnect:
+                    return Response(status_code=_GONE)
+                except EngineError as error:
+                    return _refusal(error)
 
         return answer
 
@@ -137,8 +135,6 @@ class Server:
                 return Response(status_code=_GONE)
             body = await self._locked(self._model.body, asked, jobs, computing.result(), uuid.uuid4().hex)
             return JSONResponse(body)
-        except EngineError as error:
-            return _refusal(error)
         finally:
             for task in (computing, gone):
                 task.cancel()  # jobs of a client that has gone are dropped

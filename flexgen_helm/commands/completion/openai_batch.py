@@ -153,10 +153,10 @@ class OpenAIFormat(Format):
         return found
 
     def questions(
-        self, prompts: Sequence[Line | BadLine], tokenizer: PromptTokenizer
+        self, prompts: Sequence[Line | BadLine], tokenizer: PromptTokenizer, vocab_size: int | None
     ) -> tuple[list[Question], list[BadPrompt]]:
         """One for each line that can be asked, and the others."""
-        model = Model.of(self._names, tokenizer)
+        model = Model.of(self._names, tokenizer, vocab_size)
         found: list[Question] = []
         bad: list[BadPrompt] = []
         for line in prompts:

@@ -90,7 +90,7 @@ class OwnFormat(Format):
         return found
 
     def questions(
-        self, prompts: Sequence[Prompt | BadPrompt], tokenizer: PromptTokenizer
+        self, prompts: Sequence[Prompt | BadPrompt], tokenizer: PromptTokenizer, vocab_size: int | None
     ) -> tuple[list[Question], list[BadPrompt]]:
         """One for each completion of the prompts that can be asked, and what cannot, by place."""
         found: list[Question] = []

@@ -56,8 +56,10 @@ class Format(ABC):
         """What is read from the command line and its input, `BadPrompt`s among it; at least one."""
 
     @abstractmethod
-    def questions(self, prompts: Sequence[Any], tokenizer: PromptTokenizer) -> tuple[list[Question], list[BadPrompt]]:
-        """What can be asked, in its order, and what cannot."""
+    def questions(
+        self, prompts: Sequence[Any], tokenizer: PromptTokenizer, vocab_size: int | None
+    ) -> tuple[list[Question], list[BadPrompt]]:
+        """What can be asked of a model of so many token ids, in its order, and what cannot."""
 
     @abstractmethod
     def refusal(self, prompt: BadPrompt) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def serve(arguments: Sequence[str]) -> int:
 
         description = describe(args.model)
         tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)), description.window)
-        model = Model.of(names_of(args.model, args.served_model_name), tokenizer)
+        model = Model.of(names_of(args.model, args.served_model_name), tokenizer, description.vocab_size)
         with engine_processes.load(args.model, policy) as engine:
             server = Server(model, engine, most_choices=args.max_choices, api_key=args.api_key)
             config = uvicorn.Config(

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine import Engine, Job
 from engine.errors import EngineError
 from engine.text.prompt import PromptTokenizer
+from flexgen_helm.adapters.openai.bodies import Asked
 from flexgen_helm.adapters.openai.model import Model
 from flexgen_helm.adapters.openai.server import Server
 from flexgen_helm.run import main
@@ -59,7 +60,7 @@ def engine(directory: Path) -> Iterator[Engine]:
 @contextmanager
 def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
     """A server at a free port, and who asks it."""
-    model = Model.of(["m"], PromptTokenizer.of(engine.tokenizer, engine.window))
+    model = Model.of(["m"], PromptTokenizer.of(engine.tokenizer, engine.window), engine.vocab_size)
     server = Server(model, engine, **{"most_choices": 60, **options})
     running = uvicorn.Server(
         uvicorn.Config(
@@ -146,6 +147,12 @@ def test_answers_are_those_of_plain_transformers(client: httpx.Client, greedy: C
         (400, {**GREEDY, "prompt": "x", "max_token": 1}, "unknown field 'max_token'"),
         (400, {**GREEDY, "prompt": "long " * 300}, "exceed the model's window of 128"),
         (400, {**GREEDY, "prompt": "x", "n": 61}, "61 choices are more than --max-choices 60"),
+        (400, {**GREEDY, "prompt": ["x"] * 11, "n": 1000}, "11 prompts of n = 1000 choices are more than 10000"),
+        (
+            400,
+            {**GREEDY, "prompt": [5, -1], "echo": True},
+            "field 'prompt': -1 is no token id of the model's vocabulary",
+        ),
         (404, {**GREEDY, "prompt": "x", "model": "other"}, "model 'other' is not here"),
         (400, b"{oops", "the body cannot be read"),
         (400, b'{"n": NaN}', "NaN"),
@@ -158,6 +165,19 @@ def test_bad_requests_are_refused(client: httpx.Client, status: int, body: Any, 
     found = client.post("/v1/completions", content=content, headers={"content-type": kind})
     assert found.status_code == status
     assert message in found.json()["error"]["message"]
+
+
+def test_choices_are_counted_before_they_are_made(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts times n, as a small body may ask for more than memory holds; and a refusal gives its places back."""
+    made: list[Asked] = []
+    jobs = Model.jobs
+    monkeypatch.setattr(Model, "jobs", lambda model, asked: made.append(asked) or jobs(model, asked))
+    found = client.post("/v1/completions", json={**GREEDY, "prompt": ["x"] * 31, "n": 2})
+    assert "62 choices are more than --max-choices 60" in found.json()["error"]["message"]
+    assert not made
+    for _ in range(3):
+        assert client.post("/v1/completions", json={**GREEDY, "prompt": "long " * 300, "n": 50}).status_code == 400
+    assert client.get("/health").json()["choices_in_progress"] == 0
 
 
 def test_other_doors_are_closed(client: httpx.Client, engine: Engine) -> None:

@@ -13,6 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import Engine
+from engine.job import Completion
+from engine.text.prompt import PromptTokenizer
+from flexgen_helm.adapters.openai.bodies import read_body
+from flexgen_helm.adapters.openai.model import Model
+from flexgen_helm.helm.requests import tokenizer as tokenizer_module
 from flexgen_helm.run import main
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant><think>"
@@ -138,6 +143,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "likeliest": (line("likeliest", {**GREEDY, "prompt": "x", "logprobs": 5}), "neither 0 nor 1"),
     "stream": (line("stream", {**GREEDY, "prompt": "x", "stream": True}), "field 'stream'"),
     "number": (line("number", {**GREEDY, "prompt": "x", "n": True}), "field 'n': True is no whole number"),
+    "many": (line("many", {**GREEDY, "prompt": ["x"] * 2000, "n": 6}), "2000 prompts of n = 6 choices are more than"),
+    "outside": (line("outside", {**GREEDY, "prompt": [[1], [10**6]]}), "field 'prompt': 1000000 is no token id of"),
     "image": (
         line(
             "image",
@@ -164,9 +171,40 @@ def test_bad_lines_are_answered_with_errors_and_the_others_run(batch: Batch, pla
         assert message in answer["error"]["message"]
         assert message in err
         assert response["status_code"] == (404 if custom_id == "model" else 400)
-    assert batch([BAD["field"][0], BAD["url"][0]])[0] == 2
     assert "bodies say it" in batch([good], "--max-new-tokens", "4")[2]
     assert "takes one batch file" in batch([good], "--input", "other.jsonl")[2]
+
+
+def test_a_batch_of_bad_lines_alone_is_answered(batch: Batch, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):  # the second goes on where the first was
+        code, found, _ = batch([BAD["field"][0], BAD["model"][0]])
+        assert code == 0
+        assert [each["response"]["status_code"] for each in found] == [400, 404]
+    other = {**found[0], "id": "batch_req-0-5f0e8c1fdd7b5c9a", "error": None}
+    out.write_text(json.dumps(other) + "\n")
+    code, kept, err = batch([BAD["field"][0], BAD["model"][0]])
+    assert (code, kept) == (2, [other])
+    assert "line 1 answers something else" in err
+
+
+def test_a_tokenizer_is_looked_into_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens are told beside likelier ones."""
+    looked: list[object] = []
+    kinds = tokenizer_module._types
+    monkeypatch.setattr(tokenizer_module, "_types", lambda decoder: looked.append(decoder) or kinds(decoder))
+    prompts = PromptTokenizer.of(AutoTokenizer.from_pretrained(model), 128)
+    asked = read_body({**GREEDY, "prompt": "one two three", "logprobs": 1}, "/v1/completions")
+    served = Model.of(["m"], prompts, None)
+    jobs = served.jobs(asked)
+    tokens = tuple(prompts.plain("four five six"))
+    likeliest = tuple((token + 1, -0.1) for token in tokens)
+    done = Completion(text="x", tokens=tokens, logprobs=(-1.0,) * len(tokens), likeliest=likeliest)
+    body = served.body(asked, jobs, [done], "x")
+    assert all(len(each) == 2 for each in body["choices"][0]["logprobs"]["top_logprobs"])
+    looks = len(looked)
+    served.body(asked, jobs, [done], "x")
+    assert looks == len(looked) > 0
 
 
 def test_goes_on_where_it_was(batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
