@@ -49,10 +49,13 @@ class NumericsError(JobError):
     """The model's logits for one job are not finite; only that job fails."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest of `known`, or the sorted list of them."""
+def did_you_mean(word: str, known: Iterable[str], alike: float = 0.5) -> str:
+    """Return `; did you mean 'x'?` for the nearest of `known`, or the sorted list of them if none is near.
+
+    alike: the least `difflib` ratio of a near one, from 0 to 1.
+    """
     known = sorted(known)
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=alike)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
 
 

@@ -63,8 +63,7 @@ class KeptAlive:
         self.deaths: list[str] = []  # how processes have ended that were replaced
         self.given_up: dict[str, str] = {}  # devices that are no longer used, by name, and why
         self._crew = Crew(openings, self._take, self._died)
-        self._observe = observe
-        self._changed = threading.Condition()
+        self._observe, self._changed = observe, threading.Condition()
         self._opened: Opened | None = None
         self._is_ready = False  # whether the engine has been open on every device
         self._digested: Digested | None = None
@@ -103,7 +102,8 @@ class KeptAlive:
         with self._changed:
             self._check_serving()
             self._ledger.add(call, call.left)
-            self._crew.start_the_dead()
+            if call.left:  # one of no jobs asks whether the engine serves
+                self._crew.start_the_dead()
             self._feed()
 
     def abandon(self, call: Call) -> None:

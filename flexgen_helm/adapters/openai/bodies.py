@@ -67,7 +67,7 @@ def read_body(body: Any, endpoint: Endpoint) -> Asked:
         raise RefusedBody(f"the body is {shown(body)}, not a JSON object")
     known = {*_COMMON, *_UNCHANGED, *(_OF_CHAT if endpoint == CHAT else _OF_COMPLETIONS)}
     for name in sorted(body.keys() - known):
-        raise RefusedBody(f"unknown field {name!r} of {endpoint}{did_you_mean(name, known)}; leave it out", name)
+        raise RefusedBody(f"unknown field {name!r} of {endpoint}{did_you_mean(name, known, _NEAR)}; leave it out", name)
     given = {name: value for name, value in body.items() if value is not None}
     for name, harmless in _UNCHANGED.items():
         if name in given and given[name] not in harmless:
@@ -124,10 +124,9 @@ def _max_tokens(read: _Fields, given: Mapping[str, Any], endpoint: Endpoint) -> 
 
 
 def _sampling(read: _Fields) -> Sampling:
-    top_k = read("top_k", _whole, -1)
     return Sampling(
         temperature=read("temperature", _number, 1.0),
-        top_k=None if top_k in (-1, 0) else top_k,  # both stand for all tokens elsewhere
+        top_k=read("top_k", _top_k, None),
         top_p=read("top_p", _number, 1.0),
         seed=read("seed", _whole, None),
         presence_penalty=read("presence_penalty", _number, 0.0),
@@ -171,9 +170,13 @@ def _truth(value: Any) -> bool:
 
 
 def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < -1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError("no whole number from 0")
     return value
+
+
+def _top_k(value: Any) -> int | None:
+    return None if value == -1 else _whole(value) or None  # -1 and 0 both stand for all tokens elsewhere
 
 
 def _number(value: Any) -> float:
@@ -253,6 +256,8 @@ def _content(value: Any) -> str:
     return value
 
 
+_NEAR = 0.82
+"""How alike a misspelt field is to what is meant; `min_tokens` is not meant to be `max_tokens`."""
 _COMMON = (
     *("model", "n", "max_tokens", "stop", "logprobs", "stream", "stream_options"),
     *("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty"),

@@ -31,10 +31,14 @@ except ImportError as error:
 
 _MOST_BYTES = 64_000_000
 """Of a body."""
+_BODY_S = 120
+"""A body that takes longer to come is no longer waited for."""
 _ALIVE_S = 15.0
 """A stream says something this often, so that nobody between takes it for dead."""
 _GONE = 499
 """What servers note where the client has gone; nobody reads it."""
+_HEADERS = {408: {"Connection": "close"}, 413: {"Connection": "close"}, 429: {"Retry-After": "5"}}
+"""Of refusals, by status; where a body is not read to its end, the next request could not be told from it."""
 _T = TypeVar("_T")
 
 
@@ -67,7 +71,12 @@ class Server:
         )
 
     async def _health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok", "choices_in_progress": self._num_choices})
+        told = {"choices_in_progress": self._num_choices}
+        try:
+            await self._completions([])  # which an engine that has ended refuses, too
+        except Exception:  # what ended it is told to those who ask it; this needs no token
+            return JSONResponse({"status": "the engine has ended; start the server again", **told}, status_code=503)
+        return JSONResponse({"status": "ok", **told})
 
     async def _models(self, request: Request) -> Response:
         if (refused := self._unauthorized(request)) is not None:
@@ -89,7 +98,7 @@ class Server:
                 return refused
             with ExitStack() as entered:
                 try:
-                    asked = read_body(await _body(request), endpoint)
+                    asked = await asyncio.to_thread(_read, await _content(request), endpoint)
                     self._enter(asked.num_jobs)  # before there are jobs: a small body may ask for very many
                     entered.callback(self._leave, asked.num_jobs)
                     jobs = await self._locked(self._model.jobs, asked)
@@ -123,8 +132,10 @@ class Server:
 
     async def _locked(self, work: Callable[..., _T], *args: Any) -> _T:
         """What tokenizes or decodes, in a thread: it may take long, and takes one caller at a time."""
-        async with self._tokenizer:
-            return await asyncio.to_thread(work, *args)
+        await self._tokenizer.acquire()
+        working = asyncio.ensure_future(asyncio.to_thread(work, *args))
+        working.add_done_callback(lambda _: self._tokenizer.release())
+        return await asyncio.shield(working)  # a thread works on when whoever waits for it is cancelled
 
     async def _whole(self, request: Request, asked: Asked, jobs: Sequence[Job]) -> Response:
         computing = asyncio.ensure_future(self._completions(jobs))
@@ -133,11 +144,13 @@ class Server:
             await asyncio.wait((computing, gone), return_when=asyncio.FIRST_COMPLETED)
             if not computing.done():
                 return Response(status_code=_GONE)
-            body = await self._locked(self._model.body, asked, jobs, computing.result(), uuid.uuid4().hex)
-            return JSONResponse(body)
+            return await self._locked(self._response, asked, jobs, computing.result())
         finally:
             for task in (computing, gone):
                 task.cancel()  # jobs of a client that has gone are dropped
+
+    def _response(self, asked: Asked, jobs: Sequence[Job], completions: Sequence[Completion]) -> Response:
+        return JSONResponse(self._model.body(asked, jobs, completions, uuid.uuid4().hex))
 
     async def _completions(self, jobs: Sequence[Job]) -> list[Completion]:
         found: dict[int, Completion] = {}
@@ -165,8 +178,8 @@ class Server:
                     raise found
                 if found is None:
                     break
-                for chunk in await self._locked(chunks.of, *found):
-                    yield _event(chunk)
+                for event in await self._locked(_events, chunks, *found):
+                    yield event
             for chunk in chunks.ending():
                 yield _event(chunk)
             yield b"data: [DONE]\n\n"
@@ -204,22 +217,31 @@ class _Stream(StreamingResponse):
             self._leave()
 
 
-async def _body(request: Request) -> Any:
-    """The JSON that a request brings; raises `RefusedBody`."""
+async def _content(request: Request) -> bytes:
+    """The body that a request brings; raises `RefusedBody`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what pages of other sites may send unasked has other types
         raise RefusedBody(f"content-type {kind!r} is not application/json", None, 415)
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > _MOST_BYTES:
-            raise RefusedBody(f"the body has more than {_MOST_BYTES:,} bytes", None, 413)
-    found = parse_json(bytes(content), "the body", ConfigError)
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                content += part
+                if len(content) > _MOST_BYTES:
+                    raise RefusedBody(f"the body has more than {_MOST_BYTES:,} bytes", None, 413)
+    except TimeoutError:
+        raise RefusedBody(f"the body was not there after {_BODY_S} seconds", None, 408) from None
+    return bytes(content)
+
+
+def _read(content: bytes, endpoint: Endpoint) -> Asked:
+    """What a body asks; raises `ConfigError`. It may be large: to be called in a thread."""
+    found = parse_json(content, "the body", ConfigError)
     try:
         json.dumps(found, allow_nan=False)
     except ValueError:
         raise RefusedBody("the body holds NaN or an infinite number, which is no JSON") from None
-    return found
+    return read_body(found, endpoint)
 
 
 async def _gone(request: Request) -> None:
@@ -228,13 +250,17 @@ async def _gone(request: Request) -> None:
         pass
 
 
+def _events(chunks: Chunks, index: int, done: Completion) -> list[bytes]:
+    return [_event(chunk) for chunk in chunks.of(index, done)]
+
+
 def _event(chunk: Any) -> bytes:
     return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode(errors="replace")
 
 
 def _refusal(error: EngineError) -> Response:
     status, body = error_body(error)
-    return JSONResponse(body, status_code=status, headers={"Retry-After": "5"} if status == 429 else None)
+    return JSONResponse(body, status_code=status, headers=_HEADERS.get(status))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

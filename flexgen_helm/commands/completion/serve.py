@@ -29,6 +29,11 @@ EXAMPLES = (
     "flexgen-helm serve --model ./my-model --gpu-memory 16GB --port 9000 --served-model-name mine",
 )
 _ENDS_AFTER_S = 30
+_OTHERS = 100
+"""Connections beside those of requests in progress: idle ones, and those that are told to come later."""
+_STALLED_MS = 60_000
+"""A client that takes nothing of what it is sent is dropped after so long."""
+_KEY = "FLEXGEN_HELM_API_KEY"
 
 
 def serve_parser() -> Parser:
@@ -46,7 +51,9 @@ def serve_parser() -> Parser:
     endpoint.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1)")
     endpoint.add_argument("--port", type=int, default=8000, help="0 takes a free one, and says which (8000)")
     endpoint.add_argument(
-        "--api-key", metavar="TOKEN", help="what requests must bring; needed where others can reach the address"
+        "--api-key",
+        metavar="TOKEN",
+        help=f"what requests must bring; needed where others can reach the address (the environment's {_KEY})",
     )
     endpoint.add_argument(
         "--max-choices", type=int, default=2000, metavar="N", help="in progress; beyond, requests get status 429 (2000)"
@@ -63,7 +70,8 @@ def serve(arguments: Sequence[str]) -> int:
     policy = Policy.load("auto" if spec is None else spec)
     if args.max_choices < 1:
         raise ConfigError(f"--max-choices {args.max_choices} is below 1")
-    hosts = _hosts(args.host, args.api_key)
+    api_key = _api_key(args.api_key)
+    hosts = _hosts(args.host, api_key)
     try:
         import uvicorn
 
@@ -83,13 +91,14 @@ def serve(arguments: Sequence[str]) -> int:
         tokenizer = PromptTokenizer.of(load_tokenizer(Path(description.path)), description.window)
         model = Model.of(names_of(args.model, args.served_model_name), tokenizer, description.vocab_size)
         with engine_processes.load(args.model, policy) as engine:
-            server = Server(model, engine, most_choices=args.max_choices, api_key=args.api_key)
+            server = Server(model, engine, most_choices=args.max_choices, api_key=api_key)
             config = uvicorn.Config(
                 server.app(hosts),
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=_ENDS_AFTER_S,
+                limit_concurrency=args.max_choices + _OTHERS,
             )
             address, port = listener.getsockname()[:2]
             print(f"{model.names[0]} is served at http://{_bracketed(address)}:{port}/v1", flush=True)
@@ -106,18 +115,26 @@ async def _serve(server: Any, listener: socket.socket) -> None:
     await server.serve(sockets=[listener])
 
 
+def _api_key(flag: str | None) -> str | None:
+    """The token that requests must bring; None where there is none. `ConfigError` for one that no header carries."""
+    name, key = ("--api-key", flag) if flag is not None else (_KEY, os.environ.get(_KEY))
+    if key == "":
+        raise ConfigError(f"{name} is empty; give a token, or leave it out")
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{name} has a space, or a character outside ASCII, which headers do not carry; give another")
+    return key
+
+
 def _hosts(host: str, api_key: str | None) -> list[str]:
     """Names by which the server may be called; `ConfigError` where others reach it and need no token."""
     try:
         is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_here = False
-    if api_key == "":
-        raise ConfigError("--api-key is empty; give a token, or leave it out")
     if is_here:
         return ["localhost", "127.0.0.1", "::1", "[::1]", host]
     if api_key is None:
-        raise ConfigError(f"--host {host} lets others in; give an --api-key, or leave --host out")
+        raise ConfigError(f"--host {host} lets others in; give an --api-key or {_KEY}, or leave --host out")
     return ["*"]
 
 
@@ -127,7 +144,9 @@ def _listening(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--port {port} is not from 0 to 65535")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)  # its connections have it, too
+        return listener
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # Python adds to it
         hint = "give another --port" if error.errno == errno.EADDRINUSE else "give another --host or --port"

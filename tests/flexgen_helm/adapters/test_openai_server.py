@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,11 +31,13 @@ import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import Engine, Job
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.text.prompt import PromptTokenizer
+from flexgen_helm.adapters.openai import server as server_module
 from flexgen_helm.adapters.openai.bodies import Asked
 from flexgen_helm.adapters.openai.model import Model
 from flexgen_helm.adapters.openai.server import Server
+from flexgen_helm.commands.completion.serve import _api_key, _listening
 from flexgen_helm.run import main
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
@@ -57,11 +60,14 @@ def engine(directory: Path) -> Iterator[Engine]:
         yield opened
 
 
+def model_of(engine: Engine) -> Model:
+    return Model.of(["m"], PromptTokenizer.of(engine.tokenizer, engine.window), engine.vocab_size)
+
+
 @contextmanager
 def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
     """A server at a free port, and who asks it."""
-    model = Model.of(["m"], PromptTokenizer.of(engine.tokenizer, engine.window), engine.vocab_size)
-    server = Server(model, engine, **{"most_choices": 60, **options})
+    server = Server(model_of(engine), engine, **{"most_choices": 60, **options})
     running = uvicorn.Server(
         uvicorn.Config(
             server.app(["127.0.0.1"]), port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=2
@@ -145,6 +151,9 @@ def test_answers_are_those_of_plain_transformers(client: httpx.Client, greedy: C
     ("status", "body", "message"),
     [
         (400, {**GREEDY, "prompt": "x", "max_token": 1}, "unknown field 'max_token'"),
+        (400, {**GREEDY, "prompt": "x", "min_tokens": 1}, "unknown field 'min_tokens' of /v1/completions; known: "),
+        (400, {**GREEDY, "prompt": "x", "seed": -1}, "field 'seed': -1 is no whole number from 0"),
+        (400, {**GREEDY, "prompt": "x", "max_tokens": -1}, "field 'max_tokens': -1 is no whole number from 0"),
         (400, {**GREEDY, "prompt": "long " * 300}, "exceed the model's window of 128"),
         (400, {**GREEDY, "prompt": "x", "n": 61}, "61 choices are more than --max-choices 60"),
         (400, {**GREEDY, "prompt": ["x"] * 11, "n": 1000}, "11 prompts of n = 1000 choices are more than 10000"),
@@ -180,6 +189,68 @@ def test_choices_are_counted_before_they_are_made(client: httpx.Client, monkeypa
     assert client.get("/health").json()["choices_in_progress"] == 0
 
 
+def test_a_tokenizer_is_not_lent_again_before_its_thread_has_ended(engine: Engine) -> None:
+    """Whoever waits for it may be cancelled, and cancelled again; the thread works on."""
+
+    async def run() -> list[str]:
+        server = Server(model_of(engine), engine, most_choices=1)
+        go, seen = threading.Event(), list[str]()
+
+        def first() -> None:
+            seen.append("begins")
+            go.wait(60)
+            seen.append("ends")
+
+        waiting = asyncio.ensure_future(server._locked(first))
+        while not seen:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        after = asyncio.ensure_future(server._locked(seen.append, "after"))
+        await asyncio.sleep(0.05)
+        assert seen == ["begins"]
+        go.set()
+        await after
+        return seen
+
+    assert asyncio.run(run()) == ["begins", "ends", "after"]
+
+
+def test_bodies_are_read_and_written_beside_the_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be large, and others' streams are to go on."""
+    loops: list[object] = []
+    for name in ("parse_json", "JSONResponse", "_event"):
+        work = getattr(server_module, name)
+
+        def noted(*args: Any, work: Any = work, **options: Any) -> Any:
+            loops.append(asyncio._get_running_loop())
+            return work(*args, **options)
+
+        monkeypatch.setattr(server_module, name, noted)
+    for stream in (False, True):
+        asked = {**GREEDY, "prompt": "x", "max_tokens": 1, "stream": stream}
+        assert client.post("/v1/completions", json=asked).status_code == 200
+    assert loops == [None] * 4
+
+
+def test_bodies_that_do_not_come_are_not_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_BODY_S", 0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9"
+    with served(engine) as client, socket.create_connection(("127.0.0.1", client.base_url.port), 60) as slow:
+        slow.sendall(head + b"\r\n\r\n{")
+        answer = b"".join(iter(lambda: slow.recv(4096), b""))  # to the end: it is closed
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_the_health_of_an_engine_that_has_ended(directory: Path) -> None:
+    with Engine.from_pretrained(str(directory)) as engine, served(engine) as client:
+        assert client.get("/health").status_code == 200
+        engine.close()
+        found = client.get("/health")
+        assert (found.status_code, found.json()["choices_in_progress"]) == (503, 0)
+        assert "has ended" in found.json()["status"]
+
+
 def test_other_doors_are_closed(client: httpx.Client, engine: Engine) -> None:
     assert client.get("/v1/embeddings").status_code == 404
     assert client.get("/v1/completions").status_code == 405
@@ -201,6 +272,8 @@ class Slow:
         self.engine, self.go, self.dropped = engine, threading.Event(), 0
 
     async def astream(self, jobs: list[Job]) -> Any:
+        if not jobs:
+            return
         try:
             while not self.go.is_set():
                 await asyncio.sleep(0.01)
@@ -329,11 +402,24 @@ def test_helms_own_client_for_such_endpoints(client: httpx.Client, directory: Pa
         (["--port", "70000"], "--port 70000 is not from 0 to 65535"),
         (["--max-choices", "0"], "--max-choices 0 is below 1"),
         (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "schl\u00fcssel"], "--api-key has a space, or a character outside ASCII"),
     ],
 )
 def test_bad_command_lines(flags: list[str], message: str, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--model", str(directory), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_token_of_the_environment_and_what_connections_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXGEN_HELM_API_KEY", "secret")
+    assert (_api_key(None), _api_key("other")) == ("secret", "other")
+    monkeypatch.setenv("FLEXGEN_HELM_API_KEY", "")
+    with pytest.raises(ConfigError, match="FLEXGEN_HELM_API_KEY is empty"):
+        _api_key(None)
+    with _listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted = listener.accept()[0]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000  # in milliseconds
+        accepted.close()
 
 
 @pytest.mark.usefixtures("warm_processes")
