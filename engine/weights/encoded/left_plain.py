@@ -13,8 +13,9 @@ from engine.weights.loading import steps_by_unit
 from engine.weights.receiver import Nowhere
 from engine.weights.stored_form import large_matrices
 
-_PIECES = 16
-_PIECE_ELEMENTS = 4096
+_PIECES = 256
+"""Many, and short: what has other exponents is often some rows, or columns, of a matrix."""
+_PIECE_ELEMENTS = 256
 
 
 class _Whole(Nowhere):
@@ -42,14 +43,14 @@ def left_plain(path: Path, model: CausalModel) -> frozenset[str]:
 
 
 def _sample(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Numbers of some mapped tensors that lie apart in them, as bfloat16."""
+    """Numbers of some mapped tensors from places all over them, always the same, as bfloat16."""
     chosen = tensors[:: -(-len(tensors) // _PIECES)]
-    each = max(1, _PIECES // len(chosen))
+    each, random = max(1, _PIECES // len(chosen)), torch.Generator().manual_seed(0)
     pieces = []
     for tensor in chosen:
         flat = tensor.reshape(-1)
         last = max(0, flat.numel() - _PIECE_ELEMENTS)
-        for index in range(each):
-            first = last * index // max(1, each - 1)
-            pieces.append(flat[first : first + _PIECE_ELEMENTS].to(torch.bfloat16))
+        # One at random in each stretch: at even distances all might lie in the same columns.
+        places = (torch.arange(each) + torch.rand(each, generator=random, dtype=torch.float64)) * (last / each)
+        pieces += [flat[first : first + _PIECE_ELEMENTS].to(torch.bfloat16) for first in places.long().tolist()]
     return torch.cat(pieces)

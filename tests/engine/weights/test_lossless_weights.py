@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM
 from engine import Engine, Policy
 from engine.checkpoint.identity.result import result_identity
 from engine.errors import UnsupportedError
+from engine.model.causal_model import CausalModel
 from engine.model.experts.interface import stack_of
 from engine.weights.encoded.kept import weights_directory
+from engine.weights.encoded.left_plain import left_plain
 from engine.weights.store import WeightStore
 
 LOSSLESS = {"compress-weight": "lossless"}
@@ -95,6 +98,20 @@ def test_a_matrix_with_too_many_escapes_stays_as_it_is(heavy: Path, tmp_path: Pa
     assert HEAVY not in coded
     assert HEAVY.replace("layers.1", "layers.0") in coded
     assert "lm_head.weight" in coded
+
+
+def test_rows_that_nothing_was_trained_with_are_seen(build: Callable[[str], Path], tmp_path: Path) -> None:
+    """One in forty of a head, side by side."""
+    path = Path(shutil.copytree(build("llama"), tmp_path / "model"))
+    tensors, random = load_file(path / "model.safetensors"), torch.Generator().manual_seed(0)
+    head = 0.02 * torch.randn(32_000, 64, generator=random)
+    head[1000:1800] *= 2.0 ** torch.randint(-80, -40, (800, 64), generator=random)
+    tensors |= dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), head.to(torch.bfloat16))
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": len(head)}))
+    assert left_plain(path, CausalModel(path, torch.bfloat16, torch.device("cpu"))) == {"lm_head.weight"}
 
 
 def test_what_a_sample_does_not_show_is_refused_in_one_line(
