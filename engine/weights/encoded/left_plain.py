@@ -37,9 +37,15 @@ def left_plain(path: Path, model: CausalModel) -> frozenset[str]:
     for unit, steps in steps_by_unit(path, _Whole(model)).items():
         for names, step in steps:
             candidates = {name for name in names & large[unit] if model.state[name].dtype == torch.bfloat16}
-            if candidates and not is_worth_it(_sample(step.tensors)):
+            if candidates and not is_worth_it(_sample(_encoded(step.tensors, names, model))):
                 left |= candidates
     return frozenset(left)
+
+
+def _encoded(tensors: list[torch.Tensor], names: set[str], model: CausalModel) -> list[torch.Tensor]:
+    """Tensors whose numbers are encoded: of a matrix that an adapter changes, the matrix alone, which is the first."""
+    is_whole = len(names) == 1 and tensors[0].shape == model.state[next(iter(names))].shape
+    return tensors[:1] if is_whole else tensors
 
 
 def _sample(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 import torch
 from parity import JOBS, POLICIES
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import Engine, Policy
+from engine.checkpoint.description import describe
 from engine.checkpoint.identity.result import result_identity
 from engine.errors import UnsupportedError
 from engine.model.causal_model import CausalModel
@@ -112,6 +114,17 @@ def test_rows_that_nothing_was_trained_with_are_seen(build: Callable[[str], Path
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "vocab_size": len(head)}))
     assert left_plain(path, CausalModel(path, torch.bfloat16, torch.device("cpu"))) == {"lm_head.weight"}
+
+
+def test_an_adapters_own_matrices_are_not_sampled(build: Callable[[str], Path], tmp_path: Path) -> None:
+    """Their numbers are of other sizes than the matrix that their product is added to, which is what is encoded."""
+    lora = loras.save_adapter(tmp_path / "lora", build("llama"))
+    state = load_file(lora / "adapter_model.safetensors")
+    for tensor in state.values():
+        tensor *= 2.0 ** torch.linspace(-80, -40, tensor.shape[0])[:, None]
+    save_file(state, lora / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = Path(describe(str(lora)).path)
+    assert left_plain(path, CausalModel(path, torch.bfloat16, torch.device("cpu"))) == frozenset()
 
 
 def test_what_a_sample_does_not_show_is_refused_in_one_line(
