@@ -115,7 +115,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     limit_threads()
     device_name = resolve_device(policy.device)
     device = accelerator.indexed(torch.device(device_name))
-    dtype = getattr(torch, resolve_dtype(policy.dtype, description.dtype, device_name))
+    dtype_name = resolve_dtype(policy.dtype, description.dtype, device_name)
+    _check_weight_dtype(policy, dtype_name)
+    dtype = getattr(torch, dtype_name)
     model, tokenizer, special = _open_model(description, policy, dtype, device)
     if member is None:
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
@@ -207,6 +209,8 @@ def check_model(description: ModelDescription, policy: Policy) -> None:
 
     Of a model whose weight files nobody looked at, only what its other files tell is known.
     """
+    if policy.dtype != "auto":  # which stands for another dtype on every kind of device
+        _check_weight_dtype(policy, policy.dtype)
     has_weights = description.weight_bytes > 0
     cpu = torch.device("cpu")
     model, tokenizer, _ = _open_model(description, policy, torch.float32, cpu, has_weights=has_weights)
@@ -254,9 +258,12 @@ def _open_model(
         _check_cache_codec(model)
     if policy.compress_weight and model.quantization:
         raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
-    if policy.compress_weight == "lossless" and dtype != torch.bfloat16:
-        raise UnsupportedError(only_bfloat16(str(dtype).removeprefix("torch.")))
     return model, tokenizer, special
+
+
+def _check_weight_dtype(policy: Policy, dtype: str) -> None:
+    if policy.compress_weight == "lossless" and dtype != "bfloat16":
+        raise UnsupportedError(only_bfloat16(dtype))
 
 
 def _check_cache_codec(model: CausalModel) -> None:

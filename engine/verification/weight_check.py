@@ -103,9 +103,9 @@ class WeightCheck:
             other = flat[first : first + len(one)].to(one.device, like.dtype)
             if torch.equal(one, other):
                 continue
-            apart = (one.float() - other.float()).abs()
-            apart = torch.where(one.isnan() & other.isnan(), 0.0, apart).nan_to_num(nan=torch.inf)
-            is_wrong |= not isinstance(codec, GroupCodes) or _is_beyond(apart, other, codec.codec)
+            is_same = (one == other) | (one.isnan() & other.isnan())
+            apart = torch.where(is_same, 0.0, (one.float() - other.float()).abs()).nan_to_num(nan=torch.inf)
+            is_wrong |= _is_beyond(apart, other, codec.codec) if isinstance(codec, GroupCodes) else bool(apart.any())
             largest = max(largest, float(apart.max()))
         return WeightDifference(parameter=name, largest=largest, is_wrong=is_wrong)
 

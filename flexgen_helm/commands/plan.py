@@ -168,7 +168,8 @@ def _plan_shape(arguments: Sequence[str]) -> int:
     if window is not None and longest > window:
         raise ConfigError(f"--work {load}: sequences of {longest} tokens exceed the model's window of {window}")
     memory = memory_of(profile, base, parse_bytes(args.disk, "--disk"))
-    found = search(_sizes(args.shape, dtype), profile, memory, load, base, compress=args.allow_compression)
+    sizes = _sizes(args.shape, dtype)
+    found = search(sizes, profile, memory, load, base, compress=args.allow_compression, lossless=True)
     best = best_of(found)
     found = [best, *(each for each in found if each is not best)]
     if args.hardware is not None and base.gpu_memory is None:  # another machine's limit is not found out there

@@ -59,7 +59,8 @@ def choose(
     `jobs` are a `share` of that work, and what else comes is taken to be like them.
 
     What it says itself stays; all does on a machine whose device is the host, and where nothing is known of it.
-    Compression that changes results is never chosen; lossless weights may be.
+    Compression is never chosen: codes that change results are the user's choice, and lossless ones are written to the
+    cache, as large as the model, and may turn out not to fit its numbers when they are encoded.
     """
     if not jobs:
         return Chosen(policy, None, "")
@@ -101,7 +102,6 @@ def choose(
         return Chosen(policy, None, "")
     places = [_on_devices(best.plan, sharing)]
     places += [f"{best.plan.weights.disk:g} % on disk"] if best.plan.weights.disk else []
-    places += ["lossless"] if best.policy.compress_weight == "lossless" != policy.compress_weight else []
     places += ["attention on the host"] if best.policy.cpu_cache_compute and not policy.cpu_cache_compute else []
     count = len(jobs) if share == 1.0 else f"about {math.ceil(len(jobs) / share)}"
     note = f"auto: {', '.join(places)}; at least {best.seconds:.1f} s for {count} requests, bound by {best.bottleneck}"

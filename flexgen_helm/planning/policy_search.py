@@ -58,12 +58,14 @@ def search(
     base: Policy,
     *,
     compress: bool,
+    lossless: bool = False,
     sharing: Sharing = ALONE,
     draft: ModelShape | None = None,
 ) -> list[Estimate]:
     """All policies that fit, the fastest first; of equals, the one that changes least of the numbers comes first.
 
     `base` says what is not searched for: memory limits, directories, and with `compress` false, the bits of codes.
+    lossless: codes of weights that change no number are searched, if `base` names none; `compress` includes them.
     sharing: of several devices that share the weights. draft: of the policy's draft model, whose memory is left to it;
     what it saves is not known beforehand. Raises `CapacityError`, with what is missing, when none fits.
     """
@@ -72,10 +74,11 @@ def search(
     tight: list[Estimate] = []
     reason: CapacityError | None = None
     cache_bits = _BITS if compress and sizes.can_encode_cache else (base.compress_cache,)
+    weight_codes = _weight_codes(sizes, base, compress=compress, lossless=lossless)
     places = (False,) if is_host(profile) else (base.cpu_cache_compute, True)
     # Of one token nothing is kept that could be attended to; and where attention is computed changes an answer's bits.
     places = places if load.new > 1 and not base.batch_invariant else places[:1]
-    for weight, cache, on_host in product(_weight_codes(sizes, base, compress), cache_bits, dict.fromkeys(places)):
+    for weight, cache, on_host in product(weight_codes, cache_bits, dict.fromkeys(places)):
         if (weight, None) not in sizes.coded:
             raise CapacityError(sizes.not_encoded(weight))
         if (weight, cache) not in sizes.coded:
@@ -105,12 +108,12 @@ def search(
     )
 
 
-def _weight_codes(sizes: ModelSizes, base: Policy, compress: bool) -> list[WeightCodes]:
-    """Codes of weights to choose from: those that change no number are, whether or not others may be."""
-    if not sizes.can_encode_weights or (base.compress_weight and not compress):
+def _weight_codes(sizes: ModelSizes, base: Policy, *, compress: bool, lossless: bool) -> list[WeightCodes]:
+    """Codes of weights to choose from."""
+    if not sizes.can_encode_weights or not (compress or (lossless and base.compress_weight is None)):
         return [base.compress_weight]
-    lossless: list[WeightCodes] = ["lossless"] if sizes.can_encode_lossless else []
-    return [None, *lossless, *(_BITS[1:] if compress else ())]
+    exact: list[WeightCodes] = ["lossless"] if sizes.can_encode_lossless else []
+    return [None, *exact, *(_BITS[1:] if compress else ())]
 
 
 def best_of(found: list[Estimate]) -> Estimate:

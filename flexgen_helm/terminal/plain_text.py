@@ -51,13 +51,13 @@ def plain_output() -> Iterator[None]:
     """Within, standard output and error are plain where they are terminals, and never refuse a character.
 
     Names and texts come from files and models of others. A file or pipe gets them as they are, but for characters that
-    its encoding lacks, which are written as escapes.
+    its encoding lacks, which are written as escapes. One that was closed before the command began (None) stays so.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (PlainText(stream) if stream.isatty() else stream for stream in before)
+    sys.stdout, sys.stderr = (PlainText(each) if each is not None and each.isatty() else each for each in before)
     try:
         yield
     finally:

@@ -53,3 +53,12 @@ def test_what_a_command_prints_goes_through_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("flexgen_helm.commands.doctor.doctor", lambda _: print("\x1b]0;title\x07") or 0)
     assert main(["doctor"]) == 0
     assert terminal.getvalue() == "\\x1b]0;title\\x07\n"
+
+
+def test_commands_run_where_standard_output_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cron and `>&-` leave it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with plain_output():
+        assert sys.stdout is None
+        print("to nobody")
+    assert sys.stdout is None

@@ -75,3 +75,23 @@ def test_rectified_products_as_by_torch(dtype: torch.dtype) -> None:
     assert found.min() == 0
     exact = (rows.double() @ weight.double().T + bias.double()).relu()
     torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 210])
+def test_what_is_no_number_stays_so_where_sums_are_rectified(count: int, dtype: torch.dtype) -> None:
+    """As torch's relu has it: zeros in its place would hide that an answer is worth nothing."""
+    torch.manual_seed(0)
+    rows, weight = torch.randn(count, 512, device="cuda").to(dtype), torch.randn(1000, 512, device="cuda").to(dtype)
+    bias = torch.randn(1000, device="cuda").to(dtype)
+    plain = rectified_product(rows, weight, bias)
+    bias[3] = float("nan")
+    found = rectified_product(rows, weight, bias)
+    assert found[:, 3].isnan().all()
+    assert found.isnan().sum() == count
+    assert plain.isfinite().all()
+    rows[-1, 7] = float("nan")
+    found = rectified_product(rows, weight, bias)
+    assert found[-1].isnan().all()
+    assert found.isnan().sum() == len(bias) + count - 1
+    assert rectified_product(rows[:0], weight, bias).shape == (0, 1000)

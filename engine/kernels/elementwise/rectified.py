@@ -13,4 +13,4 @@ def rectified_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     """
     flat = rows.reshape(-1, rows.shape[-1])
     found: torch.Tensor = torch.ops.aten._addmm_activation(bias, flat, weight.t())
-    return found.view(*rows.shape[:-1], -1)
+    return found.view(*rows.shape[:-1], weight.shape[0])

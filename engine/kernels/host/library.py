@@ -27,21 +27,32 @@ There is no compiler or it fails (ValueError: what CC holds is no command), or t
 
 
 def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
-    """The shared library of `sources`, kept in the cache directory under `name` and what it depends on."""
+    """The shared library of `sources`, kept in the cache directory under `name` and what it depends on.
+
+    It is compiled anew where the kept one is not what was written: calling into half a file would end the process.
+    """
     compiler = shlex.split(os.environ.get("CC", "")) or [_compiler()]
     texts = [file.read_bytes() for file in (*sources, *headers)]
     parts = [*texts, " ".join([*compiler, *_FLAGS, platform.machine(), _cpu_flags()]).encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_directory() / f"{name}-{key}.so"
-    if path.is_file():
+    digest = path.with_suffix(".sha256")
+    if path.is_file() and digest.is_file() and digest.read_text("ascii", "replace") == _digest_of(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
         made = Path(folder) / path.name
         command = [*compiler, *_FLAGS, *map(str, sources), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        written = Path(folder) / digest.name
+        written.write_text(_digest_of(made), "ascii")
         made.replace(path)
+        written.replace(digest)
     return path
+
+
+def _digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def reason_of(error: BaseException) -> str:

@@ -53,7 +53,8 @@ def attend(
     query `[rows, heads, dim]`, key and value `[rows, KV heads, dim]`, whose runs follow each other from row 0 on;
     returns `[rows, heads, value dim]`.
     """
-    if query.dtype != torch.float32 or (kernel := functions.loaded()) is None:
+    parts = [query, key, value, *(part for run in runs if run.prefix is not None for part in run.prefix)]
+    if any(part.dtype != torch.float32 for part in parts) or (kernel := functions.loaded()) is None:
         return None
     query, key, value = (_with_dense_rows(x) for x in (query, key, value))
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # until the kernel is done

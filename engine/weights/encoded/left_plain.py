@@ -13,8 +13,9 @@ from engine.weights.loading import steps_by_unit
 from engine.weights.receiver import Nowhere
 from engine.weights.stored_form import large_matrices
 
-_PIECES = 16
-_PIECE_ELEMENTS = 4096
+_PIECES = 256
+"""Many, and short: what has other exponents is often some rows, or columns, of a matrix."""
+_PIECE_ELEMENTS = 256
 
 
 class _Whole(Nowhere):
@@ -36,20 +37,26 @@ def left_plain(path: Path, model: CausalModel) -> frozenset[str]:
     for unit, steps in steps_by_unit(path, _Whole(model)).items():
         for names, step in steps:
             candidates = {name for name in names & large[unit] if model.state[name].dtype == torch.bfloat16}
-            if candidates and not is_worth_it(_sample(step.tensors)):
+            if candidates and not is_worth_it(_sample(_encoded(step.tensors, names, model))):
                 left |= candidates
     return frozenset(left)
 
 
+def _encoded(tensors: list[torch.Tensor], names: set[str], model: CausalModel) -> list[torch.Tensor]:
+    """Tensors whose numbers are encoded: of a matrix that an adapter changes, the matrix alone, which is the first."""
+    is_whole = len(names) == 1 and tensors[0].shape == model.state[next(iter(names))].shape
+    return tensors[:1] if is_whole else tensors
+
+
 def _sample(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Numbers of some mapped tensors that lie apart in them, as bfloat16."""
+    """Numbers of some mapped tensors from places all over them, always the same, as bfloat16."""
     chosen = tensors[:: -(-len(tensors) // _PIECES)]
-    each = max(1, _PIECES // len(chosen))
+    each, random = max(1, _PIECES // len(chosen)), torch.Generator().manual_seed(0)
     pieces = []
     for tensor in chosen:
         flat = tensor.reshape(-1)
         last = max(0, flat.numel() - _PIECE_ELEMENTS)
-        for index in range(each):
-            first = last * index // max(1, each - 1)
-            pieces.append(flat[first : first + _PIECE_ELEMENTS].to(torch.bfloat16))
+        # One at random in each stretch: at even distances all might lie in the same columns.
+        places = (torch.arange(each) + torch.rand(each, generator=random, dtype=torch.float64)) * (last / each)
+        pieces += [flat[first : first + _PIECE_ELEMENTS].to(torch.bfloat16) for first in places.long().tolist()]
     return torch.cat(pieces)

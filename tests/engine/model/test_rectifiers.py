@@ -49,6 +49,12 @@ def test_an_output_that_others_get_is_left_as_it_is(
     assert pairs_of(model, 0) == []
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 8), (0, 8), (2, 3, 8)])
+def test_any_number_of_rows_is_multiplied(shape: tuple[int, ...]) -> None:
+    rows, weight, bias = torch.randn(shape), torch.randn(5, 8), torch.randn(5)
+    torch.testing.assert_close(rectified_product(rows, weight, bias), nn.functional.linear(rows, weight, bias).relu())
+
+
 def test_layers_compute_the_same_and_stock_ones_their_own(
     build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

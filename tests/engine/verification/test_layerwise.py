@@ -554,6 +554,35 @@ def test_stock_layers_that_are_not_finite_are_no_oracle(build: Build, tmp_path: 
         assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_in_the_checkpoint_either_are_no_fault(
+    number: float, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the embedding of a token that no prompt has; beside one that is not a number, others are compared."""
+    from safetensors.torch import load_file, save_file
+
+    path = Path(shutil.copytree(build("llama"), tmp_path / "model"))
+    state = load_file(path / "model.safetensors")
+    state["model.embed_tokens.weight"][499, :2] = torch.tensor([number, float("nan")])
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    job = Job(prompt=[5, 6, 7], max_new_tokens=0, prompt_logprobs=True)
+    _, found = compared(path, [job])
+    assert at_fault(found) == []
+    assert found.stages[0].weights is not None
+    assert found.stages[0].weights.largest == 0
+
+    put = WeightStore.put
+
+    def put_wrong(self: WeightStore, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
+        if "embed" in name:
+            tensor = tensor.clone()
+            tensor[499, 2] += 1e-3
+        put(self, name, tensor, first_element)
+
+    monkeypatch.setattr(WeightStore, "put", put_wrong)
+    assert at_fault(compared(path, [job])[1]) == ["embedding"]
+
+
 @pytest.fixture(autouse=True)
 def _no_layers_left_behind() -> Iterator[None]:
     yield

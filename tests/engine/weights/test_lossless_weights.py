@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 import torch
 from parity import JOBS, POLICIES
@@ -14,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine import Engine, Policy
+from engine.checkpoint.description import describe
 from engine.checkpoint.identity.result import result_identity
 from engine.errors import UnsupportedError
+from engine.model.causal_model import CausalModel
 from engine.model.experts.interface import stack_of
 from engine.weights.encoded.kept import weights_directory
+from engine.weights.encoded.left_plain import left_plain
 from engine.weights.store import WeightStore
 
 LOSSLESS = {"compress-weight": "lossless"}
@@ -95,6 +100,31 @@ def test_a_matrix_with_too_many_escapes_stays_as_it_is(heavy: Path, tmp_path: Pa
     assert HEAVY not in coded
     assert HEAVY.replace("layers.1", "layers.0") in coded
     assert "lm_head.weight" in coded
+
+
+def test_rows_that_nothing_was_trained_with_are_seen(build: Callable[[str], Path], tmp_path: Path) -> None:
+    """One in forty of a head, side by side."""
+    path = Path(shutil.copytree(build("llama"), tmp_path / "model"))
+    tensors, random = load_file(path / "model.safetensors"), torch.Generator().manual_seed(0)
+    head = 0.02 * torch.randn(32_000, 64, generator=random)
+    head[1000:1800] *= 2.0 ** torch.randint(-80, -40, (800, 64), generator=random)
+    tensors |= dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), head.to(torch.bfloat16))
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": len(head)}))
+    assert left_plain(path, CausalModel(path, torch.bfloat16, torch.device("cpu"))) == {"lm_head.weight"}
+
+
+def test_an_adapters_own_matrices_are_not_sampled(build: Callable[[str], Path], tmp_path: Path) -> None:
+    """Their numbers are of other sizes than the matrix that their product is added to, which is what is encoded."""
+    lora = loras.save_adapter(tmp_path / "lora", build("llama"))
+    state = load_file(lora / "adapter_model.safetensors")
+    for tensor in state.values():
+        tensor *= 2.0 ** torch.linspace(-80, -40, tensor.shape[0])[:, None]
+    save_file(state, lora / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = Path(describe(str(lora)).path)
+    assert left_plain(path, CausalModel(path, torch.bfloat16, torch.device("cpu"))) == frozenset()
 
 
 def test_what_a_sample_does_not_show_is_refused_in_one_line(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,16 +16,17 @@ from transformers import AutoTokenizer
 
 from engine.errors import ConfigError
 from engine.job import Job, Sampling
+from engine.model.causal_model import CausalModel
 from engine.planning.hardware import Memory
 from engine.planning.hardware_profile import HardwareProfile
 from engine.planning.sharing import Resources, Sharing
-from engine.policy import Policy, Share
+from engine.policy import Policy, Share, WeightCodes
 from flexgen_helm.helm import engines
 from flexgen_helm.planning import auto_policy
 from flexgen_helm.planning.auto_policy import Chosen, choose, workload_of
 from flexgen_helm.planning.dummy import shape_model, write_model_directory
 from flexgen_helm.planning.estimate import Estimate
-from flexgen_helm.planning.policy_search import search
+from flexgen_helm.planning.policy_search import best_of, search
 from flexgen_helm.planning.roofline import Workload
 
 GB = 10**9
@@ -102,24 +104,28 @@ def test_the_best_of_the_search(work: str, opt: Path, card: HardwareProfile, tmp
     assert ("attention on the host" in chosen.note.split(";")[0]) == (":32" in work)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lossless_weights_are_chosen_where_the_link_holds_work_back(
-    dtype: str, card: HardwareProfile, tmp_path: Path
+def test_lossless_weights_are_planned_where_the_link_holds_work_back_and_only_taken_when_asked_for(
+    card: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By their bytes: 12.1 of 16 bits; and not for prompts that keep the card busy, nor of float16."""
     write_model_directory("llama-3-8b", tmp_path)
-    jobs = {work: Workload.parse(work).jobs(50_000) for work in ("1x8x0+100:40", "9x100x400+400:1")}
-    base = Policy(gpu_memory=6 * GB, cpu_memory=100 * GB)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto_policy, "available_memory", lambda *_: replace(MEMORY, device=6 * GB))
-        patch.setattr(auto_policy, "resolve_dtype", lambda *_: dtype)  # which would ask the card
-        slow, fast = (choose(str(tmp_path), dtype, base, each) for each in jobs.values())
-        given = choose(str(tmp_path), dtype, replace(base, compress_weight="lossless"), jobs["1x8x0+100:40"])
-    assert slow.policy.compress_weight == ("lossless" if dtype == "bfloat16" else None)
-    assert ("on the device, lossless;" in slow.note) == (dtype == "bfloat16")
-    assert fast.policy.compress_weight is None
-    assert given.policy.compress_weight == "lossless"
-    assert (given.estimate is not None) == (dtype == "bfloat16")
+    base, memory = Policy(gpu_memory=6 * GB, cpu_memory=100 * GB), replace(MEMORY, device=6 * GB)
+    linked, busy = (Workload.parse(work) for work in ("1x8x0+100:40", "9x100x400+400:1"))
+
+    def planned(dtype: str, load: Workload) -> WeightCodes:
+        model = CausalModel(tmp_path, getattr(torch, dtype), torch.device("cpu"))
+        return best_of(search(model, card, memory, load, base, compress=False, lossless=True)).policy.compress_weight
+
+    assert planned("bfloat16", linked) == "lossless"
+    assert planned("bfloat16", busy) is planned("float16", linked) is None
+    monkeypatch.setattr(auto_policy, "available_memory", lambda *_: memory)
+    monkeypatch.setattr(auto_policy, "resolve_dtype", lambda name, dtype, device: dtype)  # which would ask the card
+    taken = [
+        choose(str(tmp_path), dtype, replace(base, compress_weight=codes), linked.jobs(50_000))
+        for dtype, codes in (("bfloat16", None), ("bfloat16", "lossless"), ("float16", "lossless"))
+    ]
+    assert [each.policy.compress_weight for each in taken] == [None, "lossless", "lossless"]
+    assert [each.estimate is None for each in taken] == [False, False, True]
 
 
 def test_what_is_said_stays(opt: Path, card: HardwareProfile) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from engine import Policy
 from engine.checkpoint.adapters.located import locate
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, UnsupportedError
 from flexgen_helm.runs import registration, yaml_lists
 from flexgen_helm.runs.models import Models, refuse_code_of_tokenizer
 from flexgen_helm.runs.registration import Entries, entries_for, merge_into_local_path, register_in_process
@@ -125,6 +125,18 @@ def test_the_tokenizer_of_a_file_is_of_its_state_now(tmp_path: Path) -> None:
 def test_a_directory_name_that_helm_could_not_parse_is_rewritten(tiny_llama: Path, tmp_path: Path) -> None:
     odd = shutil.copytree(tiny_llama, tmp_path / "my model, v=2")
     assert entries_for(str(odd)).model.name == "local/my-model-v-2"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_lossless_weights_are_registered_where_the_model_may_be_computed_in_bfloat16(
+    tiny_llama: Path, dtype: str
+) -> None:
+    policy = {"compress-weight": "lossless", "dtype": dtype}
+    args = entries_for(str(tiny_llama), policy=policy).deployment.client_spec.args
+    assert Policy.load(args["policy"]) == Policy(compress_weight="lossless", dtype=dtype)
+    for other in ("float16", "float32"):
+        with pytest.raises(UnsupportedError, match=f"lossless takes bfloat16, and the model is computed in {other};"):
+            entries_for(str(tiny_llama), policy={**policy, "dtype": other})
 
 
 @pytest.mark.parametrize(
