@@ -37,8 +37,8 @@ class Codec:
     sums there are of whole numbers below 2**24, hence exact in whatever order: everyone who decodes gets the same.
 
     So a group comes back within `bound` of itself, in the length of the vector, and within the rounding of its dtype.
-    Groups that hold a NaN or an infinity come back without any finite number. For numbers of less than half of the
-    dtype's range only, and more than 1e-32: a group of smaller ones comes back as zeros.
+    Groups that hold a NaN or an infinity come back without any finite number. For numbers of less than a 64th (float16:
+    half) of the dtype's range only, and more than 1e-32: a group of smaller ones comes back as zeros.
 
     Layout of n numbers, each part aligned as parameters are: codes, scales (bfloat16), multiples. Of 4 bits, a byte
     holds a number of the group's first half in its low bits and one of the second half in its high bits; so do the two

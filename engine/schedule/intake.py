@@ -22,8 +22,8 @@ class Intake:
         self.rows = self.num_steps
         self.entered: set[int] = set()
         """Spans that were let in, by their identity."""
-        self.has_begun = False
-        """Whether the last one is a part of a prompt, whose rest follows without delay."""
+        self.begun: Sequence | None = None
+        """The sequence of which a part of the prompt was let in last; its rest follows without delay."""
 
     @property
     def num_prompt_rows(self) -> int:

@@ -34,8 +34,6 @@ class Scheduler:
         self._prefixes: list[Prefix] = []
         self.failed: list[Sequence] = []
         self._turns = Turns(drafts)
-        self._is_passing_due = False
-        """Whether one that does not decode found no room in the cache, so that these come first when there is some."""
 
     @property
     def is_idle(self) -> bool:
@@ -72,26 +70,28 @@ class Scheduler:
         if not self._turns.is_of_steps(intake.segments, self.limits):
             self._let_in(intake)
         spare_blocks(intake.segments, self.limits.cached_rows_per_batch, self._cache)
-        self._turns.take(intake.segments, intake.rows, self.limits, has_begun=intake.has_begun)
+        self._turns.take(intake.segments, intake.rows, self.limits, has_begun=intake.begun is not None)
         return self._cut(intake.segments)
 
     def _let_in(self, intake: Intake) -> None:
         """Let in sequences that will decode, then others, as far as these are hidden (docs/adr/0031)."""
         waiting, limits, cache, seats = self._waiting, self.limits, self._cache, self.limits.seats
-        share = waiting.share(self.running)
-        for is_passing in (self._is_passing_due, not self._is_passing_due):
-            if is_passing and not intake.has_begun:
-                most = most_hidden(intake, self.running, waiting.decoding, limits, cache)
-                least = share if intake.num_steps or self._is_passing_due else 0
-                self._is_passing_due = self._fill(waiting.passing, intake, seats, least, most)
-            elif waiting.decoding and not intake.has_begun:  # a few seats are kept for the others
-                most = most_admitted(self.running, waiting.decoding, limits, cache)
-                self._fill(waiting.decoding, intake, seats - min(share, max(1, seats // 4), seats - 1), 1, most)
+        share, is_due = waiting.share(self.running), waiting.is_passing_due
+        if waiting.decoding and (waiting.has_begun_decoding or not is_due):
+            kept = min(share, max(1, seats // 4), seats - 1)  # a few seats are for the others
+            most = 0 if is_due else most_admitted(self.running, waiting.decoding, limits, cache)
+            self._fill(waiting.decoding, intake, seats - kept, 1, most)
+        num_passing = 0
+        if not intake.begun:
+            most = most_hidden(intake, self.running, waiting.decoding, limits, cache)
+            least = share if intake.num_steps or is_due else 0
+            num_passing = self._fill(waiting.passing, intake, seats, least, most)
+        waiting.note(num_passing, intake.begun)
 
-    def _fill(self, queue: deque[Sequence], intake: Intake, seats: int, least: int, most: float) -> bool:
+    def _fill(self, queue: deque[Sequence], intake: Intake, seats: int, least: int, most: float) -> int:
         """Let in sequences of a queue: at least so many if there is room, and more up to so many rows of prompts.
 
-        Whether the cache has no room for the next one.
+        How many came in whole.
         """
         count = admitted = 0
         while queue and len(self.running) < seats:
@@ -103,7 +103,7 @@ class Scheduler:
             new = self._enter(sequence, intake.entered)
             if new is None:
                 if self.running or intake.entered:
-                    return True
+                    break
                 queue.popleft()
                 cure = "the cache more memory (gpu-memory, cpu-memory, or a disk share)"
                 self._fail(sequence, self._cache.refusal or no_room("the KV cache", sequence, cure))
@@ -113,16 +113,15 @@ class Scheduler:
             is_late = count >= least and admitted + size > most
             if is_late or (intake.segments and intake.rows + size > self.limits.rows_per_sweep):
                 self._withdraw(new)
-                return False
-            count, admitted = count + 1, admitted + size
+                break
             intake.take(part)
-            intake.has_begun = part[-1].span is not sequence
-            if intake.has_begun:  # the rest comes with the next sweeps
+            if part[-1].span is not sequence:  # the rest comes with the next sweeps
+                intake.begun = sequence
                 self._withdraw(new[len(part) :])
-                return False
-            queue.popleft()
-            self.running.append(sequence)
-        return False
+                break
+            count, admitted = count + 1, admitted + size
+            self.running.append(queue.popleft())
+        return count
 
     def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:
         """The work of a sweep that found too little memory, in smaller micro-batches, now and from now on.

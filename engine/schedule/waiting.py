@@ -9,18 +9,23 @@ from itertools import chain
 
 from engine.schedule.sequence import Sequence
 
+_MOST_WITHOUT = 4
+"""Sweeps in a row that may let in none of those that do not decode, before nobody else comes in until one has."""
+
 
 class Waiting:
     """Two queues: sequences that will decode, and those that end with the sweep that computes their prompt.
 
-    The first come first, those that ask for most tokens ahead: each of their sweeps hides prompts of the second behind
-    what it brings over the link, and all that run long are to run beside each other. Sharers of a prefix stay
-    neighbours.
+    The first come first, of those that are queued together the ones that ask for most tokens ahead: each of their
+    sweeps hides prompts of the second behind what it brings over the link, and all that run long are to run beside each
+    other. Sharers of a prefix stay neighbours. Nobody overtakes those that were queued before.
     """
 
     def __init__(self) -> None:
         self.decoding: deque[Sequence] = deque()
         self.passing: deque[Sequence] = deque()
+        self._begun: Sequence | None = None
+        self._num_without = 0
 
     def __iter__(self) -> Iterator[Sequence]:
         return chain(self.decoding, self.passing)
@@ -29,14 +34,17 @@ class Waiting:
         return len(self.decoding) + len(self.passing)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue new sequences, sharers of a prefix next to each other."""
-        for sequence in sequences:
-            self._queue_of(sequence).append(sequence)
+        """Queue new sequences, sharers of a prefix next to each other, behind those that wait."""
+        decoding: list[Sequence] = []
         longest: dict[int, int] = {}
-        for sequence in self.decoding:
+        for sequence in sequences:
+            if not sequence.needs_cache:
+                self.passing.append(sequence)
+                continue
+            decoding.append(sequence)
             key = _group_of(sequence)
             longest[key] = max(longest.get(key, 0), sequence.job.max_new_tokens)
-        self.decoding = deque(sorted(self.decoding, key=lambda sequence: -longest[_group_of(sequence)]))
+        self.decoding.extend(sorted(decoding, key=lambda sequence: -longest[_group_of(sequence)]))
 
     def put_back(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences that begin anew before all others, in their order."""
@@ -47,6 +55,24 @@ class Waiting:
         """Forget sequences by their identity."""
         self.decoding = deque(sequence for sequence in self.decoding if id(sequence) not in identities)
         self.passing = deque(sequence for sequence in self.passing if id(sequence) not in identities)
+
+    @property
+    def is_passing_due(self) -> bool:
+        """Whether those that do not decode have waited so long that nobody else comes in until one of them has.
+
+        Whatever kept them out (rows, seats, room in the cache) then falls to them as others leave.
+        """
+        return self._num_without >= _MOST_WITHOUT
+
+    @property
+    def has_begun_decoding(self) -> bool:
+        """Whether a part of the prompt of the next sequence that will decode was let in."""
+        return bool(self.decoding) and self.decoding[0] is self._begun
+
+    def note(self, num_passing: int, begun: Sequence | None) -> None:
+        """Note how many that do not decode came in with a sweep, and of which sequence only a part did."""
+        self._num_without = self._num_without + 1 if self.passing and not num_passing else 0
+        self._begun = begun or self._begun
 
     def share(self, running: Iterable[Sequence]) -> int:
         """How many that do not decode come in with the next sweep if as many come in with each in which others decode.

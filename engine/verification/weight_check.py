@@ -111,7 +111,14 @@ class WeightCheck:
 
 
 def _is_beyond(apart: torch.Tensor, values: torch.Tensor, codec: Codec) -> bool:
-    """Whether any group of numbers is farther from `values`, whose code it comes from, than its code explains."""
-    groups = values.float().view(-1, GROUP)
+    """Whether any group of numbers is farther from `values`, whose code it comes from, than its code explains.
+
+    The code of a group that holds a NaN or an infinity has no bound: it stands for no finite number. So NaNs are to be
+    there still (0 apart), and what is finite in `values` is not.
+    """
+    groups, distances = values.float().view(-1, GROUP), apart.view(-1, GROUP)
     rounding = torch.finfo(values.dtype).eps * groups.square().sum(dim=-1).sqrt() * 2
-    return bool((apart.view(-1, GROUP).square().sum(dim=-1).sqrt() > codec.bound(groups) + rounding).any())
+    is_near = distances.square().sum(dim=-1).sqrt() <= codec.bound(groups) + rounding
+    is_far = distances >= torch.finfo(torch.float32).max  # what an infinite difference is taken for, or more
+    is_lost = torch.where(groups.isnan(), distances == 0, is_far | groups.isinf()).all(dim=-1)
+    return not bool(torch.where(groups.isfinite().all(dim=-1), is_near, is_lost).all())

@@ -307,9 +307,55 @@ def test_everybody_is_served_within_the_limits(
             assert needed <= capacity
 
 
-def words(seed: int, count: int) -> list[int]:
+def words(seed: float, count: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(3, 500) for _ in range(count)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    capacity=st.integers(70, 200),
+    limits=st.fixed_dictionaries(
+        {
+            "sequences_per_batch": st.integers(1, 5),
+            "batches": st.integers(1, 2),
+            "rows_per_batch": st.just(64),
+            "rows_per_piece": st.sampled_from([None, 8]),
+            "rows_per_sweep": st.sampled_from([1, 30, 60, 10**6]),
+            "admission": st.sampled_from([None, Admission(rows_beside_weights=9, rows_beside_cached_row=0.2)]),
+            "most_states": st.sampled_from([0, 2]),
+        }
+    ),
+    counts=st.lists(st.sampled_from([1, 2, 5, 9]), min_size=1, max_size=4),
+    seed=st.integers(0, 10**6),
+)
+def test_everybody_is_served_however_many_come_after(
+    capacity: int, limits: dict[str, object], counts: list[int], seed: int
+) -> None:
+    """Three always wait to decode; of jobs there, by hand, no more than 20 are ahead, of 9 tokens and 8 pieces each."""
+    rng = random.Random(seed)
+    runner = make_runner(capacity, on_device=0, **limits)
+
+    def some(count: int) -> Sequence:
+        stem = words(rng.randrange(3), 40) if rng.random() < 0.3 else []
+        return Sequence.of(Job(prompt=[*stem, *words(rng.random(), rng.randrange(1, 24))], max_new_tokens=count))
+
+    def sweep() -> None:
+        waiting = runner.scheduler._waiting
+        while sum(each.needs_cache for each in waiting) < 3:
+            runner.scheduler.add([some(rng.choice([2, 5, 9]))])
+        runner.sweep()
+
+    for _ in range(rng.randrange(8)):
+        sweep()
+    early = [some(count) for count in counts]
+    runner.scheduler.add(early)
+    for _ in range(20 * (9 + 8)):
+        if all(each in runner.done for each in early):
+            return
+        sweep()
+    left = [each.job.max_new_tokens for each in early if each not in runner.done]
+    raise AssertionError(f"of jobs of {counts} tokens, those of {left} are never served")
 
 
 def test_a_prefix_is_computed_once_and_kept_while_somebody_waits_for_it() -> None:
@@ -508,8 +554,7 @@ def test_who_has_most_to_say_comes_first_with_those_who_share_its_prefix() -> No
     short = [Job(prompt=words(i, 20), max_new_tokens=3) for i in range(2)]
     group = [Job(prompt=[*words(9, 40), i], max_new_tokens=count) for i, count in ((1, 2), (2, 8))]
     sequences = [Sequence.of(job) for job in (*short, *group)]
-    runner.scheduler.add(sequences[:2])
-    runner.scheduler.add(sequences[2:])
+    runner.scheduler.add(sequences)
     runner.scheduler.next_sweep()
     assert runner.scheduler.running[:2] == sequences[2:]
     assert len(runner.scheduler.running) == 3
@@ -535,6 +580,48 @@ def test_room_that_others_would_take_goes_to_a_job_of_one_token_that_found_none(
     answered = [sequence.job.max_new_tokens for sequence in runner.done]
     assert answered.index(1) == 2
     assert len(answered) == 10
+
+
+@pytest.mark.parametrize(
+    ("capacity", "limits", "count", "job", "most"),
+    [
+        pytest.param(10_000, {"sequences_per_batch": 2, "batches": 1}, 8, (20, 4), 24, id="shorter"),
+        pytest.param(400, {"rows_per_sweep": 60, "rows_per_piece": 50}, 30, (300, 4), 40, id="in pieces"),
+        pytest.param(10_000, {"sequences_per_batch": 8, "rows_per_sweep": 50}, 2, (30, 1), 6, id="rows"),
+        pytest.param(400, {"sequences_per_batch": 1, "batches": 1}, 4, (30, 1), 10, id="seats"),
+    ],
+)
+def test_nobody_who_comes_later_is_served_for_ever(
+    capacity: int, limits: dict[str, object], count: int, job: tuple[int, int], most: int
+) -> None:
+    """Three others always wait; of those of 8 tokens, three are ahead of the first job, and two run at once."""
+    runner = make_runner(capacity, **limits)
+    early = Sequence.of(Job(prompt=words(5, job[0]), max_new_tokens=job[1]))
+    number = itertools.count(100)
+
+    def more() -> list[Sequence]:
+        missing = 3 - sum(each.needs_cache for each in runner.scheduler._waiting)
+        return [Sequence.of(Job(prompt=words(next(number), 20), max_new_tokens=count)) for _ in range(missing)]
+
+    for sweep in range(most):
+        runner.scheduler.add(more())
+        if sweep == 0:
+            runner.scheduler.add([early])
+        runner.sweep()
+    assert early in runner.done
+
+
+def test_room_is_kept_for_a_job_of_one_token_while_others_leave_one_by_one() -> None:
+    """Room for three answers of 24 rows, which end in different sweeps; a prefix of 44 needs that of two."""
+    runner = make_runner(72)
+    early = [Sequence.of(Job(prompt=[*words(9, 44), i, i], max_new_tokens=1)) for i in range(2)]
+    for sweep in range(16):
+        if sweep in (0, 1, 3) or sweep > 3:
+            runner.scheduler.add([Sequence.of(Job(prompt=words(100 + sweep, 20), max_new_tokens=5))])
+        if sweep == 3:
+            runner.scheduler.add(early)
+        runner.sweep()
+    assert all(each in runner.done for each in early)
 
 
 def test_prompts_are_computed_between_decode_steps_that_are_fetched() -> None:

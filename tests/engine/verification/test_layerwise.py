@@ -21,6 +21,7 @@ from engine import Completion, Engine, Job, Sampling
 from engine.batch.reach import Reach
 from engine.cache.key_value import KVCache
 from engine.errors import EngineError, JobError, NumericsError
+from engine.kernels.codec import GROUP, Codec
 from engine.logit_rules import LogitRules
 from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.interface import BACKENDS
@@ -29,6 +30,7 @@ from engine.model.stock import StockForward
 from engine.schedule.sequence import Prefix
 from engine.verification.layerwise import Findings
 from engine.verification.scored import Scored
+from engine.verification.weight_check import _is_beyond
 from engine.weights.portion import Portion
 from engine.weights.slots import Slots
 from engine.weights.store import WeightStore
@@ -372,6 +374,21 @@ def test_weights_that_were_loaded_wrongly(
     weights = next(each for each in found.stages if each.name == stage).weights
     assert weights is not None
     assert weights.parameter == spoiled
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("spoiled", [0.0, float("nan"), float("inf")])
+def test_groups_without_a_bound_are_compared_too(bits: int, spoiled: float) -> None:
+    """What the codes of a number that is not finite stand for is not; anything finite in its place is wrong."""
+    codec = Codec(bits)
+    values = torch.linspace(-1, 1, 4 * GROUP)
+    values[5] += spoiled
+    ours = codec.decode_rows(codec.encode_rows(values[None]), len(values), torch.float32)[0]
+    for changed in (False, True):
+        if changed:
+            ours[:GROUP] = 3.0
+        apart = torch.where(ours.isnan() & values.isnan(), 0, ours - values).abs().nan_to_num(nan=torch.inf)
+        assert _is_beyond(apart, values, codec) == changed
 
 
 def test_a_tied_head_is_compared_in_its_slot(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
