@@ -341,6 +341,7 @@ def test_the_official_client(client: httpx.Client, greedy: Callable[[str, int], 
 def test_lm_evals_completions_over_it_are_those_of_its_own_model(client: httpx.Client, directory: Path) -> None:
     """Scores, whether continuations are greedy, and texts, by the harness's client for such endpoints."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install -e '.[lm-eval]'")
+    pytest.importorskip("tenacity", reason="lm-eval's clients of endpoints need it; pip install 'lm-eval[api]'")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 

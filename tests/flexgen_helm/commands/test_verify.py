@@ -335,7 +335,8 @@ def test_a_model_larger_than_the_host_is_compared_layer_by_layer(
     stages = ["embedding", *(f"layer {index}" for index in range(num_layers(tiny_llama))), "head"]
     lines = {line.split("  ")[0]: line.split() for line in out}
     for name in stages:
-        assert float(lines[name][-6]) < 1e-4
+        assert float(lines[name][-6]) < 1e-3  # attention is so sharp here that rounding of its inputs counts tenfold
+        assert float(lines[name][-5]) < 1e-5  # the mean
         assert float(lines[name][-2]) == 0  # the checkpoint's weights
         assert lines[name][-1] == "none"  # no codes
     for name, run in runs().items():
