@@ -114,11 +114,13 @@ def described(model_type: str) -> ModelDescription:
 def test_a_model_is_checked_by_the_process_that_waits_while_this_one_goes_on(started: list[FakeProcess]) -> None:
     processes = EngineProcesses()
     processes.prepare()
-    checks = [processes.check(described(kind), Policy()) for kind in ("good", "bad")]
+    good = processes.check(described("good"), Policy())
+    assert not started[0].may_answer.is_set()  # it was not waited for
     started[0].may_answer.set()
-    checks[0]()
+    bad = processes.check(described("bad"), Policy())  # begins when the first has ended
+    good()
     with pytest.raises(UnsupportedError, match="it cannot be run"):
-        checks[1]()
+        bad()
     assert processes.resources(Policy(device="cuda:0")).memory.device == 100 * GB
     assert len(started) == 1
 
