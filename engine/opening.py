@@ -116,9 +116,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     device_name = resolve_device(policy.device)
     device = accelerator.indexed(torch.device(device_name))
     dtype_name = resolve_dtype(policy.dtype, description.dtype, device_name)
-    _check_weight_dtype(policy, dtype_name)
     dtype = getattr(torch, dtype_name)
     model, tokenizer, special = _open_model(description, policy, dtype, device)
+    _check_weight_dtype(policy, dtype_name)
     if member is None:
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
         sharing = ALONE
@@ -209,11 +209,11 @@ def check_model(description: ModelDescription, policy: Policy) -> None:
 
     Of a model whose weight files nobody looked at, only what its other files tell is known.
     """
-    if policy.dtype != "auto":  # which stands for another dtype on every kind of device
-        _check_weight_dtype(policy, policy.dtype)
     has_weights = description.weight_bytes > 0
     cpu = torch.device("cpu")
     model, tokenizer, _ = _open_model(description, policy, torch.float32, cpu, has_weights=has_weights)
+    if policy.dtype != "auto":  # which stands for another dtype on every kind of device
+        _check_weight_dtype(policy, policy.dtype)
     if has_weights:
         check_checkpoint(Path(description.path), model)
     if (draft := _draft_model(description, policy, model, tokenizer, cpu)) is not None:
