@@ -41,6 +41,10 @@ _MEANT = {"stop": "until", "stop_sequences": "until", "max_length": "max_gen_tok
 """Of generation arguments that others have, what the harness calls them."""
 
 
+class ThinkingError(ConfigError, ValueError):
+    """Continuations are to be scored by a model that is to think first; the harness's own model raises `ValueError`."""
+
+
 class FlexGenLM(TemplateLM):
     """Answers as `lm_eval.models.huggingface.HFLM` does, by an engine whose model may be larger than the GPU.
 
