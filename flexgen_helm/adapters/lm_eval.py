@@ -173,7 +173,7 @@ class FlexGenLM(TemplateLM):
         """(log-probability, whether it is greedy) of each (context, continuation); not for models that are to think."""
         if self.enable_thinking:
             names = ", ".join(sorted({str(name) for each in requests if (name := getattr(each, "task_name", None))}))
-            raise ConfigError(
+            raise ThinkingError(
                 f"enable_thinking=True is for tasks that generate; {names or 'this one'} scores continuations"
             )
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
