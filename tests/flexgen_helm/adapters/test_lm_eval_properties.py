@@ -35,7 +35,7 @@ GENERATION = {
 """As a published checkpoint's generation_config.json has it."""
 Pair = tuple[FlexGenLM, HFLM]
 _AS_FOUND = (Phase.explicit, Phase.generate)  # a shorter example would take minutes to find
-_few = settings(max_examples=3, deadline=None, derandomize=True, phases=_AS_FOUND)
+_few = settings(max_examples=2, deadline=None, derandomize=True, phases=_AS_FOUND)
 _many = settings(max_examples=60, deadline=None, phases=_AS_FOUND)
 
 
