@@ -124,7 +124,7 @@ def sent(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None =
 
 
 def transit(device: torch.device, num_bytes: int) -> torch.Tensor:
-    """New host memory `[num_bytes]`, uint8, for what goes to or from `device`: page-locked if that runs beside it."""
+    """New host memory `[num_bytes]`, uint8, for copies to or from `device`; page-locked if copies are asynchronous."""
     if has_streams(device):
         return page_locked(num_bytes, dtype=torch.uint8)
     return torch.empty(num_bytes, dtype=torch.uint8)

@@ -54,7 +54,7 @@ class Arena:
             return self._io
 
     def check_offload_dir(self) -> None:
-        """Make `offload_dir`; raises `ConfigError` where it cannot be written, and warns where it is far away."""
+        """Create `offload_dir`; raises `ConfigError` where it cannot be written, warns about network file systems."""
         assert self.offload_dir is not None
         DiskFile.create(self.offload_dir, 0).close()
         kind = network_file_system(self.offload_dir)
@@ -143,7 +143,7 @@ class Arena:
         return tensor
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Give back a tensor of `empty`; the caller keeps no view of it, but the device may still be at work on it."""
+        """Free a tensor of `empty`; the caller must keep no view of it, but queued device work may still use it."""
         if tensor.numel():
             self._release(tensor.data_ptr())
 
