@@ -24,7 +24,7 @@ _OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "sweeping"})
 
 @dataclass(frozen=True)
 class Gate:
-    """A module that computes `last(activation(gate) * up)`, where linear layers give gate and up of the same rows."""
+    """A module that computes `last(activation(gate) * up)`, where linear layers compute gate and up of one input."""
 
     activation: Activation
     first: str
