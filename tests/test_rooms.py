@@ -32,6 +32,7 @@ ROOMS = {
     "flexgen_helm": (
         "terminal",
         "planning",
+        "pictures",
         "checking",
         "workers",
         "helm",

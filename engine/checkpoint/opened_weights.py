@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.checkpoint.weight_files import all_weight_files
 from engine.errors import CheckpointError, EngineError
-from engine.reading import open_file
+from engine.reading import open_file, reason
 
 _State = tuple[int, int, int]
 
@@ -53,7 +53,11 @@ class OpenedWeights:
         """Raise `CheckpointError` if a file has been written to since it was opened."""
         with self._lock:
             for (file, stream), state in zip(self._files, self._states, strict=False):
-                if _state(os.fstat(stream.fileno())) != state:
+                try:
+                    found = _state(os.fstat(stream.fileno()))
+                except OSError as error:  # as of a network drive that went away
+                    raise CheckpointError(f"{file} cannot be read any more: {reason(error)}; start again") from None
+                if found != state:
                     raise CheckpointError(
                         f"{file} was written to while the engine reads its weights; what it computed since is "
                         "lost; start again when nothing writes there any more"
