@@ -235,8 +235,8 @@ def _why(model: str, error: Exception) -> str:
         )
     if isinstance(error, RuntimeError) or type(error).__name__ == "XetDownloadError":  # hf_xet raises both
         return (
-            f"files of model {model!r} cannot be fetched from the Xet storage of the hub {hub} ({named(error)}); try again "
-            "later, or fetch them another way with HF_HUB_DISABLE_XET=1"
+            f"files of model {model!r} cannot be fetched from the Xet storage of the hub {hub} ({named(error)}); try "
+            "again later, or fetch them another way with HF_HUB_DISABLE_XET=1"
         )
     return (
         f"model {model!r} is no directory, and the hub {hub} cannot be reached ("
