@@ -38,6 +38,12 @@ class GenerationSettings:
         ids = end_of_text if ids is None else ids
         self._end_of_text = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
+    @property
+    def temperature(self) -> float:
+        """What is sampled with where a request asks for no temperature."""
+        found = self._given.get("temperature")
+        return 1.0 if found is None else float(found)
+
     def applied(
         self, sampling: Sampling, prompt: tuple[int, ...], max_new_tokens: int, rules: Mapping[str, Any] | None = None
     ) -> Sampling:
