@@ -4,7 +4,7 @@
 
 DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021). Runs in an environment that has
 inspect_ai (tests/README.md). Every contender is a process of its own; what is timed is `eval()`, without the loading of
-the model, which comes before it. `hf` computes as many samples at once as `--batch-sizes` says, and the fastest counts.
+the model and one sample, which come before it. `hf` computes as many samples at once as `--batch-sizes` says, and the fastest counts.
 Prints the ratio, and how many answers agree.
 """
 
@@ -71,12 +71,13 @@ def run_child(contender: str, model: str, questions: Path, batch_size: int) -> N
     samples = [Sample(input=text, target=letter) for text, letter in json.loads(questions.read_text())]
     task = Task(MemoryDataset(samples), solver=generate(), scorer=match(location="begin"), name="mmlu")
     with tempfile.TemporaryDirectory() as logs:
+        eval(task, model=made, display="none", log_dir=logs, limit=1)  # whatever is loaded once
         start = time.perf_counter()
         [log] = eval(task, model=made, display="none", log_dir=logs)
         seconds = time.perf_counter() - start
-    if log.status != "success" or log.samples is None:
-        raise SystemExit(f"{contender} failed: {log.error}")
-    texts = {str(sample.id): sample.output.completion for sample in log.samples}
+        if log.status != "success" or log.samples is None:
+            raise SystemExit(f"{contender} failed: {log.error}")
+        texts = {str(sample.id): sample.output.completion for sample in log.samples}  # read from the log, when asked
     print("\n" + json.dumps({"seconds": seconds, "texts": texts}))
 
 

@@ -25,6 +25,7 @@ from benchmarks import (
     data_wrangling,
     draw,
     experts,
+    inspect_mmlu,
     long_answers,
     memory,
     mixtures,
@@ -878,3 +879,16 @@ def test_a_workloads_operations_are_counted_by_hand() -> None:
     assert all(len(own) == 100 and min(own) >= 40 and max(own) <= 140 for _, own in suite)
     with pytest.raises(ConfigError, match="one new token"):
         card_time.Asked.parse("2x3x4+5:8")
+
+
+def test_the_prompts_of_the_inspect_benchmark_are_those_of_mmlu(tmp_path: Path) -> None:
+    for split, question in (("dev", "One?"), ("test", "Two?")):
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+        (tmp_path / "mmlu" / split / f"college_medicine_{split}.csv").write_text(f'{question},"a, b",c,d,e,B\n' * 3)
+    found = inspect_mmlu.prompts_of(tmp_path, ["college_medicine"], instances=2, shots=1)
+    choices = "\nA. a, b\nB. c\nC. d\nD. e\nAnswer:"
+    told = "The following are multiple choice questions (with answers) about college medicine."
+    assert found == [(f"{told}\n\nOne?{choices} B\n\nTwo?{choices}", "B")] * 2
+    assert inspect_mmlu.agreement({"1": "A", "2": "B"}, {"1": "A", "2": "C"}) == 0.5
+    with pytest.raises(SystemExit, match="other samples"):
+        inspect_mmlu.agreement({"1": "A"}, {})

@@ -58,7 +58,7 @@ def run_parser(
 
 
 def _add_model_flags(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--model", help="hub id, directory or GGUF file of the model")
+    group.add_argument("--model", help="hub id (or org/model@revision), directory or GGUF file of the model")
     group.add_argument("--path", help="where the weights are, if not under --model")
     add_length_flag(group)
     add_shaping_flags(group)
