@@ -26,6 +26,25 @@ class Row:
     """The part of the bar that is full, from 0 to 1; None for no bar."""
 
 
+class _Above(PlainText):
+    """What is printed while a block is shown. Only lines that have ended are, as they were in the end."""
+
+    _is_whole = True
+
+    def write(self, text: str) -> int:
+        """Write `plain(text)`; how many characters of `text` were written."""
+        self._is_whole = text.endswith("\n") if text else self._is_whole
+        return super().write(text)
+
+    def flush(self) -> None:
+        """Wait for the line's end: bars of others rewrite theirs again and again."""
+
+    def end(self) -> None:
+        """End a line that has not ended."""
+        if not self._is_whole:
+            self.write("\n")
+
+
 class LiveBlock:
     """Rows that are shown in place. What is printed meanwhile goes above them, if it goes to a terminal."""
 
@@ -53,7 +72,7 @@ class LiveBlock:
             self._console.show_cursor(True)  # a command that is killed would leave none behind
             for name in ("stdout", "stderr"):
                 if isinstance(getattr(sys, name), FileProxy):
-                    setattr(sys, name, PlainText(getattr(sys, name)))
+                    setattr(sys, name, _Above(getattr(sys, name)))
         self._live.update(_table(rows), refresh=True)
 
     def say(self, line: str) -> None:
@@ -64,6 +83,9 @@ class LiveBlock:
 
     def clear(self) -> None:
         """Take the rows away, for good."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Above):
+                stream.end()
         self._live.stop()
 
 

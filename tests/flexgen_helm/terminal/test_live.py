@@ -63,10 +63,13 @@ def test_what_others_print_goes_above_if_to_a_terminal(monkeypatch: pytest.Monke
     block.show([Row("suite", "nightly")])
     print("a warning\x1b[2J", file=sys.stderr)
     print("a result")
+    for percent in (0, 50, 100):
+        print(f"\r{percent} %", end="", file=sys.stderr, flush=True)
     warning, row = screen(terminal.getvalue())
     assert warning == r"a warning\x1b[2J"
     assert row.split() == ["suite", "nightly"]
     block.clear()
+    assert screen(terminal.getvalue()) == [warning, "100 %"]
     assert file.getvalue() == "a result\n"
     assert isinstance(sys.stderr, PlainText)
     assert sys.stdout is file
