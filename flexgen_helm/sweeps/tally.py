@@ -103,6 +103,11 @@ class Tally:
         """Since the first sweep began; 0 before."""
         return 0.0 if self.first_sweep is None else time.perf_counter() - self.first_sweep
 
+    def speed(self) -> tuple[float, float, float | None]:
+        """Seconds since the first sweep began, tokens worked through in them, and what part of them the limit is."""
+        seconds = self.computing_s
+        return seconds, self.prompt_tokens + max(self.new_tokens, self.given_tokens), self.fraction(seconds)
+
     def split(self, seconds: float) -> TimeSplit:
         """Where `seconds` of the model went; of several devices, in the mean."""
         with self._lock:
