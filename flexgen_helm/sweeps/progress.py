@@ -18,7 +18,7 @@ PLAIN_INTERVAL_S = 60.0
 
 @dataclass(eq=False)
 class Standing:
-    """How far a suite is. Tokens are those of requests that the engine computes."""
+    """The progress of a suite. Tokens are those of requests that the engine computes."""
 
     num_runs: int
     runs_ended: int = 0
@@ -29,9 +29,9 @@ class Standing:
     requests: int = 0
     requests_done: int = 0
     tokens: int = 0
-    """Of the model at hand: of prompts, and at most to be generated."""
+    """The tokens of the current model: of prompts, and at most to be generated."""
     tokens_done: int = 0
-    """Those of answered requests, as they were counted among `tokens`."""
+    """The tokens of answered requests, counted as in `tokens`."""
     active: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Requests done and in all, of the runs that are under way."""
 
@@ -50,7 +50,7 @@ class SweepProgress:
         speed: Callable[[], tuple[float, float, float | None]],
         stream: TextIO | None = None,
     ) -> None:
-        """`speed` tells seconds of computing, tokens computed, and the fraction of the limit where it is known."""
+        """`speed` returns seconds of computing, tokens computed, and the fraction of the limit where it is known."""
         self.standing = standing
         self._json_log = json_log
         self._speed = speed
@@ -71,7 +71,7 @@ class SweepProgress:
         self._status.clear()
 
     def line(self) -> str:
-        """Where the suite is, in one line."""
+        """The suite's progress in one line."""
         now = self.standing
         seconds, tokens, fraction = self._speed()
         doing = f"loading {now.doing}" if now.is_loading and not seconds else now.doing
@@ -102,7 +102,7 @@ class SweepProgress:
         self._status.end()
 
     def _left_s(self, seconds: float) -> float | None:
-        """Seconds that are left for the model at hand, at the rate so far."""
+        """The seconds that are left for the current model, at the rate so far."""
         now = self.standing
         if seconds <= 0 or not now.tokens_done or now.tokens_done >= now.tokens:
             return None

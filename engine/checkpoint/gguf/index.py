@@ -37,7 +37,7 @@ class Place:
 
 
 def index_of(places: Mapping[str, Place]) -> dict[str, Any]:
-    """Encode the index file for the tensors by parameter name."""
+    """The content of the index file for the tensors by parameter name."""
     return {"tensors": {name: asdict(place) for name, place in places.items()}}
 
 
