@@ -55,7 +55,7 @@ class TimelinePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How many tokens texts have. Of sorted numbers, a quantile is the first that so large a share does not exceed."""
+    """The distribution of numbers of tokens. A quantile is the smallest number that such a share does not exceed."""
 
     texts: int
     tokens: int
