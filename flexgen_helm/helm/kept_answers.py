@@ -178,9 +178,9 @@ class KeptAnswers:
 def _told(earlier: dict[str, Any], now: Mapping[str, Any]) -> str:
     if "source" not in earlier:
         return (
-            "requests that an earlier release answered are asked again, once: it knew weights by a sample, and what "
+            "requests that an earlier release answered are computed again, once: it knew weights by a sample, and what "
             "answers depend on is other, or was written to since"
         )
     return (
-        f"requests that HELM's cache has answers to are asked again, once, because of other {differences(earlier, now)}"
+        f"requests that HELM's cache has answers to are computed again, once, because of other {differences(earlier, now)}"
     )

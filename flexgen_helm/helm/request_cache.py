@@ -204,7 +204,7 @@ class RequestCache:
             free = shutil.disk_usage(self._path.parent).free
             return (
                 f"HELM's cache {self._path} cannot be written ({error}); {free / 1e6:.1f} MB are free there: free some "
-                "and run the same command again, it goes on from here"
+                "and run the same command again to continue"
             )
         return f"HELM's cache {self._path} cannot be used: {' '.join(str(error).split())}"
 
@@ -221,8 +221,8 @@ class RequestCache:
         self._open()
         rescued = self._rescue(aside)
         hwarn(
-            f"HELM's cache {self._path} is damaged ({reason}); it is set aside as {aside}, {rescued} answers could be "
-            "read and are kept, the others are computed anew"
+            f"HELM's cache {self._path} is damaged ({reason}); it is renamed to {aside}, {rescued} answers could be "
+            "read and are kept, the others are computed again"
         )
 
     def _rescue(self, aside: Path) -> int:

@@ -201,7 +201,7 @@ class TwoStepRunner(FlexGenRunner):
             free = shutil.disk_usage(self.output_path).free
             raise NoRoom(
                 f"{target} cannot be written ({error.strerror}); {free / 1e6:.1f} MB are free in {self.output_path}: "
-                "free some and run the same command again, it goes on from here"
+                "free some and run the same command again to continue"
             ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -234,7 +234,7 @@ def lines(found: Forecast) -> Iterator[str]:
         room = found.plan.draft.cache_budgets["device"]
         yield (
             f"draft model: {size(found.draft_bytes)} of weights and room for {size(room)} of keys and values on "
-            "each device besides; what its drafts save is not in the time"
+            "each device in addition; the time does not include what its drafts save"
         )
 
 

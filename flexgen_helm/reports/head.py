@@ -81,7 +81,7 @@ def notices(report: Report) -> Markup | None:
         names = {run.name: f"{names[run.name]} of {run.model}" for run in report.runs}
     found: list[Markup] = []
     if report.status == "unfinished":
-        hint = "it is still running, or was stopped; the same command goes on where it was"
+        hint = "it is still running, or was stopped; the same command continues where it stopped"
         found.append(_notice("This sweep", "has not finished", hint, "warn"))
     for run in report.failed_runs:
         verb = "failed" if run.status == "failed" else "has no results"

@@ -178,7 +178,7 @@ def _longest_sequence(
     added = translator.num_added
     if given is not None and given < 1:
         raise ConfigError(
-            f"max_sequence_length {given} of {model} is below 1; leave it out to take what its files tell"
+            f"max_sequence_length {given} of {model} is below 1; leave it out to use the model's own value"
         )
     own, limit = description.window, translator.window
     beside = f" beside the {added} tokens of its chat template" if added else ""
@@ -192,7 +192,7 @@ def _longest_sequence(
         return given, given + added
     if limit is None:
         raise ConfigError(
-            f"neither config nor tokenizer of {model} tell its longest sequence; give --max-sequence-length N"
+            f"neither config nor tokenizer of {model} says its longest sequence; give --max-sequence-length N"
         )
     if limit <= added:
         raise ConfigError(f"the chat template of {model} takes {added} tokens, and its window is {limit}")

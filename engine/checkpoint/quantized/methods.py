@@ -52,7 +52,7 @@ def checked_method(path: Path, quantization: Told) -> str:
     try:
         problem = METHODS[method].problem(quantization)
     except Exception as error:  # whatever fields of another kind lead to
-        problem = f"fields that cannot be meant ({named(error)})"
+        problem = f"invalid fields ({named(error)})"
     if problem:
         raise UnsupportedError(f"{path} is quantized by {method} with {problem}, which cannot be run; {cure()}")
     return method

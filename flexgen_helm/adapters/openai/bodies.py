@@ -200,7 +200,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 def _num_likeliest(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value not in (0, 1):
-        raise ValueError("neither 0 nor 1: of the likeliest tokens, at most one is told")
+        raise ValueError("neither 0 nor 1: at most one of the likeliest tokens is available")
     return value
 
 

@@ -156,7 +156,7 @@ class Answers:
         try:
             handle, name = tempfile.mkstemp(prefix=".answers-", dir=self._path.parent)
         except OSError as error:
-            raise RunFailed(f"{self._path.parent} takes no file beside {self._path.name}: {error.strerror}") from None
+            raise RunFailed(f"{self._path.parent} takes no file next to {self._path.name}: {error.strerror}") from None
         file = open(handle, "wb", buffering=0)  # noqa: SIM115 - kept open, and held, in place of the other
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +167,7 @@ class Answers:
         except OSError as error:
             file.close()
             os.unlink(name)
-            raise RunFailed(f"{self._path} cannot be written anew: {error.strerror}; free some space") from None
+            raise RunFailed(f"{self._path} cannot be rewritten: {error.strerror}; free some space") from None
         self._file.close()
         self._file = file
 

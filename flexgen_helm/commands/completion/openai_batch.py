@@ -70,7 +70,7 @@ def _line(entry: Any, index: int, where: str, seen: Mapping[str, int]) -> Line:
         raise RefusedBody(f"unknown key {unknown!r} of the line{did_you_mean(unknown, _KEYS)}", unknown)
     custom_id = _custom_id(entry)
     if not custom_id:
-        raise RefusedBody("the line has no custom_id, a text by which its answer is told from others", "custom_id")
+        raise RefusedBody("the line has no custom_id, a text that identifies its answer", "custom_id")
     if custom_id in seen:
         raise RefusedBody(f"custom_id {custom_id!r} is that of line {seen[custom_id]}, too", "custom_id")
     if entry.get("method") != "POST":

@@ -102,7 +102,7 @@ def read_provenance(folder: Path) -> Provenance:
         except OSError as error:
             raise ConfigError(f"{one_line(error)}; {_CURE}") from None
         if digest != found.files.get(name):
-            raise ConfigError(f"{folder / name} has changed since {FILE_NAME} was written beside it; {_CURE}")
+            raise ConfigError(f"{folder / name} has changed since {FILE_NAME} was written next to it; {_CURE}")
     return found
 
 

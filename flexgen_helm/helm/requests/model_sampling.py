@@ -76,5 +76,5 @@ class ModelSampling:
         top_k = "all tokens" if self.top_k is None else f"the {self.top_k} likeliest tokens"
         return (
             f"answers of {model} are sampled by its generation_config.json (temperature {self.temperature:g}, top_p "
-            f"{self.top_p:g}, among {top_k}), whatever run entries ask, as sampling: model says"
+            f"{self.top_p:g}, among {top_k}), regardless of run entries, as sampling: model says"
         )
