@@ -182,5 +182,6 @@ def _told(earlier: dict[str, Any], now: Mapping[str, Any]) -> str:
             "answers depend on is other, or was written to since"
         )
     return (
-        f"requests that HELM's cache has answers to are computed again, once, because of other {differences(earlier, now)}"
+        "requests that HELM's cache has answers to are computed again, once, because of other "
+        f"{differences(earlier, now)}"
     )

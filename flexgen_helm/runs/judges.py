@@ -61,8 +61,8 @@ def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequenc
     deployment = get_model_deployment(found.model_deployment)
     if not applies_chat_template(deployment, source_of(deployment)):
         raise ConfigError(
-            f"the judge {source_of(deployment)} has no chat template, or is to run without it, so that it is prompted to "
-            "go on with instructions instead of following them; name a chat model"
+            f"the judge {source_of(deployment)} has no chat template, or is to run without it, so that it would "
+            "continue instructions instead of following them; name a chat model"
         )
     for problem in own.problems():
         raise problem
