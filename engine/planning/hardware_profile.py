@@ -93,7 +93,7 @@ class HardwareProfile:
     def load(cls, spec: str | Path | None = None) -> HardwareProfile:
         """Read a shipped profile by its name, a file, or, for None, the stored profile of this machine.
 
-        For this machine, the memory is read anew, within the current limits, including what it was found to grow to.
+        For this machine, the current memory is used, within the current limits, including what it was found to grow to.
         Raises `ConfigError` when there is none, when it was measured on another machine (only for None), or when the
         file is invalid.
         """
