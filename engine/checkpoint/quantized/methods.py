@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
 
 
 def checked_method(path: Path, quantization: Told) -> str:
-    """The settings of the quantization_config, checked; `UnsupportedError` if they cannot be run."""
+    """The name of the quantization method that a config declares; `UnsupportedError` if it cannot be run."""
     method = quantization.get("quant_method")
     if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
         method = "bitsandbytes"  # as its first checkpoints have it
