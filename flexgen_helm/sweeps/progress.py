@@ -24,7 +24,7 @@ _MOST_ACTIVE = 3
 
 @dataclass(eq=False)
 class Standing:
-    """How far a suite is. Tokens are those of requests that the engine computes."""
+    """The progress of a suite. Tokens are those of requests that the engine computes."""
 
     num_runs: int
     suite: str = ""
@@ -36,9 +36,9 @@ class Standing:
     requests: int = 0
     requests_done: int = 0
     tokens: int = 0
-    """Of the model at hand: of prompts, and at most to be generated."""
+    """The tokens of the current model: of prompts, and at most to be generated."""
     tokens_done: int = 0
-    """Those of answered requests, as they were counted among `tokens`."""
+    """The tokens of answered requests, counted as in `tokens`."""
     active: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Requests done and in all, of the runs that are under way."""
 
@@ -88,7 +88,7 @@ class SweepProgress:
             self._live.clear()
 
     def line(self) -> str:
-        """Where the suite is, in one line."""
+        """The suite's progress in one line."""
         now = self.standing
         parts = [f"runs {now.runs_ended}/{now.num_runs}", self._doing()]
         if now.requests:
@@ -145,7 +145,7 @@ class SweepProgress:
         self._status.end()
 
     def _left_s(self, seconds: float) -> float | None:
-        """Seconds that are left for the model at hand, at the rate so far."""
+        """The seconds that are left for the current model, at the rate so far."""
         now = self.standing
         if seconds <= 0 or not now.tokens_done or now.tokens_done >= now.tokens:
             return None
