@@ -1,0 +1,15 @@
+"""The program of an engine's process in the process group of the command that started it, as it is without warm forks."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import slow_worker
+
+
+def main(line: int) -> None:
+    """As `engine.worker.main`."""
+    with suppress(OSError):  # the command has ended meanwhile
+        os.setpgid(0, os.getpgid(os.getppid()))
+    slow_worker.main(line)
