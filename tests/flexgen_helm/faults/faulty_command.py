@@ -1,4 +1,4 @@
-"""A command with a fault at some moment of one of its phases: `python faulty_command.py COMMAND ...`, `Fault` in $FAULT.
+"""A command with a fault at a moment of one of its phases: `python faulty_command.py COMMAND ...`, `Fault` in $FAULT.
 
 A program of its own, in a process group of its own. Writes `arrived` when the fault has come, into its directory.
 """

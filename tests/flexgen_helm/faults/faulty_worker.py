@@ -1,4 +1,4 @@
-"""The program of an engine's process in the process group of the command that started it, as it is without warm forks."""
+"""The program of an engine's process in the process group of the command that started it, as without warm forks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protects: processes that are killed, interrupted or terminated at any moment lose nothing and leave nothing behind."""
+"""Protects: processes that are killed, interrupted or terminated at any moment lose nothing and leave nothing."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def test_a_killed_sweep_goes_on(
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_sweep_outlives_its_engine(
-    phase: str, seed: int, make_sweep: MakeSweep, undisturbed_sweep: Sweep
-) -> None:
+def test_a_sweep_outlives_its_engine(phase: str, seed: int, make_sweep: MakeSweep, undisturbed_sweep: Sweep) -> None:
     sweep = make_sweep()
     sweep.run(fault=Fault.drawn(phase, "engine", signal.SIGKILL, seed).as_text()).check_clean(0)
     sweep.check_like(undisturbed_sweep)
