@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from commands import Complete, Sweep
+from warm_processes import WarmProcesses
 
+IMPORTS = """
+from engine.engine import Engine
+import helm.benchmark.metrics.basic_metrics
+import helm.benchmark.metrics.common_metric_specs
+import helm.clients.auto_client
+import flexgen_helm.sweeps.runner
+from flexgen_helm.runs import launch
+launch.register_builtin_configs_from_helm_package()  # takes longer than a sweep of ours; once is enough
+launch.register_builtin_configs_from_helm_package = lambda: None
+"""
 FLAGS = ("--percent", "50", "0", "0", "100", "100", "0", "--offload-dir", "offload", "--compress-weight")
 """Weights on the disk, too, and encoded ones that are kept."""
 
@@ -34,10 +47,25 @@ def undisturbed_complete(
 
 
 @pytest.fixture(scope="package")
-def warm_for_package(warm: object) -> Iterator[None]:
-    """Commands are forks that have imported everything."""
-    with warm.in_use():  # type: ignore[attr-defined]
-        yield
+def warm_for_package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands are forks that have imported everything, and whose reads and writes can be made to fail."""
+    library = tmp_path_factory.mktemp("io") / "io_faults.so"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    with pytest.MonkeyPatch.context() as patch:
+        if compiler is not None:
+            source = Path(__file__).with_name("io_faults.c")
+            subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+            patch.setenv("LD_PRELOAD", str(library))
+        with WarmProcesses(IMPORTS) as warm, warm.in_use():
+            patch.delenv("LD_PRELOAD", raising=False)
+            yield
+
+
+@pytest.fixture
+def failing_io() -> None:
+    """Skips a test where there is no compiler."""
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
 
 
 @pytest.fixture
