@@ -69,12 +69,24 @@ def failing_io() -> None:
 
 
 @pytest.fixture
-def make_sweep(tiny_llama: Path, helm_data: Path, tmp_path: Path, warm_for_package: None) -> Callable[..., Sweep]:
+def make_sweep(tiny_llama: Path, helm_data: Path, tmp_path: Path, undisturbed_sweep: Sweep) -> Callable[..., Sweep]:
     """Make sweeps like the undisturbed one, each in a directory of its own."""
-    return lambda name="here", **more: Sweep(tmp_path / name, helm_data, tiny_llama, *FLAGS, **more)
+
+    def make(name: str = "here") -> Sweep:
+        sweep = Sweep(tmp_path / name, helm_data, tiny_llama, *FLAGS)
+        sweep.take_compiled_of(undisturbed_sweep)
+        return sweep
+
+    return make
 
 
 @pytest.fixture
-def make_complete(tiny_llama: Path, tmp_path: Path, warm_for_package: None) -> Callable[..., Complete]:
+def make_complete(tiny_llama: Path, tmp_path: Path, undisturbed_complete: Complete) -> Callable[..., Complete]:
     """The same of `complete`."""
-    return lambda name="here", **more: Complete(tmp_path / name, tiny_llama, *FLAGS, **more)
+
+    def make(name: str = "here") -> Complete:
+        complete = Complete(tmp_path / name, tiny_llama, *FLAGS)
+        complete.take_compiled_of(undisturbed_complete)
+        return complete
+
+    return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ class SmallDisk:
 
     def __init__(self, place: Path, kind: str, free_bytes: int) -> None:
         self._place, self._kind = place, kind
+        shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         if kind == "tmpfs":  # which takes 0 for no limit at all
             _run("mount", "-t", "tmpfs", "-o", f"size={max(4096, free_bytes)}", "none", str(place))

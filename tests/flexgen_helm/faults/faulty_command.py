@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -134,9 +135,19 @@ def _arm(fault: Fault) -> None:
         before(Answers, "sort")
 
 
+def limit_memory() -> None:
+    """Enter the control group that $GROUP names, and take no more address space beyond today's than $MORE_BYTES."""
+    if group := os.environ.get("GROUP"):
+        Path(group, "cgroup.procs").write_text(str(os.getpid()))
+    if more := os.environ.get("MORE_BYTES"):
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + int(more), now + int(more)))
+
+
 def main() -> int:
     """Run the command."""
     os.setpgid(0, 0)
+    limit_memory()
     from engine.workers import process
     from flexgen_helm.run import main
     from flexgen_helm.workers import helper_processes
