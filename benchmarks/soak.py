@@ -1,4 +1,4 @@
-"""Hours of random jobs under random policies, each token beside transformers, while memory, threads and files are watched.
+"""Random jobs under random policies, each token beside transformers, while memory, threads and files are watched.
 
     python -m benchmarks.soak [--minutes 120] [--seed 0] [--name soak] [--out DIR]
 
