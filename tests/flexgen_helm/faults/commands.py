@@ -143,7 +143,7 @@ class Sweep(Command):
         left = {name for name in own - whole if not (aside and ".corrupt-" in name)}
         # A sweep that finds all answered loads nothing, and keeps nothing of it.
         missing = {name for name in whole - own if not name.startswith("home/")}
-        assert not (left or missing), f"left: {left}, missing: {missing}"
+        assert not left | missing, f"left: {left}, missing: {missing}"
         assert json.loads((self.suite / "flexgen_sweep.json").read_text())["finished"]
 
 
