@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import yaml
 
 from engine.errors import ConfigError, did_you_mean, shown
 from engine.memory.paths import cache_directory
+from engine.memory.replaced import replace_text
 from engine.planning.host_limits import host_limits
 from engine.planning.machine import Machine, this_machine
 from engine.reading import expand_home, find_file, read_yaml
@@ -154,15 +153,10 @@ class HardwareProfile:
         text = yaml.safe_dump(self.as_mapping(), sort_keys=False, width=120)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            replace_text(
+                path, f"# Measured by `flexgen-helm doctor --profile`; bytes and operations per second.\n{text}"
+            )
         except OSError as error:
-            raise ConfigError(_not_kept(path, error)) from None
-        try:
-            with open(handle, "w", encoding="utf-8") as stream:
-                stream.write(f"# Measured by `flexgen-helm doctor --profile`; bytes and operations per second.\n{text}")
-            os.replace(name, path)
-        except OSError as error:
-            Path(name).unlink(missing_ok=True)
             raise ConfigError(_not_kept(path, error)) from None
         return path
 

@@ -151,7 +151,7 @@ def _mapping(found: Examined, trial: Trial | None) -> dict[str, Any]:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    from flexgen_helm.planning.stored import replace_text
+    from engine.memory.replaced import replace_text
 
     try:
         replace_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")

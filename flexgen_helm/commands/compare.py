@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.memory.replaced import replace_text
 from flexgen_helm.helm.scores import short_name
-from flexgen_helm.planning.stored import replace_text
 from flexgen_helm.suites.comparison import CONFIDENCE, SLOWDOWN, Comparison, ScoreChange, compare_suites
 from flexgen_helm.suites.speed import SpeedChange
 from flexgen_helm.suites.suite import find_suite, read_suite

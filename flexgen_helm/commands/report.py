@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
-from flexgen_helm.planning.stored import replace_text
+from engine.memory.replaced import replace_text
 from flexgen_helm.suites.suite import find_suite, read_suite
 from flexgen_helm.terminal.parser import Parser
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.identity.result import differences
 from engine.errors import ConfigError, InstallationError
-from flexgen_helm.planning.stored import replace_text
+from engine.memory.replaced import replace_text
 from flexgen_helm.terminal.columns import columns
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser

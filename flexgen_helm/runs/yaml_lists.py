@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError, one_line
+from engine.memory.replaced import replace_text
 from engine.reading import find_file, parse_yaml, read_bytes
 
 Addition = tuple[Path, str, Mapping[str, Any]]
@@ -159,17 +159,8 @@ def _block(entry: Mapping[str, Any], indent: int) -> str:
 
 def _replace(path: Path, text: str) -> None:
     path = path.resolve()  # a link stays a link
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if path.exists():
-            shutil.copymode(path, scratch)
-        scratch.replace(path)
+        replace_text(path, text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; name a directory that can be written") from None
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError
+from engine.memory.replaced import replace_text
 from engine.reading import find_file
 from flexgen_helm.planning.environment import Hardware
-from flexgen_helm.planning.stored import SINCE, read_versioned, replace_text
+from flexgen_helm.planning.stored import SINCE, read_versioned
 from flexgen_helm.sweeps.device_time import DeviceTime
 
 FILE_NAME = "flexgen_sweep.json"

@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import FileIO
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.memory.replaced import partial_of
 from flexgen_helm.terminal.errors import RunFailed
 
 Place = tuple[int, int]
@@ -153,13 +153,16 @@ class Answers:
             return
         assert self._path is not None
         assert self._file is not None
+        name = partial_of(self._path)
         try:
-            handle, name = tempfile.mkstemp(prefix=".answers-", dir=self._path.parent)
+            # Held as the file is: what a killed process has left there is written over.
+            handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise RunFailed(f"{self._path.parent} takes no file next to {self._path.name}: {error.strerror}") from None
         file = open(handle, "wb", buffering=0)  # noqa: SIM115 - kept open, and held, in place of the other
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
             os.fchmod(handle, stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
             _write(file, "".join(line + "\n" for line in lines))
             os.fsync(handle)

@@ -9,9 +9,9 @@ from typing import Any
 
 from engine.checkpoint.identity.result import differences
 from engine.errors import ConfigError
+from engine.memory.replaced import replace_text
 from engine.reading import find_file, read_json_object
 from flexgen_helm.planning.environment import environment
-from flexgen_helm.planning.stored import replace_text
 from flexgen_helm.terminal.errors import RunFailed
 
 VERSION = 1

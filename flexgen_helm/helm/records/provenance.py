@@ -16,11 +16,12 @@ from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config
 
 from engine.errors import ConfigError, one_line
+from engine.memory.replaced import replace_text
 from engine.reading import find_file, open_file
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.planning.environment import Environment, Hardware
-from flexgen_helm.planning.stored import SINCE, read_versioned, replace_text
+from flexgen_helm.planning.stored import SINCE, read_versioned
 
 FILE_NAME = "flexgen_run.json"
 VERSION = 1
