@@ -483,13 +483,27 @@ def test_a_curve_has_the_rows_of_its_kind() -> None:
 def test_a_curve_of_rivals_has_a_line_for_each_contender() -> None:
     def record(count: int, seconds: float) -> dict[str, Any]:
         row = {"row": f"1x{count}x0+512:32", "seconds": seconds, "new_tokens_s": 32 * count / seconds}
-        contenders = {"flexgen-helm": row, "accelerate --cut 2": {**row, "seconds": 9.0}, "deepspeed": {"failed": "no"}}
+        contenders = {
+            "flexgen-helm": row,
+            "accelerate --cut 2": {**row, "seconds": 9.0, "projected": True},
+            "deepspeed": {"failed": "no"},
+        }
         return {"shape": "opt-30b", "gpu_memory": "16GB", "contenders": contenders}
 
-    found = draw.curves([record(64, 20.0), record(4, 10.0), CURVE_RECORD])
+    found = draw.curves([record(64, 20.0), record(4, 10.0)])
     assert found["flexgen-helm, opt-30b, 16 GB"] == [(4, 10.0, 12.8), (64, 20.0, 102.4)]
-    assert found["accelerate, opt-30b, 16 GB"] == [(4, 9.0, 12.8), (64, 9.0, 102.4)]
-    assert len(found) == 3
+    assert found["accelerate (projected from a part), opt-30b, 16 GB"] == [(4, 9.0, 12.8), (64, 9.0, 102.4)]
+    assert len(found) == 2
+
+
+def test_a_curve_joins_nothing_of_other_cards_or_policies() -> None:
+    on_host = {**CURVE_RECORD, "policy": {"cpu-cache-compute": True, "gpu-memory": "16000000kB"}}
+    elsewhere = {**CURVE_RECORD, "hardware": {"accelerators": ["H200"]}}
+    assert list(draw.curves([CURVE_RECORD, on_host, elsewhere])) == [
+        "flexgen-helm, opt-30b, 16 GB",
+        "flexgen-helm, opt-30b, 16 GB, cpu-cache-compute True",
+        "flexgen-helm, opt-30b, 16 GB, H200",
+    ]
 
 
 def test_a_curve_is_drawn(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from engine.job import Sampling
 from engine.logit_rules import LogitRules, refused_settings
 
 _DEFAULT_TOP_K = 50
-"""That of `transformers`, where neither request nor checkpoint says."""
+"""The default top_k of `transformers`, where neither request nor checkpoint sets one."""
 _SAMPLING = ("top_k", "top_p")
 _NOT_SAMPLED_BY = {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": ()}
 """Settings of sampling that nothing here carries out, with the values that change nothing."""
