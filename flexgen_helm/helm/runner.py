@@ -120,6 +120,7 @@ class FlexGenRunner(Runner):
         failures: dict[str, Exception] = {}
         if not self.dry_run and not self.cache_instances_only:
             asked = [spec for spec in run_specs if not self._is_done(spec)]
+            assert isinstance(self.executor, WholeRunExecutor)
             if any(map(self.executor.is_ours, {spec.adapter_spec.model_deployment for spec in asked} - {""})):
                 engine_processes.prepare()  # while HELM makes the first run's requests
             failures.update(find_problems(asked))
