@@ -95,7 +95,7 @@ class FlexGenRunner(Runner):
         self.environment: Callable[[], Environment] = environment
         """What records say of where they were made."""
         self.beginning = Beginning(Path(self.runs_path))
-        self.executor = WholeRunExecutor(self.executor, self._report, self.tell, self.beginning)
+        self.executor: WholeRunExecutor = WholeRunExecutor(self.executor, self._report, self.tell, self.beginning)
 
     def _report(self, done: int, total: int, tokens: int) -> None:
         if self.progress is not None:
