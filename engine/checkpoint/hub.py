@@ -1,4 +1,4 @@
-"""Where a model is: a directory, or a repository of the hub, of which just the model's files are downloaded."""
+"""Finds a model: a directory, or a repository of the hub, of which only the model's files are downloaded."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from engine.errors import CheckpointError, ConfigError, named, one_line, shown
 from engine.reading import expand_home, find_file
 
 _ANSWER_S = 10.0
-"""How long the hub may take to say what a repository holds."""
+"""The longest wait for the hub's list of a repository's files."""
 _NAMES_S = 20.0
-"""The same with the resolution of its name, which has no limit of its own."""
+"""The same with name resolution, which has no time limit of its own."""
 DEFAULT_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SIDE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 def split_revision(model: str) -> tuple[str, str | None]:
     """The repository of a hub id such as `org/model@revision`, and its revision (a branch, tag or commit), if any.
 
-    Raises `CheckpointError` where nothing stands behind the @.
+    Raises `CheckpointError` where nothing follows the @.
     """
     repository, at, revision = model.partition("@")
     if at and not revision:
@@ -44,7 +44,7 @@ def split_revision(model: str) -> tuple[str, str | None]:
 
 
 def with_revision(model: str, revision: str | None) -> str:
-    """The hub id of a model at a revision; `main`, the revision of hub ids that name none, changes nothing.
+    """The hub id of a model at a revision; `main`, the revision of hub ids without one, changes nothing.
 
     Raises `ConfigError` for a directory, and for an id that names another revision itself.
     """
@@ -86,7 +86,7 @@ def _whole(model: str) -> str:
 
 
 def _from_hub(model: str, *, weights: bool) -> Path:
-    """The model's directory in the hub's cache, brought up to date where the hub answers."""
+    """The model's directory in the hub's cache, updated if the hub answers."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
     repository, revision = split_revision(model)
@@ -130,7 +130,7 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 
 
 def _whole_in_cache(model: str, cached: Path, why: str) -> Path:
-    """`cached`; `CheckpointError` if some of the weights are not there, which ends with `why` they are not fetched."""
+    """Return `cached`; `CheckpointError` if weights are missing, which ends with `why` they are not downloaded."""
     if not _is_adapter([file.name for file in cached.iterdir()]):
         try:
             weight_files(cached)
@@ -143,7 +143,7 @@ def _whole_in_cache(model: str, cached: Path, why: str) -> Path:
 
 
 def _in_time(ask: Callable[[], Any]) -> Any:
-    """What `ask` returns or raises; `TimeoutError` when it takes longer than any time limit of its own allows for."""
+    """The result of `ask`, or its exception; `TimeoutError` when it takes longer than its own time limits allow."""
     answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
     def run() -> None:
@@ -163,14 +163,14 @@ def _in_time(ask: Callable[[], Any]) -> Any:
 
 
 def _is_side_file(name: str) -> bool:
-    """Whether it is a small file of the model itself: config, tokenizer, templates, indices of weights."""
+    """Whether it is a small file of the model itself: config, tokenizer, templates, weight indices."""
     return name.endswith(_SIDE_SUFFIXES) and ("/" not in name or name.startswith(_TEMPLATES))
 
 
 def _side_files(names: list[str]) -> list[str]:
-    """Those of a repository's `names` that are fetched in any case.
+    """The files among a repository's `names` that are always downloaded.
 
-    An adapter's weights are among them: they are small beside its base model's, and what they fit is seen from them.
+    An adapter's weights are among them: they are small compared with its base model's, and show which base model fits.
     """
     return [*filter(_is_side_file, names), *([ADAPTER_WEIGHTS] if _is_adapter(names) else [])]
 
@@ -190,12 +190,12 @@ def _weight_names(path: Path, names: list[str]) -> list[str]:
 
 
 def _patterns(names: list[str]) -> list[str]:
-    """Patterns of the hub's client that match just these names."""
+    """Patterns for the hub's client that match exactly these names."""
     return [glob.escape(name) for name in names]
 
 
 def _why(model: str, error: Exception) -> str:
-    """One line on why the hub does not give `model`, and what to do."""
+    """One line on why the hub does not provide `model`, and what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         DisabledRepoError,

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json adds to a request, as `generate` of `transformers` takes it from there."""
+"""The settings that a checkpoint's generation_config.json adds to a request, as `generate` of `transformers` does."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _DEFAULT_TOP_K = 50
 """The default top_k of `transformers`, where neither request nor checkpoint sets one."""
 _SAMPLING = ("top_k", "top_p")
 _NOT_SAMPLED_BY = {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": ()}
-"""Settings of sampling that nothing here carries out, with the values that change nothing."""
+"""Unsupported sampling settings, with the values that have no effect."""
 _OF_A_JOB = ("end_of_text", "prompt", "max_new_tokens")
 RULES = tuple(each.name for each in fields(LogitRules) if each.name not in _OF_A_JOB)
-"""Names of the rules on a text that a request may give, too."""
+"""The names of the rules on a text that a request may set, too."""
 
 
 class GenerationSettings:
-    """The settings of one checkpoint; what a request asks goes before them."""
+    """The settings of one checkpoint; those of a request take precedence."""
 
     def __init__(self, path: Path, end_of_text: int | None) -> None:
-        """`path` is the model's directory, `end_of_text` its tokenizer's, which counts where the file names none.
+        """`path` is the model's directory, `end_of_text` its tokenizer's, which is used where the file names none.
 
-        Raises `CheckpointError` for a file whose values cannot be meant.
+        Raises `CheckpointError` for a file with invalid values.
         """
         found = read_generation_config(path)
         self._path = path
@@ -40,16 +40,16 @@ class GenerationSettings:
 
     @property
     def temperature(self) -> float:
-        """What is sampled with where a request asks for no temperature."""
+        """The temperature of a sampled request that sets none."""
         found = self._given.get("temperature")
         return 1.0 if found is None else float(found)
 
     def applied(
         self, sampling: Sampling, prompt: tuple[int, ...], max_new_tokens: int, rules: Mapping[str, Any] | None = None
     ) -> Sampling:
-        """`sampling` under the checkpoint's rules, for one prompt; `rules` are those that the request gives itself.
+        """`sampling` with the checkpoint's rules, for one prompt; `rules` are those that the request sets itself.
 
-        Raises `UnsupportedError` where the checkpoint asks for something that is not carried out.
+        Raises `UnsupportedError` where the checkpoint has unsupported settings.
         """
         found = LogitRules.of({**self._given, **rules}, self._end_of_text) if rules else self._own_rules
         self._refuse(refused_settings(self._given))
@@ -60,7 +60,7 @@ class GenerationSettings:
     def sampled(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """`top_k` and `top_p` of a request that is sampled, as `Sampling` takes them.
 
-        Raises `UnsupportedError` where the checkpoint samples by something that is not carried out.
+        Raises `UnsupportedError` where the checkpoint samples by unsupported settings.
         """
         odd = {name: self._given[name] for name in _NOT_SAMPLED_BY if self._given.get(name) is not None}
         self._refuse({name: value for name, value in odd.items() if value not in _NOT_SAMPLED_BY[name]})

@@ -1,4 +1,4 @@
-"""inspect_ai's model provider `flexgen`: its samples become jobs of the engine, as its `hf` provider has them."""
+"""inspect_ai's model provider `flexgen`: turns samples into jobs of the engine, with the texts of its `hf` provider."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ except ImportError as error:
     ) from error
 
 _MOST_CONNECTIONS = 1000
-"""Samples in flight where nobody says how many: the harness's own rule begins with 20, and a sweep carries hundreds."""
+"""The default number of samples in flight: the harness's own rule begins with 20, and a sweep carries hundreds."""
 _MOST_TOKENS = 2048
-"""What the `hf` provider generates at most where nobody says."""
+"""The default maximum of generated tokens in the `hf` provider."""
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "logit_bias": ({},),
@@ -60,15 +60,15 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "fallback_models": ([],),
 }
-"""Settings that would change answers and are not carried out, with values that ask for nothing."""
+"""Unsupported settings that would change answers, with the values that have no effect."""
 
 
 class FlexGenAPI(HuggingFaceAPI):
     """Answers as `inspect_ai.model._providers.hf` does, by an engine whose model may be larger than the GPU.
 
-    Conversations, tools and tool calls are rendered and read by that provider's own code. `model_path` is the model, a
-    hub id or directory, where it is not what stands behind `flexgen/`. `policy` is "auto", the name of a shipped
-    policy, a YAML file or a mapping; `dtype`, `device`, `gpu_memory` and `cpu_memory` override it. `chat_template`,
+    Conversations, tools and tool calls are rendered and parsed by that provider's own code. `model_path` is the model,
+    a hub id or directory, where it is not the name after `flexgen/`. `policy` is "auto", the name of a shipped policy,
+    a YAML file or a mapping; `dtype`, `device`, `gpu_memory` and `cpu_memory` override it. `chat_template`,
     `use_chat_template` and `enable_thinking` are the `hf` provider's; `reasoning` is a deployment's (`Reasoner`).
     Raises `EngineError`.
     """
@@ -127,19 +127,19 @@ class FlexGenAPI(HuggingFaceAPI):
         self._settings = GenerationSettings(Path(self.tokenizer.name_or_path), self.tokenizer.eos_token_id)
 
     def close(self) -> None:
-        """Give back everything."""
+        """Release everything."""
         self.engine.close()
 
     def max_connections(self) -> int:
-        """Samples that are in flight together."""
+        """The number of samples in flight."""
         return _MOST_CONNECTIONS
 
     def max_tokens(self) -> int | None:
-        """Most tokens of an answer where nobody says."""
+        """The default maximum of tokens of an answer."""
         return _MOST_TOKENS
 
     def connection_key(self) -> str:
-        """Each model has a limit of its own."""
+        """Each model has a separate limit of connections."""
         return str(self.model_name)
 
     async def tokenize(self, text: str) -> list[int]:
@@ -147,7 +147,7 @@ class FlexGenAPI(HuggingFaceAPI):
         return self._prompts.rendered(text)
 
     async def count_text_tokens(self, text: str) -> int:
-        """How many tokens a text has."""
+        """The number of tokens of a text."""
         return len(self._prompts.rendered(text))
 
     async def generate(
@@ -232,7 +232,7 @@ class FlexGenAPI(HuggingFaceAPI):
         )
 
     def _logprobs(self, ids: Sequence[int], scores: Sequence[float], likeliest: Sequence[Likeliest] | None) -> Logprobs:
-        """Of tokens, with the likeliest one in the place of each where those were asked for."""
+        """The log-probabilities of tokens, with the likeliest one in the place of each if requested."""
         texts = Spelling(self.tokenizer).texts
         told = [Logprob(token=token, logprob=score) for token, score in zip(texts(ids), scores, strict=True)]
         for at, (token, score) in enumerate(likeliest or ()):

@@ -1,4 +1,4 @@
-"""`flexgen-helm complete`: prompts in, completions out, as JSON lines; goes on where it was. Imports no HELM."""
+"""`flexgen-helm complete`: prompts in, completions out, as JSON lines; it can be resumed. Imports no HELM."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def complete_parser() -> Parser:
     asked = parser.group("what to ask")
     asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
     asked.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
-    asked.add_argument("--jsonl", action="store_true", help="the input is JSONL, whatever it is called")
+    asked.add_argument("--jsonl", action="store_true", help="the input is JSONL, whatever its name")
     asked.add_argument(
         "--format",
         choices=("own", "openai"),
@@ -71,19 +71,19 @@ def complete_parser() -> Parser:
         "--served-model-name", metavar="NAME", help="what the bodies of --format openai call the model (--model)"
     )
     asked.add_argument("--chat", action="store_true", help="every prompt is a user's message for the chat template")
-    asked.add_argument("--skip-bad", action="store_true", help="ask the others when some prompts cannot be asked")
-    asked.add_argument("-n", "--num-completions", type=int, default=1, metavar="N", help="of each prompt (1)")
+    asked.add_argument("--skip-bad", action="store_true", help="run the others when some prompts are invalid")
+    asked.add_argument("-n", "--num-completions", type=int, default=1, metavar="N", help="completions per prompt (1)")
     asked.add_argument("--max-new-tokens", type=int, default=Settings.max_new_tokens, metavar="N", help="(64)")
     asked.add_argument("--temperature", type=float, default=Settings.temperature, metavar="T", help="0 is greedy (0)")
     asked.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
     asked.add_argument("--top-p", type=float, default=Settings.top_p, metavar="P", help="nucleus sampling (1)")
-    asked.add_argument("--seed", type=int, metavar="N", help="of a prompt's first sample; drawn if left out")
+    asked.add_argument("--seed", type=int, metavar="N", help="seed of a prompt's first sample; drawn if left out")
     asked.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help=r"ends a completion; \n is a new line; repeatable"
     )
     add_policy_flags(parser.group("policy", POLICY))
     output = parser.group("output")
-    output.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL, gone on with if it is there")
+    output.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL, continued if it exists")
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -113,11 +113,11 @@ def complete(arguments: Sequence[str]) -> int:
         print(f"and {len(bad) - _SHOWN} more", file=sys.stderr)
     if bad and not (args.skip_bad or form.skips_bad):
         raise ConfigError(
-            f"{len(bad)} of {len(found)} prompts cannot be asked, the first: {bad[0].where}: {bad[0].reason}; "
-            "mend them, or give --skip-bad to ask the others"
+            f"{len(bad)} of {len(found)} prompts are invalid, the first: {bad[0].where}: {bad[0].reason}; "
+            "correct them, or give --skip-bad to run the others"
         )
     if not questions and not form.skips_bad:
-        raise ConfigError(f"none of the {len(found)} prompts can be asked")
+        raise ConfigError(f"none of the {len(found)} prompts is valid")
     beside = identity_beside_weights(args.model, policy)
 
     @cache

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from flexgen_helm.helm.records.provenance import Provenance
 
 DESCRIPTION = """
-Run a finished run again from flexgen_run.json, the record that `run` and `sweep` leave beside its files: the same
-run spec, checkpoint, policy, number format and date, by the software and on the machine at hand. Every request is
-computed anew, whatever HELM's cache holds, and nothing of the run is changed. Exit code 0: requests, answers,
+Run a finished run again from flexgen_run.json, the record that `run` and `sweep` write next to its files: the same
+run spec, checkpoint, policy, number format and date, with the installed software and on this machine. Every request is
+computed again, whatever HELM's cache has, and nothing of the run is changed. Exit code 0: requests, answers,
 statistics and score are equal, up to rounding in log-probabilities. 1: something differs. 2: bad input, such as a
 directory without a record, or a checkpoint that has changed since.
 """

@@ -1,4 +1,4 @@
-"""`flexgen-helm sweep`: a whole suite as one job that can be stopped at any moment and goes on where it was."""
+"""`flexgen-helm sweep`: a whole suite as one job that can be stopped at any moment and continues from there."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """
 Run the entries of files as one suite: the requests of all runs of a model go to the engine together, each run's
 scores are written as soon as its last answer is there, and every answer is kept when the sweep that made it ends.
-Killed at any moment, the same command goes on where it was. Runs that fail leave the others alone; they are listed at
-the end.
+Killed at any moment, the same command continues from there. Runs that fail do not affect the others; they are listed
+at the end.
 """
 EXAMPLES = (
     "flexgen-helm sweep nightly --suite 2026-11-29 --model facebook/opt-30b --policy opt-30b-t4",
@@ -49,7 +49,7 @@ def sweep_parser() -> Parser:
     model = parser.group("model")
     told = "chat model that gives the verdicts for which HELM's annotators name API models; may be --model's own"
     model.add_argument("--judge", metavar="MODEL", help=told)
-    model.add_argument("--judge-policy", metavar="POLICY", help="where the judge lives, as --policy (default: auto)")
+    model.add_argument("--judge-policy", metavar="POLICY", help="policy of the judge, like --policy (default: auto)")
     output = parser.group("output")
     output.add_argument("--suite", help="name of the suite (required): the directory of its runs")
     output.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")

@@ -2,7 +2,7 @@
 
 
 class UsageError(Exception):
-    """A command line that cannot be meant, or an installation that cannot run it; one line."""
+    """An invalid command line, or an installation that cannot run it; one line."""
 
 
 class RunFailed(Exception):

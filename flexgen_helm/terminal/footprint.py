@@ -1,4 +1,4 @@
-"""What a command makes on disk: whether it can be written, and how it is taken back when the command is refused."""
+"""The files that a command creates: whether they can be written, and their removal when the command is refused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Footprint:
 
     def __init__(self) -> None:
         self._absent: set[Path] = set()
-        """Folders that were not there before."""
+        """The folders that did not exist before."""
         self._downloads: dict[Path, set[Path]] = {}
-        """Folders in which others make folders, and those that were in them before."""
+        """Folders in which other code creates folders, and those that existed in them before."""
         self._files: dict[Path, Stamp | None] = {}
         self._claimed: dict[Path, int] = {}
         """Files that were created empty, to be filled by other code, by inode."""
@@ -41,17 +41,17 @@ class Footprint:
             self._absent.update(missing)
 
     def watch_downloads(self, folder: Path) -> None:
-        """Note a folder in which folders are made for files that are worth keeping."""
+        """Note a folder in which folders are created for files that are worth keeping."""
         self.watch([folder])
         self._downloads[folder.expanduser().absolute()] = set()
 
     def settle(self) -> None:
-        """Call before the first folder is made: what is there by now is another command's, and is left alone."""
+        """Call before the first folder is created: what exists by now is another command's, and stays."""
         self._absent = {path for path in self._absent if not path.exists()}
         self._downloads = {folder: set(_folders_below(folder)) for folder in self._downloads}
 
     def wrote(self, file: Path) -> None:
-        """Note a file that was not there and that this process has just written."""
+        """Note a file that did not exist and that this process has just written."""
         self._files[file.absolute()] = _stamp(file)
 
     def claim(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What can be wrong with an installation, each said in one line with its cure; imports neither HELM nor the engine."""
+"""Possible faults of an installation, each in one line with its remedy; imports neither HELM nor the engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 
 PACKAGES = {"absl": "absl-py", "docx": "python-docx"}
-"""Packages of HELM's scenarios and metrics that are not called what they are imported as."""
+"""Packages of HELM's scenarios and metrics whose names differ from those they are imported by."""
 CURE_FOR_THE_PAIR = "run `pip install --force-reinstall torch torchvision`, or `pip uninstall -y torchvision`"
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from flexgen_helm.terminal.errors import UsageError
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
-"""Bytes, on all file systems that are in use, and on Linux."""
+"""The longest names and paths in bytes, on all common file systems, and on Linux."""
 _LONGEST_MESSAGE = 500
 """argparse repeats what it does not know, however long it is."""
 
@@ -93,7 +93,7 @@ def _no_path(text: str) -> str | None:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Wraps each paragraph; lines that are indented, and the one before them, stay lines of their own."""
+    """Wraps each paragraph; indented lines, and the line before them, are kept as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = [part for part in text.strip("\n").split("\n\n") if part.strip()]

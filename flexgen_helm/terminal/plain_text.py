@@ -1,4 +1,4 @@
-"""Text on a terminal without what the terminal would take for commands."""
+"""Terminal output without characters that the terminal would interpret as commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 end what runs as exceptions, and are not lost where an exception has nowhere to go."""
+"""Turns Ctrl-C, SIGTERM and SIGUSR1 into exceptions, which are not lost where an exception is dropped."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from typing import Any
 _AGAIN_S = 0.05
 """The seconds until a signal is sent again whose exception was dropped in a destructor."""
 _TWICE_S = 5.0
-"""Within which a second SIGTERM is the same request: `timeout` sends it to the group and to the process."""
+"""The time within which a second SIGTERM is the same request: `timeout` sends it to the group and to the process."""
 
 
 NOT_FINISHED = 75
-"""Exit code of a command whose time is up: EX_TEMPFAIL of sysexits.h, try again later."""
+"""The exit code of a command whose time is up: EX_TEMPFAIL of sysexits.h, try again later."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come: of a supervisor, a scheduler, a machine that shuts down."""
+    """SIGTERM was received: from a supervisor, a scheduler, a machine that shuts down."""
 
 
 class TimeUp(KeyboardInterrupt):
-    """SIGUSR1 has come: of a `Deadline`, or of a scheduler that warns of the end of a walltime."""
+    """SIGUSR1 was received: from a `Deadline`, or from a scheduler that warns of the end of a walltime."""
 
 
 class Signals:
-    """What has come since a command began."""
+    """The signals received since a command began."""
 
     def __init__(self) -> None:
         self.received: int | None = None

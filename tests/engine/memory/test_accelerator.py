@@ -28,8 +28,14 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     return play(monkeypatch)
 
 
-@pytest.mark.parametrize("policy", ["device", "20-80", "host", "disk", "thirds"])
-@pytest.mark.parametrize("pin", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "pin"),
+    [
+        *((policy, True) for policy in ("device", "20-80", "host", "disk", "thirds")),
+        *(("20-80", False), ("disk", False)),
+        *(pytest.param(policy, False, marks=pytest.mark.slow) for policy in ("device", "host", "thirds")),
+    ],
+)
 def test_streams_and_locked_pages_change_no_result(
     policy: str,
     pin: bool,

@@ -64,8 +64,13 @@ def apart(jobs: list[Job], done: list[Completion], scored: list[Scored], model: 
     return largest
 
 
-@pytest.mark.parametrize("policy", list(POLICIES))
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        *(("llama", policy) for policy in POLICIES),
+        *(pytest.param("bloom", policy, marks=[] if policy == "thirds" else [pytest.mark.slow]) for policy in POLICIES),
+    ],
+)
 def test_an_exact_engine_has_no_difference_wherever_things_lie(
     family: str, policy: str, build: Build, reference: Callable[[str], PreTrainedModel], tmp_path: Path
 ) -> None:
@@ -153,17 +158,32 @@ def test_stock_layers_compute_a_shared_prefix_once(
     assert apart(DECODING, done, plain, reference(family)) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, "bfloat16") for family in ("llama", "gemma2", "mixtral")),
+        ("llama", "float16"),
+        *(pytest.param(family, "float16", marks=pytest.mark.slow) for family in ("gemma2", "mixtral")),
+    ],
+)
 def test_sixteen_bits_are_within_their_tolerance(family: str, dtype: str, build: Build) -> None:
     _, found = compared(build(family), JOBS, dtype=dtype)
     assert at_fault(found) == []
     assert max(stage.relative for stage in found.stages) > 1e-4  # it rounds
 
 
-@pytest.mark.parametrize("policy", ["device", "20-80", "disk"])
 @pytest.mark.parametrize(
-    "codes", [{"compress-weight": 4}, {"compress-cache": 8}, {"compress-weight": 8, "compress-cache": 4}]
+    ("codes", "policy"),
+    [
+        *(({"compress-weight": 8, "compress-cache": 4}, policy) for policy in ("device", "20-80", "disk")),
+        ({"compress-weight": 4}, "20-80"),
+        ({"compress-cache": 8}, "20-80"),
+        *(
+            pytest.param(codes, policy, marks=pytest.mark.slow)
+            for codes in ({"compress-weight": 4}, {"compress-cache": 8})
+            for policy in ("device", "disk")
+        ),
+    ],
 )
 def test_with_codes_errors_and_what_the_codes_cost_are_told_apart(
     codes: dict[str, int], policy: str, build: Build, reference: Callable[[str], PreTrainedModel], tmp_path: Path

@@ -221,7 +221,7 @@ def test_bad_lines_are_named_before_anything_runs(complete: Complete, spoiled: P
     assert not out.exists()
     for number, message in MESSAGES.items():
         assert any(line.startswith(f"{spoiled}, line {number}: ") and message in line for line in err.splitlines())
-    assert f"16 of 18 prompts cannot be asked, the first: {spoiled}, line 2" in err.splitlines()[-1]
+    assert f"16 of 18 prompts are invalid, the first: {spoiled}, line 2" in err.splitlines()[-1]
 
 
 def test_skip_bad_asks_the_others_and_counts_every_line(complete: Complete, spoiled: Path, tmp_path: Path) -> None:
