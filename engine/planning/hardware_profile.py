@@ -92,7 +92,7 @@ class HardwareProfile:
     def load(cls, spec: str | Path | None = None) -> HardwareProfile:
         """Read a shipped profile by its name, a file, or, for None, the stored profile of this machine.
 
-        For this machine, the memory is read anew, within the current limits, including what it was found to grow to.
+        For this machine, the current memory is used, within the current limits, including what it was found to grow to.
         Raises `ConfigError` when there is none, when it was measured on another machine (only for None), or when the
         file is invalid.
         """
@@ -223,7 +223,7 @@ def _values(kind: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any
             raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
     needed = [_key(item.name) for item in fields(kind) if item.default is MISSING]
     if missing := [key for key in needed if key not in mapping]:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure again")
     return {name: mapping.get(key) for key, name in known.items()}
 
 
@@ -275,5 +275,5 @@ def _by_dtype(value: Any, where: str) -> dict[str, float]:
         if key not in HOST_DTYPES:
             raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), HOST_DTYPES)}")
     if missing := [name for name in HOST_DTYPES if name not in mapping]:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure again")
     return {name: _rate(mapping[name], f"{where}: {name}") for name in HOST_DTYPES}

@@ -18,7 +18,7 @@ from flexgen_helm.terminal.errors import UsageError
 from flexgen_helm.terminal.parser import Parser
 
 MOST_ROWS = 12
-"""Differences within noise that are shown: as many as fill the table to so many rows."""
+"""The number of rows up to which differences within noise are shown."""
 DESCRIPTION = """
 Compare suite B with an earlier suite A. Exit code 0: nothing is worse. 1: a score is worse by more than chance explains
 (bootstrap over instances, paired where both suites have the same ones, corrected by Holm for the number of scores), a

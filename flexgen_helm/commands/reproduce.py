@@ -1,4 +1,4 @@
-"""`flexgen-helm reproduce RUN_DIR`: a finished run again, from the record beside its files, and what came out again."""
+"""`flexgen-helm reproduce RUN_DIR`: repeats a finished run from the record next to its files and compares results."""
 
 from __future__ import annotations
 

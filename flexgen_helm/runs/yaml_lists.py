@@ -23,7 +23,7 @@ Addition = tuple[Path, str, Mapping[str, Any]]
 MAX_BYTES = 1 << 21
 """HELM's own list of all models has a sixth of it."""
 _WAIT_S = 30.0
-"""That another process may take to add its entries, which are a few lines."""
+"""The longest time for another process to add its entries, which are a few lines."""
 
 
 def add_to_yaml_lists(
@@ -117,7 +117,7 @@ def _entries(path: Path, key: str, text: str) -> list[Any]:
 
 
 def _with_entry(path: Path, key: str, text: str, entry: Mapping[str, Any]) -> str:
-    """Return `text` with the entry first in its list: whatever HELM takes the last of stays the user's."""
+    """Return `text` with the entry first in its list: where HELM takes the last entry, it remains the user's."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     found = None
     if isinstance(node, yaml.MappingNode):
