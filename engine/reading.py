@@ -19,6 +19,7 @@ from engine.errors import one_line, shown
 MAX_JSON_BYTES = 100_000_000
 """The same limit as safetensors has for headers; the indices of the largest models take a tenth of it."""
 MAX_YAML_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 20
 _MAX_DEPTH = 100
 _MAX_JSON_VALUES = 10_000_000
 _MAX_YAML_VALUES = 200_000
@@ -60,12 +61,28 @@ def read_bytes(path: Path, kind: type[Exception], *, limit: int, where: str | No
     """All bytes of a regular file of at most `limit` bytes; `where` names it in messages, else its path does."""
     try:
         with open_file(path, kind, where=where) as stream:
-            content = stream.read(limit + 1)
+            content = read_at_most(stream, limit + 1)
     except OSError as error:
         raise kind(f"{where or _named(path)} cannot be read: {reason(error)}") from None
     if len(content) > limit:
         raise kind(f"{where or _named(path)} has more than {limit:,} bytes, which no such file needs")
     return content
+
+
+def read_at_most(stream: IO[bytes], most: int) -> bytes:
+    """The first `most` bytes of a stream, or all there are.
+
+    It takes memory as bytes come: `stream.read(most)` would ask for all of it beforehand, which a limit may refuse.
+    """
+    parts, left = list[bytes](), most
+    try:
+        size = os.fstat(stream.fileno()).st_size + 1  # so that a regular file is read, and in memory, once
+    except OSError:  # it is none of the system's
+        size = _PIECE_BYTES
+    while left and (part := stream.read(min(left, size))):
+        parts.append(part)
+        left, size = left - len(part), _PIECE_BYTES
+    return b"".join(parts)
 
 
 def read_json(path: Path, kind: type[Exception], *, limit: int = MAX_JSON_BYTES) -> Any:

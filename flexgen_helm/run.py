@@ -73,6 +73,10 @@ def _main(arguments: list[str]) -> int:
         return _run_command(command, rest)
     except UsageError as error:
         return _complain(error, 2)
+    except MemoryError:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _complain("there is too little memory on the host, or a limit on it (ulimit -v) is too low; raise it", 1)
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -40,7 +40,8 @@ def suite_log(suite_path: Path) -> Iterator[None]:
     finally:
         for each in (logger, helm):
             each.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what a full disk did not take is tried once more
+            handler.close()
 
 
 class JsonLog:
@@ -77,4 +78,6 @@ class JsonLog:
             self._file.write(json.dumps({"at": now, "event": event, **facts}) + "\n")
         except OSError as error:  # a full disk ends no sweep
             logger.warning("the JSON log cannot be written: %s", error.strerror)
+            with suppress(OSError):  # now, rather than by whoever collects it, who would tell of it
+                self._file.close()
             self._file = None

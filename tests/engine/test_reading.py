@@ -105,6 +105,23 @@ def test_a_file_may_be_as_long_as_its_limit(tmp_path: Path) -> None:
         read_bytes(file, ConfigError, limit=7)
 
 
+WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from engine.reading import read_bytes
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (50 << 20),) * 2)
+print(len(read_bytes(Path(sys.argv[1]), ValueError, limit=4_000_000_000)))
+"""
+
+
+def test_a_large_limit_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"{3 << 20}\n", "")
+
+
 ODD: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a directory": Path.mkdir,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
 from engine.job import Completion, Job
+from engine.reading import read_at_most
 from flexgen_helm.commands.completion.answers import LineForm, Place
 from flexgen_helm.commands.completion.prompts import BadPrompt
 
@@ -81,10 +82,10 @@ def read_lines(name: str) -> list[str]:
         if name == "-" and sys.stdin is None:
             raise ConfigError("standard input is closed; name a file with --input")
         if name == "-":
-            data = sys.stdin.buffer.read(MOST_BYTES + 1)
+            data = read_at_most(sys.stdin.buffer, MOST_BYTES + 1)
         else:
             with Path(name).open("rb") as stream:  # which may be a pipe: a shell's <(...) is one
-                data = stream.read(MOST_BYTES + 1)
+                data = read_at_most(stream, MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ConfigError(f"--input {shown} has more than {MOST_BYTES:,} bytes; cut it into several files")
         return data.decode("utf-8-sig").split("\n")

@@ -42,11 +42,15 @@ class Ended:
 
     def check_clean(self, *codes: int) -> None:
         """It ended with one of `codes`, in one line where it is not 0, without a traceback."""
+        self.check_told(*codes)
+        if self.code:
+            assert self.said.splitlines()[-1].startswith("flexgen-helm: error: "), self
+
+    def check_told(self, *codes: int) -> None:
+        """It ended with one of `codes`, without a traceback."""
         assert self.code in codes, self
         assert "Traceback" not in self.said + self.told, self
         assert "Exception ignored" not in self.said + self.told, self
-        if self.code:
-            assert self.said.splitlines()[-1].startswith("flexgen-helm: error: "), self
 
 
 class Command:

@@ -50,7 +50,7 @@ def test_a_damaged_file(kind: str, seed: int, make_sweep: MakeSweep, undisturbed
     how = damage(dice.choice(sorted(file for file in sweep.folder.glob(READ_AGAIN[kind]) if file.is_file())), dice)
     print(how)
     for command in (["report", "s"], ["compare", "s", "s"]):
-        Command.run(_like(sweep, command)).check_clean(0, 1, 2)
+        Command(sweep.folder, command).run().check_told(0, 1, 2)
     sweep.run("--skip-completed-runs").check_clean(0, 1, 2)
     ended = sweep.run()
     if kind == "entries" and ended.code:  # a user's own file: refused, or as it says
@@ -59,10 +59,6 @@ def test_a_damaged_file(kind: str, seed: int, make_sweep: MakeSweep, undisturbed
     ended.check_clean(0)
     if kind != "entries":
         sweep.check_like(undisturbed_sweep, aside=True)
-
-
-def _like(sweep: Sweep, arguments: list[str]) -> Command:
-    return Command(sweep.folder, arguments)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +127,20 @@ def test_logs_are_appended_and_rotated(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_log_without_a_place_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--json-log .*no/log cannot be written: No such file"):
         JsonLog(str(tmp_path / "no/log"))
+
+
+def test_logs_that_a_full_disk_does_not_take_end_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when they are written nor when they are closed, nor by what the interpreter says of a file it closes."""
+    told = list[Any]()
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    (tmp_path / sweep_log.FILE_NAME).symlink_to("/dev/full")
+    with suite_log(tmp_path):
+        sweep_log.logger.info("what happens")
+    with JsonLog("/dev/full") as json_log:
+        json_log.write("start")
+    del json_log
+    gc.collect()
+    assert told == []
 
 
 def test_a_full_disk_ends_the_json_log_and_nothing_else() -> None:
