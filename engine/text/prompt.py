@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import JobError, UnsupportedError
+from engine.errors import JobError, UnsupportedError, named, without_panics
 from engine.text.template import check_template_ends
 
 if TYPE_CHECKING:
@@ -63,7 +63,11 @@ class PromptTokenizer:
     def rendered(self, text: str) -> list[int]:
         """Ids of what a chat template wrote: those that the text spells."""
         check_characters(len(text), self.window)
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        try:
+            with without_panics():
+                return list(self.tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # of its files' patterns and of its library, with some texts only
+            raise JobError(f"the model's tokenizer cannot cut the prompt into tokens: {named(error)}") from None
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Ids of a conversation by the tokenizer's chat template, up to where the answer begins.
@@ -83,7 +87,8 @@ class PromptTokenizer:
         characters = sum(len(str(message.get("content", ""))) for message in conversation)
         check_characters(characters, self.window)
         _ = self._ends
-        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, **options)
+        with without_panics():
+            return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, **options)
 
     @cached_property
     def _ends(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ MOST_STEPS = 2_000_000
 """Lines of a template and calls of what it calls; the largest templates take 20,000, compiled anew."""
 MOST_S = 10.0
 """The same in seconds, for steps that are long by themselves; what is usual is 0.05."""
+MOST_BYTES = 2 << 30
+"""The same of memory, which one step may ask for: enough for whatever else the process does meanwhile."""
 _OWN_CODE = "<template>"
 """The file that frames of a compiled template name."""
 _USER, _SYSTEM, _ANSWER = ({"role": role, "content": "a"} for role in ("user", "system", "assistant"))
@@ -43,7 +47,7 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[s
         )
     for conversation in _CONVERSATIONS:
         try:
-            with _counting_steps():
+            with _little_memory(), _counting_steps():
                 tokenizer.apply_chat_template(
                     conversation, tokenize=False, add_generation_prompt=True, **(variables or {})
                 )
@@ -51,6 +55,11 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[s
             raise CheckpointError(
                 f"the chat template of {tokenizer.name_or_path} cannot be read: line {error.lineno}: "
                 f"{one_line(error)}; fetch it again, or run the model without its template"
+            ) from None
+        except MemoryError:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} takes more than {MOST_BYTES:,} bytes of memory for "
+                f"{len(conversation)} messages of one letter each; mend it, or run the model without its template"
             ) from None
         except Exception:  # what templates raise, and what they meet
             continue
@@ -83,6 +92,19 @@ def _counting_steps() -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """Inside, this process may take `MOST_BYTES` more of memory; who asks for more gets `MemoryError`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    limits = [each for each in (taken + MOST_BYTES, soft, hard) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def names_in_template(template: str) -> set[str]:
