@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError, did_you_mean, shown
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private
 from engine.planning.host_limits import host_limits
 from engine.planning.machine import Machine, this_machine
 from engine.reading import expand_home, find_file, read_yaml
@@ -153,7 +153,7 @@ class HardwareProfile:
         path = path or kept_path(self.machine)
         text = yaml.safe_dump(self.as_mapping(), sort_keys=False, width=120)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent)
             handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         except OSError as error:
             raise ConfigError(_not_kept(path, error)) from None

@@ -17,14 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from door import ACCEPTED, LIMIT_S, REFUSED, Tally
+from door import ACCEPTED, LIMIT_S, REFUSED, STARTS_S, Tally
 from doors import DOORS
 
 HERE = Path(__file__).resolve().parent
 MEMORY = Path("/dev/shm")
 SILENT_S = 6 * LIMIT_S
 """A process whose case takes longer is one that no signal reaches: it is killed."""
-STARTS_S = 300.0
 
 
 def main() -> int:
@@ -48,10 +47,10 @@ def main() -> int:
                 f"{name:<32} {tally.num_cases:>8} {accepted:>9} {refused:>20} {others:>6} {seconds:>8.0f}", flush=True
             )
             finds |= {f"{name}: {kind}": vars(find) for kind, find in tally.finds.items()}
+            if args.finds:
+                args.finds.write_text(json.dumps(finds, indent=1))
     for kind, find in finds.items():
         print(f"\n{kind}, {find['count']} cases, of them {find['case'][:2000]}\n{find['told']}")
-    if args.finds:
-        args.finds.write_text(json.dumps(finds, indent=1))
     return 1 if finds else 0
 
 
@@ -85,7 +84,7 @@ def _run_until_it_ends(name: str, cases: int, seed: int, state: Path) -> None:
             current = state / "current"
             last = current.stat().st_mtime if current.exists() else None
             waits = time.time() - last if last else time.monotonic() - begun
-            if waits > (SILENT_S if last else STARTS_S):
+            if waits > (SILENT_S if (state / "told").exists() else STARTS_S):
                 process.kill()
 
 

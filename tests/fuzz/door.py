@@ -16,6 +16,8 @@ from engine.errors import EngineError
 
 LIMIT_S = 20.0
 """Of a case, unless its door has another: what is usual is some milliseconds."""
+STARTS_S = 300.0
+"""Of what comes before the second case."""
 _LONGEST_LINE = 4000
 ACCEPTED, REFUSED = "accepted", "refused in one line"
 

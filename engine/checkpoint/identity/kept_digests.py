@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private, open_private
 from engine.reading import read_json_object
 
 _LAYOUT_VERSION = 1
@@ -91,9 +91,10 @@ class KeptDigests:
         text = json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
         partial = self.file.with_name(f".{self.file.name}.{os.getpid()}.partial")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            make_private(self.file.parent)
             try:
-                partial.write_text(text, encoding="utf-8")
+                with open(partial, "w", encoding="utf-8", opener=open_private) as stream:
+                    stream.write(text)
                 os.replace(partial, self.file)
                 self._drop_those_of_nothing()
             finally:
