@@ -116,7 +116,11 @@ GGUFS: dict[str, tuple[bytes, type[EngineError], str]] = {
     "fields without end": (header(fields=MANY), CheckpointError, "fields at byte 24"),
     "tensors without end": (header(fields=0, tensors=MANY), CheckpointError, "tensors at byte 24"),
     "a text without end": (header(rest=struct.pack("<QI", MANY, 0) + bytes(8)), CheckpointError, "bytes at byte 32"),
-    "a kind that there is not": (header(rest=text(b"a") + struct.pack("<II", 99, 0)), CheckpointError, "of the kind 99"),
+    "a kind that there is not": (
+        header(rest=text(b"a") + struct.pack("<II", 99, 0)),
+        CheckpointError,
+        "of the kind 99",
+    ),
     "many dimensions": (
         header(fields=0, tensors=1, rest=text(b"a") + struct.pack("<I", 1 << 31) + bytes(64)),
         CheckpointError,

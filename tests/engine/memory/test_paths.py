@@ -59,7 +59,9 @@ def test_a_file_in_the_place_of_a_directory_is_told(cache: Path) -> None:
 
 def test_files_are_their_owners(cache: Path, tmp_path: Path) -> None:
     make_private(cache / "weights")
-    write_unit(cache / "weights" / "x.safetensors", "x", 4, lambda first, end: torch.zeros(end - first, dtype=torch.uint8))
+    write_unit(
+        cache / "weights" / "x.safetensors", "x", 4, lambda first, end: torch.zeros(end - first, dtype=torch.uint8)
+    )
     assert mode(cache / "weights" / "x.safetensors") == 0o600
     with open(tmp_path / "x", "w", opener=open_private) as stream:
         stream.write("x")
@@ -68,7 +70,7 @@ def test_files_are_their_owners(cache: Path, tmp_path: Path) -> None:
 
 def test_so_is_the_digest_of_weights(cache: Path, tmp_path: Path) -> None:
     kept = KeptDigests(tmp_path)
-    kept.keep({})
+    kept.write({})
     assert (mode(kept.file), mode(kept.file.parent)) == (0o600, 0o700)
 
 
