@@ -40,7 +40,7 @@ def cache_directory() -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Make a directory of the cache directory, with those above it there, for its owner alone (0700, whatever the umask).
+    """Make a directory of the cache directory, and those above it there, for its owner alone (0700 under any umask).
 
     One that is there keeps its readers; others may no longer write to it, where it is this user's. Raises `OSError`.
     """

@@ -77,20 +77,18 @@ class PromptTokenizer:
         `variables` are passed to the template. Raises what the template raises, and `CheckpointError` for one that does
         not end.
         """
-        ids = self._applied(messages, tokenize=True, return_dict=False, **variables)
-        return list(ids)
+        return self.rendered(self.chat_text(messages, **variables))
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of the conversation whose ids `chat` returns; raises what it raises."""
-        return str(self._applied(messages, tokenize=False, **variables))
-
-    def _applied(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         conversation = [dict(message) for message in messages]
         characters = sum(len(str(message.get("content", ""))) for message in conversation)
         check_characters(characters, self.window)
         _ = self._ends
-        with without_panics():
-            return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, **options)
+        written = self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, **variables
+        )
+        return str(written)
 
     @cached_property
     def _ends(self) -> None:

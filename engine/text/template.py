@@ -23,6 +23,8 @@ MOST_S = 10.0
 """The same limit in seconds, for steps that are long by themselves; usual is 0.05."""
 MOST_BYTES = 2 << 30
 """The same limit in bytes of memory, which one step may ask for: enough for what the process does meanwhile."""
+MOST_CHARACTERS = 1_000_000
+"""The most characters of its text; the longest instructions that templates write have some ten thousand."""
 _OWN_CODE = "<template>"
 """The file name of a compiled template's frames."""
 _USER, _SYSTEM, _ANSWER = ({"role": role, "content": "a"} for role in ("user", "system", "assistant"))
@@ -48,7 +50,7 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[s
     for conversation in _CONVERSATIONS:
         try:
             with _little_memory(), _counting_steps():
-                tokenizer.apply_chat_template(
+                written = tokenizer.apply_chat_template(
                     conversation, tokenize=False, add_generation_prompt=True, **(variables or {})
                 )
         except TemplateSyntaxError as error:
@@ -69,6 +71,12 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[s
                 f"letter each it took more than {MOST_STEPS:,} steps or {MOST_S:g} s; mend it, or run the "
                 "model without its template"
             ) from None
+        if len(written) > MOST_CHARACTERS:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} writes {len(written):,} characters for "
+                f"{len(conversation)} messages of one letter each, more than {MOST_CHARACTERS:,}; mend it, or run the "
+                "model without its template"
+            )
 
 
 class _TooManySteps(BaseException):

@@ -20,7 +20,7 @@ SCRATCH = Path()
 """Of the process; whoever lets cases in sets it."""
 
 PERCENTS = st.sampled_from([0, 20, 50, 80, 100, 100.0, 33.3, -1, 101])
-SHARES = st.fixed_dictionaries({}, optional={tier: PERCENTS for tier in ("gpu", "cpu", "disk")})
+SHARES = st.fixed_dictionaries({}, optional=dict.fromkeys(("gpu", "cpu", "disk"), PERCENTS))
 SIZES = st.sampled_from([16, "16GB", "16GiB", "0.5", "9" * 400, "1e3GB", " 7 kb ", 1e300, "-1GB", "१GB"])
 FLAGS = st.booleans()
 COUNTS = st.integers(-1, 100)
@@ -175,7 +175,7 @@ def _clients() -> Callable[[Any], None]:
             end_of_text_token=None,
             shaping=shaping,
             generation_config=config if isinstance(config, dict) else {},
-        ).notes  # noqa: B018 - which looks at all of it
+        ).notes
         assert NAMES
 
     return enter

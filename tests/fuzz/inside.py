@@ -38,9 +38,8 @@ def enter_all(name: str, cases: int, seed: int, state: Path, atheris: Any) -> No
     """Makes cases from bytes: those that the fuzzer has found to reach new code, or any."""
     import files
     from door import STARTS_S, Tally
-    from hypothesis import HealthCheck, given, settings
-
     from doors import DOORS
+    from hypothesis import HealthCheck, given, settings
 
     files.SCRATCH = state / "scratch"
     door = next(door for door in DOORS if door.name == name)

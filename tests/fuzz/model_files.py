@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import files
 from changes import as_json, changed, damaged, maybe_damaged
 from door import Door
-import files
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError
 
 TEMPLATE = """{%- if messages[0]['role'] == 'system' -%}<<{{ messages[0]['content'] | trim }}>>{%- endif -%}
 {%- for m in messages if m['role'] != 'system' -%}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}
-{% endfor -%}{%- if add_generation_prompt -%}[assistant]{% if thinking is defined and thinking %}<think>{% endif %}{%- endif -%}"""
+{% endfor -%}{%- if add_generation_prompt -%}[assistant]
+{%- if thinking is defined and thinking %}<think>{% endif %}{%- endif -%}"""
 
 
 @functools.cache
@@ -473,7 +474,7 @@ def _enter_gguf(content: bytes) -> None:
     try:
         gguf_directory(file)
     finally:
-        left = [each for each in (files.SCRATCH / "cache" / "flexgen-helm" / "gguf").glob(".*")]
+        left = list((files.SCRATCH / "cache" / "flexgen-helm" / "gguf").glob(".*"))
         assert not left, f"left behind: {left}"
         shutil.rmtree(files.SCRATCH / "cache", ignore_errors=True)
 

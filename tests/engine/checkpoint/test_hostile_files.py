@@ -34,7 +34,7 @@ def backtracking() -> PreTrainedTokenizerFast:
 def test_a_prompt_that_the_tokenizers_library_gives_up_at_fails_alone() -> None:
     """It raises what is no `Exception`."""
     prompts = PromptTokenizer.of(backtracking())
-    with pytest.raises(JobError, match="the model's tokenizer cannot cut the prompt into tokens: .*gives up"):
+    with pytest.raises(JobError, match=r"the model's tokenizer cannot cut the prompt into tokens: .*gives up"):
         prompts.plain("a" * 60 + " b")
     assert prompts.plain("c") == [1]
 
@@ -46,7 +46,7 @@ def test_a_tokenizer_that_the_library_gives_up_at_is_refused(tmp_path: Path, mon
         return self._tokenizer.encode("a" * 60 + " b").ids
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "encode", encode)
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded .*gives up"):
+    with pytest.raises(CheckpointError, match=r"its tokenizer cannot be loaded .*gives up"):
         load_tokenizer(tmp_path)
 
 
@@ -86,6 +86,19 @@ def test_a_chat_template_that_takes_all_memory_is_refused(kind: str, monkeypatch
     tokenizer.chat_template = TEMPLATES[kind]
     with pytest.raises(CheckpointError, match="takes more than 268,435,456 bytes of memory"):
         check_template_ends(tokenizer)
+
+
+def test_a_chat_template_that_writes_without_end_is_refused() -> None:
+    """Its text would be tokenized, which takes some hundred bytes a character."""
+    tokenizer = backtracking()
+    tokenizer.chat_template = "{{ 'x'.center(1000001) }}"
+    with pytest.raises(CheckpointError, match="writes 1,000,001 characters for 1 messages"):
+        PromptTokenizer.of(tokenizer).chat([{"role": "user", "content": "a"}])
+    tokenizer.chat_template = "{{ 'c'.center(messages[0]['content'] | length) }}"
+    prompts = PromptTokenizer.of(tokenizer, 16)
+    with pytest.raises(JobError, match="200,000 characters, more than 100,000"):
+        prompts.rendered(" " * 200_000)
+    assert prompts.chat([{"role": "user", "content": "a"}]) == [1]
 
 
 def text(content: bytes) -> bytes:

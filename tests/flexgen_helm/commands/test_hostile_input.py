@@ -7,7 +7,6 @@ import json
 import re
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,7 +78,7 @@ def test_nor_one_that_files_of_a_model_hold(terminal: Terminal, tmp_path: Path) 
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The places of a network that somebody wants to reach, which none can."""
     places: list[Any] = []
 
@@ -92,7 +91,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
-    yield places
+    return places
 
 
 def test_nothing_is_fetched_for_a_model_of_this_machine(

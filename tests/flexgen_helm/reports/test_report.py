@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from html_page import Page
 from made_suites import DEPLOYMENT, HARDWARE, MODEL, answers, make_suite, run_name, write_run
 
 from engine.errors import ConfigError
