@@ -23,7 +23,7 @@ class _Plain:
 
 
 def print_plain_text() -> None:
-    """Let this process print nothing else to a terminal: the names and texts in its messages come from others' models."""
+    """Let this process print nothing else to a terminal: names and texts in its messages come from models."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream.isatty():

@@ -124,12 +124,9 @@ NAMES = (
     *("-", "s", "auto", "quick", "opt-30b-t4", "org/model", "x" * 300, "../out", "model/config.json", "out/runs/s/.."),
 )
 COUNTS = ("0", "1", "2", "-1", "512", "1000000000", "9" * 400, "1.5", "abc", "")
-WORDS = tuple(text for text in TEXTS if "\0" not in text and "\ud800" not in text) + (
-    "\udc80",
-    "--",
-    "-x",
-    "16GB",
-    "23:30",
+WORDS = (
+    *(text for text in TEXTS if "\0" not in text and "\ud800" not in text),
+    *("\udc80", "--", "-x", "16GB", "23:30"),
 )
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import socket
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,24 +32,23 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """The one that commands write to."""
-    made = Terminal()
-    monkeypatch.setattr(sys, "stdout", made)
-    monkeypatch.setattr(sys, "stderr", made)
-    return made
+def shown(line: list[str]) -> tuple[Any, str]:
+    """The exit code of a command line, and what it sends the terminal that it is given."""
+    terminal = Terminal()
+    with redirect_stdout(terminal), redirect_stderr(terminal):
+        try:
+            code: Any = main(line)
+        except SystemExit as ended:  # of lm-evaluation-harness
+            code = ended.code
+    return code, terminal.getvalue()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_terminal_is_sent_no_commands_that_stand_in_a_command_line(command: str, terminal: Terminal) -> None:
-    try:
-        code: Any = main([command, f"--{ESCAPE}", ESCAPE])
-    except SystemExit as ended:  # of lm-evaluation-harness
-        code = ended.code
+def test_a_terminal_is_sent_no_commands_that_stand_in_a_command_line(command: str) -> None:
+    code, sent = shown([command, f"--{ESCAPE}", ESCAPE, ESCAPE, "--model", "x"])
     assert code == 2
-    assert "title" in terminal.getvalue()
-    assert not CONTROLS.search(terminal.getvalue())
+    assert "title" in sent
+    assert not CONTROLS.search(sent)
 
 
 def hostile_suite(folder: Path) -> Path:
@@ -59,22 +58,24 @@ def hostile_suite(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["compare", "report"])
-def test_neither_is_one_that_names_of_runs_hold(command: str, terminal: Terminal, tmp_path: Path) -> None:
+def test_neither_is_one_that_names_of_runs_hold(command: str, tmp_path: Path) -> None:
     suite = hostile_suite(tmp_path)
-    assert main([command, str(suite), *([str(suite)] if command == "compare" else [])]) in (0, 1)
-    assert terminal.getvalue()
-    assert not CONTROLS.search(terminal.getvalue())
+    code, sent = shown([command, str(suite), *([str(suite)] if command == "compare" else [])])
+    assert code in (0, 1)
+    assert sent
+    assert not CONTROLS.search(sent)
 
 
-def test_nor_one_that_files_of_a_model_hold(terminal: Terminal, tmp_path: Path) -> None:
+def test_nor_one_that_files_of_a_model_hold(tmp_path: Path) -> None:
     model = tmp_path / f"model {ESCAPE}".replace("/", "_")
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": ESCAPE, "architectures": [ESCAPE]}))
     (model / "tokenizer.json").write_text(json.dumps({ESCAPE: ESCAPE}))
     for line in (["register", str(model)], ["complete", "--model", str(model), ESCAPE], ["check", str(model)]):
-        assert main(line) == 2
-    assert "title" in terminal.getvalue()
-    assert not CONTROLS.search(terminal.getvalue())
+        code, sent = shown(line)
+        assert code == 2
+        assert "title" in sent
+        assert not CONTROLS.search(sent)
 
 
 @pytest.fixture

@@ -327,7 +327,7 @@ def test_hostile_names_are_shown_and_not_run(make: Callable[..., Path], tmp_path
 
 
 def elements(texts: Callable[[], str], runs: Path) -> tuple[list[tuple[str, frozenset[str]]], str]:
-    """Elements of the page of a suite in which all that is text is drawn, with the names of attributes; and the page."""
+    """Elements of the page of a suite all of whose texts are drawn, with their attributes' names; and the page."""
     name = f"a{texts()}".replace("/", "_")
     subjects, failed = {name: answers(20), f"b {name}": answers(50)}, {f"c {name}": texts()}
     suite = make_suite(
@@ -368,7 +368,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.data())
 def test_no_text_makes_an_element_or_an_attribute(data: st.DataObject) -> None:
     """The page of a suite with any text has the elements of one with plain text."""
