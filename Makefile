@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TABLE ?= families.md
+# Of each kind of fault, and the first of their seeds.
+ROUNDS ?= 10
+SEED ?= 0
 
 CASES ?= 1000
 
-.PHONY: demo test slow fuzz families lint lock format docs clean
+.PHONY: demo test slow test-faults nightly-faults soak fuzz families lint lock format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flexgen_helm.run $(ARGS)
@@ -17,6 +20,15 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-faults: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 FAULT_ROUNDS=$(ROUNDS) FAULT_SEED=$(SEED) $(BIN)/python -m pytest -m faults -n 0 $(ARGS)
+
+nightly-faults:
+	$(MAKE) test-faults ROUNDS=50 SEED=$$(date +%Y%m%d)00
+
+soak: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 
 # CASES at each door, 1000 by default; `make fuzz CASES=100000 ARGS='--doors policies tokenizers'`.
 fuzz: $(VENV)/.installed
@@ -34,7 +46,7 @@ lint: $(VENV)/.installed-dev
 lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e '.[test,dev]'
+	$(VENV)-lock/bin/python -m pip install --quiet -e '.[test,dev,fuzz]'
 	(grep '^#' constraints.txt; $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed -n 's/^\([^ =]*==[^ +]*\).*/\1/p') \
 		> constraints.new
 	mv constraints.new constraints.txt

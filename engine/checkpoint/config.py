@@ -124,7 +124,7 @@ def load_family_config(path: Path) -> PreTrainedConfig:
         if not hasattr(text, "get_text_config"):
             raise TypeError(f"a {type(config).__name__} has no text_config")
     except Exception as error:  # whatever fields of another kind lead to in the family's code
-        raise CheckpointError(f"{path / 'config.json'} cannot be meant: transformers says {named(error)}") from None
+        raise CheckpointError(f"{path / 'config.json'} is invalid: transformers says {named(error)}") from None
     _check_padding(path / "config.json", config, text)
     return text
 
