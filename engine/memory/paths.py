@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -49,14 +50,15 @@ def make_private(folder: Path) -> None:
     if not ours:  # a directory that the user has named
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
+    if not root.parent.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
     for each in reversed(ours):
         try:
             each.mkdir(mode=0o700)
         except FileExistsError:
             status = each.stat()
             if not stat.S_ISDIR(status.st_mode):
-                raise
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(each)) from None
             if status.st_uid == os.geteuid() and status.st_mode & 0o022:
                 each.chmod(stat.S_IMODE(status.st_mode) & ~0o022)
 

@@ -51,9 +51,13 @@ def test_what_a_user_has_named_stays_as_it_is(cache: Path, tmp_path: Path) -> No
 
 
 def test_a_file_in_the_place_of_a_directory_is_told(cache: Path) -> None:
+    cache.parent.write_text("")
+    with pytest.raises(NotADirectoryError):
+        make_private(cache / "weights")
+    cache.parent.unlink()
     cache.parent.mkdir()
     cache.write_text("")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError):
         make_private(cache / "weights")
 
 
