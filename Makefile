@@ -8,7 +8,9 @@ TABLE ?= families.md
 ROUNDS ?= 10
 SEED ?= 0
 
-.PHONY: demo test slow test-faults nightly-faults soak families lint format docs clean
+CASES ?= 1000
+
+.PHONY: demo test slow test-faults nightly-faults soak fuzz families lint lock format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flexgen_helm.run $(ARGS)
@@ -28,6 +30,11 @@ nightly-faults:
 soak: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 
+# CASES at each door, 1000 by default; `make fuzz CASES=100000 ARGS='--doors policies tokenizers'`.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]' || echo "no atheris here: cases are made at random"
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/engine:tests/flexgen_helm $(BIN)/python tests/fuzz --cases $(CASES) $(ARGS)
+
 families: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/engine/count_families.py $(TABLE)
 
@@ -35,6 +42,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet -e '.[test,dev,fuzz]'
+	(grep '^#' constraints.txt; $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed -n 's/^\([^ =]*==[^ +]*\).*/\1/p') \
+		> constraints.new
+	mv constraints.new constraints.txt
+	rm -rf $(VENV)-lock
 
 format: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check --fix .
@@ -46,12 +62,12 @@ docs: $(VENV)/.installed-docs
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
 	touch $@
 
 $(VENV)/.installed-docs: setup.cfg pyproject.toml | $(BIN)/python

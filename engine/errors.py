@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class EngineError(Exception):
@@ -47,6 +48,17 @@ class JobError(EngineError):
 
 class NumericsError(JobError):
     """The model's logits for one job are not finite; only that job fails."""
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Inside, what libraries in Rust raise where they give up, which is no `Exception`, is raised as `RuntimeError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the library gives up: {one_line(error)}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str], alike: float = 0.5) -> str:

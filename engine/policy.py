@@ -152,6 +152,8 @@ class Policy:
             return cls()
         if isinstance(spec, Mapping):
             return cls.from_mapping(spec)
+        if not isinstance(spec, str | Path):
+            raise ConfigError(f"policy: {shown(spec)} is neither a name, a file nor a mapping")
         return cls.from_mapping(read_policy_yaml(spec), where=str(spec))
 
     @classmethod

@@ -121,6 +121,8 @@ def load_family_config(path: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
+        if not hasattr(text, "get_text_config"):
+            raise TypeError(f"a {type(config).__name__} has no text_config")
     except Exception as error:  # whatever fields of another kind lead to in the family's code
         raise CheckpointError(f"{path / 'config.json'} is invalid: transformers says {named(error)}") from None
     _check_padding(path / "config.json", config, text)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, ADAPTER_FOLDER
-from engine.errors import CheckpointError, named
-from engine.reading import find_file, open_file
+from engine.errors import CheckpointError, named, shown
+from engine.reading import find_file, open_file, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -40,6 +40,8 @@ SIDE_FILES = (
 )
 OF_THE_MODEL = ("config.json", "generation_config.json", "hf_quant_config.json")
 """Files of the model; the others belong to the tokenizer."""
+_WITH_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files that describe added tokens field by field."""
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _OTHER_WHOLE = ("tekken.json", "tiktoken.model")
 """Other files that define a tokenizer alone. They are not in `TOKENIZER_FILES`, which the sampled identity covers."""
@@ -79,6 +81,28 @@ def check_side_files(path: Path) -> None:
             size = os.fstat(stream.fileno()).st_size
         if size > MAX_SIDE_BYTES:
             raise CheckpointError(f"{file} has {size:,} bytes, and no such file needs more than {MAX_SIDE_BYTES:,}")
+        if file.name in _WITH_TOKENS:
+            _check_fields_of_tokens(file)
+
+
+def _check_fields_of_tokens(file: Path) -> None:
+    """Raise `CheckpointError` for a field of an added token that is no name.
+
+    The tokenizers library prints fields that it does not know, as they are, on standard output: a terminal might take
+    one for a command, and readers of answers for an answer.
+    """
+    try:
+        level = [read_json(file, CheckpointError)]
+    except CheckpointError:
+        return  # whoever needs it tells
+    while level:
+        for each in level:
+            if isinstance(each, dict) and "content" in each:
+                for name in each:
+                    if not (name.isascii() and name.isidentifier()):
+                        raise CheckpointError(f"{file}: a token has the field {shown(name)}, which is no name of one")
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [value for values in inner for value in values]
 
 
 def read_generation_config(path: Path) -> GenerationConfig | None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from engine.checkpoint.side_files import check_side_files, read_generation_config
 from engine.checkpoint.tokenizer_packages import check_packages
-from engine.errors import CheckpointError, named, shown
+from engine.errors import CheckpointError, named, shown, without_panics
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -20,8 +20,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     check_side_files(path)
     check_packages(path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tokenizer.decode(tokenizer.encode("a"))  # what its files say of lengths and texts is looked at only then
+        with without_panics():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer.decode(tokenizer.encode("a"))  # what its files say of lengths and texts is looked at only then
     except Exception as error:  # its library raises bare exceptions, and whatever files of another shape lead to
         import tokenizers
         import transformers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 from engine.errors import ConfigError
@@ -36,3 +38,31 @@ def network_file_system(directory: str) -> str | None:
 def cache_directory() -> Path:
     """The cache directory of this project: a folder in `XDG_CACHE_HOME`, or in ~/.cache."""
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", ConfigError, "XDG_CACHE_HOME") / "flexgen-helm"
+
+
+def make_private(folder: Path) -> None:
+    """Make a directory of the cache directory, and those above it there, for its owner alone (0700 under any umask).
+
+    One that is there keeps its readers; others may no longer write to it, where it is this user's. Raises `OSError`.
+    """
+    root = cache_directory()
+    ours = [each for each in (folder, *folder.parents) if each == root or root in each.parents]
+    if not ours:  # a directory that the user has named
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return
+    if not root.parent.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
+    for each in reversed(ours):
+        try:
+            each.mkdir(mode=0o700)
+        except FileExistsError:
+            status = each.stat()
+            if not stat.S_ISDIR(status.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(each)) from None
+            if status.st_uid == os.geteuid() and status.st_mode & 0o022:
+                each.chmod(stat.S_IMODE(status.st_mode) & ~0o022)
+
+
+def open_private(name: str, flags: int) -> int:
+    """An opener for `open`: a file that is made is its owner's alone (0600, whatever the umask)."""
+    return os.open(name, flags, 0o600)

@@ -11,14 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Let `path` hold `text`, which takes effect at once or not at all; raises `OSError`.
+
+    mode: of a file that is not there yet, of which the umask takes away.
 
     It is written to `.NAME.partial` beside it. What a killed process has left there is written over by the next one,
     rather than left behind; processes that replace the same file take turns.
     """
     partial = partial_of(path)
-    with _held(partial) as handle:
+    with _held(partial, mode) as handle:
         try:
             os.ftruncate(handle, 0)
             with open(handle, "wb", closefd=False) as file:
@@ -38,10 +40,10 @@ def partial_of(path: Path) -> Path:
 
 
 @contextmanager
-def _held(partial: Path) -> Iterator[int]:
+def _held(partial: Path, mode: int) -> Iterator[int]:
     """A handle of the file, locked against other processes that write it."""
     while True:
-        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise FileExistsError(errno.EEXIST, f"{partial} is no regular file")

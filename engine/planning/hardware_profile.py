@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError, did_you_mean, shown
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private
 from engine.memory.replaced import replace_text
 from engine.planning.host_limits import host_limits
 from engine.planning.machine import Machine, this_machine
@@ -152,7 +152,7 @@ class HardwareProfile:
         path = path or kept_path(self.machine)
         text = yaml.safe_dump(self.as_mapping(), sort_keys=False, width=120)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent)
             replace_text(
                 path, f"# Measured by `flexgen-helm doctor --profile`; bytes and operations per second.\n{text}"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import JobError, UnsupportedError
+from engine.errors import JobError, UnsupportedError, named, without_panics
 from engine.text.template import check_template_ends
 
 if TYPE_CHECKING:
@@ -65,7 +65,11 @@ class PromptTokenizer:
     def rendered(self, text: str) -> list[int]:
         """The ids of a chat template's result, which spells all of them."""
         check_characters(len(text), self.window)
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        try:
+            with without_panics():
+                return list(self.tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # of its files' patterns and of its library, with some texts only
+            raise JobError(f"the model's tokenizer cannot cut the prompt into tokens: {named(error)}") from None
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """The ids of a conversation by the tokenizer's chat template, up to where the answer begins.
@@ -73,19 +77,18 @@ class PromptTokenizer:
         `variables` are passed to the template. Raises what the template raises, and `CheckpointError` for one that does
         not end.
         """
-        ids = self._applied(messages, tokenize=True, return_dict=False, **variables)
-        return list(ids)
+        return self.rendered(self.chat_text(messages, **variables))
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text of the conversation whose ids `chat` returns; raises what it raises."""
-        return str(self._applied(messages, tokenize=False, **variables))
-
-    def _applied(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         conversation = [dict(message) for message in messages]
         characters = sum(len(str(message.get("content", ""))) for message in conversation)
         check_characters(characters, self.window)
         _ = self._ends
-        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, **options)
+        written = self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, **variables
+        )
+        return str(written)
 
     @cached_property
     def _ends(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,10 @@ MOST_STEPS = 2_000_000
 """The most lines of a template, and calls of functions; the largest templates take 20,000, compilation included."""
 MOST_S = 10.0
 """The same limit in seconds, for steps that are long by themselves; usual is 0.05."""
+MOST_BYTES = 2 << 30
+"""The same limit in bytes of memory, which one step may ask for: enough for what the process does meanwhile."""
+MOST_CHARACTERS = 1_000_000
+"""The most characters of its text; the longest instructions that templates write have some ten thousand."""
 _OWN_CODE = "<template>"
 """The file name of a compiled template's frames."""
 _USER, _SYSTEM, _ANSWER = ({"role": role, "content": "a"} for role in ("user", "system", "assistant"))
@@ -43,14 +49,19 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[s
         )
     for conversation in _CONVERSATIONS:
         try:
-            with _counting_steps():
-                tokenizer.apply_chat_template(
+            with _little_memory(), _counting_steps():
+                written = tokenizer.apply_chat_template(
                     conversation, tokenize=False, add_generation_prompt=True, **(variables or {})
                 )
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the chat template of {tokenizer.name_or_path} cannot be read: line {error.lineno}: "
                 f"{one_line(error)}; fetch it again, or run the model without its template"
+            ) from None
+        except MemoryError:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} takes more than {MOST_BYTES:,} bytes of memory for "
+                f"{len(conversation)} messages of one letter each; mend it, or run the model without its template"
             ) from None
         except Exception:  # what templates raise, and what they meet
             continue
@@ -60,6 +71,12 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[s
                 f"letter each it took more than {MOST_STEPS:,} steps or {MOST_S:g} s; mend it, or run the "
                 "model without its template"
             ) from None
+        if len(written) > MOST_CHARACTERS:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} writes {len(written):,} characters for "
+                f"{len(conversation)} messages of one letter each, more than {MOST_CHARACTERS:,}; mend it, or run the "
+                "model without its template"
+            )
 
 
 class _TooManySteps(BaseException):
@@ -83,6 +100,19 @@ def _counting_steps() -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """Inside, this process may take `MOST_BYTES` more of memory; who asks for more gets `MemoryError`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    limits = [each for each in (taken + MOST_BYTES, soft, hard) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def names_in_template(template: str) -> set[str]:

@@ -49,7 +49,10 @@ class WorkerProcess:
         self._line, theirs = (_beyond_standard(line) for line in multiprocessing.Pipe())
         self._sending = threading.Lock()
         self._listener: threading.Thread | None = None
-        program = f"import sys; sys.path[:] = {sys.path!r}; from {PROGRAM} import main; main({theirs.fileno()})"
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; from engine.workers.plain import print_plain_text; "
+            f"print_plain_text(); from {PROGRAM} import main; main({theirs.fileno()})"
+        )
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         try:
             self._process = subprocess.Popen(

@@ -171,7 +171,7 @@ def _execution_spec(args: argparse.Namespace) -> ExecutionSpec:
     elif not args.disable_cache:
         path = os.path.join(args.local_path, CACHE_DIR)
         try:
-            os.makedirs(path, exist_ok=True)
+            os.makedirs(path, mode=0o700, exist_ok=True)  # HELM's format is pickles
         except OSError as error:
             raise ConfigError(f"HELM's cache {path} cannot be made: {error.strerror}") from None
         sqlite = SqliteCacheBackendConfig(path)

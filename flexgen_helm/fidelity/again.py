@@ -19,7 +19,7 @@ from helm.common.authentication import Authentication
 from helm.common.codec import from_json
 
 from engine.checkpoint.identity.result import differences, result_identity
-from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.errors import CheckpointError, ConfigError, EngineError, shown
 from engine.policy import Policy
 from engine.reading import read_bytes
 from flexgen_helm.helm.completed import MOST_BYTES, damaged_files
@@ -41,6 +41,8 @@ from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.progress import Progress
 
 _SUITE = "again"
+_TRUSTED = ("helm", "flexgen_helm")
+"""Packages whose classes the files of a run may name."""
 _OF_SOFTWARE = ("numerics", "source")
 """The parts of an identity that describe the software, not the checkpoint: a run may be repeated with other
 software."""
@@ -71,12 +73,26 @@ def _run_spec(run_path: Path) -> RunSpec:
     if damaged := list(damaged_files(run_path)):
         raise ConfigError(f"{run_path} is no finished run: {', '.join(damaged)} cannot be read; run it again")
     run_spec: RunSpec = from_json(read_bytes(run_path / "run_spec.json", ConfigError, limit=MOST_BYTES), RunSpec)
+    for named_class in _class_names(run_spec):
+        if named_class.partition(".")[0] not in _TRUSTED:
+            raise ConfigError(
+                f"{run_path} names the class {shown(named_class)}, whose code would be run and which is neither "
+                "HELM's nor ours; run the entry itself again if you trust it"
+            )
     if needs_judge(run_spec):
         raise ConfigError(
             f"{run_path} was judged by another model, whose part is not made again; to see whether its answers come "
             "out again, run the entry in a suite of its own, without --judge, and compare the two scenario_state.json"
         )
     return run_spec
+
+
+def _class_names(run_spec: RunSpec) -> Iterator[str]:
+    """Of all classes that HELM makes objects of when it runs the run."""
+    augmenter = run_spec.data_augmenter_spec
+    specs = [run_spec.scenario_spec, *run_spec.metric_specs, *(run_spec.annotators or ())]
+    for spec in [*specs, *(augmenter.perturbation_specs if augmenter else ())]:
+        yield spec.class_name
 
 
 def _entries(found: Provenance) -> Entries:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import ConfigError, EngineError, named
+from engine.errors import ConfigError, EngineError, named, one_line
 from flexgen_helm.runs.entry_files import read_entry_file
 from flexgen_helm.terminal.installation import lacks
 
@@ -193,7 +193,7 @@ def _parse(description: str) -> dict[str, object]:
     try:
         return dict(parse_object_spec(description).args)
     except ValueError as error:
-        raise ConfigError(f"run entry {description!r}: {error}; write name:key=value,key=value") from None
+        raise ConfigError(f"run entry {description!r}: {one_line(error)}; write name:key=value,key=value") from None
 
 
 def _with_arguments(description: str, **changes: str | None) -> str:

@@ -215,6 +215,9 @@ def _execute(args: argparse.Namespace, prepared: Prepared, show: Callable[[Seque
     failure: Exception | None = None
     before = {run_spec.name: _stamp(args, run_spec) for run_spec in run_specs}
     try:
+        if not args.disable_cache and not args.mongo_uri:
+            # Of pickles, which HELM would let others write to under a wide umask.
+            os.makedirs(os.path.join(args.local_path, CACHE_DIR), mode=0o700, exist_ok=True)
         run_benchmarking(
             run_specs=run_specs,
             auth=auth,

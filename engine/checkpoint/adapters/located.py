@@ -24,7 +24,7 @@ from engine.checkpoint.hub import resolve
 from engine.checkpoint.side_files import OF_THE_MODEL, found_side_files, is_vocabulary
 from engine.checkpoint.weight_files import chosen_name, weight_files
 from engine.errors import CheckpointError, EngineError, UnsupportedError, shown
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private
 from engine.reading import find_file, reason
 
 
@@ -131,7 +131,7 @@ def _linked(adapter: Path, base: Path, own: list[Path], *, has_weights: bool) ->
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', adapter.name)[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     folder = cache_directory() / "adapters"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         if not _holds_just(folder / name, links):
             _drop_those_of_nothing(folder)
             _make(folder / name, links)
@@ -155,10 +155,10 @@ def _make(folder: Path, links: Mapping[str, str]) -> None:
     """Create a directory of links, replacing an older one atomically, so that no process sees a part of it."""
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
+        (scratch / "new").mkdir(mode=0o700)
         for link, file in links.items():
             (scratch / "new" / link).parent.mkdir(parents=True, exist_ok=True)
             (scratch / "new" / link).symlink_to(file)
-        (scratch / "new").chmod(0o755)
         with suppress(FileNotFoundError):  # there is none, or another process has taken it away
             folder.rename(scratch / "old")
         try:

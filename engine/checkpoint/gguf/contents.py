@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoint.gguf.header import check_header
 from engine.checkpoint.gguf.index import GGUF_FILE, PLAIN, Place
 from engine.checkpoint.model_class import new_model
 from engine.errors import CheckpointError, EngineError, InstallationError, UnsupportedError, named, shown
@@ -63,6 +64,7 @@ def read_contents(folder: Path, shown_as: Path, *, has_tokenizer: bool = True) -
     from transformers import AutoConfig, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    check_header(folder / GGUF_FILE, shown_as)
     try:
         reader = GGUFReader(folder / GGUF_FILE)
         _check_architecture(reader, shown_as)

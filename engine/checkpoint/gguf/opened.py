@@ -17,7 +17,7 @@ from engine.checkpoint.gguf.index import GGUF_FILE, GGUF_INDEX, index_of
 from engine.checkpoint.gguf.tokenizer import check_tokenizer, ends_of_text
 from engine.checkpoint.side_files import OF_THE_MODEL, found_side_files, is_vocabulary
 from engine.errors import CheckpointError
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private
 from engine.reading import expand_home, find_file, open_file, reason
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def gguf_directory(file: Path) -> Path:
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', file.stem)[:80]}-{digest}"
     folder = cache_directory() / "gguf"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         if not (folder / name / GGUF_INDEX).is_file():
             _drop_those_of_nothing(folder)
             _make(folder / name, file, beside)
@@ -118,7 +118,6 @@ def _make(directory: Path, file: Path, beside: list[Path]) -> None:
             link = scratch / each.relative_to(file.parent)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(os.path.abspath(each))
-        scratch.chmod(0o755)
         try:
             scratch.rename(directory)
         except OSError:

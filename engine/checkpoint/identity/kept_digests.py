@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private
 from engine.memory.replaced import replace_text
 from engine.reading import read_json_object
 
@@ -92,8 +92,8 @@ class KeptDigests:
         content: dict[str, Any] = {"layout": _LAYOUT_VERSION, "source": self._source, "files": files}
         text = json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.file, text)
+            make_private(self.file.parent)
+            replace_text(self.file, text, mode=0o600)
             self._drop_those_of_nothing()
         except OSError as error:
             _log.warning(

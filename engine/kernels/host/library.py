@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 60
@@ -39,9 +39,11 @@ def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_directory() / f"{name}-{key}.so"
     digest = path.with_suffix(".sha256")
+    make_private(path.parent)
+    if path.parent.stat().st_mode & 0o022:  # it is another user's
+        raise PermissionError(f"{path.parent} may be written to by others, and code would be run that lies there")
     if path.is_file() and digest.is_file() and digest.read_text("ascii", "replace") == _digest_of(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     _drop_what_was_killed(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
         made = Path(folder) / path.name

@@ -49,7 +49,7 @@ class DiskFile:
         `ConfigError` for a directory that cannot be written.
         """
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
+            Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, is_direct = _open_nameless(directory)
         except OSError as error:
             if error.errno in _FULL:

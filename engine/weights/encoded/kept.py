@@ -25,7 +25,7 @@ from engine.checkpoint.identity.result import NUMERICS_VERSION
 from engine.checkpoint.identity.sampled import weights_state
 from engine.errors import CheckpointError, EngineError
 from engine.memory import accelerator
-from engine.memory.paths import cache_directory
+from engine.memory.paths import cache_directory, make_private, open_private
 from engine.reading import read_json_object
 from engine.weights.encoded.unit_file import PARTIAL, DamagedFileError, open_unit, write_unit
 from engine.weights.read_ahead import Step
@@ -179,7 +179,7 @@ class KeptWeights:
 
     def _claim(self) -> bool:
         """Prepare the directory for this process to write to; False where another one writes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_private(self.folder)
         self._lock = _locked(self.folder)
         if self._lock is None:
             return False
@@ -192,7 +192,8 @@ class KeptWeights:
         manifest = self.folder / _MANIFEST
         if not self._is_told_by(manifest):
             partial = self.folder / f".{_MANIFEST}.partial"
-            partial.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
+            with open(partial, "w", encoding="utf-8", opener=open_private) as stream:
+                stream.write(json.dumps(self.manifest, indent=2) + "\n")
             os.replace(partial, manifest)
         return True
 

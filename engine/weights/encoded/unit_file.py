@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.memory.paths import open_private
 from engine.reading import MAX_JSON_BYTES, find_file, open_file, parse_json
 from engine.weights.read_ahead import PIECE_BYTES
 
@@ -36,7 +37,7 @@ def write_unit(file: Path, layout: str, num_bytes: int, read: Callable[[int, int
     pieces = [(first, min(first + PIECE_BYTES, num_bytes)) for first in range(0, num_bytes, PIECE_BYTES)]
     sums = [0] * len(pieces)
     try:
-        with partial.open("wb") as stream:
+        with open(partial, "wb", opener=open_private) as stream:
             start = len(_header(layout, num_bytes, sums))
             os.posix_fallocate(stream.fileno(), 0, start + num_bytes)
             stream.seek(start)

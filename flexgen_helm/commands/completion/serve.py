@@ -75,6 +75,7 @@ def serve(arguments: Sequence[str]) -> int:
     try:
         import uvicorn
 
+        from flexgen_helm.adapters.openai.connections import Connection
         from flexgen_helm.adapters.openai.server import Server
     except ImportError as error:
         raise InstallationError(f"uvicorn is missing ({error}); run `pip install 'flexgen-helm[serve]'`") from error
@@ -94,6 +95,8 @@ def serve(arguments: Sequence[str]) -> int:
             server = Server(model, engine, most_choices=args.max_choices, api_key=api_key)
             config = uvicorn.Config(
                 server.app(hosts),
+                http=Connection,
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

@@ -24,6 +24,8 @@ from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from helm.tokenizers.tokenizer import Tokenizer
 from numpy.typing import NDArray
 
+from engine.errors import without_panics
+
 Ids = NDArray[np.int32]
 
 
@@ -56,8 +58,9 @@ class KnownTokens(AutoTokenizer):
             if not found.is_fast:  # it would go from text to text anyway
                 return
             try:
-                found.encode("", add_special_tokens=False)  # which takes back what truncation has left behind
-                encoded = found.backend_tokenizer.encode_batch_fast(left, add_special_tokens=False)
+                with without_panics():
+                    found.encode("", add_special_tokens=False)  # which takes back what truncation has left behind
+                    encoded = found.backend_tokenizer.encode_batch_fast(left, add_special_tokens=False)
             except Exception:  # a lone surrogate, for example: who asks for that text is told
                 return
         for text, each in zip(left, encoded, strict=True):
@@ -117,7 +120,8 @@ class KnownTokens(AutoTokenizer):
             asked = {"text": request.text, "tokenizer": request.tokenizer, "encode": True, "truncation": False}
             tokenizer = self._get_tokenizer(request.tokenizer)
             assert isinstance(tokenizer, HuggingFaceTokenizer)
-            self._ids[key] = np.array(tokenizer._tokenize_do_it(asked)["tokens"], dtype=np.int32)
+            with without_panics():
+                self._ids[key] = np.array(tokenizer._tokenize_do_it(asked)["tokens"], dtype=np.int32)
         return self._ids[key]
 
     def _get_tokenizer(self, tokenizer_name: str) -> Tokenizer:

@@ -8,7 +8,8 @@ from typing import Any
 
 from helm.common.request import Request
 
-from engine.errors import ConfigError, UnsupportedError, shown
+from engine.errors import ConfigError, JobError, UnsupportedError, shown
+from engine.job import Sampling
 
 WORDS = ("entry", "model")
 """The allowed values of a deployment's `sampling`: the run entry's settings, as in HELM, or the model's."""
@@ -58,10 +59,22 @@ class ModelSampling:
                 "supported; leave sampling out"
             )
         given = {name: value for name in _DEFAULTS if (value := config.get(name)) is not None}
+        for name, value in given.items():
+            kinds = int if name == "top_k" else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ConfigError(
+                    f"sampling: model, and {name} in the generation_config.json of {model} is {shown(value)}; "
+                    "a number is expected there"
+                )
         found = {**_DEFAULTS, **given}
-        return cls(
+        settings = Sampling(
             temperature=float(found["temperature"]), top_k=int(found["top_k"]) or None, top_p=float(found["top_p"])
         )
+        try:
+            settings.check()
+        except JobError as error:
+            raise ConfigError(f"sampling: model, and in the generation_config.json of {model} {error}") from None
+        return cls(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
 
     def applied(self, request: Request) -> Request:
         """The request as it is sampled; one that generates nothing stays as it is."""

@@ -33,6 +33,9 @@ class Shaping:
     does)."""
 
     def __post_init__(self) -> None:
+        _expect("apply_chat_template", self.apply_chat_template, bool, "true or false")
+        _expect("chat_template_kwargs", self.chat_template_kwargs, Mapping, "a mapping")
+        _expect("top_k", self.top_k, int, "a whole number")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k {self.top_k} is below 1; leave it out to sample among all tokens")
 
@@ -50,6 +53,12 @@ class Shaping:
     def given(self) -> dict[str, Any]:
         """The args that are set, for a deployment's `args`."""
         return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
+
+
+def _expect(name: str, value: object, kind: type, words: str) -> None:
+    """Raise `ConfigError` for an arg of another kind; YAML's truths are no numbers."""
+    if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        raise ConfigError(f"{name} {shown(value)} of a model deployment is not {words}")
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Shaping))

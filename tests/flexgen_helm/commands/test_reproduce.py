@@ -218,6 +218,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no checkpoint": (lambda run: _with(run, identity={"dtype": "float32"}), "does not say which checkpoint answered"),
     "a pipe": (lambda run: _piped(run), "stats.json is a pipe; a regular file is expected there"),
     "another client": (lambda run: _client(run, "os.system"), "the record names the client os.system"),
+    "another's code": (lambda run: _scenario(run, "subprocess.Popen"), "names the class 'subprocess.Popen'"),
     "a torn run": (lambda run: _torn(run), "is no finished run: per_instance_stats.json cannot be read"),
 }
 
@@ -241,6 +242,13 @@ def _client(run: Path, name: str) -> Path:
     record = json.loads((run / FILE_NAME).read_text())
     record["entries"]["deployment"]["client_spec"]["class_name"] = name
     return _with(run, entries=record["entries"])
+
+
+def _scenario(run: Path, name: str) -> Path:
+    spec = json.loads((run / "run_spec.json").read_text())
+    spec["scenario_spec"] = {"class_name": name, "args": {"args": ["touch", "it-ran"]}}
+    (run / "run_spec.json").write_text(json.dumps(spec))
+    return _with(run)
 
 
 def _piped(run: Path) -> Path:

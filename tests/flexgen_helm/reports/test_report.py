@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 from html_page import Page
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_suites import DEPLOYMENT, HARDWARE, MODEL, answers, make_suite, run_name, write_run
 
 from engine.errors import ConfigError
@@ -321,6 +324,60 @@ def test_hostile_names_are_shown_and_not_run(make: Callable[..., Path], tmp_path
     assert "<script" not in shown
     assert "<!--" not in shown
     assert "\x00" not in shown
+
+
+def elements(texts: Callable[[], str], runs: Path) -> tuple[list[tuple[str, frozenset[str]]], str]:
+    """Elements of the page of a suite all of whose texts are drawn, with their attributes' names; and the page."""
+    name = f"a{texts()}".replace("/", "_")
+    subjects, failed = {name: answers(20), f"b {name}": answers(50)}, {f"c {name}": texts()}
+    suite = make_suite(
+        runs,
+        "suite",
+        subjects,
+        started=night(21),
+        failed=failed,
+        models=(replace(MODEL, policy={texts(): texts()}, plan={texts(): [texts()]}),),
+        versions={"torch": texts()},
+        commit=texts(),
+        hardware=replace(HARDWARE, device=texts(), host=texts()),
+    )
+    (suite / run_name(name) / "fidelity.json").write_text(json.dumps({**fidelity(run_name(name)), "verdict": texts()}))
+    page, _ = written(suite)
+    page.assert_self_contained()
+    # Where a long name may be broken goes by its signs.
+    return [(tag, frozenset(attrs)) for tag, attrs in page.tags if tag != "wbr"], (suite / "report.html").read_text()
+
+
+PIECES = [
+    "<",
+    ">",
+    "&",
+    '"',
+    "'",
+    "`",
+    "=",
+    "</td>",
+    "<!--",
+    "-->",
+    "<script>",
+    "]]>",
+    "&lt;",
+    "&#60;",
+    "onload=",
+    "\x1b",
+]
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.data())
+def test_no_text_makes_an_element_or_an_attribute(data: st.DataObject) -> None:
+    """The page of a suite with any text has the elements of one with plain text."""
+    hostile = st.lists(st.sampled_from(PIECES) | st.text(min_size=1, max_size=3), min_size=1, max_size=4).map("".join)
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        plain, _ = elements(lambda: "plain", Path(one))
+        found, page = elements(lambda: f"{data.draw(hostile).replace(chr(0), '')}x", Path(other))
+    assert found == plain
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", page)
 
 
 def test_the_page_is_one_that_any_browser_lays_out(make: Callable[..., Path]) -> None:

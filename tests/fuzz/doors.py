@@ -1,0 +1,9 @@
+"""All doors, and those of them that are cheap enough to be looked through in every run of the tests."""
+
+from __future__ import annotations
+
+import commands
+import files
+import model_files
+
+DOORS = [*files.DOORS, *model_files.DOORS, *commands.DOORS]
