@@ -19,12 +19,10 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from engine.asking.pending import Pending
 from engine.errors import EngineError, one_line
 from engine.planning.devices import Device
 from engine.planning.hardware import available_memory, resolve_device
+from engine.workers.answering import Answering
 from engine.workers.messages import (
     Ask,
     Check,
@@ -33,9 +31,7 @@ from engine.workers.messages import (
     Compare,
     Compared,
     Digested,
-    Done,
     Drop,
-    Entered,
     Fault,
     Loaded,
     Look,
@@ -48,7 +44,6 @@ from engine.workers.messages import (
     Tells,
     Told,
 )
-from engine.workers.packing import PackedCompletions
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -84,13 +79,8 @@ class Serving:
         self._inbox: queue.SimpleQueue[Told] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Tells | threading.Event | None] = queue.SimpleQueue()
         """What is to be told; an event is set when all before it has left, and None ends it."""
-        self._calls: dict[int, list[Pending]] = {}
-        """What has not ended of each call."""
-        self._dropping = threading.Lock()
-        self._passing: list[threading.Thread] = []
-        """Those that pass on what calls are answered."""
+        self._answering = Answering(self._outbox.put, self._tell, self._fail)
         self._is_open = False
-        self._is_ending = False
 
     def run(self) -> None:
         """Open what is asked for and serve it; returns when everything has been told."""
@@ -101,8 +91,7 @@ class Serving:
             self._serve()
         except BaseException as error:
             self._fail(error)
-        for thread in self._passing:
-            thread.join()
+        self._answering.wait()
         self._outbox.put(None)
         sender.join()
         os._exit(0)  # everything is given back, and nothing of what an interpreter tidies up matters here
@@ -146,33 +135,13 @@ class Serving:
             threading.Thread(target=self._follow_loading, args=(engine,), name="flexgen-loaded", daemon=True).start()
             while not isinstance(told := self._inbox.get(), Close):
                 self._do(engine, told)
-            self._is_ending = True
+            self._answering.end()
 
     def _do(self, engine: Engine, told: Told) -> None:
         if isinstance(told, Ask):
-            jobs = told.jobs.unpack()
-            numbers = [number for number, _ in jobs]
-
-            def entered(indices: list[int]) -> None:
-                self._tell(Entered(numbers=np.array([numbers[index] for index in indices])))
-
-            try:
-                pending = engine.sweeps_of_checked((job for _, job in jobs), entered)
-            except BaseException as error:  # of which the engine has ended meanwhile
-                self._fail(error)
-                return
-            with self._dropping:
-                self._calls.setdefault(told.call, []).append(pending)
-            passing = threading.Thread(
-                target=self._pass_on, args=(told.call, pending, numbers), name="flexgen-call", daemon=True
-            )
-            passing.start()
-            self._passing = [thread for thread in (*self._passing, passing) if thread.is_alive()]
+            self._answering.ask(engine, told.call, told.jobs)
         elif isinstance(told, Drop):
-            with self._dropping:
-                dropped = self._calls.pop(told.call, [])
-            for pending in dropped:
-                pending.close()
+            self._answering.drop(told.call)
         elif isinstance(told, Compare):
             threading.Thread(target=self._compare, args=(engine, told), name="flexgen-compare", daemon=True).start()
 
@@ -182,20 +151,6 @@ class Serving:
         self._outbox.put(message)
         self._outbox.put(left)
         left.wait()
-
-    def _pass_on(self, call: int, pending: Pending, numbers: list[int]) -> None:
-        try:
-            for finished in pending:
-                done = PackedCompletions.of([(numbers[index], completion) for index, completion in finished])
-                self._outbox.put(Done(completions=done))
-        except BaseException as error:
-            if not self._is_ending:  # else it says that it was closed
-                self._fail(error)
-        finally:
-            with self._dropping:
-                self._calls[call] = [each for each in self._calls.get(call, ()) if each is not pending]
-                if not self._calls[call]:
-                    del self._calls[call]
 
     def _compare(self, engine: Engine, told: Compare) -> None:
         try:

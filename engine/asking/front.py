@@ -43,9 +43,17 @@ class Front(ABC):
     def pad_token(self) -> int:
         """The token that rows are filled up with."""
 
-    @abstractmethod
     def _accepted(self, jobs: Iterable[Job]) -> tuple[dict[int, Any], Finished]:
         """What can run of `jobs`, by position, in the form that serves it; and the completions of what cannot."""
+        good: dict[int, Any] = {}
+        bad: Finished = []
+        for index, job in enumerate(jobs):
+            try:
+                self._check(job)
+                good[index] = job
+            except JobError as error:
+                bad.append((index, Completion(error=error)))
+        return good, bad
 
     @abstractmethod
     def _submit(self, call: Call) -> None:

@@ -29,6 +29,11 @@ class Call:
     entered: Callable[[list[int]], None] | None = None
     """Told the positions of jobs whose first sweep is about to begin, likewise."""
 
+    def begin(self, positions: list[int]) -> None:
+        """Tell whoever wants to know that the first sweep of these jobs is about to begin."""
+        if self.entered is not None:
+            self.entered(positions)
+
 
 class Pending(Iterator[Finished]):
     """The completions of one call, by sweep; closing it, or letting go of it, drops what has not ended.

@@ -13,7 +13,7 @@ _PIECES = 32
 """Of a fair share, that a group is cut into where it is larger than one: as many as make shares equal to 3 %."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
     """What a job asks of the device that computes it, after the jobs before it in its group."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,11 +44,13 @@ class SharingOut:
     """
 
     def __init__(self, num_places: int, *, share_prefix: bool = True) -> None:
-        """`num_places`: devices, by number. `share_prefix`: whether devices compute a shared prefix once."""
+        """`num_places`: devices, by number, at first. `share_prefix`: whether devices compute a shared prefix once."""
         self._share_prefix = share_prefix
         self._held = {place: _Held() for place in range(num_places)}
         self._place_of: dict[int, int] = {}
         self._unsent: dict[int, Job] = {}
+        self._ungrouped: dict[int, Job] = {}
+        """Of those, the ones that have come since groups were made."""
         self._loads: dict[int, Load] = {}
         """Of jobs among the unsent that are in groups."""
         self._tokens = 0
@@ -62,6 +65,16 @@ class SharingOut:
     def add(self, jobs: Mapping[int, Job]) -> None:
         """Take in jobs, by number."""
         self._unsent.update(jobs)
+        self._ungrouped.update(jobs)
+
+    def join(self, place: int) -> None:
+        """Take in that there is another device."""
+        self._held[place] = _Held()
+
+    def leave(self, place: int) -> None:
+        """Take in that a device, which has nothing any more, gets nothing more."""
+        self.give_up(place)
+        del self._held[place]
 
     @property
     def unsent(self) -> list[int]:
@@ -122,12 +135,12 @@ class SharingOut:
         """What each of these devices is to get now, in the order to compute it in; it has that from now on."""
         self._make_groups()
         given: dict[int, list[int]] = {}
-        hungry = set(rooms)
+        hungry = [(self.tokens(place), place) for place in rooms]
+        heapq.heapify(hungry)
         while hungry:
-            place = min(hungry, key=lambda place: (self.tokens(place), place))
+            _, place = heapq.heappop(hungry)
             part = self._next(place, rooms) if self._has_room(place, rooms[place]) else None
             if part is None:
-                hungry.discard(place)
                 continue
             numbers = [load.number for load in part.loads]
             again = part.inherited if part.family not in self._held[place].families else 0
@@ -137,11 +150,13 @@ class SharingOut:
                 self._tokens += again
             self.hand_over(place, numbers)
             given.setdefault(place, []).extend(numbers)
+            heapq.heappush(hungry, (self.tokens(place), place))
         return given
 
     def _take(self, number: int) -> Load | None:
         """Let a job be no longer among those that no device has."""
         self._unsent.pop(number, None)
+        self._ungrouped.pop(number, None)
         load = self._loads.pop(number, None)
         self._tokens -= 0 if load is None else load.tokens
         return load
@@ -154,7 +169,7 @@ class SharingOut:
 
     def _make_groups(self) -> None:
         """Put what has come since the last time into groups."""
-        jobs = {number: job for number, job in self._unsent.items() if number not in self._loads}
+        jobs, self._ungrouped = self._ungrouped, {}
         if not jobs:
             return
         groups = groups_of(jobs, len(self._held), self._tokens, share_prefix=self._share_prefix)
