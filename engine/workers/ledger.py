@@ -65,6 +65,8 @@ class Ledger:
 
     def drop(self, call: Call) -> int | None:
         """Forget what of a call is not answered; the number that processes know it by, if anything was left."""
+        if not call.left:  # as of each that has ended: all that others wait for would be looked through
+            return None
         gone = {number: asked.call_number for number, asked in self._asked.items() if asked.call is call}
         self._forget(gone)
         return next(iter(gone.values()), None)
