@@ -43,6 +43,8 @@ _TIMING = SweepTiming(
     device="made",
 )
 _REQUEST = Request(model="made/made", model_deployment="made/made", prompt="")
+_TOKENS = tuple(range(50_000 + RUN))
+"""Each is one object, as in a sweep of a suite."""
 IDENTITY = {"files": "f" * 64, "source": "s" * 64, "dtype": "bfloat16", "weights": "w" * 64}
 
 
@@ -74,9 +76,9 @@ class Setting:
     def job(self, number: int) -> Job:
         """The job of a request: its run's number, its run's tokens, its own."""
         run = number // RUN
-        head = (run % 50_000, run // 50_000, *((run * 7 + place) % 50_000 for place in range(self.shared - 2)))
-        own = (50_000 + number % RUN, *((number * 11 + place) % 50_000 for place in range(self.own - 1)))
-        return Job(prompt=head + own, max_new_tokens=1)
+        head = run % 50_000, run // 50_000, *((run * 7 + place) % 50_000 for place in range(self.shared - 2))
+        own = 50_000 + number % RUN, *((number * 11 + place) % 50_000 for place in range(self.own - 1))
+        return Job(prompt=tuple(_TOKENS[token] for token in head + own), max_new_tokens=1)
 
     def work(self, number: int) -> Work:
         """A request as a sweep makes it: its text in the key alone, four letters a token."""
