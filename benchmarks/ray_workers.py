@@ -2,8 +2,8 @@
 
     python benchmarks/ray_workers.py --workers 4 --seconds 60
 
-One worker and several get the same work for each, in turns, in the same cluster; driver, ledger and Ray are real, the engine
-sleeps as long as the rows of its sweeps say. Prints a line of JSON.
+One worker and several get the same work for each, in turns, in the same cluster; driver, ledger and Ray are real, the
+engine sleeps as long as the rows of its sweeps say. Prints a line of JSON.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from engine.workers.packing import PackedJobs
 from flexgen_helm.workers.cluster.connection import connect
 from flexgen_helm.workers.cluster.host_engine import open_host
 from flexgen_helm.workers.cluster.ray_supply import RaySupply
+from flexgen_helm.workers.cluster.room import check_room
 from flexgen_helm.workers.cluster.slots import Wanted
 from flexgen_helm.workers.cluster.versions import versions
 
@@ -42,12 +44,14 @@ class RayCluster:
     ) -> None:
         """`address` as `connect` has it. `wait`: for room for the workers that are `wanted`.
 
-        Raises `EngineError` where the cluster cannot be reached.
+        Raises `EngineError` where the cluster cannot be reached, or has no room and `wait` is False.
         """
-        self._wanted, self._wait, self._open_engine = wanted or Wanted(), wait, open_engine
+        self._wanted, self._open_engine = wanted or Wanted(), open_engine
         self._wanted.check()
         self._ray: Any = connect(address, self._wanted.workers)
         atexit.register(self._ray.shutdown)
+        if not wait:
+            check_room(self._ray, self._wanted)
 
     def load(
         self, model: str, policy: Policy, window: int | None = None, jobs: Sequence[Job] = (), share: float = 1.0
@@ -57,9 +61,10 @@ class RayCluster:
         `jobs` are a `share` of those that will be asked. Raises `EngineError` where no worker can open it.
         """
         path = describe(model).path
+        model = os.path.abspath(model) if os.path.exists(model) else model
         source = OpenedWeights(Path(path))
         expected = Expected(identity=identity_beside_weights(model, policy), versions=versions())
-        supply = RaySupply(self._ray, self._wanted, versions(), self._open_engine, wait=self._wait)
+        supply = RaySupply(self._ray, self._wanted, versions(), self._open_engine)
         opening = Opening(
             model=model, policy=policy, window=window, jobs=PackedJobs.of(_some(jobs)), share=min(1.0, share)
         )

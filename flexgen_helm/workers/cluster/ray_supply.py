@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import ConfigError, EngineError, one_line
+from engine.errors import EngineError, one_line
 from engine.hosts.expected import why_other_versions
 from engine.hosts.host import Host, Loss
 from engine.hosts.messages import Opening
 from engine.hosts.serving import Running
 from flexgen_helm.workers.cluster.actor import HostActor
 from flexgen_helm.workers.cluster.ray_host import HEARING, RayHost, how_ended
-from flexgen_helm.workers.cluster.slots import Slot, Wanted, nodes_of, num_fitting, slots_of
+from flexgen_helm.workers.cluster.room import told_room
+from flexgen_helm.workers.cluster.slots import Slot, Wanted, nodes_of, slots_of
 
 _log = logging.getLogger(__name__)
 
@@ -51,13 +52,10 @@ class RaySupply:
         wanted: Wanted,
         versions: Mapping[str, str],
         open_engine: Callable[[Opening], Running],
-        *,
-        wait: bool = True,
     ) -> None:
         """`open_engine` is called on the hosts: a function of a module that all of them have.
 
-        `versions` are what each must have. Raises `ConfigError` where there is no room for the workers that are wanted
-        and `wait` is False.
+        `versions` are what each must have.
         """
         self._ray, self._wanted, self._versions = ray, wanted, versions
         self._actors = ray.remote(concurrency_groups={HEARING: 1})(HostActor)
@@ -76,8 +74,6 @@ class RaySupply:
         self._gone: list[str] = []
         """Why workers are not replaced."""
         self._closing = threading.Event()
-        if not wait:
-            self._check_room()
 
     def begin(self, join: Callable[[Host], None], fail: Callable[[EngineError], None]) -> None:
         """As `Supply.begin`."""
@@ -121,33 +117,6 @@ class RaySupply:
     def _nodes(self) -> Any:
         return nodes_of(self._ray.nodes())
 
-    def _check_room(self) -> None:
-        """Raise `ConfigError` unless the workers that are wanted have room now."""
-        nodes = self._nodes()
-        slots = slots_of(self._wanted, nodes)
-        free = self._free()
-        fitting = num_fitting(slots, nodes, free)
-        if fitting < max(1, len(slots)):
-            asked = f"{len(slots)} workers of {slots[0]} each" if slots else "a worker"
-            raise ConfigError(
-                f"no room for {asked}, but for {fitting}: {self._room()}; --no-wait does not wait for more"
-            )
-
-    def _free(self) -> dict[str, tuple[int, int]]:
-        from ray._private.state import available_resources_per_node  # what `ray.available_resources()` adds up
-
-        found = available_resources_per_node()
-        return {str(node): (int(each.get("GPU", 0)), int(each.get("CPU", 0))) for node, each in found.items()}
-
-    def _room(self) -> str:
-        nodes = self._nodes()
-        gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-        free = self._ray.available_resources()
-        return (
-            f"the cluster has {gpus} GPUs and {cpus} CPUs on {len(nodes)} machines, of which "
-            f"{free.get('GPU', 0):.0f} GPUs and {free.get('CPU', 0):.0f} CPUs are free"
-        )
-
     def _start_wanted(self) -> None:
         """Ask for the workers that are wanted, or for those of machines that are new."""
         slots = slots_of(self._wanted, self._nodes())
@@ -189,7 +158,9 @@ class RaySupply:
 
     def _waiting(self) -> str:
         slot = next(iter(self._coming.values())).slot
-        return f"{len(self._coming)} workers of {slot} each wait for room: {self._room()}; --no-wait does not wait"
+        return (
+            f"{len(self._coming)} workers of {slot} each wait for room: {told_room(self._ray)}; --no-wait does not wait"
+        )
 
     def _hear(self) -> None:
         with self._lock:
