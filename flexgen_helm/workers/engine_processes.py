@@ -31,15 +31,16 @@ class EngineProcesses:
         """Those for the next engine; the first is of its first device."""
         self.cluster: Cluster | None = None
         """The machines that engines are spread over, in place of this one's devices."""
+        self._has_loaded = False
         self._found: dict[tuple[object, ...], Resources] = {}
         """By what of a policy they depend on, as they were found last."""
 
     def prepare(self) -> None:
-        """Start a process for the next engine, which imports what it needs while others do, and waits."""
+        """Start a process for the first engine, if none was loaded yet: it imports what it needs, and waits."""
         from engine.workers.process import WorkerProcess
 
         with self._lock:
-            if not self._waiting:
+            if not self._waiting and not self._has_loaded:
                 self._waiting = [WorkerProcess()]
 
     def check(self, description: ModelDescription, policy: Policy) -> Callable[[], None]:
@@ -107,7 +108,7 @@ class EngineProcesses:
         from engine.workers.remote_engine import RemoteEngine
 
         with self._lock:
-            waiting, self._waiting = self._waiting, []
+            waiting, self._waiting, self._has_loaded = self._waiting, [], True
         return RemoteEngine(path, policy, window=window, waiting=waiting)
 
     def spread(self, model: str, policy: Policy, window: int | None, jobs: Sequence[Job], share: float) -> HostsEngine:
