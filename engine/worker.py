@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, one_line
+from engine.errors import EngineError, carried, one_line
 from engine.planning.devices import Device
 from engine.planning.hardware import available_memory, resolve_device
 from engine.workers.answering import Answering
@@ -158,7 +157,7 @@ class Serving:
                 told.jobs, told.completions, lambda done, total: self._outbox.put(Stage(done=done, total=total))
             )
         except BaseException as error:
-            outcome = _carried(error)
+            outcome = carried(error)
         self._outbox.put(Compared(outcome=outcome))
 
     def _follow_loading(self, engine: Engine) -> None:
@@ -171,7 +170,7 @@ class Serving:
             self._outbox.put(Digested(digest=None, error=error))
 
     def _fail(self, error: BaseException) -> None:
-        self._outbox.put(Fault(error=_carried(error)))
+        self._outbox.put(Fault(error=carried(error)))
 
     def _receive(self) -> None:
         try:
@@ -225,7 +224,7 @@ def _checked(check: Check) -> Checked:
     try:
         check_model(check.description, check.policy)
     except BaseException as error:
-        return Checked(error=_carried(error))
+        return Checked(error=carried(error))
     return Checked(error=None)
 
 
@@ -244,11 +243,3 @@ def _seen(look: Look) -> Seen:
         return Seen(devices=devices, free=accelerator.memory(torch.device(device)), memory=memory)
     except EngineError as error:
         return Seen(devices=devices, free=None, memory=error)
-
-
-def _carried(error: BaseException) -> BaseException:
-    """An error that another process can read: one of ours as it is, else its line, with the traceback as a note."""
-    carried = error if isinstance(error, EngineError) else EngineError(f"the engine failed: {one_line(error)}")
-    if type(carried) is EngineError:
-        carried.add_note("".join(traceback.format_exception(error)))
-    return carried.with_traceback(None)

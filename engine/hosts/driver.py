@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from engine.asking.pending import Call
-from engine.errors import EngineError, named, one_line
+from engine.errors import CapacityError, EngineError, named, one_line
 from engine.hosts.expected import Expected, why_other_weights
 from engine.hosts.host import Host, Loss, LossKind, Supply
 from engine.hosts.messages import HostOpened, HostSwept, HostTells, Leaving, Opening, Vouched
@@ -234,9 +234,9 @@ class Driver:
 
     def _take_fault(self, host: Standing, error: BaseException) -> None:
         host.last_words = one_line(error)
-        if isinstance(error, EngineError) and type(error) is not EngineError:
+        if isinstance(error, EngineError) and type(error) not in (EngineError, CapacityError):
             self._lose(host, "refused", host.last_words)  # raised on purpose: another process there would say the same
-        else:
+        else:  # room may still be taken by a process that has just ended there
             self._lose(host, "died", host.last_words)
 
     def _note(self, host: Standing, note: Note) -> None:

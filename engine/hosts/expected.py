@@ -20,13 +20,8 @@ class Expected:
 
     def why_refused(self, told: HostOpened) -> str | None:
         """Why a host cannot answer as the driver would, with both values; None where nothing speaks against it."""
-        if told.versions != self.versions:
-            others = [
-                f"{name} {told.versions.get(name, 'none')} (the driver has {self.versions.get(name, 'none')})"
-                for name in sorted({*self.versions, *told.versions})
-                if told.versions.get(name) != self.versions.get(name)
-            ]
-            return f"it has {' and '.join(others)}: install the same on all machines"
+        if (why := why_other_versions(self.versions, told.versions)) is not None:
+            return why
         if told.identity != self.identity:
             words = differences(self.identity, told.identity)
             words = words.replace(" then, ", " at the driver, ").replace(" now)", " there)")
@@ -41,3 +36,13 @@ def why_other_weights(own: str | None, there: str | None) -> str | None:
         return None
     digests = f"sha256 {str(own)[:12]} at the driver, {str(there)[:12]} there"
     return f"it has other weights ({digests}): give all machines the same files"
+
+
+def why_other_versions(own: Mapping[str, str], there: Mapping[str, str]) -> str | None:
+    """Why a host with these versions is refused, by name; None where they are the driver's."""
+    others = [
+        f"{name} {there.get(name, 'none')} (the driver has {own.get(name, 'none')})"
+        for name in sorted({*own, *there})
+        if there.get(name) != own.get(name)
+    ]
+    return f"it has {' and '.join(others)}: install the same on all machines" if others else None

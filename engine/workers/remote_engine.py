@@ -22,6 +22,7 @@ from engine.workers.kept_alive import KeptAlive
 from engine.workers.messages import Open, Opened
 from engine.workers.process import WorkerProcess
 from engine.workers.seats import seats_for
+from engine.workers.sharing_out import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,6 +102,11 @@ class RemoteEngine(Front):
     def plan(self) -> Plan:
         """Where everything lies, on each device."""
         return self.opened.plan
+
+    @property
+    def sweep(self) -> Room:
+        """What fills a sweep of one device."""
+        return Room(rows=self.plan.limits.rows_per_sweep, jobs=self.plan.limits.seats)
 
     @property
     def window(self) -> int | None:

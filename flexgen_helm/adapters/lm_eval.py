@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import dataclasses
 import inspect
@@ -20,6 +21,8 @@ from engine.policy import Policy, parse_bytes
 from engine.text.prompt import check_characters
 from engine.text.template import check_template_ends
 from flexgen_helm.planning.environment import environment
+from flexgen_helm.workers.cluster.flags import use_cluster
+from flexgen_helm.workers.engine_processes import engine_processes
 
 try:
     from jinja2 import TemplateError
@@ -48,8 +51,9 @@ class FlexGenLM(TemplateLM):
     `max_length` is the window in tokens, the model's own if left out. `add_bos_token`, `prefix_token_id`,
     `think_end_token` (text, or a token's id), `enable_thinking` and `chat_template_args` are HFLM's; so is the rule for
     a device that is not there: the harness's default is then the policy's, or the CPU. The harness gives every model
-    batch sizes, which mean nothing here: the policy sizes sweeps. Raises `EngineError`; that of a bad request names it
-    and ends the evaluation.
+    batch sizes, which mean nothing here: the policy sizes sweeps. `ray` (an address, auto, local, or true), `workers`,
+    `gpus_per_worker` and `no_wait` are flags of `flexgen-helm complete`. Raises `EngineError`; that of a bad request
+    names it and ends the evaluation.
     """
 
     def __init__(
@@ -66,6 +70,10 @@ class FlexGenLM(TemplateLM):
         chat_template_args: Mapping[str, Any] | None = None,
         gpu_memory: str | float | None = None,
         cpu_memory: str | float | None = None,
+        ray: str | bool | None = None,
+        workers: int | None = None,
+        gpus_per_worker: int | None = None,
+        no_wait: bool = False,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -86,13 +94,21 @@ class FlexGenLM(TemplateLM):
         loaded = dataclasses.replace(
             named,
             dtype=dtype or named.dtype,
-            device=_device(device, named.device),
+            device=_device(device, named.device, is_here=ray is None),
             gpu_memory=_limit(gpu_memory, "gpu_memory", named.gpu_memory),
             cpu_memory=_limit(cpu_memory, "cpu_memory", named.cpu_memory),
         )
         loaded.check("model_args")
         self._beside_weights = identity_beside_weights(pretrained, loaded)
-        self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
+        asked = argparse.Namespace(
+            ray="" if ray is True else ray, workers=workers, gpus_per_worker=gpus_per_worker, no_wait=no_wait
+        )
+        use_cluster(asked)
+        self.engine: Any = (
+            engine.Engine.from_pretrained(pretrained, policy=loaded)
+            if ray is None
+            else engine_processes.spread(pretrained, loaded, None, (), 1.0)
+        )
         atexit.register(self.engine.close)
         self.tokenizer: Any = self.engine.tokenizer
         if add_bos_token is not None:
@@ -260,11 +276,11 @@ class FlexGenLM(TemplateLM):
 model_registry.register("flexgen", target=FlexGenLM)
 
 
-def _device(asked: str | None, of_policy: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def _device(asked: str | None, of_policy: str | tuple[str, ...], *, is_here: bool = True) -> str | tuple[str, ...]:
     """The device to run on: a harness's default that nobody may have asked for yields, as HFLM lets it."""
-    if asked is None or (asked == _DEFAULT_DEVICE and of_policy != "auto"):
+    if asked is None or (asked == _DEFAULT_DEVICE and (of_policy != "auto" or not is_here)):
         return of_policy
-    if asked.startswith("cuda") and not accelerator.is_available("cuda"):
+    if is_here and asked.startswith("cuda") and not accelerator.is_available("cuda"):
         logging.getLogger("lm_eval").warning("flexgen: there is no %s here; the model runs on the CPU", asked)
         return "cpu"
     return asked

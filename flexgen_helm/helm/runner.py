@@ -33,6 +33,7 @@ from flexgen_helm.helm.records.provenance import provenance_of, write_provenance
 from flexgen_helm.helm.request_cache import CacheFull  # noqa: E402
 from flexgen_helm.helm.requests.results import cut_off, is_cut_off  # noqa: E402
 from flexgen_helm.planning.environment import Environment, environment  # noqa: E402
+from flexgen_helm.workers.engine_processes import engine_processes  # noqa: E402
 
 
 class RunsFailed(RunnerError):
@@ -118,7 +119,10 @@ class FlexGenRunner(Runner):
     def _run_all(self, run_specs: list[RunSpec]) -> None:
         failures: dict[str, Exception] = {}
         if not self.dry_run and not self.cache_instances_only:
-            failures.update(find_problems([spec for spec in run_specs if not self._is_done(spec)]))
+            asked = [spec for spec in run_specs if not self._is_done(spec)]
+            if any(map(self.executor.is_ours, {spec.adapter_spec.model_deployment for spec in asked} - {""})):
+                engine_processes.prepare()  # while HELM makes the first run's requests
+            failures.update(find_problems(asked))
         for error in failures.values():
             if self.exit_on_error:
                 raise error
@@ -198,7 +202,7 @@ class WholeRunExecutor(Executor):
         self._tell = tell
         self._told: dict[FlexGenClient, list[str]] = {}
         self.failed: list[str] = []
-        """Why requests of the run that was executed last failed which now count as empty answers."""
+        """Why requests of the run executed last failed which now count as empty answers."""
         self.cut_off = 0
         """How many of its answers are empty because there was no room for more than their thinking."""
         self.observe: Observer | None = None

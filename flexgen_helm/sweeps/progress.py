@@ -32,6 +32,8 @@ class Standing:
     """Of the model at hand: of prompts, and at most to be generated."""
     tokens_done: int = 0
     """Those of answered requests, as they were counted among `tokens`."""
+    num_workers: Callable[[], int] = lambda: 0
+    """How many other machines are at work on it."""
     active: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Requests done and in all, of the runs that are under way."""
 
@@ -76,6 +78,8 @@ class SweepProgress:
         seconds, tokens, fraction = self._speed()
         doing = f"loading {now.doing}" if now.is_loading and not seconds else now.doing
         parts = [f"runs {now.runs_ended}/{now.num_runs}", doing]
+        if workers := now.num_workers():
+            parts.append(f"{workers} worker{'s' * (workers != 1)}")
         if now.requests:
             parts.append(f"requests {now.requests_done}/{now.requests}")
         if seconds > 0 and tokens > 0:

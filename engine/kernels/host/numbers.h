@@ -73,3 +73,20 @@ static inline floats power(floats x) {
     const words two = ((words)shifted << 23) + (127 << 23); /* 2 to the n */
     return y * (floats)two;
 }
+
+/* 2 to the x, within 2e-7 of it, for x up to 126: the polynomial of Cephes. Below -126 it is 2 to the -126; a NaN stays
+   one. There is nothing to reduce by, unlike in `power`. */
+static inline floats power_of_two(floats x) {
+    const floats low = (floats){0} - 126;
+    x = larger(x, low);
+    const floats shifted = x + 12582912; /* 1.5 * 2^23: what is below 1 is rounded off */
+    const floats r = x - (shifted - 12582912);
+    floats y = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    y = y * r + 9.618437357674640e-3f;
+    y = y * r + 5.550332471162809e-2f;
+    y = y * r + 2.402264791363012e-1f;
+    y = y * r + 6.931472028550421e-1f;
+    y = y * r + 1;
+    const words two = ((words)shifted << 23) + (127 << 23); /* 2 to the x rounded */
+    return y * (floats)two;
+}

@@ -25,6 +25,7 @@ from engine import EngineError
 from engine.errors import CapacityError, ConfigError, InstallationError, JobError
 from flexgen_helm.helm.request_cache import CacheFull, RequestCache
 from flexgen_helm.helm.runner import FlexGenRunner, RunsFailed
+from flexgen_helm.workers.engine_processes import engine_processes
 
 RUNNER = "flexgen_helm.runner.FlexGenRunner"
 HELLASWAG = "commonsense:dataset=hellaswag,method=multiple_choice_separate_original"
@@ -103,6 +104,21 @@ def test_models_of_other_clients_run_as_helm_runs_them(helm_run: Run, deployed: 
     states = [without_times(read(runs, "scenario_state.json", "simple")) for runs in (stock, ours_)]
     assert states[0] == states[1]
     assert deployed == []
+
+
+def test_the_engines_process_starts_before_requests_are_made(
+    registered: list[FakeEngine], tmp_path: Path, helm_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(engine_processes, "prepare", lambda: order.append("prepared"))
+    monkeypatch.setattr(FlexGenRunner, "run_one", lambda self, run_spec: order.append(run_spec.name))
+    specs = run_specs_of(entry("ours"))
+    make_runner(tmp_path, helm_data).run_all(specs)
+    assert order == ["prepared", specs[0].name]
+    for others in ({"dry_run": True}, {}):
+        order.clear()
+        make_runner(tmp_path, helm_data, **others).run_all(specs if others else run_specs_of(entry("simple")))
+        assert len(order) == 1
 
 
 def test_a_dry_run_loads_nothing(helm_run: Run, deployed: list[FakeEngine]) -> None:

@@ -84,6 +84,7 @@ def test_the_engine_gets_the_processes_that_were_asked(
 
     monkeypatch.setattr(FakeProcess, "free", 5 * GB)  # the rest is the engine's now
     assert processes.last_resources(Policy(gpu_batch_size=7)) == found
+    processes.prepare()  # for the first engine only
     assert len(started) == 2
     assert processes.resources(Policy()).memory.device == 5 * GB
     processes.close()
