@@ -3,7 +3,7 @@
     python -m benchmarks.scale_driver --hosts 1000 --requests 10000000
 
 Hosts compute in a time of their own: each takes as long for a sweep as its tokens say, and some die, fall silent or
-leave on the way. Requests are handed over and kept as a sweep of a suite does it, so many at a time as it has under way.
+leave on the way. Requests are handed over run by run and kept as those of a suite are, and as many are under way.
 Checks that each is kept once, and tells the driver's answers a second, its memory, and how well hosts were used.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from helm.common.cache import SqliteCacheConfig
 
-from benchmarks.made_hosts import IDENTITY, TOKENS_S, Setting, World
+from benchmarks.made_hosts import IDENTITY, RUN, TOKENS_S, Setting, World
 from engine.asking.front import Front
 from engine.asking.pending import Call
 from engine.errors import EngineError
@@ -146,12 +146,12 @@ def simulate(setting: Setting, path: Path) -> dict[str, Any]:
     before, engine = _rss(), Asked(world)
     mover = threading.Thread(target=_move_on, args=(world, told, is_full, is_over), daemon=True)
     mover.start()
-    most = SWEEPS_UNDER_WAY * setting.hosts * setting.sweep
+    most, step = SWEEPS_UNDER_WAY * setting.hosts * setting.sweep, max(setting.sweep, RUN)
     begun, begun_s, making_s, number = time.perf_counter(), time.process_time(), 0.0, 0
     with Feed(Client(engine, path), lambda running, timing: None, inbox.put) as feed:
         while told["answers"] < setting.requests:
             while number < setting.requests and number - told["answers"] < most:
-                start, end = time.thread_time(), min(number + setting.sweep, setting.requests)
+                start, end = time.thread_time(), min(number + step, setting.requests)
                 works = [setting.work(each) for each in range(number, end)]
                 making_s += time.thread_time() - start
                 feed.ask(works, 1.0)
