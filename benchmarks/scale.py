@@ -72,7 +72,7 @@ class Beside:
     made_s: float
     """Requests a second that HELM's own code makes and scores, on the driver's cores."""
     kept_s: float
-    """Answers a second through driver, ledger and cache file."""
+    """Answers a second through driver, ledger and cache file: of a processor, since Python computes on one at a time."""
     bytes_an_answer: float
     """In HELM's cache."""
 
@@ -125,7 +125,7 @@ def beside(cores: int) -> Beside:
         start_s=wall["start_up_s"],
         share=two["rows"][-1]["quotient"] / len(two["devices"]),
         made_s=max(1, cores - 1) / helms,
-        kept_s=driver["answers_s"],
+        kept_s=driver["answers_processor_s"],
         bytes_an_answer=driver["cache_bytes"] / driver["answers"],
     )
 

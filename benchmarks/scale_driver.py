@@ -183,6 +183,7 @@ def simulate(setting: Setting, path: Path) -> dict[str, Any]:
         "making_s": making_s,
         "being_hosts_s": tally.made_s,
         "answers_s": setting.requests / (seconds - making_s - tally.made_s),
+        "answers_processor_s": setting.requests / (processor_s - making_s - tally.made_s),
         "bytes_before": before,
         "bytes_at_most": peak,
         "bytes_of_texts": min(most, setting.requests) * setting.text_bytes,
