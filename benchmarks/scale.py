@@ -72,7 +72,7 @@ class Beside:
     made_s: float
     """Requests a second that HELM's own code makes and scores, on the driver's cores."""
     kept_s: float
-    """Answers a second through driver, ledger and cache file: of a processor, since Python computes on one at a time."""
+    """Answers a second of a processor, through driver, ledger and cache file: Python computes on one at a time."""
     bytes_an_answer: float
     """In HELM's cache."""
 
