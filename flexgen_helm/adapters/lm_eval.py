@@ -54,8 +54,8 @@ class FlexGenLM(TemplateLM):
     `chat_template_args` are HFLM's; so is the rule for a device that is not there: the harness's default is then the
     policy's, or the CPU. Texts follow the checkpoint's generation_config.json, as HFLM's do. The harness gives every
     model batch sizes, which mean nothing here: the policy sizes sweeps. `ray` (an address, auto, local, or
-    true), `workers`, `gpus_per_worker` and `no_wait` are flags of `flexgen-helm complete`. Raises `EngineError`; that of a bad request
-    names it and ends the evaluation.
+    true), `workers`, `gpus_per_worker` and `no_wait` are flags of `flexgen-helm complete`. Raises `EngineError`; that
+    of a bad request names it and ends the evaluation.
     """
 
     def __init__(
