@@ -11,7 +11,7 @@ from engine.memory.tiers import Memory
 class Member:
     """One of several engines that run the same model in processes of one machine, each on a device of its own.
 
-    All members are opened with the same model and policy, but for the device, and with the same memory, so that they
+    All members are opened with the same model and policy, except the device, and with the same memory, so that they
     make the same plan.
     """
 
@@ -19,10 +19,10 @@ class Member:
     """0 .. count - 1."""
     count: int
     gather: bool
-    """Weights are split among the members and gathered layer by layer; else each has them all."""
+    """Whether weights are split among the members and gathered layer by layer; otherwise each has them all."""
     memory: Memory
-    """What every member may plan with: `device` for each (the least of all), `host` and `disk` for all together."""
+    """The memory that every member plans with: `device` for each (the smallest), `host` and `disk` for all together."""
     weights: int | None
-    """File descriptor of the shared memory (memfd, empty at first) for weights in host memory; each for itself."""
+    """The file descriptor of the shared memory (memfd, empty at first) for weights in host memory; each has its own."""
     meeting: str | None
-    """Path of the file, absent at first, through which torch.distributed's processes meet; gather only."""
+    """The path of the file, absent at first, through which torch.distributed's processes meet; gather only."""

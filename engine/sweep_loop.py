@@ -1,4 +1,4 @@
-"""The engine's thread: takes jobs in, runs one sweep after the other, and delivers what each has finished."""
+"""The engine's thread: accepts jobs, runs one sweep after the other, and delivers the completions."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class SweepLoop:
         self._parts = parts
         self._observe = observe
         self._owner: dict[int, tuple[Call, int]] = {}
-        """By the identity of a sequence in work: its call and its position there."""
+        """The call of each sequence in progress and its position there, by the sequence's identity."""
         self._to_enter: set[int] = set()
-        """Of those whose caller wants to know when they are first computed, which have not been yet."""
+        """The sequences whose caller wants to know when they are first computed, and which have not been yet."""
         self._inbox: list[tuple[Call, dict[int, Sequence]]] = []
         self._abandoned: list[Call] = []
         self._changed = threading.Condition()
@@ -41,9 +41,9 @@ class SweepLoop:
         self._is_waiting = False
         """Whether the engine's thread waits for work."""
         self._is_lent = False
-        """Whether somebody else works with the parts, in another thread."""
+        """Whether another thread is using the parts."""
         self._loaded = math.inf
-        """When all weights were in place, by `time.perf_counter`."""
+        """When all weights were loaded, by `time.perf_counter`."""
         self._fault: BaseException | None = None
         executor = parts.executor
         self._lockstep: Lockstep[list[Segment], Answer] = Lockstep(
@@ -55,7 +55,7 @@ class SweepLoop:
         self._thread.start()
 
     def submit(self, call: Call) -> None:
-        """Take in a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
+        """Accept a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
         with self._changed:
             self._check_serving()
             if call.left:
@@ -63,7 +63,7 @@ class SweepLoop:
                 self._changed.notify_all()
 
     def abandon(self, call: Call) -> None:
-        """Drop what of `call` has not ended."""
+        """Drop the unfinished jobs of `call`."""
         if not call.left:
             return
         with self._changed:
@@ -73,10 +73,10 @@ class SweepLoop:
 
     @contextmanager
     def lend(self) -> Iterator[Parts]:
-        """Inside, the caller's thread works with the parts; jobs wait until it has done so, and `close` does.
+        """Inside, the caller's thread uses the parts; jobs and `close` wait until it is done.
 
-        Waits until the jobs in work have ended. Raises the fault that ended the engine, or `EngineError` when it is
-        closed.
+        It waits until the jobs in progress have ended. Raises the fault that ended the engine, or `EngineError` when it
+        is closed.
         """
         with self._changed:
             while not (self._is_waiting and not self._is_lent):
@@ -100,7 +100,7 @@ class SweepLoop:
 
     @property
     def num_jobs(self) -> int:
-        """Jobs in work."""
+        """The number of jobs in progress."""
         return len(self._owner)
 
     def close(self) -> bool:
@@ -155,7 +155,7 @@ class SweepLoop:
                 call.put(self._fault or EngineError("the engine was closed while this job was waiting"))
 
     def _receive(self) -> bool:
-        """Take in what arrived; wait when there is nothing to do. False when the engine closes."""
+        """Accept what arrived; wait when there is nothing to do. False when the engine closes."""
         scheduler = self._parts.scheduler
         with self._changed:
             while self._is_lent or (scheduler.is_idle and not self._inbox and not self._closing):
@@ -236,7 +236,7 @@ class SweepLoop:
         self._deliver(done)  # last: whoever sees the result finds the room free
 
     def _tell_entered(self) -> None:
-        """Tell the callers who want to know which of their jobs are about to be computed for the first time."""
+        """Tell callers which of their jobs are about to be computed for the first time."""
         if not self._to_enter:
             return
         new: dict[int, tuple[Call, list[int]]] = {}
@@ -250,9 +250,9 @@ class SweepLoop:
             call.entered(indices)
 
     def _sweep(self, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
-        """What was computed of a sweep, and its answers.
+        """The results of a sweep, and its answers.
 
-        A sweep changes no span, so one for which the device has too little memory is computed again, in smaller parts.
+        A sweep changes no span, so one that runs out of device memory is computed again, in smaller parts.
         """
         executor, scheduler, device = self._parts.executor, self._parts.scheduler, self._parts.arena.device
         while batches:

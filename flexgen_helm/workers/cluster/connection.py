@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from engine.errors import ConfigError, EngineError, InstallationError, one_line
@@ -16,8 +17,10 @@ _ANSWER_S = 5.0
 """For a port to answer."""
 _CONNECT_S = 15.0
 """For a cluster whose port answers to take this process in."""
-_OFF = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
-"""What a local cluster is started with, unless the user's environment says otherwise."""
+_START_S = 180.0
+"""For a cluster to be started here, which takes seconds where the machine is not busy."""
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
+"""No statistics are sent, and no cluster is started unasked, unless the user's environment says otherwise."""
 
 
 def import_ray() -> Any:
@@ -40,16 +43,16 @@ def connect(address: str, num_workers: int | None) -> Any:
         raise ConfigError(
             f"--ray {address}: Ray's client is not used; run this command on a machine of the cluster with --ray auto"
         )
+    _quieten()  # before Ray is imported, which reads it then
     ray = import_ray()
     if ray.is_initialized():
         return ray
-    _quieten()
     if address == "local":
         _start(ray, num_workers)
     else:
         if address != "auto":
             _check_answers(address)
-        _within(_CONNECT_S, lambda: ray.init(address=address, **_SETTINGS), address)
+        _join(ray, address)
     return ray
 
 
@@ -57,14 +60,27 @@ _SETTINGS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ER
 
 
 def _quieten() -> None:
-    for name, value in _OFF.items():
+    for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
 
-def _start(ray: Any, num_workers: int | None) -> None:
-    cores = os.cpu_count() or 1
+def _join(ray: Any, address: str) -> None:
     try:
-        ray.init(address="local", num_cpus=max(cores, num_workers or 1), include_dashboard=False, **_SETTINGS)
+        _within(_CONNECT_S, lambda: ray.init(address=address, **_SETTINGS))
+    except TimeoutError:
+        within = f"{_ANSWER_S + _CONNECT_S:.0f} s"
+        raise ConfigError(f"--ray {address}: no Ray cluster has answered within {within}") from None
+    except Exception as error:
+        line = one_line(error)
+        if "ersion mismatch" in line:
+            raise InstallationError(f"--ray {address}: {line}; install the same Python and Ray everywhere") from None
+        raise ConfigError(f"--ray {address}: {line}") from None
+
+
+def _start(ray: Any, num_workers: int | None) -> None:
+    cores = max(os.cpu_count() or 1, num_workers or 1)
+    try:
+        _within(_START_S, lambda: ray.init(address="local", num_cpus=cores, include_dashboard=False, **_SETTINGS))
     except Exception as error:
         raise EngineError(f"a Ray cluster cannot be started on this machine: {one_line(error)}") from error
 
@@ -84,27 +100,18 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
-def _within(seconds: float, init: Callable[[], Any], address: str) -> None:
-    """Call `init`, but give up waiting: Ray waits for minutes at a port where something else listens."""
-    outcome: list[BaseException | None] = []
+def _within(seconds: float, init: Callable[[], Any]) -> None:
+    """Call `init`, raise what it raises, and `TimeoutError` where it takes longer.
+
+    Ray waits for minutes at a port where something else listens. In a thread it leaves the signals' handlers alone.
+    """
+    found: Future[Any] = Future()
 
     def run() -> None:
         try:
-            init()
-            outcome.append(None)
+            found.set_result(init())
         except BaseException as error:
-            outcome.append(error)
+            found.set_exception(error)
 
-    thread = threading.Thread(target=run, name="flexgen-connect", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise ConfigError(f"--ray {address}: no Ray cluster has answered within {_ANSWER_S + seconds:.0f} s")
-    error = outcome[0]
-    if error is None:
-        return
-    if "ersion mismatch" in str(error):
-        raise InstallationError(
-            f"--ray {address}: {one_line(error)}; install the same Python and Ray on all machines"
-        ) from None
-    raise ConfigError(f"--ray {address}: {one_line(error)}") from None
+    threading.Thread(target=run, name="flexgen-connect", daemon=True).start()
+    found.result(seconds)

@@ -31,7 +31,7 @@ def check_cluster_flags(args: argparse.Namespace) -> None:
     """Raise `ConfigError` for flags that cannot be meant; reaches for nothing."""
     if args.ray is None:
         for name in ("workers", "gpus_per_worker", "no_wait"):
-            if getattr(args, name) not in (None, False):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
                 raise ConfigError(f"--{name.replace('_', '-')} is for --ray; give that too")
     Wanted(workers=args.workers, gpus_per_worker=args.gpus_per_worker).check()
 

@@ -49,7 +49,8 @@ class RayCluster:
         self._wanted, self._open_engine = wanted or Wanted(), open_engine
         self._wanted.check()
         self._ray: Any = connect(address, self._wanted.workers)
-        atexit.register(self._ray.shutdown)
+        self._engines: list[HostsEngine] = []
+        atexit.register(self.close)
         if not wait:
             check_room(self._ray, self._wanted)
 
@@ -77,7 +78,15 @@ class RayCluster:
             finally:
                 source.close()
 
-        return HostsEngine(opening, supply, expected, path=path, digest=digest)
+        engine = HostsEngine(opening, supply, expected, path=path, digest=digest)
+        self._engines.append(engine)
+        return engine
+
+    def close(self) -> None:
+        """Close what was opened and leave the cluster, which ends if it was started here."""
+        for engine in self._engines:
+            engine.close()
+        self._ray.shutdown()
 
 
 def _some(jobs: Sequence[Job]) -> list[tuple[int, Job]]:
