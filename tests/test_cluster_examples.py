@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from engine.policy import Policy
+from flexgen_helm.commands.sweep import sweep_parser
+from flexgen_helm.runs.flags import parse_run_flags
 
 CLUSTER = Path(__file__).resolve().parent.parent / "examples" / "cluster"
 
@@ -83,10 +88,17 @@ def commands() -> list[list[str]]:
     return [shlex.split(batch.removeprefix("command=(").removesuffix(")")), shlex.split(ours)]
 
 
+def parsed(command: list[str]) -> argparse.Namespace:
+    program, name, *arguments = command
+    assert (program, name) == ("flexgen-helm", "sweep")
+    return parse_run_flags(arguments, sweep_parser())
+
+
 def test_a_rays_job_runs_what_the_batch_script_runs_and_takes_its_cluster_down() -> None:
-    of_batch, of_job = commands()
-    model = of_batch.index("--model") + 1
-    assert of_batch[:model] + of_batch[model + 1 :] == of_job[:model] + of_job[model + 1 :]
+    of_batch, of_job = (parsed(words) for words in commands())
+    assert {**vars(of_batch), "model": None} == {**vars(of_job), "model": None, "policy": of_batch.policy}
+    assert of_batch.ray == "auto"
+    assert Policy.load(CLUSTER / of_job.policy).dtype == "bfloat16"  # a head without GPUs would take float32
     spec = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["backoffLimit"] > 0  # else nobody goes on where it was
