@@ -19,8 +19,9 @@ _CONNECT_S = 15.0
 """For a cluster whose port answers to take this process in."""
 _START_S = 180.0
 """For a cluster to be started here, which takes seconds where the machine is not busy."""
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
-"""No statistics are sent, and no cluster is started unasked, unless the user's environment says otherwise."""
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
+"""No statistics are sent, no cluster is started unasked, and Ray's libraries do not warn on the terminal, unless the
+user's environment says otherwise."""
 
 
 def import_ray() -> Any:
@@ -32,17 +33,29 @@ def import_ray() -> Any:
     return ray
 
 
-def connect(address: str, num_workers: int | None) -> Any:
-    """Be part of the cluster at `address`; returns ray.
-
-    An empty address is that of RAY_ADDRESS, or else a cluster that is started on this machine with room for
-    `num_workers`; "auto" is one that runs on this machine; "local" starts one. Raises `EngineError`.
-    """
-    address = address or os.environ.get("RAY_ADDRESS", "") or "local"
+def check_address(address: str) -> None:
+    """Raise `ConfigError` where nothing answers at `address`, within seconds and without Ray."""
+    address = _meant(address)
     if address.startswith("ray://"):
         raise ConfigError(
             f"--ray {address}: Ray's client is not used; run this command on a machine of the cluster with --ray auto"
         )
+    if address not in ("auto", "local"):
+        _check_answers(address)
+
+
+def _meant(address: str) -> str:
+    return address or os.environ.get("RAY_ADDRESS", "") or "local"
+
+
+def connect(address: str, num_workers: int | None) -> Any:
+    """Be part of the cluster at `address`; returns ray.
+
+    An empty address is that of RAY_ADDRESS, or else a cluster that is started on this machine with room for
+    `num_workers`; "auto" is one that runs on this machine; "local" starts one. `check_address` was asked before.
+    Raises `EngineError`.
+    """
+    address = _meant(address)
     _quieten()  # before Ray is imported, which reads it then
     ray = import_ray()
     if ray.is_initialized():
@@ -50,8 +63,6 @@ def connect(address: str, num_workers: int | None) -> Any:
     if address == "local":
         _start(ray, num_workers)
     else:
-        if address != "auto":
-            _check_answers(address)
         _join(ray, address)
     return ray
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from engine.errors import ConfigError
+from flexgen_helm.workers.cluster.connection import check_address
 from flexgen_helm.workers.cluster.slots import Wanted
 from flexgen_helm.workers.engine_processes import engine_processes
 
@@ -28,12 +29,14 @@ def add_cluster_flags(group: argparse._ActionsContainer) -> None:
 
 
 def check_cluster_flags(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` for flags that cannot be meant; reaches for nothing."""
+    """Raise `ConfigError` for flags that cannot be meant, or an address where nothing answers; loads no Ray."""
     if args.ray is None:
         for name in ("workers", "gpus_per_worker", "no_wait"):
             if getattr(args, name) is not None and getattr(args, name) is not False:
                 raise ConfigError(f"--{name.replace('_', '-')} is for --ray; give that too")
     Wanted(workers=args.workers, gpus_per_worker=args.gpus_per_worker).check()
+    if args.ray is not None:
+        check_address(args.ray)
 
 
 def use_cluster(args: argparse.Namespace) -> None:

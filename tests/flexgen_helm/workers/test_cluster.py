@@ -67,7 +67,7 @@ def test_what_has_room_is_counted_machine_by_machine() -> None:
 )
 def test_an_address_that_cannot_be_one_is_refused(address: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        connection.connect(address, None)
+        connection.check_address(address)
 
 
 def test_a_port_that_nobody_listens_at_is_named_at_once() -> None:
@@ -75,7 +75,7 @@ def test_a_port_that_nobody_listens_at_is_named_at_once() -> None:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"--ray {address}: nothing answers there"):
-            connection.connect(address, None)
+            connection.check_address(address)
 
 
 @pytest.mark.parametrize(
