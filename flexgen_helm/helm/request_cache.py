@@ -29,11 +29,6 @@ _T = TypeVar("_T")
 
 _TABLE = "CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)"
 """As sqlitedict writes it."""
-_PAGE_BYTES = 16384
-"""Of a new file: keys are prompts, and one of more than a quarter of a page is a chain of pages, all of which are read
-to compare it with another."""
-_CACHE_KB = 65536
-"""Of pages in memory: answers of a sweep that do not fit are written twice, and waited for in between."""
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _AT_A_TIME = 1000
 """Rows that are taken over from a damaged file in one transaction."""
@@ -45,6 +40,11 @@ _SUM = b"\x00flexgen-sha256\x00"
 _FIRST = '{"chat_template": '
 """What keys of ours begin with: HELM writes the parts of a key in the order of their names."""
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_PAGE_BYTES = 16384
+"""Of a new file: keys are prompts, and one of more than a quarter of a page is a chain of pages, all of which are read
+to compare it with another."""
+_CACHE_KB = 65536
+"""Of pages in memory: answers of a sweep that do not fit are written twice, and waited for in between."""
 
 
 class CacheFull(EngineError):
