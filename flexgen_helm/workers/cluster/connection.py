@@ -122,6 +122,8 @@ def _within(seconds: float, init: Callable[[], Any]) -> None:
             found.set_result(init())
         except BaseException as error:
             found.set_exception(error)
+        else:
+            threading.Event().wait()  # a cluster's processes end with the thread that has started them
 
     threading.Thread(target=run, name="flexgen-connect", daemon=True).start()
     found.result(seconds)
