@@ -21,7 +21,7 @@ from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.terminal.progress import Progress
-from flexgen_helm.workers.cluster.flags import WORKERS, add_cluster_flags, check_cluster_flags, use_cluster
+from flexgen_helm.workers.cluster.flags import add_cluster_flags, check_cluster_flags, use_cluster
 from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def complete_parser() -> Parser:
         texts=["stop", "served_model_name"],
         prompts=["prompts"],
     )
-    parser.group("model").add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
+    model = parser.group("model")
+    model.add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
+    add_cluster_flags(model)
     asked = parser.group("what to ask")
     asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
     asked.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
@@ -87,7 +89,6 @@ def complete_parser() -> Parser:
         "--stop", action="append", default=[], metavar="TEXT", help=r"ends a completion; \n is a new line; repeatable"
     )
     add_policy_flags(parser.group("policy", POLICY))
-    add_cluster_flags(parser.group("workers", WORKERS))
     output = parser.group("output")
     output.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL, gone on with if it is there")
     output.add_argument("--debug", action="store_true", help="show tracebacks")

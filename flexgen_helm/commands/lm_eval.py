@@ -10,7 +10,7 @@ from engine.errors import EngineError, InstallationError, named
 from flexgen_helm.runs.flags import add_memory_flags
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
-from flexgen_helm.workers.cluster.flags import WORKERS, add_cluster_flags, check_cluster_flags
+from flexgen_helm.workers.cluster.flags import add_cluster_flags, check_cluster_flags
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def lm_eval_parser() -> Parser:
         allow_abbrev=False,
     )
     add_memory_flags(parser.group("policy"))
-    add_cluster_flags(parser.group("workers", WORKERS))
+    add_cluster_flags(parser.group("workers"))
     return parser
 
 

@@ -15,7 +15,7 @@ from flexgen_helm.runs.names import check_one_file_system, check_suite_name
 from flexgen_helm.terminal.deadline import Deadline
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
-from flexgen_helm.workers.cluster.flags import WORKERS, add_cluster_flags, check_cluster_flags, use_cluster
+from flexgen_helm.workers.cluster.flags import add_cluster_flags, check_cluster_flags, use_cluster
 from flexgen_helm.workers.engine_processes import engine_processes
 from flexgen_helm.workers.helper_processes import prepare_helpers
 
@@ -51,11 +51,11 @@ def sweep_parser() -> Parser:
     told = "chat model that gives the verdicts for which HELM's annotators name API models; may be --model's own"
     model.add_argument("--judge", metavar="MODEL", help=told)
     model.add_argument("--judge-policy", metavar="POLICY", help="where the judge lives, as --policy (default: auto)")
+    add_cluster_flags(model)
     output = parser.group("output")
     output.add_argument("--suite", help="name of the suite (required): the directory of its runs")
     output.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
     add_stop_flag(parser)
-    add_cluster_flags(parser.group("workers", WORKERS))
     # HELM's adapters and metrics are Python: more threads make them slower.
     parser.set_defaults(num_threads=1, suite=None)
     return parser

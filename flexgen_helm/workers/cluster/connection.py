@@ -19,9 +19,8 @@ _CONNECT_S = 15.0
 """For a cluster whose port answers to take this process in."""
 _START_S = 180.0
 """For a cluster to be started here, which takes seconds where the machine is not busy."""
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
-"""No statistics are sent, no cluster is started unasked, and Ray's libraries do not warn on the terminal, unless the
-user's environment says otherwise."""
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
+"""No statistics are sent, and no cluster is started unasked, unless the user's environment says otherwise."""
 
 
 def import_ray() -> Any:
@@ -123,6 +122,8 @@ def _within(seconds: float, init: Callable[[], Any]) -> None:
             found.set_result(init())
         except BaseException as error:
             found.set_exception(error)
+        else:
+            threading.Event().wait()  # a cluster's processes end with the thread that has started them
 
     threading.Thread(target=run, name="flexgen-connect", daemon=True).start()
     found.result(seconds)

@@ -9,8 +9,6 @@ from flexgen_helm.workers.cluster.connection import check_address
 from flexgen_helm.workers.cluster.slots import Wanted
 from flexgen_helm.workers.engine_processes import engine_processes
 
-WORKERS = "other machines, or several workers on this one; see docs/several-machines.md"
-
 
 def add_cluster_flags(group: argparse._ActionsContainer) -> None:
     """Add what `use_cluster` reads."""

@@ -48,7 +48,7 @@ def open_all(supply: MadeSupply) -> None:
         host.vouch()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 2**32), st.floats(0, 0.5))
 def test_each_job_is_answered_once_however_hosts_come_and_go(
     count: int, num_hosts: int, seed: int, how_often: float

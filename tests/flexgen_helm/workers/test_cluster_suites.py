@@ -114,11 +114,11 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(
     while driver.poll() is None:
         time.sleep(1.0)
         workers = workers_of(sweep.mark)
-        whole_s += 1.0 if len(workers) == 4 else 0.0
-        if whole_s and whole_s % KILL_EVERY_S == 0 and workers:
+        whole_s += len(workers) == 4  # time with all workers there
+        if whole_s >= (kills + 1) * KILL_EVERY_S and len(workers) == 4:
             os.kill(dice.choice(workers), signal.SIGKILL)
             kills += 1
-        if drivers == 1 and kills == 1 and whole_s % KILL_EVERY_S == KILL_EVERY_S / 2:
+        elif drivers == 1 and whole_s >= 1.5 * KILL_EVERY_S:
             driver.kill()
             driver.wait()
             drivers = 2
