@@ -16,7 +16,7 @@ from flexgen_helm.helm.requests.results import Timing
 from flexgen_helm.workers.running_engine import RunningEngine
 
 _CLOSING_S = 0.1
-"""How often an engine that is to end is told so, until it has."""
+"""How often an engine that must end is told to end, until it has."""
 
 Tell = Callable[[list[Answer] | BaseException], None]
 _Done = list[tuple[Work, Timing]]
@@ -27,17 +27,17 @@ class _Ended:
 
 
 class Feed:
-    """Asks a model's engine portion by portion and keeps its answers in HELM's cache, in threads of its own.
+    """Sends requests to a model's engine in portions and stores its answers in HELM's cache, in threads of its own.
 
-    A context manager. When it is left before everything is answered, as by an interrupt, the engine ends after the pass
-    at hand, whose answers are kept, too.
+    A context manager. When it is left before everything is answered, as by an interrupt, the engine ends after the
+    current sweep, whose answers are stored, too.
     """
 
     def __init__(self, client: FlexGenClient, observe: Observer, tell: Tell) -> None:
-        """`observe` sees the engine's sweeps, in a thread of the engine.
+        """`observe` gets the engine's sweeps, in a thread of the engine.
 
         `tell` is called in another thread: with no answers when the engine is open, with answers as soon as they are
-        kept, and with what ended the engine, if anything did, which is the last.
+        stored, and last with the error that ended the engine, if any.
         """
         self._engine: RunningEngine | None = None
         self._client = client
@@ -76,7 +76,7 @@ class Feed:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the engine has been asked for anything."""
+        """Whether any request was sent to the engine."""
         return self._num_open > 0
 
     @property

@@ -28,7 +28,7 @@ class RunningEngine(Protocol):
     def compare_with_stock(
         self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
     ) -> Findings:
-        """Compute what `completions` tell of `jobs` once more, beside stock layers of transformers."""
+        """Compute `completions` of `jobs` again, together with stock layers of transformers."""
 
     def close(self) -> None:
         """Give back all memory and files."""
