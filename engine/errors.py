@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -81,6 +82,14 @@ def named(error: BaseException) -> str:
     """The type and the message, as `one_line`, of an error that was not raised on purpose."""
     kind, line = type(error).__name__, one_line(error)
     return line if line == kind else f"{kind}: {line}"
+
+
+def carried(error: BaseException) -> BaseException:
+    """An error that another process can read: one of ours as it is, else its line, with the traceback as a note."""
+    told = error if isinstance(error, EngineError) else EngineError(f"the engine failed: {one_line(error)}")
+    if type(told) is EngineError:
+        told.add_note("".join(traceback.format_exception(error)))
+    return told.with_traceback(None)
 
 
 def shown(value: object) -> str:

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +18,10 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from engine.asking.pending import Pending
-from engine.errors import EngineError, one_line
+from engine.errors import EngineError, carried, one_line
 from engine.planning.devices import Device
 from engine.planning.hardware import available_memory, resolve_device
+from engine.workers.answering import Answering
 from engine.workers.messages import (
     Ask,
     Check,
@@ -33,9 +30,7 @@ from engine.workers.messages import (
     Compare,
     Compared,
     Digested,
-    Done,
     Drop,
-    Entered,
     Fault,
     Loaded,
     Look,
@@ -48,7 +43,6 @@ from engine.workers.messages import (
     Tells,
     Told,
 )
-from engine.workers.packing import PackedCompletions
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -84,13 +78,8 @@ class Serving:
         self._inbox: queue.SimpleQueue[Told] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Tells | threading.Event | None] = queue.SimpleQueue()
         """What is to be told; an event is set when all before it has left, and None ends it."""
-        self._calls: dict[int, list[Pending]] = {}
-        """What has not ended of each call."""
-        self._dropping = threading.Lock()
-        self._passing: list[threading.Thread] = []
-        """Those that pass on what calls are answered."""
+        self._answering = Answering(self._outbox.put, self._tell, self._fail)
         self._is_open = False
-        self._is_ending = False
 
     def run(self) -> None:
         """Open what is asked for and serve it; returns when everything has been told."""
@@ -101,8 +90,7 @@ class Serving:
             self._serve()
         except BaseException as error:
             self._fail(error)
-        for thread in self._passing:
-            thread.join()
+        self._answering.wait()
         self._outbox.put(None)
         sender.join()
         os._exit(0)  # everything is given back, and nothing of what an interpreter tidies up matters here
@@ -146,33 +134,13 @@ class Serving:
             threading.Thread(target=self._follow_loading, args=(engine,), name="flexgen-loaded", daemon=True).start()
             while not isinstance(told := self._inbox.get(), Close):
                 self._do(engine, told)
-            self._is_ending = True
+            self._answering.end()
 
     def _do(self, engine: Engine, told: Told) -> None:
         if isinstance(told, Ask):
-            jobs = told.jobs.unpack()
-            numbers = [number for number, _ in jobs]
-
-            def entered(indices: list[int]) -> None:
-                self._tell(Entered(numbers=np.array([numbers[index] for index in indices])))
-
-            try:
-                pending = engine.sweeps_of_checked((job for _, job in jobs), entered)
-            except BaseException as error:  # of which the engine has ended meanwhile
-                self._fail(error)
-                return
-            with self._dropping:
-                self._calls.setdefault(told.call, []).append(pending)
-            passing = threading.Thread(
-                target=self._pass_on, args=(told.call, pending, numbers), name="flexgen-call", daemon=True
-            )
-            passing.start()
-            self._passing = [thread for thread in (*self._passing, passing) if thread.is_alive()]
+            self._answering.ask(engine, told.call, told.jobs)
         elif isinstance(told, Drop):
-            with self._dropping:
-                dropped = self._calls.pop(told.call, [])
-            for pending in dropped:
-                pending.close()
+            self._answering.drop(told.call)
         elif isinstance(told, Compare):
             threading.Thread(target=self._compare, args=(engine, told), name="flexgen-compare", daemon=True).start()
 
@@ -183,27 +151,13 @@ class Serving:
         self._outbox.put(left)
         left.wait()
 
-    def _pass_on(self, call: int, pending: Pending, numbers: list[int]) -> None:
-        try:
-            for finished in pending:
-                done = PackedCompletions.of([(numbers[index], completion) for index, completion in finished])
-                self._outbox.put(Done(completions=done))
-        except BaseException as error:
-            if not self._is_ending:  # else it says that it was closed
-                self._fail(error)
-        finally:
-            with self._dropping:
-                self._calls[call] = [each for each in self._calls.get(call, ()) if each is not pending]
-                if not self._calls[call]:
-                    del self._calls[call]
-
     def _compare(self, engine: Engine, told: Compare) -> None:
         try:
             outcome: Any = engine.compare_with_stock(
                 told.jobs, told.completions, lambda done, total: self._outbox.put(Stage(done=done, total=total))
             )
         except BaseException as error:
-            outcome = _carried(error)
+            outcome = carried(error)
         self._outbox.put(Compared(outcome=outcome))
 
     def _follow_loading(self, engine: Engine) -> None:
@@ -216,7 +170,7 @@ class Serving:
             self._outbox.put(Digested(digest=None, error=error))
 
     def _fail(self, error: BaseException) -> None:
-        self._outbox.put(Fault(error=_carried(error)))
+        self._outbox.put(Fault(error=carried(error)))
 
     def _receive(self) -> None:
         try:
@@ -270,7 +224,7 @@ def _checked(check: Check) -> Checked:
     try:
         check_model(check.description, check.policy)
     except BaseException as error:
-        return Checked(error=_carried(error))
+        return Checked(error=carried(error))
     return Checked(error=None)
 
 
@@ -289,11 +243,3 @@ def _seen(look: Look) -> Seen:
         return Seen(devices=devices, free=accelerator.memory(torch.device(device)), memory=memory)
     except EngineError as error:
         return Seen(devices=devices, free=None, memory=error)
-
-
-def _carried(error: BaseException) -> BaseException:
-    """An error that another process can read: one of ours as it is, else its line, with the traceback as a note."""
-    carried = error if isinstance(error, EngineError) else EngineError(f"the engine failed: {one_line(error)}")
-    if type(carried) is EngineError:
-        carried.add_note("".join(traceback.format_exception(error)))
-    return carried.with_traceback(None)

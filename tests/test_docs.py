@@ -151,10 +151,12 @@ def test_every_flag_in_the_text_exists() -> None:
     text = re.sub(r"```.*?```", "", GUIDES, flags=re.DOTALL)
     others = {
         "--description",
+        "--exclusive",
         "--now",
+        "--requeue",
         "--signal",
         "--summarizer-class-name",
-    }  # FlexGen, systemd, Slurm, helm-summarize
+    }  # FlexGen, Slurm, systemd, Slurm, Slurm, helm-summarize
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others
     assert flags
     assert [flag for flag in flags if flag not in known] == []

@@ -28,6 +28,7 @@ ROOMS = {
         "verification",
         "asking",
         "workers",
+        "hosts",
     ),
     "flexgen_helm": (
         "terminal",

@@ -43,9 +43,17 @@ class Front(ABC):
     def pad_token(self) -> int:
         """The token id with which `generate` pads rows."""
 
-    @abstractmethod
     def _accepted(self, jobs: Iterable[Job]) -> tuple[dict[int, Any], Finished]:
         """Return by position the jobs that can run, in the engine's internal form, and completions for the others."""
+        good: dict[int, Any] = {}
+        bad: Finished = []
+        for index, job in enumerate(jobs):
+            try:
+                self._check(job)
+                good[index] = job
+            except JobError as error:
+                bad.append((index, Completion(error=error)))
+        return good, bad
 
     @abstractmethod
     def _submit(self, call: Call) -> None:

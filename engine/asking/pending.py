@@ -29,6 +29,11 @@ class Call:
     entered: Callable[[list[int]], None] | None = None
     """A callback that gets the positions of jobs whose first sweep is about to begin; it neither blocks nor raises."""
 
+    def begin(self, positions: list[int]) -> None:
+        """Tell whoever wants to know that the first sweep of these jobs is about to begin."""
+        if self.entered is not None:
+            self.entered(positions)
+
 
 class Pending(Iterator[Finished]):
     """The completions of one call, one list a sweep; closing or deleting the object drops the jobs that have not ended.

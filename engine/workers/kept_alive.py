@@ -65,13 +65,12 @@ class KeptAlive:
         self._crew = Crew(openings, self._take, self._died)
         self._observe, self._changed = observe, threading.Condition()
         self._opened: Opened | None = None
-        self._is_ready = False  # whether the engine has been open on every device
+        self._is_ready = self._is_closing = False  # ready: the engine has been open on every device
         self._digested: Digested | None = None
         policy = openings[0].policy
         does_share = policy.share_prefix and policy.pad_to_seq_len is None
         self._ledger = Ledger(len(openings), share_prefix=does_share, in_step=self._crew.gathers)
         self._fault: BaseException | None = None
-        self._is_closing = False
         self._notes: list[str] = []  # warnings while the model was being opened
         self._comparison = Comparison()
         with self._changed:
@@ -182,7 +181,8 @@ class KeptAlive:
             elif isinstance(told, Done):
                 self._deliver(told.completions.unpack())
             elif isinstance(told, Entered):
-                self._ledger.entered(told.numbers.tolist())
+                for call, begun in self._ledger.entered(told.numbers.tolist()):
+                    call.begin(begun)
                 self._feed()
             elif isinstance(told, Opened):
                 self._take_opened(place, told)

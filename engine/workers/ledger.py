@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from engine.asking.pending import Call, Finished
 from engine.job import Completion, Job
 from engine.workers.sharing_out import Room, SharingOut
-from engine.workers.suspects import Suspects
+from engine.workers.suspects import STRIKES, Suspects
 
 Asked = dict[int, list[tuple[int, Job]]]
 """Jobs with their numbers, by the number of their call."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Waiting:
     call: Call
     call_number: int
@@ -29,16 +29,21 @@ class Ledger:
     Of several devices each gets a part of the jobs (see `SharingOut`); one gets all of them, as they come.
     """
 
-    def __init__(self, num_places: int = 1, *, share_prefix: bool = True, in_step: bool = False) -> None:
-        """`num_places`: devices. `in_step`: their processes live and die together."""
+    def __init__(
+        self, num_places: int = 1, *, share_prefix: bool = True, in_step: bool = False, strikes: int = STRIKES
+    ) -> None:
+        """`num_places`: devices; 0 where they come and go. `in_step`: their processes live and die together.
+
+        `strikes`: deaths that a job took part in until it is suspected of them.
+        """
         self._alive = set(range(num_places))
-        self._is_shared = num_places > 1
+        self._is_shared = num_places != 1
         self._in_step = in_step
         self._asked: dict[int, _Waiting] = {}
         self._shares = SharingOut(num_places, share_prefix=share_prefix)
         self._entered: set[int] = set()
         """Those that have been begun to compute."""
-        self._suspects = Suspects()
+        self._suspects = Suspects(strikes)
         self._apart: int | None = None
         """The device that computes suspects by themselves."""
         self._numbers, self._call_numbers = itertools.count(), itertools.count()
@@ -60,6 +65,8 @@ class Ledger:
 
     def drop(self, call: Call) -> int | None:
         """Forget what of a call is not answered; the number that processes know it by, if anything was left."""
+        if not call.left:  # as of each that has ended: all that others wait for would be looked through
+            return None
         gone = {number: asked.call_number for number, asked in self._asked.items() if asked.call is call}
         self._forget(gone)
         return next(iter(gone.values()), None)
@@ -80,11 +87,16 @@ class Ledger:
                 self._shares.hand_over(place, given[place])
         return {place: self._by_call(numbers) for place, numbers in given.items() if numbers}
 
-    def entered(self, numbers: Iterable[int]) -> None:
-        """Take in that a process has begun to compute jobs."""
+    def entered(self, numbers: Iterable[int]) -> list[tuple[Call, list[int]]]:
+        """Take in that a process has begun to compute jobs; returns them by call and position."""
         known = [number for number in numbers if self._shares.is_held(number)]  # else its process has ended meanwhile
         self._entered.update(known)
         self._shares.entered(known)
+        begun: dict[int, tuple[Call, list[int]]] = {}
+        for number in known:
+            asked = self._asked[number]
+            begun.setdefault(asked.call_number, (asked.call, []))[1].append(asked.index)
+        return list(begun.values())
 
     def answered(self, done: Iterable[tuple[int, Completion]]) -> list[tuple[Call, Finished]]:
         """Take in answers; returns them by call and position, without those that nobody waits for any more."""
@@ -114,15 +126,21 @@ class Ledger:
         self._shares.remove(had)
         for place in places:
             self._shares.give_up(place)
-        self._apart = None
+        if self._apart in places:  # else a trial goes on there
+            self._apart = None
         suspects = self._suspects.jobs
-        self._shares.remove(suspects)
         self._shares.add({number: self._asked[number].job for number in had if number not in suspects})
         return failed
+
+    def join(self, place: int) -> None:
+        """Take in that there is another device; its number must be new."""
+        self._alive.add(place)
+        self._shares.join(place)
 
     def give_up(self, place: int) -> None:
         """Take in that a device, whose process has ended, gets no other one."""
         self._alive.discard(place)
+        self._shares.leave(place)
 
     def is_on_trial(self, place: int) -> bool:
         """Whether what a device computes are suspects, or it may have been: its death tells nothing of the device."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.asking.front import Front
-from engine.asking.pending import Call, Finished
-from engine.errors import JobError, UnsupportedError
+from engine.asking.pending import Call, Pending
+from engine.errors import UnsupportedError
 from engine.job import Completion, Job
 from engine.member import Member
 from engine.planning.planner import Plan
@@ -22,6 +22,7 @@ from engine.workers.kept_alive import KeptAlive
 from engine.workers.messages import Open, Opened
 from engine.workers.process import WorkerProcess
 from engine.workers.seats import seats_for
+from engine.workers.sharing_out import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,6 +104,11 @@ class RemoteEngine(Front):
         return self.opened.plan
 
     @property
+    def sweep(self) -> Room:
+        """What fills a sweep of one device."""
+        return Room(rows=self.plan.limits.rows_per_sweep, jobs=self.plan.limits.seats)
+
+    @property
     def window(self) -> int | None:
         """Most positions of a sequence; None when the model sets no limit."""
         return self.opened.window
@@ -134,6 +140,12 @@ class RemoteEngine(Front):
         """Devices that are no longer used since their process ended again and again, by name, and how."""
         return dict(self._place.given_up)
 
+    def sweeps_of_checked(self, jobs: Iterable[Job], entered: Callable[[list[int]], None]) -> Pending:
+        """As `Engine.sweeps_of_checked`."""
+        pending = Pending(dict(enumerate(jobs)), [], self._abandon, entered)
+        self._submit(pending.call)
+        return pending
+
     def weights_digest(self) -> str | None:
         """As `Engine.weights_digest`."""
         return self._place.digest()
@@ -153,17 +165,6 @@ class RemoteEngine(Front):
     def close(self) -> None:
         """End the processes after the sweep at hand, whose completions are delivered; waiting calls fail."""
         self._place.close()
-
-    def _accepted(self, jobs: Iterable[Job]) -> tuple[dict[int, Job], Finished]:
-        good: dict[int, Job] = {}
-        bad: Finished = []
-        for index, job in enumerate(jobs):
-            try:
-                self._check(job)
-                good[index] = job
-            except JobError as error:
-                bad.append((index, Completion(error=error)))
-        return good, bad
 
     def _submit(self, call: Call) -> None:
         self._place.submit(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,21 +40,31 @@ class SharingOut:
 
     A group goes to the device that has least to compute. A device gets no more of it than it needs for its next sweeps;
     the rest stays here, its own, until another device has nothing left: that one takes half of the largest rest. A
-    group that is larger than a fair share of all that nobody has yet is divided when it is handed out.
+    group that is larger than a fair share of all that is left is cut, and one that is larger than a fair share of what
+    no device has is divided when it is handed out.
+
+    Made for a thousand devices and millions of jobs: what it does takes time by the jobs that it is about, not by all
+    that wait, but for a look at each device where new jobs come and where one has run dry.
     """
 
     def __init__(self, num_places: int, *, share_prefix: bool = True) -> None:
-        """`num_places`: devices, by number. `share_prefix`: whether devices compute a shared prefix once."""
+        """`num_places`: devices, by number, at first. `share_prefix`: whether devices compute a shared prefix once."""
         self._share_prefix = share_prefix
         self._held = {place: _Held() for place in range(num_places)}
         self._place_of: dict[int, int] = {}
         self._unsent: dict[int, Job] = {}
+        self._ungrouped: dict[int, Job] = {}
+        """Of those, the ones that have come since groups were made."""
         self._loads: dict[int, Load] = {}
         """Of jobs among the unsent that are in groups."""
         self._tokens = 0
         """Of those."""
         self._groups: deque[Group] = deque()
         """With loads of jobs that may be gone."""
+        self._gone: set[int] = set()
+        """Jobs that were forgotten while they were in groups, which may still have them."""
+        self._newest = -1
+        """The highest number of a job that has been in a group."""
         self._family_of: dict[int, int] = {}
         """Of jobs that devices have, and of those in groups."""
         self._begun: dict[int, Group] = {}
@@ -62,6 +73,16 @@ class SharingOut:
     def add(self, jobs: Mapping[int, Job]) -> None:
         """Take in jobs, by number."""
         self._unsent.update(jobs)
+        self._ungrouped.update(jobs)
+
+    def join(self, place: int) -> None:
+        """Take in that there is another device."""
+        self._held[place] = _Held()
+
+    def leave(self, place: int) -> None:
+        """Take in that a device, which has nothing any more, gets nothing more."""
+        self.give_up(place)
+        del self._held[place]
 
     @property
     def unsent(self) -> list[int]:
@@ -101,7 +122,8 @@ class SharingOut:
     def remove(self, numbers: Iterable[int]) -> None:
         """Forget jobs, wherever they are."""
         for number in numbers:
-            self._take(number)
+            if self._take(number) is not None:
+                self._gone.add(number)
             place = self._place_of.pop(number, None)
             if place is not None:
                 held = self._held[place]
@@ -122,12 +144,16 @@ class SharingOut:
         """What each of these devices is to get now, in the order to compute it in; it has that from now on."""
         self._make_groups()
         given: dict[int, list[int]] = {}
-        hungry = set(rooms)
+        hungry = [(self.tokens(place), place) for place in rooms]
+        heapq.heapify(hungry)
+        may_take = True
         while hungry:
-            place = min(hungry, key=lambda place: (self.tokens(place), place))
-            part = self._next(place, rooms) if self._has_room(place, rooms[place]) else None
+            _, place = heapq.heappop(hungry)
+            if not self._has_room(place, rooms[place]):
+                continue
+            part = self._next(place, rooms, may_take=may_take)
             if part is None:
-                hungry.discard(place)
+                may_take = may_take and bool(self._held[place].waiting)  # else it has found nothing that may be taken
                 continue
             numbers = [load.number for load in part.loads]
             again = part.inherited if part.family not in self._held[place].families else 0
@@ -137,11 +163,13 @@ class SharingOut:
                 self._tokens += again
             self.hand_over(place, numbers)
             given.setdefault(place, []).extend(numbers)
+            heapq.heappush(hungry, (self.tokens(place), place))
         return given
 
     def _take(self, number: int) -> Load | None:
         """Let a job be no longer among those that no device has."""
         self._unsent.pop(number, None)
+        self._ungrouped.pop(number, None)
         load = self._loads.pop(number, None)
         self._tokens -= 0 if load is None else load.tokens
         return load
@@ -154,14 +182,16 @@ class SharingOut:
 
     def _make_groups(self) -> None:
         """Put what has come since the last time into groups."""
-        jobs = {number: job for number, job in self._unsent.items() if number not in self._loads}
+        jobs, self._ungrouped = self._ungrouped, {}
         if not jobs:
             return
-        groups = groups_of(jobs, len(self._held), self._tokens, share_prefix=self._share_prefix)
-        if self._loads and min(jobs) < min(self._loads):  # some device had them, and has ended
+        others = self._tokens + sum(held.tokens for held in self._held.values())
+        groups = groups_of(jobs, len(self._held), others, share_prefix=self._share_prefix)
+        if min(jobs) <= self._newest:  # some device had them, and has ended
             self._groups.extendleft(reversed(groups))
         else:
             self._groups.extend(groups)
+        self._newest = max(self._newest, max(jobs))
         for group in groups:
             self._loads.update((load.number, load) for load in group.loads)
             self._family_of.update((load.number, group.family) for load in group.loads)
@@ -171,12 +201,12 @@ class SharingOut:
         held = self._held[place]
         return held.rows < room.rows and len(held.waiting) < room.jobs
 
-    def _next(self, place: int, rooms: Mapping[int, Room]) -> Group | None:
-        """What a device gets next; None where nothing is left for it."""
+    def _next(self, place: int, rooms: Mapping[int, Room], *, may_take: bool) -> Group | None:
+        """What a device gets next; None where nothing is left for it, that of others included where it `may_take`."""
         group = self._live(self._begun.pop(place, None))
         while group is None and self._groups:
             group = self._live(self._groups.popleft())
-        if group is None and not self._held[place].waiting:
+        if group is None and may_take and not self._held[place].waiting:
             group = self._half_of_the_largest_rest()
         if group is None:
             return None
@@ -199,7 +229,8 @@ class SharingOut:
         return own
 
     def _half_of_the_largest_rest(self) -> Group | None:
-        self._begun = {place: live for place, rest in self._begun.items() if (live := self._live(rest)) is not None}
+        if self._gone:
+            self._begun = {place: live for place, rest in self._begun.items() if (live := self._live(rest)) is not None}
         owner = max(self._begun, key=lambda place: self._begun[place].tokens, default=None)
         if owner is None:
             return None
@@ -212,10 +243,14 @@ class SharingOut:
 
     def _live(self, group: Group | None) -> Group | None:
         """A group without jobs that are gone; None where none is left."""
-        if group is None or all(load.number in self._loads for load in group.loads):
+        if group is None or not self._gone:
             return group
-        loads = tuple(load for load in group.loads if load.number in self._loads)
-        return replace(group, loads=loads) if loads else None
+        gone = [load.number for load in group.loads if load.number not in self._loads]
+        if not gone:
+            return group
+        self._gone.difference_update(gone)
+        group = group.only(self._loads)
+        return group if group.loads else None
 
 
 def _within(sizes: Iterable[int], most: float) -> int:

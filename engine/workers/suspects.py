@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-_STRIKES = 2
+STRIKES = 2
 """Deaths of processes that a job took part in, wherever, until it is suspected."""
 
 
@@ -22,11 +22,13 @@ class Trial:
 class Suspects:
     """Jobs that were computed when their process died, and which of them may be computed now.
 
-    All may, until some have seen two deaths. Those are then computed apart from all others: halves of them, halves of
-    the half that dies, at last one alone. One that ends its process alone, too, is to fail.
+    All may, until some have seen several deaths. Those are then computed apart from all others: halves of them, halves
+    of the half that dies, at last one alone. One that ends its process alone, too, is to fail.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strikes: int = STRIKES) -> None:
+        """`strikes`: deaths that a job took part in until it is suspected."""
+        self._strikes = strikes
         self._deaths: Counter[int] = Counter()
         self._trials: list[Trial] = []
         """To be held one after the other."""
@@ -56,7 +58,7 @@ class Suspects:
             self._trials[:1] = _halves(jobs, place)
             return []
         self._deaths.update(at_work)
-        suspected = sorted(number for number in at_work if self._deaths[number] >= _STRIKES)
+        suspected = sorted(number for number in at_work if self._deaths[number] >= self._strikes)
         self._trials += _halves(tuple(suspected), place)
         return []
 

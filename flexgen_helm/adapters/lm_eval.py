@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import dataclasses
 import inspect
@@ -23,6 +24,8 @@ from engine.text.template import check_template_ends
 from flexgen_helm.adapters.generation_settings import RULES, GenerationSettings
 from flexgen_helm.adapters.lm_eval_arguments import check_stops, device_asked, limit, refuse_others
 from flexgen_helm.planning.environment import environment
+from flexgen_helm.workers.cluster.flags import use_cluster
+from flexgen_helm.workers.engine_processes import engine_processes
 
 try:
     from jinja2 import TemplateError
@@ -54,8 +57,9 @@ class FlexGenLM(TemplateLM):
     id. `add_bos_token`, `prefix_token_id`, `think_end_token` (text, or a token's id), `enable_thinking` and
     `chat_template_args` are HFLM's; so is the rule for a device that is not there: the harness's default is then the
     policy's, or the CPU. Texts follow the checkpoint's generation_config.json, as HFLM's do. The harness gives every
-    model batch sizes, which mean nothing here: the policy sizes sweeps. Raises `EngineError`; that of a bad request
-    names it and ends the evaluation.
+    model batch sizes, which mean nothing here: the policy sizes sweeps. `ray` (an address, auto, local, or
+    true), `workers`, `gpus_per_worker` and `no_wait` are flags of `flexgen-helm complete`. Raises `EngineError`; that
+    of a bad request names it and ends the evaluation.
     """
 
     def __init__(
@@ -73,6 +77,10 @@ class FlexGenLM(TemplateLM):
         gpu_memory: str | float | None = None,
         cpu_memory: str | float | None = None,
         revision: str | None = None,
+        ray: str | bool | None = None,
+        workers: int | None = None,
+        gpus_per_worker: int | None = None,
+        no_wait: bool = False,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -86,13 +94,21 @@ class FlexGenLM(TemplateLM):
         loaded = dataclasses.replace(
             named,
             dtype=dtype or named.dtype,
-            device=device_asked(device, named.device),
+            device=device_asked(device, named.device, is_here=ray is None),
             gpu_memory=limit(gpu_memory, "gpu_memory", named.gpu_memory),
             cpu_memory=limit(cpu_memory, "cpu_memory", named.cpu_memory),
         )
         loaded.check("model_args")
         self._beside_weights = identity_beside_weights(pretrained, loaded)
-        self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
+        asked = argparse.Namespace(
+            ray="" if ray is True else ray, workers=workers, gpus_per_worker=gpus_per_worker, no_wait=no_wait
+        )
+        use_cluster(asked)
+        self.engine: Any = (
+            engine.Engine.from_pretrained(pretrained, policy=loaded)
+            if ray is None
+            else engine_processes.spread(pretrained, loaded, None, (), 1.0)
+        )
         atexit.register(self.engine.close)
         self.tokenizer: Any = self.engine.tokenizer
         self._path = Path(self.tokenizer.name_or_path)

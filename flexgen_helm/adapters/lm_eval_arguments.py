@@ -56,11 +56,14 @@ def refuse_others(given: Mapping[str, Any], known: Collection[str]) -> None:
         raise ConfigError(f"model_args: unknown argument {name!r}{nearest}{template}")
 
 
-def device_asked(asked: str | None, of_policy: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """The device to run on: a harness's default that nobody may have asked for yields, as the `hf` model lets it."""
-    if asked is None or (asked == _DEFAULT_DEVICE and of_policy != "auto"):
+def device_asked(asked: str | None, of_policy: str | tuple[str, ...], *, is_here: bool = True) -> str | tuple[str, ...]:
+    """The device to run on: a harness's default that nobody may have asked for yields, as the `hf` model lets it.
+
+    `is_here`: whether it is to be one of this machine.
+    """
+    if asked is None or (asked == _DEFAULT_DEVICE and (of_policy != "auto" or not is_here)):
         return of_policy
-    if asked.startswith("cuda") and not accelerator.is_available("cuda"):
+    if is_here and asked.startswith("cuda") and not accelerator.is_available("cuda"):
         logging.getLogger("lm_eval").warning("flexgen: there is no %s here; the model runs on the CPU", asked)
         return "cpu"
     return asked

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, InstallationError
-from engine.job import Completion
+from engine.job import Completion, Job
 from engine.policy import Policy
 from flexgen_helm.commands.completion.answers import Answers, Place
 from flexgen_helm.commands.completion.own_format import OwnFormat
@@ -21,7 +21,12 @@ from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.terminal.progress import Progress
+from flexgen_helm.workers.cluster.flags import add_cluster_flags, check_cluster_flags, use_cluster
 from flexgen_helm.workers.engine_processes import engine_processes
+
+if TYPE_CHECKING:
+    from engine.hosts.hosts_engine import HostsEngine
+    from engine.workers.remote_engine import RemoteEngine
 
 _SHOWN = 20
 """Bad prompts that are named, at most."""
@@ -56,7 +61,9 @@ def complete_parser() -> Parser:
         texts=["stop", "served_model_name"],
         prompts=["prompts"],
     )
-    parser.group("model").add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
+    model = parser.group("model")
+    model.add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
+    add_cluster_flags(model)
     asked = parser.group("what to ask")
     asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
     asked.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
@@ -94,6 +101,7 @@ def complete(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     spec = policy_from_flags(args)
     policy = Policy.load("auto" if spec is None else spec)
+    check_cluster_flags(args)
     form = _format(args, parser)
     found = form.prompts()
     engine_processes.prepare()
@@ -140,6 +148,8 @@ def complete(arguments: Sequence[str]) -> int:
         left = [question for question in questions if question.place not in done]
         for prompt in bad:
             answers.add(form.refusal(prompt))
+        if left:
+            use_cluster(args)
         failures = _ask(args, policy, left, begin, answers) if left else []
         answers.sort()
     if done:
@@ -149,6 +159,13 @@ def complete(arguments: Sequence[str]) -> int:
         num_asked = sum(len(question.jobs) for question in left)
         raise RunFailed(f"{len(failures)} of {num_asked} requests failed, the first: {failures[0]}{again}")
     return 0
+
+
+def _opened(model: str, policy: Policy, jobs: Sequence[Job]) -> RemoteEngine | HostsEngine:
+    """The engine: of this machine, or of the cluster that is to be used."""
+    if engine_processes.cluster is None:
+        return engine_processes.load(model, policy)
+    return engine_processes.spread(model, policy, None, jobs, 1.0)
 
 
 def _format(args: Any, parser: Parser) -> Format:
@@ -174,15 +191,16 @@ def _ask(
     `begin` is called before the first answer is written, with the digest of the weights, and returns the keys.
     """
     jobs = [(question, at) for question in left for at in range(len(question.jobs))]
+    asked = [question.jobs[at] for question, at in jobs]
     done: dict[Place, dict[int, Completion]] = {question.place: {} for question in left}
     failures, tokens = list[str](), 0
     progress = Progress()
     progress.begin("prompts" if args.input in (None, "-") else Path(args.input).name)
     progress(0, len(jobs), 0)
     try:
-        with engine_processes.load(args.model, policy) as engine:
+        with _opened(args.model, policy, asked) as engine:
             keys: dict[Place, str] = {}
-            stream = engine.stream(question.jobs[at] for question, at in jobs)
+            stream = engine.stream(asked)
             for number, (index, completion) in enumerate(stream, 1):
                 keys = keys or begin(engine.weights_digest())  # all weights are read by the end of the first sweep
                 question, at = jobs[index]

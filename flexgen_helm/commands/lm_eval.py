@@ -10,6 +10,7 @@ from engine.errors import EngineError, InstallationError, named
 from flexgen_helm.runs.flags import add_memory_flags
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
+from flexgen_helm.workers.cluster.flags import add_cluster_flags, check_cluster_flags
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def lm_eval_parser() -> Parser:
         allow_abbrev=False,
     )
     add_memory_flags(parser.group("policy"))
+    add_cluster_flags(parser.group("workers"))
     return parser
 
 
@@ -45,7 +47,9 @@ def lm_eval(arguments: Sequence[str]) -> int:
     """
     parser = lm_eval_parser()
     limits, rest = parser.parse_known_args(arguments)
-    given = [f"{name}={value}" for name, value in vars(limits).items() if value is not None]
+    check_cluster_flags(limits)
+    limits.ray = "true" if limits.ray == "" else limits.ray
+    given = [f"{name}={value}" for name, value in vars(limits).items() if value is not None and value is not False]
     try:
         import lm_eval.models  # noqa: F401 - those of the harness, which does not add them to a registry that has one
         from lm_eval.__main__ import cli_evaluate

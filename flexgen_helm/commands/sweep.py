@@ -15,6 +15,7 @@ from flexgen_helm.runs.names import check_one_file_system, check_suite_name
 from flexgen_helm.terminal.deadline import Deadline
 from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.parser import Parser
+from flexgen_helm.workers.cluster.flags import add_cluster_flags, check_cluster_flags, use_cluster
 from flexgen_helm.workers.engine_processes import engine_processes
 from flexgen_helm.workers.helper_processes import prepare_helpers
 
@@ -50,6 +51,7 @@ def sweep_parser() -> Parser:
     told = "chat model that gives the verdicts for which HELM's annotators name API models; may be --model's own"
     model.add_argument("--judge", metavar="MODEL", help=told)
     model.add_argument("--judge-policy", metavar="POLICY", help="policy of the judge, like --policy (default: auto)")
+    add_cluster_flags(model)
     output = parser.group("output")
     output.add_argument("--suite", help="name of the suite (required): the directory of its runs")
     output.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
@@ -86,6 +88,7 @@ def sweep(arguments: Sequence[str]) -> int:
         if is_new:
             footprint.wrote(lock)
         try:
+            use_cluster(args)
             prepared.write(args.local_path, footprint.wrote)
             with JsonLog(args.json_log) as json_log:
                 return _run(args, prepared, suite_path, json_log)
@@ -104,6 +107,7 @@ def parse_sweep_flags(arguments: Sequence[str]) -> argparse.Namespace:
     check_suite_name(args.suite or "")
     if args.judge_policy is not None and args.judge is None:
         raise ConfigError("--judge-policy says where --judge lives; give --judge too")
+    check_cluster_flags(args)
     for name in _REFUSED:
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is not for sweeps; use flexgen-helm run")

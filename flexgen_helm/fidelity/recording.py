@@ -14,8 +14,9 @@ from engine.checkpoint.identity.result import Identity
 from engine.job import Completion, Job
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.client import FlexGenClient
-from flexgen_helm.helm.engines import RunningEngine, engines
+from flexgen_helm.helm.engines import engines
 from flexgen_helm.helm.runner import WholeRunExecutor
+from flexgen_helm.workers.running_engine import RunningEngine
 
 if TYPE_CHECKING:
     from engine.verification.layerwise import Findings

@@ -24,7 +24,6 @@ from engine.checkpoint.hub import with_revision  # noqa: E402 - after the line t
 from engine.checkpoint.side_files import read_generation_config  # noqa: E402
 from engine.errors import CheckpointError, ConfigError, EngineError, one_line  # noqa: E402
 from engine.job import Job  # noqa: E402
-from engine.planning.limits import Limits  # noqa: E402
 from engine.policy import Policy  # noqa: E402
 from flexgen_helm.helm.engines import Observer, Served, engines  # noqa: E402
 from flexgen_helm.helm.kept_answers import ClientCache  # noqa: E402
@@ -35,6 +34,7 @@ from flexgen_helm.helm.requests.entries import Found, PackedEntries, entries  # 
 from flexgen_helm.helm.requests.results import Response, Timing, failure, known_response, result  # noqa: E402
 from flexgen_helm.helm.requests.shaping import Shaping  # noqa: E402
 from flexgen_helm.helm.requests.translate import Translator  # noqa: E402
+from flexgen_helm.workers.running_engine import RunningEngine  # noqa: E402
 
 if TYPE_CHECKING:
     from flexgen_helm.helm.requests.known_tokens import KnownTokens
@@ -261,16 +261,12 @@ class FlexGenClient(CachingClient):
             yield portion.done(finished)
 
     @contextmanager
-    def running(self, jobs: Sequence[Job], share: float, observe: Observer) -> Iterator[Limits | None]:
-        """Have the engine loaded, for jobs of which `jobs` are a `share`; `observe` gets its sweeps meanwhile.
-
-        Yields the engine's sweep limits, if it reports them.
-        """
+    def running(self, jobs: Sequence[Job], share: float, observe: Observer) -> Iterator[RunningEngine]:
+        """Have the engine loaded, for jobs of which `jobs` are a `share`; `observe` gets its sweeps meanwhile."""
         with self._served.running(jobs, share) as engine:
             engine.observer = partial(observe, engine)
             try:
-                plan = getattr(engine, "plan", None)
-                yield None if plan is None else plan.limits
+                yield engine
             finally:
                 engine.observer = None
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from helm.common.hierarchical_logger import hexception, hlog, htrack_block
 
@@ -19,7 +18,7 @@ from engine.checkpoint.identity.result import Identity, check_beside_weights, id
 from engine.checkpoint.identity.weight_digest import weights_digest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.errors import EngineError, named
-from engine.job import Completion, Job
+from engine.job import Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
 from flexgen_helm.helm.batcher import Batcher, Done
@@ -27,34 +26,12 @@ from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.planning.estimate import Estimate
 from flexgen_helm.workers.engine_guard import EngineGuard
 from flexgen_helm.workers.engine_processes import engine_processes
-
-if TYPE_CHECKING:
-    from engine.verification.layerwise import Findings
+from flexgen_helm.workers.running_engine import RunningEngine
 
 _Opened = tuple[OpenedWeights, Identity]
 
 Observer = Callable[["RunningEngine", SweepTiming], None]
 """Called in the engine's thread after each sweep, with the engine; must be quick."""
-
-
-class RunningEngine(Protocol):
-    """What is needed of `engine.Engine`."""
-
-    observer: Callable[[SweepTiming], None] | None
-
-    def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
-        """Yield lists of (position in jobs, completion), each as soon as its sweep ends."""
-
-    def weights_digest(self) -> str | None:
-        """The digest of the weight files once it has read them all; None where it reads none."""
-
-    def compare_with_stock(
-        self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
-    ) -> Findings:
-        """Compute `completions` of `jobs` again, together with stock layers of transformers."""
-
-    def close(self) -> None:
-        """Give back all memory and files."""
 
 
 Load = Callable[[str, Policy, int | None], RunningEngine]
@@ -68,8 +45,9 @@ class Served:
     """
 
     def __init__(
-        self, registry: EngineRegistry, description: ModelDescription, policy: Policy, window: int | None = None
+        self, registry: EngineRegistry, description: ModelDescription, policy: Policy, window: int | None, name: str
     ) -> None:
+        self._name = name
         self.description = with_window(description, window)
         self._window = window
         self.policy = policy
@@ -200,7 +178,10 @@ class Served:
                     hlog(chosen.note)
                 self._estimate = chosen.estimate if share == 1.0 else None
                 source, rest = self._open()
-                engine = self._registry.load(path, chosen.policy, self._window)
+                if engine_processes.cluster is None:
+                    engine: RunningEngine = self._registry.load(path, chosen.policy, self._window)
+                else:
+                    engine = engine_processes.spread(self._name, self.policy, self._window, jobs, share)
                 try:  # else the engine may have read others than those of the identity
                     source.check_names()
                     check_beside_weights(rest, path, self.policy)
@@ -266,7 +247,7 @@ class EngineRegistry:
                 raise description.with_traceback(None)
             key = (os.path.realpath(description.path), policy, window)
             if key not in self._served:
-                self._served[key] = Served(self, description, policy, window)
+                self._served[key] = Served(self, description, policy, window, model)
             return self._served[key]
 
     def close_idle(self) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from engine.job import Job
-from engine.planning.limits import Limits
+from engine.workers.sharing_out import Room
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.engines import Observer
 from flexgen_helm.helm.requests.asked import Answer, Portion, Work
 from flexgen_helm.helm.requests.results import Timing
+from flexgen_helm.workers.running_engine import RunningEngine
 
 _CLOSING_S = 0.1
 """How often an engine that must end is told to end, until it has."""
@@ -38,8 +39,7 @@ class Feed:
         `tell` is called in another thread: with no answers when the engine is open, with answers as soon as they are
         stored, and last with the error that ended the engine, if any.
         """
-        self.limits: Limits | None = None
-        """The sizes of the engine's sweeps; None until it is open, and where it does not report them."""
+        self._engine: RunningEngine | None = None
         self._client = client
         self._observe = observe
         self._tell = tell
@@ -80,8 +80,19 @@ class Feed:
         return self._num_open > 0
 
     @property
+    def sweep(self) -> Room | None:
+        """What fills a sweep of a worker; None as long as the engine is not open, and where it does not tell."""
+        found: Room | None = getattr(self._engine, "sweep", None)
+        return found
+
+    @property
+    def num_workers(self) -> int:
+        """How many sweep at once on machines of their own."""
+        return max(1, len(getattr(self._engine, "hosts", ())))
+
+    @property
     def is_open(self) -> bool:
-        """Whether the engine is open, so that `limits` are known if it reports them."""
+        """Whether the engine is there, so that `sweep` is known if it tells it."""
         return self._is_open.is_set()
 
     def _start(self, do: Callable[..., None], *args: object) -> None:
@@ -102,7 +113,7 @@ class Feed:
 
     def _keep(self, first: Sequence[Job], share: float) -> None:
         try:
-            with self._client.running(first, share, self._observe) as self.limits, self._client.keeping() as keep:
+            with self._client.running(first, share, self._observe) as self._engine, self._client.keeping() as keep:
                 self._is_open.set()
                 self._tell([])
                 for done in self._heard():

@@ -40,6 +40,11 @@ _SUM = b"\x00flexgen-sha256\x00"
 _FIRST = '{"chat_template": '
 """What keys of ours begin with: HELM writes the parts of a key in the order of their names."""
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_PAGE_BYTES = 16384
+"""Of a new file: keys are prompts, and one of more than a quarter of a page is a chain of pages, all of which are read
+to compare it with another."""
+_CACHE_KB = 65536
+"""Of pages in memory: answers of a sweep that do not fit are written twice, and waited for in between."""
 
 
 class CacheFull(EngineError):
@@ -139,7 +144,7 @@ class RequestCache:
         if self._store is not None:
             self._store.multi_put(answers)
         elif answers:
-            rows = [_row(request_to_key(key), answer) for key, answer in answers]
+            rows = sorted(_row(request_to_key(key), answer) for key, answer in answers)  # neighbours share pages
             self._guarded(lambda: self._write(rows))
 
     @property
@@ -153,6 +158,8 @@ class RequestCache:
             self._connection.close()
         timeout = min(self._wait_s, _TELL_AFTER_S)
         self._connection = sqlite3.connect(self._path, timeout=timeout, check_same_thread=False)
+        self._sql.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # changes no file that is there
+        self._sql.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
         with self._sql:
             self._sql.execute("BEGIN IMMEDIATE")  # a lock shows now rather than hours later
             self._sql.execute(_TABLE)

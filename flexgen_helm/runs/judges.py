@@ -84,6 +84,8 @@ def _check_room(deployment: ModelDeployment) -> None:
         return
     policy = Policy.load(deployment.client_spec.args.get("policy", "auto"))
     smallest = [Job(prompt=(0,), max_new_tokens=1)]
+    if engine_processes.cluster is not None:
+        return  # whoever of the workers opens it says so
     look = engine_processes.resources
     try:
         forecast_of(description.path, description.dtype, policy, smallest, look=look, has_weights=has_weights)

@@ -46,12 +46,12 @@ class DeviceClock:
         self._computing += timing.host_s + timing.sweep_s - timing.load_s - timing.link_s
 
     def time(self, now: float, given_up: Mapping[str, str]) -> DeviceTime:
-        """What it comes to at `now`, by `time.perf_counter`; `given_up`: devices not used any more, and why."""
+        """What it comes to at `now`, by `time.perf_counter`; `given_up`: devices or hosts used no more, and why."""
         return DeviceTime(
             device=self._device,
             sweeps=self._sweeps,
             computing=self._computing,
             link=self._link,
             helm=max(0.0, now - self._begun - self._load - self._link - self._computing),
-            given_up=given_up.get(self._device, ""),
+            given_up=given_up.get(self._device) or given_up.get(self._device.partition("/")[0], ""),
         )

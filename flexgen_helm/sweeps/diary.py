@@ -143,7 +143,7 @@ class SweepDiary:
         """A model's engine is about to get its first requests."""
         self._current, now = model, self._progress.standing
         now.doing, now.is_loading = model.deployment, model.num_todo > 0
-        now.tokens, now.tokens_done = model.most_tokens, 0
+        now.tokens, now.tokens_done, now.num_workers = model.most_tokens, 0, model.tally.num_workers
         for line in model.client.notes:
             self._progress.say(f"{model.deployment}: {line}")
 

@@ -118,10 +118,10 @@ class Flow:
 
     def _hand_over(self, turn: _Turn, model: ModelSweep, feed: Feed) -> None:
         """Give the engine what fills its sweeps; all at first, and when no more comes."""
-        is_all = turn.to_make == 0 or feed.limits is None
+        is_all = turn.to_make == 0 or feed.sweep is None
         if feed.is_asked and not feed.is_open and turn.to_make > 0:
             return  # what fills its sweeps is not known yet
-        works = model.take(None if is_all else feed.limits)
+        works = model.take(None if is_all else feed.sweep)
         if works:
             feed.ask(works, max(0.001, 1 - turn.to_make / turn.num_runs))
 
@@ -165,18 +165,24 @@ class Flow:
 
     def _is_hungry(self) -> bool:
         """Whether the engine may soon have nothing to do; a few runs that are whole may wait meanwhile."""
-        return self._num_tokens() < FIRST_TOKENS and len(self._finishing) < 2 * max(1, self._helpers.num_free)
+        return self._num_tokens() < FIRST_TOKENS * self._num_workers and len(self._finishing) < 2 * max(
+            1, self._helpers.num_free
+        )
 
     def _to_make(self) -> _Turn | None:
         """The run whose requests are made next; None where there are enough, or all."""
         turn = next((turn for turn in self._turns if turn.unmade), None)
         if turn is None or self._num_tokens() < MOST_TOKENS:
             return turn
-        limits = None if self._feed is None else self._feed.limits
+        sweep = None if self._feed is None else self._feed.sweep
         current = next(turn for turn in self._turns if turn.left)
-        if limits is None or current is not turn or turn.model is None:
+        if sweep is None or current is not turn or turn.model is None:
             return None
-        return None if turn.model.under_way.fills(limits, _SWEEPS_AHEAD) else turn
+        return None if turn.model.under_way.fills(sweep, _SWEEPS_AHEAD * self._num_workers) else turn
+
+    @property
+    def _num_workers(self) -> int:
+        return 1 if self._feed is None else self._feed.num_workers
 
     def _num_tokens(self) -> int:
         """The tokens of requests that are made and not answered."""

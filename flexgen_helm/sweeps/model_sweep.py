@@ -9,8 +9,8 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.job import Job
-from engine.planning.limits import Limits
 from engine.schedule.prefix import common_length
+from engine.workers.sharing_out import Room
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.asked import Answer, Work, raise_first
 from flexgen_helm.helm.requests.entries import PackedEntries
@@ -85,9 +85,9 @@ class Amount:
         self.jobs += sign * other.jobs
         self.rows += sign * other.rows
 
-    def fills(self, limits: Limits, sweeps: int = 1) -> bool:
+    def fills(self, sweep: Room, count: int = 1) -> bool:
         """Whether it fills so many of the engine's sweeps."""
-        return self.jobs >= sweeps * limits.seats or self.rows >= sweeps * limits.rows_per_sweep
+        return self.jobs >= count * sweep.jobs or self.rows >= count * sweep.rows
 
 
 class ModelSweep:
@@ -151,13 +151,13 @@ class ModelSweep:
         """The tokens of requests that were not sent to the engine."""
         return sum(amount.tokens for _, amount in self._waiting)
 
-    def take(self, limits: Limits | None = None) -> Sequence[Work]:
-        """Requests for the engine: as many as fill whole sweeps of these limits, or all."""
-        filled, number = Amount(), len(self._waiting) if limits is None else 0
-        if limits is not None:
+    def take(self, sweep: Room | None = None) -> Sequence[Work]:
+        """Requests for the engine: as many as fill whole sweeps of this size, or all."""
+        filled, number = Amount(), len(self._waiting) if sweep is None else 0
+        if sweep is not None:
             for place, (_, amount) in enumerate(self._waiting, start=1):
                 filled.add(amount)
-                if filled.fills(limits):
+                if filled.fills(sweep):
                     filled, number = Amount(), place
         taken, self._waiting = self._waiting[:number], self._waiting[number:]
         return [work for work, _ in taken]

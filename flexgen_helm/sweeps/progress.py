@@ -39,6 +39,8 @@ class Standing:
     """The tokens of the current model: of prompts, and at most to be generated."""
     tokens_done: int = 0
     """The tokens of answered requests, counted as in `tokens`."""
+    num_workers: Callable[[], int] = lambda: 0
+    """How many other machines are at work on it."""
     active: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Requests done and in all, of the runs that are under way."""
 
@@ -91,6 +93,8 @@ class SweepProgress:
         """The suite's progress in one line."""
         now = self.standing
         parts = [f"runs {now.runs_ended}/{now.num_runs}", self._doing()]
+        if workers := now.num_workers():
+            parts.append(f"{workers} worker{'s' * (workers != 1)}")
         if now.requests:
             parts.append(f"requests {now.requests_done}/{now.requests}")
         return ", ".join([*parts, *self._pace()])

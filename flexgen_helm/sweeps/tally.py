@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.errors import ConfigError
 from engine.planning.hardware_profile import HardwareProfile
 from engine.schedule.timing import SweepTiming
-from flexgen_helm.helm.engines import RunningEngine
 from flexgen_helm.helm.requests.asked import Answer
 from flexgen_helm.planning.estimate import resource_seconds
 from flexgen_helm.planning.model_sizes import sizes_of
@@ -20,6 +19,7 @@ from flexgen_helm.planning.roofline import Work
 from flexgen_helm.planning.sizes import Sizes
 from flexgen_helm.sweeps.device_time import DeviceClock, DeviceTime
 from flexgen_helm.sweeps.record import MOST_POINTS, TimelinePoint, TimeSplit, thinned
+from flexgen_helm.workers.running_engine import RunningEngine
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -128,6 +128,10 @@ class Tally:
         """The number of devices that have computed sweeps."""
         return max(1, len(self._devices))
 
+    def num_workers(self) -> int:
+        """How many machines have the model open now, beside this one."""
+        return len(getattr(self._engine, "hosts", ()))
+
     def given_up(self) -> dict[str, str]:
         """Devices that the engine does not use any more, and why."""
         return dict(getattr(self._engine, "given_up", {}))
@@ -138,7 +142,9 @@ class Tally:
             return thinned(self._points)
 
     def plan(self) -> dict[str, Any]:
-        """The engine's plan; empty before it was open."""
+        """The engine's plan, or those of its workers by name; empty before it was open."""
+        if (plans := getattr(self._engine, "plans", None)) is not None:
+            return {name: _plain(asdict(plan)) for name, plan in plans.items()}
         found = getattr(self._engine, "plan", None)
         return {} if found is None else _plain(asdict(found))
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
+from engine.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from engine.checkpoint.description import ModelDescription
+    from engine.hosts.hosts_engine import HostsEngine
+    from engine.job import Job
     from engine.planning.sharing import Resources
     from engine.policy import Policy
     from engine.workers.process import WorkerProcess
     from engine.workers.remote_engine import RemoteEngine
+    from flexgen_helm.workers.running_engine import Cluster
 
 
 class EngineProcesses:
@@ -24,6 +29,8 @@ class EngineProcesses:
         self._lock = threading.Lock()
         self._waiting: list[WorkerProcess] = []
         """Those for the next engine; the first is of its first device."""
+        self.cluster: Cluster | None = None
+        """The machines that engines are spread over, in place of this one's devices."""
         self._has_loaded = False
         self._found: dict[tuple[object, ...], Resources] = {}
         """By what of a policy they depend on, as they were found last."""
@@ -66,6 +73,7 @@ class EngineProcesses:
 
         Raises `EngineError` where its devices are not here, do not go together, or are busy.
         """
+        self._check_is_here()
         from engine.planning.sharing import Resources, Sharing
         from engine.workers.process import WorkerProcess
         from engine.workers.seats import seats_for
@@ -86,9 +94,14 @@ class EngineProcesses:
 
     def last_resources(self, policy: Policy) -> Resources:
         """As `resources`, but as they were found last, if ever: an engine that was loaded since has taken of them."""
+        self._check_is_here()
         with self._lock:
             found = self._found.get(_asked(policy))
         return found or self.resources(policy)
+
+    def _check_is_here(self) -> None:
+        if self.cluster is not None:
+            raise UnsupportedError("the model runs on workers: what they may use is found there")
 
     def load(self, path: str, policy: Policy, window: int | None = None) -> RemoteEngine:
         """Open a model in the processes that wait, or in new ones; returns as `Engine.from_pretrained` does."""
@@ -97,6 +110,15 @@ class EngineProcesses:
         with self._lock:
             waiting, self._waiting, self._has_loaded = self._waiting, [], True
         return RemoteEngine(path, policy, window=window, waiting=waiting)
+
+    def spread(self, model: str, policy: Policy, window: int | None, jobs: Sequence[Job], share: float) -> HostsEngine:
+        """Open a model on the machines of `cluster`, for work of which `jobs` are a `share`; nothing waits here then.
+
+        `model` is a hub id or directory that they have, too.
+        """
+        assert self.cluster is not None
+        self.close()
+        return self.cluster.load(model, policy, window, jobs, share)
 
     def close(self) -> None:
         """End the processes that wait."""

@@ -129,3 +129,30 @@ def test_one_device_gets_everything_as_it_comes() -> None:
     sent = ledger.to_send({0: Room(rows=1, jobs=1)})
     assert [number for number, _ in sent[0][0]] == [0, 1, 2, 3, 4]
     assert ledger.to_send({0: Room(rows=1, jobs=1)}) == {}
+
+
+def test_a_trial_goes_on_where_it_is_when_another_device_dies() -> None:
+    machine = Machine(1, 3, lambda place, jobs: False)
+    ledger = machine.ledger
+    for place in (0, 1):  # two deaths: from now on the job is a suspect
+        assert list(ledger.to_send({place: ROOM})) == [place]
+        ledger.entered([0])
+        ledger.died([place], is_job_at_fault=True)
+    assert list(ledger.to_send({2: ROOM})) == [2]
+    ledger.died([0], is_job_at_fault=True)
+    assert ledger.to_send({1: ROOM, 2: ROOM}) == {}, "it is computed already"
+
+
+def test_devices_that_come_and_go_are_given_what_is_left() -> None:
+    jobs = {number: Job(prompt=[number] * 30, max_new_tokens=1) for number in range(6)}
+    ledger = Ledger(0)
+    ledger.add(Call(dict(jobs), lambda result: None), jobs)
+    assert ledger.to_send({}) == {}
+    ledger.join(7)
+    given = [number for asked in ledger.to_send({7: ROOM})[7].values() for number, _ in asked]
+    assert len(given) == 4  # as many as there is room for
+    ledger.died([7], is_job_at_fault=False)
+    ledger.give_up(7)
+    ledger.join(8)
+    room = Room(rows=1000, jobs=8)
+    assert sorted(number for asked in ledger.to_send({8: room})[8].values() for number, _ in asked) == list(jobs)

@@ -171,3 +171,33 @@ def test_long_answers_are_handed_out_first() -> None:
     """What is short is computed beside them."""
     jobs = {number: Job(prompt=[number + 1] * 9, max_new_tokens=count) for number, count in enumerate((1, 8, 1, 30))}
     assert [load.number for group in groups_of(jobs, 2) for load in group.loads] == [3, 1, 0, 2]
+
+
+def test_a_run_that_comes_while_many_devices_are_at_work_is_not_cut_for_all_of_them() -> None:
+    """It is no more than a device's fair share of what is left to do, that of those at work included."""
+    num_places = 40
+    shares = SharingOut(num_places)
+    shares.add({number: job(*range(1000 * number, 1000 * number + 499)) for number in range(num_places)})
+    one = Room(rows=499, jobs=1)
+    assert all(len(numbers) == 1 for numbers in shares.hand_out(dict.fromkeys(range(num_places), one)).values())
+    first = num_places
+    shares.add({first + number: each for number, each in suite(groups=2, jobs=20, shared=100, own=19).items()})
+    given = shares.hand_out({0: WIDE, 1: WIDE})
+    runs = [range(first, first + 20), range(first + 20, first + 40)]
+    assert sorted(map(sorted, given.values())) == [*map(list, runs)]
+
+
+def test_a_group_remembers_nothing_of_jobs_that_were_forgotten_and_come_again_in_another() -> None:
+    jobs = suite(groups=2, jobs=6, shared=50, own=5)
+    shares = SharingOut(2)
+    shares.add(jobs)
+    room = Room(rows=60, jobs=2)
+    given = list(shares.hand_out({0: room})[0])
+    shares.remove([2, 3, 8])
+    everything: list[int] = []
+    while given:
+        everything += given
+        shares.entered(given)
+        shares.remove(given)
+        given = [number for numbers in shares.hand_out({0: room, 1: room}).values() for number in numbers]
+    assert sorted(everything) == sorted(set(jobs) - {2, 3, 8})

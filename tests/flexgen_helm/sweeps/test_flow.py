@@ -18,6 +18,7 @@ from sweeping import differences
 
 from engine.errors import EngineError
 from engine.job import Job
+from engine.workers.sharing_out import Room
 from flexgen_helm.helm.requests.asked import Work
 from flexgen_helm.sweeps import flow, runner
 from flexgen_helm.sweeps.beside.helm_side import HelmSide
@@ -137,15 +138,15 @@ def work(name: str, ids: tuple[int, ...], *, num_jobs: int = 1, new: int = 1) ->
 
 
 def test_the_engine_is_given_what_fills_whole_sweeps() -> None:
-    limits: Any = SimpleNamespace(seats=3, rows_per_sweep=100)
+    sweep = Room(rows=100, jobs=3)
     model = ModelSweep("flexgen/m", None)  # type: ignore[arg-type]
     for number in range(8):
         model._wait(work(str(number), (1, 2, 3)), Amount(tokens=4, jobs=1, rows=3))
     model._wait(work("long", (1,) * 200), Amount(tokens=201, jobs=1, rows=200))
     model._wait(work("last", (1, 2)), Amount(tokens=3, jobs=1, rows=2))
-    assert [each.name for each in model.take(limits)] == [*map(str, range(8)), "long"]  # 3 and 3, then rows are full
-    assert [each.name for each in model.take(limits)] == []
+    assert [each.name for each in model.take(sweep)] == [*map(str, range(8)), "long"]  # 3 and 3, then rows are full
+    assert [each.name for each in model.take(sweep)] == []
     assert model.under_way == Amount(tokens=8 * 4 + 201 + 3, jobs=10, rows=8 * 3 + 202)
-    assert model.under_way.fills(limits, 3)
-    assert not model.under_way.fills(limits, 4)
+    assert model.under_way.fills(sweep, 3)
+    assert not model.under_way.fills(sweep, 4)
     assert [each.name for each in model.take()] == ["last"]

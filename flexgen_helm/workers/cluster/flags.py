@@ -1,0 +1,50 @@
+"""The flags of commands that can run a model on the machines of a Ray cluster; loads no Ray unless they are given."""
+
+from __future__ import annotations
+
+import argparse
+
+from engine.errors import ConfigError
+from flexgen_helm.workers.cluster.connection import check_address
+from flexgen_helm.workers.cluster.slots import Wanted
+from flexgen_helm.workers.engine_processes import engine_processes
+
+
+def add_cluster_flags(group: argparse._ActionsContainer) -> None:
+    """Add what `use_cluster` reads."""
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run the model on a Ray cluster: host:port, auto, or local (RAY_ADDRESS, else a cluster started here)",
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="of the cluster (one for each machine)")
+    group.add_argument("--gpus-per-worker", type=int, metavar="K", help="0 computes on CPUs (all that a machine has)")
+    group.add_argument(
+        "--no-wait", action="store_true", help="end at once where the cluster has no room for all of them"
+    )
+
+
+def check_cluster_flags(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for flags that cannot be meant, or an address where nothing answers; loads no Ray."""
+    if args.ray is None:
+        for name in ("workers", "gpus_per_worker", "no_wait"):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
+                raise ConfigError(f"--{name.replace('_', '-')} is for --ray; give that too")
+    Wanted(workers=args.workers, gpus_per_worker=args.gpus_per_worker).check()
+    if args.ray is not None:
+        check_address(args.ray)
+
+
+def use_cluster(args: argparse.Namespace) -> None:
+    """Reach the cluster, or start it, and have engines opened there from now on; nothing without `--ray`.
+
+    Raises `EngineError` where that cannot be done, and with `--no-wait` where there is no room.
+    """
+    check_cluster_flags(args)
+    if args.ray is not None:
+        from flexgen_helm.workers.cluster.ray_cluster import RayCluster
+
+        wanted = Wanted(workers=args.workers, gpus_per_worker=args.gpus_per_worker)
+        engine_processes.cluster = RayCluster(args.ray, wanted, wait=not args.no_wait)

@@ -1,0 +1,236 @@
+"""Brings workers of a Ray cluster to the driver, others in place of those that die, and hears what they tell."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import EngineError, one_line
+from engine.hosts.expected import why_other_versions
+from engine.hosts.host import Host, Loss
+from engine.hosts.messages import Opening
+from engine.hosts.serving import Running
+from flexgen_helm.workers.cluster.actor import HostActor
+from flexgen_helm.workers.cluster.ray_host import HEARING, RayHost, how_ended
+from flexgen_helm.workers.cluster.room import told_room
+from flexgen_helm.workers.cluster.slots import Slot, Wanted, nodes_of, slots_of
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+"""How often it is looked for what else there is to do while nobody tells anything."""
+_NODES_S = 5.0
+"""How often it is looked for machines that have come or gone."""
+_SAY_S = 60.0
+"""How often it is said that workers wait for room, and how long after the start for the first time."""
+_SAY_FIRST_S = 10.0
+_MOST_DEATHS = 3
+"""Workers in a row that may end in one place before a sweep has."""
+
+
+@dataclass(eq=False)
+class _Coming:
+    """A worker that has not said yet that it is there."""
+
+    actor: Any
+    slot: Slot
+    place: int
+
+
+class RaySupply:
+    """Implements `Supply` over Ray; all but `close` and `lost` happens in a thread of its own."""
+
+    def __init__(
+        self,
+        ray: Any,
+        wanted: Wanted,
+        versions: Mapping[str, str],
+        open_engine: Callable[[Opening], Running],
+    ) -> None:
+        """`open_engine` is called on the hosts: a function of a module that all of them have.
+
+        `versions` are what each must have.
+        """
+        self._ray, self._wanted, self._versions = ray, wanted, versions
+        self._actors = ray.remote(concurrency_groups={HEARING: 1})(HostActor)
+        self._open_engine = open_engine
+        self._lock = threading.RLock()
+        self._coming: dict[Any, _Coming] = {}
+        """By Ray's reference to what they say first."""
+        self._hearing: dict[Any, RayHost] = {}
+        """By Ray's reference to what they say next."""
+        self._hosts: dict[RayHost, int] = {}
+        """Those with the driver, and their places."""
+        self._deaths: Counter[int] = Counter()
+        """By place, in a row."""
+        self._places = itertools.count()
+        self._served_nodes: set[str] = set()
+        self._gone: list[str] = []
+        """Why workers are not replaced."""
+        self._closing = threading.Event()
+
+    def begin(self, join: Callable[[Host], None], fail: Callable[[EngineError], None]) -> None:
+        """As `Supply.begin`."""
+        self._join, self._fail = join, fail
+        with self._lock:
+            self._start_wanted()
+        threading.Thread(target=self._run, name="flexgen-ray", daemon=True).start()
+
+    def lost(self, host: Host, loss: Loss) -> bool:
+        """As `Supply.lost`."""
+        assert isinstance(host, RayHost)
+        with self._lock:
+            place = self._hosts.pop(host, None)
+            if place is None or self._closing.is_set():
+                return False
+            self._deaths[place] = 0 if loss.has_swept else self._deaths[place] + 1
+            slot = host.slot
+            is_there = slot.node is None or any(node.id == slot.node for node in self._nodes())
+            is_hopeless = loss.kind == "refused" or self._deaths[place] >= _MOST_DEATHS
+            if is_there and not is_hopeless and not (loss.kind == "left" and slot.node is not None):
+                self._start(slot, place)
+                return True
+            self._gone.append(f"{host.name}: {loss.why}")
+            error = self._none_left()
+        if error is not None:
+            self._fail(error)
+        return False
+
+    def close(self) -> None:
+        """As `Supply.close`."""
+        with self._lock:
+            self._closing.set()
+            for coming in self._coming.values():
+                self._ray.kill(coming.actor)
+            for host in self._hosts:
+                host.kill()
+            self._coming.clear()
+            self._hearing.clear()
+            self._hosts.clear()
+
+    def _nodes(self) -> Any:
+        return nodes_of(self._ray.nodes())
+
+    def _start_wanted(self) -> None:
+        """Ask for the workers that are wanted, or for those of machines that are new."""
+        slots = slots_of(self._wanted, self._nodes())
+        new = [slot for slot in slots if slot.node is None or slot.node not in self._served_nodes]
+        if self._wanted.workers is not None and self._served_nodes:
+            return
+        for slot in new:
+            self._start(slot, next(self._places))
+        self._served_nodes |= {slot.node or "any" for slot in new}
+
+    def _start(self, slot: Slot, place: int) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        strategy = "SPREAD" if slot.node is None else NodeAffinitySchedulingStrategy(slot.node, soft=False)
+        options = {"num_gpus": slot.gpus, "num_cpus": slot.cpus, "scheduling_strategy": strategy}
+        actor = self._actors.options(max_restarts=0, max_task_retries=0, **options).remote(self._open_engine)
+        self._coming[actor.hello.remote()] = _Coming(actor, slot, place)
+
+    def _run(self) -> None:
+        started = looked = time.monotonic()
+        say_at = started + _SAY_FIRST_S
+        while not self._closing.is_set():
+            try:
+                self._hear()
+                now = time.monotonic()
+                with self._lock:
+                    if is_time := now - looked >= _NODES_S:
+                        looked = now
+                        self._start_wanted()
+                    if now >= say_at and self._coming:
+                        say_at = now + _SAY_S
+                        _log.warning("%s", self._waiting())
+                if is_time:
+                    self._tell_drained()
+            except Exception as error:  # nobody would hear the workers any more
+                if not self._closing.is_set():
+                    self._fail(EngineError(f"the connection to the cluster is lost: {one_line(error)}"))
+                return
+
+    def _waiting(self) -> str:
+        slot = next(iter(self._coming.values())).slot
+        return (
+            f"{len(self._coming)} workers of {slot} each wait for room: {told_room(self._ray)}; --no-wait does not wait"
+        )
+
+    def _hear(self) -> None:
+        with self._lock:
+            references = [*self._coming, *self._hearing]
+        if not references:
+            self._closing.wait(_LOOK_S)
+            return
+        ready, _ = self._ray.wait(references, num_returns=1, timeout=_LOOK_S, fetch_local=False)
+        if ready:
+            ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+        for reference in ready:
+            with self._lock:
+                host, coming = self._hearing.pop(reference, None), self._coming.pop(reference, None)
+            if host is not None:
+                host.take(reference)
+                self._hear_on(host)
+            elif coming is not None:
+                self._arrived(coming, reference)
+
+    def _hear_on(self, host: RayHost) -> None:
+        with self._lock:
+            if not host.is_over and host in self._hosts:
+                self._hearing[host.hear()] = host
+
+    def _arrived(self, coming: _Coming, reference: Any) -> None:
+        try:
+            machine, node, versions = self._ray.get(reference)
+        except Exception as error:
+            self._never_came(coming, how_ended(error))
+            return
+        if (why := why_other_versions(self._versions, versions)) is not None:
+            self._ray.kill(coming.actor)
+            self._never_came(coming, f"{machine}: {why}", for_good=True)
+            return
+        with self._lock:
+            host = RayHost(self._ray, coming.actor, self._name(machine), coming.slot, node)
+            self._hosts[host] = coming.place
+        self._join(host)
+        self._hear_on(host)
+
+    def _name(self, machine: str) -> str:
+        """The machine's name; with a number where it has several workers."""
+        taken = {host.name for host in self._hosts}
+        numbered = (machine if number == 1 else f"{machine}-{number}" for number in itertools.count(1))
+        return next(name for name in numbered if name not in taken)
+
+    def _never_came(self, coming: _Coming, why: str, *, for_good: bool = False) -> None:
+        error = None
+        with self._lock:
+            self._deaths[coming.place] += 1
+            is_last = for_good or self._deaths[coming.place] >= _MOST_DEATHS
+            _log.warning("a worker did not start (%s)%s", why, "" if is_last else "; another one is started")
+            if is_last:
+                self._gone.append(why)
+                error = self._none_left()
+            else:
+                self._start(coming.slot, coming.place)
+        if error is not None:
+            self._fail(error)
+
+    def _none_left(self) -> EngineError | None:
+        """The error that nobody is left and nobody will come, if so; machines that join later are not waited for."""
+        if self._hosts or self._coming or self._closing.is_set():
+            return None
+        return EngineError(f"no worker is left: {'; '.join(dict.fromkeys(self._gone)) or 'all have left'}")
+
+    def _tell_drained(self) -> None:
+        """Let workers leave whose machines are about to go, as the owner of a spot machine says beforehand."""
+        from ray._private.state import state
+
+        draining = state.get_draining_nodes()
+        for host in [host for host in self._hosts if host.node in draining and not host.is_leaving]:
+            host.be_drained()

@@ -1,0 +1,33 @@
+"""Whether a cluster has room for workers now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import ConfigError
+from flexgen_helm.workers.cluster.slots import Wanted, nodes_of, num_fitting, slots_of
+
+
+def check_room(ray: Any, wanted: Wanted) -> None:
+    """Raise `ConfigError` unless all workers that are wanted have room now."""
+    from ray._private.state import available_resources_per_node  # what `ray.available_resources()` adds up
+
+    nodes = nodes_of(ray.nodes())
+    slots = slots_of(wanted, nodes)
+    found: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    free = {str(node): (int(each.get("GPU", 0)), int(each.get("CPU", 0))) for node, each in found.items()}
+    fitting = num_fitting(slots, nodes, free)
+    if fitting < max(1, len(slots)):
+        asked = f"{len(slots)} workers of {slots[0]} each" if slots else "a worker"
+        raise ConfigError(f"no room for {asked}, but for {fitting}: {told_room(ray)}; --no-wait does not wait for more")
+
+
+def told_room(ray: Any) -> str:
+    """What the cluster has, and how much of it is free, in words."""
+    nodes = nodes_of(ray.nodes())
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    free = ray.available_resources()
+    return (
+        f"the cluster has {gpus} GPUs and {cpus} CPUs on {len(nodes)} machines, of which {free.get('GPU', 0):.0f} GPUs "
+        f"and {free.get('CPU', 0):.0f} CPUs are free"
+    )
