@@ -157,7 +157,8 @@ class RaySupply:
                 return
 
     def _waiting(self) -> str:
-        slot = next(iter(self._coming.values())).slot
+        slot, count = next(iter(self._coming.values())).slot, len(self._coming)
+        who = f"{count} workers of {slot} each wait" if count > 1 else f"a worker of {slot} waits"
         return (
             f"{len(self._coming)} workers of {slot} each wait for room: {told_room(self._ray)}; --no-wait does not wait"
         )
