@@ -157,10 +157,9 @@ class RaySupply:
                 return
 
     def _waiting(self) -> str:
-        slot = next(iter(self._coming.values())).slot
-        return (
-            f"{len(self._coming)} workers of {slot} each wait for room: {told_room(self._ray)}; --no-wait does not wait"
-        )
+        slot, count = next(iter(self._coming.values())).slot, len(self._coming)
+        who = f"{count} workers of {slot} each wait" if count > 1 else f"a worker of {slot} waits"
+        return f"{who} for room: {told_room(self._ray)}"
 
     def _hear(self) -> None:
         with self._lock:
