@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError, did_you_mean, shown
-from engine.memory.device_names import parse_device
+from engine.memory.device_names import check_stages, parse_device
 from engine.reading import expand_home, find_file, read_yaml
 
 PadMode = Literal["bucket"] | int | None
@@ -135,6 +135,8 @@ class Policy:
     """One device, several of one kind, "all" of the best kind, or "auto": one, or all like cards of a machine."""
     gather_weights: bool | None = None
     """Several devices each keep and bring a part of the weights, and gather them; else each brings them all itself."""
+    stages: int = 1
+    """Several devices have consecutive layers each, as many stages as devices, and a job goes through all of them."""
     gpu_memory: int | None = None
     """Bytes torch may reserve on the device (on the CPU: bytes of the device tier)."""
     cpu_memory: int | None = None
@@ -211,6 +213,7 @@ class Policy:
             raise ConfigError(f"{where}: gather-weights {shown(self.gather_weights)} is none of auto, true, false")
         if self.gather_weights and isinstance(self.device, str) and self.device not in ("auto", "all"):
             raise ConfigError(f"{where}: gather-weights needs several devices; device {self.device} is one")
+        check_stages(self.stages, self.device, self.gather_weights, self.draft_model, where)
         if self.batch_invariant and self.cpu_cache_compute and (self.kv_cache is None or self.kv_cache.cpu != 100):
             raise ConfigError(
                 f"{where}: batch-invariant with cpu-cache-compute needs kv-cache: {{cpu: 100}}, since a sequence on "

@@ -23,8 +23,7 @@ import numpy as np
 
 from engine.asking.pending import Pending
 from engine.errors import EngineError, one_line
-from engine.planning.devices import Device
-from engine.planning.hardware import available_memory, resolve_device
+from engine.workers.looking import seen
 from engine.workers.messages import (
     Ask,
     Check,
@@ -42,7 +41,6 @@ from engine.workers.messages import (
     Note,
     Open,
     Opened,
-    Seen,
     Stage,
     Swept,
     Tells,
@@ -116,11 +114,11 @@ class Serving:
 
         while isinstance(first := self._inbox.get(), Look | Check):
             if isinstance(first, Look):
-                self._outbox.put(_seen(first))
+                self._outbox.put(seen(first))
             else:
                 self._outbox.put(_checked(first))
                 with suppress(Exception):  # opening the model says it
-                    _seen(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
+                    seen(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
         if not isinstance(first, Open):
             return
         if first.member is not None:
@@ -144,6 +142,8 @@ class Serving:
                 )
             )
             threading.Thread(target=self._follow_loading, args=(engine,), name="flexgen-loaded", daemon=True).start()
+            if first.member is not None and first.member.stages and not first.member.leads:
+                threading.Thread(target=self._follow, args=(engine,), name="flexgen-engine", daemon=True).start()
             while not isinstance(told := self._inbox.get(), Close):
                 self._do(engine, told)
             self._is_ending = True
@@ -215,6 +215,13 @@ class Serving:
         except EngineError as error:
             self._outbox.put(Digested(digest=None, error=error))
 
+    def _follow(self, engine: Engine) -> None:
+        """Compute what another stage tells, until that ends."""
+        try:
+            engine.follow()
+        except BaseException as error:
+            self._fail(error)
+
     def _fail(self, error: BaseException) -> None:
         self._outbox.put(Fault(error=_carried(error)))
 
@@ -272,23 +279,6 @@ def _checked(check: Check) -> Checked:
     except BaseException as error:
         return Checked(error=_carried(error))
     return Checked(error=None)
-
-
-def _seen(look: Look) -> Seen:
-    import torch
-
-    from engine.memory import accelerator
-
-    policy, found = look.policy, []
-    for each in accelerator.devices():
-        found.append(Device(name=str(each), model=accelerator.name_of(each), num_bytes=accelerator.total_memory(each)))
-    devices = tuple(found)
-    try:
-        device = resolve_device(policy.device)
-        memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
-        return Seen(devices=devices, free=accelerator.memory(torch.device(device)), memory=memory)
-    except EngineError as error:
-        return Seen(devices=devices, free=None, memory=error)
 
 
 def _carried(error: BaseException) -> BaseException:

@@ -33,9 +33,15 @@ class StateCache:
     """
 
     def __init__(
-        self, shapes: Sequence[StateShape | None], arena: Arena, budgets: dict[Tier, int], share: Share | None
+        self,
+        shapes: Sequence[StateShape | None],
+        arena: Arena,
+        budgets: dict[Tier, int],
+        share: Share | None,
+        *,
+        counted: dict[Tier, int] | None = None,
     ) -> None:
-        """shapes: of each layer; None for one that keeps no state."""
+        """shapes: of each layer; None for one that keeps no state. counted: as of `Tables`."""
         self._arena = arena
         self._tensors: list[list[tuple[int, StateTensor]]] = []
         """Of each layer: its tensors, each with the number of its tables."""
@@ -56,6 +62,7 @@ class StateCache:
             self._disk,
             self._transfer.settle,
             "the states of sequences cannot grow to {} of them",
+            counted=counted,
         )
         """Where slots are, and which of them are free."""
         self._fresh: dict[int, State] = {}

@@ -40,13 +40,17 @@ class Tables:
         disk: DiskRows,
         settle: Callable[[], None],
         what: str = "the KV cache cannot grow to {} tokens",
+        *,
+        counted: dict[Tier, int] | None = None,
     ) -> None:
         """sizes: bytes of a row of each table, 0 for one that has none; dtypes: what they are seen as.
+
+        counted: what a row counts as against the budgets, where others have rows for the same spans that take more.
 
         `settle` returns when no copy to a table is under way any more; `what` is said of tables that cannot grow.
         """
         self._sizes, self._dtypes, self._what = sizes, dtypes, what
-        self.row_bytes: dict[Tier, int] = {tier: sum(each) for tier, each in sizes.items()}
+        self.row_bytes: dict[Tier, int] = counted or {tier: sum(each) for tier, each in sizes.items()}
         """Bytes of one row over all tables, by tier."""
         self._arena, self._disk, self._settle = arena, disk, settle
         self._share = share
@@ -120,6 +124,21 @@ class Tables:
         tables.clear()
         self._free_rows[tier] = FreeRows()
         self._refused.discard(tier)
+
+    def num_rows(self, tier: Tier) -> int:
+        """Rows that the tables have on a tier."""
+        return self._free_rows[tier].capacity
+
+    def be(self, tier: Tier, num_rows: int) -> None:
+        """Have so many rows on a tier, where somebody else gives them out; what is there is lost if they become fewer.
+
+        Raises `CapacityError` where there is no memory for them.
+        """
+        if num_rows < self.num_rows(tier):
+            self.release(tier)
+        if num_rows > self.num_rows(tier):
+            self._make_room(tier, num_rows)
+            self._free_rows[tier].grow(num_rows)
 
     def tiers_in_turn(self) -> list[Tier]:
         """The tiers that a span may go to, in order of preference."""

@@ -110,6 +110,10 @@ class CausalModel:
         """What chooses the keys that are attended to, by layer."""
         self.kv_shapes: list[KVShape] = probe(self)
         """Of each layer; of no width where it attends to nothing."""
+        self.held = range(len(self.layers))
+        """The layers that are computed here: all, but where it is a stage of several."""
+        self.elsewhere: frozenset[str] = frozenset()
+        """What checkpoints call parameters, or packed parts of them, that other stages have."""
         self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
         """Of the hidden states between layers: a family may add them up in a wider one."""
         self._leave_out(unused_parameters(self))
@@ -162,8 +166,14 @@ class CausalModel:
 
     @property
     def state_shapes(self) -> list[StateShape | None]:
-        """The states that layers keep; None for one that keeps none."""
-        return [mixer.shape if (mixer := self.mixers.get(index)) else None for index in range(len(self.layers))]
+        """The states that layers keep; None for one that keeps none, or is not held."""
+        mixers = {index: mixer for index, mixer in self.mixers.items() if index in self.held}
+        return [mixers[index].shape if index in mixers else None for index in range(len(self.layers))]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether logits are computed here: where the last layer is."""
+        return self.held.stop == len(self.layers)
 
     @property
     def continues(self) -> bool:

@@ -47,6 +47,8 @@ class SweepContext:
     """Whether layers are called with something in place of a mask, which their indexers want."""
     handed_row_bytes: int = 0
     """What layers hand on of a row besides its hidden state, to the next one; 0 where they hand on nothing."""
+    puts_down: bool = False
+    """Whether layers are called with a mapping in which they put down what later layers read."""
     attended: int = 0
     """While `is_checking`: how often the layer in hand has attended."""
     ask_experts: Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None

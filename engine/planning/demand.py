@@ -104,7 +104,7 @@ class Demand:
         count, memory = self.sharing.count, self.memory
         if not memory.shared or count == 1:
             return memory.device
-        once = 0 if self.sharing.gather else self.weights.of_one(gpu)
+        once = 0 if self.sharing.has_own else self.weights.of_one(gpu)
         return min(memory.device, (memory.host + (count - 1) * once) // count)
 
     def host_left(self, weights: Share) -> int:
@@ -120,7 +120,7 @@ class Demand:
     def _on_host_too(self, weights: Share) -> int:
         """One engine's part of what the device tier takes where that is the host's memory."""
         own, count = self.weights.of_one(weights.gpu), self.sharing.count
-        return self.device_weights(weights) - own + (own if self.sharing.gather else -(-own // count))
+        return self.device_weights(weights) - own + (own if self.sharing.has_own else -(-own // count))
 
     def read_ahead(self, weights: Share) -> int:
         """Staging memory for weights on disk; no more than they are, nor than half of what others leave."""
@@ -234,8 +234,7 @@ class Demand:
 
         Weights often take most of the host's memory, and what logits take there the KV cache lacks.
         """
-        device = self.memory.device if left is None or not self.on_cpu else left
-        return min(LOGITS_BYTES, max(device // 16, 1 << 20))
+        return min(LOGITS_BYTES, max((self.memory.device if left is None or not self.on_cpu else left) // 16, 1 << 20))
 
     def with_logits(self, num_bytes: int) -> int:
         """The least device memory that holds `num_bytes` besides the logits, which grow with it up to a limit."""
@@ -266,7 +265,8 @@ class Demand:
 
     def beside_rows(self, rows: int) -> int:
         """What the rows of a sweep take of the device beside their hidden states."""
-        return rows * (self.shape.handed_row_bytes + (_BESIDE_ROW_BYTES if self.on_cpu else 0))
+        under_way = self.sharing.num_handed_on * self.shape.hidden_row_bytes
+        return rows * (self.shape.handed_row_bytes + under_way + (_BESIDE_ROW_BYTES if self.on_cpu else 0))
 
     def growing(self, cache_bytes: int) -> int:
         """What a KV cache may come to be where it may take so many bytes: a layer's table is copied when it grows."""

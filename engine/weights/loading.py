@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from engine.checkpoint.adapters.changes import Change, changes_of
-from engine.checkpoint.adapters.declared import ADAPTER_CONFIG
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, adapter_folder
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.quantized.declared import check_numbers
@@ -85,7 +85,7 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
         if name in packed:
             parts.setdefault(packed[name], []).append((name, load))
             continue
-        if name in unread:
+        if name in unread or name in model.elsewhere:
             continue
         target, pattern = names.target(name)
         if target not in model.state:
@@ -108,6 +108,11 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
 
 
 def _changes(path: Path, model: CausalModel) -> dict[str, Change]:
+    if model.elsewhere and adapter_folder(path) is not None:
+        raise UnsupportedError(
+            f"stages: {path} is an adapter, which is merged by a process that has all layers; merge it by peft "
+            "(merge_and_unload, save_pretrained), or set stages: 1"
+        )
     owners = {name: module for unit in model.units for name, (module, _) in unit.owners.items()}
     tied = (model.embedding_name, model.head_name) if model.is_tied else ()
     return changes_of(path, model.names, model.state, owners, tied=tied, packed=model.packed)

@@ -52,7 +52,7 @@ class RemoteEngine(Front):
         seats = seats_for(policy, waiting)
         for note in seats.notes:
             warnings.warn(note, stacklevel=2)
-        self._is_several = seats.memory is not None
+        self._is_several = seats.memory is not None and not seats.stages
         self.gathers = seats.gather
         """Whether each device has a part of the weights, and all gather them."""
         openings = [
@@ -66,6 +66,7 @@ class RemoteEngine(Front):
                     index=index,
                     count=len(seats.policies),
                     gather=seats.gather,
+                    stages=seats.stages,
                     memory=seats.memory,
                     weights=None,
                     meeting=None,

@@ -1,0 +1,27 @@
+"""Lets a model be one of several stages: it has some consecutive layers, and the others are elsewhere."""
+
+from __future__ import annotations
+
+from engine.cache.shape import KVShape
+from engine.model.causal_model import CausalModel
+from engine.model.unit import Unit
+
+
+def hold(model: CausalModel, layers: range) -> None:
+    """Let a model have weights, and keep keys, values and states, of `layers` alone; the head goes with the last layer.
+
+    The token embedding and what is needed throughout stay, so that its `record` is as it was.
+    """
+    kept = {"embedding", "outer", *(f"layer.{index}" for index in layers)}
+    model.held = layers
+    if model.has_head:
+        kept.add("head")
+    dropped = {name for unit in model.units if unit.name not in kept for name in unit.owners}
+    packed = [model.all_packed[name] for name in dropped if name in model.all_packed]
+    model.elsewhere = frozenset(dropped.union(*(whole.parts for whole in packed), *(whole.unread for whole in packed)))
+    model.units = [unit if unit.name in kept else Unit(unit.name, {}) for unit in model.units]
+    for name in dropped:
+        del model.state[name]
+        model.all_packed.pop(name, None)
+        model.packed.pop(name, None)
+    model.kv_shapes = [each if at in layers else KVShape.none() for at, each in enumerate(model.kv_shapes)]
