@@ -27,10 +27,12 @@ class Following:
         """loader: brings the weights. check: raises what has become wrong with them, after each sweep."""
         self._line, self._lanes, self._loader, self._check = line, lanes, loader, check
         self._has_ended = threading.Event()
+        self._has_begun = False
         self._is_open = True
 
     def run(self) -> None:
         """Follow until there is nothing more to compute; raises what goes wrong."""
+        self._has_begun = True
         try:
             while (numbers := self._line.hear()) is not None:
                 told = Told.read(numbers)
@@ -56,6 +58,7 @@ class Following:
         """Return when the stage that leads has ended, or gone; False if this was called before."""
         is_first, self._is_open = self._is_open, False
         if is_first:
-            self._has_ended.wait()
+            if self._has_begun:
+                self._has_ended.wait()
             self._loader.close()
         return is_first
