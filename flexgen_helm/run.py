@@ -23,6 +23,7 @@ from flexgen_helm.terminal.signals import NOT_FINISHED, heeding_signals
 atexit.register(gc.freeze)  # else the interpreter looks through all of torch and HELM before it ends, for seconds
 
 COMMANDS = {
+    "demo": "a real HELM scenario with a small real model; what it fetches is named first",
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
     "sweep": "run a whole suite as one job that can be stopped at any moment and goes on where it was",
     "register": "write a model's HELM entries once, for plain helm-run",
@@ -37,6 +38,7 @@ COMMANDS = {
     "report": "write a suite's report.html and report.json: scores, speed, trends, failed runs",
     "lm-eval": "lm-evaluation-harness's own command line, with the engine as its model `flexgen`",
     "doctor": "show what this machine has and what is missing",
+    "completion": "print a script by which bash, zsh, fish or tcsh completes these commands and their flags",
 }
 
 
@@ -96,6 +98,14 @@ def _run_command(command: str, rest: list[str]) -> int:
     from engine.errors import EngineError
 
     try:
+        if command == "demo":
+            from flexgen_helm.commands.first_steps.demo import demo
+
+            return demo(rest)
+        if command == "completion":
+            from flexgen_helm.commands.first_steps.shell_completion import completion
+
+            return completion(rest, COMMANDS)
         if command == "sweep":
             from flexgen_helm.commands.sweep import sweep
 

@@ -1,7 +1,8 @@
-"""How many threads tests compute with, and processes that they start without importing torch and HELM anew."""
+"""How many threads tests compute with, when garbage is collected, and processes that need not import torch anew."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,10 @@ from warm_processes import WarmProcesses
 
 # Tiny matrices are slower on several threads, and much slower where other processes take turns with them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Importing torch, HELM and all test modules makes nearly a million objects that stay: looking through them again and
+# again for garbage takes a quarter of the time of collecting tests, and later a part of each test's.
+gc.disable()
 
 IMPORTS = """
 from engine.engine import Engine
@@ -23,6 +28,13 @@ from flexgen_helm.runs import launch
 launch.register_builtin_configs_from_helm_package()  # takes longer than a sweep of ours; once is enough
 launch.register_builtin_configs_from_helm_package = lambda: None
 """
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Garbage is collected from now on, but none is looked for in what the test modules have imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

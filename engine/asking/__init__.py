@@ -1,4 +1,4 @@
-"""What every engine offers those who ask it: `run`, `stream`, `astream`, and `generate` as transformers has it.
+"""The interface of every engine: `run`, `stream`, `astream`, and `generate` with the arguments of transformers.
 
-Imports no other room.
+This package imports no other room.
 """

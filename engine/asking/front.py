@@ -1,4 +1,4 @@
-"""What every engine offers those who ask it, wherever it computes."""
+"""The interface that every engine offers its callers, in this process or in others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Front(ABC):
-    """Runs jobs through a causal language model; what stands behind it computes them.
+    """Runs jobs through a causal language model; subclasses say what computes them.
 
-    Calls from several threads are served together: jobs that arrive while a sweep runs join the next one. A context
-    manager.
+    Calls from several threads are served together: jobs that arrive while a sweep runs join the next one. It is a
+    context manager.
     """
 
     policy: Policy
@@ -31,33 +31,33 @@ class Front(ABC):
     @property
     @abstractmethod
     def window(self) -> int | None:
-        """Most positions of a sequence; None when the model sets no limit."""
+        """The maximum number of positions of a sequence; None when the model sets no limit."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids of the model's vocabulary."""
 
     @property
     @abstractmethod
     def pad_token(self) -> int:
-        """The token that rows are filled up with."""
+        """The token id with which `generate` pads rows."""
 
     @abstractmethod
     def _accepted(self, jobs: Iterable[Job]) -> tuple[dict[int, Any], Finished]:
-        """What can run of `jobs`, by position, in the form that serves it; and the completions of what cannot."""
+        """Return by position the jobs that can run, in the engine's internal form, and completions for the others."""
 
     @abstractmethod
     def _submit(self, call: Call) -> None:
-        """Take in a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
+        """Accept a call; raise the fault that ended the engine, or `EngineError` when it is closed."""
 
     @abstractmethod
     def _abandon(self, call: Call) -> None:
-        """Drop what of a call has not ended."""
+        """Drop the jobs of a call that have not ended."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop serving and give everything back; waiting calls fail."""
+        """Stop serving and release all memory; waiting calls fail."""
 
     def run(self, jobs: Iterable[Job]) -> list[Completion]:
         """Run `jobs` and return their completions in the same order."""

@@ -33,7 +33,7 @@ class Generation:
     sequences: torch.Tensor
     """int64 `[prompts * num_return_sequences, longest]`: the input row, the new tokens, padding."""
     completions: tuple[Completion, ...]
-    """One for each row: its text, log-probabilities and the reason why it ended."""
+    """One completion for each row: its text, its log-probabilities and its finish reason."""
 
 
 def rows_of(input_ids: Any, name: str = "input_ids") -> list[list[int]]:
@@ -49,7 +49,7 @@ def rows_of(input_ids: Any, name: str = "input_ids") -> list[list[int]]:
 
 
 def _nested(values: Any, name: str = "attention_mask") -> list[Any]:
-    """A row for each prompt, whatever is in it."""
+    """Return one row for each prompt; what a row holds is not checked here."""
     plain = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(plain, str | bytes) or not isinstance(plain, Iterable):
         raise JobError(f"{name} is a {type(values).__name__}; give token ids, as engine.tokenizer makes of text")

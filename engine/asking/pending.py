@@ -1,4 +1,4 @@
-"""Jobs of one call that have not ended, and the way their completions take from who serves to the caller."""
+"""The unfinished jobs of one call, and the queue that brings their completions from the engine to the caller."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 from engine.job import Completion
 
 Finished = list[tuple[int, Completion]]
-"""What one sweep finished of a call: positions of jobs and their completions."""
+"""The completions of one call that one sweep finished, each with the position of its job."""
 
 Result = Finished | BaseException
-"""What a sweep finished, or the fault that ends the call."""
+"""The completions that a sweep finished, or the exception that ends the call."""
 
 
 @dataclass(eq=False)
 class Call:
-    """What those who serve know of a call."""
+    """The serving thread's view of one call."""
 
     left: dict[int, Any]
-    """What has not ended, by its position among the jobs; whoever serves removes what is delivered."""
+    """The unfinished jobs by their position in the call; the serving thread removes those that it has delivered."""
     put: Callable[[Result], None]
-    """Takes the next result, in the thread that serves; neither waits nor fails."""
+    """A callback that takes the next result. It is called in the serving thread, and neither blocks nor raises."""
     entered: Callable[[list[int]], None] | None = None
-    """Told the positions of jobs whose first sweep is about to begin, likewise."""
+    """A callback that gets the positions of jobs whose first sweep is about to begin; it neither blocks nor raises."""
 
 
 class Pending(Iterator[Finished]):
-    """The completions of one call, by sweep; closing it, or letting go of it, drops what has not ended.
+    """The completions of one call, one list a sweep; closing or deleting the object drops the jobs that have not ended.
 
-    Any thread may close it: one that waits for the next result then gets no more.
+    Any thread may close it: a thread that waits for the next result then gets no more.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Pending(Iterator[Finished]):
         abandon: Callable[[Call], None],
         entered: Callable[[list[int]], None] | None = None,
     ) -> None:
-        """`bad`: completions of jobs that cannot run, which come first; `abandon` drops what has not ended."""
+        """`bad`: completions of jobs that cannot run, which come first; `abandon` drops unfinished jobs."""
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self.call = Call(left, self._results.put, entered)
         self._left = len(left)
@@ -52,7 +52,7 @@ class Pending(Iterator[Finished]):
         self._is_closed = False
 
     def __next__(self) -> Finished:
-        """What the next sweep finishes; waits for it. Raises the fault that ends the call."""
+        """Wait for the completions of the next sweep and return them. Raises the exception that ends the call."""
         if self._bad and not self._is_closed:
             bad, self._bad = self._bad, []
             return bad
@@ -70,7 +70,7 @@ class Pending(Iterator[Finished]):
         return result
 
     def close(self) -> None:
-        """Drop what has not ended."""
+        """Drop the jobs that have not ended."""
         if not self._is_closed:
             self._is_closed = True
             self._abandon(self.call)
@@ -81,7 +81,7 @@ class Pending(Iterator[Finished]):
 
 
 class AsyncPending:
-    """The same for a coroutine, completion by completion; to be made in a running asyncio loop."""
+    """The completions of one call for a coroutine, one at a time. It must be created inside a running asyncio loop."""
 
     def __init__(self, left: dict[int, Any]) -> None:
         self._loop = asyncio.get_running_loop()

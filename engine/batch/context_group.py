@@ -1,4 +1,4 @@
-"""New spans of a micro-batch whose keys and values are gathered with those of their prefixes, one context a span."""
+"""Groups of new spans of a micro-batch whose keys and values are gathered with their prefixes', a context per span."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class ContextGroup:
 
     first: int
     end: int
-    """Rows of the micro-batch, padding included."""
+    """The group's end, in rows of the micro-batch, padding included."""
     chain: tuple[Prefix, ...]
     index: torch.Tensor | None
-    """Rows of [prefix | rows of the group] that make the contexts, one behind the other; None where nothing of a prefix
-    is seen: those are the rows themselves."""
+    """The row numbers in [prefix | rows of the group] that form the contexts, concatenated; None where no prefix is
+    visible: the contexts are then the group's own rows."""
     row_borders: torch.Tensor
-    """Where the rows of each span begin, counted from the first: int32 `[spans + 1]`."""
+    """The start of each span, in rows from the first one: int32 `[spans + 1]`."""
     context_borders: torch.Tensor
-    """Where the context of each span begins: int32 `[spans + 1]`."""
+    """The start of each span's context among the gathered rows: int32 `[spans + 1]`."""
     longest: int
-    """Rows of the longest span."""
+    """The number of rows of the longest span."""
     longest_context: int
 
 
 def context_groups(
     segments: list[Segment], device: torch.device, most_rows: int, window: int | None = None
 ) -> list[ContextGroup]:
-    """Groups of new spans, none of which gathers more than `most_rows` rows, or what a span takes.
+    """Split new spans into groups that gather at most `most_rows` rows each; a larger span is a group of its own.
 
-    window: tokens that a row attends to at most, itself included; what of the prefixes no row sees is left out.
+    window: the most tokens that a row attends to, itself included; prefix tokens that no row sees are left out.
     """
     groups: list[list[Segment]] = []
     gathered = 0
@@ -53,7 +53,7 @@ def context_groups(
 
 
 def _seen(start: int, window: int | None) -> int:
-    """How many of the tokens before a span its first row attends to."""
+    """The number of tokens before a span that its first row attends to."""
     return start if window is None else min(start, window - 1)
 
 
@@ -79,5 +79,5 @@ def _group(segments: list[Segment], device: torch.device, window: int | None) ->
 
 
 def borders(sizes: list[int], device: torch.device) -> torch.Tensor:
-    """Where parts of these sizes begin that lie one behind the other, and where the last ends: int32."""
+    """The start offsets of consecutive parts of these sizes, and the end of the last one: int32."""
     return accelerator.sent(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device)

@@ -1,4 +1,4 @@
-"""Decode steps of a micro-batch that are attended together, and where their keys and values lie."""
+"""Decode steps of a micro-batch that one attention call serves, and where their keys and values are stored."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from engine.schedule.sequence import Prefix
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Neighbouring rows of a table that are brought to the device at once, with what lies between blocks."""
+    """Adjacent rows of a table that one copy brings to the device, gaps between blocks included."""
 
     first: int
     end: int
 
 
 class DecodeGroup:
-    """New rows of running sequences, equally many of each, that continue the same chain of prefixes (or none)."""
+    """Decode steps with equally many new rows each that continue the same chain of prefixes (or none)."""
 
     def __init__(self, segments: list[Segment], device: torch.device, gap_rows: int = 0) -> None:
         self.chain: tuple[Prefix, ...] = segments[0].span.chain
@@ -58,7 +58,7 @@ class DecodeGroup:
 
     @property
     def is_on_device(self) -> bool:
-        """Whether all own tokens are in the device's table."""
+        """Whether the keys and values of all the sequences' own tokens are in the device's table."""
         return self.tier == "device"
 
     @cached_property
@@ -73,19 +73,19 @@ class DecodeGroup:
 
     @cached_property
     def new_index(self) -> torch.Tensor:
-        """Index of each sequence's new rows in the gathered table, `[sequences * steps]`."""
+        """The index of each sequence's new rows in the gathered table, `[sequences * steps]`."""
         new = self.past[:, None] + torch.arange(self.steps, device=self.past.device)
         return (self.own_borders[:-1, None] + new).flatten()
 
     @cached_property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first row of each sequence in its table, and how many it has with the new ones: int64 on the host."""
+        """The first row of each sequence in its table, and its number of rows with the new ones: int64 on the host."""
         spots = [(s.span.block.first, s.past + self.steps) for s in self.segments if s.span.block is not None]
         firsts, lengths = torch.tensor(spots).T.contiguous()
         return firsts, lengths
 
     def mask(self, reach: Reach) -> torch.Tensor:
-        """What to add to the scores, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
+        """The additive attention mask, 0 or -inf: float32 `[sequences, steps, prefix + length]`."""
         if reach not in self._masks:
             device = self.past.device
             positions = self._start + self.past[:, None] + torch.arange(self.steps, device=device)
@@ -98,7 +98,8 @@ class DecodeGroup:
 def _stored_runs(blocks: list[Block], lengths: list[int], gap_rows: int) -> tuple[list[StoredRun], list[int]]:
     """The runs that hold the first rows of each block, and where among their rows each block begins.
 
-    A copy of its own costs more than that of `gap_rows` rows: neighbours that lie so near are one run.
+    Blocks that are at most `gap_rows` rows apart form one run: a second copy would cost more than the rows between
+    them.
     """
     runs: list[StoredRun] = []
     firsts, before = [], 0

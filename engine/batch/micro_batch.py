@@ -21,14 +21,15 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
 
 _MASKED_ROWS = 256
-"""Rows of own tokens that one masked attention call over a shared prefix takes at least: they attend to each other in
-vain, so their number is kept near the prefix's length."""
+"""The least number of own rows that one masked attention call over a shared prefix takes. The rows of a call also
+attend to each other in vain (the mask discards it), so their number is kept near the prefix's length."""
 _MASKED_OWN_ROWS = 128
-"""The same where nothing else is attended to: a longer span has a call of its own, which takes less time."""
+"""The least number of own rows of one masked attention call without a prefix. A longer span has a call of its own,
+which takes less time."""
 
 
 class MicroBatch(Rows):
-    """Rows of `segments`, one behind the other, each with its padding."""
+    """The rows of `segments`, concatenated, each segment with its padding."""
 
     def __init__(self, segments: list[Segment], device: torch.device, limits: Limits) -> None:
         super().__init__(segments, device, limits.most_states)
@@ -42,15 +43,15 @@ class MicroBatch(Rows):
                 positions.append(torch.full((segment.num_pad,), end - 1))  # stays inside the model's window
         # By way of an array, and of ranges: torch takes ten times as long over a list of numbers.
         self.ids = torch.frombuffer(array("q", ids), dtype=torch.int64)[None]
-        """`[1, rows]`, on the host."""
+        """The token ids `[1, rows]`, on the host."""
         self._positions = accelerator.sent(torch.cat(positions)[None], device)
         self._device = device
         self.most_gathered_rows = limits.cached_rows_per_batch
-        """Rows of keys and values that attention may gather at once."""
+        """The most rows of keys and values that attention may gather at once."""
         self.most_score_bytes = limits.logits_bytes
-        """What scores of attention may take at once that is computed some rows at a time."""
+        """The most bytes of attention scores, where attention is computed in blocks of rows."""
         self._most_prefix_rows = limits.rows_per_batch
-        """Those of several prefixes: about what the new rows have."""
+        """The most rows of several prefixes that are gathered at once: about as many as there are new rows."""
         decode = [segment for segment in segments if segment.is_decode]
         decode_runs, new_runs = _runs_of_one_chain(decode), _runs_of_one_chain(segments[len(decode) :])
         self.decode_groups = [
@@ -59,14 +60,14 @@ class MicroBatch(Rows):
             for group in _gathered_at_once(run, limits)
         ]
         self.prefill_first = sum(segment.num_rows for segment in decode)
-        """First row that is no decode step."""
+        """The first row that is not a decode step."""
         borders = [segment.first for segment in segments[len(decode) :]] + [self.num_rows]
         borders = [border - self.prefill_first for border in borders]
         self.prefill_borders = accelerator.sent(torch.tensor(borders, dtype=torch.int32), device)
-        """Where the new spans begin, counted from the first: int32 `[spans + 1]`."""
+        """The start of each new span, in rows from the first new one: int32 `[spans + 1]`."""
         self.longest_prefill = max((b - a for a, b in pairwise(borders)), default=0)
         self.longest = max(segment.span.start + segment.past + segment.num_rows for segment in segments)
-        """Tokens of the longest context."""
+        """The number of tokens of the longest context."""
         self._context_groups: dict[int | None, list[ContextGroup]] = {}
         self._new_runs = new_runs
         self.decode_chains = _chains(decode_runs)
@@ -76,44 +77,44 @@ class MicroBatch(Rows):
 
     @cached_property
     def prefill_groups(self) -> list[PrefillGroup]:
-        """New spans, for an attention that sees prefixes and own tokens at once."""
+        """New spans in groups, for attention that takes prefixes and own tokens in one call."""
         runs = _runs_of_new_spans(self.segments, _shares_mask_with_prefixes)
         return [PrefillGroup(run, self._device, run[0].span.chain) for run in runs]
 
     @cached_property
     def own_groups(self) -> list[PrefillGroup]:
-        """New spans, for an attention to their own tokens only."""
+        """New spans in groups, for attention to their own tokens only."""
         runs = _runs_of_new_spans(self.segments, _shares_own_mask)
         return [PrefillGroup(run, self._device, ()) for run in runs]
 
     @cached_property
     def prefill_runs(self) -> list[tuple[list[int], tuple[Prefix, ...]]]:
-        """Neighbouring new spans that continue the same chain, or none, and that chain.
+        """Adjacent new spans that continue the same chain of prefixes (or none), and that chain.
 
-        Of the spans: where each begins and the last one ends, counted from the first new row.
+        The spans are given as start offsets and the last end, in rows from the first new one.
         """
         first = self.prefill_first
         return [([*(s.first - first for s in run), run[-1].end - first], run[0].span.chain) for run in self._new_runs]
 
     @cached_property
     def decode_prefixes(self) -> list[PrefixGroup]:
-        """The chains of decode steps, for an attention that takes several at once."""
+        """The prefix chains of decode steps, for attention that takes several chains in one call."""
         return prefix_groups(self.decode_chains, self._device, self._most_prefix_rows)
 
     @cached_property
     def prefill_prefixes(self) -> list[PrefixGroup]:
-        """The chains of new spans, for an attention that takes several at once."""
+        """The prefix chains of new spans, for attention that takes several chains in one call."""
         return prefix_groups(self.prefill_chains, self._device, self._most_prefix_rows)
 
     def context_groups(self, window: int | None) -> list[ContextGroup]:
-        """New spans, for an attention to contexts that are gathered whole, as far as rows in a window see them."""
+        """New spans in groups, for attention to contexts that are gathered whole, as far as a window reaches."""
         if window not in self._context_groups:
             new = [segment for segment in self.segments if not segment.is_decode]
             self._context_groups[window] = context_groups(new, self._device, self.most_gathered_rows, window)
         return self._context_groups[window]
 
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward is called with."""
+        """The keyword arguments of the model's forward."""
         ids = accelerator.sent(self.ids, self._device)
         return {"input_ids": ids, "position_ids": self._positions, "use_cache": False}
 
@@ -123,7 +124,7 @@ def _chains(runs: list[list[Segment]]) -> list[Chain]:
 
 
 def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
-    """Neighbours of the same chain; decode steps apart from new spans, by their numbers of rows, and by their place."""
+    """Split segments into runs of one prefix chain; decode steps are also split by their number of rows and tier."""
 
     def kind(segment: Segment) -> tuple[Any, ...]:
         return id(segment.span.parent), *((segment.num_rows, segment.tier) if segment.is_decode else ())
@@ -132,7 +133,7 @@ def _runs_of_one_chain(segments: list[Segment]) -> list[list[Segment]]:
 
 
 def _gathered_at_once(run: list[Segment], limits: Limits) -> list[list[Segment]]:
-    """Cut decode steps of one kind so that what attention gathers of each part stays within limits."""
+    """Split decode steps of one kind so that the rows which attention gathers for each part stay within the limits."""
     if run[0].is_on_device and limits.reads_in_place:
         return [run]
     # Of a prefix, only the kernels that read in place tell what merging the two parts takes.
@@ -155,7 +156,7 @@ def _gathered_at_once(run: list[Segment], limits: Limits) -> list[list[Segment]]
 
 
 def _runs_of_new_spans(segments: list[Segment], joins: Callable[[list[Segment], Segment], bool]) -> list[list[Segment]]:
-    """Neighbouring new segments that one attention call takes, as far as each `joins` those before it."""
+    """Group adjacent new segments for one attention call; `joins` says whether a segment fits those before it."""
     runs: list[list[Segment]] = []
     for segment in (segment for segment in segments if not segment.is_decode):
         if runs and joins(runs[-1], segment):
@@ -166,7 +167,7 @@ def _runs_of_new_spans(segments: list[Segment], joins: Callable[[list[Segment], 
 
 
 def _shares_mask_with_prefixes(run: list[Segment], segment: Segment) -> bool:
-    """Whether `segment` continues the same chain, under a mask of limited size; without a chain: is as long."""
+    """Whether `segment` has the same chain and the mask stays small; without a chain: whether it is equally long."""
     last = run[-1]
     if last.span.parent is not segment.span.parent:
         return False
@@ -176,5 +177,5 @@ def _shares_mask_with_prefixes(run: list[Segment], segment: Segment) -> bool:
 
 
 def _shares_own_mask(run: list[Segment], segment: Segment) -> bool:
-    """Whether a mask over own tokens alone stays of limited size."""
+    """Whether a mask over own tokens alone stays small."""
     return segment.end - run[0].first <= _MASKED_OWN_ROWS

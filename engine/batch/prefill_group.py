@@ -1,4 +1,4 @@
-"""New spans of a micro-batch that are attended together, and their mask."""
+"""New spans of a micro-batch that one attention call serves, and their mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.schedule.sequence import Prefix
 
 
 class PrefillGroup:
-    """Neighbouring segments of new spans that continue the same chain of prefixes (or none)."""
+    """Adjacent segments of new spans that continue the same chain of prefixes (or none)."""
 
     def __init__(self, segments: list[Segment], device: torch.device, chain: tuple[Prefix, ...]) -> None:
         self.chain = chain
@@ -27,7 +27,7 @@ class PrefillGroup:
         self._masks: dict[tuple[Reach, torch.dtype, int], torch.Tensor] = {}
 
     def mask(self, reach: Reach, dtype: torch.dtype, copies: int) -> torch.Tensor:
-        """What to add to the scores of a part, 0 or -inf: `[copies * rows, prefix + rows]`, a copy per query group."""
+        """The additive mask of a part, 0 or -inf: `[copies * rows, prefix + rows]`, one copy per query group."""
         key = reach, dtype, copies
         if key not in self._masks:
             self._masks[key] = self._make_mask(reach, dtype).repeat(copies, 1)

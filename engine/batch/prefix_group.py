@@ -1,4 +1,4 @@
-"""Neighbouring rows of a micro-batch whose prefixes are attended to in one call."""
+"""Adjacent rows of a micro-batch whose prefixes one attention call takes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from engine.batch.context_group import borders
 from engine.schedule.sequence import Prefix
 
 Chain = tuple[int, int, tuple[Prefix, ...]]
-"""First row, end row, and the prefixes that these rows continue."""
+"""The first row, the end row, and the chain of prefixes that these rows continue."""
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixGroup:
-    """Neighbouring chains of prefixes: the rows of each attend to the whole of theirs, and to no other."""
+    """Adjacent chains of prefixes: the rows of each chain attend to all of that chain, and to no other."""
 
     first: int
     end: int
-    """Rows of the micro-batch, padding included."""
+    """The group's end, in rows of the micro-batch, padding included."""
     chains: tuple[tuple[Prefix, ...], ...]
     row_borders: torch.Tensor
-    """Where the rows of each chain begin, counted from the first: int32 `[chains + 1]`."""
+    """The start of each chain's rows, counted from the first: int32 `[chains + 1]`."""
     prefix_borders: torch.Tensor
-    """Where the tokens of each chain begin, one chain behind the other: int32 `[chains + 1]`."""
+    """The start of each chain's tokens where the chains are concatenated: int32 `[chains + 1]`."""
     longest: int
-    """Rows of the chain that most continue."""
+    """The largest number of rows that continue one chain."""
     longest_prefix: int
-    """Tokens of the longest chain."""
+    """The number of tokens of the longest chain."""
 
 
 def prefix_groups(chains: Iterable[Chain], device: torch.device, most_tokens: int) -> list[PrefixGroup]:
-    """Groups of chains that follow each other without a gap; of several chains none has more than `most_tokens`.
+    """Group chains that follow each other without a gap; a group of several chains has at most `most_tokens` tokens.
 
-    Attention collects the keys and values of a group's chains.
+    Attention gathers the keys and values of a group's chains.
     """
     groups: list[list[Chain]] = []
     collected = 0

@@ -1,4 +1,4 @@
-"""How far back tokens attend."""
+"""Which earlier tokens a token attends to: all, a sliding window, or its chunk."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 @dataclass(frozen=True)
 class Reach:
-    """Which tokens a token attends to: all up to itself, or fewer of them."""
+    """The tokens that a token attends to: all up to itself, or fewer of them."""
 
     window: int | None = None
-    """The last so many, itself included."""
+    """The size of the sliding window, the token itself included; None without a window."""
     chunk: int | None = None
-    """Those of its own chunk; chunks begin at multiples of so many tokens."""
+    """The size of chunks, which begin at its multiples: a token attends within its own chunk. None without chunks."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing before a token is cut off, however long the context is."""
+        """Whether a token attends to all tokens before it, however long the context is."""
         return self.window is None and self.chunk is None
 
     def is_whole_within(self, length: int) -> bool:
-        """The same for contexts of at most `length` tokens."""
+        """Whether a token attends to all tokens before it in contexts of at most `length` tokens."""
         return all(limit is None or length <= limit for limit in (self.window, self.chunk))
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

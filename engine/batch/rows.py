@@ -1,4 +1,4 @@
-"""Rows of a micro-batch, and where their keys and values are to be kept."""
+"""The rows of a micro-batch, and where their keys and values will be stored."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Scatter:
 
 
 class Rows:
-    """Rows of a micro-batch, and where their keys and values are to be kept."""
+    """The rows of a micro-batch, and where their keys and values will be stored."""
 
     def __init__(self, segments: list[Segment], device: torch.device, most_states: int = 0) -> None:
-        """most_states: that a layer takes on at once; 0 where none keeps a state."""
+        """most_states: the most recurrent states that a layer updates at once; 0 for models without states."""
         self.segments = segments
         self.num_rows = segments[-1].end
         self.state_groups = state_groups(segments, self.num_rows, most_states, device) if most_states else []
@@ -66,6 +66,6 @@ class Rows:
 
 
 def _slots(segment: Segment, block: Block) -> range:
-    """Rows of its table that a segment's go to."""
+    """The table rows of one tier that a segment's new rows go to."""
     first = block.first + segment.past
     return range(first, first + segment.num_rows)

@@ -1,4 +1,4 @@
-"""Spans of a micro-batch whose states are taken on together: equally many rows of each."""
+"""Spans of a micro-batch whose recurrent states are updated together: each has equally many rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
 
 Source = Literal["nothing", "prefix", "own"]
-"""What rows continue: no token, the state behind a prefix, or the span's own state."""
+"""Where rows start from: from an empty state, from the state at the end of a prefix, or from the span's own state."""
 
 
 class StateGroup:
     """Rows of segments that begin from the same kind of state, as `[segments, rows]`."""
 
     def __init__(self, segments: list[Segment], num_rows: int, device: torch.device) -> None:
-        """num_rows: of the whole micro-batch, padding included."""
+        """num_rows: the number of rows of the whole micro-batch, padding included."""
         self.segments = segments
         self.count, self.length = len(segments), segments[0].num_rows
         self.source: Source = _source(segments[0])
@@ -73,7 +73,7 @@ class StateGroup:
 
 
 def state_groups(segments: list[Segment], num_rows: int, most: int, device: torch.device) -> list[StateGroup]:
-    """Groups of at most `most` segments each, a prefix in a group before those that continue it."""
+    """Groups of at most `most` segments each; a prefix comes in an earlier group than the segments that continue it."""
     levels: dict[int, int] = {}
     """Of the spans: how many of the prefixes before each are in the micro-batch."""
     groups: dict[tuple[int, Hashable], list[Segment]] = {}

@@ -1,4 +1,7 @@
-"""A micro-batch of decode steps that all lie on the device, as tensors whose shapes tell nothing of who decodes."""
+"""A micro-batch of decode steps whose keys and values are all on the device, in tensors of few different shapes.
+
+The shapes say nothing of the sequences, so one captured computation serves many micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,26 @@ from engine.memory import accelerator
 from engine.schedule.segment import Segment
 
 _COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-"""Rows that such micro-batches have; beyond, multiples of the last."""
+"""The sizes of such micro-batches in rows; larger ones are multiples of the last."""
 _LEAST_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What two such micro-batches have in common that differ in numbers alone."""
+    """The shape that two such micro-batches share if they differ in numbers alone."""
 
     count: int
-    """Rows, one a sequence, padding included."""
+    """The number of rows, one per sequence, padding included."""
     levels: int
-    """Prefixes of the sequence that has most."""
+    """The largest number of prefixes of a sequence."""
     length: int
-    """Tokens that a context has at most: the next power of two."""
+    """The most tokens of a context, rounded up to a power of two."""
 
 
 class StepBatch(Rows):
     """One new row of each sequence, padded to a round number of rows by copies of the last one.
 
-    A copy writes what the row it is a copy of writes, to the same place.
+    A copy writes the same numbers to the same place as its original.
     """
 
     def __init__(self, segments: list[Segment], device: torch.device) -> None:
@@ -64,7 +67,7 @@ class StepBatch(Rows):
         self.row_borders = accelerator.sent(torch.arange(count + 1, dtype=torch.int32), device)
 
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward is called with."""
+        """The keyword arguments of the model's forward."""
         return {
             "input_ids": accelerator.sent(self.ids, self._device),
             "position_ids": self._positions,
@@ -72,7 +75,7 @@ class StepBatch(Rows):
         }
 
     def take(self, other: StepBatch) -> None:
-        """Have the numbers of another micro-batch of the same shape, in the same memory."""
+        """Take over the numbers of another micro-batch of the same shape, in the same memory."""
         assert other.shape == self.shape
         assert self.device_slots is not None
         assert other.device_slots is not None
@@ -83,13 +86,13 @@ class StepBatch(Rows):
 
 
 def padded_count(count: int) -> int:
-    """Rows of a micro-batch of so many steps, padding included."""
+    """The number of rows of a micro-batch of so many steps, padding included."""
     fitting = next((size for size in _COUNTS if size >= count), None)
     return fitting or -(-count // _COUNTS[-1]) * _COUNTS[-1]
 
 
 def _context(segment: Segment, level: int) -> tuple[int, int, bool]:
-    """Where own tokens (level 0) or those of a prefix begin in the table, how many they are, and whether they are."""
+    """The first table row, the number of tokens and whether there are any, of own tokens (level 0) or of a prefix."""
     span = segment.span
     if 0 < level <= len(span.chain):
         prefix = span.chain[level - 1]

@@ -1,4 +1,4 @@
-"""Hidden states between layers: whole sequences on one tier each, by percents."""
+"""Hidden states between layers: each sequence lies on one tier, by the policy's percents."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from engine.policy import Share
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring rows of a micro-batch that are kept on one tier."""
+    """Adjacent rows of a micro-batch that are kept on one tier."""
 
     tier: Tier
     first: int
     end: int
     offset: int
-    """First row in the tier's buffer."""
+    """The first row in the tier's buffer."""
 
 
 class HiddenStates:
-    """Keeps what a layer leaves for the next one: rows `[rows, width]` of every micro-batch of a sweep."""
+    """Keeps the output of a layer for the next one: rows `[rows, width]` of every micro-batch of a sweep."""
 
     def __init__(self, arena: Arena, share: Share, width: int, dtype: torch.dtype) -> None:
         self._arena = arena
@@ -47,7 +47,7 @@ class HiddenStates:
         """Spans of the current sweep, by tier."""
 
     def begin(self, batches: Sequence[Rows]) -> None:
-        """Give every span of a new sweep its tier."""
+        """Assign a tier to every span of a new sweep."""
         count = sum(len(batch.segments) for batch in batches)
         device_end = round(count * self._share.gpu / 100)
         host_end = round(count * (self._share.gpu + self._share.cpu) / 100)
@@ -72,14 +72,14 @@ class HiddenStates:
             self._disk_rows = rows["disk"]
 
     def _reserve(self, num_rows: int) -> None:
-        """Make room for so many rows on the host."""
+        """Reserve buffer space for so many rows on the host."""
         if num_rows > len(self._on_host):
             self._arena.free(self._on_host)
             memory = self._arena.empty(num_rows * self._width * self._dtype.itemsize, "host")
             self._on_host = memory.view(self._dtype).view(-1, self._width)
 
     def put(self, index: int, hidden: torch.Tensor) -> None:
-        """Keep the hidden states `[rows, width]` of micro-batch `index`."""
+        """Store the hidden states `[rows, width]` of micro-batch `index`."""
         runs = self._runs[index]
         to_disk: list[tuple[int, torch.Tensor]] = []
         for number, run in enumerate(runs):
@@ -95,7 +95,7 @@ class HiddenStates:
             self._written[index] = self._disk.write(0, to_disk)
 
     def take(self, index: int) -> torch.Tensor:
-        """The hidden states `[rows, width]` of micro-batch `index`, on the device."""
+        """Return the hidden states `[rows, width]` of micro-batch `index`, on the device."""
         runs = self._runs[index]
         if len(runs) == 1 and runs[0].tier == "device":
             return self._on_device.pop((index, 0))
@@ -115,7 +115,7 @@ class HiddenStates:
         return hidden
 
     def _from_disk(self, index: int) -> torch.Tensor:
-        """What of a micro-batch is on disk `[rows, width]`; what is taken next is read meanwhile."""
+        """Return the rows `[rows, width]` of a micro-batch that are on disk, and start to read those of the next."""
         self._fetch(index)
         self._fetch((index + 1) % len(self._runs))
         if index not in self._fetched:
@@ -129,7 +129,7 @@ class HiddenStates:
             self._fetched[index] = self._disk.fetch(0, runs)
 
     def close(self) -> None:
-        """Let go of the buffers; the arena frees them."""
+        """Release the buffers; the arena frees them."""
         self._disk.close()
         self._on_host = self._on_host[:0]
         self._on_device.clear()

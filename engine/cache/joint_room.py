@@ -1,4 +1,4 @@
-"""Room for keys and values of a span and for its state, on one tier."""
+"""Space for the keys and values of a span and for its recurrent state, on one tier."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class JointRoom:
         """Why a tier could not grow the last time that it should have; None if it could."""
 
     def allocate(self, num_rows: int) -> Block | None:
-        """Room for a span of `num_rows` tokens; None when every tier that may hold it is full."""
+        """Allocate space for a span of `num_rows` tokens; None when every allowed tier is full."""
         self.refusal = None
         for tier in self._rows.tiers_in_turn():
             found = self._allocate_on(tier, num_rows)
@@ -41,17 +41,17 @@ class JointRoom:
         return None
 
     def free(self, block: Block) -> None:
-        """Give a block back."""
+        """Free a block."""
         self._rows.free(block if block.slot is None else self.free_state(block))
 
     def free_state(self, block: Block) -> Block:
-        """Give back the room of a state; what is left of the block."""
+        """Free the slot of a state, and return the rest of the block."""
         assert block.slot is not None
         self._slots.free(Block(block.tier, block.slot, 1))
         return replace(block, slot=None)
 
     def expect(self, sizes: Sequence[int]) -> None:
-        """Tell that spans of so many tokens will ask for room."""
+        """Announce spans of so many tokens, so that tables grow once for all of them."""
         self._rows.expect(sizes)
         self._slots.expect([1] * len(sizes))
         for tier in TIERS:
@@ -59,14 +59,14 @@ class JointRoom:
                 self._release(tier)
 
     def _is_lopsided(self, tier: Tier) -> bool:
-        """Whether one kind has less than half of what it would have of a tier that was divided for what is expected."""
+        """Whether one kind has less than half of its part of a tier that is divided by the announced spans."""
         both = (self._rows, self._slots)
         total = sum(each.expected_bytes(tier) for each in both)
         part = min(1.0, self._rows.budgets[tier] / total) if total else 0.0
         return any(2 * each.taken(tier) < part * each.expected_bytes(tier) for each in both)
 
     def _release(self, tier: Tier) -> bool:
-        """Let both kinds begin anew on a tier in memory on which nothing lies; False where something does."""
+        """Release the tables of both kinds on a tier in memory that no block uses; False where one is in use."""
         if tier == "disk" or self._slots.num_blocks[tier] or self._rows.num_blocks[tier]:
             return False  # rows alone are those of a span whose state nobody continues any more
         self._rows.release(tier)
@@ -74,5 +74,5 @@ class JointRoom:
         return True
 
     def num_off_device(self, num_rows: int) -> int:
-        """How many of so many rows of spans would lie off the device."""
+        """The number of rows, of `num_rows` rows of spans, that would not fit the device."""
         return self._rows.num_off_device(num_rows)

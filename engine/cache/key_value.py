@@ -27,11 +27,11 @@ from engine.schedule.sequence import Prefix, Span
 class KVCache(LayerMemory):
     """Keys and values of spans, as rows `[keys | values | index key]` of one table per layer and tier.
 
-    With a codec, every row is rounded to what its code stands for as soon as it is computed, and host and disk hold the
+    With a codec, every row is rounded to the value of its code as soon as it is computed, and host and disk hold the
     codes: a result depends on the codec, but not on where a row lies or when it is read.
 
-    Tables grow on demand up to their budget. Sequences go to the tiers by `share` (counted in sequences), or, without
-    one, to the device while it has room, then to the host, then to disk.
+    Tables grow on demand up to their budget. Sequences are spread over the tiers by `share` (counted in sequences), or,
+    without one, go to the device while it has room, then to the host, then to disk.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class KVCache(LayerMemory):
         """Layer and group whose own tokens are under way: from the host with the event of arrival, or from disk."""
 
     def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
-        """To be called before a sweep over micro-batches: from now on it may read what the sweep before wrote.
+        """Prepare a sweep over micro-batches: from now on the cache may read what the sweep before wrote.
 
-        layers: those that the sweep passes, in their order; None: all.
+        layers: the layers that the sweep passes, in order; None: all.
         """
         self._transfer.settle()
         self._disk.settle()
@@ -89,11 +89,11 @@ class KVCache(LayerMemory):
             self._fetch_next()
 
     def _is_ahead(self, group: DecodeGroup) -> bool:
-        """Whether a group's own tokens are brought ahead of their turn."""
+        """Whether the own tokens of a group are brought to the device in advance."""
         return group.tier == "disk" or (self._stages and group.tier == "host")
 
     def _fetch_next(self) -> None:
-        """Start bringing the own tokens that will be attended to after those that were fetched last."""
+        """Start to copy the own tokens of the group that follows the one fetched last."""
         following = next(self._coming, None)
         if following is None:
             return
@@ -105,7 +105,7 @@ class KVCache(LayerMemory):
             self._staged.append((layer, group, self._transfer.fetch(self._stored_rows(layer, group))))
 
     def _stored_rows(self, layer: int, group: DecodeGroup) -> list[torch.Tensor]:
-        """What is stored of a group on the host, run by run."""
+        """The stored rows of a group on the host, run by run."""
         return [self.room.by_tier["host"][layer][run.first : run.end] for run in group.stored_runs]
 
     def write(self, layer: int, batch: Rows, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -166,11 +166,11 @@ class KVCache(LayerMemory):
         return self.unpack(layer, self.prefix_rows(layer, chain))
 
     def fork_flat(self, layer: int, chains: Iterable[tuple[Prefix, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of several chains, one behind the other: `[rows, heads, dim]`, on the device."""
+        """Keys and values of several chains, concatenated: `[rows, heads, dim]`, on the device."""
         return self._unpack_flat(layer, self.prefix_rows(layer, [prefix for chain in chains for prefix in chain]))
 
     def prefix_rows(self, layer: int, prefixes: Sequence[Prefix]) -> torch.Tensor:
-        """Rows `[length, width]` of prefixes, one behind the other, on the device."""
+        """Rows `[length, width]` of prefixes, concatenated, on the device."""
         parts = [self.read(layer, prefix, len(prefix.tokens)) for prefix in prefixes]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -194,25 +194,25 @@ class KVCache(LayerMemory):
         return decoded
 
     def decoded(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of a table off the device as numbers `[rows, width]`."""
+        """Decode rows of a table that is not on the device, to numbers `[rows, width]`."""
         if self.codec is None:
             return rows
         return self.codec.decode_rows(rows, self.shapes[layer].width, self.dtype)
 
     def is_attended_on_host(self, group: DecodeGroup) -> bool:
-        """Whether a decode group's attention is computed where its keys and values are, as the policy may want it."""
+        """Whether the policy has a decode group's attention computed on the host, where its keys and values are."""
         return self._compute_on_host and group.tier == "host"
 
     def host_table(self, layer: int) -> torch.Tensor:
-        """Rows of a layer's keys and values on the host, `[rows, …]`: numbers, or their codes."""
+        """A layer's table of keys and values on the host, `[rows, …]`: numbers, or their codes."""
         return self.room.by_tier["host"][layer]
 
     def device_table(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows of a layer's keys and values on the device, `[rows, heads, dim]` each."""
+        """A layer's table of keys and values on the device, `[rows, heads, dim]` each."""
         return self._unpack_flat(layer, self.room.by_tier["device"][layer])
 
     def device_places(self) -> list[int]:
-        """Where the device's tables are; they move when they grow."""
+        """The addresses of the device's tables; they change when the tables grow."""
         return [table.data_ptr() for table in self.room.by_tier["device"]]
 
     def own(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,20 +224,20 @@ class KVCache(LayerMemory):
         return self.unpack(layer, self.own_rows(layer, group, *new))
 
     def own_rows(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> torch.Tensor:
-        """The same as rows `[sequences, length, width]`."""
+        """The own keys and values of a decode group (as `own` returns them) as rows `[sequences, length, width]`."""
         rows = self._own_table(layer, group, *new)
         rows = rows.index_select(0, group.own_index.to(rows.device))
         return rows.view(len(group.segments), group.length, -1)
 
     def own_flat(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as `[rows, heads, dim]`, each sequence from its `own_borders` on.
+        """The own keys and values of a decode group as `[rows, heads, dim]`; each sequence begins at its `own_borders`.
 
-        Where all lie on the device, that is the whole table: nothing is copied.
+        Where all of them are on the device, that is the whole table: nothing is copied.
         """
         return self._unpack_flat(layer, self._own_table(layer, group, *new))
 
     def _own_table(self, layer: int, group: DecodeGroup, *new: torch.Tensor) -> torch.Tensor:
-        """Rows `[…, width]` in which the group's own tokens begin at its `own_borders`."""
+        """A table of rows `[…, width]` in which the group's own tokens begin at its `own_borders`."""
         if group.is_on_device:
             return self.room.by_tier["device"][layer]
         if not self._is_ahead(group):  # the new rows are there already
@@ -270,12 +270,12 @@ class KVCache(LayerMemory):
         return index
 
     def _unpack_flat(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, of rows `[rows, width]`, as `[rows, heads, dim]`."""
+        """Split rows `[rows, width]` into keys and values `[rows, heads, dim]`."""
         key, value = self.unpack(layer, rows)
         return key.transpose(0, 1), value.transpose(0, 1)
 
     def close(self) -> None:
-        """Let go of the tables; the arena frees them."""
+        """Release the tables; the arena frees them."""
         self._transfer.close()
         self._disk.close()
         self.room.close()

@@ -1,4 +1,4 @@
-"""States of spans on three tiers: what layers keep of a sequence besides, or instead of, keys and values."""
+"""Recurrent states of spans on three tiers: what state-space and convolution layers keep of a sequence."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from engine.schedule.sequence import Prefix
 
 _AHEAD = STAGING_BUFFERS - 1
 State = list[torch.Tensor]
-"""Of one layer: a tensor `[spans, …]` for each of its shape's."""
+"""The state of one layer: a tensor `[spans, …]` for each tensor of its shape."""
 
 
 class StateCache:
-    """States behind the last token of spans: a slot each, a row of one table per tensor of a layer and tier.
+    """Recurrent states after the last token of spans: one slot each, a row of one table per tensor of a layer and tier.
 
     A state changes with every token, so it is read once in a sweep and written back: a sweep cannot be repeated with
     the states that it left.
@@ -41,7 +41,7 @@ class StateCache:
         *,
         counted: dict[Tier, int] | None = None,
     ) -> None:
-        """shapes: of each layer; None for one that keeps no state. counted: as of `Tables`."""
+        """shapes: the state's shape in each layer; None for a layer that keeps no state. counted: as for `Tables`."""
         self._arena = arena
         self._tensors: list[list[tuple[int, StateTensor]]] = []
         """Of each layer: its tensors, each with the number of its tables."""
@@ -78,7 +78,7 @@ class StateCache:
         """Group and table whose rows are under way to the device."""
 
     def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
-        """Begin a sweep over micro-batches: own states off the device are brought there ahead of their turn.
+        """Begin a sweep over micro-batches: start to bring the states that are not on the device there.
 
         layers: those that the sweep passes, in their order; None: all.
         """
@@ -112,9 +112,9 @@ class StateCache:
             self._ahead.append((group, table, self._transfer.fetch(pieces)))
 
     def begin(self, layer: int, group: StateGroup) -> State | None:
-        """What a group's rows continue in a layer, on the device; the caller may change it. None where it is nothing.
+        """The state that a group's rows continue in a layer, on the device; None at the start. It may be changed.
 
-        To be called once for each group and layer, in the order of the sweep.
+        It must be called once for each group and layer, in the order of the sweep.
         """
         if layer != self._layer:
             self._fresh, self._to_come, self._layer = {}, dict(self._users), layer
@@ -132,7 +132,7 @@ class StateCache:
         return states if taken is None else [state.index_select(0, taken) for state in states]
 
     def _own(self, group: StateGroup, table: int) -> torch.Tensor:
-        """Rows `[segments, bytes]` of a group's own slots, a copy on the device."""
+        """Rows `[segments, bytes]` of a group's own slots, copied to the device."""
         if group.tier == "device":
             assert group.device_slots is not None
             return self.room.by_tier["device"][table].index_select(0, group.device_slots)
@@ -151,7 +151,7 @@ class StateCache:
         return staged
 
     def _behind(self, layer: int, prefix: Prefix) -> State:
-        """The state `[1, …]` behind a prefix's last token, on the device; not to be changed."""
+        """The state `[1, …]` after a prefix's last token, on the device; it must not be changed."""
         fresh = self._fresh.get(id(prefix))
         if fresh is not None:
             return fresh
@@ -171,7 +171,7 @@ class StateCache:
         return state
 
     def write(self, layer: int, group: StateGroup, state: State) -> None:
-        """Keep the states `[segments, …]` that a group's rows have left in a layer."""
+        """Store the states `[segments, …]` that a group's rows leave in a layer."""
         for at, prefix in group.read_on:
             if self._to_come.get(id(prefix)):  # copied, or it would keep those of its group
                 self._fresh[id(prefix)] = [tensor[at : at + 1].clone() for tensor in state]
@@ -189,7 +189,7 @@ class StateCache:
                 self._disk.write(table, [(slot, rows[at : at + count]) for at, slot, count in group.disk_runs])
 
     def close(self) -> None:
-        """Let go of the tables; the arena frees them."""
+        """Release the tables; the arena frees them."""
         self._transfer.close()
         self._disk.close()
         self.room.close()
@@ -197,5 +197,5 @@ class StateCache:
 
 
 def _seen(rows: torch.Tensor, tensor: StateTensor) -> torch.Tensor:
-    """Bytes `[spans, bytes]` as what they are."""
+    """View bytes `[spans, bytes]` as the tensor that they encode."""
     return rows.view(tensor.dtype).view(len(rows), *tensor.dims)

@@ -1,4 +1,4 @@
-"""What a layer keeps of a sequence whatever its length: a state."""
+"""The size of the recurrent state that a layer keeps of a sequence; it does not depend on the sequence's length."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class StateTensor:
     """One tensor of a layer's state."""
 
     name: str
-    """What it is to the cache that the layer asks for it, such as "conv 0"."""
+    """The name under which the layer asks its cache for the tensor, such as "conv 0"."""
     dims: tuple[int, ...]
-    """Of one sequence."""
+    """The dimensions for one sequence."""
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of one sequence."""
+        """The number of bytes for one sequence."""
         return prod(self.dims) * self.dtype.itemsize
 
 
@@ -32,5 +32,5 @@ class StateShape:
 
     @property
     def num_bytes(self) -> int:
-        """Of one sequence."""
+        """The number of bytes for one sequence."""
         return sum(tensor.num_bytes for tensor in self.tensors)

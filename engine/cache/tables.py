@@ -26,8 +26,8 @@ _ANY = 1 << 40
 class Tables:
     """Rows of bytes in tables of all layers on the three tiers, up to a budget of bytes a tier.
 
-    Spans go to the tiers by `share` (counted in spans), or, without one, to the device while it has room, then to the
-    host, then to disk.
+    Spans are spread over the tiers by `share` (counted in spans), or, without one, go to the device while it has room,
+    then to the host, then to disk.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Tables:
         *,
         counted: dict[Tier, int] | None = None,
     ) -> None:
-        """sizes: bytes of a row of each table, 0 for one that has none; dtypes: what they are seen as.
+        """sizes: the bytes of a row of each table, 0 for a layer without one; dtypes: how rows are viewed on each tier.
 
-        counted: what a row counts as against the budgets, where others have rows for the same spans that take more.
-
-        `settle` returns when no copy to a table is under way any more; `what` is said of tables that cannot grow.
+        counted: the bytes that a row counts as against the budgets, where other processes keep larger rows of the same
+        spans; None: the bytes that it takes here. `settle` returns when no copy to a table is under way any more; `what`
+        names the tables in messages.
         """
         self._sizes, self._dtypes, self._what = sizes, dtypes, what
         self.row_bytes: dict[Tier, int] = counted or {tier: sum(each) for tier, each in sizes.items()}
@@ -72,30 +72,30 @@ class Tables:
         """Why a tier could not grow the last time that it should have; None if it could."""
 
     def _table(self, memory: torch.Tensor, size: int, tier: Tier) -> torch.Tensor:
-        """Rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
+        """View a table's memory as rows of numbers, or of bytes where they are encoded: `[rows, …]`."""
         return self.as_stored(memory.view(-1, size), tier) if size else memory.view(self._dtypes[tier])
 
     def as_stored(self, rows: torch.Tensor, tier: Tier) -> torch.Tensor:
-        """Bytes `[rows, row bytes]` of a table as numbers, or as they are where they are encoded."""
+        """View bytes `[rows, row bytes]` of a table as numbers; encoded rows stay bytes."""
         return rows.view(self._dtypes[tier])
 
     def expect(self, sizes: Sequence[int]) -> None:
-        """Tell that spans of so many tokens will ask for room: growing copies, so it is better done once."""
+        """Announce spans of so many tokens: growing a table copies it, so it should grow once for all of them."""
         self._expected = max(self._expected, sum(sizes))
         self._refused.clear()
 
     def num_off_device(self, num_rows: int) -> int:
-        """How many of so many rows of spans would lie off the device."""
+        """The number of rows, of `num_rows` rows of spans, that would not fit the device."""
         on_device = self._max_rows["device"] if self._share is None else round(num_rows * self._share.gpu / 100)
         return max(0, min(num_rows - on_device, self._max_rows["host"] + self._max_rows["disk"]))
 
     def allocate(self, num_rows: int) -> Block | None:
-        """Room for a span of `num_rows` tokens; None when every tier that may hold it is full."""
+        """Allocate space for a span of `num_rows` tokens; None when every allowed tier is full."""
         found = (self.allocate_on(tier, num_rows) for tier in self.tiers_in_turn())
         return next((block for block in found if block is not None), None)
 
     def allocate_on(self, tier: Tier, num_rows: int) -> Block | None:
-        """Room on one tier; None when it is full."""
+        """Allocate space on one tier; None when it is full."""
         first = self._free_rows[tier].take(num_rows)
         if first is None and self._grow(tier, num_rows):
             first = self._free_rows[tier].take(num_rows)
@@ -106,16 +106,16 @@ class Tables:
         return Block(tier, first, num_rows)
 
     def free(self, block: Block) -> None:
-        """Give a block back."""
+        """Free a block."""
         self._free_rows[block.tier].give(block.first, block.num_rows)
         self.num_blocks[block.tier] -= 1
 
     def free_state(self, block: Block) -> Block:
-        """What is left of a block without its state: these tables have no room for any."""
+        """Return the block that is left when its state is freed: the whole block, as these tables hold no states."""
         return block
 
     def release(self, tier: Tier) -> None:
-        """Let go of the tables of a tier, not of the disk, on which nothing lies."""
+        """Release the tables of a memory tier (not of the disk) in which no block lies."""
         assert not self.num_blocks[tier]
         self._settle()
         tables = self.by_tier[tier]
@@ -141,7 +141,7 @@ class Tables:
             self._free_rows[tier].grow(num_rows)
 
     def tiers_in_turn(self) -> list[Tier]:
-        """The tiers that a span may go to, in order of preference."""
+        """The tiers on which a span may be placed, in order of preference."""
         if self._share is None:
             return list(TIERS)
         total = sum(self.num_blocks.values()) + 1
@@ -150,28 +150,28 @@ class Tables:
         return sorted(lacking, key=lambda tier: -lacking[tier])  # the others only where the first has no room
 
     def taken(self, tier: Tier) -> int:
-        """Bytes that the tables have on a tier."""
+        """The number of bytes that the tables take on a tier."""
         return self._free_rows[tier].capacity * self.row_bytes[tier]
 
     def expected_bytes(self, tier: Tier) -> int:
-        """Bytes that they are asked for by what is expected, of a tier's part."""
+        """The bytes that announced spans will need on a tier."""
         return int(self._expected * self._percents[tier] / 100) * self.row_bytes[tier]
 
     def _wanted(self, tier: Tier) -> int:
-        """Bytes that they will have there when what is expected has come."""
+        """The bytes that the tables will take on a tier when all announced spans have come."""
         rows = self._free_rows[tier]
         used = rows.capacity - rows.num_free + int(self._expected * self._percents[tier] / 100)
         return max(rows.capacity, used) * self.row_bytes[tier]
 
     def _most_rows(self, tier: Tier) -> int:
-        """Rows that the tables may have on a tier beside others that are there."""
+        """The most rows that the tables may have on a tier, given the other tables that share its budget."""
         if self.beside is None:
             return self._max_rows[tier]
         left = self.budgets[tier] - self.beside.taken(tier)
         return min(self._max_rows[tier], _rows(left, self.row_bytes[tier]))
 
     def _fair_rows(self, tier: Tier, rows: int) -> int:
-        """Of so many rows, as many as leave others beside these their part of the budget."""
+        """Reduce `rows` where the tables that share the budget would otherwise get less than their part."""
         if self.beside is None:
             return rows
         both = rows * self.row_bytes[tier] + self.beside._wanted(tier)
@@ -200,7 +200,7 @@ class Tables:
         return False
 
     def _make_room(self, tier: Tier, capacity: int) -> None:
-        """Let the tables of a tier have `capacity` rows; what they hold stays."""
+        """Grow the tables of a tier to `capacity` rows; their contents stay."""
         if tier == "disk":
             self._disk.grow(capacity)
             return
@@ -221,7 +221,7 @@ class Tables:
             self._arena.free(old)
 
     def _new_blocks(self, sizes: list[int], tier: Literal["device", "host"]) -> list[torch.Tensor]:
-        """Memory for all layers at once, since page-locking takes its time; all or nothing."""
+        """Allocate memory for all layers at once, since page-locking takes time; all or nothing."""
         with ThreadPoolExecutor(_ALLOCATING_THREADS) as pool:
             asked = [pool.submit(self._arena.empty, size, tier) for size in sizes]
         if failures := [error for future in asked if (error := future.exception()) is not None]:
@@ -232,18 +232,18 @@ class Tables:
         return [future.result() for future in asked]
 
     def close(self) -> None:
-        """Let go of the tables; the arena frees them."""
+        """Release the tables; the arena frees them."""
         for tables in self.by_tier.values():
             tables.clear()
 
 
 def _rows(num_bytes: int, row_bytes: int) -> int:
-    """Rows that so many bytes hold; of rows that take none, as many as anybody asks for."""
+    """The number of rows that fit into so many bytes; unlimited for rows of no bytes."""
     return max(0, num_bytes) // row_bytes if row_bytes else _ANY
 
 
 def cache_row_bytes(shapes: list[KVShape], dtype: torch.dtype, codec: Codec | None) -> dict[Tier, int]:
-    """Bytes of a token's keys and values in all layers, by tier: off the device, as `codec` encodes them."""
+    """The bytes of a token's keys and values in all layers, by tier: on host and disk, as `codec` encodes them."""
     numbers = sum(shape.width for shape in shapes) * dtype.itemsize
     coded = numbers if codec is None else sum(codec.row_bytes(shape.width) for shape in shapes)
     return {"device": numbers, "host": coded, "disk": coded}

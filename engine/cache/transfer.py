@@ -1,4 +1,4 @@
-"""Moves keys and values between the device and the other tiers beside the computation, on streams of its own."""
+"""Moves keys and values between the device and the other tiers, on streams of its own, during computation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from engine.planning.limits import STAGING_BUFFERS
 
 
 class KVTransfer:
-    """Ordered copies off and onto a device with streams; on other devices plain copies.
+    """Ordered copies to and from a device with streams; on other devices plain copies.
 
-    What is fetched lies in one of `STAGING_BUFFERS` buffers in turn, so it is good until as many more are fetched.
+    A fetch lands in one of `STAGING_BUFFERS` buffers in turn: its rows stay valid until as many further fetches are
+    started.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,11 +29,11 @@ class KVTransfer:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether fetching ahead is of any use."""
+        """Whether fetching in advance is of any use."""
         return self._fetch is not None
 
     def settle(self) -> None:
-        """Wait until all that was stored has arrived: from then on it may be read, or moved."""
+        """Wait until all stored rows have arrived: from then on they may be read, or moved."""
         if self._store is not None:
             self._store.synchronize()
         scattering, self._scattering = self._scattering, []
@@ -40,7 +41,7 @@ class KVTransfer:
             each.result()
 
     def store(self, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy new rows from the device to their places: (rows, place) pairs, at least one."""
+        """Copy new rows from the device to their places, given as (rows, place) pairs, at least one."""
         if self._store is None:
             for rows, place in pieces:
                 place.copy_(rows)
@@ -52,9 +53,9 @@ class KVTransfer:
                 accelerator.keep_for(rows, self._store)
 
     def scatter(self, rows: torch.Tensor, table: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy new rows from the device to single rows of a table of another tier: `[stored]` row numbers.
+        """Copy new rows from the device to single rows, given by `[stored]` row numbers, of a table on another tier.
 
-        In one copy, whatever their number: a thread of the host puts them in their places.
+        The device transfers them in one copy, whatever their number; a host thread writes them to their rows.
         """
         if self._store is None:
             put_rows(rows.cpu(), table, slots)
@@ -73,7 +74,7 @@ class KVTransfer:
         self._scattering.append(self._scatterer.submit(put))
 
     def fetch(self, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        """Start copying pieces `[rows, …]`, at least one, one behind the other into a staging buffer.
+        """Start to copy pieces `[rows, …]`, at least one, into a staging buffer, where they are concatenated.
 
         Returns its rows with the event of their arrival.
         """
@@ -96,20 +97,20 @@ class KVTransfer:
             return staged, self._fetch.record_event()
 
     def await_arrival(self, arrival: Any) -> None:
-        """Let the computation wait for a fetch."""
+        """Make the computation stream wait for a fetch."""
         accelerator.current_stream(self._device).wait_event(arrival)
 
     def close(self) -> None:
-        """Stop the thread, and return when nothing is under way to memory that may go now."""
+        """Stop the thread, and return when no copy to memory that may be freed is under way."""
         self._scatterer.shutdown(wait=True, cancel_futures=True)
         if self._store is not None:
             self._store.synchronize()
 
 
 def put_rows(rows: torch.Tensor, table: torch.Tensor, slots: torch.Tensor) -> None:
-    """Put rows of host memory into rows `slots` (int64, none twice) of a table there.
+    """Write rows of host memory to rows `slots` (int64, without duplicates) of a table there.
 
-    By numpy, on this thread alone: torch's threads, done with their part, spin for milliseconds on cores that attention
-    on the host and the launching of kernels need.
+    It uses numpy, on this thread alone: torch's worker threads, once done, spin for milliseconds on cores that
+    attention on the host and the launching of kernels need.
     """
     table.view(torch.uint8).numpy()[slots.numpy()] = rows.view(torch.uint8).numpy()

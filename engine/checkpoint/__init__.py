@@ -1,4 +1,4 @@
-"""A model directory: where it is, which files are its weights, what its tensors are called, and what identifies it.
+"""A model directory: how it is found, which files hold its weights, how tensors are named, and what identifies it.
 
 It imports memory, kernels and planning.
 """

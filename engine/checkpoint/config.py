@@ -1,4 +1,4 @@
-"""config.json: what a model's family and sizes are."""
+"""Reads config.json: a model's family and sizes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = 16 << 20
 _LARGEST = ((("layers", "layer"), 10_000), (("heads", "head", "experts"), 100_000), ("", 100_000_000))
-"""Of what a model is built from in loops and tables, by the key's end: more is a slip, and building would not end."""
+"""The largest values of fields that set the size of loops and tables, by the end of the field's name. Larger values are
+mistakes, and building such a model would not end."""
 _COUNTS = ("_size", "_dim", "_heads", "_layers", "_embd", "_experts", "_head", "_layer", "_inner")
 WINDOW_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "vocab_size")
-"""No table of the model has rows or columns where one of these is 0: families build such a model without a word."""
+"""Fields that may not be 0: a model's tables would have no rows or columns, and families build such a model without an
+error."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def _expect(file: Path, config: Mapping[str, Any], key: str, kind: type) -> None
 
 
 def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for sizes that no model has."""
+    """Raise `CheckpointError` for sizes that no model can have."""
     for key, value in config.items():
         is_count = key.startswith(("num_", "n_")) or key.endswith(_COUNTS)
         largest = next(most for end, most in _LARGEST if key.endswith(end))
@@ -71,7 +73,7 @@ def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_ropes(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for rotary tables whose kind is no name: families warn of it, and compute others."""
+    """Raise `CheckpointError` for rotary tables of an unknown kind: families warn of it and compute another kind."""
     for rope in ropes(config):
         for key in ("rope_type", "type"):
             if not isinstance(rope.get(key), str | None):
@@ -79,7 +81,7 @@ def _check_ropes(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """How rotary tables are made by a text config: one way for all layers, or one for each kind of layer."""
+    """The rotary parameters of a text config: one entry for all layers, or one for each kind of layer."""
     told = text.get("rope_parameters") or text.get("rope_scaling")
     if not isinstance(told, Mapping):
         return []
@@ -88,15 +90,15 @@ def ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def num_layers(config: Mapping[str, Any]) -> int:
-    """Decoder layers by a config.json; 0 where it leaves that to the family."""
+    """The number of decoder layers in a config.json; 0 where it leaves that to the family's default."""
     text = text_config(config)
     return next((int(text[key]) for key in _LAYER_KEYS if text.get(key) is not None), 0)
 
 
 def count_of(config: PreTrainedConfig, *keys: str) -> int:
-    """The first of these fields that is a number of at least 1, the largest where it has one a layer; 0 if none is.
+    """The first of these fields that is a number of at least 1 (the largest one of a list); 0 if there is none.
 
-    A field that the family does not know may hold anything, and means nothing.
+    A field that the family does not know may hold anything; it is ignored.
     """
     for key in keys:
         told = getattr(config, key, None)
@@ -107,7 +109,7 @@ def count_of(config: PreTrainedConfig, *keys: str) -> int:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model (all of it, unless the model is multimodal)."""
+    """The part of a config that describes the language model (the whole config, unless the model is multimodal)."""
     nested = config.get("text_config")
     return nested if isinstance(nested, Mapping) else config
 
@@ -126,9 +128,9 @@ def load_family_config(path: Path) -> PreTrainedConfig:
 
 
 def _check_padding(file: Path, config: PreTrainedConfig, text: PreTrainedConfig) -> None:
-    """Raise `CheckpointError` for a padding token beyond the vocabulary, in families whose embedding has a row for it.
+    """Raise `CheckpointError` for a padding token beyond the vocabulary, if the family's embedding needs a row for it.
 
-    The others run with one. Which is which is known by building the model, without memory for its parameters.
+    Other families run with such a token. Which families need the row shows when the model is built on the meta device.
     """
     padding, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if not isinstance(padding, int) or not isinstance(vocabulary, int) or padding < vocabulary:

@@ -1,4 +1,4 @@
-"""What can be known of a model without reading its weights."""
+"""A description of a model that is made without reading its weights."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from engine.errors import ConfigError, shown
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """What can be known of a model without reading its weights."""
+    """The facts about a model that are known without reading its weights."""
 
     path: str
-    """Local directory; of an adapter, one of links to its files and to its base model's."""
+    """The local directory; for an adapter, a directory of links to its files and to its base model's."""
     tokenizer: str = ""
-    """The directory (absolute) or hub id that has the tokenizer: of an adapter without one, its base model's."""
+    """The directory (absolute) or hub id that holds the tokenizer: the base model's for an adapter without one."""
     model_type: str
-    """As in its config.json, e.g. "opt"."""
+    """The model type of its config.json, such as "opt"."""
     window: int | None
-    """Most positions of a sequence; None when the model sets no limit."""
+    """The maximum number of positions of a sequence; None when the model sets no limit."""
     longest_window: int | None = None
-    """The largest window that it may be given instead; None when there is no limit."""
+    """The largest window that a user may set instead; None when there is no limit."""
     dtype: str
-    """The checkpoint's, e.g. "float16"."""
+    """The checkpoint's dtype, such as "float16"."""
     weight_bytes: int
-    """Size of the weight files' tensors."""
+    """The total size of the tensors in the weight files."""
     num_layers: int
     vocab_size: int | None = None
-    """How many token ids it knows; None where its config does not say."""
+    """The number of token ids; None where its config does not say."""
 
 
 def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
-    """Check that `model` can be run, as far as that shows without reading weights, and describe it.
+    """Check, without reading weights, that `model` can be run, and describe it.
 
-    Without `download_weights`, the weights of a hub id are neither fetched nor looked at (`weight_bytes` is 0).
+    Without `download_weights`, the weights of a hub id are neither downloaded nor examined (`weight_bytes` is 0).
     Raises `CheckpointError` for a directory that is missing, without tokenizer, without weights or with a truncated
     shard; `UnsupportedError` for a model that is not a causal language model.
     """
@@ -67,7 +67,7 @@ def describe(model: str, *, download_weights: bool = True) -> ModelDescription:
 
 
 def with_window(description: ModelDescription, window: int | None) -> ModelDescription:
-    """The description with another window, or as it is for None; `ConfigError` for one that cannot be run."""
+    """Return the description with another window, or unchanged for None; `ConfigError` for a window that cannot be."""
     if window is None:
         return description
     longest = description.longest_window

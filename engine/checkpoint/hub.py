@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +13,60 @@ from queue import SimpleQueue
 from typing import Any
 
 from engine.checkpoint.adapters.declared import ADAPTER_WEIGHTS
-from engine.checkpoint.weight_files import CHOICES, named_weights, weight_map
-from engine.errors import CheckpointError, named, one_line, shown
+from engine.checkpoint.weight_files import CHOICES, named_weights, weight_files, weight_map
+from engine.errors import CheckpointError, ConfigError, named, one_line, shown
 from engine.reading import expand_home, find_file
 
 _ANSWER_S = 10.0
 """How long the hub may take to say what a repository holds."""
 _NAMES_S = 20.0
 """The same with the resolution of its name, which has no limit of its own."""
+DEFAULT_REVISION = "main"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SIDE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+_OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EIO, errno.ESTALE)
+}
 _TEMPLATES = "additional_chat_templates/"
 
 _log = logging.getLogger(__name__)
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """The repository of a hub id such as `org/model@revision`, and its revision (a branch, tag or commit), if any.
+
+    Raises `CheckpointError` where nothing stands behind the @.
+    """
+    repository, at, revision = model.partition("@")
+    if at and not revision:
+        raise CheckpointError(f"model {shown(model)} ends with @; write a branch, a tag or a commit behind it")
+    return repository, revision or None
+
+
+def with_revision(model: str, revision: str | None) -> str:
+    """The hub id of a model at a revision; `main`, the revision of hub ids that name none, changes nothing.
+
+    Raises `ConfigError` for a directory, and for an id that names another revision itself.
+    """
+    if revision is None or revision == DEFAULT_REVISION:
+        return model
+    repository, named = split_revision(model)
+    if Path(model).expanduser().exists() or (named is not None and named != revision):
+        what = "is a path" if named is None else f"names revision {named!r} itself"
+        raise ConfigError(f"revision {revision!r}: model {shown(model)} {what}; leave revision out")
+    return f"{repository}@{revision}"
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of a model's directory in the hub's cache; None for any other directory."""
+    return path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else None
+
+
 def resolve(model: str, *, download_weights: bool = True) -> Path:
-    """Return the local directory of `model`, a directory or a hub id (downloaded on first use)."""
+    """Return the local directory of `model`, a directory or a hub id (downloaded on first use).
+
+    A hub id may name a revision: `org/model@revision`.
+    """
     path = expand_home(model, CheckpointError, "model")
     try:
         if path.is_dir():
@@ -36,7 +76,7 @@ def resolve(model: str, *, download_weights: bool = True) -> Path:
         raise CheckpointError(f"model {shown(model)} cannot be looked up: {one_line(error)}") from None
     if is_something:
         raise CheckpointError(f"model {model!r} is a file; name the directory that holds config.json and the weights")
-    if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+    if str(model).startswith((".", "/", "~")) or split_revision(str(model))[0].count("/") != 1:
         raise CheckpointError(f"model directory {_whole(model)} does not exist")
     return _from_hub(model, weights=download_weights)
 
@@ -49,39 +89,55 @@ def _from_hub(model: str, *, weights: bool) -> Path:
     """The model's directory in the hub's cache, brought up to date where the hub answers."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    cached = _cached(model)
+    repository, revision = split_revision(model)
+    cached = _cached(repository, revision)
     if constants.HF_HUB_OFFLINE:
+        keeps = "HF_HUB_OFFLINE keeps it from being fetched"
         if cached is None:
             raise CheckpointError(
-                f"model {model!r} is neither a directory nor in the local hub cache, and HF_HUB_OFFLINE keeps it from "
-                "being fetched; name a directory, or unset HF_HUB_OFFLINE"
+                f"model {model!r} is neither a directory nor in the local hub cache {constants.HF_HUB_CACHE}, and "
+                f"{keeps}; name a directory, or unset HF_HUB_OFFLINE"
             )
-        return cached
+        return _whole_in_cache(model, cached, f"{keeps}; unset HF_HUB_OFFLINE") if weights else cached
     try:
-        info = _in_time(lambda: HfApi().model_info(model, timeout=_ANSWER_S))
+        info = _in_time(lambda: HfApi().model_info(repository, revision=revision, timeout=_ANSWER_S))
         names = [each.rfilename for each in info.siblings or ()]
         side = _side_files(names)
-        path = Path(snapshot_download(model, allow_patterns=_patterns(side)))
+        path = Path(snapshot_download(repository, revision=revision, allow_patterns=_patterns(side)))
         if not weights:
             return path
-        return Path(snapshot_download(model, allow_patterns=_patterns([*side, *_weight_names(path, names)])))
+        chosen = [*side, *_weight_names(path, names)]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_patterns(chosen)))
     except CheckpointError:
         raise
     except Exception as error:  # of the hub's client, of what carries it, and of an answer that is none
         why = _why(model, error)
         if cached is None:
             raise CheckpointError(why) from None
+        path = _whole_in_cache(model, cached, why) if weights else cached
         _log.warning("flexgen-helm: %s; running what the local hub cache has of it", why)
-        return cached
+        return path
 
 
-def _cached(model: str) -> Path | None:
+def _cached(repository: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
 
+    config = ["config.json"]
     try:
-        return Path(snapshot_download(model, local_files_only=True, allow_patterns=["config.json"]))
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=config))
     except (OSError, ValueError):  # not there, or not whole
         return None
+
+
+def _whole_in_cache(model: str, cached: Path, why: str) -> Path:
+    """`cached`; `CheckpointError` if some of the weights are not there, which ends with `why` they are not fetched."""
+    if not _is_adapter([file.name for file in cached.iterdir()]):
+        try:
+            weight_files(cached)
+        except CheckpointError as error:
+            part = str(error).removesuffix("; fetch it again")
+            raise CheckpointError(f"the local hub cache has model {model!r} only in part ({part}): {why}") from None
+    return cached
 
 
 def _in_time(ask: Callable[[], Any]) -> Any:
@@ -145,30 +201,36 @@ def _why(model: str, error: Exception) -> str:
         HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     if isinstance(error, HFValidationError):
         return f"model {shown(model)} is neither a directory nor a hub id: {one_line(error)}"
-    hub = constants.ENDPOINT
+    hub, (repository, revision) = constants.ENDPOINT, split_revision(model)
     login = "log in with `hf auth login` or set HF_TOKEN"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError):
-        return f"model {model!r} is gated: accept its terms at {hub}/{model}, and {login}"
+        return f"model {model!r} is gated: accept its terms at {hub}/{repository}, and {login}"
     if isinstance(error, DisabledRepoError):
         return f"model {model!r} is disabled by the hub {hub}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"model {repository!r} has no revision {revision!r} on the hub {hub}; name a branch, a tag or a commit"
     if isinstance(error, RepositoryNotFoundError) and status != 403:
         return f"model {model!r} is no directory, and not on the hub {hub}; if it is private there, {login}"
     if status in (401, 403):
         return f"the hub {hub} does not allow you to read model {model!r} (HTTP {status}); {login}"
     if status is not None:
         return f"the hub {hub} answers HTTP {status} for model {model!r}; try again later, or name a directory"
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        where = error.filename or constants.HF_HUB_CACHE
+        return (
+            f"model {model!r} cannot be written to the hub cache: {where}: {error.strerror}; HF_HUB_CACHE names another"
+        )
     if isinstance(error, ValueError | KeyError | TypeError | AttributeError | AssertionError):
         return (
             f"the hub {hub} answers for model {model!r} with something else than a hub does ("
             f"{named(error)}); check HF_ENDPOINT, and whether a proxy asks to log in"
         )
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"model {model!r} cannot be written to the hub cache: {error.filename}: {error.strerror}"
     return (
         f"model {model!r} is no directory, and the hub {hub} cannot be reached ("
         f"{named(error)}); name a directory, or download it where there is a network"

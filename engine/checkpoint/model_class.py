@@ -1,4 +1,4 @@
-"""Which class of `transformers` runs a model's text: of causal language models, or of multimodal ones."""
+"""Chooses the class of `transformers` that runs a model's text: a causal language model, or a multimodal one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_causal(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedError` unless the model is, or has inside, a causal language model by its config.json."""
+    """Raise `UnsupportedError` unless the model is, or contains, a causal language model by its config.json."""
     if config.get("is_encoder_decoder"):
         named = _told(config)
         raise UnsupportedError(f"{named} in {path} is an encoder-decoder; only causal (decoder-only) models run here")
@@ -28,7 +28,7 @@ def check_causal(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def new_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """A model of the class that runs `config`, as `from_config` of `transformers`' automatic classes makes it.
+    """Create a model of the class that runs `config`, as `from_config` of `transformers`' automatic classes does.
 
     Raises `UnsupportedError` where no class does.
     """
@@ -46,7 +46,7 @@ def new_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
 
 
 def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
-    """The model of a directory with its weights, by `from_pretrained` of the class that runs it."""
+    """Load the model of a directory with its weights, by `from_pretrained` of the class that runs it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -63,7 +63,7 @@ def read_model(directory: str | Path, **settings: Any) -> PreTrainedModel:
 
 
 def whole_of_half(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """Of the config of a text half alone which only the class of the whole model runs: the whole's, else None.
+    """The config of the whole model for that of a text half which only the whole model's class runs; None otherwise.
 
     Its encoders have the family's default sizes.
     """
@@ -75,7 +75,7 @@ def whole_of_half(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
 
 def _is_half_of(whole: Any, config: PreTrainedConfig) -> bool:
-    """Whether a config is the text half alone of what the config class `whole` is of."""
+    """Whether a config is the text half of the model that the config class `whole` describes."""
     return whole is not None and whole.sub_configs.get("text_config") is type(config)
 
 
@@ -92,11 +92,12 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def _class_name(config: Mapping[str, Any]) -> str | None:
-    """The class that a config names, if it runs text and is its model type's; None where there is none.
+    """The class that a config names, if it runs text and belongs to its model type; None otherwise.
 
-    Configs that name none, or the class without a head, are run by the causal class of their type; those of a class
-    with encoders, too, where their type has a class without, as by AutoModelForCausalLM. The text half of a multimodal
-    model is run by the causal class that it names, whose config it is, else by the class of the whole.
+    Configs that name none, or the class without a head, are run by the causal class of their type; so are those that
+    name a class with encoders, where their type has a class without, as in AutoModelForCausalLM. The text half of a
+    multimodal model is run by the causal class that it names if that class has this config, else by the class of the
+    whole model.
     """
     model_type, told = config["model_type"], list(config.get("architectures") or ())
     causal, multimodal = _causal().get(model_type, ()), _multimodal().get(model_type, ())
@@ -122,7 +123,7 @@ def _class_of_half(model_type: str, told: list[str]) -> str | None:
 
 
 def _whole_of(model_type: str) -> str | None:
-    """The type of the multimodal models whose language models have a type: "qwen3_vl" for "qwen3_vl_text"."""
+    """The type of the multimodal model that contains this text model type: "qwen3_vl" for "qwen3_vl_text"."""
     from transformers import CONFIG_MAPPING
 
     for kind in _multimodal() if model_type in CONFIG_MAPPING else ():
@@ -134,20 +135,20 @@ def _whole_of(model_type: str) -> str | None:
 
 
 def _told(config: Mapping[str, Any]) -> str:
-    """The class, or else the type, that a config names."""
+    """The class, or else the type, that a config names, for messages."""
     name = str([*(config.get("architectures") or ()), config["model_type"]][0])
     return name if name.isprintable() and len(name) <= 100 else shown(name)
 
 
 def _causal() -> dict[str, tuple[str, ...]]:
-    """Classes of causal language models by model type."""
+    """The classes of causal language models by model type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return {kind: _names(names) for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
 
 
 def _multimodal() -> dict[str, tuple[str, ...]]:
-    """Classes of models that make text of images, sound and text by model type."""
+    """The classes of models that generate text from images, audio and text, by model type."""
     from transformers.models.auto import modeling_auto
 
     newer = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
@@ -160,7 +161,7 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _is_encoder_family(model_type: str) -> bool:
-    """Whether a family (BERT, RoBERTa, …) has a causal class for configs that say is_decoder alone."""
+    """Whether a family (BERT, RoBERTa, …) has a causal class only for configs that set is_decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -1,4 +1,4 @@
-"""From a checkpoint's names of tensors to a model's, by `transformers`' own conversion mapping."""
+"""Maps the tensor names of a checkpoint to a model's parameters, by `transformers`' own conversion mapping."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 _HALVES = ("language_model.", "model.language_model.")
-"""What the names of a language model begin with in a multimodal checkpoint, whose config may be that of its half."""
+"""The prefixes of a language model's parameters in a multimodal checkpoint, whose config may be the text half's."""
 
 
 class CheckpointNames:
-    """What the tensors of a checkpoint are called in a model, and which of them are converted on the way."""
+    """The names that a checkpoint's tensors get in a model, and which tensors are converted on the way."""
 
     def __init__(self, module: PreTrainedModel, state: dict[str, Any]) -> None:
         """state: the model's parameters and persistent buffers, by name."""
         transforms = get_model_conversion_mapping(module)
         self._state = state
         self._found: dict[str, tuple[str, str | None]] = {}
-        """What was found already: patterns of conversions are many, and so are experts."""
+        """Results of earlier look-ups: there are many conversion patterns, and many experts."""
         self._prefix = module.base_model_prefix
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]

@@ -1,4 +1,4 @@
-"""The weight files of a model as they were when they were opened, to notice when one is written to while it is read."""
+"""Holds a model's weight files open, to notice when one is written to while it is being read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.checkpoint.weight_files import all_weight_files
 from engine.errors import CheckpointError, EngineError
-from engine.reading import open_file
+from engine.reading import open_file, reason
 
 _State = tuple[int, int, int]
 
@@ -17,12 +17,12 @@ _State = tuple[int, int, int]
 class OpenedWeights:
     """Holds the weight files of a model directory open.
 
-    A file that is replaced or deleted does no harm, once whoever reads it has opened it, too: what is open stays as it
-    was. One that is written to in its place gives other numbers from then on.
+    A file that is replaced or deleted does no harm once every reader has opened it: an open file keeps its content. A
+    file that is overwritten in place has other numbers from then on.
     """
 
     def __init__(self, path: Path) -> None:
-        """To be made before the files are opened to be read. Raises `CheckpointError`."""
+        """Create it before any reader opens the files. Raises `CheckpointError`."""
         self._lock = threading.Lock()
         with ExitStack() as opened:  # closes those before one that cannot be opened
             self._files = [
@@ -32,14 +32,14 @@ class OpenedWeights:
             opened.pop_all()
 
     def duplicates(self) -> list[tuple[Path, int]]:
-        """The files and handles of them that outlive `close`: the caller closes them. Raises `EngineError` after it."""
+        """Copies of the file handles that outlive `close`; the caller closes them. Raises `EngineError` if closed."""
         with self._lock:
             if not self._files:
                 raise EngineError("the weight files have been closed, so their digest is not known; start again")
             return [(file, os.dup(stream.fileno())) for file, stream in self._files]
 
     def check_names(self) -> None:
-        """Raise `CheckpointError` if a name leads to another file by now; to be called when all readers have opened."""
+        """Raise `CheckpointError` if a name leads to another file by now; call it when all readers have opened it."""
         with self._lock:
             for (file, _), state in zip(self._files, self._states, strict=False):
                 try:
@@ -53,14 +53,18 @@ class OpenedWeights:
         """Raise `CheckpointError` if a file has been written to since it was opened."""
         with self._lock:
             for (file, stream), state in zip(self._files, self._states, strict=False):
-                if _state(os.fstat(stream.fileno())) != state:
+                try:
+                    found = _state(os.fstat(stream.fileno()))
+                except OSError as error:  # as of a network drive that went away
+                    raise CheckpointError(f"{file} cannot be read any more: {reason(error)}; start again") from None
+                if found != state:
                     raise CheckpointError(
                         f"{file} was written to while the engine reads its weights; what it computed since is "
                         "lost; start again when nothing writes there any more"
                     )
 
     def close(self) -> None:
-        """Let go of the files; `check` finds nothing from then on."""
+        """Close the files; `check` reports nothing from then on."""
         with self._lock:
             for _, stream in self._files:
                 stream.close()

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors are in it, and where."""
+"""Reads the header of a safetensors file: its tensors and where they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BITS = {
     **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
-"""Of a number of each kind, as the format's library has them."""
+"""The number of bits of each dtype, as in the format's library."""
 
 
 def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -47,7 +47,7 @@ def read_safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _end_of(file: Path, name: str, entry: Any) -> int:
-    """Where a tensor's data end; raises `CheckpointError` unless its entry makes sense in itself."""
+    """The end of a tensor's data; raises `CheckpointError` unless its header entry is consistent."""
     told = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = told.get("dtype"), told.get("shape"), told.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:

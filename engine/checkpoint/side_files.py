@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 MAX_SIDE_BYTES = 100_000_000
-"""Of each; vocabularies are the largest, of some tens of megabytes."""
+"""The largest size of one file; vocabularies are the largest, with some tens of megabytes."""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -39,17 +39,17 @@ SIDE_FILES = (
     "hf_quant_config.json",
 )
 OF_THE_MODEL = ("config.json", "generation_config.json", "hf_quant_config.json")
-"""Those that are the model's; the others are the tokenizer's."""
+"""Files of the model; the others belong to the tokenizer."""
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _OTHER_WHOLE = ("tekken.json", "tiktoken.model")
-"""Other files that make a tokenizer alone. They are not in `TOKENIZER_FILES`, by which the sampled identity goes."""
+"""Other files that define a tokenizer alone. They are not in `TOKENIZER_FILES`, which the sampled identity covers."""
 _OTHER_VOCABULARIES = (
     *_OTHER_WHOLE,
     *("normalizer.json", "bpe.codes", "vocab.bpe", "dict.txt", "byte_maps.json"),
     *("spm.model", "spm_char.model", "sentencepiece.model", "prophetnet.tokenizer"),
     *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "emoji.json"),
 )
-"""What some families' tokenizers read beside the files above."""
+"""Further files that some families' tokenizers read."""
 
 
 def found_side_files(path: Path) -> list[Path]:
@@ -61,15 +61,15 @@ def found_side_files(path: Path) -> list[Path]:
 
 
 def is_vocabulary(file: Path) -> bool:
-    """Whether a side file can make a tokenizer, by its name."""
+    """Whether a file, by its name, can define a tokenizer."""
     return file.name in (*TOKENIZER_FILES, *_OTHER_WHOLE)
 
 
 def check_side_files(path: Path) -> None:
-    """Raise `CheckpointError` unless there is a tokenizer, and all that is there besides weights can be read.
+    """Raise `CheckpointError` unless there is a tokenizer, and all files that hold no weights can be read.
 
-    Libraries open these files by themselves, and read them whole: one that waits for a writer at the other end of a
-    pipe would hang them, and one of gigabytes would take all memory.
+    Libraries open these files by themselves, and read them whole: a pipe without a writer would make them hang, and a
+    file of gigabytes would take all memory.
     """
     found = found_side_files(path)
     if not any(map(is_vocabulary, found)):
@@ -82,9 +82,9 @@ def check_side_files(path: Path) -> None:
 
 
 def read_generation_config(path: Path) -> GenerationConfig | None:
-    """That of a model directory; None where `from_pretrained` goes on without: it is not there, or no JSON.
+    """The generation config of a model directory; None where `from_pretrained` ignores it: it is missing, or no JSON.
 
-    Raises `CheckpointError` for one whose values cannot be meant: transformers does not load such a model either.
+    Raises `CheckpointError` for invalid values: transformers does not load such a model either.
     """
     from transformers import GenerationConfig
 

@@ -1,4 +1,4 @@
-"""The tensors of a model directory, mapped and not read."""
+"""The tensors of a model directory, memory-mapped and not read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = {
     **{"C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
     **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
 }
-"""torch's names of the kinds of numbers in safetensors files, but for those of less than a byte."""
+"""The torch dtypes of safetensors files, except those of less than a byte."""
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
@@ -51,7 +51,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
 
 def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:
-    """File and first byte of every tensor that lies in a safetensors file, row by row, as their format has it."""
+    """The file and first byte of every tensor of safetensors files, which store tensors row by row."""
     places: dict[str, tuple[Path, int]] = {}
     for file in weight_files(path):
         if file.suffix == ".gguf":
@@ -65,7 +65,7 @@ def tensor_places(path: Path) -> dict[str, tuple[Path, int]]:
 
 
 def _safetensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Views of one mapping of the file: the library's `get_tensor` reads all of a tensor, since safetensors 0.8."""
+    """Views of one memory mapping of the file: since safetensors 0.8 the library's `get_tensor` reads it all."""
     import torch
     from safetensors import SafetensorError, safe_open
 

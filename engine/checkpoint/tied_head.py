@@ -1,4 +1,4 @@
-"""Parameters that are others by the config: a head that is the token embedding, unless the weight files have both."""
+"""Tied parameters: a head that shares the token embedding, unless the weight files have both."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _CHUNK = 1 << 22
 def is_tied(
     path: Path | None, module: PreTrainedModel, names: CheckpointNames, state: Mapping[str, torch.Tensor], head: str
 ) -> bool:
-    """Whether parameter `head` of a model is another parameter (the token embedding), as `from_pretrained` has it.
+    """Whether parameter `head` shares another parameter (the token embedding), as in `from_pretrained`.
 
-    It is not where the config says so but the weight files of `path` hold both tables, and they differ in the model's
-    dtype: then the config is wrong. Where both are there, they are read, until a difference shows. Without a path, the
-    config is taken at its word.
+    It does not where the config says so but the weight files of `path` hold both tables, and they differ in the model's
+    dtype: then the config is wrong. Where both are there, they are read until a difference shows. Without a path, the
+    config is believed.
     """
     pair = module.all_tied_weights_keys.get(head)
     if pair is None or path is None or chosen_name(path) is None:
@@ -39,7 +39,7 @@ def is_tied(
 
 
 def twins_of(module: PreTrainedModel, head: str) -> dict[str, list[str]]:
-    """Parameters that are one in the model, but for its head's weight, by the name of each: a bias with two names."""
+    """Parameters with two names in the model, except its head's weight, by each name: such as a shared bias."""
     found: dict[str, list[str]] = {}
     for one, other in module.all_tied_weights_keys.items():
         if one != head:

@@ -36,7 +36,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of tokens that mean something to whoever generates; empty where there are none."""
+    """The ids of tokens that control generation; empty where there are none."""
 
     end_of_text: list[int]
     padding: list[int]

@@ -1,4 +1,4 @@
-"""Packages that transformers imports only where a tokenizer's files are of a certain format."""
+"""Packages that transformers imports only for tokenizer files of certain formats."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MODELS = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "spm_char.model"),
     *("sentencepiece.model", "tiktoken.model"),
 )
-"""Files of SentencePiece or tiktoken; which of the two, their first line tells."""
+"""Vocabulary files of SentencePiece or tiktoken; their first line shows which."""
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-"""A token in base64 and its rank."""
+"""The form of a tiktoken line: a token in base64 and its rank."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class VocabularyFormat:
     """A format of vocabulary files that transformers reads by means of another package."""
 
     name: str
-    """What the format is called."""
+    """The name of the format."""
     packages: tuple[str, ...]
-    """What `pip install` is given."""
+    """The arguments of `pip install`."""
     modules: tuple[str, ...]
-    """What transformers imports of them."""
+    """The modules that transformers imports."""
 
     @property
     def cure(self) -> str:
-        """The command that installs what is missing."""
+        """The command that installs the missing packages."""
         return f"pip install {' '.join(self.packages)}"
 
     def problem(self) -> str | None:
-        """Why files of this format cannot be read here: what a package's import says; None if they can."""
+        """Why files of this format cannot be read, by the error of the import; None if they can."""
         for module in self.modules:
             try:
                 importlib.import_module(module)
@@ -54,7 +54,7 @@ FORMATS = (SENTENCEPIECE, TIKTOKEN, MISTRAL)
 
 
 def vocabulary_format(path: Path) -> tuple[Path, VocabularyFormat] | None:
-    """The vocabulary file of a model directory that needs a package of its own, and its format.
+    """The vocabulary file of a model directory that needs an extra package, and its format.
 
     None where there is none, or one that transformers reads by itself.
     """

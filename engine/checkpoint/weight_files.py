@@ -1,4 +1,4 @@
-"""Which files of a model directory are its weights, in `transformers`' own order, and whether they are whole."""
+"""Finds the weight files of a model directory, in `transformers`' order, and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CHOICES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""The first of these that is there is the checkpoint, unless config.json names a file itself."""
+"""The first of these names that exists is the checkpoint, unless config.json names a file itself."""
 _INDEX = ".index.json"
 _NAMED = "transformers_weights"
-"""Key of config.json."""
+"""The key of config.json that names a weight file."""
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the model's weights, as `transformers` chooses them; other files beside them are not read."""
+    """The files that hold the model's weights, as `transformers` chooses them; other weight files are not read."""
     chosen = chosen_name(path)
     if chosen is None:
         raise CheckpointError(f"{path} has no weights: none of {', '.join(CHOICES)}{_others(path)}")
@@ -47,7 +47,7 @@ def all_weight_files(path: Path) -> list[Path]:
 
 
 def chosen_name(path: Path) -> str | None:
-    """The weight file, or the index of weight files, of a model directory; None where there is none."""
+    """The weight file or weight index of a model directory; None where there is none."""
     named = named_weights(path)
     if named is not None and not find_file(path / named, CheckpointError):
         raise CheckpointError(f"{path} has no {named}, which its config.json names as {_NAMED}")
@@ -56,7 +56,7 @@ def chosen_name(path: Path) -> str | None:
 
 
 def named_weights(path: Path) -> str | None:
-    """The weight file or index that config.json names itself, if it does."""
+    """The weight file or index that config.json names, if it does."""
     named = read_config(path).get(_NAMED) if find_file(path / "config.json", CheckpointError) else None
     if named is None:
         return None
@@ -69,7 +69,7 @@ def named_weights(path: Path) -> str | None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor, by an index of weight files."""
+    """The file of each tensor, by a weight index."""
     listed = read_json_object(index, CheckpointError).get("weight_map")
     suffix = ".safetensors" if index.name.endswith(".safetensors.index.json") else ".bin"
     if not isinstance(listed, dict) or not listed:
@@ -116,7 +116,7 @@ def _check_inside(name: str, source: Path) -> None:
 
 
 def _others(path: Path) -> str:
-    """What lies there instead, as far as it looks like weights."""
+    """Names of other files in the directory that look like weights, for messages."""
     suffixes = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".h5", ".msgpack")
     found = sorted(file.name for file in path.iterdir() if file.name.endswith(suffixes))
     named = "; a GGUF file is read if it is named itself" if any(name.endswith(".gguf") for name in found) else ""

@@ -1,4 +1,4 @@
-"""The window: how many positions a sequence may have, by a model's config.json, and what it may be set to."""
+"""The window: the maximum number of positions of a sequence, by a model's config.json, and its limit."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from engine.checkpoint.config import WINDOW_KEYS, ropes, text_config
 
 _NO_WINDOW = 10**9
-"""What some configs write for "any length"."""
+"""The value that some configs write for "any length"."""
 _LONG = ("longrope", "su")
 
 
 def window_of(config: Mapping[str, Any]) -> int | None:
-    """Most positions of a sequence by a config.json; None when it sets no limit.
+    """The maximum number of positions of a sequence by a config.json; None when it sets no limit.
 
     Scaled rotary tables reach further than the positions that the model was first trained for: linear ones by their
     factor, YaRN's by their factor beyond `original_max_position_embeddings`, as far as the config does not name the
-    longer window itself (Llama 3's always does). Those that change with the longest sequence of a call end where they
+    longer window itself (Llama 3's always does). Tables that depend on the longest sequence of a call end where they
     would change, since a result would depend on the other sequences of the call: dynamic ones at the config's window,
     LongRoPE (Phi-3's long variants) at the original one.
     """
@@ -40,7 +40,7 @@ def window_of(config: Mapping[str, Any]) -> int | None:
 
 
 def longest_window(config: Mapping[str, Any], *, is_rotary: bool) -> int | None:
-    """The largest window that a model may be given by hand; None where there is no limit.
+    """The largest window that a user may set for a model; None where there is no limit.
 
     is_rotary: positions are rotary, by tables that are computed as far as a sequence reaches. Learned positions end
     with their table, and rotary ones where they would change with the longest sequence of a call.

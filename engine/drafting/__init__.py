@@ -1,4 +1,4 @@
-"""A small model beside the large one that drafts coming tokens, which the large one checks in its next sweep.
+"""Speculative decoding with a small draft model, whose tokens the large model checks in its next sweep.
 
-It imports no file that lies beside the rooms: what computes a sweep is given to it.
+It imports none of the modules next to the rooms: the caller passes in what computes a sweep.
 """

@@ -1,4 +1,4 @@
-"""Lets a draft model draft for the decode steps of a sweep, as many tokens as pay."""
+"""Drafts tokens with a small model for the decode steps of a sweep, as many as are worth their time."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _log = logging.getLogger(__name__)
 
 
 class Computes(Protocol):
-    """What takes micro-batches through a model."""
+    """The interface of an executor that takes micro-batches through a model."""
 
     def choices(self, batches: list[list[Segment]]) -> dict[int, int]:
-        """Compute every segment; the token chosen behind the last row of each, by its span's identity."""
+        """Compute every segment; return the token chosen after the last row of each, by the id() of its span."""
 
     def recover(self) -> None:
-        """Be ready again after an error."""
+        """Make the executor usable again after an error."""
 
     def close(self) -> None:
-        """Let go of keys and values."""
+        """Release keys and values."""
 
 
 class ModelDrafts:
-    """Drafts by a small model, in the sweeps of which its sequences are shadows.
+    """Drafts by a small model, which keeps a shadow (its own copy) of each sequence it drafts for.
 
-    A sequence whose shadow has no room in the draft's cache, or is longer than its window, rides without.
+    A sequence whose shadow has no room in the draft's cache, or is longer than its window, gets no drafts.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class ModelDrafts:
         vocabularies: tuple[int, int],
         is_ready: Callable[[], bool],
     ) -> None:
-        """vocabularies: how many token ids the draft has, and the model. is_ready: whether its weights are there."""
+        """vocabularies: the vocabulary sizes of draft and model. is_ready: whether the draft's weights are loaded."""
         self.pace = Pace()
         self.num_came = 0
-        """Drafted tokens that came, of all so far."""
+        """The number of drafted tokens that were accepted so far."""
         self.num_tried = 0
-        """Drafted tokens that were compared with what came."""
+        """The number of drafted tokens that were checked so far."""
         self._executor, self._limits, self._device = executor, limits, device
         self._window = window
         self._own_vocabulary, self._vocabulary = vocabularies
@@ -64,11 +64,11 @@ class ModelDrafts:
         self._shadows = Shadows(room, limits)
 
     def swept(self, rows: int, seconds: float) -> None:
-        """Note what a sweep of the model took, its weights in place."""
+        """Note the time of a sweep of the model whose weights were loaded already."""
         self.pace.sweeps.add(rows, seconds)
 
     def add(self, segments: Collection[Segment], rows: int, limits: Limits) -> None:
-        """Let the decode steps of a sweep of so many rows try drafts; those that get none, what came next earlier."""
+        """Add drafts to the decode steps of a sweep of so many rows; steps without one get earlier continuations."""
         steps = {id(each.span): each for each in segments if each.is_decode and isinstance(each.span, Sequence)}
         self._settle(steps)
         targets = [each.span for each in steps.values() if isinstance(each.span, Sequence) and each.span.most_drafted]
@@ -85,7 +85,7 @@ class ModelDrafts:
         add_drafts(segments, rows, limits)
 
     def _settle(self, running: dict[int, Segment]) -> None:
-        """See what came of the drafts, and let go of the shadows of sequences that run no more."""
+        """Count the accepted drafts, and drop the shadows of sequences that no longer run."""
         for shadow in self._shadows:
             found = shadow.settle()
             if found is not None:
@@ -95,7 +95,7 @@ class ModelDrafts:
                 self._shadows.drop(shadow)
 
     def _drafted(self, targets: list[Sequence], size: int) -> list[tuple[Shadow, tuple[int, ...]]]:
-        """What is drafted for each sequence that has a shadow: at most `size` tokens."""
+        """The drafts of each sequence that has a shadow: at most `size` tokens."""
         try:
             return self._rounds(targets, size)
         except Exception as error:
@@ -135,7 +135,7 @@ class ModelDrafts:
         return [(shadow, tuple(drafts[id(shadow)])) for shadow in drafting]
 
     def _first_rows(self, target: Sequence, count: int, size: int) -> list[Segment] | None:
-        """What brings a sequence's shadow up to it; None where it gets none."""
+        """The rows that bring a sequence's shadow up to date; None if it gets no shadow."""
         shadow = self._shadows.get(target)
         if shadow is not None:
             step = shadow.step() if self._knows(target.tokens[-1:]) else None
@@ -150,15 +150,15 @@ class ModelDrafts:
         return self._shadows.begin(target) if all(self._knows(span.tokens) for span in spans) else None
 
     def _room_in_window(self, target: Sequence) -> int:
-        """Tokens that may be drafted before positions of the draft model end; the last of them is not fed."""
+        """The number of tokens that may be drafted within the draft model's window; the last of them is not fed."""
         return MOST_DRAFTED if self._window is None else self._window - target.start - len(target.tokens) + 1
 
     def _knows(self, tokens: list[int]) -> bool:
-        """Whether the draft model has rows for these tokens."""
+        """Whether the draft model's embedding has rows for these tokens."""
         return self._own_vocabulary >= self._vocabulary or max(tokens, default=0) < self._own_vocabulary
 
     def _compute(self, segments: list[Segment]) -> dict[int, int]:
-        """Take segments through the draft model, no more rows at once than it has memory for."""
+        """Pass segments through the draft model, at most as many rows at once as its memory allows."""
         cut = rectangular_batches if self._limits.rectangular else packed_batches
         chosen: dict[int, int] = {}
         for part in _parts(segments, self._limits.rows_per_sweep):
@@ -170,13 +170,13 @@ class ModelDrafts:
         return chosen
 
     def close(self) -> None:
-        """Let go of all shadows."""
+        """Drop all shadows."""
         self._shadows.clear()
         self._executor.close()
 
 
 def _parts(segments: list[Segment], most: int) -> list[list[Segment]]:
-    """Segments in their order, those of a part with no more rows than `most` together, or one alone."""
+    """Split segments, in order, into parts of at most `most` rows; a larger segment is a part of its own."""
     parts: list[list[Segment]] = []
     rows = 0
     for segment in segments:

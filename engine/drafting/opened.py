@@ -1,4 +1,4 @@
-"""A draft model: whether it can draft for a model, and what is needed to compute with it, on the device."""
+"""Opens a draft model: checks that it can draft for a model, and prepares its computation on the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MakeExecutor = Callable[[CausalModel, WeightStream, KVCache, StateCache, HiddenS
 
 @dataclass(frozen=True, kw_only=True)
 class DraftModel:
-    """A draft model without numbers."""
+    """A draft model without its weights."""
 
     description: ModelDescription
     model: CausalModel
@@ -44,10 +44,10 @@ class DraftModel:
         dtype: torch.dtype,
         device: torch.device,
     ) -> DraftModel:
-        """The draft model of that name for `target`, whose tokenizer is given.
+        """Open the draft model of that name for `target`, whose tokenizer is given.
 
-        Raises `ConfigError` where its tokenizer is another, `UnsupportedError` where one of the two keeps states, and
-        what opening any model raises.
+        Raises `ConfigError` where its tokenizer is another, `UnsupportedError` where one of the two keeps recurrent
+        states, and what opening any model raises.
         """
         if target.mixers:
             raise UnsupportedError(
@@ -73,7 +73,7 @@ class DraftModel:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedDraft:
-    """A draft model with its places on the device."""
+    """A draft model with its memory on the device."""
 
     model: CausalModel
     weights: WeightStore
@@ -81,10 +81,10 @@ class OpenedDraft:
     cache: KVCache
     drafts: ModelDrafts
     loading: Iterator[None]
-    """Brings a parameter to its place at each step."""
+    """The loading of its weights: it copies one parameter at each step."""
 
     def close(self) -> None:
-        """Let go of everything; the arena frees the memory."""
+        """Release everything; the arena frees the memory."""
         self.drafts.close()
         self.stream.close()
         self.weights.close()
@@ -93,7 +93,7 @@ class OpenedDraft:
 def open_draft(
     draft: DraftModel, target: CausalModel, plan: Plan, arena: Arena, make_executor: MakeExecutor
 ) -> OpenedDraft:
-    """Open a draft model for `target` by its own plan, all of it on the device."""
+    """Open a draft model for `target` by a plan of its own, all of it on the device."""
     model, path = draft.model, Path(draft.description.path)
     store = WeightStore(model, plan.weights, arena, expands_whole=plan.expands_whole)
     stream = None
@@ -122,7 +122,7 @@ def open_draft(
 
 
 def check_vocabulary(name: str, draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
-    """Raise `ConfigError` where token ids of two tokenizers stand for different tokens: the first such one."""
+    """Raise `ConfigError`, naming the first difference, where token ids of two tokenizers mean different tokens."""
     own, other = ({number: token for token, number in each.get_vocab().items()} for each in (draft, target))
     if own == other:
         return

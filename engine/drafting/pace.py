@@ -1,46 +1,48 @@
-"""How many tokens a draft model drafts, by what came of its drafts and what they and sweeps take (pure)."""
+"""Chooses how many tokens to draft from the acceptance rate and the measured times of drafts and sweeps (pure)."""
 
 from __future__ import annotations
 
 import math
 
 MOST_DRAFTED = 7
-"""Tokens of a draft, at most."""
+"""The most tokens of a draft."""
 _FIRST_SIZE = 3
-"""Tokens of a draft before anything is known."""
+"""The number of tokens of a draft before anything is measured."""
 _KEPT = 0.9
-"""Of what was measured before, what counts beside a new measurement: about the last ten do."""
+"""The factor by which each new measurement reduces the weight of earlier ones: about the last ten count."""
 _KEPT_TOKENS = 500.0
-"""Tokens tried, at most, that count for how many come."""
+"""The most checked tokens that the acceptance rate remembers."""
 _PRIOR = (3.0, 4.0)
-"""Tokens that came, of those tried, before any is: few, so that the first sweeps tell."""
+"""Assumed accepted and checked tokens at the start; few, so that measurements soon outweigh them."""
 _EVERY = 32
-"""One sweep of so many drafts nothing where all have about as many rows, so that it shows what rows cost."""
+"""While all sweeps have about as many rows, one in so many runs without drafts, to measure the cost of rows."""
 _FIRST_WITHOUT = 8
-"""Sweeps with drafts before the first such one: before them come those of the prompts, which have other rows."""
+"""The number of sweeps with drafts before the first one without: sweeps of prompts come first, with other row
+counts."""
 _SPREAD = 0.3
-"""Standard deviation of rows, in parts of their mean, from which on the line through them tells what rows cost."""
+"""The least standard deviation of row counts, relative to their mean, at which the fitted line tells the cost of a
+row."""
 _LEAST_GAIN = 1.02
-"""Tokens in a second, beside those without drafts, below which drafts do not pay."""
+"""The least ratio of tokens per second with drafts to those without for drafting to go on."""
 _PAUSE = 32
-"""Sweeps without drafts where they do not pay, before they are tried again; each time twice as many."""
+"""The number of sweeps without drafts after they did not pay; it doubles each time."""
 
 
 _FIRST_SEQUENCES = 8
-"""That are drafted for before it is known what a pass over their prompts takes."""
+"""The most sequences that are drafted for before the time of a pass over their prompts is known."""
 _TRIED_AGAIN = 64
-"""One shadow of so many that seem to cost more than they save is begun all the same: what the first pass took is no
-measure, since kernels are compiled in it."""
+"""One in so many shadows that seem not to pay is begun nevertheless: the first measured pass is no guide, since it
+includes the compilation of kernels."""
 
 
 class Line:
-    """A straight line through the latest measurements: seconds by rows."""
+    """A straight line fitted to the latest measurements: seconds by rows."""
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
-        """Take in a measurement."""
+        """Add a measurement."""
         sums = (self._weight, self._x, self._y, self._xx, self._xy)
         new = (1.0, x, y, x * x, x * y)
         self._weight, self._x, self._y, self._xx, self._xy = (
@@ -60,7 +62,7 @@ class Line:
 
     @property
     def slope(self) -> float:
-        """Seconds of a further row; none is known to cost anything while all measurements had as many."""
+        """The seconds of a further row; 0 while all measurements had equally many rows."""
         spread = self._weight * self._xx - self._x * self._x
         if self.spread < 1e-4:
             return 0.0
@@ -68,43 +70,43 @@ class Line:
         return min(steepest, max(0.0, (self._weight * self._xy - self._x * self._y) / spread))
 
     def at(self, x: float) -> float:
-        """Seconds of so many rows."""
+        """The estimated seconds for so many rows."""
         return max(0.0, (self._y + self.slope * (self._weight * x - self._x)) / self._weight)
 
 
 class Pace:
-    """Chooses the length of drafts by the tokens a second that it promises; none where none pays."""
+    """Chooses the draft length with the most expected tokens per second; 0 where no length pays."""
 
     def __init__(self) -> None:
         self._came, self._tried = _PRIOR
         self.sweeps = Line()
-        """Seconds of the model's sweeps, by their rows."""
+        """The times of the model's sweeps by their rows."""
         self.steps = Line()
-        """Seconds of the draft model's passes, by their rows."""
+        """The times of the draft model's passes by their rows."""
         self._until_without = _FIRST_WITHOUT
         self._pause = _PAUSE
         self._left = 0
-        """Sweeps without drafts still to come, since drafts do not pay."""
+        """The number of sweeps without drafts still to come, since drafts did not pay."""
         self._num_refused = 0
-        """Shadows that were not worth beginning."""
+        """The number of shadows in a row that were not worth beginning."""
 
     @property
     def acceptance(self) -> float:
-        """Of the tokens tried, about the part that came."""
+        """The estimated probability that a drafted token is accepted."""
         return self._came / self._tried
 
     def checked(self, came: int, tried: int) -> None:
-        """Note how many tokens came of those that were tried, up to the first that did not."""
+        """Record how many of the checked tokens were accepted, up to the first that was not."""
         self._came, self._tried = self._came + came, self._tried + tried
         if self._tried > _KEPT_TOKENS:
             self._came, self._tried = self._came * _KEPT_TOKENS / self._tried, _KEPT_TOKENS
 
     def tokens(self, size: int) -> float:
-        """Tokens that a step with a draft of so many yields, about: each counts if all before it came."""
+        """The expected tokens of a step with a draft of `size`: a token counts if all before it are accepted."""
         return sum(self.acceptance**number for number in range(size + 1))
 
     def size(self, count: int, rows: int) -> int:
-        """Tokens to draft for each of `count` sequences in a sweep that has so many rows without; 0: none."""
+        """The number of tokens to draft for each of `count` sequences in a sweep of `rows` other rows; 0: none."""
         if self._left:
             self._left -= 1
             return 0
@@ -125,20 +127,20 @@ class Pace:
         return best
 
     def give_up(self) -> None:
-        """Draft nothing for some sweeps, and more with each time."""
+        """Stop drafting for some sweeps, twice as many each time."""
         self._left, self._pause = self._pause, 2 * self._pause
         self._came, self._tried = _PRIOR  # the next try tells anew
 
     @property
     def is_paused(self) -> bool:
-        """Whether the next sweeps draft nothing, since drafts do not pay."""
+        """Whether drafting is paused because it did not pay."""
         return self._left > 0
 
     def _seconds(self, size: int, count: int, rows: int) -> float:
         return max(1e-9, self.sweeps.at(rows + size * count) + size * self.steps.at(count))
 
     def pays_to_begin(self, tokens: int, left: int, count: int, size: int) -> bool:
-        """Whether a draft model's pass over `tokens` of a sequence saves more than it takes.
+        """Whether a draft model's pass over `tokens` of a sequence saves more time than it takes.
 
         The sequence has `left` tokens to come at most, and is one of `count` that a sweep advances.
         """
@@ -151,5 +153,5 @@ class Pace:
         return self._num_refused % _TRIED_AGAIN == 0
 
     def most_sequences(self, count: int) -> int:
-        """How many of `count` sequences are drafted for now."""
+        """The number of sequences, of `count`, that are drafted for now."""
         return count if self.steps.is_known else min(count, _FIRST_SEQUENCES)

@@ -1,4 +1,4 @@
-"""Running sequences as a draft model has them: their tokens, and its own keys and values of them (pure)."""
+"""The draft model's copies of running sequences: their tokens, and its own keys and values of them (pure)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
 
 _MOST_BEHIND = 8
-"""Tokens that a shadow takes in as a decode step; one that is further behind is begun anew, as a prompt."""
+"""The most tokens that a shadow can catch up in a decode step; a shadow further behind restarts with a prefill."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Shadow(Sequence):
-    """A running sequence as the draft model has it.
+    """The draft model's copy of a running sequence.
 
-    It draws the same numbers, so that where both models have the same distribution they choose the same token.
+    It draws the same random numbers, so that both models choose the same token where their distributions agree.
     """
 
     target: Sequence
-    """The sequence."""
+    """The sequence that it drafts for."""
     proposed: tuple[int, ...] = ()
-    """Tokens that the sequence is trying, behind the first `num_known` of its own."""
+    """The drafted tokens that are being checked, which follow the first `num_known` tokens of the sequence."""
     num_known: int = 0
-    """Of the sequence's own tokens, those that it had when these were drafted."""
+    """The length of the sequence when they were drafted."""
 
     @classmethod
     def of_target(cls, target: Sequence, parent: Prefix | None) -> Shadow:
-        """The shadow of a running sequence, nothing of which is computed yet."""
+        """The shadow of a running sequence, of which nothing is computed yet."""
         job = replace(target.job, prompt_logprobs=False, thinking=None)  # nothing is scored, and no token is due
         tokens = list(target.tokens)
         return cls(
@@ -46,24 +46,24 @@ class Shadow(Sequence):
 
     @property
     def coming(self) -> list[int]:
-        """The sequence's tokens from this span's first one on; those that were cut off as prefixes are not in it."""
+        """The sequence's tokens from this span's first one on, without those that were moved into prefixes."""
         return self.target.tokens[self.start - self.target.start :]
 
     def draw(self, ahead: int = 0) -> float:
-        """The number that the sequence will choose the same token by."""
+        """The random number by which the sequence will choose the same token."""
         number = len(self.tokens) - self.num_prompt + ahead
         return self.target.draw(number - len(self.target.generated_logprobs))
 
     def take(self, token: int) -> None:
-        """Have a further token, which is computed next."""
+        """Append a token, which is computed next."""
         if len(self.tokens) < self.cached:  # several rows have brought it up to its sequence
             self.tokens = self.coming
         self.tokens.append(token)
 
     def settle(self) -> tuple[int, int] | None:
-        """See which of the proposed tokens came: how many did, and how many were tried; None if all began anew.
+        """Compare the drafted tokens with the sequence: (accepted, checked); None if the sequence was restarted.
 
-        What was computed on others is forgotten: the rows behind are written again.
+        Rows computed for rejected tokens are discarded: they are written again.
         """
         new = self.target.tokens[self.num_known :]
         if len(self.target.tokens) < self.num_known:
@@ -75,7 +75,7 @@ class Shadow(Sequence):
         return came, tried
 
     def step(self) -> Segment | None:
-        """The rows that bring it up to its sequence; None if it is too far behind."""
+        """The rows that bring it up to date with its sequence; None if it is too far behind."""
         coming = self.coming
         if len(coming) - self.cached > _MOST_BEHIND:
             return None
@@ -85,23 +85,23 @@ class Shadow(Sequence):
 
 @dataclass(eq=False)
 class _Shared:
-    """A prefix as the draft model has it: in as many pieces as its memory asks for."""
+    """A prefix in the draft model's cache, in as many pieces as its memory requires."""
 
     original: Prefix
     pieces: tuple[Prefix, ...]
     users: set[int] = field(default_factory=set)
-    """Sequences whose shadows continue it, by their identities."""
+    """The id() of each sequence whose shadow continues it."""
 
 
 class Shadows:
-    """The shadows of running sequences, and of the prefixes that they share, with their room in the draft's cache."""
+    """The shadows of running sequences, the prefixes that they share, and their space in the draft's cache."""
 
     def __init__(self, room: CacheRoom, limits: Limits) -> None:
         self._room, self._limits = room, limits
         self._of: dict[int, Shadow] = {}
-        """By the sequence's identity."""
+        """The shadows by the id() of their sequence."""
         self._shared: dict[int, _Shared] = {}
-        """By the prefix's identity."""
+        """The prefixes by their id()."""
 
     def __iter__(self) -> Iterator[Shadow]:
         return iter(list(self._of.values()))
@@ -111,7 +111,7 @@ class Shadows:
         return self._of.get(id(target))
 
     def begin(self, target: Sequence) -> list[Segment] | None:
-        """A new shadow of `target`: the segments that compute it; None where the cache has no room for it now."""
+        """Begin a shadow of `target`: return the segments that compute it; None while the cache has no room for it."""
         new: list[Span] = []
         for prefix in target.chain:
             if id(prefix) not in self._shared:
@@ -140,7 +140,7 @@ class Shadows:
         return None if prefix is None else self._shared[id(prefix)].pieces[-1]
 
     def drop(self, shadow: Shadow) -> None:
-        """Let go of a shadow, and of the prefixes that no other continues."""
+        """Drop a shadow, and the prefixes that no other shadow continues."""
         del self._of[id(shadow.target)]
         shared = [each for each in self._shared.values() if id(shadow.target) in each.users]
         kept = {id(piece) for each in self._shared.values() for piece in each.pieces}
@@ -158,6 +158,6 @@ class Shadows:
                 span.block = None
 
     def clear(self) -> None:
-        """Let go of all."""
+        """Drop all shadows."""
         for shadow in self:
             self.drop(shadow)

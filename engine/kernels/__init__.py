@@ -1,4 +1,4 @@
-"""Number formats and the code that is run for them: codecs, packed matrices, kernels for device and host.
+"""Number formats and the kernels that use them: codecs, packed matrices, kernels for device and host.
 
 It imports memory.
 """

@@ -13,17 +13,18 @@ from engine.kernels.invariant.mode import plain_arithmetic
 from engine.memory.layout import align
 
 GROUP = 64
-"""Numbers that are rotated together and share a scale."""
+"""The number of values that are rotated together and share a scale."""
 QUARTER = 16
-"""Numbers of a group that share a multiple of its scale."""
+"""The number of values of a group that share a multiple of its scale."""
 MULTIPLES = 16
 """The multiples of a group's scale are 1 to 16: four bits each."""
 BEND = 28
-"""Of 4 bits, the code of the odd number u stands for u times (28 + |u|): finer near 0, where most numbers are."""
+"""With 4 bits, the code of the odd number u has the value u times (28 + |u|): levels are finer near 0, where most
+numbers are."""
 SCALE_BYTES = 2
-"""Of a group's scale, a bfloat16, and as many of its four multiples."""
+"""The bytes of a group's scale (a bfloat16), which is also the bytes of its four multiples."""
 _HOST_CHUNK, _CHUNK = 1 << 12, 1 << 16
-"""Groups that torch's operations take at once: few on the host, so that they stay in its caches."""
+"""The most groups that torch's operations take at once: few on the host, so that they stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,26 @@ class Codec:
         return int(2**self.bits - 1)
 
     def code_bytes(self, num_elements: int) -> int:
-        """Bytes of the codes of so many numbers, a multiple of `GROUP`."""
+        """The number of bytes of the codes of so many numbers, a multiple of `GROUP`."""
         assert num_elements % GROUP == 0
         return num_elements * self.bits // 8
 
     def part_bytes(self, num_elements: int) -> tuple[int, int]:
-        """Aligned bytes of the codes, and of the scales (or the multiples)."""
+        """The aligned number of bytes of the codes, and of the scales (or the multiples)."""
         return align(self.code_bytes(num_elements)), align(num_elements // GROUP * SCALE_BYTES)
 
     def num_bytes(self, num_elements: int) -> int:
-        """Bytes of so many numbers, encoded."""
+        """The number of bytes of so many numbers, encoded."""
         codes, scales = self.part_bytes(num_elements)
         return codes + 2 * scales
 
     def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The bytes of codes, scales and multiples of flat `values`, whose number is a multiple of `GROUP`."""
+        """Encode flat `values`, whose number is a multiple of `GROUP`, to the bytes of codes, scales and multiples."""
         codes, scales, multiples = _encode_fast(values.view(-1, GROUP), self.bits)
         return codes.flatten(), scales.flatten(), multiples.flatten()
 
     def ranges(self, first_element: int, num_elements: int, whole_elements: int) -> list[tuple[int, int]]:
-        """Where codes, scales and multiples of some numbers lie in the bytes of all that are encoded together.
+        """The byte ranges of codes, scales and multiples of some numbers within those that were encoded together.
 
         first_element, num_elements: multiples of `GROUP`.
         """
@@ -82,27 +83,27 @@ class Codec:
         return [codes, *((begin + first, begin + end) for begin in (code_bytes, code_bytes + scale_bytes))]
 
     def decode(self, coded: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the numbers of `coded` bytes into flat `values`."""
+        """Decode `coded` bytes into flat `values`."""
         count = values.numel()
         self.decode_parts([coded[first:end] for first, end in self.ranges(0, count, count)], values)
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        """Write the numbers of codes, scales and multiples, bytes that lie as `ranges` says, into flat `values`."""
+        """Decode codes, scales and multiples, given as the byte ranges that `ranges` returns, into flat `values`."""
         groups = values.view(-1, GROUP)
         codes, scales, multiples = (part.view(len(groups), -1) for part in parts)
         _fill(groups, codes, scales, multiples, self.bits)
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a row of `width` numbers, a multiple of `GROUP`, encoded by `encode_rows`."""
+        """The number of bytes of a row of `width` numbers, a multiple of `GROUP`, encoded by `encode_rows`."""
         return self.code_bytes(width) + 2 * (width // GROUP) * SCALE_BYTES
 
     def encode_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Bytes `[count, row_bytes]` of rows `[count, width]`: each row's codes, scales and multiples are together."""
+        """Encode rows `[count, width]` to bytes `[count, row_bytes]`: each row's codes, then scales, then multiples."""
         parts = _encode_fast(rows.unflatten(1, (-1, GROUP)), self.bits)
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def decode_rows(self, coded: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """The rows `[count, width]` of `dtype` of `coded` bytes `[count, row_bytes]`."""
+        """Decode bytes `[count, row_bytes]` to rows `[count, width]` of `dtype`."""
         groups = width // GROUP
         rows = torch.empty(len(coded), groups, GROUP, dtype=dtype, device=coded.device)
         sizes = self.code_bytes(width), groups * SCALE_BYTES, groups * SCALE_BYTES
@@ -111,9 +112,9 @@ class Codec:
         return rows.flatten(1)
 
     def bound(self, groups: torch.Tensor) -> torch.Tensor:
-        """How far `groups` `[…, GROUP]` may be, at most, from what comes back: the length of the difference, `[…]`.
+        """The largest Euclidean error of decoded `groups` `[…, GROUP]`: the length of the difference vector, `[…]`.
 
-        Without the rounding of their dtype.
+        It leaves out the rounding to their dtype.
         """
         largest = _quarters(groups).abs().amax(dim=-1)
         top = _level(self.levels, self.bits)
@@ -124,12 +125,12 @@ class Codec:
 
 
 def _level(odd: int, bits: int) -> int:
-    """What the code of an odd number stands for, in units of its scale's multiple."""
+    """The value of the code of an odd number, in units of its scale's multiple."""
     return odd * (BEND + abs(odd)) if bits == 4 else odd
 
 
 def rotated(groups: torch.Tensor) -> torch.Tensor:
-    """Float32 `groups` `[…, GROUP]` times the Hadamard matrix over 8, added in an order that is always the same."""
+    """Float32 `groups` `[…, GROUP]` times the Hadamard matrix over 8, summed in a fixed order."""
     half = GROUP // 2
     while half:
         pairs = groups.unflatten(-1, (-1, 2, half))
@@ -152,7 +153,7 @@ def _quarters(groups: torch.Tensor) -> torch.Tensor:
 
 
 def _odd(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """The odd numbers whose levels are nearest to `numbers`, which are in units of a scale's multiple."""
+    """The odd numbers whose levels are nearest to `numbers`, given in units of a scale's multiple."""
     size = numbers.abs()
     if bits == 4:  # The middle between the levels of u - 1 and u + 1, for an even u, is u * (BEND + u) + 1.
         size = ((size - 1).clamp(min=0) + BEND**2 / 4).sqrt() - BEND / 2
@@ -161,7 +162,7 @@ def _odd(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bytes `[…, bytes of a group]` of codes, scales and multiples of `groups` `[…, GROUP]`."""
+    """Encode `groups` `[…, GROUP]` to bytes `[…, bytes of a group]` of codes, scales and multiples."""
     with plain_arithmetic():  # one group by itself
         found = [_encode_some(part, bits) for part in groups.split(_at_once(groups))]
     codes, scales, multiples = (parts[0] if len(found) == 1 else torch.cat(parts) for parts in zip(*found, strict=True))
@@ -169,7 +170,7 @@ def _encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _at_once(groups: torch.Tensor) -> int:
-    """How many rows of `groups` to take at a time."""
+    """The number of rows of `groups` to take at a time."""
     most = _HOST_CHUNK if groups.device.type == "cpu" else _CHUNK
     return max(1, most * len(groups) * GROUP // max(1, groups.numel()))
 
@@ -218,7 +219,7 @@ _encode_fast = Fused(_encode, _encode_kernel)
 def _decode_into(
     groups: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, multiples: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """Fill `groups` `[…, GROUP]` with the numbers of codes, scales and multiples, bytes `[…, bytes of a group]`."""
+    """Decode codes, scales and multiples, bytes `[…, bytes of a group]`, into `groups` `[…, GROUP]`."""
     parts = (each.split(_at_once(groups)) for each in (groups, codes, scales, multiples))
     with plain_arithmetic():  # sums are exact
         for group, code, scale, fours in zip(*parts, strict=True):
@@ -249,5 +250,5 @@ _fill = Fused(_decode_into, _decode_kernel)
 
 
 def codec_of(bits: int | None) -> Codec | None:
-    """The codec that a policy's compress-weight or compress-cache means."""
+    """The codec for a value of the policy's compress-weight or compress-cache."""
     return Codec(bits) if bits else None

@@ -1,4 +1,4 @@
-"""Kernels of ours that Triton compiles: where they are to be had, and whether rows are where they run."""
+"""Availability of Triton kernels: on which devices Triton compiles, and whether rows are on one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Kernel = TypeVar("_Kernel")
 
 
 def where_compiled(load: Callable[[], _Kernel]) -> Callable[[torch.device], _Kernel | None]:
-    """What `load` imports, by device: None where Triton does not compile for it, or torch came without Triton."""
+    """The result of `load` (an import) by device; None where Triton does not compile for it, or is not installed."""
 
     @cache
     def kernel_for(device: torch.device) -> _Kernel | None:
@@ -29,5 +29,5 @@ def where_compiled(load: Callable[[], _Kernel]) -> Callable[[torch.device], _Ker
 
 
 def is_there(rows: torch.Tensor) -> bool:
-    """Whether rows are where such a kernel runs: layers are called on the host, too, when a model is opened."""
+    """Whether rows are on a device where such a kernel runs: opening a model calls its layers on the host, too."""
     return rows.is_cuda

@@ -1,7 +1,7 @@
-"""The Triton kernel that turns codes of 4 or 8 bits into numbers, on accelerators that have Triton.
+"""The Triton kernel that decodes 4-bit or 8-bit codes, on accelerators that have Triton.
 
-What `torch.compile` makes of the same expression computes places and parts anew for each number, which takes longer
-than the memory does, and a call of it keeps the host longer than a launch (docs/adr/0004).
+The code that `torch.compile` makes of the same expression recomputes positions and parts for each number, which takes
+longer than the memory access does, and its call keeps the host longer than a launch (docs/adr/0004).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _hadamard():  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _whole(code, fours, quarter: tl.constexpr, bits: tl.constexpr, bend: tl.constexpr, matrix):  # type: ignore[no-untyped-def]
-    """The levels of a quarter's codes times the matrix and the quarter's multiple: whole numbers, all sums exact."""
+    """The levels of a quarter's codes times the matrix and the quarter's multiple: integers, so all sums are exact."""
     odd = 2 * code.to(tl.int32) - (2**bits - 1)
     if bits == 4:
         odd = odd * (tl.abs(odd) + bend)
@@ -82,10 +82,10 @@ def _kernel(  # type: ignore[no-untyped-def]
 def decode_into(
     groups: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, multiples: torch.Tensor, bits: int, bend: int
 ) -> torch.Tensor:
-    """Fill `groups` `[…, GROUP]`, which has no gaps, as `engine.kernels.codec` says; on the current device.
+    """Decode into `groups` `[…, GROUP]`, contiguous, as `engine.kernels.codec` says; on the current device.
 
-    Codes, scales and multiples are bytes `[groups, bytes of a group]`, or `[rows, groups, bytes of a group]` whose rows
-    may lie apart. Bit for bit what torch's own operations give.
+    Codes, scales and multiples are bytes `[groups, bytes of a group]`, or `[rows, groups, bytes of a group]` with any
+    row stride. The result is bit-equal to that of torch's own operations.
     """
     count = groups.numel() // groups.shape[-1]
     scales, multiples = (part.view(torch.int16)[..., 0] for part in (scales, multiples))

@@ -1,7 +1,7 @@
-"""The Triton kernel that makes codes of numbers, on accelerators that have Triton.
+"""The Triton kernel that encodes numbers, on accelerators that have Triton.
 
-It adds in the order of torch's operations, but for the errors by which it chooses a multiple: where two nearly tie,
-either may be taken.
+It adds in the order of torch's operations, except for the errors by which it chooses a multiple: where two nearly tie,
+it may choose either.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def encode(groups: torch.Tensor, bits: int, bend: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bytes `[…, bytes of a group]` of codes, scales and multiples of `groups` `[…, GROUP]`, as the codec says."""
+    """Encode `groups` `[…, GROUP]` to bytes `[…, bytes of a group]` of codes, scales and multiples, as in the codec."""
     shape, groups = groups.shape[:-1], groups.contiguous()
     codes = torch.empty(*shape, groups.shape[-1] * bits // 8, dtype=torch.uint8, device=groups.device)
     scales, multiples = torch.empty(2, *shape, 1, dtype=torch.int16, device=groups.device)

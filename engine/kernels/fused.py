@@ -1,4 +1,4 @@
-"""One kernel in place of a chain of elementwise operations, where a device can have it."""
+"""Replaces a chain of elementwise operations by one kernel, where a device can have it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 class Fused(Generic[T]):
     """A function of tensors, compiled at its first call on an accelerator: by `torch.compile`, or as `make` says.
 
-    On the host it is called as it is, and also where compiling fails, for want of Triton or of a C compiler: that is
-    logged once. Roundings to 16 bits are kept as they are written. Torch keeps what it compiled for later processes.
+    On the host it is called uncompiled, and so it is where compiling fails for want of Triton or a C compiler, which is
+    logged once. Roundings to 16 bits are kept as written. Torch stores compiled code for later processes.
     """
 
     def __init__(self, function: Callable[..., T], make: Callable[[], Callable[..., T]] | None = None) -> None:
@@ -28,7 +28,7 @@ class Fused(Generic[T]):
         self._fails = False
 
     def __call__(self, like: torch.Tensor, *arguments: Any) -> T:
-        """The function's result; the first argument says on which device."""
+        """Call the function; the device is that of the first argument."""
         if self._fails or like.device.type not in _KINDS:
             return self._function(like, *arguments)
         try:

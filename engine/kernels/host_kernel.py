@@ -1,4 +1,4 @@
-"""Compiles our C kernel of attention on the host for the machine at hand, once, and calls it from all cores."""
+"""Compiles our C kernel for attention on the host, once per machine, and calls it on all cores."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("host_attention.c")
 _HOST = torch.device("cpu")
 _PIECE_BYTES = 8192
-"""Of a row, what a task reads in one piece, about."""
+"""The approximate bytes of a row that a task reads in one piece."""
 _SLICE_BYTES = 1 << 20
-"""Of keys and values, what it pays to wake a thread for."""
+"""The bytes of keys and values for which it pays to wake a thread."""
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _Work(ctypes.Structure):
-    """`struct work` of the C source."""
+    """The C source's `struct work`."""
 
     _fields_ = (
         ("table", ctypes.c_void_p),
@@ -57,19 +57,19 @@ def attend(
     scaling: float,
     target: torch.device = _HOST,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Attend each sequence's new rows to all its rows of a table; None where the kernel cannot.
+    """Attention of each sequence's new rows to all its rows of a table; None where the kernel is not available.
 
-    That is where there is no compiler, and for codes of which a group has both keys and values.
+    It is not available without a compiler, and for codes of which one group has both keys and values.
 
     table: `[rows, …]`, rows of keys and values of `dtype`, or of their codes of `bits` bits (0: none).
-    firsts, lengths: int64 `[sequences]`, a sequence's first row and how many it has, the new ones included.
-    query: `[sequences, steps, heads, dim]` of `dtype`; dims: kv heads, a key's size, a value's.
-    target: the device that the results will be copied to, beside its work.
+        firsts, lengths: int64 `[sequences]`, a sequence's first row and its number of rows, the new ones included.
+        query: `[sequences, steps, heads, dim]` of `dtype`; dims: kv heads, a key's size, a value's.
+        target: the device to which the results will be copied while the kernel runs.
 
     Returns `[sequences, steps, heads, value dim]` of `dtype` and float32 log-sum-exps `[sequences, steps, heads]`.
 
-    Nothing here is work for torch's own threads: having done some they wait for more by spinning for milliseconds, on
-    the cores that ours need.
+    It does not run on torch's own threads: after some work they wait for more by spinning for milliseconds, on the
+    cores that ours need.
     """
     (sequences, steps, heads), (kv_heads, key_dim, value_dim) = query.shape[:3], dims
     kernel = _kernel()
@@ -102,7 +102,7 @@ def _transit(target: torch.device, dtype: torch.dtype, *shape: int) -> torch.Ten
 
 
 def _block(sequences: int, dims: tuple[int, int, int], row_bytes: int, bits: int) -> int:
-    """Heads of a task: pieces of about `_PIECE_BYTES`, smaller for few sequences; of codes, whole groups."""
+    """The heads of a task: pieces of about `_PIECE_BYTES`, smaller for few sequences; of codes, whole groups."""
     kv_heads, key_dim, value_dim = dims
     piece = min(_PIECE_BYTES, row_bytes * sequences // (4 * _threads()))
     least = 1
@@ -123,7 +123,7 @@ def _pool() -> ThreadPoolExecutor:
 
 @cache
 def _kernel() -> ctypes.CDLL | None:
-    """The compiled kernel; None, once told, where it cannot be had."""
+    """The compiled kernel; None (after one log line) where it is not available."""
     try:
         kernel = ctypes.CDLL(str(library.compiled("host-attention", [_SOURCE])))
         kernel.attend.argtypes = (ctypes.c_void_p,)
@@ -138,7 +138,7 @@ def _kernel() -> ctypes.CDLL | None:
 def by_torch(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by torch's own kernel, which in 16 bits is fast only on CPUs with AMX.
+    """Attention by torch's own kernel, which is fast in 16 bits only on CPUs with AMX.
 
     query `[sequences, steps, heads, dim]`, keys, values `[sequences, kv heads, length, dim]`, the new rows included.
     Returns `[sequences, steps, heads, dim]` and float32 log-sum-exps `[sequences, steps, heads]`.

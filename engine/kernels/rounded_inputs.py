@@ -1,4 +1,4 @@
-"""Inputs of linear layers in 8 bits, as compressed-tensors' W8A8 checkpoints ask for them."""
+"""Rounding of linear layers' inputs to 8 bits, as compressed-tensors' W8A8 checkpoints require it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch
 from torch import nn
 
 _FLOAT_MAX = 448.0
-"""Of float8_e4m3fn."""
+"""The largest number of float8_e4m3fn."""
 
 
 @dataclass(frozen=True)
 class InputRounding:
-    """Rounds rows to a grid whose scale is that of the row, a group in it, or the layer; rows are rounded apart."""
+    """Rounds rows to a grid whose scale is that of the row, of a group in it, or of the layer; rows are independent."""
 
     is_float: bool
-    """float8_e4m3fn instead of whole numbers."""
+    """Whether the grid is float8_e4m3fn instead of integers."""
     is_static: bool
-    """The checkpoint has a scale for each layer; else a token's, or its group's, largest number makes it."""
+    """Whether the checkpoint has a scale for each layer; else the scale comes from the largest number of a token or
+    group."""
     group: int | None = None
-    """Numbers of a row that share a scale; None: all."""
+    """The numbers of a row that share a scale; None: all."""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> InputRounding | None:
-        """What a config's input_activations mean; None where it is something else that cannot be done here."""
+        """The rounding that a config's input_activations describe; None where it is not supported."""
         asked, group = (arguments.get("dynamic"), arguments.get("strategy")), arguments.get("group_size")
         kinds = {"int": False, "float": True}
         kind = arguments.get("type", "int")
@@ -39,13 +40,13 @@ class InputRounding:
         return cls(is_float=kinds[kind], is_static=not asked[0])
 
     def attach(self, module: nn.Module, scale: torch.Tensor | None) -> None:
-        """Let `module` compute with rounded inputs; `scale` is the checkpoint's, if there is one."""
+        """Make `module` round its inputs; `scale` is the checkpoint's, if there is one."""
         own = None if scale is None else scale.item()
         module.__dict__["rounds_inputs"] = True
         module.register_forward_pre_hook(lambda _, args: (self.rounded(args[0], own), *args[1:]))
 
     def rounded(self, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-        """`[..., width]` -> the same shape and dtype, as compressed-tensors' `fake_quantize` has it."""
+        """`[..., width]` -> the same shape and dtype, like compressed-tensors' `fake_quantize`."""
         if self.group is not None:
             return replace(self, group=None).rounded(rows.unflatten(-1, (-1, self.group))).flatten(-2)
         least, greatest = (-_FLOAT_MAX, _FLOAT_MAX) if self.is_float else (-128.0, 127.0)

@@ -1,4 +1,4 @@
-"""How many threads torch computes with on the host."""
+"""Sets the number of threads that torch uses on the host."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ONE_THREAD = threading.RLock()
 
 
 def limit_threads(num_processes: int = 1) -> None:
-    """Let torch use no more threads than the process has cores, or as many as control groups grant the time of.
+    """Limit torch's threads to the process's cores, or to the processor time that control groups grant.
 
-    Of `num_processes` that compute beside each other, each gets an equal part of the cores, at least one.
+    Of `num_processes` that compute at the same time, each gets an equal share of the cores, at least one.
 
-    Torch knows which cores a process may run on, but no quota. With more threads than that, those whose time is used
-    up keep the others waiting: half a core computed 2.7 times as many products with one thread as with two. It holds
-    for the whole process; where OMP_NUM_THREADS or MKL_NUM_THREADS says how many, that holds.
+    Torch knows which cores a process may run on, but no quota. With more threads than that, those whose time is used up
+    keep the others waiting: half a core computed 2.7 times as many products with one thread as with two. The limit
+    applies to the whole process; OMP_NUM_THREADS or MKL_NUM_THREADS take precedence.
     """
     most = max(1, usable_cores() // num_processes)
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() and torch.get_num_threads() > most:
@@ -32,8 +32,8 @@ def limit_threads(num_processes: int = 1) -> None:
 def one_thread() -> Iterator[None]:
     """Inside, torch computes with one thread: many small functions take longer with more.
 
-    Where other processes are at work on the same cores, each function waits until all its threads had their turn. It
-    holds for the whole process: another thread that enters waits until this one has left.
+    Where other processes use the same cores, each function waits until all its threads had their turn. It applies to
+    the whole process: another thread that enters waits until this one has left.
     """
     with _ONE_THREAD:
         before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Measures what a machine can do: rates of the device, its link, the host and its disk.
+"""Measures what a machine can do: the rates of the device, its link, the host and its disk.
 
 It imports memory, kernels and planning.
 """

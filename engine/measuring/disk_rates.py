@@ -1,4 +1,4 @@
-"""How fast a disk reads and writes: direct I/O by several threads, as the disk tier does it (pure)."""
+"""Measures how fast a disk reads and writes: direct I/O by several threads, as the disk tier uses it (pure)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _Place = TypeVar("_Place")
 
 
 def disk_rates(directory: str, *, num_bytes: int, seconds: float) -> tuple[float, float]:
-    """(read, written) bytes per second where `directory` is, or will be made.
+    """The (read, write) rates in bytes per second of the disk of `directory`, which need not exist yet.
 
-    Writes at most `num_bytes` (and a quarter of what is free) and takes about `seconds` in each direction. Raises
+    It writes at most `num_bytes` (and a quarter of the free space) and takes about `seconds` in each direction. Raises
     `CapacityError` for a full disk, `ConfigError` for a directory that cannot be written.
     """
     folder = existing_parent(directory)
@@ -43,9 +43,9 @@ def disk_rates(directory: str, *, num_bytes: int, seconds: float) -> tuple[float
 
 
 def read_rate(files: Sequence[Path], *, most_bytes: int, num_threads: int = READERS) -> float:
-    """Bytes per second of direct reads, spread over `files`, of about `most_bytes` of them.
+    """The rate in bytes per second of direct reads, spread over `files`, of about `most_bytes` in all.
 
-    Raises `CapacityError` where no file has the size of one read.
+    Raises `CapacityError` where every file is smaller than one read.
     """
     opened = [DiskFile.open(path) for path in files]
     try:
@@ -84,7 +84,7 @@ def _rates(file: DiskFile, num_chunks: int, seconds: float) -> tuple[float, floa
 def _transfer(
     call: Callable[[_Place], None], places: Iterable[_Place], seconds: float, num_threads: int = READERS
 ) -> list[_Place]:
-    """Call `call` with each of `places`, several at once, for `seconds`; those it was called with."""
+    """Call `call` with each of `places`, several at once, for `seconds`; return the places that were used."""
     waiting, deadline = iter(places), time.perf_counter() + seconds
     done: list[_Place] = []
 

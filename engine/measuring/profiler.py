@@ -1,4 +1,4 @@
-"""Measures this machine: sizes that fit it, every rate of a hardware profile, and nothing left behind."""
+"""Measures every rate of a machine's hardware profile, with sizes that fit it, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _RING_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is measured with, and for how long."""
+    """The sizes and durations of measurements."""
 
     seconds: float
-    """That the timed runs of one thing take, about; three are timed in any case."""
+    """The approximate duration of the timed runs of one rate; three runs are timed in any case."""
     copy_bytes: int
-    """Of each of two buffers on the device, and of two on the host."""
+    """The size of each of two buffers on the device, and of two on the host."""
     width: int
-    """Of the square weights of matrix products."""
+    """The width of the square weights of matrix products."""
     ring_bytes: int
-    """Of weights that are multiplied with in turn."""
+    """The size of all weights that are multiplied with in turn."""
     rows: tuple[int, ...]
     context: int
-    """Tokens of a sequence in attention."""
+    """The tokens of a sequence in attention."""
     prefill_sequences: int
     device_cache_bytes: int
-    """Of the keys and values that attention on the device reads."""
+    """The size of the keys and values that attention on the device reads."""
     host_cache_bytes: int
     disk_bytes: int
     disk_seconds: float
-    """That writing takes at most, and reading."""
+    """The longest duration of writing, and of reading."""
 
     @classmethod
     def fitting(cls, device: torch.device, dtype: torch.dtype) -> Effort:
-        """Sizes beyond all caches that take at most a quarter of what is free on device and host."""
+        """Sizes beyond all caches that take at most a quarter of the free memory on device and host."""
         found, host = accelerator.memory(device), free_host_memory()
         is_fast, free = found is not None, host if found is None else found[0]
         width = 8192 if is_fast else 2048
@@ -73,19 +73,19 @@ class Effort:
 
     @staticmethod
     def _product_bytes(width: int, ring_bytes: int, dtype: torch.dtype) -> int:
-        """Weights, and the largest left side and result."""
+        """The size of the weights, and of the largest left side and result."""
         return max(ring_bytes, 2 * width**2 * dtype.itemsize) + 2 * _ROWS[-1] * width * dtype.itemsize
 
 
 def measure(
     device: str = "auto", dtype: str = "auto", offload_dir: str = ".", effort: Effort | None = None
 ) -> HardwareProfile:
-    """Measure a device, its host, and the disk that `offload_dir` is on; what is taken for it is given back.
+    """Measure a device, its host, and the disk that holds `offload_dir`; all memory is released afterwards.
 
-    Where the machine may have more host memory than it shows, all is taken once, to see whether it grows.
+    Where the host may have more memory than it reports, all of it is allocated once, to see whether it grows.
 
-    `dtype` "auto" is float16 on an accelerator and float32 on the CPU. Raises `EngineError` for a device that is not
-    here and for a disk that is full or cannot be written.
+    `dtype` "auto" is float16 on an accelerator and float32 on the CPU. Raises `EngineError` for a device that does not
+    exist and for a disk that is full or cannot be written.
     """
     limit_threads()
     place = accelerator.indexed(torch.device(resolve_device(device)))
@@ -145,13 +145,13 @@ def _measure(
 
 
 def _together(device: torch.device, num_bytes: int) -> tuple[float, float] | tuple[None, None]:
-    """Of this and all cards of its kind, links together and gathering; None where it is the only one."""
+    """The rates of this device and all others of its kind used at once (links, gathering); None if it is alone."""
     like = [str(each) for each in accelerator.devices() if accelerator.name_of(each) == accelerator.name_of(device)]
     return rates_together(like, num_bytes) if len(like) > 1 else (None, None)
 
 
 def _host_attention(device: torch.device, effort: Effort) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes per second of attention on the host by number format: alone, and beside a copy to the device."""
+    """The rate of attention on the host in bytes per second, by number format: alone, and during a copy to the GPU."""
     alone, beside = dict[str, float](), dict[str, float]()
     for name in HOST_DTYPES:
         dtype, num_bytes = getattr(torch, name), effort.host_cache_bytes

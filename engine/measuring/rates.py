@@ -1,4 +1,4 @@
-"""Rates that a device, its link and the host reach: medians of repeated runs on random numbers, after a warm-up."""
+"""The rates that a device, its link and the host reach: medians of repeated runs on random numbers, after a warm-up."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _CPU = torch.device("cpu")
 _WARM_UPS = 2
 _FEWEST = 3
 _RUN_SECONDS = 0.005
-"""That a timed run takes at least, so that waiting for its end is no part of it: short calls are repeated."""
+"""The least duration of a timed run, so that waiting for its end is a negligible part: short calls are repeated."""
 _RANDOM = 1 << 22
-"""Numbers that are drawn; longer tensors repeat them, because a host draws slowly."""
+"""The count of random numbers that are drawn; longer tensors repeat them, because a host draws slowly."""
 
 
 def median_seconds(
@@ -34,7 +34,7 @@ def median_seconds(
     times: int = 9,
     prepare: Callable[[], object] | None = None,
 ) -> float:
-    """Seconds of one `call` on `device`: the median of `times` runs, or of fewer (three at least) that take `seconds`.
+    """The median duration of `call` on `device` over `times` runs, or fewer (at least three) that take `seconds`.
 
     `prepare` is called before each run, and not timed; then a run is one call.
     """
@@ -58,10 +58,10 @@ def median_seconds(
 
 
 def link_rates(device: torch.device, num_bytes: int, seconds: float = math.inf) -> tuple[float, float, float]:
-    """Bytes per second to `device`, from it, and of both together while both run at once.
+    """The rates in bytes per second to `device`, from it, and in both directions at once.
 
-    Host memory is page-locked as the engine's is. On the CPU all three are copies in host memory, and "at once" is one
-    after the other.
+    Host memory is page-locked like the engine's. On the CPU all three are copies in host memory, and "at once" means
+    one after the other.
     """
     arena = Arena(device)
     try:
@@ -88,13 +88,13 @@ def link_rates(device: torch.device, num_bytes: int, seconds: float = math.inf) 
 
 
 def device_copy_rate(device: torch.device, num_bytes: int, seconds: float = math.inf) -> float:
-    """Bytes per second that a copy within the memory of `device` reads and writes."""
+    """The bytes per second that a copy within the memory of `device` reads and writes."""
     here, there = (_random(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * num_bytes / median_seconds(lambda: there.copy_(here), device, seconds=seconds)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
-    """Operations per second of a product `[rows, inner] @ [inner, columns]` of random numbers."""
+    """The operations per second of a product `[rows, inner] @ [inner, columns]` of random numbers."""
     return gemm_rates(device, dtype, (rows,), inner, columns)[rows]
 
 
@@ -108,9 +108,10 @@ def gemm_rates(
     ring_bytes: int = 0,
     seconds: float = math.inf,
 ) -> dict[int, float]:
-    """Operations per second of products with a layer's weights, by rows; those that would take too long are left out.
+    """The operations per second of products with a layer's weights, by rows; products that take too long are left out.
 
-    `ring_bytes`: of weights that are multiplied with in turn, as in a sweep, so that none is still in a cache.
+    `ring_bytes`: the size of all weights that are multiplied with in turn, as in a sweep, so that none is still in a
+    cache.
     """
     count = max(2, ring_bytes // (inner * columns * dtype.itemsize))
     weights = cycle(_random(count, columns, inner, dtype=dtype, device=device).unbind())
@@ -131,7 +132,7 @@ def _product_seconds(left: torch.Tensor, weight: Callable[[], torch.Tensor], sec
 def prefill_attention_rate(
     device: torch.device, dtype: torch.dtype, sequences: int, context: int, seconds: float = math.inf
 ) -> float:
-    """Operations per second of causal attention among the tokens of each sequence; hidden pairs are not counted."""
+    """The operations per second of causal attention among the tokens of each sequence; masked pairs are not counted."""
     query, key, value = (_random(sequences, HEADS, context, HEAD_DIM, dtype=dtype, device=device) for _ in range(3))
     spent = median_seconds(
         lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), device, seconds=seconds
@@ -147,9 +148,9 @@ def decode_attention_rate(
     context: int,
     seconds: float = math.inf,
 ) -> float:
-    """Bytes of keys and values per second that attention of one new token for each of many sequences reads.
+    """The bytes of keys and values per second that decode attention of many sequences reads.
 
-    `num_bytes`: about how many there are.
+    `num_bytes`: the approximate size of all keys and values.
     """
     sequences = max(1, num_bytes // (2 * HEADS * context * HEAD_DIM * dtype.itemsize))
     key, value = (_random(sequences, HEADS, context, HEAD_DIM, dtype=dtype, device=device) for _ in range(2))
@@ -159,7 +160,7 @@ def decode_attention_rate(
 
 
 def host_read_rate(num_bytes: int, seconds: float = math.inf) -> float:
-    """Bytes per second that all cores read from host memory."""
+    """The bytes per second that all cores read from host memory."""
     numbers = _random(num_bytes // 4, dtype=torch.float32, device=_CPU)
     return numbers.nbytes / median_seconds(numbers.sum, _CPU, seconds=seconds)
 
@@ -171,7 +172,7 @@ def host_attention_rate(
     seconds: float = math.inf,
     prepare: Callable[[], object] | None = None,
 ) -> float:
-    """As `decode_attention_rate`, on the host, over rows as the KV cache has them."""
+    """Like `decode_attention_rate`, on the host, over rows in the KV cache's layout."""
     width = 2 * HEADS * HEAD_DIM
     sequences = max(1, num_bytes // (context * width * dtype.itemsize))
     table = _random(sequences * context, width, dtype=dtype, device=_CPU)
@@ -197,7 +198,7 @@ def host_attention_beside_copy_rate(
     copy_bytes: int,
     copy_seconds: float,
 ) -> float:
-    """The same while copies of `copy_bytes` each to `device` run, for `copy_seconds`; only where there are streams."""
+    """Like `host_attention_rate`, during copies of `copy_bytes` each to `device` for `copy_seconds`; needs streams."""
     arena, stream = Arena(device), accelerator.new_stream(device)
     try:
         host, here = _fill(arena.empty(copy_bytes, "host")), _fill(arena.empty(copy_bytes, "device"))
@@ -221,7 +222,7 @@ def host_attention_beside_copy_rate(
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Random numbers, never zeros: those are read from one page, and multiplied at less power."""
+    """Random numbers instead of zeros: zeros are read from a single page, and multiplied at less power."""
     return _fill(torch.empty(shape, dtype=dtype, device=device))
 
 

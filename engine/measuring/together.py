@@ -1,4 +1,4 @@
-"""What links do while all like devices use theirs, and what a gather among devices carries: measured by processes."""
+"""Measures the links of all like devices used at once, and the rate of a gather among them, with one process each."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LIMIT_S = 120
 
 
 def rates_together(devices: Sequence[str], num_bytes: int) -> tuple[float, float]:
-    """Bytes per second of the slowest device's link while all copy the same host memory, and that gathering brings it.
+    """The bytes per second of the slowest device's link while all copy the same host memory, and of gathering.
 
-    num_bytes: of the host memory, and of what is gathered, of which each device has a part. Raises `EngineError` where
+    num_bytes: of the host memory, and of the gathered data, of which each device has a part. Raises `EngineError` where
     the processes cannot measure.
     """
     num_bytes -= num_bytes % (len(devices) * 4096)

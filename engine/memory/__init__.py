@@ -1,4 +1,4 @@
-"""Bytes on three tiers: the accelerator, page-locked host memory, files of the disk tier.
+"""Memory on three tiers: the accelerator, page-locked host memory, and files of the disk tier.
 
-It knows tensors as bytes and rows, and nothing of models. It imports only the ground: errors, job, policy.
+It handles tensors as bytes and rows, without models. It imports only the ground: errors, job, policy.
 """

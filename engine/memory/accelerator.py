@@ -1,7 +1,7 @@
 """Device abstraction: streams, memory and page-locking of CUDA, ROCm, XPU and MPS. Only this file calls torch.cuda.
 
-ROCm's torch calls its devices and functions `cuda`. XPU has the same functions under its own name; of both, and of MPS,
-which has no streams to copy beside, nothing could be run where this was written.
+ROCm's torch calls its devices and functions `cuda`. XPU has the same functions under its own name; neither of them nor
+MPS, which has no streams for concurrent copies, could be tested where this was written.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 
 _WITH_STREAMS = ("cuda", "xpu")
 _ON_CPU = "DefaultCPUAllocator: "
-"""How torch begins to tell of host memory that it does not get: "can't allocate", or "not enough"."""
+"""Parts of torch's error messages for failed allocations of host memory."""
 _LIMITS: dict[torch.device, list[int]] = {}
-"""Memory limits that were asked for, by device; torch has one limit for the whole process."""
+"""The memory limits that were set, by device; torch has one limit for the whole process."""
 GATHERING = {"NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "4"}
-"""What NCCL is told by its environment before cards gather: no multicast over NVLink, since a driver that lacks it ends
-the process; and four thread blocks, since they wait on the card for the slower member, in the way of products, and a
-host's link needs few (docs/adr/0016)."""
+"""Environment variables for NCCL before GPUs gather: no NVLink multicast, since a driver without it ends the
+process; and four thread blocks, since they occupy the GPU while they wait for the slowest member, and the host's
+link needs few (docs/adr/0016)."""
 
 
 def _module(device: torch.device) -> Any:
@@ -29,7 +29,7 @@ def _module(device: torch.device) -> Any:
 
 
 def is_available(kind: str) -> bool:
-    """Whether this torch sees a device of a kind: cuda, xpu or mps."""
+    """Whether this torch sees a device of a type: cuda, xpu or mps."""
     return bool(torch.get_device_module(kind).is_available())
 
 
@@ -44,7 +44,7 @@ def devices() -> list[torch.device]:
 
 
 def name_of(device: torch.device) -> str:
-    """What the maker calls a device with streams."""
+    """The product name of a device with streams."""
     return str(_module(device).get_device_name(device))
 
 
@@ -56,35 +56,35 @@ def indexed(device: torch.device) -> torch.device:
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether copies can run beside the computation."""
+    """Whether copies can run concurrently with the computation."""
     return device.type in _WITH_STREAMS
 
 
 def new_stream(device: torch.device) -> Any:
-    """A stream on `device`; None where there are none."""
+    """Create a stream on `device`; None where there are none."""
     return _module(device).Stream(device) if has_streams(device) else None
 
 
 def current_stream(device: torch.device) -> Any:
-    """The stream that computes; only where there are streams."""
+    """The stream of the computation; only where there are streams."""
     return _module(device).current_stream(device)
 
 
 def timed_event(device: torch.device) -> Any:
-    """A point in what the computing stream of `device` is asked to do, whose time is known when it has come there."""
+    """Record an event in the computing stream of `device`, with its time."""
     event = _module(device).Event(enable_timing=True)
     event.record(current_stream(device))
     return event
 
 
 def seconds_between(first: Any, last: Any) -> float:
-    """Seconds from one `timed_event` to a later one; waits until the device has come there."""
+    """The seconds from one `timed_event` to a later one; waits until the device has reached both."""
     last.synchronize()
     return float(first.elapsed_time(last)) / 1000
 
 
 def on_stream(stream: Any, device: torch.device) -> AbstractContextManager[Any]:
-    """What is asked of `device` inside goes to `stream`."""
+    """Inside, work for `device` is queued on `stream`."""
     context: AbstractContextManager[Any] = _module(device).stream(stream)
     return context
 
@@ -96,25 +96,25 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def make_current(device: torch.device) -> None:
-    """Let `device` be what this thread launches kernels on."""
+    """Make `device` the one on which this thread launches kernels."""
     if has_streams(device):
         _module(device).set_device(device)
 
 
 def keep_for(tensor: torch.Tensor, stream: Any) -> None:
-    """Let the memory of `tensor` not be used anew before `stream` has done what was asked of it until now."""
+    """Keep the memory of `tensor` from being reused before `stream` has finished its work queued so far."""
     tensor.record_stream(stream)
 
 
 def page_locked(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A small page-locked tensor of PyTorch's own allocator."""
+    """Allocate a small page-locked tensor by PyTorch's own allocator."""
     return torch.empty(*shape, dtype=dtype, pin_memory=True)
 
 
 def sent(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A small tensor of the host on `device`, as `dtype` if given; nobody waits until it has arrived there.
+    """Copy a small host tensor to `device`, as `dtype` if given, without waiting for its arrival.
 
-    A copy from pageable memory would wait for all that the device was asked for before, and for copies in its way.
+    A copy from pageable memory would wait for all work queued on the device, and for copies before it.
     """
     if not has_streams(device):
         return tensor.to(device, dtype)
@@ -124,7 +124,7 @@ def sent(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None =
 
 
 def transit(device: torch.device, num_bytes: int) -> torch.Tensor:
-    """New host memory `[num_bytes]`, uint8, for what goes to or from `device`: page-locked if that runs beside it."""
+    """New host memory `[num_bytes]`, uint8, for copies to or from `device`; page-locked if copies are asynchronous."""
     if has_streams(device):
         return page_locked(num_bytes, dtype=torch.uint8)
     return torch.empty(num_bytes, dtype=torch.uint8)
@@ -136,7 +136,7 @@ def can_lock_pages(device: torch.device) -> bool:
 
 
 def lock_pages(pointer: int, num_bytes: int) -> int:
-    """Page-lock mapped memory; returns CUDA's error code, 0 for none."""
+    """Page-lock mapped memory; returns CUDA's error code, 0 for success."""
     return int(torch.cuda.cudart().cudaHostRegister(pointer, num_bytes, 0))
 
 
@@ -146,7 +146,7 @@ def unlock_pages(pointer: int) -> None:
 
 
 def memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes of `device` that are free, and all; None where its memory is the host's."""
+    """The free and the total bytes of `device`; None where its memory is the host's."""
     if device.type not in _WITH_STREAMS:
         return None
     free, total = _module(device).mem_get_info(device)
@@ -154,14 +154,14 @@ def memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of a device with streams, as its maker tells: nothing is taken of it for the question."""
+    """The total bytes of a device with streams, as its driver reports them, without allocating any."""
     return int(_module(device).get_device_properties(device).total_memory)
 
 
 def limit_memory(device: torch.device, num_bytes: int) -> Callable[[], None]:
-    """Let torch reserve at most `num_bytes` of `device`, where torch can be told so; what is returned ends that.
+    """Limit what torch reserves of `device` to `num_bytes`, where torch supports it; the result removes the limit.
 
-    Of several limits of one device the lowest holds.
+    Of several limits of one device the lowest applies.
     """
     if device.type not in _WITH_STREAMS or not hasattr(_module(device), "set_per_process_memory_fraction"):
         return lambda: None
@@ -184,33 +184,33 @@ def _set_limit(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device: torch has a type of error for accelerators alone."""
+    """Whether an error is a failed allocation, on any device: torch has an error type for accelerators only."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and _ON_CPU in str(error)
     )
 
 
 def release_memory(device: torch.device) -> None:
-    """Give what torch reserves on `device` and does not use back to the system."""
+    """Return the memory that torch reserves on `device` and does not use to the system."""
     if device.type != "cpu":
         _module(device).empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to measure `peak_memory` anew."""
+    """Reset the measurement of `peak_memory`."""
     if device.type in _WITH_STREAMS:
         _module(device).reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes of `device` that torch has reserved; 0 where that is not counted."""
+    """The most bytes of `device` that torch has reserved; 0 where torch does not count them."""
     return int(_module(device).max_memory_reserved(device)) if device.type in _WITH_STREAMS else 0
 
 
 class Recorder:
-    """Records what a CUDA device is asked for, to ask for it again in one call; only where `has_recordings`.
+    """Records work for a CUDA device, to repeat it in one call (CUDA graphs); only where `has_recordings`.
 
-    All recordings share memory: one is replayed at a time, and what it leaves is good until the next.
+    All recordings share memory: one is replayed at a time, and its results stay valid until the next replay.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -220,9 +220,10 @@ class Recorder:
         self._first = self.record(lambda: torch.zeros(1, device=device))  # torch forgets a pool that no graph uses
 
     def record(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """What computes what `call` asks for, and where its result lies then; nothing is computed yet.
+        """Record `call`: the function that replays it, and where its result will be; nothing is computed yet.
 
-        Raises what `call` does, and `RuntimeError` for what cannot be recorded: whatever waits for the device.
+        Raises what `call` raises, and `RuntimeError` for work that cannot be recorded: anything that waits for the
+        device.
         """
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(current_stream(self._device))
@@ -242,7 +243,7 @@ class Recorder:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done everything that was asked of it."""
+    """Wait until `device` has finished all queued work."""
     if device.type != "cpu":
         _module(device).synchronize(*([device] if has_streams(device) else []))
 
@@ -253,7 +254,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def has_flash_attention(device: torch.device) -> bool:
-    """Whether PyTorch's FlashAttention kernels run on `device` with all that `flash` asks of them."""
+    """Whether PyTorch's FlashAttention kernels run on `device` with the options that `flash` uses."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -263,7 +264,7 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device's memory that the threads of a block may share; those of the smallest kind elsewhere."""
+    """The bytes of a CUDA device's shared memory per block; the smallest kind's elsewhere."""
     if device.type != "cuda":
         return 64 << 10
     properties: Any = torch.cuda.get_device_properties(device)

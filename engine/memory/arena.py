@@ -1,4 +1,4 @@
-"""Memory of the three tiers: device, page-locked host memory of exact size, files that vanish with their owner."""
+"""Memory of the three tiers: device, page-locked host memory of exact size, and unnamed temporary files."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TOUCH_BYTES = 64 << 20
 
 
 class Arena:
-    """Hands out flat byte tensors on device and host, and files on disk, keeps count of them, and frees them.
+    """Allocates flat byte tensors on device and host, and files on disk, counts them, and frees them.
 
     Host memory for a CUDA device is mapped at its exact size and page-locked by `cudaHostRegister`: PyTorch's own
     pinned allocator rounds every block up to a power of two. Files of the disk tier have no name, so the system frees
-    them whatever ends the process.
+    them however the process ends.
     """
 
     def __init__(self, device: torch.device, *, pin: bool = True, offload_dir: str | None = None) -> None:
@@ -37,9 +37,9 @@ class Arena:
         self.offload_dir = offload_dir
         self.pinned = pin and accelerator.can_lock_pages(device)
         self.num_bytes: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        """Bytes handed out and not freed, by tier."""
+        """The bytes that are allocated, by tier."""
         self._blocks: dict[int, tuple[Tier, int, bool]] = {}
-        """By address: tier, bytes, whether the pages are locked."""
+        """Tier, bytes and whether pages are locked, by address."""
         self._files: dict[DiskFile, int] = {}
         self._opened: dict[Path, DiskFile] = {}
         self._io: DiskIO | None = None
@@ -47,14 +47,14 @@ class Arena:
 
     @property
     def io(self) -> DiskIO:
-        """What reads and writes the files."""
+        """The threads that read and write the files."""
         with self._lock:
             if self._io is None:
                 self._io = DiskIO()
             return self._io
 
     def check_offload_dir(self) -> None:
-        """Make `offload_dir`; raises `ConfigError` where it cannot be written, and warns where it is far away."""
+        """Create `offload_dir`; raises `ConfigError` where it cannot be written, warns about network file systems."""
         assert self.offload_dir is not None
         DiskFile.create(self.offload_dir, 0).close()
         kind = network_file_system(self.offload_dir)
@@ -66,9 +66,10 @@ class Arena:
             )
 
     def file(self, num_bytes: int) -> DiskFile:
-        """A new file in `offload_dir` with room for `num_bytes`.
+        """Create a file in `offload_dir` with room for `num_bytes`.
 
-        Raises `ConfigError` where there is none or it cannot be written, `CapacityError` where the disk is full.
+        Raises `ConfigError` where there is no `offload_dir` or it cannot be written, `CapacityError` where the disk is
+        full.
         """
         if self.offload_dir is None:
             raise ConfigError("something is placed on disk but there is no offload-dir; name a directory for it")
@@ -79,7 +80,7 @@ class Arena:
         return file
 
     def grow_file(self, file: DiskFile, num_bytes: int) -> None:
-        """Make a file of `file` larger; `CapacityError` where the disk is full."""
+        """Enlarge a file created by `file`; `CapacityError` where the disk is full."""
         assert self.offload_dir is not None
         file.grow(self.offload_dir, num_bytes)
         with self._lock:
@@ -87,20 +88,20 @@ class Arena:
             self._files[file] = num_bytes
 
     def opened(self, path: Path) -> DiskFile:
-        """An existing file, opened once and until `close`; it is not counted."""
+        """Open an existing file, once, until `close`; it is not counted."""
         with self._lock:
             if path not in self._opened:
                 self._opened[path] = DiskFile.open(path)
             return self._opened[path]
 
     def is_on_same_disk(self, path: Path) -> bool:
-        """Whether `path` lies in the file system of `offload_dir`."""
+        """Whether `path` is in the file system of `offload_dir`."""
         if self.offload_dir is None:
             return False
         return path.stat().st_dev == Path(existing_parent(self.offload_dir)).stat().st_dev
 
     def empty(self, num_bytes: int, tier: Literal["device", "host"]) -> torch.Tensor:
-        """A new uint8 tensor `[num_bytes]` on `tier`."""
+        """Allocate a uint8 tensor `[num_bytes]` on `tier`."""
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8, device=self.device if tier == "device" else "cpu")
         if tier == "device":
@@ -112,16 +113,16 @@ class Arena:
         return self._counted(tensor, tier, tier == "host" and self.pinned)
 
     def shared(self, tensor: torch.Tensor, tier: Literal["device", "host"]) -> torch.Tensor:
-        """Take in a uint8 tensor of memory that processes share as a part of `tier`: page-locked as `empty` is."""
+        """Count a uint8 tensor of shared memory as a part of `tier`, and page-lock it as `empty` does."""
         if tensor.numel() == 0:
             return tensor
         locked = tier == "host" and self.pinned
         return self._counted(_locked(tensor) if locked else tensor, tier, locked)
 
     def staging(self, num_bytes: int) -> torch.Tensor:
-        """A new uint8 tensor `[num_bytes]` in host memory for direct reads and quick copies to the device.
+        """Allocate a uint8 tensor `[num_bytes]` in host memory for direct reads and fast copies to the device.
 
-        It is aligned to pages, and page-locked where the device gains by it, whatever the policy says of weights.
+        It is aligned to pages, and page-locked where the device gains by it, whatever the policy says about weights.
         """
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
@@ -142,12 +143,12 @@ class Arena:
         return tensor
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Give back a tensor of `empty`; the caller keeps no view of it, but the device may still be at work on it."""
+        """Free a tensor of `empty`; the caller must keep no view of it, but queued device work may still use it."""
         if tensor.numel():
             self._release(tensor.data_ptr())
 
     def close(self) -> None:
-        """Give back everything, when nothing of the files is under way any more."""
+        """Free everything; no file access may be under way."""
         if self._io is not None:
             self._io.close()
         for file in [*self._files, *self._opened.values()]:
@@ -189,7 +190,7 @@ def _page_locked(num_bytes: int) -> torch.Tensor:
 
 
 def _locked(tensor: torch.Tensor) -> torch.Tensor:
-    """Lock the pages of mapped memory, which the process has."""
+    """Lock the pages of mapped memory that are resident."""
     code = accelerator.lock_pages(tensor.data_ptr(), tensor.numel())
     if code:
         raise CapacityError(

@@ -1,4 +1,4 @@
-"""The control groups of this process, versions 1 and 2, as the kernel's own files tell of them. Imports no torch."""
+"""The control groups (versions 1 and 2) of this process, from the kernel's own files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
-"""Of the file tree that holds proc and whatever it names."""
+"""The root of the file tree that contains proc and the paths it names."""
 
 
 def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int, Path]]:
-    """Version (1 or 2) and directory of every group whose limits on `controller` bind this process.
+    """The version (1 or 2) and directory of every group whose limits on `controller` apply to this process.
 
-    That is its own group and all groups around it, as far as they are mounted: a container, a batch system or systemd
-    may set a limit at any level. Where the group lies in no mounted part, as it may seem to in a container, the top of
-    what is mounted counts as one of them; a part that other groups are in does not, as long as another holds ours.
+    These are its own group and all groups around it that are mounted: a container, a batch system or systemd may set a
+    limit at any level. Where the group is in no mounted part, as it may appear in a container, the top of the mounted
+    part counts as one of them; a part for other groups does not, if another one holds ours.
     """
     mounts = list(_mounts(read_text(root / "proc/self/mountinfo")))
     for line in read_text(root / "proc/self/cgroup").splitlines():
@@ -36,7 +36,7 @@ def group_directories(controller: str, root: Path = ROOT) -> Iterator[tuple[int,
 
 
 def read_text(path: Path) -> str:
-    """What is in a file; nothing where it cannot be read."""
+    """The content of a file; empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
 
 
 def read_number(path: Path) -> int | None:
-    """The whole number in a file; None where there is none, as in one that says "max"."""
+    """The integer in a file; None where there is none, as in a file that says "max"."""
     try:
         return int(read_text(path))
     except ValueError:
@@ -52,7 +52,7 @@ def read_number(path: Path) -> int | None:
 
 
 def read_fields(path: Path) -> dict[str, int]:
-    """The numbers in a file of lines `name number`; those that cannot be read are left out."""
+    """The numbers in a file of lines `name number`; unreadable lines are left out."""
     pairs = (line.split() for line in read_text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) >= 2 and pair[1].isdecimal()}
 
@@ -68,12 +68,12 @@ def _mounts(text: str) -> Iterator[tuple[int, frozenset[str], str, str]]:
 
 
 def _unescaped(name: str) -> str:
-    """A path of `mountinfo`, in which spaces and the like are written as octal numbers."""
+    """A path of `mountinfo` with its octal escapes decoded."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
 def _below(mount_root: str, path: str) -> list[str] | None:
-    """The parts of a group's path below what is mounted; None where it lies elsewhere."""
+    """The parts of a group's path below the mount; None where it is elsewhere."""
     parts, top = ([part for part in name.split("/") if part] for name in (path, mount_root))
     if parts[: len(top)] != top or ".." in parts:
         return None

@@ -1,4 +1,4 @@
-"""How many cores this process may use. Imports no torch."""
+"""The number of cores that this process may use. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.memory.control_groups import ROOT, group_directories, read_number
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Cores that the process may run on, or as many as its control groups grant it the time of, rounded up."""
+    """The cores that the process may run on, or the processor time that its control groups grant, rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for version, directory in group_directories("cpu", root):
         granted = _granted(version, directory)
@@ -19,7 +19,7 @@ def usable_cores(root: Path = ROOT) -> int:
 
 
 def _granted(version: int, directory: Path) -> int | None:
-    """Cores whose whole time a group may use; None without a limit."""
+    """The number of cores whose time a group may use; None without a limit."""
     if version == 1:
         quota, period = read_number(directory / "cpu.cfs_quota_us"), read_number(directory / "cpu.cfs_period_us")
     else:

@@ -1,4 +1,4 @@
-"""How devices are named in a policy: one, several of one kind, or a word for those of a machine (pure)."""
+"""The names of devices in a policy: one, several of one type, or a word for all of a machine's (pure)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ONE_OF_SEVERAL = re.compile(r"(cpu|cuda|xpu):(\d{1,6})")
 
 
 def parse_device(value: Any, where: str) -> str | tuple[str, ...]:
-    """A policy's `device`: a name, or the names of a list of several; raises `ConfigError` for anything else."""
+    """Parse a policy's `device`: a name, or a list of several; raises `ConfigError` for anything else."""
     if isinstance(value, list | tuple):
         return _several(value, where)
     if not isinstance(value, str) or not _ONE.fullmatch(value):
@@ -24,7 +24,7 @@ def parse_device(value: Any, where: str) -> str | tuple[str, ...]:
 
 
 def kind_of(name: str) -> str:
-    """The kind of a named device: "cuda" of "cuda:1"."""
+    """The type of a named device: "cuda" of "cuda:1"."""
     return name.partition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""Hands out consecutive rows of a table that can grow (pure)."""
+"""Allocates consecutive rows of a table that can grow (pure)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class FreeRows:
 
     @property
     def num_free(self) -> int:
-        """Rows that are free, wherever they lie."""
+        """The number of free rows, which need not be consecutive."""
         return sum(end - first for first, end in self._free)
 
     def take(self, size: int) -> int | None:
-        """First row of `size` consecutive free rows, or None when there are none."""
+        """Allocate `size` consecutive rows, and return the first; None when there are none."""
         for index, (first, end) in enumerate(self._free):
             if end - first >= size:
                 if end - first == size:
@@ -29,7 +29,7 @@ class FreeRows:
         return None
 
     def give(self, first: int, size: int) -> None:
-        """Give back rows that `take` handed out."""
+        """Free rows that `take` allocated."""
         insort(self._free, (first, first + size))
         merged: list[tuple[int, int]] = []
         for first, end in self._free:
@@ -46,5 +46,5 @@ class FreeRows:
         self.capacity = capacity
 
     def tail_free(self) -> int:
-        """Free rows at the very end: what growing need not add."""
+        """The number of free rows at the end, which a growing table need not add."""
         return self._free[-1][1] - self._free[-1][0] if self._free and self._free[-1][1] == self.capacity else 0

@@ -1,4 +1,4 @@
-"""Where the bytes of a unit go, and where the parameters lie in it (pure)."""
+"""The layout of a unit's bytes: its parts by tier, and the offsets of its parameters (pure)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from engine.memory.tiers import Tier
 from engine.policy import Share
 
 ALIGNMENT = 64
-"""Bytes to which parameters and tier borders are aligned inside a unit."""
+"""The alignment, in bytes, of parameters and tier borders inside a unit."""
 
 _PART_ALIGNMENT = 512
-"""Bytes to which the parts of a unit are aligned that several engines hold: what cards copy best."""
+"""The alignment, in bytes, of the parts of a unit that several engines hold: the best one for GPU copies."""
 
 
 def align(num_bytes: int) -> int:
@@ -21,7 +21,7 @@ def align(num_bytes: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """Where one parameter lies in its unit, in bytes."""
+    """The byte range of one parameter in its unit."""
 
     name: str
     first: int
@@ -30,7 +30,7 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A unit cut into a device part, a host part and a disk part, in this order, in bytes."""
+    """The sizes in bytes of a unit's device part, host part and disk part, in this order."""
 
     device: int
     host: int
@@ -38,35 +38,35 @@ class Split:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the unit."""
+        """The size of the unit in bytes."""
         return self.device + self.host + self.disk
 
     def parts(self) -> tuple[tuple[Tier, int, int], ...]:
-        """(tier, first byte, end byte) of each part."""
+        """The (tier, first byte, end byte) of each part."""
         host_end = self.device + self.host
         return ("device", 0, self.device), ("host", self.device, host_end), ("disk", host_end, self.num_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The bytes of a unit that one engine holds of it."""
+    """The bytes of a unit that one engine holds."""
 
     first: int
     end: int
 
     @property
     def num_bytes(self) -> int:
-        """How many they are."""
+        """The number of bytes."""
         return self.end - self.first
 
 
 def part_bytes(num_bytes: int, count: int) -> int:
-    """Bytes of each of `count` equal parts that cover a unit, the last of which may reach past its end."""
+    """The bytes of each of `count` equal parts that cover a unit; the last may reach past its end."""
     return -(-num_bytes // (count * _PART_ALIGNMENT)) * _PART_ALIGNMENT
 
 
 def part_of(num_bytes: int, index: int, count: int) -> Part:
-    """Part `index` of `count` of a unit, as far as there are bytes."""
+    """Part `index` of `count` of a unit, cut off at the unit's end."""
     size = part_bytes(num_bytes, count)
     return Part(first=min(num_bytes, index * size), end=min(num_bytes, (index + 1) * size))
 
@@ -93,5 +93,5 @@ def lay_out(sizes: dict[str, int]) -> tuple[list[Extent], int]:
 
 
 def streamed_from(extents: list[Extent], split: Split) -> int:
-    """First byte that must be brought to the device: the start of the first parameter not wholly there."""
+    """The first byte that must be copied to the device: the start of the first parameter not wholly there."""
     return next((extent.first for extent in extents if extent.end > split.device), split.num_bytes)

@@ -1,4 +1,4 @@
-"""How long a sweep's computation has waited for weights that were on their way to the device."""
+"""Measures how long a sweep's computation has waited for weights being copied to the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.memory import accelerator
 
 
 class LinkWait:
-    """A clock that runs while the computation waits: the device's own where it computes beside the host."""
+    """A clock that runs while the computation waits: device events where the device has streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -33,7 +33,7 @@ class LinkWait:
             self._seconds += time.perf_counter() - started
 
     def take(self) -> float:
-        """Seconds of waiting since this was asked last; when the device has done what was asked of it meanwhile."""
+        """The seconds of waiting since the last call; the device must have finished the work queued meanwhile."""
         seconds = self._seconds + sum(accelerator.seconds_between(*pair) for pair in self._events)
         self._seconds = 0.0
         self._events.clear()

@@ -1,4 +1,4 @@
-"""Directories: the nearest that exists, what kind of file system it is on, and where this project keeps its files."""
+"""Directories: the nearest existing one, the type of its file system, and this project's cache directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.reading import expand_home
 
 
 def existing_parent(directory: str) -> str:
-    """`directory`, or the nearest above it that exists."""
+    """`directory`, or its nearest parent that exists."""
     path = os.path.abspath(os.path.expanduser(directory))
     while not os.path.exists(path):
         path = os.path.dirname(path)
@@ -21,7 +21,7 @@ _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "beegfs", "gpfs", "glu
 
 
 def network_file_system(directory: str) -> str | None:
-    """The kind of network file system that `directory` is on, or will be; None for others and where nobody says."""
+    """The type of the network file system of `directory` (which need not exist); None for local or unknown ones."""
     device = os.stat(existing_parent(directory)).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -34,5 +34,5 @@ def network_file_system(directory: str) -> str | None:
 
 
 def cache_directory() -> Path:
-    """Where profiles are kept: `XDG_CACHE_HOME`, or ~/.cache, and our name."""
+    """The cache directory of this project: a folder in `XDG_CACHE_HOME`, or in ~/.cache."""
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", ConfigError, "XDG_CACHE_HOME") / "flexgen-helm"

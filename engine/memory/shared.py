@@ -23,12 +23,12 @@ _TOUCH_BYTES = 64 << 20
 class SharedMemory:
     """A mapping of a whole memfd, which every process that has it opens with the same size.
 
-    Its pages are there for all as soon as one process claims them. Ranges of it can be locked: a lock goes with the
-    process that holds it, however that ends.
+    Its pages exist for all as soon as one process claims them. Ranges of it can be locked; the system releases the
+    locks of a process that ends.
     """
 
     def __init__(self, handle: int, num_bytes: int) -> None:
-        """`handle` stays the caller's. Raises `CapacityError` where so much is not allowed."""
+        """The caller keeps `handle`. Raises `CapacityError` where so much memory is not allowed."""
         # A handle of its own: locks belong to it, and what the caller closes takes none away.
         self._handle = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -50,12 +50,12 @@ class SharedMemory:
             with suppress(OSError):  # a kernel without them
                 self._pages.madvise(mmap.MADV_HUGEPAGE)
         self.whole = torch.frombuffer(self._pages, dtype=torch.uint8)
-        """uint8, all of it; to be used where it is claimed."""
+        """All of the memory as uint8; only claimed ranges may be used."""
 
     def claim(self, first: int, end: int) -> torch.Tensor:
-        """The bytes from `first`, a page's, to `end`, uint8, in memory for good; what they hold stays.
+        """Allocate the bytes from `first` (a page's start) to `end`, uint8, permanently; contents stay.
 
-        Raises `CapacityError` where the system gives no more; a page that was merely touched would end the process.
+        Raises `CapacityError` where the system has no more memory; touching a page instead would end the process.
         """
         tensor = self.whole[first:end]
 
@@ -70,7 +70,7 @@ class SharedMemory:
         return tensor
 
     def lock(self, number: int) -> bool:
-        """Whether this process has lock `number` now; False if another one has it."""
+        """Try to take lock `number` for this process; False if another one has it."""
         try:
             self._set_lock(number, 1, fcntl.F_WRLCK)
         except OSError as error:
@@ -80,11 +80,11 @@ class SharedMemory:
         return True
 
     def unlock(self, number: int) -> None:
-        """Let go of a lock."""
+        """Release a lock."""
         self._set_lock(number, 1, fcntl.F_UNLCK)
 
     def unlock_all(self) -> None:
-        """Let go of all locks."""
+        """Release all locks."""
         self._set_lock(0, 0, fcntl.F_UNLCK)
 
     def _set_lock(self, number: int, count: int, kind: int) -> None:
@@ -92,13 +92,13 @@ class SharedMemory:
         fcntl.fcntl(self._handle, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, number, count, 0))
 
     def close(self) -> None:
-        """Let go of all locks; the memory stays as long as somebody has a view of it."""
+        """Release all locks; the memory stays as long as a view of it exists."""
         self.unlock_all()  # the mapping keeps the handle, and with it the locks
         os.close(self._handle)
 
 
 def _populate(handle: int, whole: torch.Tensor, first: int, end: int) -> None:
-    """Give memory to bytes of a mapped file; `OSError` where there is none."""
+    """Allocate the pages of a mapped file; `OSError` where there is no memory."""
     first = first // mmap.PAGESIZE * mmap.PAGESIZE
     libc = ctypes.CDLL(None, use_errno=True)
     address, size = ctypes.c_void_p(whole.data_ptr() + first), ctypes.c_size_t(end - first)

@@ -12,14 +12,14 @@ _STAGE_BYTES = 64 << 20
 
 
 class StagedCopies:
-    """Copies through two page-locked buffers in turn, which are made when they are first needed."""
+    """Copies through two page-locked buffers in turn, which are allocated at first use."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stage: list[tuple[torch.Tensor, Any]] = []
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy uint8 bytes of the host to the device, in its current stream; the host waits for all but the last."""
+        """Copy uint8 host bytes to the device, in its current stream; the host waits for all pieces but the last."""
         if not self._stage:
             self._stage = [(accelerator.page_locked(_STAGE_BYTES, dtype=torch.uint8), None) for _ in range(2)]
         for turn, first in enumerate(range(0, source.numel(), _STAGE_BYTES)):

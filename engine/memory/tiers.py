@@ -1,4 +1,4 @@
-"""The three tiers of memory, what a run may use of each, and the percents of a share by tier (pure)."""
+"""The three tiers of memory, the bytes that a run may use of each, and the percents of a share by tier (pure)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def percents(share: Share) -> dict[Tier, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that a run may use on each tier."""
+    """The bytes that a run may use on each tier."""
 
     device: int
     host: int
     disk: int
     shared: bool = False
-    """Device and host tier are the same memory (the CPU): together they may use `host`."""
+    """Whether device and host tier are the same memory (on the CPU): both together may use `host`."""

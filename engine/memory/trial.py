@@ -1,7 +1,7 @@
-"""Finds out how much memory a machine gives: a process of its own takes it, piece by piece, and frees it. No torch.
+"""Finds out how much memory a machine has: a process allocates it, piece by piece, and frees it. Imports no torch.
 
-Some virtual machines take memory into use only as it is needed, and show no more than they have in use. The process
-that tries is the first that the system ends where memory runs out, and it stops before, where memory does not grow.
+Some virtual machines get memory only as it is needed, and report no more than that. The process that tries is the first
+that the system ends when memory runs out, and it stops before that where memory does not grow.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from engine.memory.cores import usable_cores
 
 _STEP, _LARGE_STEP = 64 << 20, 512 << 20
 _FAR = 4 << 30
-"""Where so much is available, large steps are taken."""
+"""Available memory above which large steps are taken."""
 _SWAPPED = 256 << 20
-"""Of swap that may come into use meanwhile: beyond it, memory of others gives way."""
+"""The most swap that may come into use meanwhile: beyond it, other processes would be swapped out."""
 _LEAST_RATE = 0.25e9
-"""Bytes a second; a machine that gives them more slowly is not waited for."""
+"""The least rate in bytes per second; a slower machine is not waited for."""
 _START_S = 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What the system tells of its memory, in bytes."""
+    """The system's memory figures, in bytes."""
 
     total: int
     available: int
@@ -41,25 +41,25 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a machine gave."""
+    """The result of a trial."""
 
     taken: int
-    """Bytes that were held at once."""
+    """The most bytes that were allocated at once."""
     total: int
-    """Bytes of memory that the system showed then."""
+    """The total bytes of memory that the system reported then."""
 
 
 def look(root: Path = ROOT) -> Seen:
-    """What the system tells now; `root` holds the tree of its files."""
+    """Read the system's memory figures; `root` contains its file tree."""
     facts = read_fields(root / "proc/meminfo")
     total, available, swap = (1024 * facts.get(name, 0) for name in ("MemTotal:", "MemAvailable:", "SwapFree:"))
     return Seen(total=total, available=available, free_swap=swap)
 
 
 def try_memory(most: int) -> Trial | None:
-    """Take `most` bytes, or as many as the machine gives while it grows, and free them, in four seconds a GB at most.
+    """Allocate up to `most` bytes while memory grows, and free them, in at most four seconds per GB.
 
-    None where it cannot be tried, or not safely: in control groups whose processes the system ends all together.
+    None where it is impossible or unsafe: in control groups whose processes the system ends all together.
     """
     if any(read_number(directory / "memory.oom.group") == 1 for _, directory in group_directories("memory")):
         return None
@@ -88,9 +88,9 @@ def try_memory(most: int) -> Trial | None:
 
 
 def take(most: int, look: Callable[[], Seen], hold: Callable[[int], None]) -> Iterator[Trial]:
-    """Take up to `most` bytes by `hold`, and tell after each piece what is held and what `look` shows.
+    """Allocate up to `most` bytes by `hold`, and yield after each piece what is allocated and what `look` reports.
 
-    Ends early where no more is available, and where the system begins to swap. Memory that grows does so before: a
+    Ends early where no more is available, and where the system begins to swap. Memory that can grow does so before: a
     kernel takes more of it into use as soon as one of its zones is empty.
     """
     seen = first = look()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
+import os
 import sys
 import zlib
 from collections import deque
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from engine.errors import CheckpointError
+from engine.reading import reason
 
 if TYPE_CHECKING:
     import torch
@@ -49,14 +54,15 @@ class Step:
     """Done instead of `act` where they are not as `sums` has them."""
 
 
-_madvise: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+_madvise: Any = ctypes.CDLL(None, use_errno=True).madvise if sys.platform == "linux" else None
 
 
 def run_steps(steps: Iterable[Step], follow: Callable[[FileSpan], None]) -> Iterator[None]:
     """Do `steps` in order, one an iteration, while the tensors of later ones are read from disk.
 
     Copying out of a mapped file takes its page faults in turn, which leaves a fast disk idle most of the time. `follow`
-    is called for the spans of a step when they have been read.
+    is called for the spans of a step when they have been read. Raises `CheckpointError` for a file that cannot be read
+    any more.
     """
     waiting: deque[tuple[Step, list[Future[int | None]], int]] = deque()
     held = 0
@@ -78,7 +84,12 @@ def run_steps(steps: Iterable[Step], follow: Callable[[FileSpan], None]) -> Iter
 
 
 def _do(step: Step, reads: list[Future[int | None]], num_bytes: int, follow: Callable[[FileSpan], None]) -> int:
-    sums = [read.result() for read in reads]
+    try:
+        sums = [read.result() for read in reads]
+    except OSError:
+        if step.sums is None:
+            raise _unreadable(step.spans) from None
+        sums = None  # what is kept can be made again
     for span in step.spans:
         follow(span)
     if step.sums is None or sums == step.sums:
@@ -110,4 +121,28 @@ def _touch(piece: np.ndarray[Any, Any]) -> None:
     # One request for the whole piece: page faults of several threads spoil each other's reading ahead in one file.
     whole = ctypes.c_void_p(first), ctypes.c_size_t(size)
     if _madvise is None or _madvise(*whole, _MADV_POPULATE_READ):  # Linux knows it since 5.14
+        if _madvise is not None and ctypes.get_errno() == errno.EFAULT:  # touching them would end the process
+            raise OSError(errno.EFAULT, "pages of a mapped file cannot be read")
         np.add.reduce(piece[:: mmap.PAGESIZE], dtype=np.uint64)  # lets go of the interpreter meanwhile
+
+
+def _unreadable(spans: tuple[FileSpan, ...]) -> CheckpointError:
+    """What is wrong with the file of `spans` that could not be brought into memory."""
+    for span in spans:
+        try:
+            _read(span)
+        except OSError as error:
+            return CheckpointError(
+                f"{span.file} cannot be read any more: {reason(error)}; start again when it can, and copy the model to "
+                "a disk of this machine if it lies on a network drive that fails"
+            )
+    return CheckpointError("a weight file could not be read for a moment; start again")
+
+
+def _read(span: FileSpan) -> None:
+    """Read the bytes of a span; `OSError` if they are not there."""
+    with open(span.file, "rb", buffering=0) as stream:
+        for at in range(span.first, span.end, PIECE_BYTES):
+            size = min(PIECE_BYTES, span.end - at)
+            if len(os.pread(stream.fileno(), size, at)) < size:
+                raise OSError(errno.EIO, "it is shorter than it was")

@@ -28,6 +28,12 @@ PROGRAM = "engine.worker"
 """The module whose `main` such a process runs."""
 _LOOK_S = 0.5
 """How often it is looked whether the process is still there: who has inherited its end of the line may keep it open."""
+_HINTS = {
+    signal.SIGKILL: ", as the system does where memory runs out",
+    signal.SIGBUS: ", as the system does where a mapped file can no longer be read: weights that were cut short, or "
+    "lie on a network drive that went away",
+}
+"""What a signal that ended a process may mean."""
 _LAST_WORDS_S = 5.0
 """For a process that has said it is done, or cannot go on, to end by itself."""
 
@@ -165,8 +171,7 @@ def _described(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     try:
-        name = signal.Signals(-code).name
+        known = signal.Signals(-code)
     except ValueError:
-        name = "unknown"
-    hint = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
-    return f"killed by signal {-code} ({name}){hint}"
+        return f"killed by signal {-code} (unknown)"
+    return f"killed by signal {-code} ({known.name}){_HINTS.get(known, '')}"

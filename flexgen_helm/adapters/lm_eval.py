@@ -5,20 +5,23 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import inspect
-import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import engine
+from engine.checkpoint.hub import commit_of, with_revision
 from engine.checkpoint.identity.result import identity_beside_weights
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Sampling
-from engine.memory import accelerator
-from engine.policy import Policy, parse_bytes
+from engine.policy import Policy
 from engine.text.prompt import check_characters
 from engine.text.template import check_template_ends
+from flexgen_helm.adapters.generation_settings import RULES, GenerationSettings
+from flexgen_helm.adapters.lm_eval_arguments import check_stops, device_asked, limit, refuse_others
 from flexgen_helm.planning.environment import environment
 
 try:
@@ -33,11 +36,9 @@ except ImportError as error:
 
 _Names = Sequence[tuple[str, ...]]
 _Pair = tuple[list[int], list[int]]
-_SUPPORTED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+_SUPPORTED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", *RULES)
 _MEANT = {"stop": "until", "stop_sequences": "until", "max_length": "max_gen_toks", "seed": "--seed of the harness"}
 """Of generation arguments that others have, what the harness calls them."""
-_DEFAULT_DEVICE = "cuda:0"
-"""What the harness asks for where nobody names a device."""
 
 
 class FlexGenLM(TemplateLM):
@@ -45,11 +46,12 @@ class FlexGenLM(TemplateLM):
 
     `policy` is "auto", the name of a shipped policy, a YAML file or a mapping; `dtype`, `device`, `gpu_memory` and
     `cpu_memory` ("16GB", "16GiB" or a number of GiB) override it.
-    `max_length` is the window in tokens, the model's own if left out. `add_bos_token`, `prefix_token_id`,
-    `think_end_token` (text, or a token's id), `enable_thinking` and `chat_template_args` are HFLM's; so is the rule for
-    a device that is not there: the harness's default is then the policy's, or the CPU. The harness gives every model
-    batch sizes, which mean nothing here: the policy sizes sweeps. Raises `EngineError`; that of a bad request names it
-    and ends the evaluation.
+    `max_length` is the window in tokens, the model's own if left out. `revision` is a branch, tag or commit of a hub
+    id. `add_bos_token`, `prefix_token_id`, `think_end_token` (text, or a token's id), `enable_thinking` and
+    `chat_template_args` are HFLM's; so is the rule for a device that is not there: the harness's default is then the
+    policy's, or the CPU. Texts follow the checkpoint's generation_config.json, as HFLM's do. The harness gives every
+    model batch sizes, which mean nothing here: the policy sizes sweeps. Raises `EngineError`; that of a bad request
+    names it and ends the evaluation.
     """
 
     def __init__(
@@ -66,46 +68,41 @@ class FlexGenLM(TemplateLM):
         chat_template_args: Mapping[str, Any] | None = None,
         gpu_memory: str | float | None = None,
         cpu_memory: str | float | None = None,
+        revision: str | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
-        known = inspect.signature(FlexGenLM).parameters.keys() - {"others"}
-        for name in others.keys() - {"batch_size", "max_batch_size"}:
-            if name == "trust_remote_code":
-                raise ConfigError("trust_remote_code: code of a model's directory is never run; leave it out")
-            nearest = did_you_mean(name, known)
-            template = (
-                "" if "did you mean" in nearest else "; what a chat template is told goes into chat_template_args"
-            )
-            raise ConfigError(f"model_args: unknown argument {name!r}{nearest}{template}")
+        refuse_others(others, inspect.signature(FlexGenLM).parameters.keys() - {"others"})
         if enable_thinking and think_end_token is None:
             raise ConfigError("model_args: enable_thinking needs think_end_token, lest thoughts are taken for answers")
         if not pretrained:
             raise ConfigError("model_args name no model; write pretrained=, a hub id or a directory")
+        pretrained = with_revision(pretrained, None if revision is None else str(revision))
         named = Policy.load(policy)
         loaded = dataclasses.replace(
             named,
             dtype=dtype or named.dtype,
-            device=_device(device, named.device),
-            gpu_memory=_limit(gpu_memory, "gpu_memory", named.gpu_memory),
-            cpu_memory=_limit(cpu_memory, "cpu_memory", named.cpu_memory),
+            device=device_asked(device, named.device),
+            gpu_memory=limit(gpu_memory, "gpu_memory", named.gpu_memory),
+            cpu_memory=limit(cpu_memory, "cpu_memory", named.cpu_memory),
         )
         loaded.check("model_args")
         self._beside_weights = identity_beside_weights(pretrained, loaded)
         self.engine = engine.Engine.from_pretrained(pretrained, policy=loaded)
         atexit.register(self.engine.close)
         self.tokenizer: Any = self.engine.tokenizer
+        self._path = Path(self.tokenizer.name_or_path)
         if add_bos_token is not None:
-            path = self.tokenizer.name_or_path
-            self.tokenizer = type(self.tokenizer).from_pretrained(path, add_bos_token=add_bos_token)
+            self.tokenizer = type(self.tokenizer).from_pretrained(self._path, add_bos_token=add_bos_token)
+        self._settings = GenerationSettings(self._path, self.tokenizer.eos_token_id)
         window = self.engine.window
         if max_length is not None and not 1 <= max_length <= (window or max_length):
             raise ConfigError(f"model_args: max_length {max_length} is not within the model's window of {window}")
         self.max_length: int = max_length or window or utils.resolve_max_length(None, self.tokenizer)
         self._pretrained, self._add_bos_token = pretrained, add_bos_token
-        self._prefix_token_id, self._enable_thinking = prefix_token_id, enable_thinking
+        self._prefix_token_id, self.enable_thinking = prefix_token_id, enable_thinking
         is_id = isinstance(think_end_token, str) and think_end_token.isdigit()
-        self._think_end_token = int(think_end_token) if think_end_token is not None and is_id else think_end_token
+        self.think_end_token = int(think_end_token) if think_end_token is not None and is_id else think_end_token
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._chat_template_args = {**(chat_template_args or {}), **thinking}
 
@@ -113,7 +110,7 @@ class FlexGenLM(TemplateLM):
         """What the harness writes into its results, beside its own arguments and seeds: what answers were made with."""
         identity = {"weights": self.engine.weights_digest(), **self._beside_weights}
         made = {"policy": self.engine.policy.as_mapping(), "identity": identity, "window": self.max_length}
-        return {"flexgen": {**made, **environment().as_mapping()}}
+        return {"flexgen": {**made, **environment().as_mapping()}, "model_sha": commit_of(self._path) or ""}
 
     @property
     def eot_token_id(self) -> int | None:
@@ -144,6 +141,10 @@ class FlexGenLM(TemplateLM):
             return self._encode(string, self.tokenizer.decode(self.prefix_token_id))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
+    def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+
     def _encode(self, text: str, beginning: str | None) -> list[int]:
         special = False if utils.has_bos_prefix(text, beginning) else self._add_bos_token
         return list(self.tokenizer.encode(text, **({} if special is None else {"add_special_tokens": special})))
@@ -166,9 +167,11 @@ class FlexGenLM(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, whether it is greedy) of each (context, continuation); not for models that are to think."""
-        if self._enable_thinking:
+        if self.enable_thinking:
             names = ", ".join(sorted({str(name) for each in requests if (name := getattr(each, "task_name", None))}))
-            raise ConfigError(f"enable_thinking is for tasks that generate; {names or 'this one'} scores continuations")
+            raise ConfigError(
+                f"enable_thinking=True is for tasks that generate; {names or 'this one'} scores continuations"
+            )
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scores
 
@@ -177,7 +180,11 @@ class FlexGenLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is greedy) of each (strings, context, continuation)."""
         names, pairs = [request[0] for request in requests], [request[1:] for request in requests]
-        return self._scores(pairs, names, disable_tqdm, self.cache_hook.add_partial)
+        answers = {}
+        for place, answer in self._scored(pairs, names, disable_tqdm):
+            answers[place] = answer
+            self.cache_hook.add_partial("loglikelihood", names[place], answer)
+        return [answers[place] for place in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows that overlap by one token of context."""
@@ -186,10 +193,13 @@ class FlexGenLM(TemplateLM):
             cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows += map(make_disjoint_window, cut)
             owners += [owner] * (len(windows) - len(owners))
-        totals = [0.0] * len(requests)
-        scores = self._scores(windows, [requests[owner].args for owner in owners], disable_tqdm)
-        for owner, (logprob, _) in zip(owners, scores, strict=True):
+        totals, missing = [0.0] * len(requests), Counter(owners)
+        for place, (logprob, _) in self._scored(windows, [requests[owner].args for owner in owners], disable_tqdm):
+            owner = owners[place]
             totals[owner] += logprob
+            missing[owner] -= 1
+            if not missing[owner]:
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, totals[owner])
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -201,10 +211,9 @@ class FlexGenLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
         return [texts[place] for place in range(len(requests))]
 
-    def _scores(
-        self, pairs: Sequence[_Pair], names: _Names, quiet: bool, keep: Callable[..., None] = lambda *_: None
-    ) -> list[tuple[float, bool]]:
-        jobs, answers = [], {}
+    def _scored(self, pairs: Sequence[_Pair], names: _Names, quiet: bool) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Yield (place, (log-probability of the continuation, whether it is greedy)) as they come."""
+        jobs = []
         for (context, continuation), name in zip(pairs, names, strict=True):
             if not context or not 1 <= len(continuation) <= self.max_length:
                 sizes = f"{len(context)} + {len(continuation)} tokens"
@@ -214,16 +223,19 @@ class FlexGenLM(TemplateLM):
         for place, done in self._run(jobs, names, quiet):
             size = len(pairs[place][1])
             logprobs, greedy = (done.prompt_logprobs or ())[-size:], (done.prompt_greedy or ())[-size:]
-            answers[place] = sum(logprob or 0.0 for logprob in logprobs), all(greedy)
-            keep("loglikelihood", names[place], answers[place])
-        return [answers[place] for place in range(len(jobs))]
+            yield place, (sum(logprob or 0.0 for logprob in logprobs), all(greedy))
 
     def _generation(self, context: str, gen_kwargs: dict[str, Any]) -> Job:
         kwargs: dict[str, Any] = dict(utils.normalize_gen_kwargs(gen_kwargs))
-        del kwargs["do_sample"]  # says nothing more: the temperature is 0 where it is false
-        until = utils.handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.eos_token)
-        count, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
-        top_p, top_k = kwargs.pop("top_p", 1.0), kwargs.pop("top_k", None) or None  # 0 of transformers is no cut, too
+        is_sampled, temperature = kwargs.pop("do_sample"), float(kwargs.pop("temperature", 0.0))
+        if is_sampled and temperature == 0.0:
+            raise ConfigError("generation arguments: do_sample=True needs a temperature above 0, as hf asks for, too")
+        until = [
+            each for each in utils.handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.eos_token) if each
+        ]
+        check_stops(until, self.think_end_token)
+        count, cuts = kwargs.pop("max_gen_toks"), {name: kwargs.pop(name, None) for name in ("top_k", "top_p")}
+        rules = {name: kwargs.pop(name) for name in RULES if name in kwargs}
         for name, value in kwargs.items():
             if (name, value) != ("num_beams", 1):
                 meant = f"; did you mean {_MEANT[name]!r}?" if name in _MEANT else did_you_mean(name, _SUPPORTED)
@@ -231,14 +243,17 @@ class FlexGenLM(TemplateLM):
         if (room := self.max_length - count) < 1:
             raise ConfigError(f"{_name((context,))}: max_gen_toks {count} leave no room in {self.max_length}; lower it")
         check_characters(len(context), self.max_length)
-        prompt = self._encode(context, self.tokenizer.bos_token)[-room:]
+        prompt = tuple(self._encode(context, self.tokenizer.bos_token)[-room:])
         # The harness seeds `random`: the same run draws the same samples, and repeats of a request draw others.
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=random.getrandbits(32))
-        return Job(prompt=tuple(prompt), max_new_tokens=count, sampling=sampling, stop=tuple(filter(None, until)))
+        sampling = Sampling(temperature=temperature, seed=random.getrandbits(32))
+        if is_sampled:
+            sampling = dataclasses.replace(sampling, **self._settings.sampled(cuts))
+        sampling = self._settings.applied(sampling, prompt, count, rules)
+        return Job(prompt=prompt, max_new_tokens=count, sampling=sampling, stop=tuple(until))
 
     def _text(self, done: Completion, until: Sequence[Any]) -> str:
         """The completion's text without special tokens, which the engine spells out."""
-        tokens, thought = list(done.tokens), self._think_end_token
+        tokens, thought = list(done.tokens), self.think_end_token
         beyond = len(self.tokenizer.decode(tokens)) - len(done.text)  # of the last token, where a stop begins inside it
         if isinstance(thought, int) and thought in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(thought) :]
@@ -258,20 +273,6 @@ class FlexGenLM(TemplateLM):
 
 
 model_registry.register("flexgen", target=FlexGenLM)
-
-
-def _device(asked: str | None, of_policy: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """The device to run on: a harness's default that nobody may have asked for yields, as HFLM lets it."""
-    if asked is None or (asked == _DEFAULT_DEVICE and of_policy != "auto"):
-        return of_policy
-    if asked.startswith("cuda") and not accelerator.is_available("cuda"):
-        logging.getLogger("lm_eval").warning("flexgen: there is no %s here; the model runs on the CPU", asked)
-        return "cpu"
-    return asked
-
-
-def _limit(size: str | float | None, name: str, otherwise: int | None) -> int | None:
-    return otherwise if size is None else parse_bytes(size, f"model_args: {name}")
 
 
 def _name(texts: tuple[str, ...]) -> str:

@@ -49,8 +49,8 @@ def compare(arguments: Sequence[str]) -> int:
     return 1 if comparison.failures else 0
 
 
-def parse_compare_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; raises `UsageError`."""
+def compare_parser() -> Parser:
+    """The command line of `flexgen-helm compare`."""
     parser = Parser(prog="flexgen-helm compare", description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("before", metavar="A", help="a suite's directory, or its name in --output-path")
     parser.add_argument("after", metavar="B", help="the later one")
@@ -63,7 +63,12 @@ def parse_compare_flags(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole comparison there, too")
     parser.add_argument("-o", "--output-path", type=Path, default=Path("benchmark_output"), help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse_compare_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; raises `UsageError`."""
+    args = compare_parser().parse_args(arguments)
     for flag, least in (("slowdown", 0.0), ("confidence", 0.5)):
         if not least <= getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)} is not a share from {least:g} to below 1")

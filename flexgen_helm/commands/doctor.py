@@ -182,15 +182,20 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def doctor(arguments: list[str]) -> int:
-    """Print the findings, or measure; 1 if something essential is broken."""
+def doctor_parser() -> Parser:
+    """The command line of `flexgen-helm doctor`."""
     examples = ("flexgen-helm doctor", "flexgen-helm doctor --profile --offload-dir /data/offload")
     parser = Parser(prog="flexgen-helm doctor", description=__doc__, examples=examples)
     parser.add_argument("--offload-dir", default=".", help="directory of the disk tier to look at (default: here)")
     parser.add_argument(
         "--profile", action="store_true", help="measure device, link, host and disk instead, and keep what was measured"
     )
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def doctor(arguments: list[str]) -> int:
+    """Print the findings, or measure; 1 if something essential is broken."""
+    args = doctor_parser().parse_args(arguments)
     if args.profile:
         if problem := engine_problem() or torch_problem():
             raise UsageError(problem)

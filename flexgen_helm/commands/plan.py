@@ -19,6 +19,7 @@ import yaml
 from engine.errors import ConfigError
 from engine.memory.tiers import TIERS
 from engine.policy import Policy, parse_bytes
+from flexgen_helm.pictures.figure import check_picture
 from flexgen_helm.planning.forecast import REACHED
 from flexgen_helm.planning.roofline import Workload
 from flexgen_helm.runs.flags import add_memory_flags, names_entries, parse_run_flags, policy_from_flags, run_parser
@@ -61,6 +62,8 @@ def plan_parser() -> Parser:
     limits.add_argument("--allow-compression", action="store_true", help="codes of 8 and 4 bits too: scores change")
     output = parser.group("output")
     output.add_argument("--write", type=Path, metavar="FILE", help="write the policy, for --policy")
+    told = "draw time and memory over the percents of weights on the GPU, as .png or .svg (needs matplotlib)"
+    output.add_argument("--plot", type=Path, metavar="FILE", help=told)
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -148,8 +151,10 @@ def _plan_entries(arguments: Sequence[str]) -> int:
 
 
 def _plan_shape(arguments: Sequence[str]) -> int:
-    """Search, print, and write the policy."""
+    """Search, print, write the policy and draw."""
     args = plan_parser().parse_args(arguments)
+    if args.plot is not None:
+        check_picture(args.plot, "--plot")
     load = Workload.parse(args.work)
     base = Policy(
         gpu_memory=None if args.gpu_memory is None else parse_bytes(args.gpu_memory, "--gpu-memory"),
@@ -186,6 +191,10 @@ def _plan_shape(arguments: Sequence[str]) -> int:
             args.write.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--write {args.write}: {error.strerror}") from None
+    if args.plot is not None:
+        from flexgen_helm.pictures.plan import draw_plan
+
+        draw_plan(found, best, memory, f"{args.shape} on {profile.device_name}: {load}", args.plot)
     return 0
 
 

@@ -36,8 +36,8 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse_report_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; raises `UsageError`."""
+def report_parser() -> Parser:
+    """The command line of `flexgen-helm report`."""
     parser = Parser(prog="flexgen-helm report", description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("suite", metavar="SUITE", help="a suite's directory, or its name in --output-path")
     parser.add_argument(
@@ -48,7 +48,12 @@ def parse_report_flags(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("-o", "--output-path", type=Path, default=Path("benchmark_output"), help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_report_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; raises `UsageError`."""
+    return report_parser().parse_args(arguments)
 
 
 def write_report(suite_path: Path, *, previous: Path | None = None, reference: Path | None = None) -> Path:

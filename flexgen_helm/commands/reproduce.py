@@ -59,7 +59,8 @@ def reproduce(arguments: Sequence[str]) -> int:
     return 0 if result.is_equal else 1
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def reproduce_parser() -> Parser:
+    """The command line of `flexgen-helm reproduce`."""
     parser = Parser(prog="flexgen-helm reproduce", description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run's directory, in benchmark_output/runs/SUITE"
@@ -67,7 +68,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of the comparison there, too")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and HELM's own log")
     parser.set_defaults(log_config=None)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    args = reproduce_parser().parse_args(arguments)
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ConfigError(f"--json {args.json} cannot be written: name a file in a directory that is there")
     return args

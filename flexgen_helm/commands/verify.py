@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from flexgen_helm.runs.flags import names_entries, parse_run_flags, run_parser
+from flexgen_helm.terminal.parser import Parser
 from flexgen_helm.workers.engine_processes import engine_processes
 
 if TYPE_CHECKING:
@@ -52,11 +53,16 @@ def verify(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse_verify_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line: that of `run`, less what would leave nothing to compare."""
+def verify_parser() -> Parser:
+    """The command line of `flexgen-helm verify`."""
     parser = run_parser("flexgen-helm verify", DESCRIPTION, EXAMPLES)
     parser.set_defaults(max_eval_instances=NUM_INSTANCES, suite="verify")  # a suite "default" may hold whole runs
-    args = parse_run_flags(arguments, parser)
+    return parser
+
+
+def parse_verify_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line: that of `run`, less what would leave nothing to compare."""
+    args = parse_run_flags(arguments, verify_parser())
     if not names_entries(args):
         raise ConfigError("verify needs run entries; name them with -r or -c")
     for flag in (

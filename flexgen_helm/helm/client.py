@@ -20,7 +20,8 @@ from flexgen_helm import require_engine
 
 require_engine()
 
-from engine.checkpoint.side_files import read_generation_config  # noqa: E402 - after the line that says whose engine
+from engine.checkpoint.hub import with_revision  # noqa: E402 - after the line that says whose engine
+from engine.checkpoint.side_files import read_generation_config  # noqa: E402
 from engine.errors import CheckpointError, ConfigError, EngineError, one_line  # noqa: E402
 from engine.job import Job  # noqa: E402
 from engine.planning.limits import Limits  # noqa: E402
@@ -49,8 +50,9 @@ class FlexGenClient(CachingClient):
     and the engine is shared by all clients of the same model and policy.
 
     `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `window` is the most positions
-    a sequence has, in place of what the model's files tell. `shaping` are the args of `Shaping`. What HELM injects is
-    told by the parameters' names.
+    a sequence has, in place of what the model's files tell. `revision` is a branch, tag or commit of a hub id, which
+    may also stand in it: `org/model@revision`. `shaping` are the args of `Shaping`. What HELM injects is told by the
+    parameters' names.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class FlexGenClient(CachingClient):
         pretrained_model_name_or_path: str | None = None,
         policy: str | Mapping[str, Any] | None = "auto",
         window: int | None = None,
+        revision: str | None = None,
         **shaping: Any,
     ) -> None:
         super().__init__(cache_config=cache_config)
-        self._model = pretrained_model_name_or_path or model_name or ""
-        if not self._model:
+        named = pretrained_model_name_or_path or model_name or ""
+        if not named:
             raise ConfigError("the model deployment names no model; set pretrained_model_name_or_path in its args")
+        self._model = with_revision(named, revision)
         if not hasattr(tokenizer, "get_wrapped_tokenizer"):
             raise ConfigError(
                 f"tokenizer {tokenizer_name} of {self._model} is a {type(tokenizer).__name__}; its tokenizer config "

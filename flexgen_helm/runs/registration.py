@@ -33,13 +33,14 @@ from helm.benchmark.tokenizer_config_registry import (
 
 from engine.checkpoint.description import ModelDescription, describe, with_window
 from engine.checkpoint.gguf.opened import gguf_file
+from engine.checkpoint.hub import with_revision
 from engine.checkpoint.side_files import read_generation_config
 from engine.errors import CheckpointError, ConfigError, EngineError, named
 from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 from flexgen_helm.helm.requests.shaping import NAMES, Shaping
 from flexgen_helm.helm.requests.translate import Translator
-from flexgen_helm.runs.names import checked_model_name, default_model_name
+from flexgen_helm.runs.names import checked_model_name, default_model_name, tokenizer_args
 from flexgen_helm.runs.yaml_lists import MAX_BYTES, add_to_yaml_lists
 
 CLIENT = "flexgen_helm.client.FlexGenClient"
@@ -138,9 +139,7 @@ def _read_tokenizer(
         raise
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {named(error)}") from None
-    spec = TokenizerSpec(
-        class_name=TOKENIZER, args={"pretrained_model_name_or_path": description.tokenizer, **WITHOUT_CODE}
-    )
+    spec = TokenizerSpec(class_name=TOKENIZER, args={**tokenizer_args(description.tokenizer), **WITHOUT_CODE})
     entry = TokenizerConfig(
         name=name, tokenizer_spec=spec, end_of_text_token=end_of_text_token, prefix_token=prefix_token
     )
@@ -148,8 +147,9 @@ def _read_tokenizer(
 
 
 def source_of(deployment: ModelDeployment) -> str:
-    """Return the hub id or directory of a deployment of ours."""
-    return str(deployment.client_spec.args.get("pretrained_model_name_or_path") or deployment.model_name)
+    """Return the hub id, with its revision if it has one, or the directory of a deployment of ours."""
+    args = deployment.client_spec.args
+    return with_revision(str(args.get("pretrained_model_name_or_path") or deployment.model_name), args.get("revision"))
 
 
 def located_tokenizer(known: TokenizerConfig, deployment: ModelDeployment) -> TokenizerConfig:

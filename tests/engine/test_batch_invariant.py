@@ -35,7 +35,7 @@ def _policy(dtype: str, **others: Any) -> dict[str, Any]:
     ("family", "dtype", "policy"),
     [
         ("llama", "bfloat16", "4 bits"),
-        ("llama", "float32", "plain"),
+        pytest.param("llama", "float32", "plain", marks=pytest.mark.slow),
         pytest.param("gpt-oss", "bfloat16", "plain", marks=pytest.mark.slow),
         ("gemma2", "float16", "attention on the host"),
         pytest.param("mixtral", "float16", "streamed", marks=pytest.mark.slow),

@@ -104,7 +104,7 @@ LATER = [*parity.LATER, pytest.param("mamba2", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", *LATER])
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_company_and_order_and_policy_do_not_matter(family: str, data: st.DataObject, open_engine: Open) -> None:
     jobs = data.draw(st.lists(random_jobs(), min_size=1, max_size=8))

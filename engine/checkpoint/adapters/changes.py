@@ -1,4 +1,4 @@
-"""What an adapter makes of the parameters of its base model."""
+"""The changes that a LoRA adapter makes to the parameters of its base model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from engine.checkpoint.tensors import tensors_of
 from engine.errors import CheckpointError, UnsupportedError
 
 _PREFIX = "base_model.model."
-"""Of all names in an adapter's weight file."""
+"""The prefix of all tensor names in an adapter's weight file."""
 _DOWN, _UP, _BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Load = Callable[[], torch.Tensor]
@@ -31,21 +31,21 @@ Load = Callable[[], torch.Tensor]
 
 @dataclass(kw_only=True)
 class Change:
-    """What becomes of one parameter: other numbers, a product of two matrices added, or both."""
+    """The change of one parameter: replaced values, an added product of two matrices, or both."""
 
     replaced: Load | None = None
-    """In place of the base model's numbers."""
+    """The values that replace the base model's."""
     down: Load | None = None
-    """`[rank, inputs]`."""
+    """The first matrix of the product, `[rank, inputs]`."""
     up: Load | None = None
-    """`[outputs, rank]`."""
+    """The second matrix of the product, `[outputs, rank]`."""
     scale: float = 1.0
     is_transposed: bool = False
-    """The parameter is `[inputs, outputs]`."""
+    """Whether the parameter is `[inputs, outputs]`."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that is read, mapped."""
+        """All tensors that the change reads, memory-mapped."""
         return [load() for load in (self.replaced, self.down, self.up) if load is not None]
 
     def delta(self) -> torch.Tensor | None:
@@ -72,10 +72,11 @@ def changes_of(
     tied: Iterable[str],
     packed: Iterable[str],
 ) -> dict[str, Change]:
-    """What the adapter of a model directory changes, by the model's names of parameters; empty without an adapter.
+    """The changes that the adapter of a model directory makes, by parameter name of the model; empty without one.
 
-    owners: the modules of parameters. tied: parameters that are one. packed: those whose numbers are not at hand.
-    Raises `CheckpointError` for an adapter that does not fit, `UnsupportedError` for one that cannot be merged.
+    owners: the modules that hold parameters. tied: parameters that share memory. packed: parameters whose values are
+    quantized. Raises `CheckpointError` for an adapter that does not fit, `UnsupportedError` for one that cannot be
+    merged.
     """
     folder = adapter_folder(path)
     if folder is None:
@@ -99,7 +100,7 @@ class _Fitting:
     packed: frozenset[str]
 
     def changes(self) -> dict[str, Change]:
-        """By the model's names of parameters."""
+        """The changes by parameter name of the model."""
         found: dict[str, Change] = {}
         module_of: dict[str, str] = {}
         for name, load in tensors_of(self.file):
@@ -125,7 +126,7 @@ class _Fitting:
         return found
 
     def _target(self, base_name: str, name: str) -> str:
-        """The model's parameter that a tensor of the adapter is for, by what the base model's checkpoint calls it."""
+        """The model's parameter that an adapter's tensor changes, by its name in the base model's checkpoint."""
         target, pattern = self.names.target(base_name)
         if pattern is not None:
             self._refuse(f"{name} is of an expert, and experts are merged into one parameter here")
@@ -144,7 +145,7 @@ class _Fitting:
         return target
 
     def _complete(self, target: str, module: str, change: Change) -> None:
-        """Set scale and layout; refuse what does not fit the parameter."""
+        """Set scale and layout; refuse a tensor that does not fit the parameter."""
         shape, owner = list(self.state[target].shape), self.owners[target]
         if change.replaced is not None:
             self._expect(target, list(change.replaced().shape), shape)
@@ -170,7 +171,7 @@ class _Fitting:
             )
 
     def _check_whole(self, found: Mapping[str, Change]) -> None:
-        """Raise `CheckpointError` unless there is something for all that the configuration names."""
+        """Raise `CheckpointError` unless the adapter has tensors for everything that its configuration names."""
         named = {name for name, owner in self.owners.items() if self._is_named(name, owner)}
         if missing := sorted(named - found.keys()):
             raise CheckpointError(

@@ -22,16 +22,16 @@ from engine.reading import find_file, read_json_object
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "flexgen-adapter"
-"""Where both are in a model directory that `locate` made of an adapter and its base model."""
+"""The folder, inside a model directory that `locate` made for an adapter, that holds the adapter's two files."""
 _MAX_BYTES = 16 << 20
 _MOST_CHARACTERS = 10_000
-"""Of a pattern of names."""
+"""The most characters of a pattern of module names."""
 _MOST_COPIES = 100
-"""`regex` compiles what is repeated as often as it must occur."""
+"""The most repetitions in a pattern: `regex` compiles a repeated part as often as it must occur."""
 _MATCH_S = 1.0
-"""Processor time of one match; it takes microseconds."""
+"""The limit of processor time for one match, in seconds; a usual match takes microseconds."""
 _READ_DIFFERENTLY = re.compile(r"\{(?!\d*,?\d*\})|\[:")
-"""Approximate matches and POSIX classes of `regex`."""
+"""Syntax that `regex` and `re` read differently: approximate matches and POSIX classes."""
 _T = TypeVar("_T")
 
 _VALUES: dict[str, tuple[Any, ...]] = {
@@ -42,7 +42,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
     "revision": (None, "main"),
 }
-"""Fields that are honoured with these values alone."""
+"""Fields that are supported with these values only."""
 _HONOURED = (
     *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "modules_to_save"),
@@ -52,42 +52,42 @@ _WITHOUT_EFFECT = (
     "fan_in_fan_out",  # the kind of module decides, as in peft, which corrects what this says
     "layers_pattern",  # says something only beside layers_to_transform, which is refused
 )
-"""Fields that change nothing of a merged matrix, or are told by something else."""
+"""Fields that do not affect the merged weights, or repeat what another field says."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What an adapter_config.json says, as far as it changes numbers."""
+    """The parts of an adapter_config.json that affect numbers."""
 
     file: Path
-    """Where it says so."""
+    """The file that was read, for messages."""
     base: str
     """The base model: a directory or a hub id."""
     rank: int
     alpha: float
     is_rank_stabilized: bool
-    """Scales fall with the root of the rank (rsLoRA), and not with the rank."""
+    """Whether the scale is alpha over the square root of the rank (rsLoRA) instead of alpha over the rank."""
     rank_pattern: Mapping[str, int]
-    """Other ranks, by a pattern of names of modules."""
+    """Ranks that differ from the default, by a pattern of module names."""
     alpha_pattern: Mapping[str, float]
     targets: str | tuple[str, ...]
-    """Modules that are changed: a regular expression of whole names, or names and ends of names."""
+    """The modules that are changed: a regular expression of whole names, or a list of names and name suffixes."""
     excluded: str | tuple[str, ...]
-    """Modules that are not, though they are among `targets`."""
+    """Modules that are left unchanged although `targets` includes them."""
     replaced: tuple[str, ...]
-    """Modules that the adapter holds as a whole: ends of their names."""
+    """The modules that the adapter stores as a whole, as name suffixes."""
 
     def rank_of(self, module: str) -> int:
         """The inner width of the two matrices of a module, by its name in the base model."""
         return self._of_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What the product of a module's two matrices is multiplied by."""
+        """The factor by which the product of a module's two matrices is multiplied."""
         rank, alpha = self.rank_of(module), self._of_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
 
     def replaces(self, module: str) -> bool:
-        """Whether a module is one that the adapter holds as a whole, or in one."""
+        """Whether the adapter stores a module as a whole, or a module around it."""
         return any(module.endswith(name) or f"{name}." in module for name in self.replaced)
 
     def changes(self, module: str) -> bool:
@@ -96,7 +96,7 @@ class LoraConfig:
         return self._is_among(module, self.targets) and not is_whole and not self._is_among(module, self.excluded)
 
     def _of_pattern(self, patterns: Mapping[str, _T], module: str, otherwise: _T) -> _T:
-        """The value of the first pattern that the end of a name follows, as peft finds it."""
+        """The value of the first pattern that matches the end of a name, as peft looks it up."""
         found = (value for key, value in patterns.items() if _matches(self.file, _end_of_name(key), module))
         return next(found, otherwise)
 
@@ -107,7 +107,7 @@ class LoraConfig:
 
 
 def read_lora_config(file: Path) -> LoraConfig:
-    """What an adapter_config.json says.
+    """Read the fields of an adapter_config.json.
 
     Raises `CheckpointError` for fields of another type, `UnsupportedError` for an adapter of another kind, and for a
     field that is not understood.
@@ -162,7 +162,7 @@ def read_lora_config(file: Path) -> LoraConfig:
 
 
 def adapter_folder(path: Path) -> Path | None:
-    """Where a model directory holds the adapter that changes its weights; None where there is none."""
+    """The folder of the adapter that changes the weights of a model directory; None if there is none."""
     folder = path / ADAPTER_FOLDER
     return folder if find_file(folder / ADAPTER_CONFIG, CheckpointError) else None
 
@@ -198,12 +198,12 @@ def _check_patterns(config: LoraConfig) -> None:
 
 
 def _end_of_name(pattern: str) -> str:
-    """The expression by which peft finds ranks and alphas: the pattern is a name, or its last parts."""
+    """The expression by which peft looks up ranks and alphas: the pattern is a name, or its last parts."""
     return rf"(.*\.)?({pattern})$"
 
 
 def _part_of_name(pattern: str) -> str:
-    """The expression by which peft finds modules that are replaced, and those inside them."""
+    """The expression by which peft finds modules that are replaced, and modules inside those."""
     return rf"(^|.*\.){pattern}($|\..*)"
 
 
@@ -224,9 +224,9 @@ def _check_pattern(file: Path, pattern: str, expression: str) -> None:
 
 
 def _matches(file: Path, expression: str, module: str, *, whole: bool = False) -> bool:
-    """Whether the start of a module's name, or the `whole`, matches a checked expression.
+    """Whether the start of a module's name (or, with `whole`, all of it) matches a checked expression.
 
-    Raises `CheckpointError` where that takes too long to tell.
+    Raises `CheckpointError` where the match takes longer than its time limit.
     """
     compiled = _compiled(expression)
     try:

@@ -1,4 +1,4 @@
-"""Where a model's files are; those of an adapter and its base model are put beside each other as links."""
+"""Finds a model's files; an adapter and its base model become one directory of links."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ from engine.reading import find_file, reason
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model's files are."""
+    """The location of a model's files."""
 
     path: Path
-    """Local directory of the model; of an adapter, a directory of links to its files and to its base model's."""
+    """The local directory of the model; for an adapter, a directory of links to its files and to its base model's."""
     is_local: bool
-    """Whether a directory was named, and by an adapter, too; else weights may not have been fetched."""
+    """Whether the model, and the base model of an adapter, is a local directory; otherwise its weights may still have
+    to be downloaded."""
     tokenizer: str
-    """The directory (absolute) or hub id that has the tokenizer: of an adapter without one, its base model's."""
+    """The directory (absolute) or hub id that holds the tokenizer: the base model's for an adapter without one."""
 
 
 def locate(model: str, *, download_weights: bool = True) -> Located:
-    """Find a directory or a hub id, which may hold an adapter (adapter_config.json without a config.json beside).
+    """Find a directory or a hub id, which may hold an adapter (an adapter_config.json without a config.json).
 
-    A GGUF file, or a directory with one and without config.json, is found as the directory that is made of it. Raises
-    `CheckpointError` where model, adapter or base model are not there, `UnsupportedError` for an adapter that cannot be
+    A GGUF file, or a directory with one and without config.json, is located as the model directory made from it. Raises
+    `CheckpointError` where model, adapter or base model are missing, `UnsupportedError` for an adapter that cannot be
     merged, or a GGUF file that cannot be run.
     """
     if (file := gguf_file(model)) is not None:
@@ -77,7 +78,7 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _checked(path: Path) -> LoraConfig:
-    """What an adapter's directory tells, which has its weights, too."""
+    """Read the configuration of an adapter's directory, and check that its weight file is there."""
     config = read_lora_config(path / ADAPTER_CONFIG)
     if find_file(path / ADAPTER_WEIGHTS, CheckpointError):
         return config
@@ -88,7 +89,7 @@ def _checked(path: Path) -> LoraConfig:
 
 
 def _base(path: Path, named: str, *, download_weights: bool) -> Path:
-    """The base model of an adapter."""
+    """Locate the base model of an adapter."""
     file = path / ADAPTER_CONFIG
     try:
         base = resolve(named, download_weights=download_weights)
@@ -105,7 +106,7 @@ def _base(path: Path, named: str, *, download_weights: bool) -> Path:
 
 
 def _own_tokenizer(path: Path) -> list[Path]:
-    """The tokenizer's files in an adapter's directory, as they were when it was trained; empty if there is none."""
+    """The tokenizer files in an adapter's directory, as saved in training; empty if there are none."""
     found = [file for file in found_side_files(path) if file.name not in OF_THE_MODEL]
     if found and not any(map(is_vocabulary, found)):
         raise CheckpointError(
@@ -116,10 +117,10 @@ def _own_tokenizer(path: Path) -> list[Path]:
 
 
 def _linked(adapter: Path, base: Path, own: list[Path], *, has_weights: bool) -> Path:
-    """A directory of links to the files of an adapter and of its base model, which is made where there is none yet.
+    """A directory of links to the files of an adapter and of its base model; it is created if missing.
 
-    Its name goes by what it links to. One that is there counts only if it holds just these links: without those to the
-    adapter it would be the base model.
+    Its name is a digest of the link targets. An existing directory is used only if it holds exactly these links:
+    without the links to the adapter it would be the base model.
     """
     files = {f"{ADAPTER_FOLDER}/{name}": adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
     side = [file for file in found_side_files(base) if not own or file.name in OF_THE_MODEL]
@@ -143,7 +144,7 @@ def _linked(adapter: Path, base: Path, own: list[Path], *, has_weights: bool) ->
 
 
 def _holds_just(folder: Path, links: Mapping[str, str]) -> bool:
-    """Whether a directory holds these links, of names there to files, and nothing else."""
+    """Whether a directory holds exactly these links (link name to file), and nothing else."""
     found = (file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
     return links == {
         file.relative_to(folder).as_posix(): os.readlink(file) if file.is_symlink() else None for file in found
@@ -151,7 +152,7 @@ def _holds_just(folder: Path, links: Mapping[str, str]) -> bool:
 
 
 def _make(folder: Path, links: Mapping[str, str]) -> None:
-    """Make a directory of links in the place of what is there, so that no process sees a part of it."""
+    """Create a directory of links, replacing an older one atomically, so that no process sees a part of it."""
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         for link, file in links.items():
@@ -170,14 +171,14 @@ def _make(folder: Path, links: Mapping[str, str]) -> None:
 
 
 def _weights(base: Path) -> list[Path]:
-    """The base model's weight files, and their index."""
+    """The base model's weight files and their index."""
     chosen, files = chosen_name(base), weight_files(base)
     assert chosen is not None  # else there are no files, which is told
     return [*files, *([] if base / chosen in files else [base / chosen])]
 
 
 def _drop_those_of_nothing(folder: Path) -> None:
-    """Remove links of adapters that are gone."""
+    """Remove the links of adapters that no longer exist."""
     for other in folder.iterdir():
         if other.name[0] != "." and not (other / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():
             shutil.rmtree(other, ignore_errors=True)

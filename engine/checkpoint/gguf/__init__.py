@@ -1,1 +1,1 @@
-"""GGUF files: opened as a model directory, with config and tokenizer as transformers reads them from the file."""
+"""GGUF files, opened as a model directory whose config and tokenizer transformers reads from the file."""

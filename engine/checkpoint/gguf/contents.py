@@ -1,4 +1,4 @@
-"""What a GGUF file holds, as transformers reads it: config, tokenizer, and which tensor is which parameter."""
+"""The contents of a GGUF file as transformers reads them: config, tokenizer, and the parameter of each tensor."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ _SIZES = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-"""Fields that transformers passes over in some families, and takes from the family's defaults: they must agree."""
+"""Fields that transformers ignores for some families, whose defaults it uses instead: both must agree."""
 _CURE = "take the model's checkpoint in safetensors files"
 _EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps\.weight$")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a GGUF file is as a model directory, but for its weights."""
+    """The contents of a GGUF file as a model directory has them, except its weights."""
 
     config: Mapping[str, Any]
-    """For config.json."""
+    """The contents of config.json."""
     tokenizer: PreTrainedTokenizerBase | None
     told: Mapping[str, Any]
-    """The file's fields that tell of its tokenizer, by their whole names."""
+    """The file's metadata fields about its tokenizer, by full name."""
     places: Mapping[str, Place]
-    """Tensors by the model's names of parameters."""
+    """The place of each tensor in the file, by parameter name of the model."""
 
 
 def read_contents(folder: Path, shown_as: Path, *, has_tokenizer: bool = True) -> Contents:
     """Read `GGUF_FILE` in a directory that holds nothing else; messages name it `shown_as`.
 
-    has_tokenizer: whether its tokenizer is wanted. Raises `CheckpointError` for a file that cannot be read,
-    `UnsupportedError` for what transformers, or the engine, would not take from it, `InstallationError` where the gguf
-    package is not installed.
+    has_tokenizer: whether to read its tokenizer. Raises `CheckpointError` for a file that cannot be read,
+    `UnsupportedError` for contents that transformers, or the engine, would not honour, `InstallationError` where the
+    gguf package is not installed.
     """
     try:
         from gguf import GGUFReader
@@ -113,15 +113,14 @@ def _check_architecture(reader: Any, file: Path) -> None:
 
 
 def _squeezed(name: str) -> str:
-    """A name as llama.cpp and transformers both have it: qwen3moe for qwen3_moe, gptoss for gpt-oss."""
+    """The form of an architecture's name that llama.cpp and transformers share, such as qwen3moe for qwen3_moe."""
     return re.sub("[-_]", "", name)
 
 
 def _with_heads(told: Mapping[str, Any], reader: Any, config: Any, file: Path) -> Mapping[str, Any]:
-    """What transformers reads of a file, with the heads of keys and values that a file need not tell.
+    """What transformers reads of a file, with the number of key-value heads, which a file may leave out.
 
-    Where it tells none, there are as many as of queries; without their number transformers leaves rows in the file's
-    order.
+    The number defaults to that of the query heads; without it transformers would leave rows in the file's order.
     """
     architecture, text = str(reader.fields["general.architecture"].contents()), config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
@@ -135,7 +134,7 @@ def _with_heads(told: Mapping[str, Any], reader: Any, config: Any, file: Path) -
 
 
 def _plain_dtype(places: Mapping[str, Place]) -> str:
-    """The type that most numbers of the matrices are in."""
+    """The dtype of most numbers in matrices."""
     sizes: Counter[str] = Counter()
     for place in places.values():
         if len(place.shape) > 1:
@@ -144,7 +143,7 @@ def _plain_dtype(places: Mapping[str, Place]) -> str:
 
 
 def _check_fields(reader: Any, config: Any, file: Path) -> None:
-    """Raise `UnsupportedError` for metadata of the architecture that transformers does not look at."""
+    """Raise `UnsupportedError` for metadata of the architecture that transformers ignores."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     architecture = str(reader.fields["general.architecture"].contents())
@@ -209,16 +208,16 @@ def _places(reader: Any, model: Any, told: Mapping[str, Any], file: Path) -> Ite
 def _experts(
     target: str, which: str, kind: str, shape: tuple[int, ...], first: int, size: int
 ) -> Iterator[tuple[str, Place]]:
-    """Each expert's matrix by itself, under the name that checkpoints of safetensors files give it."""
+    """Give each expert a matrix of its own, under the name that safetensors checkpoints use."""
     each, folder = size // shape[0], target.rpartition(".")[0]
     for index in range(shape[0]):
         yield f"{folder}.{index}.{which}_proj.weight", Place(kind, shape[1:], first + index * each, each)
 
 
 def _asked(processor: Any, name: str, shape: tuple[int, ...], file: Path) -> tuple[tuple[int, ...], int]:
-    """The shape that transformers makes of a tensor, and of how many heads it puts the rows in order (0: of none).
+    """The shape that transformers gives a tensor, and the number of heads by which it reorders rows (0: no reordering).
 
-    It is asked with numbered rows: what it does to them, it does to the tensor's.
+    Both are found by passing numbered rows through transformers' own conversion.
     """
     import numpy as np
 

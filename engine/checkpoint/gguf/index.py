@@ -1,4 +1,4 @@
-"""Where the tensors of a GGUF file are, under the names of the model: an index that lies beside it."""
+"""An index of the tensors of a GGUF file by the model's parameter names, stored in the model directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GGUF_FILE = "model.gguf"
 GGUF_INDEX = "gguf_tensors.json"
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""torch's names of ggml's types of plain numbers."""
+"""The torch dtypes of ggml's unquantized types."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,25 @@ class Place:
     """A tensor of a GGUF file."""
 
     type: str
-    """Of its numbers, as ggml calls it: one of `PLAIN`, or of blocks (`FORMS`)."""
+    """The ggml type of its numbers: one of `PLAIN`, or a block type (`FORMS`)."""
     shape: tuple[int, ...]
-    """Of the model's parameter."""
+    """The shape of the model's parameter."""
     first: int
-    """Byte of the file that it begins at."""
+    """Its first byte in the file."""
     num_bytes: int
-    """Size in the file."""
+    """Its size in the file."""
     heads: int = 0
-    """Where its rows are halves of heads by turns, the number of these heads; 0 where they are in the model's order."""
+    """The number of heads whose rows the file stores with the two halves interleaved; 0 where rows are in the model's
+    order."""
 
 
 def index_of(places: Mapping[str, Place]) -> dict[str, Any]:
-    """What the index file holds, by the model's names of parameters."""
+    """Encode the index file for the tensors by parameter name."""
     return {"tensors": {name: asdict(place) for name, place in places.items()}}
 
 
 def read_index(file: Path) -> dict[str, Place]:
-    """The tensors of the GGUF file of a model directory, by the model's names; `CheckpointError` where it has none."""
+    """Read the index of a model directory's GGUF file, by parameter name; `CheckpointError` where it has none."""
     index = file.parent / GGUF_INDEX
     told = read_json_object(index, CheckpointError, limit=MAX_JSON_BYTES).get("tensors")
     try:
@@ -53,9 +54,9 @@ def read_index(file: Path) -> dict[str, Place]:
 
 
 def gguf_tensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Yield (name, load) for every tensor of a GGUF file, as views of one mapping of it.
+    """Yield (name, load) for every tensor of a GGUF file, as views of one memory mapping.
 
-    Plain numbers are called as the model's parameter is; of blocks, the type takes the place of "weight".
+    Unquantized tensors have the parameter's name; for quantized ones, the block type replaces "weight" in the name.
     """
     import torch
 
@@ -71,7 +72,7 @@ def gguf_tensors(file: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]
 
 
 def plain_places(file: Path) -> dict[str, tuple[Path, int]]:
-    """File and first byte of every tensor of plain numbers that lies row by row as the model has it."""
+    """The file and first byte of every unquantized tensor whose rows are stored in the model's order."""
     places = read_index(file)
     return {name: (file, place.first) for name, place in places.items() if place.type in PLAIN and not place.heads}
 
@@ -89,5 +90,5 @@ def _view(whole: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 def _in_order(rows: torch.Tensor, place: Place) -> torch.Tensor:
-    """Rows as the model has them: GGUF files have the rows of a head's two halves by turns."""
+    """Reorder rows as the model has them: GGUF files interleave the two halves of a head's rows."""
     return rows.unflatten(0, (place.heads, -1, 2)).transpose(1, 2) if place.heads else rows

@@ -1,4 +1,4 @@
-"""A GGUF file as a model directory: a link to it, an index of its tensors, its config and its tokenizer."""
+"""Makes a model directory of a GGUF file: a link to it, an index of its tensors, its config and its tokenizer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 _MAGIC = b"GGUF"
 _FORM = "2"
-"""Of what is made here; a directory of another one is not used."""
+"""The version of the directories made here; directories of another version are not used."""
 
 
 def gguf_file(model: str) -> Path | None:
-    """The GGUF file that `model` names: itself, or the one in a directory of neither a config.json nor an adapter.
+    """The GGUF file that `model` names: a file, or the only one in a directory without config.json and adapter.
 
-    None for anything else. Raises `CheckpointError` where several lie there.
+    None for anything else. Raises `CheckpointError` where a directory has several.
     """
     path = expand_home(model, CheckpointError, "model")
     try:
@@ -52,11 +52,11 @@ def gguf_file(model: str) -> Path | None:
 
 
 def gguf_directory(file: Path) -> Path:
-    """The model directory that stands for a GGUF file; it is made, in the user's cache, where there is none yet.
+    """The model directory made from a GGUF file; it is created in the user's cache directory if missing.
 
-    Its name goes by the file's place, size and time, by the packages that read it, and by the tokenizer's files that
-    lie beside it where no other GGUF file does: these are taken in place of its own. Raises what `read_contents`
-    raises.
+    Its name is a digest of the file's path, size and time, of the versions of the packages that read it, and of the
+    tokenizer files next to it, which replace the file's own tokenizer if no other GGUF file is in that directory.
+    Raises what `read_contents` raises.
     """
     with open_file(file, CheckpointError) as stream:
         magic, status = stream.read(len(_MAGIC)), os.fstat(stream.fileno())
@@ -95,7 +95,7 @@ def _version(package: str) -> str:
 
 
 def _tokenizer_beside(file: Path) -> list[Path]:
-    """The files of a tokenizer in the directory of a GGUF file that is alone there; none without a vocabulary."""
+    """The tokenizer files in the directory of a GGUF file that is alone there; empty without a vocabulary."""
     if len([each for each in file.parent.iterdir() if each.suffix == ".gguf"]) > 1:
         return []
     found = [each for each in found_side_files(file.parent) if each.name not in OF_THE_MODEL]
@@ -103,7 +103,7 @@ def _tokenizer_beside(file: Path) -> list[Path]:
 
 
 def _make(directory: Path, file: Path, beside: list[Path]) -> None:
-    """Make a model directory, so that no process sees a part of it."""
+    """Create a model directory atomically, so that no process sees a part of it."""
     from engine.checkpoint.gguf.contents import read_contents  # loads torch, which a directory that is there does not
     from engine.checkpoint.tokenizer import load_tokenizer
 
@@ -140,14 +140,14 @@ def _write(folder: Path, contents: Contents) -> None:
 
 
 def _drop_added(file: Path, num_tokens: int) -> None:
-    """Remove tokens that the GGUF file does not have: transformers adds defaults of the tokenizer's class."""
+    """Remove tokens that the GGUF file does not have: transformers adds the defaults of the tokenizer's class."""
     content = json.loads(file.read_text(encoding="utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < num_tokens]
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _drop_those_of_nothing(folder: Path) -> None:
-    """Remove directories of files that are gone."""
+    """Remove the directories of GGUF files that no longer exist."""
     for other in folder.iterdir():
         if other.name[0] != "." and not (other / GGUF_FILE).exists():
             shutil.rmtree(other, ignore_errors=True)

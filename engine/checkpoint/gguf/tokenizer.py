@@ -1,4 +1,4 @@
-"""The tokenizer that transformers makes of a GGUF file, checked against what the file says of it."""
+"""Checks the tokenizer that transformers makes from a GGUF file against the file's metadata."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTROL, _USER_DEFINED = 3, 4
-"""ggml's types of tokens that stand for themselves wherever they occur in a text."""
+"""ggml's types of tokens that are matched wherever they occur in a text."""
 _PLAIN_SPLITS = ("gpt-2", "qwen2", "deepseek-r1-qwen")
-"""Ways to split texts for which llama.cpp adds no first token by default, and takes whole words by their merges."""
+"""Pre-tokenizers for which llama.cpp adds no first token by default, and splits whole words by their merges."""
 _CURE = (
     "put the tokenizer.json of the model it was made of into its directory, where no other GGUF file is, or take the "
     "model's checkpoint in safetensors files"
@@ -23,15 +23,15 @@ _CURE = (
 
 
 def ends_of_text(told: Mapping[str, Any]) -> list[int]:
-    """Ids of the tokens that end a text, a turn or a message by a file's fields `told`, each once, in this order."""
+    """The ids of the tokens that end a text, a turn or a message, by the file's metadata `told`, without duplicates."""
     found = (told.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return list(dict.fromkeys(int(index) for index in found if index is not None))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, told: Mapping[str, Any], file: Path) -> None:
-    """Raise `UnsupportedError`, which names `file`, where a tokenizer does not what the file's fields `told` say.
+    """Raise `UnsupportedError`, which names `file`, where a tokenizer differs from the file's metadata `told`.
 
-    Compared are how texts are split, special tokens, first and last tokens of a text, and the space before it.
+    It compares pre-tokenization, special tokens, first and last tokens of a text, and the space before a text.
     """
     fields = {name.removeprefix("tokenizer.ggml."): value for name, value in told.items()}
     for problem in (
@@ -85,7 +85,7 @@ def _special_problem(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, An
 
 
 def _whole_word_problem(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> str | None:
-    """llama.cpp takes whole words that are tokens without merging, for most ways to split; transformers merges."""
+    """Check for words that are tokens: llama.cpp mostly takes them without merging, transformers merges."""
     if fields.get("model") != "gpt2" or fields.get("pre") in _PLAIN_SPLITS:
         return None
     model = tokenizer.backend_tokenizer.model
@@ -99,7 +99,7 @@ def _whole_word_problem(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str,
 
 
 def _added_problem(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> str | None:
-    """Tokens before and after a text."""
+    """Check the tokens that are added before and after a text."""
     adds_bos = fields.get("add_bos_token")
     if adds_bos is None and fields.get("model") == "gpt2" and fields.get("pre") not in _PLAIN_SPLITS:
         return (

@@ -1,4 +1,4 @@
-"""Digests of weight files in the user's cache directory, each valid while its file is as it was when it was read."""
+"""Digests of weight files in the user's cache directory; each is valid while its file is unchanged."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ from engine.memory.paths import cache_directory
 from engine.reading import read_json_object
 
 _LAYOUT_VERSION = 1
-"""Of the file, and of how digests are made; raised whenever an older file must not be read."""
+"""The version of the file and of the way digests are made; raised whenever an older file must not be read."""
 _MOST_BYTES = 64 << 20
 SETTLED_NS = 2_000_000_000
-"""How old the last change of a file must be, in ns, when it is opened to be read: a file system's clock may tick as
-slowly as this, and a change within the same tick would not show."""
+"""The least age of a file's last change, in ns, when it is opened to be read: a file system's clock may tick as slowly
+as this, and a change within the same tick would not show."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells, without reading a file, whether it is the one that was read, and as it was."""
+    """The metadata that shows, without reading a file, whether it is the one that was read, unchanged."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     modified_ns: int
-    """Time of the last writing, in ns since the Epoch."""
+    """Time of the last write, in ns since the Epoch."""
     changed_ns: int
-    """Time of the last change of content or of inode; programs that set the other time back cannot set this one."""
+    """Time of the last change of content or inode (ctime); unlike the time of the last write, programs cannot set it
+    back."""
     inode: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
-        """That of an opened file, or of a name."""
+        """The state of an opened file, or of a file by name."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     def is_settled(self, now_ns: int) -> bool:
-        """Whether a change after `now_ns`, in ns since the Epoch, is sure to show in the times."""
+        """Whether a change after `now_ns`, in ns since the Epoch, would change the times for certain."""
         return max(self.modified_ns, self.changed_ns) + SETTLED_NS <= now_ns
 
 
 Kept = dict[str, tuple[FileState, str]]
-"""State and hex digest of weight files, by their names in the model directory."""
+"""The state and hex digest of each weight file, by its name in the model directory."""
 
 
 class KeptDigests:
     """The digests of a model directory's weight files, in one JSON file with a checksum.
 
-    A file that is missing, damaged, of another layout or of another directory holds nothing. Whatever keeps it from
-    being written is a notice, never an error.
+    A file that is missing, damaged, of another version or of another directory counts as empty. An error while writing
+    it is a notice only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +67,7 @@ class KeptDigests:
         self.file = digests_directory() / f"{name}-{hashlib.sha256(os.fsencode(self._source)).hexdigest()[:16]}.json"
 
     def read(self) -> Kept:
-        """What is kept, whether or not files are still so."""
+        """Read the stored digests, whether or not their files are unchanged."""
         try:
             content = read_json_object(self.file, CheckpointError, limit=_MOST_BYTES)
             checksum = content.pop("checksum")
@@ -82,7 +83,7 @@ class KeptDigests:
             return {}
 
     def write(self, kept: Kept) -> None:
-        """Keep these digests in place of those of before, all at once or not at all."""
+        """Replace the stored digests by these, atomically."""
         files = {
             name: {**dict(zip(_STATE_KEYS, _numbers(state), strict=True)), "digest": digest}
             for name, (state, digest) in kept.items()
@@ -108,7 +109,7 @@ class KeptDigests:
             )
 
     def _drop_those_of_nothing(self) -> None:
-        """Remove what is kept of model directories that are gone."""
+        """Remove the digests of model directories that no longer exist."""
         for other in self.file.parent.glob("*.json"):
             with suppress(CheckpointError, KeyError, TypeError, ValueError, OSError):
                 if not Path(read_json_object(other, CheckpointError, limit=_MOST_BYTES)["source"]).exists():
@@ -123,7 +124,7 @@ def _numbers(state: FileState) -> tuple[int, int, int, int]:
 
 
 def digests_directory() -> Path:
-    """Where digests of weight files are kept, a file for each model directory."""
+    """The directory of stored digests, one file for each model directory."""
     return cache_directory() / "digests"
 
 

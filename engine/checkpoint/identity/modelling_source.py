@@ -26,10 +26,9 @@ _MOST_BYTES = 16 << 20
 
 
 def source_digest(config: Mapping[str, Any]) -> str:
-    """Hex digest of the source that decides a model's numbers, by its config.json.
+    """The hex digest of the source that decides a model's numbers, by its config.json.
 
-    Equal for equal files, whatever the version of the package is called. Raises `CheckpointError` where the source
-    is not there.
+    It is equal for equal files, whatever the package's version. Raises `CheckpointError` where the source is missing.
     """
     digest = hashlib.sha256()
     for name, file in sorted(source_files(config).items()):
@@ -38,7 +37,7 @@ def source_digest(config: Mapping[str, Any]) -> str:
 
 
 def source_files(config: Mapping[str, Any]) -> dict[str, Path]:
-    """Files by module name within transformers: the family's, and what they import that decides numbers."""
+    """The source files by module name within transformers: the family's, and those it imports that decide numbers."""
     package = _package()
     files: dict[str, Path] = {}
     waiting = [name for kind in _model_types(config) for name in _modules_of(kind, package)]
@@ -52,7 +51,7 @@ def source_files(config: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def _package() -> Path:
-    """The directory of transformers, which is not loaded for this."""
+    """The directory of transformers, found without importing it."""
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
         raise CheckpointError("the source of transformers cannot be found; install it as files, not as an archive")
@@ -60,7 +59,7 @@ def _package() -> Path:
 
 
 def _model_types(config: Mapping[str, Any]) -> list[str]:
-    """Of the model, and of the language model in it."""
+    """The model type, and the type of the language model inside a multimodal model."""
     found = [config.get("model_type"), text_config(config).get("model_type")]
     return list(dict.fromkeys(kind for kind in found if isinstance(kind, str)))
 
@@ -92,7 +91,7 @@ def _home_of(model_type: str, package: Path) -> Path:
 
 
 def _decides(module: str, package: Path) -> bool:
-    """Whether a module of transformers decides numbers of those that import it."""
+    """Whether a module of transformers decides numbers of the families that import it."""
     parts = module.split(".")
     is_of_family = (
         parts[0] == "models" and len(parts) == 3 and parts[1] != "auto" and parts[2].startswith(_FAMILY_FILES)
@@ -101,7 +100,7 @@ def _decides(module: str, package: Path) -> bool:
 
 
 def _imported(module: str, file: Path) -> tuple[str, ...]:
-    """The modules of transformers that a module imports, wherever in it, by name within the package."""
+    """The modules of transformers that a module imports anywhere, by name within the package."""
     try:
         return _imported_by(module, _read(file))
     except (SyntaxError, ValueError, RecursionError):

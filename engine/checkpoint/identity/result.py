@@ -1,4 +1,4 @@
-"""What of a model and a policy can change a result, as cache keys hold it, and in what two such identities differ."""
+"""The parts of a model and a policy that can change a result, for cache keys, and the comparison of two of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.policy import Policy
 from engine.reading import find_file, read_bytes
 
 NUMERICS_VERSION = 4
-"""Raised by hand whenever a change of the engine can change a result beyond rounding."""
+"""Raised by hand whenever a change of the engine can change results beyond rounding."""
 
 Identity = dict[str, str | int | None]
 
@@ -31,15 +31,15 @@ _DIGESTS = {
     "files": "configuration, tokenizer or chat template files",
     "source": "transformers' source of the family",
 }
-"""What each digest in an identity is of."""
+"""A description of each digest in an identity."""
 _SHOWN = 12
-"""Characters of a digest in messages."""
+"""The number of characters of a digest in messages."""
 
 
 def result_identity(model: str, policy: Policy) -> Identity:
-    """What of model and policy can change a result; reads the weight files unless their digest is kept.
+    """The parts of model and policy that can change a result; reads the weight files unless their digest is stored.
 
-    Placement, batch sizes, device and versions of packages are not in it, so results carry over from one policy to
+    Placement, batch sizes, device and package versions are not part of it, so results carry over from one policy to
     another and from one machine to another.
     """
     path = Path(describe(model).path)
@@ -51,7 +51,7 @@ def result_identity(model: str, policy: Policy) -> Identity:
 
 
 def identity_beside_weights(model: str, policy: Policy) -> Identity:
-    """`result_identity` but for the digest of the weight files, which `WeightDigest` is: known at once."""
+    """`result_identity` without the digest of the weight files (see `WeightDigest`), so that it is known at once."""
     description = describe(model)
     path = Path(description.path)
     return {
@@ -63,7 +63,7 @@ def identity_beside_weights(model: str, policy: Policy) -> Identity:
 
 
 def _left_unrounded(path: Path) -> Identity:
-    """What a quantized checkpoint's format rounds and the engine does not; a line only where there is such a thing."""
+    """What a quantized checkpoint's format rounds and the engine does not; present only if there is such a thing."""
     config = read_config(path)
     if declared_quantization(path, config.get("quantization_config")) is None:
         return {}
@@ -74,14 +74,14 @@ def _left_unrounded(path: Path) -> Identity:
 
 
 def check_beside_weights(earlier: Identity, model: str, policy: Policy) -> None:
-    """Raise `CheckpointError` if `identity_beside_weights` is not what it was, `earlier`."""
+    """Raise `CheckpointError` if `identity_beside_weights` differs from its `earlier` value."""
     now = identity_beside_weights(model, policy)
     if now != earlier:
         raise CheckpointError(f"{model} has other {differences(earlier, now)} than when it was opened; start again")
 
 
 def result_settings(description: ModelDescription, policy: Policy) -> Identity:
-    """The part of an identity that is no digest: what the policy sets, and the engine's own version."""
+    """The part of an identity that is not a digest: settings of the policy, and the engine's own version."""
     return {
         "dtype": resolve_dtype(policy.dtype, description.dtype, resolve_device(policy.device)),
         "compress_weight": policy.weight_bits,
@@ -93,9 +93,9 @@ def result_settings(description: ModelDescription, policy: Policy) -> Identity:
 
 
 def sampled_identity(model: str, policy: Policy) -> Identity:
-    """`result_identity` as earlier releases had it: by a sample of the weights, and without the family's source.
+    """`result_identity` as earlier releases defined it: by samples of the weights, without the family's source.
 
-    Empty for what they could not run.
+    Empty for models that they could not run.
     """
     description = describe(model)
     weights = sampled_fingerprint(Path(description.path))
@@ -103,9 +103,9 @@ def sampled_identity(model: str, policy: Policy) -> Identity:
 
 
 def last_change(model: str) -> float:
-    """When what an identity is made of was last written to or put in its place, in seconds since the Epoch.
+    """The time of the latest write or replacement of a file that the identity covers, in seconds since the Epoch.
 
-    An answer that was asked for later is of just these weights, files and source.
+    An answer that was computed later comes from exactly these weights, files and source.
     """
     path = Path(describe(model).path)
     files = [path, *all_weight_files(path), *found_side_files(path), *source_files(read_config(path)).values()]
@@ -113,7 +113,7 @@ def last_change(model: str) -> float:
 
 
 def differences(earlier: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """What differs between two identities in words, with both digests: "weights (sha256 1f2e… then, 3d4c… now)"."""
+    """The differences between two identities in words, with both digests: "weights (sha256 1f2e… then, 3d4c… now)"."""
     told = [
         f"{_DIGESTS[key]} (sha256 {str(earlier[key])[:_SHOWN]} then, {str(now[key])[:_SHOWN]} now)"
         if key in _DIGESTS
@@ -125,7 +125,7 @@ def differences(earlier: Mapping[str, object], now: Mapping[str, object]) -> str
 
 
 def _side_digest(path: Path) -> str:
-    """Hex digest of all of a model directory that is no weights and can change token ids, prompts or results."""
+    """The hex digest of all files that hold no weights and can change token ids, prompts or results."""
     digest = hashlib.sha256()
     index = path / GGUF_INDEX  # tells in which order rows of the weights are taken
     for file in (*found_side_files(path), *([index] if find_file(index, CheckpointError) else [])):

@@ -1,4 +1,4 @@
-"""Digests of samples of a checkpoint: what kept encodings are known by, and what earlier releases knew weights by."""
+"""Digests of samples of a checkpoint: keys of stored encoded weights, and of the caches of earlier releases."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from engine.reading import find_file, open_file, read_bytes
 
 
 def sampled_fingerprint(path: Path) -> str | None:
-    """Hex digest that earlier releases knew a model directory by: to find the answers that they kept.
+    """The hex digest by which earlier releases identified a model directory, to find the answers that they cached.
 
-    None for an adapter's: they ran none, and the digest would be its base model's.
+    None for an adapter: they could not run one, and the digest would be its base model's.
 
-    Of weight files outside the hub's cache it sees the header and a sample of every tensor (safetensors), or 1024 spots
-    (`.bin`): equal digests do not say that the weights are equal.
+    For weight files outside the hub's cache it covers the header and a sample of every tensor (safetensors), or 1024
+    spots (`.bin`): equal digests do not prove that the weights are equal.
     """
     if adapter_folder(path) is not None:
         return None
@@ -36,10 +36,10 @@ def sampled_fingerprint(path: Path) -> str | None:
 
 
 def weights_state(path: Path) -> str:
-    """Hex digest of what a model's weights are made from: config.json, weight files, adapter.
+    """The hex digest of the files from which a model's weights are made: config.json, weight files, adapter.
 
-    As `sampled_fingerprint`, but a weight file outside the hub's cache counts as changed as soon as its time of writing
-    does.
+    It is like `sampled_fingerprint`, but changes also with the modification time of a weight file outside the hub's
+    cache.
     """
     digest = hashlib.sha256(read_bytes(path / "config.json", CheckpointError, limit=MAX_SIDE_BYTES))
     if (adapter := adapter_folder(path)) is not None:
@@ -52,7 +52,7 @@ def weights_state(path: Path) -> str:
 
 
 def _is_blob(file: Path) -> bool:
-    """Whether it is a file of the hub's cache, whose name tells its content."""
+    """Whether a file belongs to the hub's cache, where its name is a digest of its content."""
     return file.resolve().parent.name == "blobs"
 
 

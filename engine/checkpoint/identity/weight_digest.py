@@ -1,4 +1,4 @@
-"""The digest of every byte of a model's weight files, by threads that follow whoever reads the files anyway."""
+"""The digest of every byte of a model's weight files, computed by threads while the files are read for loading."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from engine.errors import CheckpointError, EngineError, one_line
 from engine.memory.cores import usable_cores
 
 LEAF_BYTES = 8 << 20
-"""What is read and digested at once, in any order: part of the definition of the digest. Large, because a thread of low
-priority that waits for a core may hold the interpreter between two calls."""
+"""The bytes that are read and digested at once, in any order; part of the definition of the digest. It is large,
+because a thread of low priority that waits for a core may hold the interpreter between two calls."""
 _MOST_THREADS = 8
 _NICENESS = 5
 
 
 @dataclass(eq=False)
 class _File:
-    """A weight file whose digest is not known."""
+    """A weight file whose digest is not known yet."""
 
     path: Path
     name: str
-    """In the model directory."""
+    """Its name in the model directory."""
     handle: int
     state: FileState
-    """When it was opened."""
+    """Its state when it was opened."""
     is_settled: bool
     leaves: list[bytes] = field(default_factory=list)
     left: set[int] = field(default_factory=set)
-    """Leaves that no thread has been told to digest."""
+    """The leaves that no thread has been assigned yet."""
 
     @property
     def num_leaves(self) -> int:
         return -(-self.state.size // LEAF_BYTES)
 
     def digest(self) -> str:
-        """Of the leaves' digests, in their order, and the size."""
+        """The digest of the leaves' digests, in order, and of the size."""
         return hashlib.sha256(b"%d\0" % self.state.size + b"".join(self.leaves)).hexdigest()
 
 
 class WeightDigest:
     """SHA-256 over the names of a model's weight files and the digests of their leaves of `LEAF_BYTES`.
 
-    Files that are as they were when a digest of theirs was kept are not read. Of the others, leaves are read and
-    digested by threads of their own: first those that `follow` tells of, which are in the page cache then, and the rest
-    at `finish`. One thread calls `follow` and `finish`; any may `wait`. What was read is kept for the next start.
+    Files that are unchanged since their digest was stored are not read. Threads read and digest the leaves of the
+    others: first those that `follow` names, which are in the page cache then, and the rest at `finish`. One thread
+    calls `follow` and `finish`; any may `wait`. Digests are stored for the next start.
     """
 
     def __init__(self, path: Path, source: OpenedWeights) -> None:
@@ -90,21 +90,21 @@ class WeightDigest:
         return self._ended.is_set()
 
     def follow(self, file: Path, first: int, end: int) -> None:
-        """Digest the leaves of `file` that bytes from `first` to `end` are in; they have just been read."""
+        """Digest the leaves of `file` that contain bytes `first` to `end`, which have just been read."""
         found = self._files.get(file)
         if found is not None:
             self._tell(found, sorted(found.left.intersection(range(first // LEAF_BYTES, -(-end // LEAF_BYTES)))))
 
     def finish(self) -> None:
-        """Digest all that is left."""
+        """Digest all remaining leaves."""
         for found in self._files.values():
             self._tell(found, sorted(found.left))
 
     def wait(self) -> str:
-        """The hex digest, when `finish` was called and all is read.
+        """Wait until `finish` was called and everything is read; return the hex digest.
 
-        Raises `CheckpointError` if a file was written to meanwhile or cannot be read, `EngineError` if it was closed,
-        and what it was given up for.
+        Raises `CheckpointError` if a file was written to meanwhile or cannot be read, `EngineError` if the digest was
+        closed, and the fault passed to `give_up`.
         """
         self._ended.wait()
         if self._fault is not None:
@@ -112,11 +112,11 @@ class WeightDigest:
         return self._digest
 
     def give_up(self, fault: BaseException) -> None:
-        """Read no more; who waits for a digest that is not complete gets `fault`."""
+        """Stop reading; `wait` raises `fault` while the digest is incomplete."""
         self._end(fault)
 
     def close(self) -> None:
-        """End the threads; who waits for a digest that is not complete gets an `EngineError`."""
+        """End the threads; `wait` raises an `EngineError` while the digest is incomplete."""
         self.give_up(
             EngineError("the engine was closed before all weight files were read, so their digest is not known")
         )
@@ -177,7 +177,7 @@ class WeightDigest:
         return digest.digest()
 
     def _complete(self) -> None:
-        """Put the digest together, unless a file has been written to since it was opened, and keep it."""
+        """Combine the leaves' digests, unless a file has been written to since it was opened, and store the result."""
         for found in self._files.values():
             if FileState.of(os.fstat(found.handle)) != found.state:
                 raise CheckpointError(
@@ -205,7 +205,7 @@ class WeightDigest:
 
 
 def weights_digest(path: Path, source: OpenedWeights) -> str:
-    """`WeightDigest` of a model directory: at once where it is kept, else when all of its opened files are read."""
+    """The `WeightDigest` of a model directory: immediately where it is stored, else after reading all opened files."""
     digest = WeightDigest(path, source)
     try:
         digest.finish()

@@ -1,1 +1,1 @@
-"""Checkpoints that come quantized: what their configuration says, and which packed matrices they hold."""
+"""Quantized checkpoints: what their configuration says, and which packed matrices they hold."""

@@ -1,4 +1,4 @@
-"""compressed-tensors: what its quantization_config says, and the formats of its modules."""
+"""The compressed-tensors format: its quantization_config, and the formats of its modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.kernels.packed.numbers import (
 from engine.kernels.rounded_inputs import InputRounding
 
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
-"""A number of a byte each, and scales: three names of one layout."""
+"""Formats of one byte a number with scales: three names for one layout."""
 _LAYOUTS = (*_PLAIN, "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 _FIELDS = (
     "quant_method",
@@ -106,7 +106,7 @@ def _block(group: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _is_left_unrounded(inputs: Mapping[str, Any]) -> bool:
-    """Inputs in four-bit floats, or in float8 with powers of two for scales, as NVFP4, MXFP4 and MXFP8 have them."""
+    """Whether inputs are four-bit floats, or float8 with power-of-two scales, as in NVFP4, MXFP4 and MXFP8."""
     if inputs.get("type") != "float" or not inputs.get("symmetric", True):
         return False
     sizes = inputs.get("num_bits"), inputs.get("group_size")
@@ -114,7 +114,7 @@ def _is_left_unrounded(inputs: Mapping[str, Any]) -> bool:
 
 
 def _rounding(told: Told) -> InputRounding | None:
-    """All in one way, unless there is a `_problem`."""
+    """How inputs are rounded: alike in all groups, unless there is a `_problem`."""
     groups = _groups(told)
     inputs = groups[0].get("input_activations") if groups else None
     return InputRounding.of(inputs) if inputs and not _is_left_unrounded(inputs) else None
@@ -153,7 +153,7 @@ def _kind(told: Told, loads: Loads, is_expert: bool) -> Kind | None:
 
 
 def _layout_of(parts: Mapping[str, PartForm]) -> str | None:
-    """The layout of a module by the names and types of its tensors; `ValueError` if that is none that is known."""
+    """The layout of a module by the names and dtypes of its tensors; `ValueError` if it is unknown."""
     weight, packed, scale = (parts.get(name) for name in ("weight", "weight_packed", "weight_scale"))
     if packed is None and scale is None and (weight is None or weight.dtype.itemsize > 1):
         return None

@@ -1,4 +1,4 @@
-"""What a model directory says of how it is quantized."""
+"""Reads how a model directory says that it is quantized."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 MODELOPT_FILE = "hf_quant_config.json"
-"""Where ModelOpt writes it, beside a config.json that may say nothing."""
+"""The file in which ModelOpt describes the quantization; config.json may not mention it."""
 _MODELOPT_FIELDS = ("producer", "quantization")
 
 
 def declared_quantization(path: Path, told: Any) -> Mapping[str, Any] | None:
-    """What config.json tells as its quantization_config, `told`, else what ModelOpt's file tells; None if nothing does.
+    """The quantization_config of config.json (`told`), else ModelOpt's file; None if there is neither.
 
     Raises `CheckpointError` for a file that cannot be read, `UnsupportedError` for one that is not understood.
     """
@@ -47,7 +47,7 @@ def declared_quantization(path: Path, told: Any) -> Mapping[str, Any] | None:
 
 
 def check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.dtype) -> None:
-    """Raise `UnsupportedError` for the codes of a quantized matrix where plain numbers are wanted."""
+    """Raise `UnsupportedError` for the codes of a quantized matrix where plain numbers are expected."""
     if expected.is_floating_point and not (stored.is_floating_point and stored.itemsize > 1):
         raise UnsupportedError(
             f"{path}: {name} is stored as {str(stored).removeprefix('torch.')} in the weight files, and the "

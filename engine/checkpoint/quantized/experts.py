@@ -1,4 +1,4 @@
-"""Experts that a checkpoint holds packed, each by itself, and that the model has merged into one parameter."""
+"""Merges experts that a checkpoint stores packed one by one into the model's stacked parameter."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Piece:
     """A packed matrix of one expert."""
 
     pattern: str
-    """Of the converter that merges it."""
+    """The pattern of the converter that merges it."""
     module: str
-    """Its name in the checkpoint, but for the part."""
+    """The name of its module in the checkpoint."""
     kind: Kind
     forms: Mapping[str, PartForm]
-    """Its parts."""
+    """The tensors that make up the matrix, by part."""
     unread: frozenset[str]
-    """Names of further tensors of it in the checkpoint."""
+    """The names of further tensors of the module in the checkpoint, which are not read."""
 
 
 def stacked(pieces: list[Piece], converter: WeightConverter, shape: torch.Size) -> PackedParameter:
     """The parameter `[experts, rows, columns]` that `converter` makes of `pieces`, which are in the order of experts.
 
-    The converter may put experts behind one another, and the matrices of one expert below one another: bytes of packed
-    matrices can be put so as well. Raises `ValueError` for another converter, and for matrices that are unlike each
-    other, `CheckpointError` for experts that are not there.
+    The converter may stack experts, and concatenate the matrices of one expert by rows: the bytes of packed matrices
+    can be joined alike. Raises `ValueError` for another converter, and for matrices of different formats,
+    `CheckpointError` for missing experts.
     """
     kinds = [type(operation) for operation in converter.operations]
     dims = [getattr(operation, "dim", None) for operation in converter.operations]

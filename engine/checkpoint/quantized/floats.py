@@ -1,4 +1,4 @@
-"""Floats of 8 and 4 bits: quant_method fp8 and fbgemm_fp8, MXFP4 as gpt-oss is published, and ModelOpt's."""
+"""Floats of 8 and 4 bits: quant_method fp8 and fbgemm_fp8, MXFP4 as gpt-oss is published, and ModelOpt's formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.kernels.packed.fours import ModelOptNvFp4, MxFp4Blocks
 from engine.kernels.packed.numbers import InverseScaledNumbers, ModelOptFp8, RowScaledNumbers, ScaledBlocks
 
 _SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-"""Names of modules that are left alone: their tensors tell, too."""
+"""Fields that list unquantized modules; they are not needed, since the tensors' dtypes show it."""
 _MODELOPT_FIELDS = (
     "quant_method",
     "quant_algo",
@@ -77,7 +77,7 @@ def _mxfp4_kind(told: Told, parts: Loads, is_expert: bool) -> Kind | None:
 
 
 def _mxfp4_cut(name: str) -> tuple[str, str] | None:
-    """gpt-oss names a parameter's parts behind it: `gate_up_proj_blocks`."""
+    """Split gpt-oss's names, which append a suffix to the parameter: `gate_up_proj_blocks`."""
     for part in MxFp4Blocks.names:
         if name.endswith(f"_{part}"):
             return name.removesuffix(f"_{part}"), part
@@ -110,7 +110,7 @@ def _modelopt_unrounded(told: Told, has_experts: bool) -> str | None:
 
 
 def _is_small(parts: Loads) -> bool:
-    """Whether a module's weight is of one byte a number."""
+    """Whether a module's weight has one byte a number."""
     return "weight" in parts and form_of(parts["weight"]).dtype.itemsize == 1
 
 

@@ -1,4 +1,4 @@
-"""Types of numbers in GGUF files; which one a matrix is in, the name of its tensor tells."""
+"""The number formats of GGUF files; the name of a matrix's tensor says which one it has."""
 
 from __future__ import annotations
 

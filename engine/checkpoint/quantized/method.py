@@ -1,4 +1,4 @@
-"""What is asked of each way in which checkpoints are quantized."""
+"""The interface of a quantization method of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from engine.kernels.rounded_inputs import InputRounding
 Told = Mapping[str, Any]
 """A quantization_config."""
 Load = Callable[[], torch.Tensor]
-"""Maps a tensor of the checkpoint; nothing of it is read."""
+"""Memory-maps a tensor of the checkpoint without reading it."""
 Loads = Mapping[str, Load]
-"""Of a module's tensors, by their names there."""
+"""The tensors of a module, by their names in it."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Kind:
 
     form: type[PackedMatrix]
     settings: Mapping[str, Any]
-    """Of the format, for its constructor."""
+    """Keyword arguments for the constructor of the format."""
     is_for_experts: bool = True
-    """Experts may come in it, too."""
+    """Whether experts may be stored in it, too."""
 
     @classmethod
     def of(cls, form: type[PackedMatrix], **settings: Any) -> Kind:
-        """A kind for linear layers and experts."""
+        """A format for both linear layers and experts."""
         return cls(form, settings)
 
     def forms(self, loads: Loads) -> dict[str, PartForm]:
-        """Those of a module's tensors that are parts; `ValueError` where one is missing, or not understood."""
+        """The module's tensors that are parts of its matrix; `ValueError` where one is missing, or not understood."""
         form = self.form
         known = {*form.names, *form.optional, *form.unread, "bias"}
         if missing := [name for name in form.names if name not in loads]:
@@ -46,7 +46,7 @@ class Kind:
         return {name: form_of(loads[name]) for name in (*form.names, *form.optional) if name in loads}
 
     def make(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> PackedMatrix:
-        """Raises `ValueError` for parts that do not make such a matrix."""
+        """Build the matrix; raises `ValueError` for parts that do not form one."""
         return self.form(shape, parts, **self.settings)
 
 
@@ -60,30 +60,33 @@ def _nothing(told: Told, has_experts: bool) -> str | None:
 
 @dataclass(frozen=True)
 class Method:
-    """One way in which checkpoints are quantized."""
+    """One quantization method of checkpoints."""
 
     problem: Callable[[Told], str | None]
-    """What a config asks for that cannot be run, in words; None if nothing."""
+    """Why a config's settings cannot be run, in words; None if they can."""
     kind: Callable[[Told, Loads, bool], Kind | None]
-    """The format of a module with these tensors, experts' or not; None if it is not quantized. Raises `ValueError`."""
+    """The format of a module with these tensors, for experts or not; None if it is not quantized. Raises
+    `ValueError`."""
     rounding: Callable[[Told], InputRounding | None] = _no_rounding
     """How inputs of its linear layers are rounded."""
     unrounded: Callable[[Told, bool], str | None] = _nothing
-    """What the format rounds besides weights, and is not rounded here, of a model with experts or without; in words."""
+    """What the format rounds in addition to weights and the engine does not, for a model with experts or without, in
+    words; None if nothing."""
     cut: Callable[[str], tuple[str, str] | None] | None = None
-    """From a tensor's name to the parameter's and the part's, where that is not "module.part"; None: none."""
+    """Splits a tensor's name into the parameter's and the part's, where it is not "module.part"; None: no such
+    names."""
     has_embedding: bool = False
-    """The token embedding may be packed, too."""
+    """Whether the token embedding may be packed, too."""
 
 
 def form_of(load: Load) -> PartForm:
-    """What a tensor of the checkpoint is."""
+    """The dtype and shape of a checkpoint tensor."""
     tensor = load()
     return PartForm(tensor.dtype, tensor.shape)
 
 
 def strange(holder: Told, known: Iterable[str]) -> str | None:
-    """A field that says something, and is none of those whose meaning is honoured, or makes no difference here."""
+    """The first field with a value that is neither supported nor without effect here; None if there is none."""
     known = {*known}
     found = next((key for key, value in holder.items() if value and key not in known), None)
     return None if found is None else f"the field {shown(found)}"

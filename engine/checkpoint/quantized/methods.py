@@ -1,4 +1,4 @@
-"""The ways in which checkpoints are quantized that can be run, by the names that they have in configs."""
+"""The supported quantization methods of checkpoints, by their names in configs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
 
 
 def checked_method(path: Path, quantization: Told) -> str:
-    """What a config's quantization_config says that quantized the model; `UnsupportedError` if it cannot be run."""
+    """The settings of the quantization_config, checked; `UnsupportedError` if they cannot be run."""
     method = quantization.get("quant_method")
     if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
         method = "bitsandbytes"  # as its first checkpoints have it
@@ -59,7 +59,7 @@ def checked_method(path: Path, quantization: Told) -> str:
 
 
 def left_unrounded(path: Path, config: Mapping[str, Any]) -> str | None:
-    """What a directory's format rounds besides weights, and is not rounded here, in words; None if nothing.
+    """What a directory's format rounds in addition to weights and the engine does not, in words; None if nothing.
 
     config: its config.json. Raises `UnsupportedError` as `checked_method` does.
     """
@@ -71,6 +71,6 @@ def left_unrounded(path: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def cure() -> str:
-    """What to do about a checkpoint that cannot be run."""
+    """Advice about a checkpoint that cannot be run."""
     *others, last = METHODS
     return f"take the unquantized checkpoint, or one that is {', '.join(others)} or {last}"

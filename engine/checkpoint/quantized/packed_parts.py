@@ -1,4 +1,4 @@
-"""Finds the packed matrices of a checkpoint that comes quantized, or says why it cannot be run."""
+"""Finds the packed matrices of a quantized checkpoint, or says why it cannot be run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ def find_packed(
 ) -> dict[str, PackedParameter]:
     """The packed parameters of a model directory, by name; reads headers, and a few bytes of some tensors.
 
-    Where the checkpoint has inputs of linear layers rounded, the layers are made to do so.
+    Where the checkpoint rounds the inputs of linear layers, the layers are changed to do so.
 
     quantization: what the model directory declares. owners: the modules of parameters that may be packed, by parameter.
-    Raises `UnsupportedError` for a format, or a use of it, that cannot be run, `CheckpointError` for experts that are
-    not there.
+    Raises `UnsupportedError` for a format, or a use of it, that cannot be run, `CheckpointError` for missing experts.
     """
     name = checked_method(path, quantization)
     return _Finder(path, name, METHODS[name], quantization, owners, names).found()
@@ -48,7 +47,7 @@ class _Finder:
 
     @property
     def _tables(self) -> type[nn.Linear] | UnionType:
-        """What may hold one packed matrix."""
+        """Parameters that may be one packed matrix each."""
         return nn.Linear | nn.Embedding if self.method.has_embedding else nn.Linear
 
     def found(self) -> dict[str, PackedParameter]:
@@ -101,7 +100,7 @@ class _Finder:
         return found
 
     def _may_be_experts(self, kind: Kind, owner: nn.Module, target: str, pattern: str | None) -> bool:
-        """Experts that transformers merges, or that a format holds at once; no embedding, norm or transposed matrix."""
+        """Whether a parameter can be stacked experts: not an embedding, a norm or a transposed matrix."""
         is_stack = _parameter(owner, target).ndim == 3
         return kind.is_for_experts and is_stack and (pattern is not None or self.method.cut is not None)
 
@@ -128,7 +127,7 @@ class _Finder:
         return PackedParameter(matrix, sources, unread=_others(module, loads, forms))
 
     def _at_once(self, kind: Kind, name: str, loads: dict[str, Load], owner: nn.Module, target: str) -> PackedParameter:
-        """Experts `[experts, columns, rows]` whose parts `[experts, ...]` are tensors each."""
+        """Experts `[experts, columns, rows]` whose parts are one tensor `[experts, ...]` each."""
         count, columns, rows = _parameter(owner, target).shape
         whole = kind.forms(loads)
         for part, form in whole.items():
@@ -152,7 +151,7 @@ class _Finder:
 
 
 def _others(module: str, loads: Mapping[str, Load], forms: Mapping[str, PartForm]) -> frozenset[str]:
-    """Names of a module's tensors that are no parts of its matrix, and not its bias."""
+    """The names of a module's tensors that are neither parts of its matrix nor its bias."""
     return frozenset(f"{module}.{name}" for name in loads if name not in forms and name != "bias")
 
 
@@ -161,6 +160,6 @@ def _parameter(owner: nn.Module, target: str) -> torch.Tensor:
 
 
 def _cut(name: str) -> tuple[str, str]:
-    """A tensor's module, and its name there; bitsandbytes names have dots in them."""
+    """Split a tensor's name into module and rest; the rest of bitsandbytes names contains dots."""
     head, dot, tail = name.rpartition(".weight.")
     return (head, f"weight.{tail}") if dot else (name.rpartition(".")[0], name.rpartition(".")[2])

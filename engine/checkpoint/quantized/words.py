@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and AutoRound: whole numbers in 32-bit words of a transposed matrix."""
+"""GPTQ, AWQ and AutoRound: integers packed into 32-bit words of a transposed matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _AUTO_ROUND = {
     "auto_round:auto_awq": "awq",
     "auto_round:awq": "awq",
 }
-"""AutoRound's names of a packing, and whose it is: its own is GPTQ's of version 2."""
+"""AutoRound's packing names and the method they correspond to: its own packing is GPTQ's version 2."""
 _AUTO_ROUND_FIELDS = (
     *("quant_method", "bits", "group_size", "sym", "packing_format", "autoround_version", "data_type", "dataset"),
     *("iters", "nsamples", "seqlen", "batch_size", "gradient_accumulate_steps", "lr", "minmax_lr", "low_gpu_mem_usage"),

@@ -1,4 +1,4 @@
-"""What layers compute of rows between products: by torch's functions, and by one kernel each where a device has it.
+"""Elementwise operations between matrix products: by torch's functions, or by one fused kernel where a device has it.
 
 It imports memory.
 """

@@ -1,7 +1,7 @@
-"""The Triton kernel for gated products of 16 bits (SwiGLU, GeGLU), on accelerators that have Triton.
+"""The Triton kernel for gated products in 16 bits (SwiGLU, GeGLU), on accelerators that have Triton.
 
-By torch's functions the rows between a gate's matrix and the last one are read or written five times; here three times.
-It rounds where torch's functions round.
+With torch's functions the rows between the gate's matrix and the down projection are read or written five times; here
+three times. It rounds where torch's functions round.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 2048
-"""Numbers of a row that one program computes."""
+"""The number of row elements that one program computes."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]

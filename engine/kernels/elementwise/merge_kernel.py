@@ -1,7 +1,7 @@
-"""The Triton kernel that merges attention to a prefix with that to own tokens, on accelerators that have Triton.
+"""The Triton kernel that merges attention over a prefix with attention over own tokens.
 
-By torch's functions it is four kernels, the last of which reads a weight of each head of each row beside every number.
-It rounds where torch's functions round.
+With torch's functions it takes four kernels, the last of which reads one weight per head and row for every element. It
+rounds where torch's functions round, and needs an accelerator with Triton.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 2048
-"""Numbers that one program takes, about."""
+"""The approximate number of elements that one program takes."""
 
 
 @triton.jit(do_not_specialize=["count", "own_head", "shared_head"])  # type: ignore[untyped-decorator]
@@ -52,10 +52,10 @@ def _kernel(  # type: ignore[no-untyped-def]
 def merge_parts(
     output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor
 ) -> None:
-    """Let `output` `[rows, heads, dim]` be the merged one, as `merges.merge` makes it.
+    """Merge in place into `output` `[rows, heads, dim]`, as `merges.merge` does.
 
-    Both of 16 bits and contiguous, on the current device; log-sum-exps `[heads, rows]` in float32, with the rows of a
-    head side by side.
+    Both outputs have 16 bits and are contiguous, on the current device; log-sum-exps `[heads, rows]` are float32, with
+    the rows of a head adjacent.
     """
     rows, heads, dim = output.shape
     if not output.numel():

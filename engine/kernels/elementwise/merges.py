@@ -1,4 +1,4 @@
-"""Attention to two parts of a context becomes that to both: by torch, or by one kernel where a device can have it."""
+"""Merges attention over two parts of a context: by torch, or by one kernel where a device can have it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from engine.kernels.compiled import where_compiled
 
 
 def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> None:
-    """Let `output` `[rows, heads, dim]`, of the own tokens, be that of the prefix (`shared`) and the own ones.
+    """Merge `output` `[rows, heads, dim]`, over own tokens, in place with `shared`, the output over the prefix.
 
-    Log-sum-exps `[heads, rows]`; the weight of the prefix is its share of the sum of exponentials. It is rounded to the
-    dtype of both, and then their mean.
+    Log-sum-exps are `[heads, rows]`; the weight of the prefix is its share of the sum of exponentials. The weight is
+    rounded to the dtype of both outputs, and then their weighted mean is.
     """
     kernel = kernel_for(output.device) if compiled.is_there(output) else None
     if kernel is not None and _fits(output, logsumexp, shared, shared_logsumexp):
@@ -25,7 +25,7 @@ def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, s
 
 
 def _fits(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> bool:
-    """Whether dtypes and places are those that the kernel takes."""
+    """Whether dtypes and devices are those that the kernel supports."""
     return (
         output.dtype == shared.dtype
         and output.dtype in (torch.float16, torch.bfloat16)
@@ -36,12 +36,12 @@ def _fits(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, s
 
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""`merge` for contiguous tensors of 16 bits on the current device."""
+"""The kernel's signature: `merge` for contiguous 16-bit tensors on the current device."""
 
 
 @where_compiled
 def kernel_for() -> Kernel:
-    """Our kernel's function."""
+    """The kernel's function for a device; None without one."""
     from engine.kernels.elementwise.merge_kernel import merge_parts
 
     return merge_parts

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 4096
-"""Numbers that one program takes, at most; a row is never shared out."""
+"""The most elements that one program takes; a row is never split."""
 
 
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]

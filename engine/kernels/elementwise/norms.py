@@ -1,4 +1,4 @@
-"""Norms of rows as families write them, and one kernel in their place where a device can have it."""
+"""Norms of rows as model families write them, and the kernel that replaces them where a device can have it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from engine.kernels.compiled import where_compiled
 
 
 class Scaling(IntEnum):
-    """How the rows of a norm are multiplied by its weight."""
+    """When the rows of a norm are multiplied by its weight."""
 
     ROUNDED = 0
-    """After they were rounded to their dtype."""
+    """After rounding to their dtype."""
     WIDE = 1
-    """In float32, before they are rounded."""
+    """In float32, before rounding."""
     WIDE_FROM_ONE = 2
-    """The same, by 1 + weight."""
+    """In float32, before rounding, by 1 + weight."""
 
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """A norm of rows: each divided by the root of the mean of its squares, in float32, and scaled."""
+    """A root-mean-square norm: each row divided by its root mean square, in float32, and scaled."""
 
     eps: float
-    """What is added to that mean."""
+    """The epsilon that is added to the mean square."""
     scaling: Scaling
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Rows `[…, width]` scaled by weight `[width]`, in the dtype of the rows, by torch's functions."""
+        """Apply torch's functions: rows `[…, width]` scaled by weight `[width]`, in the dtype of the rows."""
         wide = rows.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.scaling is Scaling.ROUNDED:
@@ -43,24 +43,25 @@ class RMSNorm:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """A norm of rows: each less its mean, divided by its standard deviation, scaled and shifted, in float32."""
+    """A layer norm: each row less its mean, divided by its standard deviation, scaled and shifted, in float32."""
 
     eps: float
-    """What is added to the variance."""
+    """The epsilon that is added to the variance."""
     scaling = Scaling.WIDE
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Rows `[…, width]` scaled by weight and shifted by bias `[width]`, all of one dtype, by torch's function."""
+        """Apply torch's function: rows `[…, width]` scaled by weight, shifted by bias `[width]`, all of one dtype."""
         return F.layer_norm(rows, weight.shape, weight, bias, self.eps)
 
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, float, int, torch.Tensor | None], torch.Tensor]
-"""Rows and weight of 16 bits of one dtype on the current device, eps, scaling, and the bias of a `LayerNorm`."""
+"""The kernel's signature: 16-bit rows and weight of one dtype on the current device, eps, scaling, and a layer
+norm's bias."""
 
 
 @where_compiled
 def kernel_for() -> Kernel:
-    """Our kernel's function."""
+    """The kernel's function for a device; None without one."""
     from engine.kernels.elementwise.norm_kernel import norm
 
     return norm

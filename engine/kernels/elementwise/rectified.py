@@ -1,4 +1,4 @@
-"""A product with a matrix whose negative sums become zero while they are written."""
+"""A matrix product with a bias and ReLU, fused into the product's kernel."""
 
 from __future__ import annotations
 

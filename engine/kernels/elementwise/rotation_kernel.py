@@ -1,7 +1,7 @@
-"""The Triton kernel for rotary position embeddings of 16 bits, on accelerators that have Triton.
+"""The Triton kernel for rotary position embeddings in 16 bits, on accelerators that have Triton.
 
-Written out in torch's functions the rotation of queries and keys is ten kernels or more, which read and write them five
-times. Here it is one, and it rounds where torch's functions round.
+With torch's functions the rotation of queries and keys takes ten kernels or more, which read and write them five times.
+Here it is one kernel, and it rounds where torch's functions round.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 2048
-"""Numbers that one program turns, about."""
+"""The number of elements that one program rotates."""
 
 
 @triton.jit(do_not_specialize=["count", "query_heads"])  # type: ignore[untyped-decorator]
@@ -70,9 +70,9 @@ def _kernel(  # type: ignore[no-untyped-def]
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, per_pair: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `rotations.rotated`; the results lie row by row, as projections give queries and keys.
+    """Rotate as `rotations.rotated` does; results are stored row by row, as projections give queries and keys.
 
-    All four have 16 bits and one dtype, are on the current device, and have neighbouring numbers side by side.
+    All four tensors have 16 bits and one dtype, are on the current device, and are contiguous in the last dimension.
     """
     _, query_heads, count, dim = query.shape
     key_heads = key.shape[1]

@@ -1,4 +1,4 @@
-"""Rotary position embeddings as families write them, and one kernel in their place where a device can have it."""
+"""Rotary position embeddings as model families write them, and the kernel that replaces them where possible."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from engine.kernels.compiled import where_compiled
 def rotated(
     query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, per_pair: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys `[1, heads, rows, dim]`, turned by angles whose cosine and sine are `[1, rows, turned]`.
+    """Queries and keys `[1, heads, rows, dim]`, rotated by angles whose cosine and sine are `[1, rows, rotated dim]`.
 
-    Of the first `turned` numbers of a head, those of the first half are turned with those of the second one; the others
-    stay. Products and sums are rounded to the dtype of all four, one by one. per_pair: how often cosine and sine have
-    the number of a pair that is turned; of those that have it once (1), they are `[1, rows, turned / 2]`.
+    Within the first `turned` elements of a head, the first half is rotated with the second half; the others stay.
+    Products and sums are rounded to the dtype of all four, one by one. per_pair: how often cosine and sine hold the
+    value of each rotated pair; with 1 they are `[1, rows, turned / 2]`.
     """
     if per_pair == 1:
         cosine, sine = (torch.cat((table, table), dim=-1) for table in (cosine, sine))
@@ -35,12 +35,12 @@ Kernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
     tuple[torch.Tensor, torch.Tensor],
 ]
-"""`rotated` for four tensors of 16 bits of one dtype on the current device."""
+"""The kernel's signature: `rotated` for four 16-bit tensors of one dtype on the current device."""
 
 
 @where_compiled
 def kernel_for() -> Kernel:
-    """Our kernel's function."""
+    """The kernel's function for a device; None without one."""
     from engine.kernels.elementwise.rotation_kernel import rotate
 
     return rotate

@@ -1,6 +1,6 @@
-"""Experts of a mixture by functions of torch: any device, any dtype.
+"""Mixture of experts with torch's functions, on any device and in any dtype.
 
-Under the mode of batch invariance (`engine.kernels.invariant`) its products and sums are the mode's.
+In batch-invariant mode (`engine.kernels.invariant`) its products and sums are the mode's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def mixture(
 ) -> torch.Tensor:
     """The weighted sum of the experts that each token chose: hidden `[tokens, hidden size]` -> the same shape.
 
-    index, weights: `[tokens, choices]`, of experts from 0 on. A choice of an expert that there is not adds nothing.
-    counts: rows of each expert, if the host knows them already; else it waits for them.
+    index, weights: `[tokens, choices]`; experts are numbered from 0. Choices of experts that do not exist add nothing.
+    counts: the number of rows of each expert, if the host knows them; otherwise the host waits for the device.
     """
     num_choices = index.shape[1]
     chosen = index.flatten()
@@ -43,13 +43,13 @@ def mixture(
 
 
 def rows_of_experts(index: torch.Tensor, count: int) -> list[int]:
-    """How many rows each of so many experts has; the host waits for it."""
+    """The number of rows of each of `count` experts; the host waits for it."""
     rows: list[int] = torch.bincount(index.flatten(), minlength=count).tolist()
     return rows[:count]
 
 
 def _products(rows: torch.Tensor, stack: Stack, biases: torch.Tensor | None, counts: list[int]) -> torch.Tensor:
-    """Rows `[n, k]`, sorted by expert, each times the matrix `[k, m]` of its expert; rows of none become zeros."""
+    """Rows `[n, k]`, sorted by expert, each times the matrix `[k, m]` of its expert; zeros for rows without one."""
     result = rows.new_empty(len(rows), stack.shape[2])
     first = 0
     for group in stack.groups(counts):

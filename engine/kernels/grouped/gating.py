@@ -1,4 +1,4 @@
-"""What families do with the two numbers that the first product gives for each number of the second: a gate."""
+"""The gates that mixture-of-experts families apply between the two products of an expert."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 @dataclass(frozen=True)
 class Gating:
-    """One of the gates that our kernel computes, too: gates a and values b of a row become a row of half the width.
+    """A gate that our kernel supports: gates a and values b of a row become a row of half the width.
 
     Every step is rounded to the dtype of the row.
     """
 
     is_interleaved: bool
-    """Rows are `[a0, b0, a1, b1, …]`; else `[a0, a1, …, b0, b1, …]`."""
+    """Whether rows are `[a0, b0, a1, b1, …]` instead of `[a0, a1, …, b0, b1, …]`."""
     limit: float = float("inf")
-    """Gates are at most this, values at most this far from 0."""
+    """The clamp: gates are at most this, values at most this far from 0; None: no clamp."""
     alpha: float | None = None
-    """(b + 1) * a * sigmoid(alpha * a), as in GPT-OSS; None: silu(a) * b."""
+    """The factor of GPT-OSS's gate (b + 1) * a * sigmoid(alpha * a); None: silu(a) * b."""
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `[…, 2 * width]` -> `[…, width]`, by torch's functions."""
+        """Apply the gate with torch's functions: rows `[…, 2 * width]` -> `[…, width]`."""
         gate, value = (rows[..., ::2], rows[..., 1::2]) if self.is_interleaved else rows.chunk(2, dim=-1)
         gate, value = gate.clamp(max=self.limit), value.clamp(min=-self.limit, max=self.limit)
         if self.alpha is None:

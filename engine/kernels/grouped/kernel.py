@@ -1,4 +1,4 @@
-"""Experts of a mixture by Triton programs of ours, in 16 bits, on cards that have Triton."""
+"""Mixture of experts with Triton kernels, in 16 bits, on GPUs that have Triton."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from engine.kernels.grouped.stack import Stack
 from engine.memory import accelerator
 
 _INNER = 64
-"""Products that are summed at a time; the same for all tiles."""
+"""The number of products that are summed per step; the same for all tiles."""
 _TILES = ((16, 16, 64, 4, 5), (64, 64, 128, 4, 4))
-"""Up to so many rows of an expert on average: the tile's rows and columns, warps, and stages that are loaded ahead."""
+"""Tile configurations up to an average number of rows per expert: rows and columns, warps, and pipeline stages."""
 _LARGE_TILE = 128, 256, 8, 3
 Counts = Sequence[int] | None
-"""Rows of each expert, where the host knows them."""
+"""The number of rows of each expert, where the host knows them."""
 _SUMMED = 1024
-"""Columns of a token that one program sums up."""
+"""The number of columns of a token that one program sums."""
 
 
 def mixture(
     matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, counts: Counts = None
 ) -> torch.Tensor:
-    """As `by_torch.mixture`, for numbers of 16 bits of one dtype, on the current device; the host waits for nothing."""
+    """Like `by_torch.mixture`, for 16-bit numbers of one dtype, on the current device; the host waits for nothing."""
     num_tokens, num_choices = index.shape
     num_pairs = index.numel()
     result = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -68,7 +68,7 @@ def mixture(
 
 
 def _tiles(starts: torch.Tensor, num_pairs: int, rows: int) -> torch.Tensor:
-    """Of each tile that there may be: expert, first row, end of the expert's rows; int32 `[tiles, 3]`."""
+    """The expert, first row and end of the expert's rows for each possible tile; int32 `[tiles, 3]`."""
     count = len(starts) - 1
     most = num_pairs // rows + min(count, num_pairs)  # of each expert one tile that is not full
     tiles = torch.empty(most, 3, dtype=torch.int32, device=starts.device)
@@ -90,10 +90,10 @@ def _multiply(
     rows_of: int = 0,
     gating: Gating | None = None,
 ) -> None:
-    """Fill `result` with products of rows in the order of their experts, a group of these at a time.
+    """Fill `result` with products of rows in the order of their experts, for one group of experts at a time.
 
-    gating: what is done with the products before they are stored. rows_of: places of `order` that belong to each of
-    `rows`, which are gathered; 0: they are in that order already, and what becomes of them is put where `order` says.
+    gating: the gate applied to the products before they are stored. rows_of: the number of entries of `order` for each
+    of `rows`, which are gathered; 0: rows are in that order already, and results are scattered by `order`.
     """
     columns, inner = result.shape[1], stack.shape[1]
     is_interleaved = gating is not None and gating.is_interleaved
@@ -133,7 +133,7 @@ def _multiply(
 
 @cache
 def _sizes(rows: int, device: torch.device, number_bytes: int) -> dict[str, int]:
-    """Of tiles for so many rows of an expert on average, so that they fit into a processor's memory."""
+    """The tile sizes for an average number of rows per expert, such that they fit into a processor's shared memory."""
     tile_rows, tile_columns, warps, stages = next((tile for tile in _TILES if rows <= tile[0]), _LARGE_TILE)[-4:]
     stage_bytes = (tile_rows + tile_columns) * _INNER * number_bytes
     most = accelerator.shared_memory(device) // stage_bytes

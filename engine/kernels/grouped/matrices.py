@@ -1,4 +1,4 @@
-"""What the experts of one layer consist of, whatever family it is of."""
+"""The weights of the experts of one layer, for all model families."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from engine.kernels.grouped.stack import Stack
 
 @dataclass(frozen=True)
 class Matrices:
-    """The matrices of all experts of a layer: two products, and what is done with the numbers between them."""
+    """The matrices of all experts of a layer: two products, and the activation between them."""
 
     first: Stack
-    """`[experts, hidden size, between]`."""
+    """The first product's matrices, `[experts, hidden size, between]`."""
     second: Stack
-    """`[experts, inner size, hidden size]`."""
+    """The second product's matrices, `[experts, inner size, hidden size]`."""
     first_bias: torch.Tensor | None
-    """`[experts, between]`."""
+    """The first product's biases, `[experts, between]`."""
     second_bias: torch.Tensor | None
-    """`[experts, hidden size]`."""
+    """The second product's biases, `[experts, hidden size]`."""
     activation: Callable[[torch.Tensor], torch.Tensor]
-    """Rows of the first product `[rows, between]` -> rows for the second `[rows, inner size]`, each by itself."""
+    """A row-wise function from the first product's rows `[rows, between]` to the second's input `[rows, inner
+    size]`."""
     gating: Gating | None
-    """What `activation` is, if that is known."""
+    """The gate that `activation` computes, if it is a known one."""
 
     @property
     def count(self) -> int:
-        """How many experts there are."""
+        """The number of experts."""
         return self.first.shape[0]

@@ -1,4 +1,4 @@
-"""The weighted sum of the experts that each token chose, by kernels of ours where a device has them, else by torch."""
+"""The weighted sum of the experts that each token chose, by our kernels where a device has them, else by torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Mixture = Callable[[Matrices, torch.Tensor, torch.Tensor, torch.Tensor, list[in
 def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Hidden `[tokens, hidden size]` -> the same shape and dtype; index and weights are `[tokens, choices]`.
 
-    A choice of an expert that there is not (`index` of `matrices.count` or more) adds nothing.
+    Choices of experts that do not exist (`index` of `matrices.count` or more) add nothing.
     """
     computed = (hidden, matrices.first, matrices.second)
     is_narrow = hidden.dtype in (torch.float16, torch.bfloat16) and all(x.dtype == hidden.dtype for x in computed)
@@ -26,9 +26,9 @@ def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weigh
 
 
 def _announced(matrices: Matrices, index: torch.Tensor) -> list[int] | None:
-    """Rows of each expert, where few are chosen of those that would have to be brought; they are told which.
+    """The number of rows of each expert, if only some experts have to be fetched; they are announced to the loader.
 
-    The host waits for that, which takes less time than bringing the others.
+    The host waits for these counts, which takes less time than fetching the other experts.
     """
     stacks = [stack for stack in (matrices.first, matrices.second) if stack.expect is not None]
     counts = rows_of_experts(index, matrices.count) if stacks and index.numel() < matrices.count else None
@@ -40,7 +40,7 @@ def _announced(matrices: Matrices, index: torch.Tensor) -> list[int] | None:
 
 @where_compiled
 def _kernel_for() -> _Mixture:
-    """Our kernels' function."""
+    """Our kernels' function for a device; None without one."""
     from engine.kernels.grouped.kernel import mixture as by_triton
 
     return by_triton

@@ -1,8 +1,8 @@
-"""Triton programs for experts of a mixture in 16 bits: which expert a tile has, two products, and a sum.
+"""Triton programs for a mixture of experts in 16 bits: the expert of each tile, two products, and a sum.
 
-A number of a product is the sum of its terms in the same order, by the same instructions, in tiles of any size: what a
-row becomes depends neither on the rows beside it nor on how many there are (`engine.kernels.invariant.product_kernel`
-rests on the same). Weighted sums are taken token by token, in the order of its choices, without atomics.
+An element of a product is the sum of its terms in the same order, by the same instructions, in tiles of any size: a
+row's result depends neither on the other rows nor on their number (`engine.kernels.invariant.product_kernel` relies on
+this, too). Weighted sums are taken token by token, in the order of its choices, without atomics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def find_tiles(starts, tiles, count, rows: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which expert's rows a tile has: expert, first row, and end of the expert's rows; nothing beyond the last tile."""
+    """Find the expert of each tile: expert, first row, and end of the expert's rows; empty beyond the last tile."""
     tile = tl.program_id(0)
     expert = tl.arange(0, width)
     first = tl.load(starts + expert, mask=expert < count, other=0)
@@ -29,7 +29,7 @@ def find_tiles(starts, tiles, count, rows: tl.constexpr, width: tl.constexpr):  
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gated(gate, value, limit, alpha, kind: tl.constexpr, has_alpha: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As `Gating` does it, rounded wherever torch's own functions round; what is no number stays none."""
+    """Apply `Gating`, rounded wherever torch's own functions round; NaN stays NaN."""
     gate = tl.where(gate > limit, limit, gate).to(kind).to(tl.float32)
     value = tl.where(value > limit, limit, tl.where(value < -limit, -limit, value)).to(kind).to(tl.float32)
     if has_alpha:

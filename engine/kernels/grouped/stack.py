@@ -1,4 +1,4 @@
-"""One matrix of every expert of a layer: numbers in memory, or codes that are expanded for some experts at a time."""
+"""One matrix of every expert of a layer: plain numbers, or codes that are decoded for some experts at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ class Stack:
     shape: torch.Size
     dtype: torch.dtype
     at_once: int
-    """How many experts may be taken at once, of which the first is a multiple of this."""
+    """The most experts that may be taken at once; the first is a multiple of this number."""
     take: Callable[[int, int], torch.Tensor]
-    """Matrices `[end - first, rows, columns]` of experts `first` to `end`; of codes, until others are taken."""
+    """Returns matrices `[end - first, rows, columns]` of experts `first` to `end`; decoded ones stay valid until the
+    next call."""
     expect: Callable[[list[tuple[int, int]]], None] | None = None
-    """Told which groups will be taken next, before the first is, saves bringing the others; None: all are there."""
+    """Announces which groups will be taken, before the first one is, so that the others are not fetched; None: all
+    are there."""
 
     @classmethod
     def of(cls, numbers: torch.Tensor) -> Stack:
-        """One that is in memory as numbers `[experts, rows, columns]`, with any strides."""
+        """A stack of plain numbers `[experts, rows, columns]` in memory, with any strides."""
         return cls(numbers.shape, numbers.dtype, len(numbers), lambda first, end: numbers[first:end])
 
     @property
@@ -36,8 +38,8 @@ class Stack:
     def groups(self, counts: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
         """First and end of consecutive experts that may be taken at once, between multiples of `at_once`.
 
-        counts: rows of each expert, as far as they are known; experts without rows are in a group only where they lie
-        between others of it: each group is brought, and expanded, once.
+        counts: the number of rows of each expert, if known. Experts without rows are in a group only between others of
+        it: each group is fetched, and decoded, once.
         """
         count = self.shape[0]
         for first in range(0, count, self.at_once):

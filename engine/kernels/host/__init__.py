@@ -1,1 +1,1 @@
-"""C that is compiled for the processor at hand, where it runs."""
+"""C functions, compiled for the processor of the machine that runs them."""

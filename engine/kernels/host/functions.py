@@ -15,7 +15,7 @@ _HERE = Path(__file__).parent
 
 @cache
 def loaded() -> ctypes.CDLL | None:
-    """The compiled functions; None, once told, where they cannot be had."""
+    """The compiled functions; None (after one log line) where they are not available."""
     try:
         library.on_torch_threads()
         return ctypes.CDLL(str(library.compiled("host", sorted(_HERE.glob("*.c")), sorted(_HERE.glob("*.h")))))

@@ -1,4 +1,4 @@
-"""C sources compiled for the processor at hand, once, and kept; their functions run on torch's own threads."""
+"""Compiles C sources for this processor, caches the library, and runs its functions on torch's own threads."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from engine.memory.paths import cache_directory
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 60
 FAILURES = (OSError, ValueError, AttributeError, subprocess.SubprocessError)
-"""What `compiled`, opening what it returns and `on_torch_threads` raise where such functions cannot be had.
+"""The exceptions of `compiled`, of opening its result, and of `on_torch_threads` where such functions are not
+available.
 
-There is no compiler or it fails (ValueError: what CC holds is no command), or torch's threads are not GNU OpenMP's.
-"""
+There is no compiler or it fails (ValueError: CC holds no command), or torch's threads are not GNU OpenMP's."""
 
 
 def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
-    """The shared library of `sources`, kept in the cache directory under `name` and what it depends on.
+    """The shared library of `sources`, cached under `name` and a digest of what it depends on.
 
-    It is compiled anew where the kept one is not what was written: calling into half a file would end the process.
+    It is compiled again where the cached file is damaged: calling into half a file would end the process.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or [_compiler()]
     texts = [file.read_bytes() for file in (*sources, *headers)]
@@ -56,16 +56,16 @@ def _digest_of(file: Path) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why one of `FAILURES` came, in one line."""
+    """The reason of one of `FAILURES`, in one line."""
     return " ".join(str(getattr(error, "stderr", None) or error).split())[:300]
 
 
 @cache
 def on_torch_threads() -> Any:
-    """What calls a C function of one pointer on several threads at once: `(function, pointer, threads, 0)`.
+    """A function that runs a C function of one pointer on several threads: `(function, pointer, threads, 0)`.
 
-    It is the function that torch's own loops begin with (GNU OpenMP's, whose name others export, too). Threads of our
-    own would wait for the cores on which torch's wait for more work by spinning.
+    It is the entry point of torch's own parallel loops (GNU OpenMP's, whose name other libraries export, too). Threads
+    of our own would compete for cores with torch's, which wait for more work by spinning.
     """
     start = ctypes.CDLL(None).GOMP_parallel
     start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -86,7 +86,7 @@ def _compiler() -> str:
 
 
 def _cpu_flags() -> str:
-    """What the processor can, where the system tells: a home directory may be shared by machines."""
+    """The processor's features, where the system reports them: a home directory may be shared by machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Attention of prompts on the host: [prefix | own tokens up to itself] for each row, in one pass, without a mask."""
+"""Prefill attention on the host: each row attends to [prefix | own tokens up to itself], in one pass without a mask."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from engine.kernels.host import functions, library
 
 _ROWS_OF_A_TASK = 384
-"""Of one head of queries; `rows_of_task` of the C source says the same."""
+"""The rows of one head of queries per task; `rows_of_task` of the C source must agree."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring spans that continue the same prefix, or none."""
+    """Adjacent spans that continue the same prefix, or none."""
 
     borders: Sequence[int]
-    """First row of each span, and where the last one ends."""
+    """The first row of each span, and the end of the last one."""
     prefix: tuple[torch.Tensor, torch.Tensor] | None
-    """Its keys and values `[length, KV heads, dim]`."""
+    """The prefix's keys and values `[length, KV heads, dim]`."""
 
 
 class _Work(ctypes.Structure):
-    """`struct work` of the C source."""
+    """The C source's `struct work`."""
 
     _fields_ = (
         ("keys", ctypes.c_void_p),
@@ -46,9 +46,9 @@ class _Work(ctypes.Structure):
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: Sequence[Run], scaling: float
 ) -> torch.Tensor | None:
-    """Attend rows to the prefix of their run and to those of their own span up to themselves; None where it cannot.
+    """Attention of rows to their run's prefix and to their own span up to themselves; None where not available.
 
-    That is without a C compiler, and for other numbers than float32.
+    It needs a C compiler and float32.
 
     query `[rows, heads, dim]`, key and value `[rows, KV heads, dim]`, whose runs follow each other from row 0 on;
     returns `[rows, heads, value dim]`.
@@ -90,5 +90,5 @@ def attend(
 
 
 def _with_dense_rows(heads: torch.Tensor) -> torch.Tensor:
-    """Rows `[…, heads, dim]` whose heads are each one piece of memory."""
+    """Make rows `[…, heads, dim]` contiguous within each row."""
     return heads if heads.stride(-1) == 1 else heads.contiguous()

@@ -1,6 +1,6 @@
-"""What layers do with rows between matrices, in one pass each on the host: norms, rotations, gated products.
+"""Elementwise layer functions on the host, in one pass each: norms, rotations, gated products.
 
-All numbers are float32. Sums and products are not rounded one by one as torch's are: results differ in the last bits.
+All numbers are float32. Unlike in torch, sums and products are not rounded one by one: results differ in the last bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.kernels.elementwise.norms import Scaling
 from engine.kernels.host import functions, library
 
 _FEW = 1 << 15
-"""Numbers that one thread has done with before another one is awake."""
+"""The number of elements that one thread finishes before a second one would be awake."""
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., object])
 
@@ -29,7 +29,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, kernel: _Kernel) -> _Ke
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Whether these are numbers that the functions below are made for: a layer may be called with others."""
+    """Whether the functions below support these tensors: a layer may be called with others."""
     return all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
 
 
@@ -50,9 +50,9 @@ def gate_product(gate: torch.Tensor, up: torch.Tensor, activation: int) -> torch
 def norm(
     rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows `[…, width]`, each divided by the root of the mean of its squares, times weight `[width]`.
+    """RMS norm of rows `[…, width]`: each divided by its root mean square, times weight `[width]`.
 
-    With a bias: as `LayerNorm`, for which torch has a function that takes one pass, too.
+    With a bias it is a layer norm, for which torch has a one-pass function, too.
     """
     if bias is not None:
         return F.layer_norm(rows, weight.shape, weight, bias, eps)
@@ -68,7 +68,7 @@ def norm(
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, per_pair: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys `[1, heads, rows, dim]`, turned as `elementwise.rotations.rotated` says."""
+    """Rotate queries and keys `[1, heads, rows, dim]` as `elementwise.rotations.rotated` does."""
     return _rotated(query, cosine, sine, per_pair), _rotated(key, cosine, sine, per_pair)
 
 
@@ -86,7 +86,7 @@ def _rotated(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, per_
 
 
 class _Gates(ctypes.Structure):
-    """`struct gates` of the C source."""
+    """The C source's `struct gates`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("gate", "up", "output")),
@@ -95,7 +95,7 @@ class _Gates(ctypes.Structure):
 
 
 class _Norms(ctypes.Structure):
-    """`struct norms` of the C source."""
+    """The C source's `struct norms`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "weight", "output")),
@@ -106,7 +106,7 @@ class _Norms(ctypes.Structure):
 
 
 class _Rotations(ctypes.Structure):
-    """`struct rotations` of the C source."""
+    """The C source's `struct rotations`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("heads", "cosine", "sine", "output")),

@@ -1,4 +1,4 @@
-"""Arithmetic whose results have the same bits whatever rows are computed beside them.
+"""Batch-invariant arithmetic: the bits of a row's result do not depend on the other rows of the batch.
 
 It imports memory.
 """

@@ -1,4 +1,4 @@
-"""What the mode of batch invariance does with each of torch's functions."""
+"""How batch-invariant mode treats each of torch's functions."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ _MOVES = frozenset(
         "zeros_like",
     ]
 )
-"""Functions that move numbers, compare them or count: nothing is rounded."""
+"""Functions that move, compare or count numbers: nothing is rounded."""
 PRODUCTS = frozenset({"mm", "addmm", "bmm"})
-"""Whose arguments are tensors; on `meta` nothing is computed."""
+"""Functions of products, whose arguments are tensors; on `meta` nothing is computed."""
 ROUNDING = PRODUCTS | {"sum", "mean", "cumsum", "norm", "softmax", "log_softmax", "layer_norm", "rms_norm"}
-"""Kinds of functions whose results have sizes that follow from other sizes."""
+"""Kinds of functions whose result sizes follow from the sizes of their arguments."""
 _ELEMENTWISE = frozenset({"hardswish", "hardswish_", "polar"})
 """Elementwise functions that torch does not mark as such."""
 _KINDS = {
@@ -111,7 +111,7 @@ _KINDS = {
 
 
 def kind_of(func: Any) -> str:
-    """What a function is: a move, elementwise, unknown, or the name of what the mode computes in its place."""
+    """The kind of a function: a move, elementwise, unknown, or the name of the mode's replacement."""
     namespace, _, name = func._schema.name.partition("::")
     if namespace != "aten":
         return "unknown"

@@ -1,4 +1,4 @@
-"""Calls of modules that only moved numbers and changed them one by one: called alike, they will do so again."""
+"""Remembers module calls that only moved numbers or changed them elementwise: equal calls will do so again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 DEVICES = frozenset({"cuda"})
-"""Kinds of devices whose elementwise functions compute a number alike wherever it stands, and whose memory the host
-reads through torch's functions alone."""
+"""Device types whose elementwise functions compute a number alike at any position, and whose memory the host reads
+through torch's functions alone."""
 _TELLING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
-"""What torch marks functions with that tell the host of numbers."""
+"""The torch tags of functions whose results the host can see."""
 _QUIET = frozenset(
     [
         "_reshape_alias",
@@ -50,41 +50,41 @@ _QUIET = frozenset(
         "zeros_like",
     ]
 )
-"""Functions that move numbers and tell the host nothing of them, not even by the size of a result; views besides."""
+"""Functions that move numbers without showing the host any value, not even by the size of a result; and views."""
 _MOST = 1 << 13
-"""Calls that are kept in mind."""
+"""The most calls that are remembered."""
 
 
 class Seen(IntEnum):
-    """What the functions of a call were seen to do, at most."""
+    """The strongest effect that the functions of a call were seen to have."""
 
     QUIET = 0
     """Numbers were moved, and changed one by one."""
     ROUNDED = 1
-    """Numbers were added up. The sizes of a result followed from other sizes."""
+    """Numbers were summed. The sizes of results followed from other sizes."""
     TOLD = 2
-    """The host may have learned of a number, or it is not known what was done."""
+    """The host may have read a number, or an unknown function was called."""
 
 
 class KnownCalls:
-    """What calls of modules were seen to do, by all that may decide what a module computes but the numbers."""
+    """The observed effects of module calls, by everything that may affect a call except the numbers in tensors."""
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, Seen] = {}
 
     def get(self, case: Hashable | None) -> Seen | None:
-        """What a call was seen to do; None for one that was not seen."""
+        """The observed effect of a call; None for a new one."""
         return self._seen.get(case)
 
     def put(self, case: Hashable, seen: Seen) -> None:
-        """Keep in mind what a call was seen to do."""
+        """Remember the effect of a call."""
         if len(self._seen) >= _MOST:
             self._seen.clear()
         self._seen[case] = seen
 
 
 def case_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
-    """A call of `module` but for the numbers in its tensors; None where one of its arguments may hold anything else."""
+    """The key of a call of `module`, without the numbers in its tensors; None where an argument has unknown content."""
     try:
         return module, _described(args), _described(kwargs)
     except _UnknownError:
@@ -92,7 +92,7 @@ def case_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class _UnknownError(Exception):
-    """An argument of which it is not known what it holds."""
+    """Raised for an argument of unknown content."""
 
 
 def _described(value: Any) -> Hashable:
@@ -111,10 +111,10 @@ def _described(value: Any) -> Hashable:
 
 
 def seen_in(func: Any, *values: Any, rounds: bool = False) -> Seen:
-    """What a call of an `aten` function does that is one of the mode's own (`rounds`), or one that rounds nothing.
+    """The effect of a call of an `aten` function, either one of the mode's own (`rounds`) or one that rounds nothing.
 
-    `values`: what the function was given, and what it returned. All tensors must be on a device: those in its own
-    memory a host reads without asking torch.
+    `values`: the function's arguments and results. All tensors must be on a device: the host reads its own memory
+    without asking torch.
     """
     name = func._schema.name.removeprefix("aten::")
     is_known = rounds or func.is_view or name in _QUIET or torch.Tag.pointwise in func.tags
@@ -135,19 +135,19 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 class State:
-    """What Python holds of a module and the modules within it: a call that changes it may differ from the next."""
+    """The Python state of a module and its submodules: a call that changes it may differ from the next."""
 
     def __init__(self, module: nn.Module) -> None:
         self._held = list(_held_by(module))
 
     def is_still(self, module: nn.Module) -> bool:
-        """Whether all of it is the same."""
+        """Whether the state is unchanged."""
         now = list(_held_by(module))
         return len(now) == len(self._held) and all(x is y for x, y in zip(now, self._held, strict=True))
 
 
 def _held_by(module: nn.Module) -> Iterator[Any]:
-    """Attributes, and what is in those that hold others."""
+    """The attributes, and the contents of containers among them."""
     for each in module.modules():
         for value in vars(each).values():
             yield value

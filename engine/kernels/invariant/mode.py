@@ -1,4 +1,4 @@
-"""A mode of torch in which a model's own code computes every row with the same bits, whatever is beside it."""
+"""A torch mode in which a model's own code computes every row with the same bits, whatever the rest of the batch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from engine.kernels.invariant.pointwise import in_vectors
 from engine.kernels.invariant.products import Products
 
 _ALIGNMENT = 16
-"""Bytes at whose multiples a tensor begins for which CUDA's kernels of norms take several numbers at once."""
+"""The address alignment, in bytes, at which CUDA's norm kernels read several numbers at once."""
 
 
 class BatchInvariant(TorchDispatchMode):
-    """Inside, products, sums, norms and softmax are computed in an order that no other row changes.
+    """Inside this mode, products, sums, norms and softmax are computed in an order that does not depend on other rows.
 
-    Elementwise functions and those that only move numbers are torch's own. Any other raises `UnsupportedError`, since
-    it is not known what its order depends on.
+    Elementwise functions and functions that only move numbers are torch's own. All others raise `UnsupportedError`,
+    since the order of their operations is not known.
 
-    Modules that are attached compute at once what the mode would see them compute function by function.
+    Attached modules compute in one step what the mode would intercept function by function.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class BatchInvariant(TorchDispatchMode):
         self._products = Products()
         self._is_on = False
         self._is_watching = False
-        """Whether functions pass through here; not in calls of attached modules that are known."""
+        """Whether functions are intercepted; not so in calls of attached modules that are known."""
         self._seen = Seen.TOLD
-        """What the call of an attached module in hand was seen to do so far."""
+        """The effect of the current call of an attached module so far."""
         self._calls = KnownCalls()
         self._known: dict[Any, str] = {}
 
@@ -76,7 +76,7 @@ class BatchInvariant(TorchDispatchMode):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, attached modules compute as they do in the mode; functions outside of them are not looked at."""
+        """Inside, attached modules compute as in the mode; functions outside of them are not intercepted."""
         self._is_on = True
         try:
             yield
@@ -93,7 +93,7 @@ class BatchInvariant(TorchDispatchMode):
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Inside, all is computed as without the mode, and nothing is seen: for calls that concern one sequence."""
+        """Inside, the mode is off and nothing is intercepted: for calls that concern a single sequence."""
         was_on, self._is_on = self._is_on, False
         try:
             with plain_arithmetic():
@@ -102,10 +102,10 @@ class BatchInvariant(TorchDispatchMode):
             self._is_on = was_on
 
     def attach(self, module: nn.Module) -> None:
-        """Let a module compute at once: linear layers, layer norms, and calls of others that are known.
+        """Let a module compute in one step: linear layers, layer norms, and known calls of other modules.
 
-        What any other module computes is looked at function by function, until it is called in a way in which it was
-        seen to move numbers and change them one by one, aside from modules within it that are attached.
+        The functions of any other module are intercepted, until it is called in a way in which it was seen to move
+        numbers and change them elementwise, aside from attached modules inside it.
         """
         plain = module.forward
         at_once: Callable[..., Any] = partial(self._call, module, plain)
@@ -161,9 +161,9 @@ class BatchInvariant(TorchDispatchMode):
 
     @contextmanager
     def apart(self, seen: Seen = Seen.TOLD) -> Iterator[None]:
-        """Inside, functions are looked at, whatever is known of what calls them, of which they are no part.
+        """Inside, functions are intercepted even in a known call, and do not count as a part of it.
 
-        For code that is called from within an attached module, and whose result has sizes that follow from others.
+        It is for code that is called from within an attached module and whose result sizes follow from other sizes.
         """
         was_watching, before = self._is_watching, self._seen
         self._seen = seen
@@ -254,7 +254,7 @@ def _multiplied(products: Products, module: nn.Linear, rows: torch.Tensor) -> to
 
 
 def plain_arithmetic() -> AbstractContextManager[Any]:
-    """Inside, torch's functions are its own again, at their own speed: for what only moves numbers or rounds them."""
+    """Inside, torch's functions are its own again, at full speed: for code that only moves or rounds numbers."""
     if not torch._C._len_torch_dispatch_stack():
         return nullcontext()  # nothing to keep away; where a mode is, `torch.compile` compiles nothing
     disabled: AbstractContextManager[Any] = torch._C._DisableTorchDispatch()

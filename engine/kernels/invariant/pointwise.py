@@ -1,4 +1,4 @@
-"""Elementwise functions on the CPU, number by number the same wherever a number stands in its tensor."""
+"""Elementwise functions on the CPU whose results do not depend on a number's position in its tensor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 _AT_ONCE = 1 << 14
-"""Numbers that one call takes: fewer than those among which torch's CPU kernels share the work out to threads, whose
-borders may cut a vector."""
+"""The most numbers of one call: fewer than torch's CPU kernels split among threads, since a border between threads
+may cut a vector."""
 _VECTOR = 64
-"""No vector of a CPU holds more numbers."""
+"""At least the number of elements of a CPU vector."""
 _EXACT = frozenset(
     [
         "abs",
@@ -53,14 +53,14 @@ _EXACT = frozenset(
         "where",
     ]
 )
-"""Functions that IEEE 754 rounds in one way, in a vector and alone."""
+"""Functions that IEEE 754 defines exactly, so that they agree in a vector and alone."""
 
 
 def in_vectors(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an elementwise `aten` function so that every number is computed by the vectorized loop.
 
-    What is left over behind the last whole vector is computed by another function (libm's `exp`, say), which rounds
-    otherwise; where that is, depends on how many rows there are, and on the number of threads.
+    Numbers left over after the last whole vector are computed by another function (libm's `exp`, say), which rounds
+    otherwise; which numbers those are depends on the number of rows and of threads.
     """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
     if _is_exact(function, args, kwargs) or not tensors or any(x.device.type != "cpu" for x in tensors):

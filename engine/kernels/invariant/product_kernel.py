@@ -1,8 +1,8 @@
-"""The Triton kernel for products of 16 bit numbers whose rows do not depend on each other, on cards that have Triton.
+"""The Triton kernel for 16-bit matrix products whose rows do not depend on each other, on GPUs that have Triton.
 
-Every number is the sum of its products in the same order, over the whole inner dimension, by the same instructions:
-tiles of other sizes change who computes a number, not how. (Libraries split the inner dimension, or choose other
-instructions, by how many rows there are.)
+Every element is the sum of its products in the same order, over the whole inner dimension, by the same instructions:
+tiles of other sizes change where a number is computed, not how. (Libraries split the inner dimension, or choose other
+instructions, by the number of rows.)
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import triton.language as tl
 from engine.memory import accelerator
 
 _INNER = 64
-"""Products that are summed at a time; the same for all tiles."""
+"""The number of products that are summed per step; the same for all tiles."""
 _GROUP = 8
-"""Tiles of rows whose programs follow each other."""
+"""The number of row tiles whose programs follow each other."""
 _TILES = ((16, 16, 64, 4, 5), (64, 64, 64, 4, 4), (512, 128, 128, 8, 4))
-"""Up to so many rows: the tile's rows and columns, warps, and stages that are loaded ahead; the fastest on an H200."""
+"""Tile configurations up to a number of rows: rows and columns, warps, and pipeline stages; the fastest on an H200."""
 _LARGE_TILE = 256, 128, 8, 3
 
 
@@ -86,7 +86,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 def multiply(rows: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Rows `[b, n, k]` times matrices `[b, k, m]`, plus bias `[m]`: `[b, n, m]` of `dtype`; on the current device.
 
-    Factors of 16 bits, with any strides; sums in float32, rounded once.
+    Factors have 16 bits and any strides; sums are float32 and rounded once.
     """
     num_batches, count, inner = rows.shape
     columns = matrices.shape[2]
@@ -116,7 +116,7 @@ def multiply(rows: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | No
 
 @cache
 def _sizes(tile: tuple[int, ...], device: torch.device, number_bytes: int) -> dict[str, int]:
-    """Of tiles, so that there are enough of them for all of a card's processors, and that they fit into its memory."""
+    """The tile sizes that give all processors of a GPU work and fit into shared memory."""
     tile_rows, tile_columns, warps, stages = tile
     stage_bytes = (tile_rows + tile_columns) * _INNER * number_bytes
     most = accelerator.shared_memory(device) // stage_bytes

@@ -1,4 +1,4 @@
-"""Products of matrices in which the bits of a row do not depend on how many rows there are, nor on its place."""
+"""Matrix products in which the bits of a row depend neither on the number of rows nor on the row's position."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from engine.kernels.compiled import where_compiled
 from engine.kernels.invariant.tiles import Tiles
 
 _LIBRARY_TILES = tuple(1 << power for power in range(12, 3, -1))
-"""Rows that the library is asked for at a time, where it gives the bits of our own kernel."""
+"""The tile sizes, in rows, for which the library is used where it gives the bits of our own kernel."""
 _LEAST = 256
-"""Rows of which fewer are filled up to the next tile, however large; it is the smallest that is one of several."""
+"""Fewer rows are always padded to the smallest tile; it is the smallest size in which a row is one of several."""
 _MOST_FILLED = 1.15
-"""Times the rows that there are: tiles that are wider are not filled up."""
+"""Tiles that would be larger than this many times the number of rows are not padded to."""
 _COMPARED = 128
-"""Rows of such a tile that are compared, at its beginning, middle and end."""
+"""The number of rows of such a tile that are compared, at its beginning, middle and end."""
 _LEAST_COMPARED = 1 << 17
-"""Numbers of a product of which fewer might agree although they are summed otherwise."""
+"""The least numbers of a product to compare: fewer might agree although they are summed in another order."""
 _VARIED = 1024
-"""Rows of a model of which so many are never all alike: random ones stand for fewer."""
+"""The number of a model's rows that are never all alike; random rows are used for fewer."""
 _ALIGNMENT = 256
-"""Bytes at whose multiples memory begins that a library's choice of a kernel tells apart, at most."""
+"""The coarsest memory alignment, in bytes, by which a library chooses kernels."""
 _OURS: tuple[int, ...] = ()
 """The plan of a product that our own kernel computes."""
 
 _Sizes = tuple[torch.device, torch.dtype, int, torch.Size, tuple[int, ...], bool, tuple[int, int]]
-"""Device, dtype and number of the rows, the matrix's sizes and strides, whether nothing is added, and how the matrix
-and what is added are aligned."""
+"""Device, dtype and number of the rows, the matrix's sizes and strides, whether there is a bias, and the alignment
+of matrix and bias."""
 _Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor]
 
 
 class Products:
-    """Computes products of rows in tiles of given sizes: a library takes the same kernel for the same sizes.
+    """Computes products of rows in tiles of fixed sizes: a library uses the same kernel for the same sizes.
 
-    In 16 bits, on cards for which Triton compiles, a kernel of ours takes any number of rows, and the library those of
-    its tiles that are seen to have the same bits as the kernel's.
+    In 16 bits, on GPUs for which Triton compiles, our kernel takes any number of rows, and the library those of its
+    tiles that were seen to have the same bits as the kernel's.
     """
 
     def __init__(self) -> None:
         self._tiles = Tiles()
         self._is_same: dict[_Sizes, bool] = {}
-        """Whether the library has our kernel's bits."""
+        """Whether the library has our kernel's bits, by sizes."""
         self._plans: dict[_Sizes, tuple[int, ...]] = {}
 
     def mm(self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows `[n, k]` times matrix `[k, m]`, plus bias `[m]` or `[n, m]`, of their dtype: `[n, m]`."""
+        """Rows `[n, k]` times matrix `[k, m]`, plus bias `[m]` or `[n, m]`, in their dtype: `[n, m]`."""
         if bias is not None and bias.ndim != 1:
             return self.mm(rows, matrix) + bias
         own = _kernel_for(rows)
@@ -56,7 +56,7 @@ class Products:
         return product if bias is None else product + bias
 
     def bmm(self, rows: torch.Tensor, matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The same for several: `[b, n, k]` times `[b, k, m]` -> `[b, n, m]`, of `dtype` or theirs."""
+        """Batched product: `[b, n, k]` times `[b, k, m]` -> `[b, n, m]`, of `dtype` or theirs."""
         dtype = dtype or rows.dtype
         if matrices.shape[1] == 1:  # a product each, which is added to nothing
             return rows.to(dtype) * matrices.to(dtype)
@@ -98,7 +98,7 @@ class Products:
     def _plan(
         self, own: _Kernel, case: _Sizes, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[int, ...]:
-        """Tiles for the library, one behind the other; `_OURS` where one of them has other bits."""
+        """The consecutive tile sizes for the library; `_OURS` where one of them has other bits."""
         plan: list[int] = []
         left = len(rows)
         if any(size * rows.element_size() % _ALIGNMENT for size in matrix.shape):
@@ -119,9 +119,9 @@ class Products:
 def _has_same_bits(
     own: _Kernel, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, tile: int
 ) -> bool:
-    """Whether the library's product of `tile` rows is our kernel's in so many numbers that it is no coincidence.
+    """Whether the library's product of `tile` rows equals our kernel's in so many numbers that it is no coincidence.
 
-    Sums in another order differ, rounded to bfloat16, in a number of thousands.
+    Sums in another order, rounded to bfloat16, differ in one of some thousand numbers.
     """
     if tile < _VARIED:
         generator = torch.Generator(rows.device).manual_seed(0)
@@ -145,7 +145,7 @@ def _by_library(
 
 
 def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """`rows` with others behind them, whatever they are, `count` in all."""
+    """`rows` padded with arbitrary rows to `count`."""
     times, rest = divmod(count, rows.shape[0])
     if times == 1 and not rest:
         return rows
@@ -153,7 +153,7 @@ def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _kernel_for(rows: torch.Tensor) -> _Kernel | None:
-    """Our own kernel, if it takes rows of this dtype on this device."""
+    """Our own kernel, if it supports this dtype and device."""
     if rows.dtype not in (torch.float16, torch.bfloat16) or rows.device.type != "cuda":
         return None
     return _compiled_for(rows.device)

@@ -1,4 +1,4 @@
-"""Sums, and what is made of them, in an order of additions that follows from the number of terms alone."""
+"""Sums, and functions built on them, in an order of additions that depends on the number of terms alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 def total(terms: torch.Tensor, dims: Sequence[int], *, keepdim: bool = False) -> torch.Tensor:
     """The sum over `dims`, in the dtype of the terms: halves are added to each other until one term is left.
 
-    Torch's own reductions choose their order by how many sums there are.
+    Torch's own reductions choose their order by the number of sums.
     """
     for dim in dims:
         terms = _sum_over(terms, dim)
@@ -52,13 +52,13 @@ def mean(numbers: torch.Tensor, dims: Sequence[int], *, keepdim: bool = False) -
 
 
 def softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
-    """As `torch.softmax`, in float32 at least."""
+    """Like `torch.softmax`, in float32 at least."""
     exps = _exps(scores, dim)
     return exps / total(exps, (dim,), keepdim=True)
 
 
 def log_softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
-    """As `torch.log_softmax`, in float32 at least."""
+    """Like `torch.log_softmax`, in float32 at least."""
     scores = widened(scores)
     least = scores - scores.amax(dim, keepdim=True)
     sums = total(in_vectors(aten.exp.default, (least,), {}), (dim,), keepdim=True)
@@ -73,7 +73,7 @@ def _exps(scores: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def cumulated(terms: torch.Tensor) -> torch.Tensor:
-    """Sums of the first terms over the last dimension, as `torch.cumsum`, by doubling the distance of what is added."""
+    """Cumulative sums over the last dimension, like `torch.cumsum`, by adding at doubling distances."""
     distance = 1
     while distance < terms.shape[-1]:
         terms = torch.cat((terms[..., :distance], terms[..., distance:] + terms[..., :-distance]), dim=-1)
@@ -84,7 +84,7 @@ def cumulated(terms: torch.Tensor) -> torch.Tensor:
 def layer_norm(
     rows: torch.Tensor, sizes: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `torch.native_layer_norm`: rows, their means and the reciprocals of their deviations."""
+    """Like `torch.native_layer_norm`: rows, their means and the reciprocals of their deviations."""
     dims = tuple(range(-len(sizes), 0))
     wide = widened(rows)
     middle = mean(wide, dims, keepdim=True)
@@ -101,7 +101,7 @@ def layer_norm(
 def rms_norm(
     rows: torch.Tensor, sizes: Sequence[int], weight: torch.Tensor | None, eps: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `torch.nn.functional.rms_norm`: rows, and the reciprocals of their root mean squares."""
+    """Like `torch.nn.functional.rms_norm`: rows, and the reciprocals of their root mean squares."""
     wide = widened(rows)
     squares = mean(wide * wide, tuple(range(-len(sizes), 0)), keepdim=True)
     scale = _rsqrt(squares + (torch.finfo(wide.dtype).eps if eps is None else eps))
@@ -115,5 +115,5 @@ def _rsqrt(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def widened(numbers: torch.Tensor) -> torch.Tensor:
-    """float32 for narrower numbers."""
+    """float32 for narrower dtypes, else the dtype itself."""
     return numbers.float() if numbers.dtype in (torch.float16, torch.bfloat16) else numbers

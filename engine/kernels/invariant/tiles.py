@@ -1,7 +1,7 @@
-"""Products by a library, in tiles of one size: it takes the same kernel for the same sizes.
+"""Products by a library in tiles of one size: it uses the same kernel for the same sizes.
 
-A kernel may still treat the rows of a tile differently, by what is left over behind its own tiles or by which thread
-computes them. So each size is tried when it is met first; where a row's place matters, a tile is one row.
+A kernel may still treat the rows of a tile differently, by the remainder of its own tiles or by the thread that
+computes them. So each size is tested when it first occurs; where a row's position matters, a tile is one row.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import torch
 
 _TILE = {"cpu": 32}
 _OTHER_TILE = 64
-"""Rows of a tile, by kind of device."""
+"""The rows of a tile, by device type."""
 _MATRICES = 8
-"""Of a tile of products with several matrices."""
+"""The rows of a tile of products with several matrices."""
 _ALIGNMENT = 64
-"""Bytes at whose multiples torch's allocations begin, at least."""
+"""The alignment of torch's allocations, in bytes, at least."""
 _LEAST_TRIES = 6
 _MOST_TRIES = 64
 _LEAST_COMPARED = 1 << 17
-"""Numbers of products that are compared at least: in 16 bits most of them agree when they are summed otherwise, too."""
+"""The least numbers of products to compare: in 16 bits most numbers agree even if they are summed in another order."""
 
 _Case = tuple[torch.device, torch.dtype, torch.dtype, torch.Size, torch.Size, tuple[int, ...]]
 
 
 class Tiles:
-    """Products whose rows depend neither on each other nor on their places."""
+    """Products whose rows depend neither on each other nor on their positions."""
 
     def __init__(self) -> None:
         self._is_even: dict[_Case, bool] = {}
-        """Whether a row's place does not matter, by sizes, layout and dtypes."""
+        """Whether a row's position does not matter, by sizes, layout and dtypes."""
 
     def mm(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Rows `[n, k]` times matrix `[k, m]`: `[n, m]`."""
@@ -68,7 +68,7 @@ class Tiles:
 
 
 def _is_even(shape: torch.Size, like: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether random rows, moved to other places of a tile of this shape, and with their matrices, keep their bits."""
+    """Whether random rows, moved to other positions of a tile of this shape with their matrices, keep their bits."""
     generator = torch.Generator(like.device).manual_seed(0)
     if len(shape) == 3:  # few of them may be filled; single matrices are large, and fixed
         by = torch.randn(by.shape, device=by.device, generator=generator).to(by.dtype)
@@ -89,7 +89,7 @@ def _is_even(shape: torch.Size, like: torch.Tensor, by: torch.Tensor, dtype: tor
 
 
 def _one_by_one(rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Row by row, and matrix by matrix: slow, and there is only one place."""
+    """Compute row by row, and matrix by matrix: slow, but there is only one position."""
     result = rows.new_empty(*rows.shape[:-1], by.shape[-1], dtype=dtype)
     several = rows.ndim == 3
     for index in range(rows.shape[0] if several else 1):
@@ -102,7 +102,7 @@ def _one_by_one(rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> tor
 def _product(rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`torch.mm` or `torch.bmm`, in `dtype`; on CUDA at the rate of 16 bits.
 
-    Rows begin where an allocation does: libraries look at the alignment, too.
+    Rows begin at the start of an allocation: libraries also choose by alignment.
     """
     if rows.data_ptr() % _ALIGNMENT or not rows.is_contiguous():
         rows = rows.clone(memory_format=torch.contiguous_format)
@@ -114,7 +114,7 @@ def _product(rows: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.
 
 
 def _filled(numbers: torch.Tensor, count: int, dim: int) -> torch.Tensor:
-    """`numbers` with zeros behind them, `count` along `dim`."""
+    """`numbers` padded with zeros to `count` along `dim`."""
     missing = count - numbers.shape[dim]
     if missing <= 0:
         return numbers

@@ -1,1 +1,1 @@
-"""Matrices and experts as quantized checkpoints hold them, and what they stand for."""
+"""Matrices and experts in the packed formats of quantized checkpoints, and their decoding."""

@@ -10,11 +10,11 @@ import torch
 from engine.kernels.packed.matrix import PackedMatrix, PartForm, Parts, chunks
 
 QUANT_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-"""Tensors that hold JSON of how a matrix in 4 bits is coded."""
+"""Tensors that hold JSON with the parameters of a 4-bit matrix."""
 
 
 class FourBitBlocks(PackedMatrix):
-    """bitsandbytes' 4 bits (NF4, FP4): codes of a table, and the largest number of each block, itself coded or not."""
+    """bitsandbytes' 4 bits (NF4, FP4): codes of a table, and the absolute maximum of each block, coded or not."""
 
     names = ("weight", "weight.absmax", "weight.quant_map")
     optional = ("weight.nested_absmax", "weight.nested_quant_map")
@@ -52,7 +52,7 @@ class FourBitBlocks(PackedMatrix):
 
 
 class EightBitRows(PackedMatrix):
-    """bitsandbytes' 8 bits (LLM.int8): int8, and the largest number of each row."""
+    """bitsandbytes' 8 bits (LLM.int8): int8, and the absolute maximum of each row."""
 
     names = ("weight", "SCB")
     unread = ("weight_format",)

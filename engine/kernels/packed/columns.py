@@ -1,4 +1,4 @@
-"""Matrices that GPTQ and AWQ hold transposed, in 32-bit words."""
+"""The transposed matrices of GPTQ and AWQ, in 32-bit words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from engine.kernels.packed.matrix import PackedMatrix, PartForm, Parts, chunks, unpacked, word_bits
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where each number of eight is in its word."""
+"""The position of each of eight numbers in its word."""
 
 
 class _Words(PackedMatrix):
@@ -22,12 +22,12 @@ class _Words(PackedMatrix):
 
 
 class PackedColumns(_Words):
-    """GPTQ: the transposed matrix in words along its columns; zeros along its rows; a group for each input."""
+    """GPTQ: the transposed matrix in words along its columns; zero points along its rows; a group for each input."""
 
     optional = ("g_idx",)
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, group: int, zero_lacks: int) -> None:
-        """group: inputs that share a scale, where there is no g_idx. zero_lacks: what stored zeros are less by."""
+        """group: the inputs that share a scale, where there is no g_idx. zero_lacks: the offset of stored zeros."""
         super().__init__(shape, parts)
         self._bits, self._group = word_bits(parts["qweight"].shape[0], self.columns), group
         # Added to words, not to numbers: it was taken off there, with what that borrows of the neighbour.
@@ -53,7 +53,7 @@ class PackedColumns(_Words):
 
 
 class InterleavedRows(_Words):
-    """AWQ (gemm): the transposed matrix, and its zeros, in words along its rows; eight numbers have their own order."""
+    """AWQ (gemm): the transposed matrix, and its zero points, in words along its rows, in AWQ's order within a word."""
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> None:
         super().__init__(shape, parts)

@@ -1,6 +1,6 @@
-"""The Triton kernel that turns codes and their scales into numbers, on accelerators that have Triton.
+"""The Triton kernel that decodes codes with scales, on accelerators that have Triton.
 
-Codes and scales are read once and numbers are written once, along whichever dimension of the target is contiguous. By
+Codes and scales are read once and numbers are written once, along whichever dimension of the target is contiguous. With
 torch's functions numbers are read and written some ten times, most of them in 32 bits (docs/adr/0006).
 """
 
@@ -21,7 +21,7 @@ _E2M1, _INT4, _E4M3 = (tl.constexpr(int(codes)) for codes in (Codes.E2M1, Codes.
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _float_of(code, mantissa_bits: tl.constexpr, bias: tl.constexpr, sign: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Float32 of a small float's bits int32, of which `sign` is the highest; it has numbers below the least normal."""
+    """Convert a small float's bits (int32, with `sign` the highest bit) to float32; subnormal numbers are supported."""
     magnitude = code & (sign - 1)
     exponent, mantissa = magnitude >> mantissa_bits, magnitude & ((1 << mantissa_bits) - 1)
     normal = ((exponent + (127 - bias)) << 23) | (mantissa << (23 - mantissa_bits))
@@ -87,9 +87,10 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def expand(coded: Coded, matrices: torch.Tensor) -> None:
-    """Fill `matrices` `[matrices, rows, columns]`, with any strides, on the current device.
+    """Decode into `matrices` `[matrices, rows, columns]`, with any strides, on the current device.
 
-    Bit for bit what torch's functions give, but for scales below 2^-126 where a device takes these for nothing.
+    The result is bit-equal to that of torch's functions, except for scales below 2^-126 where a device flushes them to
+    zero.
     """
     count, rows, columns = matrices.shape
     num_bytes = coded.codes.shape[-1]

@@ -1,4 +1,4 @@
-"""Matrices of four-bit floats (E2M1, two in a byte, the first in the low half), with scales of groups in a row."""
+"""Matrices of four-bit floats (E2M1, two in a byte, the first in the low half), with a scale per group of a row."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from engine.kernels.packed.matrix import PartForm, Parts, RowsApart, scaled
 from engine.kernels.packed.numbers import powers_of_two
 
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Of the codes 0 to 7; the codes from 8 on are the same, negative."""
+"""The values of codes 0 to 7; codes from 8 on are the same values, negative."""
 
 
 class FourBitFloats(RowsApart):
     """Codes `[rows, columns / 2]` and scales `[rows, columns / group]`, each in a type of the format's."""
 
     group: ClassVar[int]
-    """Numbers of a row that share a scale."""
+    """The numbers of a row that share a scale."""
     scale_type: ClassVar[torch.dtype]
     rounds_to: ClassVar[torch.dtype] = torch.float32
-    """What the format's library rounds numbers to before they become the model's."""
+    """The dtype to which the format's library rounds numbers before they are converted to the model's."""
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> None:
         super().__init__(shape, parts)
@@ -55,7 +55,7 @@ class FourBitFloats(RowsApart):
 
     @abstractmethod
     def _scales(self, tables: Parts) -> torch.Tensor:
-        """float32 `[..., groups]`."""
+        """The scales as float32 `[..., groups]`."""
 
 
 class NvFp4(FourBitFloats):
@@ -81,13 +81,13 @@ class ModelOptNvFp4(FourBitFloats):
 
 
 class MxFp4(FourBitFloats):
-    """compressed-tensors' mxfp4-pack-quantized: for each group a power of two, stored as its exponent and 127."""
+    """compressed-tensors' mxfp4-pack-quantized: for each group a power of two, stored as its exponent with bias 127."""
 
     names = ("weight_packed", "weight_scale")
     group, scale_type = 32, torch.uint8
 
     def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
-        """Its codes and exponents as they are."""
+        """The codes and exponents, unchanged."""
         codes, scale = (parts[name] for name in self.names)
         return Coded(Codes.E2M1, codes.flatten(2), scale, (1, self.group), torch.float32)
 

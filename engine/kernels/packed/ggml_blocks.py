@@ -1,4 +1,4 @@
-"""Matrices as GGUF files hold them: blocks of a row's numbers, each with its scales beside its codes."""
+"""The matrices of GGUF files: blocks of a row's numbers, each with its scales next to its codes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from engine.kernels.packed.matrix import PartForm, Parts, RowsApart
 
 
 class GgmlBlocks(RowsApart):
-    """Blocks `[..., blocks of a row, bytes]`; the dimensions before them, one after the other, are the rows.
+    """Blocks `[..., blocks of a row, bytes]`; the leading dimensions are flattened to rows.
 
-    Numbers are computed in float32, as the gguf package computes them.
+    Numbers are computed in float32, like in the gguf package.
     """
 
     numbers: ClassVar[int]
-    """Of a block."""
+    """The number of elements of a block."""
     num_bytes: ClassVar[int]
-    """Of a block."""
+    """The number of bytes of a block."""
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> None:
         super().__init__(shape, parts)
@@ -41,7 +41,7 @@ class GgmlBlocks(RowsApart):
 
     @abstractmethod
     def _values(self, blocks: torch.Tensor) -> torch.Tensor:
-        """uint8 `[..., bytes]` -> float32 `[..., numbers]`."""
+        """Decode uint8 `[..., bytes]` -> float32 `[..., numbers]`."""
 
 
 class Q8(GgmlBlocks):
@@ -75,9 +75,9 @@ class Q4WithLeast(GgmlBlocks):
 
 
 class Q6Nested(GgmlBlocks):
-    """Q6_K: 256 numbers of 6 bits, less 32: low 4 bits, high 2 bits, int8 scales of groups of 16, a float16 for them.
+    """Q6_K: 256 numbers of 6 bits, less 32: low 4 bits, high 2 bits, int8 scales of groups of 16, a float16 for all.
 
-    Published Q4_0 files hold their head so, or the token embedding.
+    Published Q4_0 files store their head or the token embedding in this format.
     """
 
     names = ("q6_k",)
@@ -96,7 +96,7 @@ class Q6Nested(GgmlBlocks):
 
 
 FORMS: dict[str, type[GgmlBlocks]] = {form.names[0].upper(): form for form in (Q8, Q4, Q4WithLeast, Q6Nested)}
-"""By ggml's names of the types."""
+"""The block formats by ggml's type names."""
 
 
 def _half(blocks: torch.Tensor, first: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A matrix as a quantized checkpoint holds it: parts that are stored and moved as they are, and what they stand for."""
+"""A matrix of a quantized checkpoint: its parts, which are stored and moved unchanged, and its decoding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from engine.kernels.fused import Fused
 from engine.kernels.packed.coded import Coded
 
 CHUNK_ELEMENTS = 4 << 20
-"""Numbers unpacked at once: some take 16 bytes each meanwhile."""
+"""The most numbers that are unpacked at once: some take 16 bytes each while being unpacked."""
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-"""Types of numbers that are no codes."""
+"""The dtypes of numbers that are not codes."""
 Parts = Mapping[str, torch.Tensor]
 
 
@@ -29,29 +29,29 @@ class PartForm:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor."""
+        """The size of the tensor in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 class PackedMatrix(ABC):
     """A matrix `[rows, columns]` in the parts of one format.
 
-    Numbers come back in the type that the format's own library computes in, and are rounded to the model's from there.
+    Numbers are decoded in the dtype in which the format's own library computes, and then rounded to the model's.
     """
 
     names: ClassVar[tuple[str, ...]]
-    """Parts that every matrix has."""
+    """The parts that every matrix has."""
     optional: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
-    """Further tensors that a checkpoint may contain and that change no number of the matrix."""
+    """Further tensors that a checkpoint may contain and that affect no number of the matrix."""
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm]) -> None:
-        """Raises `ValueError` for parts that do not make such a matrix."""
+        """Raises `ValueError` for parts that do not form such a matrix."""
         self.rows, self.columns = shape
         self.parts = parts
 
     def fill(self, parts: Parts, matrices: torch.Tensor) -> None:
-        """Write the numbers of several such matrices, of parts `[matrices, ...]`, into `[matrices, rows, columns]`.
+        """Decode several such matrices, of parts `[matrices, ...]`, into `[matrices, rows, columns]`.
 
         The target need not be contiguous.
         """
@@ -65,7 +65,7 @@ class PackedMatrix(ABC):
                 raise ValueError(f"{name} is {list(self.parts[name].shape)} instead of {list(shape)}")
 
     def _expect_dtype(self, name: str, *dtypes: torch.dtype) -> None:
-        """Raise `ValueError` unless a part is of one of these types."""
+        """Raise `ValueError` unless a part has one of these dtypes."""
         if name in self.parts and self.parts[name].dtype not in dtypes:
             told = " or ".join(map(type_name, dtypes))
             raise ValueError(f"{name} is {type_name(self.parts[name].dtype)}, not {told}")
@@ -80,14 +80,14 @@ class PackedMatrix(ABC):
 
 
 class RowsApart(PackedMatrix):
-    """A matrix whose rows can be unpacked by themselves, so several matrices are unpacked in the same few calls."""
+    """A matrix whose rows can be unpacked independently, so that several matrices are unpacked in the same calls."""
 
     def fill(self, parts: Parts, matrices: torch.Tensor) -> None:
-        """Write the numbers of several such matrices, as `PackedMatrix.fill` does."""
+        """Decode several such matrices, as `PackedMatrix.fill` does."""
         _fill_rows(matrices, self, parts)
 
     def fill_by_torch(self, parts: Parts, matrices: torch.Tensor) -> None:
-        """The same by functions of torch, on any device."""
+        """Decode with torch's functions, on any device."""
         tables = self._tables(parts)
         whole = max(1, CHUNK_ELEMENTS // (self.rows * self.columns))  # matrices at once
         for first in range(0, len(matrices), whole):
@@ -99,16 +99,16 @@ class RowsApart(PackedMatrix):
                 matrices[which, rows].copy_(self._numbers(cut, matrices.dtype))
 
     def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
-        """What a kernel expands for a target of `dtype`; None for a format or numbers that it does not know."""
+        """The input of the decoding kernel for a target of `dtype`; None for a format that it does not support."""
         return None
 
     @abstractmethod
     def _tables(self, parts: Parts) -> dict[str, torch.Tensor]:
-        """Parts as `[matrices, rows, ...]`, or `[matrices, 1, ...]` where one row stands for all."""
+        """Parts as `[matrices, rows, ...]`, or `[matrices, 1, ...]` where one row applies to all."""
 
     @abstractmethod
     def _numbers(self, tables: Parts, dtype: torch.dtype) -> torch.Tensor:
-        """Numbers `[matrices, rows, columns]` of some matrices and rows, for a target of `dtype`."""
+        """The decoded numbers `[matrices, rows, columns]` of some matrices and rows, for a target of `dtype`."""
 
 
 def _fill_by_torch(matrices: torch.Tensor, form: RowsApart, parts: Parts) -> None:
@@ -132,12 +132,12 @@ _fill_rows = Fused(_fill_by_torch, _kernel)
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """As messages have it."""
+    """The dtype's name in messages."""
     return str(dtype).removeprefix("torch.")
 
 
 def word_bits(words: int, count: int) -> int:
-    """Bits of each of `count` numbers in 32-bit `words`; `ValueError` unless 2, 4 or 8."""
+    """The bits of each of `count` numbers in 32-bit `words`; `ValueError` unless 2, 4 or 8."""
     bits = words * 32 // count
     if bits not in (2, 4, 8):
         raise ValueError(f"{bits} bits a number; 2, 4 and 8 can be run")
@@ -145,14 +145,14 @@ def word_bits(words: int, count: int) -> int:
 
 
 def chunks(count: int, width: int) -> Iterator[slice]:
-    """Slices of `count` rows of `width` numbers."""
+    """Slices of `count` rows of `width` numbers, each of at most `CHUNK_ELEMENTS` numbers."""
     size = max(1, CHUNK_ELEMENTS // width)
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Whole numbers int32 `[..., columns * 32 / bits]` of int32 words `[..., columns]`, low bits first."""
+    """Unpack int32 words `[..., columns]` into integers int32 `[..., columns * 32 / bits]`, low bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 

@@ -1,4 +1,4 @@
-"""Matrices of small numbers, whole or float8, with scales: of all, of rows, of groups in them, or of blocks."""
+"""Matrices of small integers or float8 with scales: one in all, or one per row, group of a row, or block."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class PackedIntegers(RowsApart):
-    """compressed-tensors' pack-quantized: whole numbers of 2, 4 or 8 bits along a row; scales of groups or rows."""
+    """compressed-tensors' pack-quantized: integers of 2, 4 or 8 bits along a row; scales of groups or rows."""
 
     names = ("weight_packed", "weight_scale")
     optional = ("weight_zero_point",)
     unread = ("weight_shape",)
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, in_scale_type: bool = False) -> None:
-        """in_scale_type: computed in the type of the scales, as the library has experts; else in the model's."""
+        """in_scale_type: compute in the dtype of the scales, as the library does for experts; else in the model's."""
         super().__init__(shape, parts)
         self._expect_dtype("weight_packed", torch.int32)
         self._expect_dtype("weight_zero_point", torch.int32)
@@ -34,7 +34,7 @@ class PackedIntegers(RowsApart):
         self._expect({"weight_zero_point": (words, groups)})
 
     def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
-        """Numbers of 4 bits in whole words, without zeros, with a scale for each group of a row."""
+        """The kernel's input for 4-bit integers in whole words, without zero points, with a scale for each group."""
         codes, scales = parts["weight_packed"], parts["weight_scale"]
         groups = scales.shape[-1]
         is_known = self._bits == 4 and "weight_zero_point" not in parts and scales.shape[1:] == (self.rows, groups)
@@ -65,7 +65,7 @@ class ScaledNumbers(RowsApart):
     optional: ClassVar[tuple[str, ...]] = ("weight_zero_point",)
 
     def __init__(self, shape: torch.Size, parts: Mapping[str, PartForm], *, wide: bool = False) -> None:
-        """wide: products are computed in float32 and rounded then; else in the model's type."""
+        """wide: compute products in float32 and round them then; else compute in the model's dtype."""
         super().__init__(shape, parts)
         self._wide = wide
         self._scale = self.names[1]
@@ -86,7 +86,7 @@ class ScaledNumbers(RowsApart):
 
 
 class InverseScaledNumbers(ScaledNumbers):
-    """Float8 of quant_method fp8 without blocks: a scale of the matrix, which it calls the inverse of one."""
+    """Float8 of quant_method fp8 without blocks: one scale of the matrix, stored as "inverse" scale."""
 
     names = ("weight", "weight_scale_inv")
     optional = ()
@@ -100,7 +100,7 @@ class InverseScaledNumbers(ScaledNumbers):
 
 
 class RowScaledNumbers(ScaledNumbers):
-    """Float8 of quant_method fbgemm_fp8: a scale for each row."""
+    """Float8 of quant_method fbgemm_fp8: one scale per row."""
 
     optional = ()
     unread = ("input_scale_ub",)
@@ -111,7 +111,7 @@ class RowScaledNumbers(ScaledNumbers):
 
 
 class ModelOptFp8(ScaledNumbers):
-    """Float8 of ModelOpt: a scale of the matrix."""
+    """ModelOpt's float8: one scale of the matrix."""
 
     optional = ()
     unread = ("input_scale", "k_scale", "v_scale")
@@ -124,7 +124,7 @@ class ModelOptFp8(ScaledNumbers):
 
 
 class ExponentScaledNumbers(RowsApart):
-    """MXFP8: float8, and for each 32 numbers of a row a power of two, stored as its exponent and 127."""
+    """MXFP8: float8, and for each 32 numbers of a row a power of two, stored as its exponent with bias 127."""
 
     names = ("weight", "weight_scale")
 
@@ -144,14 +144,14 @@ class ExponentScaledNumbers(RowsApart):
 
 
 class ScaledBlocks(RowsApart):
-    """Float8 in blocks, of DeepSeek's kind: a scale for each rectangle, which is smaller at the far edges."""
+    """Float8 in blocks, as in DeepSeek's checkpoints: a scale for each rectangle, which is smaller at the far edges."""
 
     names = ("weight", "weight_scale_inv")
 
     def __init__(
         self, shape: torch.Size, parts: Mapping[str, PartForm], *, block: tuple[int, int], wide: bool = True
     ) -> None:
-        """block: rows and columns that share a scale. wide: computed in float32; else in the model's type."""
+        """block: the rows and columns that share a scale. wide: compute in float32; else in the model's dtype."""
         super().__init__(shape, parts)
         self._block, self._wide = block, wide
         self._scale = self.names[1]
@@ -162,7 +162,7 @@ class ScaledBlocks(RowsApart):
         self._expect({self._scale: (-(-self.rows // block[0]), -(-self.columns // block[1]))})
 
     def coded(self, parts: Parts, dtype: torch.dtype) -> Coded | None:
-        """Numbers of e4m3 with a scale, or an exponent of one, for each block."""
+        """The kernel's input for e4m3 numbers with a scale, or an exponent of one, for each block."""
         codes, scales = parts["weight"], parts[self._scale]
         if codes.dtype is not torch.float8_e4m3fn:
             return None
@@ -184,13 +184,13 @@ class ScaledBlocks(RowsApart):
 
 
 class CompressedBlocks(ScaledBlocks):
-    """Float8 in blocks, of compressed-tensors."""
+    """compressed-tensors' float8 in blocks."""
 
     names = ("weight", "weight_scale")
 
 
 def num_groups(scale: torch.Size, shape: torch.Size) -> int:
-    """Groups of a row that have a scale each, by the shape of the scales; `ValueError` where they are of neither."""
+    """The number of groups of a row with a scale each, by the shape of the scales; `ValueError` for other shapes."""
     rows, groups = scale if len(scale) == 2 else (scale.numel(), 1)
     if rows not in (1, shape[0]) or shape[1] % groups:
         raise ValueError(f"weight_scale {list(scale)} is neither of rows nor of groups in them, of {list(shape)}")
@@ -198,11 +198,11 @@ def num_groups(scale: torch.Size, shape: torch.Size) -> int:
 
 
 def as_rows(scales: torch.Tensor) -> torch.Tensor:
-    """Scales `[matrices, rows, groups]` of one, of one a row, or of groups; a single row stands for all."""
+    """Scales as `[matrices, rows, groups]`, from one scale, one per row, or groups; a single row applies to all."""
     return scales if scales.ndim == 3 else scales.reshape(len(scales), -1, 1)
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
-    """float32 of exponents, uint8 with a bias of 127; 255 is not a number."""
+    """Powers of two as float32, from uint8 exponents with a bias of 127; 255 is NaN."""
     numbers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
     return numbers.masked_fill(exponents == 255, torch.nan)

@@ -1,4 +1,4 @@
-"""How the large matrices of layers are stored where a policy encodes them: rounded in groups, or bit for bit.
+"""Codecs for the large matrices of layers, as a policy asks for them: rounded in groups, or lossless.
 
-Imports what `kernels` may import.
+It imports what `kernels` may import.
 """

@@ -1,4 +1,4 @@
-"""Weights in codes of 4 or 8 bits, rounded: 64 consecutive numbers of a matrix are a group."""
+"""Weights in rounded codes of 4 or 8 bits: 64 consecutive numbers of a matrix form a group."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 from engine.kernels.codec import GROUP, Codec
 
 _CHUNK_ELEMENTS = 2 << 20
-"""Encoded at once: it takes about 30 bytes for each, on the device."""
+"""The most numbers that are encoded at once: encoding takes about 30 bytes for each, on the device."""
 
 
 @dataclass(frozen=True)
 class GroupCodes:
-    """A `WeightCodec`: what `Codec` makes of a flat parameter, its codes, scales and multiples one after the other."""
+    """A `WeightCodec` that applies `Codec` to a flat parameter: its codes, scales and multiples one after the other."""
 
     codec: Codec
     rounds: ClassVar[bool] = True
     working_part: ClassVar[float] = 0.5
-    """Half bytes of a matrix are spread over whole ones before they become numbers."""
+    """Decoding first spreads half bytes over whole ones."""
 
     def takes(self, name: str, like: torch.Tensor) -> bool:
-        """Groups must not reach over the end of a matrix: experts arrive one at a time."""
+        """Whether groups fit: none may reach over the end of a matrix, since experts arrive one at a time."""
         return like.shape[-2:].numel() % GROUP == 0
 
     def num_weight_bytes(self, like: torch.Tensor) -> int:
-        """Codes, scales and multiples."""
+        """The bytes of codes, scales and multiples."""
         return self.codec.num_bytes(like.numel())
 
     def weight_ranges(self, like: torch.Tensor, first_element: int, num_elements: int) -> list[tuple[int, int]]:
-        """Of codes, scales and multiples."""
+        """The ranges of codes, scales and multiples."""
         return self.codec.ranges(first_element, num_elements, like.numel())
 
     def encoded(
         self, name: str, like: torch.Tensor, first_element: int, values: torch.Tensor, device: torch.device
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """A chunk after the other."""
+        """Encode one chunk after the other."""
         for at in range(0, values.numel(), _CHUNK_ELEMENTS):
             chunk = values[at : at + _CHUNK_ELEMENTS].to(device)
             places = self.weight_ranges(like, first_element + at, chunk.numel())
@@ -46,5 +46,5 @@ class GroupCodes:
                 yield place, part.cpu()
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        """By a kernel, where there is one."""
+        """Decode by a kernel, where there is one."""
         self.codec.decode_parts(parts, values)

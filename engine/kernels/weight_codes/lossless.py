@@ -1,4 +1,4 @@
-"""bfloat16 weights in about 12.1 bits each, which come back bit for bit (docs/adr/0027)."""
+"""Lossless codes for bfloat16 weights, about 12.1 bits each (docs/adr/0027)."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from engine.memory.layout import align, lay_out
 
 _TABLE_BYTES = 16
 _HOST_TILES, _DEVICE_TILES = 256, 1024
-"""Expanded at once by torch: a number takes about 20 bytes meanwhile, on the host in its caches."""
+"""The most tiles that torch decodes at once: a number takes about 20 bytes then; on the host they stay in its
+caches."""
 
 
 @dataclass(frozen=True)
 class Lossless:
-    """A `WeightCodec`. Each matrix, or expert, has a table of its 15 commonest exponents.
+    """A lossless `WeightCodec`. Each matrix, or expert, has a table of its 15 commonest exponents.
 
-    Its parts: sign and mantissa of each number, a byte; codes of four bits, of which a byte holds that of a number of a
-    tile's first half in its low bits, and that of the number `HALF` behind it in its high bits; the table; and of the
-    escapes, in order, where those of each tile begin, their places in their tiles, and their exponents. Stored bytes
-    are the first parts of all matrices, then the second ones, and so on, aligned.
+    Its parts are: a byte of sign and mantissa for each number; codes of four bits, two in a byte, for a number of a
+    tile's first half (low bits) and the number `HALF` after it (high bits); the table; and for the escapes, in order,
+    the start of each tile's escapes, their positions in their tiles, and their exponents. Stored bytes are the first
+    parts of all matrices, then the second ones, and so on, aligned.
     """
 
     plain: frozenset[str] = frozenset()
-    """Parameters that stay as they are: they have too many escapes."""
+    """Parameters that are not encoded because they have too many escapes."""
     rounds: ClassVar[bool] = False
     working_part: ClassVar[float] = 0.0
 
     def takes(self, name: str, like: torch.Tensor) -> bool:
-        """Of bfloat16, what becomes smaller by it."""
+        """Whether a parameter is bfloat16 and becomes smaller by encoding."""
         return like.dtype == torch.bfloat16 and name not in self.plain and self.num_weight_bytes(like) < like.nbytes
 
     def num_weight_bytes(self, like: torch.Tensor) -> int:
-        """All parts."""
+        """The bytes of all parts."""
         return _layout(like)[-1][1]
 
     def weight_ranges(self, like: torch.Tensor, first_element: int, num_elements: int) -> list[tuple[int, int]]:
-        """Of the six parts."""
+        """The ranges of the six parts."""
         size = max(1, like.shape[-2:].numel())
         first, end = first_element // size, (first_element + num_elements) // size
         return [(begin + first * each, begin + end * each) for begin, _, each in _layout(like)]
@@ -51,7 +52,7 @@ class Lossless:
     def encoded(
         self, name: str, like: torch.Tensor, first_element: int, values: torch.Tensor, device: torch.device
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """On the host, whose cores have the numbers at hand."""
+        """Encode on the host, where the numbers are."""
         size = max(1, like.shape[-2:].numel())
         if first_element % size or values.numel() % size:
             raise UnsupportedError(f"compress-weight: lossless: {name} comes in pieces, not by matrices; leave it out")
@@ -61,7 +62,7 @@ class Lossless:
                 yield from encoder.encode(name, values[at : at + size], places)
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        """By a kernel, where there is one, else by torch."""
+        """Decode by a kernel where there is one, else by torch."""
         if not values.numel():
             return
         count = len(parts[2]) // _TABLE_BYTES
@@ -71,7 +72,7 @@ class Lossless:
 
 
 def _layout(like: torch.Tensor) -> list[tuple[int, int, int]]:
-    """First byte, end and bytes for each matrix of the parts of a parameter."""
+    """The first byte, the end and the bytes per matrix of each part of a parameter."""
     size = like.shape[-2:].numel()
     count = like.numel() // size if size else 0
     tiles, room = -(-size // TILE), size // NUMBERS_PER_ESCAPE
@@ -81,7 +82,7 @@ def _layout(like: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def _expand(numbers: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """Write the bits int16 `[matrices, size]` of numbers, by torch's functions; parts are `[matrices, …]`."""
+    """Write the bits int16 `[matrices, size]` of numbers, with torch's functions; parts are `[matrices, …]`."""
     for index, matrix in enumerate(numbers):
         _expand_matrix([part[index] for part in parts], matrix)
 
@@ -107,7 +108,7 @@ def _tiles_at_once(device: torch.device) -> int:
 
 
 def _bits(fractions: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """Numbers as int16, of sign and mantissa, and of exponents."""
+    """Combine sign and mantissa with exponents to bfloat16 numbers as int16."""
     wide = fractions.to(torch.int16)
     return ((wide & 128) << 8) | (wide & 127) | (exponents.to(torch.int16) << 7)
 

@@ -1,4 +1,4 @@
-"""Encodes matrices of bfloat16 for `Lossless`, on the host's cores: they keep up with what a disk reads."""
+"""Encodes bfloat16 matrices for `Lossless` on the host's cores, which keep up with a disk."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from engine.errors import UnsupportedError
 from engine.memory.cores import usable_cores
 
 TILE = 2048
-"""Numbers whose escapes are found together."""
+"""The numbers of a tile, whose escapes are stored together."""
 HALF = TILE // 2
 NUM_EXPONENTS = 15
-"""That have a code."""
+"""The number of exponents that have a code."""
 ESCAPE = 15
-"""The code of a number whose exponent is none of the 15 commonest of its matrix."""
+"""The code of a number whose exponent is not among the 15 commonest of its matrix."""
 NUMBERS_PER_ESCAPE = 320
-"""Of a matrix, numbers for each of which there is room for one escape."""
+"""A matrix has space for one escape per so many numbers."""
 _CHUNK_ELEMENTS = 256 * TILE
-"""Encoded at once by a core, within its caches."""
+"""The numbers that a core encodes at once, within its caches."""
 _MOST_CHUNKS = 256
-"""Encoded before any is taken, of less than a megabyte each."""
+"""The most encoded chunks that wait to be taken, of less than a megabyte each."""
 _SAMPLED_PART = 0.5
-"""Of the room for escapes, what those of a sample may fill."""
+"""The part of the space for escapes that the escapes of a sample may fill."""
 
 Array = Any
-"""Of numpy."""
+"""A numpy array."""
 
 
 class Encoder:
-    """Threads that encode. A context manager: they are there inside.
+    """Threads that encode; a context manager that starts and ends them.
 
-    numpy's functions take one core each, and let others go on meanwhile.
+    numpy's functions use one core each, and release the interpreter meanwhile.
     """
 
     def __init__(self) -> None:
@@ -49,9 +49,9 @@ class Encoder:
         self._pool.shutdown(cancel_futures=True)
 
     def encode(self, name: str, values: torch.Tensor, places: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Stored bytes of a matrix's flat `values`, (place, uint8) a chunk after the other; parts begin at `places`.
+        """Yield the stored bytes of a matrix's flat `values`, (position, uint8) per chunk; parts begin at `places`.
 
-        Raises `UnsupportedError`, with `name`, for more escapes than there is room for.
+        Raises `UnsupportedError`, with `name`, for more escapes than there is space for.
         """
         chunks = values.split(_CHUNK_ELEMENTS)
         table = commonest(self._pool.map(_counts, chunks))
@@ -77,13 +77,13 @@ class Encoder:
             yield place, torch.from_numpy(part.view(np.uint8))
 
     def _few(self, call: Callable[[torch.Tensor], tuple[Array, ...]], chunks: Sequence[torch.Tensor]) -> Iterator[Any]:
-        """What `call` makes of each, so few at a time that what waits to be taken is little."""
+        """The results of `call`, computed only a few ahead of the consumer."""
         for first in range(0, len(chunks), _MOST_CHUNKS):
             yield from self._pool.map(call, chunks[first : first + _MOST_CHUNKS])
 
 
 def is_worth_it(sample: torch.Tensor) -> bool:
-    """Whether a matrix that flat `sample` is taken from has few enough escapes, by far."""
+    """Whether a matrix from which flat `sample` was taken has clearly few enough escapes."""
     counts = _counts(sample)
     escapes = int(counts.sum() - counts[commonest([counts])].sum())
     return escapes <= _SAMPLED_PART / NUMBERS_PER_ESCAPE * sample.numel()
@@ -108,9 +108,9 @@ def _counts(values: torch.Tensor) -> Array:
 
 
 def _coded(code_of: Array, values: torch.Tensor) -> tuple[Array, ...]:
-    """Sign and mantissa, codes, and of escapes their number in each tile, their places in it, and their exponents.
+    """Sign and mantissa, codes, and the escapes' number per tile, positions in their tiles and exponents.
 
-    values: whole tiles, of which the last may end early.
+    values: whole tiles; the last may be shorter.
     """
     bits = _bits(values)
     exponents, fractions = _exponents(bits), ((bits & 127) | ((bits >> 8) & 128)).astype(np.uint8)

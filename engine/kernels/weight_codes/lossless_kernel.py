@@ -1,4 +1,4 @@
-"""The Triton kernel that expands bfloat16 weights bit for bit: stored bytes are read once, numbers written once."""
+"""The Triton kernel that decodes lossless weights: stored bytes are read once, numbers written once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 def expand(numbers: torch.Tensor, parts: Sequence[torch.Tensor], half: int) -> None:
     """Write the bits int16 `[matrices, size]` of numbers; parts `[matrices, …]` as `Lossless` has them.
 
-    half: numbers of half a tile.
+    half: the numbers of half a tile.
     """
     count, size = numbers.shape
     num_tiles = parts[3].shape[1] - 1

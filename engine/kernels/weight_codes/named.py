@@ -1,4 +1,4 @@
-"""Which codec a policy's compress-weight means."""
+"""The weight codec for a policy's compress-weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.policy import WeightCodes
 
 
 def weight_codec_of(codes: WeightCodes, plain: frozenset[str] = frozenset()) -> WeightCodec | None:
-    """The codec of weights; `plain` are parameters that a lossless one leaves as they are."""
+    """The codec of weights; `plain` are parameters that a lossless codec does not encode."""
     if codes is None:
         return None
     return Lossless(plain) if codes == "lossless" else GroupCodes(Codec(codes))

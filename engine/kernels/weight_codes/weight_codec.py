@@ -1,4 +1,4 @@
-"""What encodes the large matrices of layers, and expands them before they are multiplied with."""
+"""The interface of codecs for the large matrices of layers, which are decoded before they are multiplied."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import torch
 
 
 class WeightCodec(Protocol):
-    """A parameter's stored bytes, and how they are made and expanded.
+    """Encodes and decodes a parameter's stored bytes.
 
-    `like` is the parameter as it is computed with: its dtype and shape count, and no numbers of it are looked at. Of
-    experts that are merged into one parameter, each is encoded by itself, so that it can be expanded by itself.
+    `like` is the parameter in its computed form: only its dtype and shape are used. Of experts that are merged into one
+    parameter, each is encoded by itself, so that it can be decoded by itself.
     """
 
     rounds: ClassVar[bool]
-    """Whether numbers come back as others; if not, a head that is not tied to the token embedding is encoded, too."""
+    """Whether the codec is lossy; if not, a head that is not tied to the token embedding is encoded, too."""
     working_part: ClassVar[float]
-    """Of a layer's numbers, how many bytes more are in use on the device while they are expanded."""
+    """The additional bytes on the device while a layer is decoded, per number of the layer."""
 
     def takes(self, name: str, like: torch.Tensor) -> bool:
-        """Whether a parameter can be encoded, and is to be."""
+        """Whether the codec encodes a parameter."""
 
     def num_weight_bytes(self, like: torch.Tensor) -> int:
-        """Stored bytes of a parameter."""
+        """The number of stored bytes of a parameter."""
 
     def weight_ranges(self, like: torch.Tensor, first_element: int, num_elements: int) -> list[tuple[int, int]]:
-        """Where in them the parts of consecutive numbers lie, which are those of whole experts, or all."""
+        """The ranges, in the stored bytes, of the parts of consecutive numbers: whole experts, or all numbers."""
 
     def encoded(
         self, name: str, like: torch.Tensor, first_element: int, values: torch.Tensor, device: torch.device
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Stored bytes of flat `values`, which are the parameter's from `first_element` on: (place, uint8 on the host).
+        """Yield stored bytes of flat `values`, the parameter's numbers from `first_element` on: (position, uint8).
 
-        `device` may compute them, a few numbers at a time. Raises `UnsupportedError` for numbers that have no room.
+        The bytes are on the host; `device` may be used to encode, a few numbers at a time. Raises `UnsupportedError`
+        for numbers without space.
         """
 
     def decode_parts(self, parts: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        """Write the numbers of stored bytes that lie as `weight_ranges` says into flat `values`."""
+        """Decode the stored bytes, given as `weight_ranges` returns them, into flat `values`."""

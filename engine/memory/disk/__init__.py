@@ -1,4 +1,4 @@
-"""Files of the disk tier: opened past the page cache, read and written by several threads.
+"""Files of the disk tier: opened for direct I/O, read and written by several threads.
 
 It imports only the ground: errors, job, policy.
 """

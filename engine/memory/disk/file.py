@@ -1,4 +1,4 @@
-"""A file of the disk tier, nameless or a checkpoint's own, read and written past the page cache (pure)."""
+"""A file of the disk tier, unnamed or of a checkpoint, read and written by direct I/O (pure)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 from engine.errors import CapacityError, ConfigError, EngineError
 
 BLOCK = 4096
-"""Bytes to which direct reads and writes are aligned: their place in the file, their size and their memory."""
+"""The alignment, in bytes, of direct reads and writes: of their offset, their size and their memory."""
 PIECE_BYTES = 8 << 20
-"""Size of one request of many that are under way at once."""
+"""The size of one request of many that are under way at once."""
 READERS = 8
-"""Requests under way at once."""
+"""The number of requests that are under way at once."""
 _GAP_BYTES = 64 << 10
-"""Unwanted bytes that are read along: they take less time than another request."""
+"""The most unwanted bytes between two parts that one request reads: they take less time than another request."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _NAMELESS = getattr(os, "O_TMPFILE", 0)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,24 +29,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class DiskFile:
     """An open file for requests of whole blocks, from several threads at once.
 
-    Where the file system knows direct access, nothing of it is in the page cache; elsewhere the system is asked to
-    forget each piece again.
+    Where the file system supports direct I/O, nothing of it is in the page cache; elsewhere the system is told to drop
+    each piece from it.
     """
 
     def __init__(self, handle: int, name: str, *, is_direct: bool) -> None:
         self.name = name
-        """What messages call it."""
+        """The file's name in messages."""
         self.is_direct = is_direct
         self.writing = threading.Lock()
-        """Held by who writes parts of blocks: they are read, changed and written again."""
+        """Held while parts of blocks are written: blocks are read, changed and written again."""
         self._handle = handle
 
     @classmethod
     def create(cls, directory: str, num_bytes: int) -> DiskFile:
-        """A file without a name in `directory`, which is made if it is missing; reads as zeros.
+        """Create an unnamed file in `directory`, which is created if missing; it reads as zeros.
 
-        The system frees it when the process ends, however it ends. Raises `CapacityError` when there is no room for
-        `num_bytes`, `ConfigError` for a directory that cannot be written.
+        The system frees it however the process ends. Raises `CapacityError` when there is no room for `num_bytes`,
+        `ConfigError` for a directory that cannot be written.
         """
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class DiskFile:
 
     @classmethod
     def open(cls, path: Path) -> DiskFile:
-        """An existing file, to be read only; `EngineError` when it cannot be opened."""
+        """Open an existing file for reading; `EngineError` when it cannot be opened."""
         try:
             handle, is_direct = _open_direct(str(path), os.O_RDONLY)
         except OSError as error:
@@ -74,13 +74,13 @@ class DiskFile:
         return cls(handle, str(path), is_direct=is_direct)
 
     def grow(self, directory: str, num_bytes: int) -> None:
-        """Make a file of `create` larger; what it holds stays."""
+        """Enlarge a file of `create`; its content stays."""
         self._claim(directory, num_bytes)
 
     def read(self, first: int, memory: memoryview, needed: int) -> None:
         """Fill `memory` with the bytes from `first` on, or at least `needed` of them where the file ends.
 
-        Place, size and memory are aligned to `BLOCK`. Raises `EngineError` with name and place.
+        Offset, size and memory are aligned to `BLOCK`. Raises `EngineError` with name and offset.
         """
         done = 0
         while done < needed:
@@ -100,7 +100,7 @@ class DiskFile:
             os.posix_fadvise(self._handle, first, len(memory), os.POSIX_FADV_DONTNEED)
 
     def write(self, first: int, memory: memoryview) -> None:
-        """Write whole blocks from `first` on; `CapacityError` for a full disk, else `EngineError` with the place."""
+        """Write whole blocks from `first` on; `CapacityError` for a full disk, else `EngineError` with the offset."""
         done = 0
         while done < len(memory):
             try:
@@ -120,14 +120,14 @@ class DiskFile:
             os.posix_fadvise(self._handle, first, len(memory), os.POSIX_FADV_DONTNEED)
 
     def settle(self) -> None:
-        """Return when everything written is on the disk."""
+        """Wait until everything written is on the disk."""
         try:
             os.fdatasync(self._handle)
         except OSError as error:
             raise _failed_to_settle(self.name, error) from None
 
     def close(self) -> None:
-        """Close it: a nameless file is gone. Nothing may be under way."""
+        """Close the file, which deletes an unnamed one. No request may be under way."""
         os.close(self._handle)
 
     def _claim(self, directory: str, num_bytes: int) -> None:
@@ -144,29 +144,29 @@ class DiskFile:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes of a file, and where in memory they belong."""
+    """A byte range of a file, and its offset in memory."""
 
     file: DiskFile
     first: int
     end: int
     at: int
-    """Offset in the memory that they are read into or written from."""
+    """The offset in the memory to which, or from which, it is copied."""
 
 
 @dataclass
 class Request:
-    """Whole blocks of a file that are read or written at once, and the parts of them that are wanted."""
+    """Whole blocks of a file that are read or written at once, and the wanted parts of them."""
 
     file: DiskFile
     first: int
     end: int
-    """Of the last wanted byte; what is read is aligned."""
+    """The end of the last wanted byte; what is read is aligned."""
     parts: list[tuple[int, int, int]] = field(default_factory=list)
     """(offset in the request, offset in memory, bytes)."""
 
     @property
     def num_bytes(self) -> int:
-        """Whole blocks."""
+        """The size in whole blocks."""
         return align_up(self.end - self.first)
 
 

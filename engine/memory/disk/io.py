@@ -1,4 +1,4 @@
-"""Reads and writes many parts of files at once, each piece past the page cache and straight to its memory."""
+"""Reads and writes many parts of files at once, by direct I/O into their target memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _SMALL_BYTES = 1 << 20
-"""Size of a request that goes through a thread's own aligned memory."""
+"""The largest size of a request that uses a thread's own aligned buffer."""
 
 Bytes = np.ndarray[Any, Any]
 
@@ -29,16 +29,16 @@ class DiskIO:
         self._own = threading.local()
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Let one of the threads do `work`."""
+        """Run `work` in one of the threads."""
         return self._pool.submit(work, *arguments)
 
     def read(self, spans: Iterable[ByteRange], memory: torch.Tensor) -> list[Future[None]]:
-        """Start reading `spans` into host `memory` (uint8 `[bytes]`); it is filled when all the futures are done."""
+        """Start reading `spans` into host `memory` (uint8 `[bytes]`), which is filled when all the futures are done."""
         flat: Bytes = memory.numpy()
         return [self._pool.submit(self._read, request, flat) for request in requests_of(spans, _SMALL_BYTES)]
 
     def write(self, file: DiskFile, spans: Iterable[ByteRange], memory: torch.Tensor) -> None:
-        """Write `spans` of `file` from host `memory` (uint8 `[bytes]`); returns when the file has them all."""
+        """Write `spans` of `file` from host `memory` (uint8 `[bytes]`); returns when all are written."""
         flat: Bytes = memory.numpy()
         with file.writing:
             pieces = requests_of(spans, _SMALL_BYTES, BLOCK)
@@ -49,7 +49,7 @@ class DiskIO:
             wait_for(futures)
 
     def close(self) -> None:
-        """Return when nothing is under way any more; what has not begun is dropped."""
+        """Wait for the work under way, and drop the work that has not begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, request: Request, memory: Bytes) -> None:
@@ -67,7 +67,7 @@ class DiskIO:
         request.file.write(request.first, buffer.data)
 
     def _buffer(self, num_bytes: int) -> Bytes:
-        """Aligned memory of this thread, good until it asks again."""
+        """The aligned buffer of this thread, valid until the next call."""
         held: Bytes | None = getattr(self._own, "buffer", None)
         if held is None or len(held) < num_bytes:
             held = np.frombuffer(mmap.mmap(-1, align_up(num_bytes)), dtype=np.uint8)
@@ -76,7 +76,7 @@ class DiskIO:
 
 
 def wait_for(futures: Iterable[Future[None]]) -> None:
-    """Return when all are done; raises the first fault, but not before."""
+    """Wait until all are done, then raise the first error, if any."""
     fault: BaseException | None = None
     for future in futures:
         fault = fault or future.exception()
@@ -85,7 +85,7 @@ def wait_for(futures: Iterable[Future[None]]) -> None:
 
 
 def _is_covered(request: Request) -> bool:
-    """Whether a request's parts are all of its blocks."""
+    """Whether a request's parts cover all of its blocks."""
     reached = 0
     for offset, _, size in request.parts:
         if offset > reached:

@@ -1,4 +1,4 @@
-"""Tables of rows on disk: written behind the computation, read ahead of it, through host memory near the device."""
+"""Tables of rows on disk, written after and read ahead of the computation, by way of host memory."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from engine.memory.disk.file import ByteRange, DiskFile
 from engine.memory.disk.io import wait_for
 
 _BEHIND = 2
-"""Writes that may be waiting or under way: each holds a micro-batch's rows in memory."""
+"""The most writes that wait or are under way: each holds a micro-batch's rows in memory."""
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Rows on their way from the disk."""
+    """Rows that are being read from the disk."""
 
     memory: torch.Tensor
     reads: list[Future[None]]
 
     def rows(self) -> torch.Tensor:
-        """The bytes `[rows, row_bytes]` in host memory, when they are there; raises what kept them from arriving."""
+        """Wait for the bytes `[rows, row_bytes]` in host memory; raises the error that prevented the read."""
         wait_for(self.reads)
         return self.memory
 
 
 class DiskRows:
-    """Equally long tables in a nameless file each, rows of bytes; one thread writes and reads.
+    """Tables of equally many rows of bytes, in one unnamed file each; one thread writes and reads.
 
-    What `write` was given can be fetched once the future it returned is done, or after `settle`.
+    Rows given to `write` can be fetched once the future that it returned is done, or after `settle`.
     """
 
     def __init__(self, arena: Arena, row_bytes: list[int]) -> None:
@@ -45,7 +45,7 @@ class DiskRows:
         self._behind: deque[Future[None]] = deque()
 
     def grow(self, num_rows: int) -> None:
-        """Make room for `num_rows` in every table; `CapacityError` where the disk has none."""
+        """Enlarge every table to `num_rows`; `CapacityError` where the disk is full."""
         if not self._files:
             self._files = [self._arena.file(num_rows * size) for size in self._row_bytes]
             return
@@ -75,7 +75,7 @@ class DiskRows:
         return future
 
     def fetch(self, table: int, runs: list[tuple[int, int]]) -> Fetch:
-        """Start reading (first row, rows) runs of a table, one behind the other."""
+        """Start reading (first row, rows) runs of a table, which are concatenated."""
         size, spans, at = self._row_bytes[table], [], 0
         for first, num_rows in runs:
             spans.append(ByteRange(self._files[table], first * size, (first + num_rows) * size, at))
@@ -84,12 +84,12 @@ class DiskRows:
         return Fetch(memory.view(-1, size), self._arena.io.read(spans, memory))
 
     def settle(self) -> None:
-        """Return when everything has been written; raises what kept it."""
+        """Wait until everything has been written; raises the error of a failed write."""
         while self._behind:
             self._behind.popleft().result()
 
     def close(self) -> None:
-        """Return when nothing is being written any more; the arena closes the files."""
+        """Wait until nothing is being written any more; the arena closes the files."""
         self._writer.shutdown(wait=True, cancel_futures=True)
         self._behind.clear()
         self._files = []

@@ -176,7 +176,7 @@ RUNS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["mxfp4", *(pytest.param(n, marks=pytest.mark.slow) for n in [*RUNS][1:])])
 def test_runs_equal_transformers_and_depend_on_no_company(name: str, tmp_path: Path) -> None:
     """Wherever the packed bytes lie, and, in 16 bits, whatever runs beside."""
     directory = RUNS[name](tmp_path / "model")

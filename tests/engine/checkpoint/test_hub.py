@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import loras
 import models
@@ -35,6 +36,12 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
+        self.others: dict[str, dict[str, bytes]] = {}
+        """Files of revisions beside `main`, which `files` are."""
+        self.broken: set[str] = set()
+        """Names of files whose connection ends after half of the content."""
+        self.tokens: set[str | None] = set()
+        """What requests have had as Authorization."""
         self.fetched: list[str] = []
         """Names of files whose content was sent."""
         self.answer: Callable[[_Handler], None] | None = None
@@ -58,34 +65,52 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.answer is not None:
             self.server.answer(self)
             return
-        path = self.path.partition("?")[0]
-        tree, resolve = f"/api/models/{MODEL}/tree/{SHA}", f"/{MODEL}/resolve/{SHA}/"
-        if path in (f"/api/models/{MODEL}", f"/api/models/{MODEL}/revision/main"):
-            self.reply({"id": MODEL, "sha": SHA, "siblings": [{"rfilename": name} for name in self.server.files]})
-        elif path == tree:
-            self.reply(
-                [{"type": "file", "path": n, "size": len(c), "oid": _oid(c)} for n, c in self.server.files.items()]
-            )
-        elif path.startswith(resolve) and path.removeprefix(resolve) in self.server.files:
-            name = path.removeprefix(resolve)
-            content = self.server.files[name]
-            if self.command == "GET":
-                self.server.fetched.append(name)
-            headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": SHA, "Content-Type": "application/octet-stream"}
-            self.send(200, content, headers)
+        if self.path == "/mended":
+            self.server.broken = set()
+            self.send(200, b"")
+            return
+        self.server.tokens.add(self.headers["Authorization"])
+        path = unquote(self.path.partition("?")[0])
+        revisions = {"main": self.server.files, **self.server.others}
+        commits = {_commit(name): files for name, files in revisions.items()}
+        for name, files in {**revisions, **commits}.items():
+            sha = name if name in commits else _commit(name)
+            resolve = f"/{MODEL}/resolve/{name}/"
+            if path == f"/api/models/{MODEL}/revision/{name}" or (path, name) == (f"/api/models/{MODEL}", "main"):
+                self.reply({"id": MODEL, "sha": sha, "siblings": [{"rfilename": each} for each in files]})
+                return
+            if path == f"/api/models/{MODEL}/tree/{name}":
+                self.reply([{"type": "file", "path": n, "size": len(c), "oid": _oid(c)} for n, c in files.items()])
+                return
+            if path.startswith(resolve) and (asked := path.removeprefix(resolve)) in files:
+                self.give(asked, files[asked], sha)
+                return
+        missing = "RevisionNotFound" if "/revision/" in path else "EntryNotFound"
+        self.send(404, b"", {"X-Error-Code": missing})
+
+    def give(self, name: str, content: bytes, sha: str) -> None:
+        if self.command == "GET":
+            self.server.fetched.append(name)
+        headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": sha, "Content-Type": "application/octet-stream"}
+        if self.command == "GET" and name in self.server.broken:
+            self.send(200, content, headers, sent=len(content) // 2)
         else:
-            self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            self.send(200, content, headers)
 
     def reply(self, value: Any) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+    def send(self, status: int, content: bytes, headers: dict[str, str] | None = None, sent: int | None = None) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            self.wfile.write(content[:sent])
+
+
+def _commit(revision: str) -> str:
+    return SHA if revision == "main" else hashlib.sha1(revision.encode(), usedforsecurity=False).hexdigest()
 
 
 def _oid(content: bytes) -> str:
@@ -291,6 +316,83 @@ def test_offline_without_a_cache_is_told(tmp_path: Path) -> None:
     assert status == 2
     assert "nor in the local hub cache, and HF_HUB_OFFLINE" in line
     assert seconds < 10
+
+
+def test_a_revision_is_that_of_the_hubs_own_client(hub: Hub, tmp_path: Path) -> None:
+    """Branches, tags, commits and pull requests, with a token, into the cache that HF_HUB_CACHE names."""
+    names = ["v2", "refs/pr/1"]
+    hub.files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"main"}
+    hub.others = {name: {**hub.files, "model.safetensors": name.encode()} for name in names}
+    code = f"""
+import json
+from huggingface_hub import constants, snapshot_download
+from engine.checkpoint.hub import commit_of, resolve
+from engine.errors import EngineError
+def told(name):
+    try:
+        path = resolve(name)
+        return [str(path), (path / "model.safetensors").read_text(), commit_of(path)]
+    except EngineError as error:
+        return str(error)
+asked = [None, *{names}, {_commit("v2")!r}]
+found = [told({MODEL!r} + ("" if name is None else "@" + name)) for name in asked]
+oracle = [snapshot_download({MODEL!r}, revision=name) for name in asked]
+bad = [told({MODEL!r} + end) for end in ("@nope", "@")]
+constants.HF_HUB_OFFLINE = True
+offline = [told({MODEL!r} + end) for end in ("@v2", "@nope")]
+print(json.dumps([found, oracle, bad, offline]))
+"""
+    settings = {"HF_HUB_CACHE": str(tmp_path / "elsewhere"), "HF_TOKEN": "hf_secret"}
+    status, line, _ = run(code, hub.url, tmp_path / "home", **settings)
+    assert status == 0
+    found, oracle, bad, offline = json.loads(line)
+    assert [type(each) for each in found] == [list] * 4, found
+    assert [path for path, _, _ in found] == oracle
+    assert all(path.startswith(str(tmp_path / "elsewhere")) for path in oracle)
+    assert [content for _, content, _ in found] == ["main", *names, "v2"]
+    assert [commit for _, _, commit in found] == [SHA, *map(_commit, names), _commit("v2")]
+    assert "Bearer hf_secret" in hub.tokens
+    assert bad[0] == (f"model '{MODEL}' has no revision 'nope' on the hub {hub.url}; name a branch, a tag or a commit")
+    assert bad[1].endswith("ends with @; write a branch, a tag or a commit behind it")
+    assert offline[0] == found[1]
+    assert f"model '{MODEL}@nope' is neither a directory nor in the local hub cache {tmp_path}/elsewhere" in offline[1]
+
+
+def test_a_download_that_broke_off_is_told_and_goes_on(hub: Hub, tmp_path: Path) -> None:
+    """What has arrived is not fetched again; without a network a part of a model is not taken for one."""
+    shards = {name: 2000 * content for name, content in SHARDS.items()}
+    hub.files = {"config.json": b'{"model_type": "llama"}', "model.safetensors.index.json": INDEX.encode(), **shards}
+    second = [*SHARDS][1]
+    hub.broken = {second}
+    code = f"""
+import json, sys
+from urllib.request import urlopen
+from huggingface_hub import constants
+from engine.checkpoint.hub import resolve
+from engine.errors import EngineError
+def told():
+    try:
+        path = resolve({MODEL!r})
+        return [(path / name).read_text() for name in {[*SHARDS]}]
+    except EngineError as error:
+        return str(error)
+broken = told()
+constants.HF_HUB_OFFLINE = True
+offline = told()
+constants.HF_HUB_OFFLINE = False
+urlopen({hub.url!r} + "/mended")
+print(json.dumps([broken, offline, told()]))
+"""
+    status, line, _ = run(code, hub.url, tmp_path)
+    assert status == 0
+    broken, offline, whole = json.loads(line)
+    assert f"model '{MODEL}'" in broken
+    assert "\n" not in broken
+    assert f"has model '{MODEL}' only in part" in offline
+    assert second in offline
+    assert "HF_HUB_OFFLINE keeps it from being fetched" in offline
+    assert whole == [content.decode() for content in shards.values()]
+    assert hub.fetched.count(next(iter(SHARDS))) == 1
 
 
 @pytest.mark.slow

@@ -111,7 +111,13 @@ COMPRESSED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
+LONG = {"4 bits", "8 bits", "float8, inputs too"}
+"""What these combine is in the others, too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in COMPRESSED]
+)
 def test_compressed_tensors_equals_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own forward of the same checkpoint, weights decompressed and inputs rounded by the library.
 
@@ -154,7 +160,13 @@ def test_rounded_inputs_are_seen(tmp_path: Path) -> None:
     assert len(parity.differences(expected, run(directory, tmp_path, "device")[0])[0]) > 3
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, marks=[] if policy in ("disk", "thirds", "small") else [pytest.mark.slow])
+        for policy in POLICIES
+    ],
+)
 def test_placement_makes_no_difference(policy: str, tmp_path: Path) -> None:
     directory = quantized.save_grouped(tmp_path / "model", "gptq")
     expected = parity.expect(quantized.from_state(directory, load_file(directory / "expected.st")))

@@ -127,9 +127,20 @@ CASES = [
     *((family, 4, "thirds") for family in ("qwen3-moe", "gpt2", "gemma2", "bloom", "mixtral")),
     ("opt-post-norm", 8, "20-80"),
 ]
+QUICK = {
+    *(("opt", 4, policy) for policy in ("device", "disk", "small")),
+    ("llama", 8, "thirds"),
+    *((family, 4, "thirds") for family in ("qwen3-moe", "bloom")),
+    ("opt-post-norm", 8, "20-80"),
+}
 
 
-@pytest.mark.parametrize(("family", "bits", "policy"), CASES)
+def cases(every: list[tuple[str, int, str]], quick: set[tuple[str, int, str]]) -> list[Any]:
+    """All cases; those that combine again what `quick` has already are left to `make slow`."""
+    return [pytest.param(*case, marks=[] if case in quick else [pytest.mark.slow]) for case in every]
+
+
+@pytest.mark.parametrize(("family", "bits", "policy"), cases(CASES, QUICK))
 def test_equals_transformers_with_the_same_weights(
     family: str, bits: int, policy: str, build: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -183,13 +194,19 @@ CACHE_CASES = [
     *(("llama", 8, policy) for policy in ("device", "thirds", "cpu-attention", "padded")),
     *((family, 8, "thirds") for family in ("gpt2", "qwen3-moe", "opt-post-norm")),
 ]
+QUICK_CACHE = {
+    *(("opt", 4, policy) for policy in ("device", "disk", "small")),
+    *(("opt", 8, policy) for policy in ("host", "thirds")),
+    *(("llama", 8, policy) for policy in ("device", "cpu-attention", "padded")),
+    ("qwen3-moe", 8, "thirds"),
+}
 FURTHER = {
     "cpu-attention": {"percent": [100, 0, 0, 100, 100, 0], "cpu-cache-compute": True},
     "padded": {"percent": [100, 0, 34, 33, 100, 0], "pad-to-seq-len": 80},
 }
 
 
-@pytest.mark.parametrize(("family", "bits", "policy"), CACHE_CASES)
+@pytest.mark.parametrize(("family", "bits", "policy"), cases(CACHE_CASES, QUICK_CACHE))
 def test_attends_to_what_codes_stand_for(
     family: str,
     bits: int,

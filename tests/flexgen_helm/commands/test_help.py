@@ -56,6 +56,8 @@ def test_the_help_of_every_command_ends_with_examples(
     from flexgen_helm.commands.check import check_parser
     from flexgen_helm.commands.complete import complete_parser
     from flexgen_helm.commands.completion.serve import serve_parser
+    from flexgen_helm.commands.doctor import doctor_parser
+    from flexgen_helm.commands.first_steps.demo import demo_parser
     from flexgen_helm.commands.plan import plan_parser
     from flexgen_helm.commands.register import register_parser
     from flexgen_helm.commands.sweep import sweep_parser
@@ -69,6 +71,8 @@ def test_the_help_of_every_command_ends_with_examples(
         "complete": complete_parser,
         "bench": bench_parser,
         "check": check_parser,
+        "demo": demo_parser,
+        "doctor": doctor_parser,
         "plan": plan_parser,
         "serve": serve_parser,
         "verify": run_parser,
@@ -128,6 +132,7 @@ FILES = {
     "report": ("", "--previous", "--reference", "-o"),
     "compare": ("", "--json", "-o"),
     "check": ("", "--json"),
+    "demo": ("-o",),
     "doctor": ("--offload-dir",),
 }
 NEEDED = {

@@ -302,7 +302,7 @@ def test_codes_are_used_only_if_allowed_and_only_where_they_pay(models: dict[str
     assert resident.plan.weights.gpu == 100
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     memory=st.integers(6, 40),
     more=st.integers(1, 40),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def encoded(translated: Translator, text: str) -> list[int]:
     return list(translated.encode(request, translated.render(request)))
 
 
+@cache
 def tokenizer_of(model: Path) -> Any:
     from transformers import AutoTokenizer
 

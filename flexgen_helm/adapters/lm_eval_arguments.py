@@ -1,0 +1,87 @@
+"""What lm-evaluation-harness tells a model beside its requests: model_args, and the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from engine.errors import ConfigError, did_you_mean
+from engine.memory import accelerator
+from engine.policy import parse_bytes
+
+_DEFAULT_DEVICE = "cuda:0"
+"""What the harness asks for where nobody names a device."""
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "trust_remote_code": (False,),
+    "backend": ("default", "causal"),
+    "logits_cache": (True, False),
+    "truncation": (False,),
+    "use_fast_tokenizer": (True,),
+    "parallelize": (False,),
+    "subfolder": ("",),
+}
+"""Arguments of the harness's `hf` model that ask for nothing else than is done here, with the values that do so."""
+_SAID_HERE = {
+    "trust_remote_code": "code of a model's directory is never run",
+    "peft": "name the adapter as pretrained; its base model is found by its adapter_config.json",
+    "gguf_file": "name the file as pretrained",
+    "subfolder": "name the directory as pretrained",
+    "tokenizer": "the tokenizer is that of the model's directory",
+    "parallelize": "the policy places weights; gpu_memory and cpu_memory limit it",
+    "device_map": "the policy places weights; gpu_memory and cpu_memory limit it",
+    "max_memory_per_gpu": "give gpu_memory",
+    "max_cpu_memory": "give cpu_memory",
+    "offload_folder": "offload-dir of a policy names it",
+    "tp_plan": "device of a policy names several devices",
+    "load_in_4bit": "name a quantized checkpoint as pretrained, or a policy with compress-weight: 4",
+    "load_in_8bit": "name a quantized checkpoint as pretrained, or a policy with compress-weight: 8",
+    "quantization_config": "name a quantized checkpoint as pretrained, or a policy with compress-weight",
+    "autogptq": "a quantized checkpoint needs no argument",
+    "gptqmodel": "a quantized checkpoint needs no argument",
+    "attn_implementation": "attention is the engine's own",
+}
+"""Arguments of the `hf` model that are not carried out, and what to do instead."""
+
+
+def refuse_others(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise `ConfigError` for the first argument that is not carried out; batch sizes mean nothing and pass."""
+    for name, value in given.items():
+        if name in ("batch_size", "max_batch_size") or value is None or value in _HARMLESS.get(name, ()):
+            continue
+        if name in _SAID_HERE:
+            raise ConfigError(f"model_args: {name}={value} is not supported: {_SAID_HERE[name]}; leave it out")
+        nearest = did_you_mean(name, known)
+        template = "" if "did you mean" in nearest else "; what a chat template is told goes into chat_template_args"
+        raise ConfigError(f"model_args: unknown argument {name!r}{nearest}{template}")
+
+
+def device_asked(asked: str | None, of_policy: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """The device to run on: a harness's default that nobody may have asked for yields, as the `hf` model lets it."""
+    if asked is None or (asked == _DEFAULT_DEVICE and of_policy != "auto"):
+        return of_policy
+    if asked.startswith("cuda") and not accelerator.is_available("cuda"):
+        logging.getLogger("lm_eval").warning("flexgen: there is no %s here; the model runs on the CPU", asked)
+        return "cpu"
+    return asked
+
+
+def limit(size: str | float | None, name: str, otherwise: int | None) -> int | None:
+    """A limit in bytes; `otherwise` where none is given. Raises `ConfigError` for what is no size."""
+    return otherwise if size is None else parse_bytes(size, f"model_args: {name}")
+
+
+def check_stops(until: Collection[str], think_end_token: str | int | None) -> None:
+    """Raise `ConfigError` for a stop that begins inside the end of thinking, or holds it.
+
+    A text ends before its stop here, so that where the thinking ends would not show any more.
+    """
+    if not isinstance(think_end_token, str):
+        return
+    for stop in until:
+        overlap = next((size for size in range(1, len(stop) + 1) if think_end_token.endswith(stop[:size])), 0)
+        if overlap or think_end_token in stop:
+            raise ConfigError(
+                f"generation argument until: the stop {stop!r} overlaps think_end_token {think_end_token!r}; leave one "
+                "of them out"
+            )

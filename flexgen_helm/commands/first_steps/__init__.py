@@ -1,0 +1,1 @@
+"""Commands of the first minutes: the demo, and completion in a shell."""
