@@ -1,4 +1,4 @@
-"""The one place where spans change by what a sweep answered."""
+"""The only module that changes spans by the results of a sweep."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from engine.text.decoding import Text
 
 
 def advance(batches: Iterable[Iterable[Segment]], answers: Iterable[Answer], text: Text) -> None:
-    """Let the spans of a sweep's micro-batches take what was computed of them and what `answers` say, in their order.
+    """Apply the results of a sweep, and `answers`, to the spans of its micro-batches, in order.
 
     Sequences get their next tokens, or end; spans get the log-probabilities of their prompt tokens. A span whose logits
-    are not all numbers is marked so and gets no token.
+    are not all finite is marked so and gets no token.
     """
     segments = [segment for batch in batches for segment in batch]
     for segment in segments:

@@ -37,12 +37,12 @@ class Engine(Front):
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        """What the engine works with, for those who look on; the engine's thread changes it."""
+        """What the engine consists of, for observers; the engine's thread changes it."""
         self.tokenizer = parts.tokenizer
         self.policy = parts.policy
         self.plan = parts.plan
         self.observer: Callable[[SweepTiming], None] | None = None
-        """Called in the engine's thread after each sweep, before its completions are delivered; must be quick."""
+        """Called in the engine's thread after each sweep, before its completions are delivered; it must be fast."""
         loader = Loader(
             parts.loading,
             [parts.weights, *([] if parts.draft is None else [parts.draft.weights])],
@@ -66,13 +66,13 @@ class Engine(Front):
     ) -> Engine:
         """Load `model`, a hub id or directory, as `policy` says.
 
-        policy: the name of a shipped one, a YAML file, a mapping, or "auto". window: most positions of a sequence, in
-        place of what the model's files tell. member: which of several engines this is, in a process of its own.
+        policy: the name of a shipped one, a YAML file, a mapping, or "auto". window: the maximum number of positions of
+        a sequence, in place of the model's own. member: which of several engines this is, in a process of its own.
 
-        Where the policy's `device` stands for several, the engine runs in a process for each (`RemoteEngine`): it is
-        asked as any other, but has no `parts`. Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or
-        `CapacityError` when the policy does not fit the memory at hand. Returns when the checkpoint is known to fit the
-        model; its weights are read while the first jobs run.
+        Where the policy's `device` selects several devices, the engine runs in a process for each (`RemoteEngine`),
+        with the same interface except `parts`. Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or
+        `CapacityError` when the policy does not fit the available memory. Returns when the checkpoint is known to fit
+        the model; its weights are read while the first jobs run.
         """
         policy = Policy.load(policy)
         if member is None and (policy.stages > 1 or len(_devices(policy)) > 1):
@@ -85,9 +85,10 @@ class Engine(Front):
 
     @classmethod
     def open(cls, description: ModelDescription, policy: Policy, fill: Fill, member: Member | None = None) -> Engine:
-        """Open the described model with weights that `fill` puts in place (benchmarks fill random ones).
+        """Open the described model with weights that `fill` puts in place (benchmarks fill in random ones).
 
-        What `fill` returns is iterated in the background while the first sweep runs, and waits where it must.
+        The iterable that `fill` returns is consumed in the background while the first sweep runs, which waits for it
+        where needed.
         """
         if not isinstance(policy.device, str):
             raise ConfigError(
@@ -114,21 +115,21 @@ class Engine(Front):
 
     @property
     def window(self) -> int | None:
-        """Most positions of a sequence; None when the model sets no limit."""
+        """The maximum number of positions of a sequence; None when the model sets no limit."""
         return self.parts.window
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids of the model's vocabulary."""
         return self.parts.model.vocab_size
 
     @property
     def pad_token(self) -> int:
-        """The token that rows are filled up with: the model's, else its end-of-text."""
+        """The token id with which `generate` pads rows: the model's padding token, else its end-of-text."""
         return self.parts.pad_token
 
     def sweeps_of_checked(self, jobs: Iterable[Job], entered: Callable[[list[int]], None]) -> Pending:
-        """`sweeps` of jobs that were checked for this model where they come from: nobody looks at each token again.
+        """`sweeps` for jobs that the caller has checked for this model, so that tokens are not checked again.
 
         `entered` is called in the engine's thread with the positions of jobs whose first sweep is about to begin.
         """
@@ -142,11 +143,11 @@ class Engine(Front):
         completions: Sequence[Completion],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Findings:
-        """Compute what `completions` tell of `jobs` once more, beside stock layers of transformers, layer by layer.
+        """Compute `completions` of `jobs` again, together with stock layers of transformers; compare layer by layer.
 
-        Each layer's weights arrive once, for both. Jobs that failed must be left out. `progress` is told how many of
-        the stages are done. Other jobs wait until this returns. Raises `JobError` for a job that this model cannot
-        run, and otherwise as `LayerwiseComparison.run`.
+        Each layer's weights arrive once, for both. Jobs that failed must be left out. `progress` gets the numbers of
+        finished and of all stages. Other jobs wait until this returns. Raises `JobError` for a job that this model
+        cannot run, and otherwise what `LayerwiseComparison.run` raises.
         """
         if self.parts.line is not None:
             raise UnsupportedError(
@@ -190,19 +191,19 @@ class Engine(Front):
         return sum(lane.executor.num_sweeps for lane in self.parts.lanes)
 
     def placed_bytes(self) -> dict[Tier, int]:
-        """Bytes held on each tier now: weights, slots and staging, KV cache, activations off the device.
+        """The bytes held on each tier now: weights, device buffers and staging, KV cache, activations off the device.
 
-        Weights on disk count, too, where they are read from the checkpoint itself.
+        Weights on disk count even where they are read from the checkpoint itself.
         """
         held = dict(self.parts.arena.num_bytes)
         return {**held, "disk": held["disk"] + self.parts.weights.adopted_bytes}
 
     def wait_until_loaded(self) -> None:
-        """Return when all weights are in place; raises `EngineError` if they cannot be. Jobs need not wait for it."""
+        """Wait until all weights are loaded; raises `EngineError` if they cannot be. Jobs need not wait for it."""
         self.parts.weights.wait()
 
     def weights_digest(self) -> str | None:
-        """SHA-256 that the checkpoint's weight files are known by (`WeightDigest`), once all are read.
+        """The SHA-256 that identifies the checkpoint's weight files (`WeightDigest`), once all are read.
 
         None where the weights come from no files. Raises `EngineError` if they cannot be read, or were changed.
         """
@@ -237,7 +238,7 @@ class Engine(Front):
 
 
 def _devices(policy: Policy) -> tuple[str, ...]:
-    """The devices that a policy means on this machine; one or none where it means one."""
+    """The devices that a policy selects on this machine; at most one where it selects one."""
     if not stands_for_several(policy.device):
         return ()
     seen = [

@@ -1,10 +1,10 @@
-"""Everything the engine raises on purpose; each message is one line that says what, where and what to do.
+"""The errors that the engine raises on purpose; each message is one line that says what, where and what to do.
 
 * EngineError
-  x ConfigError        a policy, flag or argument that cannot be meant
+  x ConfigError        a policy, flag or argument that is invalid
   x CheckpointError    a model directory that is missing, incomplete or damaged
   x UnsupportedError   a model or feature this engine does not run
-  x CapacityError      what was asked for does not fit into the memory at hand
+  x CapacityError      the request does not fit into the available memory
   x InstallationError  the installation or the machine is not usable (wrong packages, no such device)
   x JobError           one job is bad; only that job fails
     x NumericsError    the model's logits for it are not finite
@@ -18,23 +18,23 @@ from collections.abc import Iterable
 
 
 class EngineError(Exception):
-    """Base of all errors of the engine; `str()` of it is one line for the user."""
+    """The base of all errors of the engine; `str()` of it is one line for the user."""
 
 
 class ConfigError(EngineError):
-    """A policy, flag or argument that cannot be meant."""
+    """A policy, flag or argument is invalid."""
 
 
 class CheckpointError(EngineError):
-    """A model directory that is missing, incomplete or damaged."""
+    """A model directory is missing, incomplete or damaged."""
 
 
 class UnsupportedError(EngineError):
-    """A model or feature this engine does not run."""
+    """The engine does not run this model or feature."""
 
 
 class CapacityError(EngineError):
-    """What was asked for does not fit into the memory at hand."""
+    """The request does not fit into the available memory."""
 
 
 class InstallationError(EngineError):
@@ -60,19 +60,19 @@ def did_you_mean(word: str, known: Iterable[str], alike: float = 0.5) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line and not too long, without characters that a terminal takes for commands."""
+    """The message of an error on one line, shortened, without control characters of a terminal."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def named(error: BaseException) -> str:
-    """The kind of an error that nobody raised on purpose, and what it says, as `one_line`."""
+    """The type and the message, as `one_line`, of an error that was not raised on purpose."""
     kind, line = type(error).__name__, one_line(error)
     return line if line == kind else f"{kind}: {line}"
 
 
 def shown(value: object) -> str:
-    """A value from outside as a message may show it: on one line, and not too long."""
+    """A value from outside for a message: on one line, and shortened."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
     try:

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: Job, Sampling, Completion."""
+"""The input and output of the engine: Job, Sampling, Completion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.logit_rules import LogitRules
 from engine.thinking import Thinking
 
 MOST_COMPLETIONS = 10_000
-"""That anybody may ask for of one prompt: each is a job, and a billion would fill the memory."""
+"""The most completions of one prompt: each is a job, and a billion of them would fill the memory."""
 
 FinishReason = Literal["stop", "length", "endoftext"]
 Likeliest = tuple[int, float]
@@ -24,23 +24,23 @@ class Sampling:
     """How the next token is chosen; every job has its own."""
 
     temperature: float = 0.0
-    """0 is greedy, exactly; otherwise logits are divided by it."""
+    """0 is greedy decoding, exactly; otherwise logits are divided by it."""
     top_k: int | None = None
     """Sample among this many most likely tokens; None: among all."""
     top_p: float = 1.0
     """Sample among the smallest set of tokens whose probabilities sum to at least this, in (0, 1]."""
     seed: int | None = None
-    """The same seed gives the same sample whatever runs beside it; None draws one."""
+    """The same seed gives the same sample regardless of other jobs; None draws one."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens generated before (OpenAI's definition)."""
+    """It is subtracted from the logits of tokens generated before (OpenAI's definition)."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logits of tokens generated before, once per occurrence."""
+    """It is subtracted from the logits of tokens generated before, once per occurrence."""
     rules: LogitRules | None = None
-    """What a checkpoint's generation_config.json says of its texts; nobody takes it unasked."""
+    """The rules on texts in a checkpoint's generation_config.json; they are applied only if set here."""
 
     @property
     def reads_generated(self) -> bool:
-        """Whether a choice depends on the tokens that were generated before it, but for their logits."""
+        """Whether a choice depends on earlier generated tokens other than through the logits."""
         return self.rules is not None or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def check(self) -> None:
@@ -60,22 +60,22 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One prompt and what to do with it."""
+    """One prompt and how to process it."""
 
     prompt: Sequence[int]
-    """Token ids, special tokens included; at least one."""
+    """The token ids, special tokens included; at least one."""
     max_new_tokens: int = 16
-    """Tokens to generate at most; 0 (with `prompt_logprobs`) only scores the prompt, which then may have one token more
-    than the model's window: nothing follows the last one."""
+    """The most tokens to generate; 0 (with `prompt_logprobs`) only scores the prompt, which then may have one token
+    more than the model's window, since nothing follows the last one."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str | Sequence[int]] = ()
     """Strings, or lists of token ids, that end the completion; matched in generated text only."""
     thinking: Thinking | None = None
     """How the model thinks before it answers: strings of `stop` are then matched in the answer only, lists anywhere."""
     prompt_logprobs: bool = False
-    """Also return the log-probability of each prompt token, and whether greedy choice would have taken it."""
+    """Whether to return the log-probability of each prompt token, and whether greedy decoding would have chosen it."""
     likeliest: bool = False
-    """Also return, beside each log-probability, which token is the likeliest there, and that one's."""
+    """Whether to return, with each log-probability, the likeliest token there and its log-probability."""
 
     def check(self) -> None:
         """Raise `JobError` for a job that no model could run."""
@@ -102,7 +102,7 @@ class Job:
             self.thinking.check()
 
     def check_fits(self, vocabulary: int, window: int | None, pad: int | str | None) -> None:
-        """Raise `JobError` for what a model of this vocabulary and window cannot run; `pad` is the policy's."""
+        """Raise `JobError` for a job that a model of this vocabulary and window cannot run; `pad` is the policy's."""
         if {*map(type, self.prompt)} != {int}:  # else there is nothing to look for, token by token
             strange = next((token for token in self.prompt if not is_whole(token)), None)
             if strange is not None:
@@ -131,38 +131,38 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What became of a job."""
+    """The result of a job."""
 
     text: str = ""
-    """Generated text, thinking included, ending before the stop; end-of-text is not in it."""
+    """The generated text, thinking included, ending before the stop; end-of-text is not in it."""
     tokens: tuple[int, ...] = ()
-    """The generated token ids that it took to produce `text`."""
+    """The generated token ids that spell `text`."""
     logprobs: tuple[float, ...] = ()
     """Natural logs, one per token, under the model's unmodified distribution."""
     prompt_logprobs: tuple[float | None, ...] | None = None
     """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not asked for."""
     prompt_greedy: tuple[bool | None, ...] | None = None
-    """Whether `prompt[i]` is the token that greedy choice takes after `prompt[:i]`; there with `prompt_logprobs`."""
+    """Whether greedy decoding chooses `prompt[i]` after `prompt[:i]`; present with `prompt_logprobs`."""
     likeliest: tuple[Likeliest, ...] | None = None
-    """For each of `tokens` the likeliest one at its place; None if not asked for."""
+    """The likeliest token in the place of each of `tokens`; None if not requested."""
     prompt_likeliest: tuple[Likeliest | None, ...] | None = None
-    """The same for each token of the prompt, if those are scored; the first is None."""
+    """The likeliest token in the place of each prompt token, if those are scored; the first is None."""
     finish_reason: FinishReason | None = None
-    """Why it ended; "length" for a job that only scores; None when `error` is set."""
+    """Why the text ended; "length" for a job that only scores; None when `error` is set."""
     end_token: int | None = None
-    """The end-of-text token that ended it, if one did; not among `tokens`."""
+    """The end-of-text token that ended the text, if one did; it is not among `tokens`."""
     error: EngineError | None = None
-    """Set when this job failed; then the other fields are empty."""
+    """The error of a failed job; then the other fields are empty."""
 
 
 def check_num_completions(count: int) -> None:
-    """Raise `JobError` for a number of completions of one prompt that is none, or too large."""
+    """Raise `JobError` for a number of completions of one prompt that is no number, or too large."""
     if not is_whole(count) or not 1 <= count <= MOST_COMPLETIONS:
         raise JobError(f"num_completions {_shown(count)} is not a number from 1 to {MOST_COMPLETIONS}")
 
 
 def is_whole(value: object) -> bool:
-    """Whether `value` is a whole number, of Python or of an array library."""
+    """Whether `value` is an integer, of Python or of an array library."""
     return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json forbids its own texts, or makes less likely: rules on logits."""
+"""The rules on logits of a checkpoint's generation_config.json, which forbid tokens or make them less likely."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ _HAS_NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "token_healing": (False,),
 }
-"""Keys that would change a text and that nothing here carries out, with the values that change nothing."""
+"""Keys that would change a text and that are not supported, with the values that have no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitRules:
-    """Carried out by the processors of `transformers`, in its order, before penalties and sampling of a job.
+    """Rules applied by the processors of `transformers`, in its order, before a job's penalties and sampling.
 
-    Settings of sampling (temperature, top_p, top_k and the like) are none of them: a job says these itself.
+    Sampling settings (temperature, top_p, top_k and the like) are not among them: a job sets these itself.
     """
 
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     min_length: int = 0
-    """Tokens of prompt and text together before the text may end."""
+    """The least number of tokens of prompt and text together."""
     min_new_tokens: int = 0
-    """Tokens of the text before it may end."""
+    """The least number of tokens of the text."""
     forced_eos_token_id: tuple[int, ...] = ()
-    """The last token that there is room for."""
+    """The token that is forced in the last place of a text."""
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
-    """Not as the first token."""
+    """Tokens that are forbidden as the first token."""
     end_of_text: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
-    """Of the job that the rules are given to: some of them look at it."""
+    """The prompt of the job that the rules apply to: some rules depend on it."""
     max_new_tokens: int = 0
-    """Of that job."""
+    """The `max_new_tokens` of that job."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], end_of_text: Sequence[int]) -> LogitRules | None:
-        """Those of a generation_config.json; None where it has none.
+        """The rules of a generation_config.json; None where it has none.
 
-        Raises `CheckpointError` for values that no rule can have.
+        Raises `CheckpointError` for invalid values.
         """
         try:
             rules = cls._of(config)
@@ -88,7 +88,7 @@ class LogitRules:
         )
 
     def told(self) -> dict[str, Any]:
-        """The rules that there are, by the names of generation_config.json; JSON types."""
+        """The rules that are set, by the names of generation_config.json; JSON types."""
         own = {**asdict(self), "prompt": (), "max_new_tokens": 0, "end_of_text": ()}
         defaults = asdict(LogitRules())
         return {
@@ -100,7 +100,7 @@ class LogitRules:
         }
 
     def processors(self, device: torch.device | str) -> list[Any]:
-        """As `transformers` makes them of the same settings."""
+        """The processors that `transformers` makes of the same settings."""
         from transformers.generation import logits_process as g
 
         end, length = list(self.end_of_text), len(self.prompt)
@@ -126,7 +126,7 @@ class LogitRules:
         return made
 
     def apply(self, generated: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[vocabulary]` of what follows `generated`, under the rules."""
+        """Apply the rules to logits `[vocabulary]` of what follows `generated`."""
         import torch
 
         ids = torch.tensor([[*self.prompt, *generated]], device=logits.device)
@@ -137,7 +137,7 @@ class LogitRules:
 
 
 def refused_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a generation_config.json would change a text and is not carried out."""
+    """The settings of a generation_config.json that would change a text and are not supported."""
     return {
         name: config[name]
         for name, harmless in _HAS_NO_EFFECT.items()

@@ -11,7 +11,7 @@ from engine.memory.tiers import Memory
 class Member:
     """One of several engines that run the same model in processes of one machine, each on a device of its own.
 
-    All members are opened with the same model and policy, but for the device, and with the same memory, so that they
+    All members are opened with the same model and policy, except the device, and with the same memory, so that they
     make the same plan.
     """
 
@@ -19,33 +19,33 @@ class Member:
     """0 .. count - 1."""
     count: int
     gather: bool
-    """Weights are split among the members and gathered layer by layer; else each has them all."""
+    """Whether weights are split among the members and gathered layer by layer; otherwise each has them all."""
     stages: bool = False
-    """Each has, and computes, some consecutive layers: the first member the last ones, and the others, in their order,
-    those before (docs/adr/0035)."""
+    """Whether each member has, and computes, some consecutive layers: the first member the last layers, and the others
+    those before, in order (docs/adr/0035)."""
     memory: Memory
-    """What every member may plan with: `device` for each (the least of all), `host` and `disk` for all together."""
+    """The memory that every member plans with: `device` for each (the smallest), `host` and `disk` for all together."""
     weights: int | None
-    """File descriptor of the shared memory (memfd, empty at first) for weights in host memory; each for itself."""
+    """The file descriptor of the shared memory (memfd, empty at first) for weights in host memory; each has its own."""
     meeting: str | None
-    """Where torch.distributed's processes meet: path of a file, absent at first, or `tcp://host:port`, at which the
+    """Where torch.distributed's processes meet: the path of a file, absent at first, or `tcp://host:port`, at which the
     first member listens. None where members neither gather nor are stages."""
 
     @property
     def is_bound(self) -> bool:
-        """Whether none can go on without the others."""
+        """Whether no member can continue without the others."""
         return self.gather or self.stages
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one of several stages that is asked, and tells the others what to compute."""
+        """Whether this is the stage that takes jobs, and tells the other stages what to compute."""
         return self.stages and self.index == 0
 
     @property
     def stage(self) -> int:
-        """Which stage it is, in the order of the layers; the last one leads."""
+        """The stage's number, in the order of the layers; the last stage leads."""
         return (self.index - 1) % self.count
 
     def index_of(self, stage: int) -> int:
-        """The member that a stage is."""
+        """The index of the member that is this stage."""
         return (stage + 1) % self.count

@@ -134,7 +134,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     if member is not None and member.stages:
         divided = divide(model, shape, member.count, cache_codec)
         shape = divided.shape
-        hold(model, divided.layers[member.stage])
+        hold(model, divided.layers[member.stage], Path(description.path))
     drafting = _draft_model(description, policy, model, tokenizer, device)
     draft_shape = None if drafting is None else shape_of(drafting.model)
     plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing, draft=draft_shape)

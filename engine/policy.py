@@ -1,4 +1,4 @@
-"""The policy: where weights, KV cache and activations live, and how large a sweep may be (YAML, strict)."""
+"""The policy: where weights, KV cache and activations are kept, and how large a sweep may be (YAML, strict)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ WeightCodes = Literal[4, 8, "lossless"] | None
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
 _LARGEST = 1 << 60
-"""Of a memory, in bytes."""
+"""The largest memory, in bytes."""
 _LONGEST_PATH = 4095
-"""In bytes, on Linux."""
+"""The longest path, in bytes, on Linux."""
 _UNITS = {
     f"{prefix}{infix}b": base ** (power + 1)
     for power, prefix in enumerate("kmgt")
@@ -47,13 +47,13 @@ def parse_bytes(value: Any, where: str) -> int:
 
 
 def only_bfloat16(dtype: str) -> str:
-    """That a lossless codec takes no weights of this dtype: of float16's 16 bits it would leave 15.1."""
+    """The message that a lossless codec rejects weights of this dtype: of float16's 16 bits it would leave 15.1."""
     return f"compress-weight: lossless takes bfloat16, and the model is computed in {dtype}; leave it out, or set dtype"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Percents of something over the three tiers; they sum to 100."""
+    """Percents of something on the three tiers; they sum to 100."""
 
     gpu: float
     cpu: float
@@ -61,7 +61,7 @@ class Share:
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Share:
-        """Read `{gpu: 20, cpu: 80, disk: 0}`; what is left out is 0."""
+        """Read `{gpu: 20, cpu: 80, disk: 0}`; missing keys are 0."""
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {shown(value)} is not a mapping such as {{gpu: 20, cpu: 80, disk: 0}}")
         for key in value:
@@ -74,7 +74,7 @@ class Share:
         return cls(**parts)
 
     def as_mapping(self) -> dict[str, float]:
-        """The form `parse` reads."""
+        """The form that `parse` reads."""
         return {"gpu": self.gpu, "cpu": self.cpu, "disk": self.disk}
 
 
@@ -87,7 +87,7 @@ def _percent(value: Any, where: str) -> float:
 
 
 def shares_from_percent(percent: Any, where: str = "percent") -> tuple[Share, Share, Share]:
-    """FlexGen's six percents (weights gpu/cpu, cache gpu/cpu, activations gpu/cpu); the rest of each is disk."""
+    """FlexGen's six percents (weights gpu/cpu, cache gpu/cpu, activations gpu/cpu); the rest of each is on disk."""
     if not isinstance(percent, list | tuple) or len(percent) != 6:
         count = len(percent) if isinstance(percent, list | tuple) else 1
         raise ConfigError(
@@ -103,46 +103,46 @@ def shares_from_percent(percent: Any, where: str = "percent") -> tuple[Share, Sh
 
 
 _MOST_PAD = 1 << 17
-"""Tokens to which a prompt may be padded: for models without a window of their own, too."""
+"""The most tokens to which a prompt may be padded, even for models without a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Placement and sizes of a run. None means: chosen by the engine from the memory at hand."""
+    """Placement and sizes of a run. None means: chosen by the engine from the available memory."""
 
     gpu_batch_size: int | None = None
-    """Most sequences in a micro-batch (an upper bound)."""
+    """The most sequences in a micro-batch (an upper bound)."""
     num_gpu_batches: int | None = None
-    """Most micro-batches in a sweep (an upper bound)."""
+    """The most micro-batches in a sweep (an upper bound)."""
     weights: Share | None = None
     kv_cache: Share | None = None
     activations: Share | None = None
     pad_to_seq_len: PadMode = None
     """None: packed, no padding; "bucket": to the next bucket; an int: every prompt to this many tokens."""
     compress_weight: WeightCodes = None
-    """Bits that weights are rounded to, or "lossless": they come back bit for bit."""
+    """The bits that weights are rounded to, or "lossless"."""
     compress_cache: Bits = None
     cpu_cache_compute: bool = False
     pin_weight: bool = True
     overlap: bool = True
     share_prefix: bool = True
     batch_invariant: bool = False
-    """Answers have the same bits whatever is computed beside them, at a cost."""
+    """Whether answers have the same bits regardless of other jobs, at a cost."""
     draft_model: str | None = None
-    """Hub id or directory of a small model of the same tokenizer that drafts tokens; it changes no answer."""
+    """The hub id or directory of a small model with the same tokenizer that drafts tokens; it changes no answer."""
     dtype: str = "auto"
     device: str | tuple[str, ...] = "auto"
-    """One device, several of one kind, "all" of the best kind, or "auto": one, or all like cards of a machine."""
+    """One device, several of one type, "all" of the best type, or "auto": one, or all like GPUs of a machine."""
     gather_weights: bool | None = None
-    """Several devices each keep and bring a part of the weights, and gather them; else each brings them all itself."""
+    """Whether several devices each store and transfer a part of the weights, and gather them; else each all."""
     stages: int = 1
-    """Several devices have consecutive layers each, as many stages as devices, and a job goes through all of them."""
+    """The number of devices that each have some consecutive layers, through which every job passes."""
     gpu_memory: int | None = None
-    """Bytes torch may reserve on the device (on the CPU: bytes of the device tier)."""
+    """The bytes that torch may reserve on the device (on the CPU: bytes of the device tier)."""
     cpu_memory: int | None = None
-    """Bytes of page-locked and placed host memory."""
+    """The bytes of page-locked and placed host memory."""
     offload_dir: str | None = None
-    """Directory of the disk tier; needed as soon as any share is on disk."""
+    """The directory of the disk tier; needed as soon as any share is on disk."""
 
     @classmethod
     def load(cls, spec: Policy | str | Path | Mapping[str, Any] | None = "auto") -> Policy:
@@ -189,7 +189,7 @@ class Policy:
         return policy
 
     def check(self, where: str = "policy") -> None:
-        """Raise `ConfigError` for values that cannot be meant."""
+        """Raise `ConfigError` for invalid values."""
         for name in ("gpu_batch_size", "num_gpu_batches"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
@@ -223,7 +223,7 @@ class Policy:
             raise ConfigError(f"{where}: a share is on disk but there is no offload-dir; name a directory for it")
 
     def check_window(self, window: int | None) -> None:
-        """Raise `ConfigError` for what a model of this window cannot be run with; None is no limit."""
+        """Raise `ConfigError` for settings that a model of this window cannot be run with; None is no limit."""
         pad = self.pad_to_seq_len
         if isinstance(pad, int) and window is not None and pad > window:
             raise ConfigError(
@@ -232,7 +232,7 @@ class Policy:
 
     @property
     def weight_bits(self) -> Bits:
-        """Bits that weights are rounded to; None where they stay what they are."""
+        """The bits that weights are rounded to; None where they are not rounded."""
         return None if self.compress_weight == "lossless" else self.compress_weight
 
     @property
@@ -278,7 +278,7 @@ def _bits(value: Any, where: str, others: str = "") -> Bits:
 
 
 def policy_directories() -> list[Path]:
-    """Where shipped policies are: inside the installed package first, beside it (a checkout) second."""
+    """The directories of shipped policies: inside the installed package first, next to it (a checkout) second."""
     root = Path(__file__).resolve().parent.parent
     return [root / "flexgen_helm" / "configs" / "policies", root / "configs" / "policies"]
 

@@ -1,7 +1,7 @@
-"""Reads files that come from outside: regular files only, of bounded size, depth and numbers, told in one line if not.
+"""Reads files from outside: regular files only, of bounded size, depth and numbers, with one-line errors.
 
-Every reader of JSON and YAML goes through here. What is wrong is raised as the kind of error that the caller names: a
-model's file as `CheckpointError`, a policy as `ConfigError`.
+Every reader of JSON and YAML uses this module. Faults are raised as the error type that the caller names: a model's
+file as `CheckpointError`, a policy as `ConfigError`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import IO, Any, NoReturn
 from engine.errors import one_line, shown
 
 MAX_JSON_BYTES = 100_000_000
-"""As safetensors bounds its headers; the indices of the largest models take a tenth of it."""
+"""The same limit as safetensors has for headers; the indices of the largest models take a tenth of it."""
 MAX_YAML_BYTES = 1 << 18
 _MAX_DEPTH = 100
 _MAX_JSON_VALUES = 10_000_000
 _MAX_YAML_VALUES = 200_000
-"""Once aliases are written out."""
+"""The most values, with aliases expanded."""
 _MAX_DIGITS = 40
-"""Tokenizers write 10^30 for a length without a limit."""
+"""The most digits of a number: tokenizers write 10^30 for a length without a limit."""
 
 
 def find_file(path: Path, kind: type[Exception]) -> bool:
     """Whether `path` is a regular file, or leads to one; False where there is nothing.
 
-    Raises `kind` for what is there and is no file (a directory, a pipe, a device), and for what cannot be looked at.
+    Raises `kind` for a path that is no file (a directory, a pipe, a device), and for one that cannot be accessed.
     """
     try:
         mode = path.stat().st_mode
@@ -115,7 +115,7 @@ def parse_yaml(text: bytes, where: str, kind: type[Exception]) -> Any:
 
 @cache
 def _loader() -> Any:
-    """PyYAML's loader of plain values, which tells each fault with its line, and keeps no two values of one key."""
+    """PyYAML's loader of plain values, with line numbers in errors, and without duplicate keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -146,12 +146,12 @@ def _loader() -> Any:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read, without its name."""
+    """The reason why a file cannot be read, without its name."""
     return getattr(error, "strerror", None) or one_line(error)
 
 
 def expand_home(path: str | Path, kind: type[Exception], where: str) -> Path:
-    """`path` with `~` written out; raises `kind` for the home of a user that there is not."""
+    """`path` with `~` expanded; raises `kind` for the home of an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -165,7 +165,7 @@ def _whole(digits: str) -> int:
 
 
 def _check(content: Any, where: str, kind: type[Exception], most: int) -> None:
-    """Raise `kind` for content that is nested too deeply, has more than `most` values, or is no Unicode text."""
+    """Raise `kind` for content that is nested too deeply, has more than `most` values, or is not Unicode text."""
     level, depth, count = [content], 0, 0
     while level:
         depth, count = depth + 1, count + len(level)

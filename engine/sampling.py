@@ -1,4 +1,4 @@
-"""Chooses next tokens from logits, each row by its own sampling."""
+"""Chooses next tokens from logits, each row by its own sampling settings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from engine.memory import accelerator
 from engine.planning.limits import LOGITS_BYTES
 
 _MIN_TEMPERATURE = 1e-20
-"""Below it, logits divided by the temperature would overflow; the choice is greedy long before."""
+"""Below this, logits divided by the temperature would overflow; the choice is greedy long before."""
 _SORTED_BYTES = 64
-"""What a logit takes, about, where it is sorted and summed up: 14 times its own bytes."""
+"""The approximate bytes per logit where logits are sorted and summed: 14 times its own bytes."""
 _WHOLE_BYTES = 24
-"""The same where all tokens count."""
+"""The approximate bytes per logit where all tokens count."""
 _BLOCK = 512
-"""Probabilities that are summed up at once."""
+"""The number of probabilities that are summed at once."""
 
 
 def choose(
@@ -25,13 +25,13 @@ def choose(
     generated: list[list[int]],
     most_bytes: int = LOGITS_BYTES,
 ) -> torch.Tensor:
-    """Next token of each row: float32 logits `[rows, vocabulary]` -> ids `[rows]`, both on the device.
+    """Choose the next token of each row: float32 logits `[rows, vocabulary]` -> ids `[rows]`, both on the device.
 
-    It takes `most_bytes` more than the logits, about, or what a row takes.
+    It takes about `most_bytes` more than the logits, or what one row takes.
 
-    `draws` are uniform numbers in [0, 1), one a row: a row's choice is its distribution's quantile there, tokens in
-    the order of their ids, so that it does not depend on the rows beside it, nor on which of two tokens is the likelier
-    one by a hair. `generated` are the tokens that penalties look at.
+    `draws` are uniform numbers in [0, 1), one a row: a row's choice is its distribution's quantile there, with tokens
+    in the order of their ids, so that it depends neither on other rows, nor on which of two tokens is minimally
+    likelier. `generated` are the tokens that penalties apply to.
     """
     if any(sampling.rules is not None for sampling in samplings):
         rows = zip(logits, samplings, generated, strict=True)
@@ -59,13 +59,13 @@ def choose(
 
 
 def _settings(sampling: Sampling, vocabulary: int) -> tuple[float, int, float]:
-    """Temperature, how many of the likeliest tokens count, and what part of the distribution does."""
+    """Temperature, top_k and top_p of each row, as tensors."""
     top_k = min(sampling.top_k or vocabulary, vocabulary)
     return max(sampling.temperature, _MIN_TEMPERATURE), top_k, sampling.top_p
 
 
 def _penalized(logits: torch.Tensor, samplings: list[Sampling], generated: list[list[int]]) -> torch.Tensor:
-    """OpenAI's definition: minus presence_penalty if the token was generated, minus frequency_penalty per time."""
+    """Apply OpenAI's penalties: minus presence_penalty if the token was generated, minus frequency_penalty per time."""
     logits = logits.clone()
     for row, (sampling, tokens) in enumerate(zip(samplings, generated, strict=True)):
         if tokens and (sampling.presence_penalty or sampling.frequency_penalty):
@@ -84,7 +84,7 @@ def _sample_whole(
 def _sample_cut(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, draws: torch.Tensor
 ) -> torch.Tensor:
-    """The same, among the likeliest tokens only."""
+    """Like `_sample_whole`, among the likeliest tokens only."""
     logits = logits / temperature.float()[:, None]
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     beyond = torch.arange(values.shape[-1], device=logits.device) >= top_k[:, None]
@@ -97,9 +97,9 @@ def _sample_cut(
 def _quantile(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """The tokens at which the sums of probabilities, in the order of ids, exceed the draws: ids `[rows]`.
 
-    Logits `[rows, vocabulary]` are overwritten. The sums are of blocks first, then within the block in question: many
-    threads sum up a row, where a running sum over all of it is the work of one thread block. A row that is not finite
-    has some token: its sequence fails, not its neighbours.
+    Logits `[rows, vocabulary]` are overwritten. Sums are taken of blocks first, then within the block in question: many
+    threads sum a row, where a running sum over all of it is the work of one thread block. A row that is not finite gets
+    some token: its sequence fails, not its neighbours.
     """
     weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
@@ -112,6 +112,6 @@ def _quantile(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def _first_beyond(sums: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
-    """Where growing sums `[rows, count]` first exceed a point `[rows, 1]`, or have grown to their end: `[rows, 1]`."""
+    """The first index at which growing sums `[rows, count]` exceed a point `[rows, 1]`, or their last: `[rows, 1]`."""
     exceeds, grown = (sums <= point).sum(dim=-1, keepdim=True), (sums < sums[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(exceeds, grown)

@@ -1,4 +1,4 @@
-"""The engine's thread: takes jobs in, runs one sweep after the other, and delivers what each has finished."""
+"""The engine's thread: accepts jobs, runs one sweep after the other, and delivers the completions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SweepLoop:
         self._is_waiting = False
         """Whether the engine's thread waits for work."""
         self._is_lent = False
-        """Whether somebody else works with the parts, in another thread."""
+        """Whether another thread is using the parts."""
         self._fault: BaseException | None = None
         self._tracks = [Track(number, lane.scheduler) for number, lane in enumerate(parts.lanes)]
         self._locksteps = [_lockstep(lane.executor, parts.group) for lane in parts.lanes]
@@ -62,7 +62,7 @@ class SweepLoop:
         self._thread.start()
 
     def submit(self, call: Call) -> None:
-        """Take in a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
+        """Accept a call; raises the fault that ended the engine, or `EngineError` when it is closed."""
         with self._changed:
             self._check_serving()
             if call.left:
@@ -70,7 +70,7 @@ class SweepLoop:
                 self._changed.notify_all()
 
     def abandon(self, call: Call) -> None:
-        """Drop what of `call` has not ended."""
+        """Drop the unfinished jobs of `call`."""
         if not call.left:
             return
         with self._changed:
@@ -80,10 +80,10 @@ class SweepLoop:
 
     @contextmanager
     def lend(self) -> Iterator[Parts]:
-        """Inside, the caller's thread works with the parts; jobs wait until it has done so, and `close` does.
+        """Inside, the caller's thread uses the parts; jobs and `close` wait until it is done.
 
-        Waits until the jobs in work have ended. Raises the fault that ended the engine, or `EngineError` when it is
-        closed.
+        It waits until the jobs in progress have ended. Raises the fault that ended the engine, or `EngineError` when it
+        is closed.
         """
         with self._changed:
             while not (self._is_waiting and not self._is_lent):
@@ -107,7 +107,7 @@ class SweepLoop:
 
     @property
     def num_jobs(self) -> int:
-        """Jobs in work."""
+        """The number of jobs in progress."""
         return len(self._in_work)
 
     def close(self) -> bool:
@@ -155,7 +155,7 @@ class SweepLoop:
                 self._parts.line.end()
 
     def _receive(self) -> bool:
-        """Take in what arrived; wait when there is nothing to do. False when the engine closes."""
+        """Accept what arrived; wait when there is nothing to do. False when the engine closes."""
         is_busy = not all(track.is_idle for track in self._tracks)
         with self._changed:
             while self._is_lent or not (self._inbox or self._closing or is_busy):
@@ -256,10 +256,10 @@ class SweepLoop:
         self._deliver(done)  # last: whoever sees the result finds the room free
 
     def _sweep(self, track: Track, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
-        """What was computed of a sweep, and its answers.
+        """The results of a sweep, and its answers.
 
-        A sweep changes no span, so one for which the device has too little memory is computed again, in smaller parts;
-        not so where other stages have been told of it.
+        A sweep changes no span, so one that runs out of device memory is computed again, in smaller parts; except where
+        other stages compute it, too.
         """
         executor, lockstep = self._parts.lanes[track.number].executor, self._locksteps[track.number]
         scheduler, device = track.scheduler, self._parts.arena.device

@@ -1,4 +1,4 @@
-"""How a model writes its thinking before its answer: where both are in a generated text, and how long it may think."""
+"""How a model writes its thinking before its answer: where both are in a generated text, and the thinking budget."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Place = Literal["before", "thinking", "answer"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What of a generated text is thinking, and what is the answer."""
+    """The thinking and the answer in a generated text."""
 
     place: Place
-    """Where its end is: before anything is decided, in the thinking, or in the answer."""
+    """Where the text ends: undecided, in the thinking, or in the answer."""
     thinking: str | None
-    """Without white space around it; None where the model did not begin to think."""
+    """The thinking without white space around it; None where the model did not begin to think."""
     begin: int
-    """Where the answer begins: the index of its first character, behind the blank lines that follow the thinking."""
+    """The start of the answer: the index of its first character, after the blank lines that follow the thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tags:
-    """Thinking stands between two strings at the beginning of a text, such as `<think>` and `</think>`.
+    """The thinking is between two strings at the beginning of a text, such as `<think>` and `</think>`.
 
     It ends with the first `end`. A text that does not begin with `begin`, white space aside, is an answer as a whole.
     """
@@ -34,7 +34,7 @@ class Tags:
     end: str
 
     def read(self, text: str, *, is_open: bool) -> Reading:
-        """What of a text is which; `is_open` is whether the prompt ended with `begin`."""
+        """Split a text; `is_open` is whether the prompt ended with `begin`."""
         first = len(text) - len(text.lstrip())
         rest = text[first:]
         if rest.startswith(self.begin):
@@ -58,12 +58,12 @@ class Tags:
 
     @property
     def closing(self) -> str:
-        """What ends the thinking."""
+        """The string that ends the thinking."""
         return self.end
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends the answer beside end-of-text."""
+        """The strings that end the answer in addition to end-of-text."""
         return ()
 
 
@@ -75,7 +75,7 @@ class Channels:
     """
 
     def read(self, text: str, *, is_open: bool) -> Reading:
-        """What of a text is which; `is_open` is whether the prompt ended within a message of another channel."""
+        """Split a text; `is_open` is whether the prompt ended within a message of another channel."""
         thoughts: list[str] = []
         at = 0
         while True:
@@ -95,12 +95,12 @@ class Channels:
             at, is_open = end + len(_END), False
 
     def may_have_moved(self, place: Place, tail: Callable[[int], str]) -> bool:
-        """As for tags."""
+        """See `Tags.may_have_moved`."""
         end = tail(max(len(_MESSAGE), len(_END)))
         return _MESSAGE in end or _END in end
 
     def after(self, prompt: str) -> Place:
-        """As for tags; "answer" where the prompt itself ends within the message in the channel `final`."""
+        """See `Tags.after`; "answer" where the prompt itself ends within the message in the channel `final`."""
         last = prompt[max(0, prompt.rfind(_START)) :]
         header, is_message, message = last.partition(_MESSAGE)
         if not is_message or _END in message:
@@ -109,12 +109,12 @@ class Channels:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends the answer beside end-of-text."""
+        """The strings that end the answer in addition to end-of-text."""
         return (_END,)
 
     @property
     def closing(self) -> str:
-        """What ends a thought and begins the answer."""
+        """The string that ends a thought and begins the answer."""
         return f"{_END}{_START}assistant{_FINAL}{_MESSAGE}"
 
 
@@ -127,22 +127,22 @@ Style = Tags | Channels
 
 @dataclass(frozen=True, kw_only=True)
 class Thinking:
-    """Of a job: that its model thinks before it answers. Stop strings are then matched in the answer only."""
+    """States that a job's model thinks before it answers. Stop strings are then matched in the answer only."""
 
     style: Style
     is_open: bool = False
     """Whether the prompt ends within the thinking."""
     budget: int | None = None
-    """Most tokens between the beginning of the thinking and `closing`; None leaves its length to the model."""
+    """The most tokens between the beginning of the thinking and `closing`; None leaves its length to the model."""
     closing: tuple[int, ...] = ()
-    """Tokens that end the thinking, which follow the last one of the budget whatever the model chooses."""
+    """The tokens that end the thinking, which are forced after the last token of the budget."""
 
     def read(self, text: str) -> Reading:
-        """What of a generated text is thinking, and what is the answer."""
+        """Split a generated text into thinking and answer."""
         return self.style.read(text, is_open=self.is_open)
 
     def check(self) -> None:
-        """Raise `JobError` for a rule that cannot be carried out."""
+        """Raise `JobError` for a rule that cannot be applied."""
         if not isinstance(self.style, Tags | Channels):
             raise JobError(f"style of thinking {shown(self.style)} is neither Tags nor Channels")
         if isinstance(self.style, Tags) and not (self.style.begin and self.style.end):
@@ -159,17 +159,17 @@ class Thinking:
 
 @dataclass
 class Progress:
-    """How far a sequence's thinking is."""
+    """The progress of a sequence's thinking."""
 
     place: Place = "answer"
     num_tokens: int = 0
-    """In the thinking so far."""
+    """The number of tokens in the thinking so far."""
     due: tuple[int, ...] = ()
-    """Tokens that come next whatever the model chooses."""
+    """The tokens that are forced next."""
 
     @classmethod
     def of(cls, rule: Thinking | None) -> Progress:
-        """That of a sequence without generated tokens."""
+        """The progress of a sequence without generated tokens."""
         if rule is None:
             return cls()
         started = cls("thinking" if rule.is_open else "before")
@@ -177,9 +177,9 @@ class Progress:
         return started
 
     def take(self, rule: Thinking, tail: Callable[[int], str], whole: Callable[[], str]) -> None:
-        """Follow a token that was generated.
+        """Update the progress by a token that was generated.
 
-        `tail(n)` gives the end of the text that it ends, of n characters or more; `whole()` all of the text.
+        `tail(n)` gives the end of the text up to the token, of n characters or more; `whole()` all of the text.
         """
         was_last = len(self.due) == 1
         self.due, before = self.due[1:], self.place
@@ -199,7 +199,7 @@ class Progress:
 
 
 def _behind_space(text: str, at: int) -> int:
-    """Where the first line begins that is not blank, with its indentation, which code needs; `at` is within a line."""
+    """The start of the first line that is not blank, with its indentation, which code needs; `at` is within a line."""
     first = len(text) - len(text[at:].lstrip())
     return text.rfind("\n", at, first) + 1 or first
 

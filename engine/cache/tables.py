@@ -46,8 +46,8 @@ class Tables:
         """sizes: the bytes of a row of each table, 0 for a layer without one; dtypes: how rows are viewed on each tier.
 
         counted: the bytes that a row counts as against the budgets, where other processes keep larger rows of the same
-        spans; None: the bytes that it takes here. `settle` returns when no copy to a table is under way any more; `what`
-        names the tables in messages.
+        spans; None: the bytes that it takes here. `settle` returns when no copy to a table is under way any more.
+        `what` names the tables in messages.
         """
         self._sizes, self._dtypes, self._what = sizes, dtypes, what
         self.row_bytes: dict[Tier, int] = counted or {tier: sum(each) for tier, each in sizes.items()}

@@ -18,7 +18,7 @@ from engine.errors import CheckpointError, UnsupportedError, named
 from engine.model.attention.interface import ATTENTION_NAME
 
 _PATCHING = threading.Lock()
-"""Held while `nn.Module` is patched, which is one for all threads."""
+"""Held while `nn.Module` is patched, which all threads share."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a directory, parameters on `meta`; `CheckpointError` or `UnsupportedError` where there is none."""
+    """Build the model of a directory, parameters on `meta`; `CheckpointError` or `UnsupportedError` if impossible."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = _on_meta(config, dtype, ATTENTION_NAME)
@@ -76,9 +76,9 @@ def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def default_attention(model: PreTrainedModel) -> str:
-    """The attention implementation that `from_pretrained` takes for such a model when nobody names one.
+    """The attention implementation that `from_pretrained` uses for such a model by default.
 
-    Its own check chooses: a second model of a real shape would take a second to be built.
+    transformers' own check chooses it: a second model of real size would take a second to be built.
     """
     return str(model._check_and_adjust_attn_implementation(None, is_init_check=True))
 
@@ -95,7 +95,7 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of the decoder layers, in the order in which they are called."""
+    """The list of the decoder layers, in the order of their calls."""
     count = getattr(_text_config(model), "num_hidden_layers", None)
     root = model.get_decoder() or model.base_model
     for base in (root, model.base_model):
@@ -119,9 +119,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def give_each_its_own(layers: nn.ModuleList, model: PreTrainedModel) -> None:
-    """Let layers for which the model ties a module to that of another layer have copies of it, still without numbers.
+    """Give layers that share a module with another layer a copy of it, still without numbers.
 
-    Each has parameters of its own then; the numbers that they are tied to are loaded for each.
+    Each then has parameters of its own, and the shared values are loaded for each.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}

@@ -41,7 +41,7 @@ class CausalModel:
     """Drives a decoder-only `transformers` model (5.x) layer by layer; its parameters are on `meta` until bound.
 
     The family's own code makes embeddings, positions, rotary tables and the final norm and head: `record` calls the
-    model's forward with stand-ins for the layers, and `head` calls it with the last hidden state injected.
+    model's forward with stubs in place of the layers, and `head` calls it with the last hidden state injected.
     """
 
     def __init__(
@@ -53,22 +53,22 @@ class CausalModel:
         batch_invariant: bool = False,
         has_weights: bool = True,
     ) -> None:
-        """has_weights: whether the weight files are looked at, too; without, a quantized model is not known to be."""
+        """has_weights: whether to read the weight files' headers, too; without, a quantized model is not recognised."""
         self.device, self.dtype = device, dtype
         self.module = build(path, dtype)
         self.config = self.module.config
         self.expert_configs = take_experts(self.module)
-        """Those of its configs by which experts are computed by our function."""
+        """The configs of those modules whose experts our function computes."""
         self.expert_matrices = names_of_matrices(self.module) if self.expert_configs else frozenset[str]()
-        """Parameters that our function computes experts with; it can do with some experts' numbers at a time."""
+        """The parameters of experts that our function computes, which can be decoded for some experts at a time."""
         if batch_invariant and not self.expert_configs:  # grouped products choose by how many rows each expert has
             keep_experts_apart(self.module)
         self.sweeping = SweepContext(arithmetic=BatchInvariant() if batch_invariant else nullcontext())
-        """Tells our attention function, called from inside the layers, what it works on."""
+        """The context that our attention function reads when layers call it."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
-        """Parameters and persistent buffers by the names a checkpoint is mapped to, on `meta`."""
+        """Parameters and persistent buffers by the names that checkpoint names are mapped to, on `meta`."""
         self.names = CheckpointNames(self.module, dict(self.state))
-        """What the tensors of its checkpoint are called here."""
+        """Maps the names of checkpoint tensors to the model's."""
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
             for prefix, module in self.module.named_modules()
@@ -79,43 +79,44 @@ class CausalModel:
         if self.output is None:
             raise UnsupportedError(f"{type(self.module).__name__} has no output embedding; it cannot be run here")
         self.head_name = next(name for name, module in self.module.named_modules() if module is self.output) + ".weight"
-        """Full name of the head's weight."""
+        """The full name of the head's weight."""
         self.is_tied = is_tied(path if has_weights else None, self.module, self.names, self.state, self.head_name)
         """Whether the head's weight is the token embedding's."""
         self.twins = twins_of(self.module, self.head_name)
-        """Parameters that a checkpoint may hold under one name of several, by each."""
+        """Parameters that a checkpoint may hold under one of several names, by each name."""
         slots = decoder_layers(self.module)
         give_each_its_own(slots, self.module)
         self.layers = list(slots)
         self.units = self._find_units()
         self.quantization = declared_quantization(path, getattr(self.config, "quantization_config", None))
-        """What the model directory says of how it is quantized; None if it is not."""
+        """The directory's quantization settings; None if it is not quantized."""
         self.all_packed: dict[str, PackedParameter] = self._find_packed(path, has_weights)
-        """Parameters that the checkpoint holds packed."""
+        """The parameters that the checkpoint holds packed."""
         self.packed = {name: packed for name, packed in self.all_packed.items() if name != self.embedding_name}
-        """Those that are stored so; the token embedding, of which rows are looked up, is expanded while it is read."""
+        """The parameters that are stored packed; the token embedding, whose rows are looked up, is decoded while
+        loading."""
         self.recorder = CallRecorder(len(self.layers))
-        """What stands in for the layers while the model's own forward is called."""
+        """The recorder of the stubs that replace the layers while the model's own forward is called."""
         for index, layer in enumerate(self.layers):
             slots[index] = LayerStub(index, layer, self.recorder)
             for module in layer.modules():
                 module.__dict__["sweeping"] = self.sweeping
         self.outer = OuterForward(self.module, self.recorder, self.sweeping)
-        """Its own forward, around the layers."""
+        """The model's own forward, around the layers."""
         self.is_padded = False
-        """The family carries its own attention: it runs in padded micro-batches, through a cache of ours."""
+        """Whether the family has its own attention: it then runs in padded micro-batches, with a view of our cache."""
         self.mixers: dict[int, Mixer] = {}
-        """What keeps a state of each sequence, by layer."""
+        """The modules that keep a recurrent state of each sequence, by layer."""
         self.indexers: dict[int, Indexer] = {}
-        """What chooses the keys that are attended to, by layer."""
+        """The modules that choose the keys to attend to, by layer."""
         self.kv_shapes: list[KVShape] = probe(self)
-        """Of each layer; of no width where it attends to nothing."""
+        """The shape of keys and values by layer; of no width where a layer attends to nothing."""
         self.held = range(len(self.layers))
-        """The layers that are computed here: all, but where it is a stage of several."""
+        """The layers that this process computes: all, unless the model is in stages."""
         self.elsewhere: frozenset[str] = frozenset()
-        """What checkpoints call parameters, or packed parts of them, that other stages have."""
+        """The checkpoint's names of parameters, and of their packed parts, that other stages have."""
         self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
-        """Of the hidden states between layers: a family may add them up in a wider one."""
+        """The dtype of hidden states between layers: a family may accumulate them in a wider one."""
         self._leave_out(unused_parameters(self))
         fuse_norms(self.layers, self.sweeping, device, dtype)
         fuse_rotations(self.layers, self.sweeping, device, dtype)
@@ -145,49 +146,49 @@ class CausalModel:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the head."""
+        """The number of rows of the head."""
         return int(self.state[self.embedding_name].shape[0])
 
     @property
     def hidden_size(self) -> int:
-        """Numbers of a row's hidden states between layers."""
+        """The number of elements of a row's hidden states between layers."""
         streams = self.recorder.streams
         return streams.width if streams.are_several else int(self.config.get_text_config().hidden_size)
 
     @property
     def embedding_name(self) -> str:
-        """Full name of the token embedding's weight."""
+        """The full name of the token embedding's weight."""
         return next(iter(self.units[0].owners))
 
     @property
     def is_plain(self) -> bool:
-        """Whether attention is a plain softmax over all tokens before, which the engine's own kernels compute."""
+        """Whether attention is a plain softmax over all earlier tokens, which the engine's own kernels support."""
         return self.sweeping.is_plain and not self.is_padded
 
     @property
     def state_shapes(self) -> list[StateShape | None]:
-        """The states that layers keep; None for one that keeps none, or is not held."""
+        """The states that layers keep, by layer; None for a layer without one, or of another stage."""
         mixers = {index: mixer for index, mixer in self.mixers.items() if index in self.held}
         return [mixers[index].shape if index in mixers else None for index in range(len(self.layers))]
 
     @property
     def has_head(self) -> bool:
-        """Whether logits are computed here: where the last layer is."""
+        """Whether this process computes logits: it has the last layer."""
         return self.held.stop == len(self.layers)
 
     @property
     def continues(self) -> bool:
-        """Whether all layers take on several tokens behind what they keep of those before."""
+        """Whether all layers can process several tokens that continue cached ones."""
         return all(mixer.continues for mixer in self.mixers.values())
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether inputs of linear layers are rounded to 8 bits, as a checkpoint may ask for."""
+        """Whether inputs of linear layers are rounded to 8 bits, as some checkpoints require."""
         return any("rounds_inputs" in module.__dict__ for layer in self.layers for module in layer.modules())
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether attention always reads keys and values on the device where they lie (`Flash.can`)."""
+        """Whether attention always reads keys and values in place on the device (`Flash.can`)."""
         sizes = {(shape.key_dim, shape.value_dim) for shape in self.kv_shapes if shape.width}
         has_kernels = all(flash.has_kernels(self.device, self.dtype, *size) for size in sizes)
         return has_kernels and self.is_plain
@@ -223,7 +224,7 @@ class CausalModel:
         return list(units.values())
 
     def _leave_out(self, unused: set[str]) -> None:
-        """Let no place be found, and no weights be read, for parameters that no text is computed with."""
+        """Exclude parameters that no text is computed with from placement and loading."""
         outer = self.units[1]
         self.units[1] = Unit("outer", {name: owner for name, owner in outer.owners.items() if name not in unused})
         for name in unused:
@@ -240,9 +241,9 @@ class CausalModel:
         return find_packed(path, self.quantization, owners, self.names)
 
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Embed a micro-batch: its `inputs` -> hidden `[rows, width]`, and how each layer is called.
+        """Embed a micro-batch: `inputs` -> hidden `[rows, width]`, and how each layer is called.
 
-        Needs the embedding and the outer parameters bound.
+        The embedding and the outer parameters must be bound.
         """
         return self.outer.record(inputs)
 
@@ -273,7 +274,7 @@ class CausalModel:
 
     @contextmanager
     def embedding_as(self, look_up: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Inside, the token embedding gives what `look_up` makes of ids; it needs no weights then."""
+        """Inside, the token embedding returns what `look_up` makes of ids; it needs no weights then."""
         self.embedding.__dict__["forward"] = look_up
         try:
             yield

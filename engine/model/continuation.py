@@ -1,4 +1,4 @@
-"""Whether stock layers compute of tokens behind a cache what they compute of the whole sequence."""
+"""Checks whether stock layers compute the same for tokens after a cache as for the whole sequence."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from engine.model.stock_cache import stock_views
 from engine.model.stub import LayerCall
 
 _PARTS = 3
-"""A first one, one behind it, and one behind both."""
+"""The parts of a sequence: a first one, one after it, and one after both."""
 _SHORTEST = 2 * _PARTS
-"""Of fewer tokens, a part has no mask."""
+"""A part of fewer tokens has no mask."""
 
 
 @torch.no_grad()
 def can_continue(model: CausalModel, stock: StockForward, length: int) -> bool:
-    """Whether sequences of up to `length` tokens may be computed in parts, each from the keys and values before it.
+    """Whether sequences of up to `length` tokens may be computed in parts, each from the earlier keys and values.
 
-    The model's own forward must embed the parts, and call its layers on them, as it does on the whole: the same
-    positions, rotary tables and biases, and what the mask shows. Rotary tables that depend on how long a sequence is
-    are not the same. Every layer must give its keys and values to the cache, once; none may
-    keep a state, or choose keys by an index. Needs the outer parameters bound.
+    The model's own forward must embed the parts, and call its layers on them, as it does on the whole: with the same
+    positions, rotary tables and biases, and the same visible part of the mask. Rotary tables that depend on a
+    sequence's length are not the same. Every layer must give its keys and values to the cache, once; none may keep a
+    state, or choose keys by an index. The outer parameters must be bound.
     """
     if length < _SHORTEST or model.mixers or model.indexers:
         return False
@@ -58,15 +58,15 @@ def can_continue(model: CausalModel, stock: StockForward, length: int) -> bool:
 
 
 class _Comparison:
-    """Of what a layer is called with on tokens `first` to `end` of a sequence, and on the whole sequence."""
+    """Compares the arguments of a layer for tokens `first` to `end` of a sequence with those for the whole."""
 
     def __init__(self, first: int, end: int) -> None:
         self._first, self._end = first, end
         self._known: dict[tuple[int, int], bool] = {}
-        """Of tensors that were compared, by their identity: most layers get the same ones."""
+        """Results for compared tensors, by their identity: most layers get the same ones."""
 
     def is_part(self, part: LayerCall, whole: LayerCall) -> bool:
-        """Whether the layer would compute the same rows of both."""
+        """Whether the layer would compute the same rows with both."""
         if not self._is_same((part.args, part.kwargs), (whole.args, whole.kwargs)):
             return False
         rows = self._end - self._first
@@ -114,7 +114,7 @@ class _Comparison:
         return shown.shape[-2:] == causal.shape and torch.equal(shown, causal.expand(shown.shape))
 
     def _part_of(self, whole: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """Of a tensor for the whole sequence, what is of these rows, and of the keys that they see."""
+        """The part of a whole sequence's tensor for these rows, and for the keys that they see."""
         if whole.ndim != len(shape):
             return None
         for dim, size in enumerate(shape):
@@ -128,7 +128,7 @@ class _Comparison:
 
 
 def _gives_keys_once(model: CausalModel, stock: StockForward, index: int, call: LayerCall) -> bool:
-    """Whether a layer gives its keys and values to its cache once, seen without numbers."""
+    """Whether a layer gives its keys and values to its cache once, found without numbers."""
     (view,) = stock_views(call) or (None,)
     if view is None:
         return False

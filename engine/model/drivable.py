@@ -1,4 +1,4 @@
-"""What finding out how a family is driven needs of a model that was taken apart."""
+"""The part of a model's interface that probing a family needs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Drivable(Protocol):
 
     @property
     def embedding_name(self) -> str:
-        """Full name of the token embedding's weight."""
+        """The full name of the token embedding's weight."""
 
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Embed a micro-batch, and note how each layer is called."""
+        """Embed a micro-batch, and record how each layer is called."""
 
     def embedding_as(self, look_up: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
-        """Inside, the token embedding gives what `look_up` makes of ids."""
+        """Inside, the token embedding returns what `look_up` makes of ids."""

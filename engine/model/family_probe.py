@@ -1,4 +1,4 @@
-"""How a family is driven, found out without weights: the form of its layers' outputs, their attention, their keys."""
+"""Finds out, without weights, how a family is driven: its layers' outputs, attention, keys and values."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from engine.model.stub import HandedOn, LayerCall
 from engine.model.undrivable import UndrivableError
 
 _ROWS = 3
-"""Rows of which it is checked that they meet in attention alone."""
+"""The number of rows for the check that rows interact in attention alone."""
 
 _KEYS = 4
-"""Of a step whose padding is checked: one is padding, the last one is new."""
+"""The number of keys of a step whose padding is checked: one is padding, the last one is new."""
 
 
 _WAYS = ((1, False), (3, False), (2, False), (2, True))
-"""How many values a model may expect of its layers, and whether it may hand on the second to the next layer."""
+"""The numbers of values that a model may expect from its layers, and whether it may pass on the second one."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why one way to drive the family did not work."""
+    """Why one way to drive the family failed."""
 
     stage: int
     """How far it came: 0 in the model's forward, 1 in a layer, 2 through all layers, 3 for a reason with a name."""
@@ -48,9 +48,9 @@ class _Failure:
 
 
 def probe(model: Drivable) -> list[KVShape]:
-    """Shapes of the keys and values of each layer, learned by calling the layers on `meta`.
+    """The shapes of the keys and values of each layer, found by calling the layers on `meta`.
 
-    Tries the family as one that uses the attention interface, then as one that carries its own attention
+    It tries the family as one that uses the attention interface, then as one with its own attention
     (`model.is_padded`). Raises `UnsupportedError` with the reason of the attempt that came farthest.
     """
     name = f"{type(model.module).__name__} ({model.config.model_type})"
@@ -171,7 +171,7 @@ def _probe_layer(model: Drivable, index: int, hidden: torch.Tensor, call: LayerC
 
 
 def handed_row_bytes(value: Any, rows: tuple[int, int]) -> int | None:
-    """Bytes of a row of what a layer hands on; None where that is neither numbers of each row nor chosen keys."""
+    """The bytes per row that a layer passes on; None unless they are numbers of each row or chosen keys."""
     if isinstance(value, Choice):
         return value.kept_row_bytes
     is_of_rows = isinstance(value, torch.Tensor) and value.shape[:2] == rows
@@ -179,7 +179,7 @@ def handed_row_bytes(value: Any, rows: tuple[int, int]) -> int | None:
 
 
 def one_of_each_kind(model: Drivable) -> list[int]:
-    """The first layer of each kind, by its modules and by what the config says of it."""
+    """The first layer of each kind, by its modules and by its entry in the config."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     first: dict[Any, int] = {}
     for index, layer in enumerate(model.layers):
@@ -189,9 +189,9 @@ def one_of_each_kind(model: Drivable) -> list[int]:
 
 
 def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
-    """Raise `UnsupportedError` where a kind of layer lets rows meet outside its attention and its state.
+    """Raise `UnsupportedError` where rows of a kind of layer interact outside its attention and its state.
 
-    Of a layer that shows neither, it must be seen that it does not.
+    A layer that shows neither must be seen not to mix rows.
     """
     model.sweeping.is_checking, model.sweeping.attended = True, 0
     try:
@@ -217,12 +217,12 @@ def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
 
 
 def _hands_on(call: LayerCall) -> bool:
-    """Whether a layer is called with what layers before it have put down for it, or hand on to it."""
+    """Whether a layer's call has values that earlier layers stored for it, or pass on to it."""
     return any(isinstance(value, MutableMapping | HandedOn) for value in (*call.args, *call.kwargs.values()))
 
 
 def _check_padding(model: Drivable) -> None:
-    """Raise `UnsupportedError` where the mask of a step behind a past does not hide padding at the left."""
+    """Raise `UnsupportedError` where the mask of a step after a past does not hide left padding."""
     view = CacheView(ProbingView(model.sweeping, _KEYS))
     mask = torch.ones(1, _KEYS, dtype=torch.long)
     mask[0, 0] = 0
@@ -239,7 +239,7 @@ def _check_padding(model: Drivable) -> None:
 
 
 def _without_keys(model: Drivable, shapes: list[KVShape | None]) -> str:
-    """What to say of layers that show no keys."""
+    """The message for layers that show no keys."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ()
     silent = [index for index, shape in enumerate(shapes) if shape is None]
@@ -254,7 +254,7 @@ def _without_keys(model: Drivable, shapes: list[KVShape | None]) -> str:
 
 
 def _words(model: Drivable, error: Exception) -> str:
-    """Why the model's forward cannot be called with stand-ins for its layers."""
+    """Why the model's forward cannot be called with stubs for its layers, in words."""
     extra = _handed_on(model, model.recorder.calls)
     if extra:
         return extra
@@ -270,7 +270,7 @@ def _words(model: Drivable, error: Exception) -> str:
 
 
 def _handed_on(model: Drivable, calls: list[LayerCall]) -> str | None:
-    """What the first layer returns besides hidden states, if that is why stand-ins do not do."""
+    """What the first layer returns in addition to hidden states, if that is why stubs fail."""
     if not calls or model.recorder.hidden is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""A model's own forward, called with stand-ins for its layers: embeddings, and how each layer is called."""
+"""A model's own forward, called with stubs for its layers: embeddings, and how each layer is called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.model.sweep_context import SweepContext
 
 
 class OuterForward:
-    """Calls what is around a model's decoder layers, whose place stubs have taken."""
+    """Calls the part of a model around its decoder layers, which stubs replace."""
 
     def __init__(self, module: PreTrainedModel, recorder: CallRecorder, sweeping: SweepContext) -> None:
         self._recorder = recorder
@@ -31,23 +31,23 @@ class OuterForward:
             self._called = module.get_decoder()
         parameters = inspect.signature(self._called.forward).parameters
         self.names = frozenset(parameters)
-        """Of its arguments."""
+        """The names of its arguments."""
         self._takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         self._cache_name = "cache" if "cache" in self.names else "past_key_values"  # before transformers 5.24
         self.asked: torch.Tensor | None = None
-        """Token ids of the micro-batch that was embedded last."""
+        """The token ids of the micro-batch that was embedded last."""
         self.positions = Positions()
         """How rows of packed sequences are given their positions."""
         self.asks_lengths = False
-        """Whether layers count rows on from the length of their cache, and get a view that tells it."""
+        """Whether layers count rows on from the length of their cache, and therefore get a view that has it."""
         self.passes_positions = True
-        """Whether positions are given to a forward that does not name them, and may pass them on."""
+        """Whether positions are passed to a forward that does not name them, but may pass them on."""
 
     @torch.no_grad()
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Embed a micro-batch: its `inputs` -> hidden `[rows, width]`, and how each layer is called.
+        """Embed a micro-batch: `inputs` -> hidden `[rows, width]`, and how each layer is called.
 
-        Needs the embedding and the outer parameters bound.
+        The embedding and the outer parameters must be bound.
         """
         positions = inputs.get("position_ids")
         self.asked = inputs["input_ids"]
@@ -63,7 +63,7 @@ class OuterForward:
         return hidden, calls
 
     def _record_apart(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Embed each run of neighbouring positions by itself, for a forward that counts on from its cache's length."""
+        """Embed each run of consecutive positions by itself, for a forward that counts on from its cache's length."""
         begins = (positions[0].diff() != 1).nonzero()[:, 0] + 1
         states: list[torch.Tensor] = []
         calls: list[LayerCall] = []
@@ -86,10 +86,10 @@ class OuterForward:
 
     @property
     def takes_cache(self) -> bool:
-        """Whether it names a cache among its arguments."""
+        """Whether it has a cache among its arguments."""
         return self._cache_name in self.names
 
     def takes(self, key: str) -> bool:
-        """Whether it is given an input: what it names, and positions that it may pass on."""
+        """Whether it gets an input: an argument that it names, or positions that it may pass on."""
         is_passed_on = key == "position_ids" and self._takes_others and self.passes_positions
         return key in self.names or is_passed_on

@@ -1,4 +1,4 @@
-"""Padded micro-batches, for families that carry their own attention: they see a cache that is a view of ours."""
+"""Padded micro-batches, for families with their own attention: they get a cache that is a view of ours."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class PaddedBatch(Rows):
-    """Rows of `segments` as a rectangle `[segments, rows]`, each at its right edge.
+    """Rows of `segments` as a rectangle `[segments, rows]`, each aligned to its right edge.
 
-    Keys are assembled per sequence, at the right edge too, without holes: whatever a family derives from its attention
-    mask (ALiBi's distances, for one) comes out as for a single sequence.
+    Keys are assembled per sequence, aligned to the right edge, too, without gaps: whatever a family derives from its
+    attention mask (ALiBi's distances, for one) comes out as for a single sequence.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class PaddedBatch(Rows):
             positions[index, -segment.num_rows :] = torch.arange(span.start + segment.past, span.start + last)
             mask[index, -(span.start + last) :] = 1
         self.ids = ids
-        """`[segments, rows]`, on the host."""
+        """The token ids `[segments, rows]`, on the host."""
         self._positions = accelerator.sent(positions, device)
         self._mask = accelerator.sent(mask, device)
         self._sweeping = sweeping
 
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward is called with."""
+        """The keyword arguments of the model's forward."""
         return {
             "input_ids": accelerator.sent(self.ids, self._mask.device),
             "position_ids": self._positions,
@@ -61,7 +61,7 @@ class PaddedBatch(Rows):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of each sequence `[segments, heads, keys, dim]` from the cache and the new rows.
 
-        They are contiguous, as those of transformers' own cache: some families view them as other shapes.
+        They are contiguous, like those of transformers' own cache: some families view them as other shapes.
         """
         cache, count = sweeping.cache, len(self.segments)
         keys = key.new_zeros(count, key.shape[1], self.num_keys, key.shape[2])
@@ -86,11 +86,11 @@ _STATE = "it keeps a state beside keys and values, which this cache does not hav
 
 
 class _NotKeptError(UnsupportedError, AttributeError):
-    """A layer asks its cache for more than keys and values; `hasattr` answers no."""
+    """Raised when a layer asks its cache for more than keys and values; `hasattr` answers no."""
 
 
 class _KeysAndValues(CacheLayerMixin):
-    """A layer's cache that says what else it is asked for."""
+    """A layer's cache that refuses everything but keys and values."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -107,7 +107,7 @@ class _LayerView(_KeysAndValues):
         self._batch = batch
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the rows are the KV cache's."""
+        """Do nothing: the rows are the KV cache's."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -119,77 +119,77 @@ class _LayerView(_KeysAndValues):
         return self._batch.assemble(sweeping.layer, sweeping, key, value)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys."""
+        """The length and offset of the keys."""
         return self._batch.num_keys, 0
 
     def get_seq_length(self) -> int:
-        """Keys before the new rows."""
+        """The number of keys before the new rows."""
         return self._batch.num_keys - self._batch.num_columns
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """There is no limit."""
         return -1
 
 
 class _EveryLayer(list[Any]):
-    """The one view, for every layer that asks."""
+    """A list that returns the one view, whatever layer is asked for."""
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(0)
 
 
 class CacheView(Cache):
-    """What a model takes for its KV cache while it runs a padded micro-batch."""
+    """The KV cache of a model that runs a padded micro-batch."""
 
     def __init__(self, view: CacheLayerMixin) -> None:
         super().__init__(layers=_EveryLayer([view]))
         self.view = view
-        """The view of the layer in hand."""
+        """The view of the current layer."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every layer is the same view: the executor knows which one is in hand."""
+        """Every layer is the same view: the executor sets the current one."""
         return self.view.update(key_states, value_states, *args, **kwargs)
 
     def update_indexer(self, *_: Any, **__: Any) -> Any:
-        """Refuse what DeepSeek-V3.2 and the like keep besides."""
+        """Refuse index keys, as of DeepSeek-V3.2."""
         raise UnsupportedError("it keeps an index of its keys beside keys and values")
 
     def get_conv_state(self, *_: Any, **__: Any) -> Any:
-        """Refuse a state: what asks for one is given another cache."""
+        """Refuse a state: a module that needs one gets another cache."""
         raise UnsupportedError(_STATE)
 
     def update_conv_state(self, *_: Any, **__: Any) -> Any:
-        """Refuse a state: what asks for one is given another cache."""
+        """Refuse a state: a module that needs one gets another cache."""
         raise UnsupportedError(_STATE)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Keys before the new rows."""
+        """The number of keys before the new rows."""
         return self.view.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys."""
+        """The length and offset of the keys."""
         return self.view.get_mask_sizes(query_length)
 
 
 class ProbingView(_KeysAndValues):
-    """Stands in for a layer's cache while shapes are found out; it holds nothing."""
+    """Stands in for a layer's cache while shapes are probed; it holds nothing."""
 
     def __init__(self, sweeping: SweepContext, num_keys: int = 1, num_rows: int = 1) -> None:
-        """num_keys: with those of the new rows."""
+        """num_keys: the number of keys, those of the new rows included."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._sweeping = sweeping
         self._num_keys = num_keys
         self._num_rows = num_rows
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Note the shapes of keys, values `[1, heads, 1, dim]`, and give them back."""
+        """Note the shapes of keys, values `[1, heads, 1, dim]`, and return them."""
         if self._sweeping.is_checking:
             self._sweeping.attended += 1
         else:
@@ -199,13 +199,13 @@ class ProbingView(_KeysAndValues):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys."""
+        """The length and offset of the keys."""
         return self._num_keys, 0
 
     def get_seq_length(self) -> int:
-        """Keys before the new rows."""
+        """The number of keys before the new rows."""
         return self._num_keys - self._num_rows
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """There is no limit."""
         return -1

@@ -1,4 +1,4 @@
-"""Whether rows of a layer meet in its attention alone: a layer that mixes them elsewhere is refused."""
+"""Checks that rows of a layer interact in its attention alone: a layer that mixes them elsewhere is refused."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from engine.model.sweep_context import SweepContext
 from engine.model.undrivable import UndrivableError
 
 _WHOLE = 1 << 14
-"""Parameters of at most so many numbers get random ones; multiplications by larger ones are replaced."""
+"""Parameters of at most so many numbers get random values; products with larger ones are replaced."""
 _WHOLE_IN_MODULE = 1 << 22
-"""The same where one module is tried by itself."""
+"""The same limit where one module is tried by itself."""
 _SEEDS = 3
 _TOLERANCE = 0.01
-"""Of outputs, relative to the largest: mixed rows differ by far more, and rounding by far less."""
+"""The tolerance for outputs, relative to the largest: mixed rows differ by far more, and rounding by far less."""
 
 Calls = tuple[LayerCall, list[LayerCall]]
 """How a layer is called for several rows together, and for each of them alone."""
 
 
 class NoNumbersError(Exception):
-    """The layer uses a matrix in a way that is not replaced; nothing can be said of it."""
+    """Raised when the layer uses a matrix in a way that cannot be replaced, so that nothing can be checked."""
 
 
 class Sketch(TorchFunctionMode):
-    """Replaces products with matrices that have no storage by cheap ones that keep rows apart.
+    """Replaces products with matrices that have no storage by cheap ones in which rows do not interact.
 
     A layer of any size then takes milliseconds. Every row of a product is a function of that row and of the sizes.
     """
@@ -69,11 +69,11 @@ def row_product(rows: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def check_rows_apart(layers: list[nn.Module], context: SweepContext, width: int, calls: list[Calls]) -> bool:
-    """Call the last one of `layers` with rows together and alone, attention and what keeps states replaced.
+    """Call the last one of `layers` with rows together and alone, with attention and mixers replaced.
 
-    Those before it put down what it takes besides hidden states, if anything. True where its output is seen to be the
-    same, False where nothing can be said: of a layer that uses its matrices in ways that are not replaced. Raises
-    `UnsupportedError` where its output differs, where it attends more than once, or where it does not run.
+    The layers before it produce the values that it gets in addition to hidden states, if any. Returns True where its
+    output is the same, False where nothing can be checked: a layer uses its matrices in ways that are not replaced.
+    Raises `UnsupportedError` where its output differs, where it attends more than once, or where it does not run.
     """
     layer = layers[-1]
     with ExitStack() as numbers, torch.no_grad():
@@ -118,7 +118,7 @@ def _is_apart(layers: list[nn.Module], context: SweepContext, width: int, calls:
 
 
 def states_of(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-    """What a layer makes of float32 rows `[rows, width]` that it is called with as a model calls it: the same."""
+    """A layer's output for float32 rows `[rows, width]`, when it is called as its model calls it."""
     args, kwargs = mapped(_as_float, call.given())
     return call.streams.flat(call.states_of(layer(call.laid_out(hidden), *args, **kwargs)))
 
@@ -128,7 +128,7 @@ def _as_float(value: torch.Tensor) -> torch.Tensor:
 
 
 def mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """An argument with its tensors changed."""
+    """An argument with its tensors mapped."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) in (tuple, list):
@@ -138,7 +138,7 @@ def mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
 
 @contextmanager
 def numbers_in(layer: nn.Module, whole: int = _WHOLE) -> Iterator[None]:
-    """Inside, parameters of at most `whole` numbers, and vectors, have random ones; experts loop.
+    """Inside, parameters of at most `whole` numbers, and vectors, have random values; experts are computed in a loop.
 
     All floating-point numbers are float32.
     """
@@ -169,8 +169,8 @@ def numbers_in(layer: nn.Module, whole: int = _WHOLE) -> Iterator[None]:
 def tried(layer: nn.Module, kind: str, refusal: type[UnsupportedError]) -> Iterator[None]:
     """Inside, a module of a layer, called `kind`, may be called with a few rows of random numbers.
 
-    Where it has no numbers to compute with, the rest is passed over. An `UnsupportedError` leaves as it is; what fails
-    otherwise leaves as a `refusal`.
+    Where it has no numbers to compute with, the rest is skipped. An `UnsupportedError` is passed on; any other error
+    becomes a `refusal`.
     """
     with numbers_in(layer, _WHOLE_IN_MODULE), Sketch(), torch.no_grad():
         try:

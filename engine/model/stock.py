@@ -1,4 +1,4 @@
-"""A model's layers driven as `transformers` drives them by default: whole sequences, its own attention."""
+"""Drives a model's layers as `transformers` does by default: whole sequences, its own attention."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from engine.model.stub import LayerCall
 class StockForward:
     """Calls a model's layers, with the parameters that are bound, on sequences of equal length.
 
-    They begin at 0, or continue what a cache of transformers' holds. The attention is what `from_pretrained` takes by
-    default (sdpa or eager); nothing is packed, padded or read from the engine's cache. With a codec, keys and values
-    are rounded as the engine's cache rounds them, by a cache of the layers' own that hands them back.
+    They begin at position 0, or continue the content of a transformers cache. The attention is the one that
+    `from_pretrained` uses by default (sdpa or eager); nothing is packed, padded or read from the engine's cache. With a
+    codec, keys and values are rounded as in the engine's cache, by a cache of the layers' own.
     """
 
     def __init__(self, model: CausalModel, codec: Codec | None = None) -> None:
@@ -35,7 +35,7 @@ class StockForward:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the computation."""
         return self._model.device
 
     @torch.no_grad()
@@ -44,8 +44,9 @@ class StockForward:
     ) -> tuple[torch.Tensor, list[LayerCall]]:
         """Embed ids `[sequences, length]`: hidden `[sequences * length, width]`, and how each layer is called.
 
-        num_before: tokens that each sequence continues. is_cached: whether layers give their keys and values to a
-        cache; with a codec, or tokens before, they do so anyway. Needs the embedding and the outer parameters bound.
+        num_before: the number of tokens that each sequence continues. is_cached: whether layers give their keys and
+        values to a cache; with a codec, or earlier tokens, they do so anyway. The embedding and the outer parameters
+        must be bound.
         """
         mask = ids.new_ones(len(ids), num_before + ids.shape[1])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
@@ -61,8 +62,8 @@ class StockForward:
     ) -> tuple[torch.Tensor, KeysAndValues | None]:
         """Run one layer: hidden `[rows, width]` -> `[rows, width]`, and the new keys and values; None without a cache.
 
-        before: those of the tokens that every sequence continues. Raises `UnsupportedError` for a layer that keeps
-        something else than what it attends to, where it has a cache.
+        before: the keys and values of the tokens that every sequence continues. Raises `UnsupportedError` for a layer
+        with a cache that keeps anything but keys and values.
         """
         views = stock_views(call)
         self._model.sweeping.layer = index

@@ -1,4 +1,4 @@
-"""A cache of transformers' for stock layers, which holds the tokens before those that they are called with."""
+"""A transformers cache for stock layers, which holds the tokens before those that the layers are called with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from engine.model.stub import LayerCall
 from engine.model.sweep_context import SweepContext
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
-"""Of one layer, each `[sequences, heads, tokens, dim]`."""
+"""The keys and values of one layer, each `[sequences, heads, tokens, dim]`."""
 
 
 class StockView(ProbingView):
-    """What layers take for a cache of `num_before` tokens: gives their keys and values back in front of the new ones.
+    """A layer's cache of `num_before` tokens: it returns their keys and values in front of the new ones.
 
-    With a codec, new ones are rounded as the engine's cache rounds them.
+    With a codec, new ones are rounded as in the engine's cache.
     """
 
     def __init__(
@@ -33,19 +33,19 @@ class StockView(ProbingView):
         self.begin(None)
 
     def begin(self, before: KeysAndValues | None) -> None:
-        """Stand for the cache of the next layer; before: of `[1, heads, num_before, dim]`, None where nothing is."""
+        """Become the cache of the next layer; before: `[1, heads, num_before, dim]` each, None where there are none."""
         self._before = before
         self.new: KeysAndValues | None = None
-        """What the layer gave last, rounded."""
+        """The keys and values that the layer stored last, rounded."""
         self._given: list[KVShape] = []
 
     @property
     def was_given_once(self) -> bool:
-        """Whether the layer gave keys and values one time, of the shape that is known of it."""
+        """Whether the layer stored keys and values once, in the expected shape."""
         return self._given == [self._shapes[self._sweeping.layer]]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> KeysAndValues:
-        """Take new keys and values `[sequences, heads, length, dim]`; return all, `[…, num_before + length, dim]`."""
+        """Store new keys and values `[sequences, heads, length, dim]`; return all, `[…, num_before + length, dim]`."""
         self._given.append(
             KVShape(key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3])
         )
@@ -70,11 +70,11 @@ class StockView(ProbingView):
         return key, value
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys: those before, and the new ones."""
+        """The length and offset of all keys."""
         return self._num_before + int(query_length), 0
 
     def get_seq_length(self) -> int:
-        """Keys before the new ones."""
+        """The number of keys before the new ones."""
         return self._num_before
 
 

@@ -1,4 +1,4 @@
-"""What stands in for decoder layers while the model's own forward is called."""
+"""Stubs that replace decoder layers while the model's own forward is called."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from engine.model.undrivable import UndrivableError
 
 @dataclass(frozen=True)
 class Streams:
-    """Sizes of what the hidden states of a row consist of, if that is more than one vector."""
+    """The dimensions of a row's hidden states, if they are more than one vector."""
 
     before: tuple[int, ...] = ()
-    """Before the sequences and rows: `[*before, sequences, rows, *behind]`."""
+    """The dimensions before sequences and rows: `[*before, sequences, rows, *behind]`."""
     behind: tuple[int, ...] = ()
 
     @property
     def are_several(self) -> bool:
-        """Whether it is more than one vector."""
+        """Whether there is more than one vector."""
         return len(self.before) + len(self.behind) > 1
 
     @property
     def width(self) -> int:
-        """Numbers of a row."""
+        """The number of elements of a row."""
         return prod((*self.before, *self.behind))
 
     def laid_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[sequences, rows, numbers]` as the layers take them."""
+        """`[sequences, rows, numbers]` in the shape that the layers take."""
         if not self.are_several:
             return hidden
         whole = hidden.unflatten(-1, (*self.before, *self.behind))
@@ -39,32 +39,32 @@ class Streams:
         return laid
 
     def flat(self, states: torch.Tensor) -> torch.Tensor:
-        """What layers give, as `[sequences * rows, numbers]`."""
+        """The layers' output as `[sequences * rows, numbers]`."""
         moved = states.movedim(tuple(range(len(self.before))), tuple(range(2, 2 + len(self.before))))
         return moved.flatten(0, 1).flatten(1)
 
 
 @dataclass(eq=False)
 class HandedOn:
-    """What the layer called last has returned besides hidden states; stands for it where a model hands it on."""
+    """The placeholder of what a layer returns in addition to hidden states, where the model passes it on."""
 
     value: Any = None
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How the model itself calls one of its layers, but for the hidden states."""
+    """The arguments of the model's call of one of its layers, except the hidden states."""
 
     shape: tuple[int, int]
-    """Sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
+    """The sequences and rows of the hidden states: `[1, rows]` packed, `[segments, rows]` padded."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     streams: Streams = Streams()
     handed: HandedOn | None = None
-    """Between the layers of one forward; None where they hand on hidden states alone."""
+    """What the layers of one forward pass on to each other; None where they pass on hidden states alone."""
 
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the layer is called with besides hidden states, once the layer before it has been called."""
+        """The layer's arguments other than hidden states, once the layer before it has been called."""
 
         def actual(value: Any) -> Any:
             return value.value if isinstance(value, HandedOn) else value
@@ -72,7 +72,7 @@ class LayerCall:
         return tuple(map(actual, self.args)), {key: actual(value) for key, value in self.kwargs.items()}
 
     def states_of(self, output: Any) -> torch.Tensor:
-        """The hidden states of a layer's output; what it hands on besides is kept for the next layer."""
+        """The hidden states of a layer's output; everything else is kept for the next layer."""
         if not isinstance(output, tuple | list):
             states: torch.Tensor = output
             return states
@@ -81,28 +81,28 @@ class LayerCall:
         return output[0]  # type: ignore[no-any-return]
 
     def laid_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[rows, numbers]` as the layer takes them."""
+        """Hidden states `[rows, numbers]` in the shape that the layer takes."""
         return self.streams.laid_out(hidden.unflatten(0, self.shape))
 
 
 @dataclass
 class CallRecorder:
-    """What the stubs of one model share: the calls that were made of them, or the state that they are to inject."""
+    """The state that the stubs of one model share: the recorded calls, or the hidden states to inject."""
 
     num_layers: int
     num_values: int = 1
-    """That the model expects of its layers, hidden states first."""
+    """The number of values that the model expects from its layers, hidden states first."""
     hands_on: bool = False
-    """Whether the model may hand on the second of two to the next layer."""
+    """Whether the model may pass on the second of two values to the next layer."""
     handed: HandedOn | None = None
-    """What stands for it in the forward in hand."""
+    """The placeholder of that value in the current forward."""
     rows: tuple[int, int] = (0, 0)
-    """Sequences and rows of what the model's forward was called with."""
+    """The sequences and rows of the input of the model's forward."""
     calls: list[LayerCall] = field(default_factory=list)
     hidden: torch.Tensor | None = None
-    """What the model handed to its first layer, and must hand to all others."""
+    """The hidden states that the model gave to its first layer, and must give to all others."""
     streams: Streams = Streams()
-    """What a row's hidden states consist of in the calls that were made last."""
+    """The dimensions of a row's hidden states in the latest calls."""
     inject: torch.Tensor | None = None
     """Hidden states `[1, rows, width]` that every stub returns, instead of recording."""
 
@@ -112,10 +112,10 @@ class CallRecorder:
         self.handed = HandedOn() if self.hands_on else None
 
     def note(self, index: int, hidden: torch.Tensor, call: LayerCall) -> None:
-        """Keep how layer `index` is called.
+        """Record how layer `index` is called.
 
         Layers are driven one after the other, each with the output of the one before. Raises `UndrivableError` for a
-        model that does anything else between them: it would be skipped without a word.
+        model that does anything else between them: it would be skipped silently.
         """
         if index != len(self.calls):
             raise UndrivableError(
@@ -131,7 +131,7 @@ class CallRecorder:
         self.calls.append(call)
 
     def taken(self) -> tuple[torch.Tensor, list[LayerCall]]:
-        """The hidden states before the first layer, and the call of every layer; forgets them."""
+        """Return the hidden states before the first layer, and the call of every layer; forget them."""
         calls, hidden = self.calls, self.hidden
         self.begin(self.rows)
         if hidden is None or len(calls) != self.num_layers:
@@ -152,7 +152,7 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _streams_of(hidden: Any, recorder: CallRecorder) -> Streams | None:
-    """What a layer is given of each row; None for what is no hidden states."""
+    """The dimensions of a layer's input per row; None if it is not hidden states."""
     if not isinstance(hidden, torch.Tensor) or hidden.ndim < 3:
         return None
     shape = tuple(hidden.shape)
@@ -166,7 +166,7 @@ def _streams_of(hidden: Any, recorder: CallRecorder) -> Streams | None:
 
 
 class LayerStub(nn.Module):
-    """Stands in for a decoder layer: notes how it is called, and passes on its input, or the state to inject."""
+    """Replaces a decoder layer: records how it is called, and returns its input, or the state to inject."""
 
     def __init__(self, index: int, layer: nn.Module, recorder: CallRecorder) -> None:
         super().__init__()

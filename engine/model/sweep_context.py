@@ -1,4 +1,4 @@
-"""What the code inside a model's layers needs to know of the sweep that calls them."""
+"""The state of a sweep that code inside a model's layers needs."""
 
 from __future__ import annotations
 
@@ -24,52 +24,52 @@ if TYPE_CHECKING:
 
 @dataclass
 class SweepContext:
-    """What the attention function needs to know of the current sweep; the executor sets it before each layer call."""
+    """The state of the current sweep for the attention function; the executor sets it before each layer call."""
 
     layer: int = 0
     probed: KVShape | None = None
-    """Found out by `probe_kv_shape` since the layer in hand was called."""
+    """What `probe_kv_shape` found since the current layer was called."""
     handed_on: int | None = None
-    """Values besides hidden states that the layer that was called on `meta` last returned; None if it did not."""
+    """Values in addition to hidden states that the layer called last on `meta` returned; None if there were none."""
     left: torch.dtype | None = None
-    """What layers that were called on `meta` left, where one left wider numbers than it was given."""
+    """The outputs of layers that were called on `meta`, where one returned a wider dtype than it was given."""
     is_plain: bool = True
-    """Whether no layer that was probed has caps, sinks or a window."""
+    """Whether no probed layer has caps, sinks or a window."""
     reaches: dict[int, Reach] = field(default_factory=dict)
-    """Of each layer, which tokens a token attends to."""
+    """The tokens that a token attends to, by layer."""
     arithmetic: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    """What the model's own code is to be called in."""
+    """The arithmetic mode in which the model's own code is called."""
     is_stock: bool = False
     """Whether the model's modules are to compute with functions of transformers alone."""
     is_checking: bool = False
-    """Whether layers are called to see if rows meet outside attention, which then keeps them apart."""
+    """Whether layers are called to check if rows interact outside attention, which then keeps them apart."""
     hands_masks: bool = False
-    """Whether layers are called with something in place of a mask, which their indexers want."""
+    """Whether layers get a placeholder for a mask, which their indexers need."""
     handed_row_bytes: int = 0
-    """What layers hand on of a row besides its hidden state, to the next one; 0 where they hand on nothing."""
+    """The bytes per row that layers pass on in addition to the hidden state; 0 where there are none."""
     puts_down: bool = False
-    """Whether layers are called with a mapping in which they put down what later layers read."""
+    """Whether layers are called with a mapping in which they store what later layers read."""
     attended: int = 0
-    """While `is_checking`: how often the layer in hand has attended."""
+    """While `is_checking`: how often the current layer has called attention."""
     ask_experts: Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    """Computes experts for several micro-batches at once; None: they are computed for the one in hand."""
+    """Computes experts for several micro-batches at once; None: they are computed for the current one."""
     masks: MaskNotes = field(init=False)
-    """Those that the model made for the layers that are probed."""
+    """The masks that the model made for the probed layers."""
     batch: Rows = field(init=False)
     cache: KVCache = field(init=False)
     states: StateCache = field(init=False)
 
     @property
     def is_batch_invariant(self) -> bool:
-        """Whether a row's result must have the same bits whatever is computed beside it."""
+        """Whether a row's result must have the same bits whatever the rest of the batch."""
         return isinstance(self.arithmetic, BatchInvariant)
 
     def around_layer(self) -> AbstractContextManager[Any]:
-        """What a layer is to be called in, whose modules are attached to the arithmetic."""
+        """The mode in which a layer is called whose modules are attached to the arithmetic."""
         return self.arithmetic.attached() if isinstance(self.arithmetic, BatchInvariant) else self.arithmetic
 
     def apart(self) -> AbstractContextManager[None]:
-        """Inside, code of ours that a layer calls is computed as if it was called outside."""
+        """Inside, code of ours that a layer calls is computed as if it were called outside of it."""
         return self.arithmetic.apart() if isinstance(self.arithmetic, BatchInvariant) else nullcontext()
 
     def left_out(self) -> AbstractContextManager[None]:
@@ -77,7 +77,7 @@ class SweepContext:
         return self.arithmetic.left_out() if isinstance(self.arithmetic, BatchInvariant) else nullcontext()
 
     def note(self, shape: KVShape, reach: Reach | None = None, *, is_plain: bool = False) -> None:
-        """Keep what the layer in hand has shown; raises `UnsupportedError` the second time."""
+        """Store the findings about the current layer; raises `UnsupportedError` the second time."""
         if self.probed is not None:
             raise UnsupportedError("its layers attend more than once")
         self.probed = shape

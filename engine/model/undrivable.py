@@ -6,4 +6,4 @@ from engine.errors import UnsupportedError
 
 
 class UndrivableError(UnsupportedError):
-    """A family computes what no way of driving its layers gives; there is nothing else to try."""
+    """A family computes what no way of driving its layers reproduces; there is nothing else to try."""

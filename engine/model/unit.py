@@ -1,4 +1,4 @@
-"""A unit: parameters of a model that are placed, and brought to the device, as one."""
+"""A unit: parameters of a model that are placed, and copied to the device, together."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import nn
 
 Owner = tuple[nn.Module, str]
-"""A parameter's module and its name there."""
+"""A parameter's module and its name in it."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are placed, and brought to the device, as one."""
+    """Parameters that are placed, and copied to the device, together."""
 
     name: str
-    """"embedding", "outer", "layer.N" or "head"."""
+    """The unit's name: "embedding", "outer", "layer.N" or "head"."""
     owners: dict[str, Owner]
-    """By full parameter name."""
+    """The owners by full parameter name."""
 
     @contextmanager
     def holding(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Inside, the modules have parameters of these values, by full name; what they had before, they have again."""
+        """Inside, the modules' parameters have these values, by full name; afterwards the earlier ones again."""
         before = {name: module._parameters[attribute] for name, (module, attribute) in self.owners.items()}
         try:
             for name, (module, attribute) in self.owners.items():

@@ -1,4 +1,4 @@
-"""What a run will take: the machine, limits, and the plan that fits a policy to a model and to the memory at hand.
+"""Estimates of memory and limits, and the plan that fits a policy to a model and the available memory.
 
 It imports memory and kernels, and neither torch nor transformers.
 """

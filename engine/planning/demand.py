@@ -1,4 +1,4 @@
-"""How many bytes the parts of a run take of each tier, under a policy (pure)."""
+"""The bytes that the parts of a run take of each tier, under a policy (pure)."""
 
 from __future__ import annotations
 
@@ -13,51 +13,55 @@ from engine.policy import Policy, Share
 
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
 _MORE_ROWS = (32768, 16384)
-"""For small layers on an accelerator, whose micro-batches else end before the host has asked for the next."""
+"""Factor for the rows of micro-batches of small layers on an accelerator, which would otherwise end before the host
+has launched the next."""
 _MOST_OPERATIONS = 1e12
-"""On the rows of such a micro-batch, in a layer: 1.5 ms of a fast card, about what a host needs to ask for it."""
+"""The most operations on such a micro-batch in a layer: 1.5 ms of a fast GPU, about the host's launch time."""
 _WORK_FRACTION = 0.3
-"""Share of the device memory left by the weights that a micro-batch's temporaries may take."""
+"""The share of the device memory left by the weights that a micro-batch's temporaries may take."""
 _LOGITS_COPIES = {"cpu": 4, "other": 3}
-"""Chunks of float32 logits that are held at once: as they are, as log-probabilities, and to test or sort them."""
+"""The number of chunks of float32 logits held at once: raw, as log-probabilities, and for checks or sorting."""
 _MOST_OWN_ROWS = 4096
-"""Of a prompt that is longer than a micro-batch and has one of its own, what the CPU keeps memory for where it can."""
+"""The most rows of a prompt longer than a micro-batch for which the CPU reserves memory, where prompts can be cut."""
 _BESIDE_ROW_BYTES = 2048
-"""Host memory beside a row's hidden state: its rotary tables, and what is asked and answered of it."""
+"""Host memory per row in addition to its hidden state: its rotary tables, and its job and completion."""
 _EXPANDED_PART = 0.5
-"""Of the device memory that weights, layers in transit and a small micro-batch leave, what a layer may take that is
-expanded with all its experts, once a sweep. Else these are expanded some at a time, and again for each micro-batch."""
+"""The share of the device memory left by weights, layers in transit and a small micro-batch that may be used to
+decode a layer with all its experts, once a sweep. Otherwise experts are decoded some at a time, and again for each
+micro-batch."""
 _TRANSIT_PART = 0.5
-"""Of the device memory that weights leave, what layers in transit may take. Where they would take more, experts come
-apart from them."""
+"""The share of the device memory left by the weights that layers in transit may take. If they need more, experts are
+transferred separately."""
 _WAITING_PART = 0.5
-"""Of the device memory that weights and a micro-batch's temporaries leave, what micro-batches may hold that wait for
-each other where a layer computes experts; where experts come apart, a sweep has no more rows than that."""
+"""The share of the device memory left by weights and a micro-batch's temporaries for micro-batches that wait for
+each other where a layer computes experts; where experts are transferred separately, a sweep has no more rows than
+that."""
 _WAITING_ROWS = 32768
-"""Rows that a greedy plan leaves room for to wait. Weights that the device keeps in their place save less than another
-expansion of all experts costs."""
+"""The number of waiting rows for which a greedy plan reserves memory. Resident weights save less than decoding all
+experts another time costs."""
 _CACHE_RESERVE = 0.06
-"""Share of device memory that a greedy plan leaves to the KV cache when weights would take everything."""
+"""The share of device memory that a greedy plan reserves for the KV cache when weights would take everything."""
 _THREAD_BYTES = 32 << 20
-"""Memory that a card's libraries keep for each thread that multiplies."""
+"""The memory that a GPU's libraries keep for each thread that multiplies."""
 _FRAGMENTATION = 0.04
-"""Of the device memory, what the allocator may hold without being able to use it."""
+"""The share of device memory that the allocator may hold without being able to use it."""
 _MOST_HIDDEN_ROWS = 1 << 17
-"""Most rows whose hidden states a sweep keeps: ten times as many as are computed while all weights arrive; more would
-save next to nothing."""
+"""The most rows whose hidden states a sweep keeps: ten times as many as are computed while all weights arrive; more
+would save next to nothing."""
 _BEHIND_DISK = 4
-"""Micro-batches on their way to the disk or from it."""
+"""The number of micro-batches on their way to or from the disk."""
 _STATE_COPIES = 7
-"""Of a state, while a token is added to it: as it was, what the new one is made of, and that of a prefix which others
-continue."""
+"""The number of copies of a state while a token is added: the old one, the input of the new one, and that of a
+prefix that others continue."""
 LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
-"""Rows of the smallest micro-batch that a plan is made for, and of the one that a greedy plan leaves room for."""
+"""The rows of the smallest micro-batch that a plan is made for, and of the one for which a greedy plan reserves
+memory."""
 
 
 class Demand:
-    """What a model, its working memory and its buffers take under a policy, and the room that a tier has for them.
+    """The memory that a model, its workspace and its buffers take under a policy, and what a tier has left for them.
 
-    Of several engines that share the weights, what one of them takes, if nothing else is said.
+    With several engines that share the weights, figures are those of one engine, unless stated otherwise.
     """
 
     def __init__(
@@ -70,36 +74,36 @@ class Demand:
         share = self._likely_share()
         most = max(shape.least_expanded_bytes, _EXPANDED_PART * self._left(share))
         self.expands_whole = shape.expanded_bytes <= most
-        """Whether encoded experts are expanded with their layer, once a sweep; else some at a time, when used."""
+        """Whether encoded experts are decoded with their layer, once a sweep; otherwise some at a time, when used."""
         can_wait = not (self.expands_whole or sharing.gather or on_cpu or policy.batch_invariant)
         room = self.device_room(share.gpu) - self.weights.of_one(share.gpu)
         self.experts_apart = can_wait and self.slots(share) > _TRANSIT_PART * room
-        """Whether those are brought some at a time, too, since layers in transit would take too much."""
+        """Whether those are also transferred some at a time, since layers in transit would take too much memory."""
 
     def with_weights(self, weights: Share) -> Demand:
-        """The same where the policy says so of the weights."""
+        """The demand under other shares of the weights."""
         policy = replace(self.policy, weights=weights)
         return Demand(self.shape, policy, self.memory, on_cpu=self.on_cpu, sharing=self.sharing)
 
     @property
     def row_bytes(self) -> int:
-        """Temporaries of one row inside a layer."""
+        """The bytes of one row's temporaries inside a layer."""
         return (self.on_cpu and self.shape.cpu_work_row_bytes) or self.shape.work_row_bytes
 
     def _likely_share(self) -> Share:
-        """The policy's weights; without any, all on the device where they fit, else none."""
+        """The policy's shares of weights; without any, all on the device where they fit, else none."""
         resident = Share(gpu=100, cpu=0)
         fits = self._left(resident) >= self.shape.least_expanded_bytes
         return self.policy.weights or (resident if fits else Share(gpu=0, cpu=100))
 
     def _left(self, weights: Share) -> int:
-        """Device memory that these weights leave for expanded layers, beside a small micro-batch."""
+        """The device memory that these weights leave for decoded layers, with a small micro-batch reserved."""
         return self.device_room(weights.gpu) - self._kept_weights(weights) - self.needed(SMALL_BATCH_ROWS)
 
     def device_room(self, gpu: float) -> int:
-        """What the device tier may take when `gpu` percent of the weights are there.
+        """The bytes of the device tier when `gpu` percent of the weights are there.
 
-        Where that is the host's memory, all engines take their part of it, but for weights that lie there once.
+        Where device and host memory are the same, the engines share it; weights there are counted once.
         """
         count, memory = self.sharing.count, self.memory
         if not memory.shared or count == 1:
@@ -108,22 +112,22 @@ class Demand:
         return min(memory.device, (memory.host + (count - 1) * once) // count)
 
     def host_left(self, weights: Share) -> int:
-        """What weights leave one engine of the host's memory."""
+        """The host memory that the weights leave for one engine."""
         left = (self.memory.host - self.weights.on_host(weights.cpu)) // self.sharing.count
         left -= self.read_ahead(weights)
         return left - self._on_host_too(weights) if self.memory.shared else left
 
     def disk_left(self, weights: Share) -> int:
-        """What weights leave one engine of the disk."""
+        """The disk space that the weights leave for one engine."""
         return (self.memory.disk - self.weights.on_disk(weights.disk)) // self.sharing.count
 
     def _on_host_too(self, weights: Share) -> int:
-        """One engine's part of what the device tier takes where that is the host's memory."""
+        """One engine's part of the device tier's bytes where device and host memory are the same."""
         own, count = self.weights.of_one(weights.gpu), self.sharing.count
         return self.device_weights(weights) - own + (own if self.sharing.has_own else -(-own // count))
 
     def read_ahead(self, weights: Share) -> int:
-        """Staging memory for weights on disk; no more than they are, nor than half of what others leave."""
+        """The staging memory for weights on disk: at most their size, and at most half of the memory that is left."""
         left = max(0, self.rooms(weights.gpu)["host"] - self.weights.on_host(weights.cpu)) // self.sharing.count
         return min(READ_AHEAD_BYTES, left // 2 // BLOCK * BLOCK, align_up(self.weights.of_one(weights.disk)))
 
@@ -137,15 +141,15 @@ class Demand:
 
     @property
     def expanded(self) -> int:
-        """Device memory that encoded layers are expanded into, and what that takes besides."""
+        """The device memory into which encoded layers are decoded, workspace included."""
         return self.shape.expanded_bytes if self.expands_whole else self.shape.least_expanded_bytes
 
     def waiting_rows(self, left: int, rows: int) -> int:
-        """Rows that wait for each other; `left` is what weights and temporaries leave of the device.
+        """The rows that wait for each other; `left` is the device memory left by weights and temporaries.
 
-        None where layers are expanded whole, under `batch-invariant`, whose mode is of one thread, on the CPU and where
-        it attends, since each thread that computes there has further ones, and where two micro-batches of so many
-        `rows` have no room.
+        None where layers are decoded whole, under `batch-invariant` (its mode is per thread), on the CPU and where it
+        computes attention (each computing thread there has further ones), and where two micro-batches of so many `rows`
+        do not fit.
         """
         if not self._can_wait:
             return 0
@@ -159,26 +163,26 @@ class Demand:
         return not (self.expands_whole or on_host or self.policy.batch_invariant)
 
     def reserve(self, left: float) -> float:
-        """What a greedy plan keeps free for the KV cache and for rows that wait, of what temporaries leave."""
+        """The memory that a greedy plan reserves for the KV cache and waiting rows, of what temporaries leave."""
         kept = _CACHE_RESERVE * self.memory.device
         if not self._can_wait:
             return kept
         return max(kept, min(self.waiting(_WAITING_ROWS) / _WAITING_PART, left))
 
     def waiting(self, rows: int) -> int:
-        """What so many rows take that wait for each other."""
+        """The memory that so many waiting rows take."""
         return rows * self.shape.waiting_row_bytes + WAITING_BATCHES * _THREAD_BYTES if rows else 0
 
     def device_weights(self, weights: Share) -> int:
         return self._kept_weights(weights) + self.expanded
 
     def _kept_weights(self, weights: Share) -> int:
-        """What weights take of the device as they are stored."""
+        """The device memory that stored weights take."""
         outer = self.shape.outer_bytes if weights.gpu < 100 else 0
         return self.weights.of_one(weights.gpu) + self.slots(weights) + outer
 
     def work(self, rows: int, left: int | None = None) -> int:
-        """What computing so many rows takes, logits included; `left` is what weights leave of the device, if known."""
+        """The memory to compute so many rows, logits included; `left` is the device memory left by weights, if any."""
         return rows * self.row_bytes + self._logits_copies * self.logits_bytes(left)
 
     @property
@@ -186,41 +190,41 @@ class Demand:
         return _LOGITS_COPIES["cpu" if self.on_cpu else "other"]
 
     def needed(self, rows: int, left: int | None = None) -> int:
-        """What micro-batches of so many rows take of the device besides weights, which leave `left` of it."""
+        """The device memory that micro-batches of so many rows take without the weights, which leave `left` of it."""
         return self.work(rows, left) + self.overhead(rows)
 
     def staged(self, rows: int) -> int:
-        """What the keys and values of a micro-batch's decode steps may take on the device."""
+        """The most bytes that keys and values of a micro-batch's decode steps may take on the device."""
         return max(self.work(rows) // 2, min(64 << 20, self.memory.device // 16))
 
     def stored_row_bytes(self) -> int:
-        """Of a layer's row of the KV cache off the device."""
+        """The bytes of a layer's row of the KV cache on host or disk."""
         return max(1, self.shape.coded_layer_row_bytes or self.shape.cache_layer_row_bytes)
 
     def states_at_once(self, rows: int) -> int:
-        """Sequences whose states a layer takes on at once, beside a micro-batch of so many rows; 0 without states.
+        """The number of sequences whose states a layer updates at once, with a micro-batch of so many rows.
 
-        Under `batch-invariant` each by itself.
+        It is 0 without states. Under `batch-invariant` they are updated one by one.
         """
         one = (STAGING_BUFFERS + _STATE_COPIES) * self.shape.state_layer_bytes
         at_once = self.staged(rows) // one if one and not self.policy.batch_invariant else 1
         return max(1, at_once) if one else 0
 
     def gathered_row_bytes(self) -> int:
-        """What a row that attention gathers takes: in staging buffers, decoded, and collected."""
+        """The bytes of a row that attention gathers: in staging buffers, decoded, and concatenated."""
         shape = self.shape
         num_copies = (shape.coded_layer_row_bytes > 0) + (not shape.reads_in_place) + 2 * self.policy.batch_invariant
         return max(1, STAGING_BUFFERS * self.stored_row_bytes() + num_copies * shape.cache_layer_row_bytes)
 
     def overhead(self, rows: int) -> int:
-        """Staging buffers, which stay, the gaps that an accelerator's allocator leaves, and states in hand."""
+        """The memory for staging buffers, gaps left by an accelerator's allocator, and states being updated."""
         states = _STATE_COPIES * self.states_at_once(rows) * self.shape.state_layer_bytes
         return states + (0 if self.on_cpu else self.staged(rows) + int(_FRAGMENTATION * self.memory.device))
 
     def behind_disk(self, rows: int) -> int:
-        """Host memory for what goes to and comes from the disk of the cache and of hidden states.
+        """The host memory for transfers of the cache and of hidden states to and from the disk.
 
-        Micro-batches each way, in blocks that an allocator rounds up to powers of two.
+        It holds micro-batches in each direction, in blocks that an allocator rounds up to powers of two.
         """
         cache, hidden = self.policy.kv_cache, self.policy.activations
         may_be_there = self.policy.offload_dir is not None and (cache is None or cache.disk > 0)
@@ -230,25 +234,25 @@ class Demand:
         return _BEHIND_DISK * kept
 
     def logits_bytes(self, left: int | None = None) -> int:
-        """Of one chunk of logits: a part of the device, or, on the CPU, of what weights leave of it, if that is known.
+        """The bytes of one chunk of logits: a share of the device, or, on the CPU, of what weights leave, if known.
 
-        Weights often take most of the host's memory, and what logits take there the KV cache lacks.
+        Weights often take most of the host's memory, and logits compete there with the KV cache.
         """
         return min(LOGITS_BYTES, max((self.memory.device if left is None or not self.on_cpu else left) // 16, 1 << 20))
 
     def with_logits(self, num_bytes: int) -> int:
-        """The least device memory that holds `num_bytes` besides the logits, which grow with it up to a limit."""
+        """The least device memory that holds `num_bytes` and the logits, which grow with it up to a limit."""
         copies = self._logits_copies
         growing = max(num_bytes * 16 // (16 - copies) + 1, num_bytes + (copies << 20))
         return min(growing, num_bytes + copies * LOGITS_BYTES)
 
     @property
     def row_operations(self) -> float:
-        """Operations on one row in a layer, about: two a weight, which is of two bytes as a number."""
+        """The approximate number of operations on one row in a layer: two per weight of two bytes."""
         return self.shape.weight_bytes / self.shape.stored_part / len(self.shape.unit_bytes)
 
     def rows_per_batch(self, left: int, *, is_resident: bool = False) -> int:
-        """Rows of a micro-batch whose temporaries fit into what is `left`; more for small layers that are resident."""
+        """The rows of a micro-batch whose temporaries fit into `left`; more for small layers that are resident."""
         choices = _ROWS["cpu" if self.on_cpu else "other"]
         if is_resident and not self.on_cpu:
             more = (rows for rows in _MORE_ROWS if rows * self.row_operations <= _MOST_OPERATIONS)
@@ -257,19 +261,19 @@ class Demand:
         return fitting[0] if fitting else choices[-1]
 
     def own_rows(self, rows: int, left: int) -> int:
-        """Rows of the largest micro-batch that memory is kept for; `rows` is what it may have if it can be cut."""
+        """The rows of the largest micro-batch that memory is reserved for; `rows` is its size if it can be cut."""
         if not self.on_cpu:
             return rows
         most = int(_WORK_FRACTION * max(0, left)) // self.row_bytes
         return max(rows, min(_MOST_OWN_ROWS, most))
 
     def beside_rows(self, rows: int) -> int:
-        """What the rows of a sweep take of the device beside their hidden states."""
+        """The device memory per sweep row in addition to its hidden state."""
         under_way = self.sharing.num_handed_on * self.shape.hidden_row_bytes
         return rows * (self.shape.handed_row_bytes + under_way + (_BESIDE_ROW_BYTES if self.on_cpu else 0))
 
     def growing(self, cache_bytes: int) -> int:
-        """What a KV cache may come to be where it may take so many bytes: a layer's table is copied when it grows."""
+        """The size that a KV cache of at most so many bytes may reach: a layer's table is copied when it grows."""
         if not self.on_cpu:
             return cache_bytes
         shape = self.shape
@@ -289,7 +293,7 @@ class Demand:
         return max(1, int(min([*rows, _MOST_HIDDEN_ROWS])))
 
     def rooms(self, gpu: float) -> dict[Tier, int]:
-        """Bytes of weights that each tier can take when `gpu` percent are on the device; host and disk: of all."""
+        """The bytes of weights that each tier can hold when `gpu` percent are on the device; host and disk: of all."""
         share = Share(gpu=gpu, cpu=100 - gpu)
         transit, work = self.device_weights(share) - self.weights.of_one(gpu), self.work(LEAST_BATCH_ROWS)
         taken = self.sharing.count * (self._on_host_too(share) + work) if self.memory.shared else 0

@@ -1,4 +1,4 @@
-"""Which devices a policy's `device` stands for on a machine, and whether they can run one model together (pure)."""
+"""The devices that a policy's `device` names on a machine, and whether they can run one model together (pure)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from engine.memory.device_names import kind_of
 from engine.planning.fit import gb
 
 _OWN_BYTES = 1 << 30
-"""What a process of ours takes of a card before anything is placed: the driver's context."""
+"""The memory that a process of ours takes of a GPU before anything is placed: the driver's context."""
 _TAKEN_FRACTION = 0.1
-"""Of a card's memory, beside that, from which on it is held to be busy with somebody else's work."""
+"""The share of a GPU's memory, beyond that, above which it counts as used by another process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,27 +20,28 @@ class Device:
     """A device with memory of its own."""
 
     name: str
-    """That torch knows it by, such as "cuda:0"."""
+    """The name by which torch knows it, such as "cuda:0"."""
     model: str
-    """What the maker calls it."""
+    """The manufacturer's name of its model."""
     num_bytes: int
-    """All its memory."""
+    """Its total memory in bytes."""
 
     def is_like(self, other: Device) -> bool:
-        """Whether it is as fast and as large, as far as its maker's name tells."""
+        """Whether it has the same model name and memory size."""
         return (self.model, self.num_bytes) == (other.model, other.num_bytes)
 
 
 def stands_for_several(asked: str | tuple[str, ...]) -> bool:
-    """Whether a policy's `device` may stand for several on some machine."""
+    """Whether a policy's `device` may name several devices on some machine."""
     return not isinstance(asked, str) or asked in ("auto", "all")
 
 
 def devices_of(asked: str | tuple[str, ...], seen: Sequence[Device], cores: int) -> tuple[str, ...]:
-    """The names of the devices that `asked` stands for.
+    """The names of the devices that `asked` selects.
 
-    asked: a policy's `device`. seen: those of the machine, the best kind first. cores: that the process may use. Empty
-    where "auto" or "all" is the CPU. Raises `InstallationError` where the list names more than there are.
+    asked: a policy's `device`. seen: the machine's devices, the best type first. cores: the cores that the process may
+    use. Empty where "auto" or "all" is the CPU. Raises `InstallationError` where the list names more devices than there
+    are.
     """
     if isinstance(asked, str):
         if asked not in ("auto", "all"):
@@ -60,7 +61,7 @@ def devices_of(asked: str | tuple[str, ...], seen: Sequence[Device], cores: int)
 
 
 def devices_of_stages(names: Sequence[str], stages: int) -> tuple[str, ...]:
-    """The first of these devices, one for each stage; raises `InstallationError` where there are too few."""
+    """The first of these devices, one for each stage; raises `InstallationError` if there are too few."""
     if len(names) < stages:
         have = f"only {len(names)}" if len(names) > 1 else "the CPU alone" if not names else "only one"
         raise InstallationError(
@@ -71,7 +72,7 @@ def devices_of_stages(names: Sequence[str], stages: int) -> tuple[str, ...]:
 
 
 def check_alike(names: Sequence[str], seen: Sequence[Device], gather: bool | None, *, stages: bool = False) -> str:
-    """A line on devices that differ, empty where all are alike; `ConfigError` where they are to gather weights."""
+    """A warning about devices that differ, empty if all are alike; `ConfigError` if they are to gather weights."""
     found = {each.name: each for each in seen}
     devices = [found[name] for name in names if name in found]
     other = next((each for each in devices if not each.is_like(devices[0])), None)
@@ -87,9 +88,9 @@ def check_alike(names: Sequence[str], seen: Sequence[Device], gather: bool | Non
 
 
 def busy(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> dict[str, str]:
-    """Which devices somebody else's work leaves too little of, and why, by name.
+    """The devices of which another process leaves too little memory, and why, by name.
 
-    free: bytes that are free and all, by name. gpu_memory: the policy's limit, None for as much as there is.
+    free: free and total bytes, by name. gpu_memory: the policy's limit, None without one.
     """
     found = {}
     for name, (left, total) in free.items():
@@ -103,7 +104,7 @@ def busy(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> dict[st
 
 
 def check_free(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> None:
-    """Raise `CapacityError` where a device that was named is busy: every other would get no more than it has left."""
+    """Raise `CapacityError` where a named device is in use: every device would get no more memory than it has left."""
     for name, why in busy(free, gpu_memory).items():
         most = min(left for left, _ in free.values())
         raise CapacityError(
@@ -112,7 +113,7 @@ def check_free(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> N
 
 
 def gathers(asked: bool | None, names: Sequence[str], *, alike: bool) -> bool:
-    """Whether several devices keep and bring a part of the weights each; `asked` is the policy's `gather-weights`."""
+    """Whether each of several devices stores and transfers a part of the weights; `asked` is `gather-weights`."""
     return alike and kind_of(names[0]) == "cuda" if asked is None else asked
 
 

@@ -46,7 +46,7 @@ class Fit:
             )
 
     def check_states(self, budgets: dict[Tier, int]) -> None:
-        """Raise `CapacityError` where no tier that the KV cache may use holds the states of a sequence."""
+        """Raise `CapacityError` where no tier that the KV cache may use can hold the states of a sequence."""
         shape = self._demand.shape
         one = shape.state_bytes + shape.cache_row_bytes
         if not shape.state_bytes or max(budgets.values()) >= one:
@@ -58,7 +58,7 @@ class Fit:
         )
 
     def check_transit(self, weights: Share) -> None:
-        """Raise `CapacityError` when the device cannot even hold layers in transit and the work on them."""
+        """Raise `CapacityError` when the device cannot even hold layers in transit and their workspace."""
         need = self._demand
         if need.rooms(0)["device"] >= 0 or need.weights.of_one(weights.gpu) <= need.rooms(weights.gpu)["device"]:
             return
@@ -74,7 +74,7 @@ class Fit:
         )
 
     def _larger_device(self, enough: int) -> str:
-        """What the device's memory is, and what makes it `enough` bytes: on a CPU it is the host's."""
+        """The name of the device's memory, and how to raise it to `enough` bytes: on a CPU it is the host's."""
         memory, policy = self._demand.memory, self._demand.policy
         if not memory.shared or policy.gpu_memory is not None:
             return f"of device memory; raise gpu-memory to {_rounded_up(enough)}"
@@ -96,9 +96,9 @@ class Fit:
         return advice + (" with an offload-dir" if nearest.disk and self._demand.policy.offload_dir is None else "")
 
     def _nearest(self, weights: Share) -> Share | str:
-        """The nearest shares with what else the plan holds as it is now, or why there are none.
+        """The nearest shares, with everything else in the plan unchanged, or why there are none.
 
-        What a tier cannot take goes to memory before disk.
+        Weights that do not fit a tier go to memory before disk.
         """
         need = self._demand
         whole: dict[Tier, int] = {
@@ -121,7 +121,7 @@ class Fit:
 
 
 def _percent(num_bytes: int, whole: int) -> int:
-    """Whole percents of weights of `whole` bytes that fit into so many."""
+    """The whole percents of weights of `whole` bytes that fit into so many bytes."""
     return max(0, min(100, int(100 * num_bytes / whole)))
 
 
@@ -131,5 +131,5 @@ def _rounded_up(num_bytes: float) -> str:
 
 
 def gb(num_bytes: float) -> str:
-    """`num_bytes` in gb, or in megabytes below a tenth of one."""
+    """`num_bytes` in GB, or in MB below a tenth of one."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

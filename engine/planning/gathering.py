@@ -1,4 +1,4 @@
-"""Whether several devices are to gather weights from each other, or bring all of them each (pure)."""
+"""Decides whether several devices gather weights from each other, or each transfers all of them (pure)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from engine.policy import Policy
 
 
 def sharing_of(policy: Policy, found: Resources, shape: ModelShape, profile: HardwareProfile | None) -> Sharing:
-    """How the devices of `found` share the weights: as `policy` says, else in the way by which they arrive sooner.
+    """How the devices of `found` share the weights: as `policy` says, else in the faster way.
 
-    profile: rates of the machine; None where they are not known: then `found` says it.
+    profile: the machine's rates; None where they are unknown: then `found` decides.
     """
     sharing = found.sharing
     if policy.gather_weights is not None or not sharing.gather or profile is None:
@@ -27,11 +27,11 @@ def sharing_of(policy: Policy, found: Resources, shape: ModelShape, profile: Har
 def chooses_gather(
     profile: HardwareProfile | None, shape: ModelShape, policy: Policy, memory: Memory, count: int
 ) -> bool:
-    """Whether a sweep's weights reach `count` like cards sooner where each has a part and they gather the rest.
+    """Whether a sweep's weights reach `count` like GPUs sooner if each transfers a part and they gather the rest.
 
-    Parts and what is gathered come side by side. Where the cards were not measured together, they gather: a link from
-    card to card is as fast as one from the host at least, and more weights stay on the cards. Where the weights fit in
-    one way only, that is taken; where each card holds them all, nothing is gathered.
+    Transfers and gathering overlap. Where the GPUs were not measured together, they gather: a link between GPUs is at
+    least as fast as one from the host, and more weights stay on the GPUs. Where the weights fit in one way only, that
+    way is taken; where each GPU holds them all, nothing is gathered.
     """
     plans = {}
     for gather in (False, True):

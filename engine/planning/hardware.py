@@ -1,4 +1,4 @@
-"""What this machine has: device, memory, and the number format that suits it. Imports torch only when asked."""
+"""This machine's device, memory, and best dtype. torch is imported only inside functions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from engine.planning.host_growth import known_limits, tried
 from engine.planning.host_limits import HostLimits, host_limits, own_memory
 
 _USABLE_HOST = 0.9
-"""Of the host memory that can be had, what a run may use."""
+"""The share of the available host memory that a run may use."""
 
 
 def resolve_device(name: str | tuple[str, ...]) -> str:
-    """The device that a policy's `device` stands for, the first where it stands for several.
+    """The device that a policy's `device` selects, the first one of several.
 
-    Raises `InstallationError` when a named one is not here.
+    Raises `InstallationError` when a named device does not exist.
     """
     if not isinstance(name, str):
         return resolve_device(name[0])
@@ -48,9 +48,9 @@ def resolve_device(name: str | tuple[str, ...]) -> str:
 
 
 def resolve_dtype(name: str, checkpoint: str, device: str) -> str:
-    """The dtype "auto" stands for: the checkpoint's on an accelerator, float32 on the CPU.
+    """The dtype that "auto" selects: the checkpoint's on an accelerator, float32 on the CPU.
 
-    bfloat16 falls back to float16, with a notice, on cards that compute it only by emulation (before sm80).
+    bfloat16 falls back to float16, with a notice, on GPUs that only emulate it (before sm80).
     """
     if name == "auto":
         name = "float32" if device == "cpu" else checkpoint
@@ -68,10 +68,10 @@ def resolve_dtype(name: str, checkpoint: str, device: str) -> str:
 
 
 def available_memory(device: str, gpu_memory: int | None, cpu_memory: int | None, offload_dir: str | None) -> Memory:
-    """What may be used: the policy's limits, or 90 % of what is free now on each tier.
+    """The memory that a run may use: the policy's limits, or 90 % of the free memory of each tier.
 
     Where device and host memory are the same (CPU, MPS), the device tier is a budget like any other; unless limited, it
-    may be all of it. There `cpu_memory` holds for the whole process.
+    may be all of it. There `cpu_memory` limits the whole process.
     """
     found = None
     if device != "cpu":
@@ -102,10 +102,10 @@ def memory_within(
     *,
     own_bytes: int = 0,
 ) -> Memory:
-    """What a run may use of so much memory, within a policy's limits; `device_bytes` is None where it is the host's.
+    """The part of so much memory that a policy lets a run use; `device_bytes` is None where it is the host's.
 
-    `cpu_memory` holds even where `host_bytes`, what a machine says is available, is less: it is the user's word.
-    `own_bytes` of host memory are taken by the process already and count against `cpu_memory`.
+    `cpu_memory` applies even where `host_bytes`, the available memory that a machine reports, is less, because the user
+    asked for it. The process already has `own_bytes` of host memory, which count against `cpu_memory`.
     """
     host = int(host_bytes * _USABLE_HOST) if cpu_memory is None else _placed(cpu_memory, own_bytes)
     if device_bytes is not None:
@@ -116,13 +116,13 @@ def memory_within(
 
 
 def _placed(cpu_memory: int, own_bytes: int) -> int:
-    """What `cpu-memory` leaves to be placed in a process that holds so much already."""
+    """The bytes that `cpu-memory` lets a process place that already holds `own_bytes`."""
     # A limit below what the process holds can only mean what is placed. From there to twice as much nothing changes.
     return max(cpu_memory - own_bytes, min(cpu_memory, own_bytes))
 
 
 def _beyond(limits: HostLimits, placed: int) -> str:
-    """What it is that a policy's host memory exceeds, what comes of it, and what to do: the rest of a line."""
+    """The rest of a message about a policy that exceeds the host's memory: what it exceeds, the effect, the remedy."""
     if limits.group_available is not None and placed > limits.group_available:
         return (
             f"the {gb(limits.group_available)} that this process's control group (container, batch job) still allows: "
@@ -137,11 +137,11 @@ def _beyond(limits: HostLimits, placed: int) -> str:
 
 
 def free_host_memory() -> int:
-    """Bytes of host memory that can be had without swapping (`MemAvailable`, and the container's limit)."""
+    """The host memory available without swapping (`MemAvailable`, and the container's limit), in bytes."""
     return host_limits().available
 
 
 def free_disk(directory: str) -> int:
-    """Bytes free where `directory` is, or will be made."""
+    """The free bytes of the disk of `directory`, which need not exist."""
     stats = os.statvfs(existing_parent(directory))
     return stats.f_bavail * stats.f_frsize

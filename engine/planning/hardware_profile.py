@@ -1,4 +1,4 @@
-"""What a machine was measured to do, kept in strict YAML: one file per machine, and shipped ones. Imports no torch.
+"""The measured rates of a machine in strict YAML: one file per machine, and shipped ones. Imports no torch.
 
 All rates are per second: bytes, or floating-point operations (an addition or a multiplication each).
 """
@@ -23,7 +23,7 @@ from engine.planning.machine import Machine, this_machine
 from engine.reading import expand_home, find_file, read_yaml
 
 HOST_DTYPES = ("bfloat16", "float16", "float32")
-"""Number formats that attention on the host is measured in."""
+"""The dtypes for which attention on the host is measured."""
 _CURE = "run `flexgen-helm doctor --profile`"
 
 
@@ -35,54 +35,54 @@ class HardwareProfile:
     device_name: str
     device_memory_bytes: int
     dtype: str
-    """Number format of matrix products and of attention on the device."""
+    """The dtype of matrix products and of attention on the device."""
     torch: str
-    """Version that measured."""
+    """The torch version of the measurement."""
     date: str
-    """Day of the measurement, as YYYY-MM-DD."""
+    """The day of the measurement, as YYYY-MM-DD."""
     to_device_bytes_s: float
-    """From page-locked host memory, nothing else going on."""
+    """Copies from page-locked host memory, with nothing else running."""
     from_device_bytes_s: float
     both_ways_bytes_s: float
-    """Sum of both directions while both run at once (on a CPU, one after the other)."""
+    """The sum of both directions while both run at once (on a CPU, one after the other)."""
     gemm_flop_s: Mapping[int, float]
-    """By rows of the left side: `[rows, n] @ [n, n]`, weights read from device memory."""
+    """Products by rows of the left side: `[rows, n] @ [n, n]`, weights read from device memory."""
     device_bytes_s: float
-    """Read and written by a copy within device memory."""
+    """Bytes read and written by a copy within device memory."""
     prefill_attention_flop_s: float
-    """Causal attention of new tokens among themselves; the pairs that the mask hides are not counted."""
+    """Causal attention of new tokens among themselves; masked pairs are not counted."""
     decode_attention_bytes_s: float
-    """Keys and values read, one new token for each of many sequences."""
+    """Keys and values read, with one new token for each of many sequences."""
     host_bytes_s: float
-    """Read from host memory, all cores."""
+    """Bytes read from host memory by all cores."""
     host_attention_bytes_s: Mapping[str, float]
-    """As `decode_attention_bytes_s`, on the host with all cores, by number format."""
+    """Like `decode_attention_bytes_s`, on the host with all cores, by dtype."""
     host_attention_beside_copy_bytes_s: Mapping[str, float]
-    """The same while a copy to the device runs; on a CPU, equal to it."""
+    """Like `host_attention_bytes_s`, during a copy to the device; on a CPU, equal to it."""
     disk_read_bytes_s: float
     disk_write_bytes_s: float
     links_together_bytes_s: float | None = None
-    """As `to_device_bytes_s`, of each card while all like cards bring the same memory; None where there is one."""
+    """Like `to_device_bytes_s`, for each GPU while all like GPUs copy the same memory; None with a single one."""
     gather_bytes_s: float | None = None
-    """That reach each card from all the others, when all gather the parts of all; None where there is one."""
+    """Bytes that reach each GPU from all the others, when all gather all parts; None with a single GPU."""
 
     computes_bfloat16: bool | None = None
-    """Whether the device has it; where a profile does not tell, it does, as all but old cards do."""
+    """Whether the device has native bfloat16; a profile without the field has it, like all but old GPUs."""
 
     @property
     def cores(self) -> int:
-        """Cores that the process may use."""
+        """The number of cores that the process may use."""
         return self.machine.cores
 
     @property
     def host_memory_bytes(self) -> int:
-        """All host memory, or the container's limit."""
+        """The total host memory, or the container's limit."""
         return self.machine.host_memory_bytes
 
     def computed_in(self, asked: str, own: str) -> str:
-        """The number format that a model of the format `own` is computed in under a policy's dtype `asked`.
+        """The dtype in which a model of dtype `own` is computed under a policy's dtype `asked`.
 
-        All formats of 16 bits are as fast as the measured one.
+        All 16-bit dtypes are as fast as the measured one.
         """
         if asked != "auto":
             return asked
@@ -91,11 +91,11 @@ class HardwareProfile:
 
     @classmethod
     def load(cls, spec: str | Path | None = None) -> HardwareProfile:
-        """Read a shipped profile by its name, a file, or, for None, what was kept of this machine.
+        """Read a shipped profile by its name, a file, or, for None, the stored profile of this machine.
 
-        Of this machine the memory is told as it is now, within the limits of now: with what it was found to grow to.
+        For this machine, the memory is read anew, within the current limits, including what it was found to grow to.
         Raises `ConfigError` when there is none, when it was measured on another machine (only for None), or when the
-        file cannot be meant.
+        file is invalid.
         """
         if spec is not None:
             path = _named(spec)
@@ -146,7 +146,7 @@ class HardwareProfile:
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
 
     def save(self, path: Path | None = None) -> Path:
-        """Write the YAML form to `path` (default: where `load()` looks for it), whole or not at all; returns the path.
+        """Write the YAML form to `path` (default: where `load()` looks for it), atomically; returns the path.
 
         Raises `ConfigError` when it cannot be written.
         """
@@ -168,14 +168,14 @@ class HardwareProfile:
 
 
 def kept_path(machine: Machine) -> Path:
-    """The file that keeps the profile of `machine`."""
+    """The file that stores the profile of `machine`."""
     return cache_directory() / f"hardware-{machine.key}.yaml"
 
 
 def _where_kept(here: Machine) -> Path:
-    """The file that keeps the profile of this machine; raises `ConfigError` where there is none.
+    """The file that stores the profile of this machine; raises `ConfigError` where there is none.
 
-    Names of files that were kept before held a digest of the memory, too: these are known by what they hold.
+    Earlier file names held a digest of the memory, too: such files are identified by their content.
     """
     path, another = kept_path(here), None
     if find_file(path, ConfigError):
@@ -201,7 +201,7 @@ def _not_kept(path: Path, error: OSError) -> str:
 
 
 def _named(spec: str | Path) -> Path:
-    """The file `spec` names, or the shipped profile of that name: inside the installed package first, beside second."""
+    """The file `spec` names, or the shipped profile of that name: in the installed package first, then next to it."""
     path = expand_home(spec, ConfigError, "hardware profile")
     if path.suffix in (".yaml", ".yml") or find_file(path, ConfigError):
         return path

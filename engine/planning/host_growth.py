@@ -1,6 +1,6 @@
-"""Host memory that grows as it is used, as that of some virtual machines does: what is known of it, and how to know.
+"""Host memory that grows as it is used, as in some virtual machines: what is known of it, and how to find out.
 
-Imports no torch.
+It imports no torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from engine.planning.hardware_profile import HardwareProfile
 from engine.planning.host_limits import HostLimits, host_limits
 
 _TRIED = 0.9
-"""Of what control groups still allow: the system ends processes that take more."""
+"""The share of the control groups' remaining memory that is tried: the system ends processes that take more."""
 
 
 def known_limits() -> HostLimits:
-    """The limits of this process, with what `doctor --profile` found where the machine shows less than it has."""
+    """The limits of this process, with what `doctor --profile` found where the machine reports less than it has."""
     limits = host_limits()
     if not limits.may_grow:
         return limits
@@ -28,7 +28,7 @@ def known_limits() -> HostLimits:
 
 
 def reached_total() -> int:
-    """Bytes of host memory, or the lowest limit: found out by taking it where the machine shows less than it has."""
+    """The total host memory, or the lowest limit; measured by allocation where the machine reports less than it has."""
     limits = host_limits()
     if not limits.may_grow:
         return limits.total
@@ -42,5 +42,5 @@ def reached_total() -> int:
 
 @cache
 def tried(num_bytes: int) -> Trial | None:
-    """What the machine gave when so much was taken, once in this process."""
+    """The result of allocating so much memory, once in this process."""
     return try_memory(num_bytes)

@@ -1,6 +1,6 @@
-"""How much host memory this process can have: what the machine has free, and what its control groups allow.
+"""The host memory available to this process: what the machine has free, and what its control groups allow.
 
-Swap is not counted: what lies there is read at the rate of a disk. Imports no torch.
+Swap is not counted: swapped memory is read at the rate of a disk. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.memory.control_groups import ROOT, group_directories, read_fields, read_number, read_text
 
 _NO_LIMIT = 1 << 62
-"""Version 1 of control groups has no word for "no limit" but the largest number of pages, which is more than this."""
+"""Control groups of version 1 express "no limit" by the largest number of pages, which is more than this."""
 _LEAST_GROWTH = 1 << 30
 
 
@@ -22,38 +22,39 @@ class HostLimits:
     """Bytes of host memory, of the machine and of the control groups that the process is in."""
 
     machine_available: int
-    """What the system says can be had without swapping (`MemAvailable`). Virtual machines whose memory grows on demand
-    ("balloon") show less than there is."""
+    """The memory available without swapping, as the system reports it (`MemAvailable`). Virtual machines whose
+    memory grows on demand ("balloon") report less than there is."""
     machine_total: int
-    """What the system has in use and free (`MemTotal`)."""
+    """The memory that the system has in use and free (`MemTotal`)."""
     machine_present: int = 0
-    """What there is in all (`present` in `zoneinfo`), of which the system may not have taken all into use; 0 where it
-    does not tell."""
+    """The physical memory in all (`present` in `zoneinfo`), not all of which the system may be using; 0 where it is
+    not reported."""
     group_available: int | None = None
-    """What the tightest control group leaves; the system kills processes that take more. None without a limit."""
+    """The memory that the tightest control group leaves; the system kills processes that take more. None without a
+    limit."""
     group_total: int | None = None
-    """The lowest limit of a control group."""
+    """The lowest limit of a control group; None without a limit."""
 
     @property
     def available(self) -> int:
-        """What can be had now."""
+        """The memory that is available now."""
         return max(0, _lower(self.machine_available, self.group_available))
 
     @property
     def total(self) -> int:
-        """What there is in all."""
+        """The total memory."""
         return _lower(self.machine_total, self.group_total)
 
     @property
     def may_grow(self) -> bool:
-        """Whether much more is there than is shown: the kernel keeps a fiftieth for itself."""
+        """Whether the machine has much more memory than it reports: the kernel keeps a fiftieth for itself."""
         grown = _lower(self.machine_present, self.group_total) - self.machine_total
         return grown > max(_LEAST_GROWTH, self.machine_total // 8)
 
     def grown_to(self, total: int) -> HostLimits:
-        """These limits of a machine of which is known that its memory grows to `total` when it is used.
+        """These limits for a machine whose memory is known to grow to `total` when it is used.
 
-        As they are where that cannot be this machine, now that it has less in all or shows as much already.
+        Unchanged where that cannot be this machine, because it has less in all or reports as much already.
         """
         if not self.machine_total < total <= self.machine_present:
             return self
@@ -62,7 +63,7 @@ class HostLimits:
 
 
 def host_limits(root: Path = ROOT) -> HostLimits:
-    """What the files of the kernel tell of this process; `root` holds the tree they are read from."""
+    """Read the kernel's files about this process; `root` contains their tree."""
     facts = read_fields(root / "proc/meminfo")
     total = facts.get("MemTotal:", 0) * 1024 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits: list[int] = []
@@ -82,7 +83,7 @@ def host_limits(root: Path = ROOT) -> HostLimits:
 
 
 def _present(root: Path) -> int:
-    """Bytes of memory that the kernel found; those of other devices, which it may list too, are not the host's."""
+    """The bytes of memory that the kernel found, without that of other devices, which it may list, too."""
     pages, zone = 0, ""
     for words in map(str.split, read_text(root / "proc/zoneinfo").splitlines()):
         if words[:1] == ["Node"]:
@@ -93,16 +94,16 @@ def _present(root: Path) -> int:
 
 
 def own_memory(root: Path = ROOT) -> int:
-    """Bytes that this process holds and the system cannot take back: all but pages of files."""
+    """The bytes that this process holds and the system cannot reclaim: everything but file pages."""
     facts = read_fields(root / "proc/self/status")
     return 1024 * (facts.get("RssAnon:", 0) + facts.get("RssShmem:", 0))
 
 
 def _limit_and_use(version: int, directory: Path) -> tuple[int | None, int]:
-    """A group's limit, None for none, and what of its memory the system cannot take back, in bytes.
+    """A group's limit (None without one) and the bytes of its memory that the system cannot reclaim.
 
-    The lowest limit around a group of version 1 stands in its statistics, also where the groups around it are not
-    mounted. In version 2, "high" is where the system slows processes down instead of ending them.
+    The lowest limit around a group of version 1 is in its statistics, even if the groups around it are not mounted. In
+    version 2, "high" is where the system slows processes down instead of ending them.
     """
     stat = read_fields(directory / "memory.stat")
     if version == 1:
@@ -117,10 +118,10 @@ def _limit_and_use(version: int, directory: Path) -> tuple[int | None, int]:
 
 
 def _reclaimable(stat: Mapping[str, int]) -> int:
-    """Bytes that count as a group's use but are given up when memory is asked for, as `MemAvailable` counts them.
+    """The bytes that count as a group's use but are reclaimed on demand, counted like `MemAvailable`.
 
-    These are pages of files, and what the kernel keeps of names of files. A file that was read twice is on the active
-    list; what processes have mapped, such as their own code, is not given up at once.
+    These are file pages and the kernel's cache of file names. A file that was read twice is on the active list; what
+    processes have mapped, such as their own code, is not reclaimed at once.
     """
     mapped = stat.get("file_mapped", stat.get("mapped_file", 0))
     active = max(0, stat.get("active_file", 0) - mapped)

@@ -1,4 +1,4 @@
-"""How large sweeps and micro-batches may be, and the sizes of the buffers between tiers (pure)."""
+"""The sizes of sweeps and micro-batches, and of the buffers between tiers (pure)."""
 
 from __future__ import annotations
 
@@ -9,85 +9,92 @@ from engine.planning.admission import Admission
 from engine.policy import PadMode
 
 LOGITS_BYTES = 128 << 20
-"""Most of one chunk of float32 logits."""
+"""The most bytes of one chunk of float32 logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How large sweeps and micro-batches may be."""
+    """The largest sizes of sweeps and micro-batches."""
 
     sequences_per_batch: int
     batches: int
     rows_per_batch: int
-    """Rows (tokens, padding included) in a micro-batch; a single longer prompt still gets one of its own."""
+    """The most rows (tokens, padding included) of a micro-batch; a single longer prompt still gets one of its own."""
     rows_per_piece: int | None = None
-    """Rows of a prompt or prefix that are computed at once, where it can be computed in pieces; None: all of it."""
+    """The most rows of a prompt or prefix that are computed at once, where it can be computed in pieces; None: all
+    of it."""
     cached_rows_per_batch: int
-    """Rows of the KV cache that attention may gather for decode steps at once, and that a rectangle may have."""
+    """The most rows of the KV cache that attention may gather for decode steps at once, or that a rectangle may
+    have."""
     reads_in_place: bool = False
-    """Attention reads keys and values of decode steps where they lie on the device, instead of gathering them."""
+    """Whether attention reads the keys and values of decode steps in place on the device, instead of gathering them."""
     reads_on_host: bool = False
-    """Attention reads the host's keys and values of decode steps where they lie, on the host."""
+    """Whether attention reads the keys and values of decode steps that are on the host in place, on the host."""
     gap_rows: int = 0
     """Largest gap between two cache blocks, in rows, that is cheaper to copy along than to split the transfer."""
     rows_per_sweep: int
-    """Rows whose hidden states the activation memory holds."""
+    """The number of rows whose hidden states the activation memory holds."""
     free_rows: int = 0
-    """Rows of a sweep that cost next to nothing beside the transfer of the weights: so many may be drafts."""
+    """The number of rows of a sweep that cost next to nothing during the transfer of the weights: so many may be
+    drafts."""
     replays: bool = False
-    """Sweeps of decode steps that lie on the device are replayed as they were recorded: they draft nothing, and prompts
-    wait some of them to come in together."""
+    """Whether sweeps of decode steps on the device are replayed from recordings: they draft nothing, and prompts
+    wait for others to enter together."""
     admission: Admission | None = None
-    """How many rows of prompts that will decode a sweep lets in; None for as many as it has room for."""
+    """How many rows of prompts that will decode a sweep admits; None for as many as it has space for."""
     rows_between_fetches: int | None = None
-    """Rows of prompts that are computed between decode steps whose keys and values come from another tier, so that
-    those come meanwhile; None where they do not come beside the computation."""
+    """The rows of prompts that are computed between decode steps whose keys and values come from another tier, to
+    overlap the transfer; None where transfers do not overlap with the computation."""
     waiting_rows: int = 0
-    """Rows of micro-batches that wait for each other where a layer computes experts, so that these are expanded once
-    for all; 0: none waits."""
+    """The most rows of micro-batches that wait for each other where a layer computes experts, so that these are
+    decoded once for all; 0: none waits."""
     most_states: int = 0
-    """Sequences whose states a layer takes on at once; 0: no layer keeps a state."""
+    """The most sequences whose states a layer updates at once; 0: no layer keeps a state."""
     continues: bool = True
-    """Several tokens can be computed from the state behind a prefix; else nothing is shared, nor cut into pieces."""
+    """Whether several tokens can be computed from the state after a prefix; otherwise nothing is shared, nor cut
+    into pieces."""
     pad: PadMode = None
     rectangular: bool = False
-    """Micro-batches are rectangles, for families that carry their own attention."""
+    """Whether micro-batches are rectangles, for families with their own attention."""
     logits_bytes: int = LOGITS_BYTES
-    """Of one chunk of float32 logits; sampling holds a few such at once."""
+    """The bytes of one chunk of float32 logits; sampling holds a few chunks at once."""
     scores_per_batch: int | None = None
-    """Attention scores, in new rows times keys, that a rectangle may have; a sequence with more of its own fails."""
+    """The most attention scores (new rows times keys) of a rectangle; a sequence that needs more on its own fails."""
 
     @property
     def seats(self) -> int:
-        """Sequences that run at once, at most."""
+        """The most sequences that run at once."""
         return self.sequences_per_batch * self.batches
 
     @property
     def most_prefixes(self) -> float:
-        """New prefixes in a micro-batch: their states are held until those behind them have begun in a layer."""
+        """The most new prefixes in a micro-batch: their states are held until the spans after them begin in a layer."""
         return self.most_states or math.inf
 
 
 WAITING_BATCHES = 16
-"""Most micro-batches that wait for each other; each has a thread."""
+"""The most micro-batches that wait for each other; each has a thread."""
 
 SLOTS = 2
-"""Device memory that layers pass through in turn: one is computed with, and one is filled."""
+"""The number of device buffers for layers: one is in use while the other is filled."""
 
 GATHER_SLOTS = 3
-"""The same where a layer's parts are gathered: while that is done, this engine's part of the next one comes."""
+"""The number of such buffers where a layer's parts are gathered: meanwhile this engine's part of the next one
+arrives."""
 
 
 STAGING_BUFFERS = 4
-"""For offloaded keys and values: one is computed with, two are full, and one is filled. The link is not idle while
-other work is computed."""
+"""The number of staging buffers for offloaded keys and values: one is in use, two are full, and one is being filled.
+So the link stays busy while other work is computed."""
 
 
 READ_AHEAD_BYTES = 256 << 20
-"""Staging memory for what the sweep reads of weights on disk: an eighth of a second of a fast disk."""
+"""The staging memory for weights that a sweep reads from disk: an eighth of a second of a fast disk."""
 
 
 RECORDED_ROWS = 256
-"""Whose temporaries recordings of decode steps keep: of the largest micro-batch, but for policies with larger ones."""
+"""The rows for whose temporaries recordings of decode steps keep memory: those of the largest micro-batch, except
+for policies with larger ones."""
 RECORDED_BYTES = 64 << 20
-"""Beside their rows: the workspace of products (32 MB on an H100), and pieces that torch cannot use again."""
+"""The memory of recordings in addition to their rows: the workspace of products (32 MB on an H100), and fragments
+that torch cannot reuse."""

@@ -1,4 +1,4 @@
-"""What tells machines apart whose rates differ. Imports no torch."""
+"""The facts that identify machines with different rates. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engine.planning.host_limits import host_limits
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What tells machines apart whose rates differ."""
+    """The facts that identify machines with different rates."""
 
     accelerators: tuple[str, ...]
-    """Names of all that torch sees; empty on a machine without."""
+    """The names of all accelerators that torch sees; empty on a machine without any."""
     processor: str
     cores: int
-    """Cores that the process may use."""
+    """The number of cores that the process may use."""
     host_memory_bytes: int
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """A name for files: the device, and a digest of everything but memory.
+        """A name for files: the device, and a digest of everything but the memory.
 
         A machine's memory may change: by a container's limit, or in a virtual machine whose memory grows on demand.
         """
@@ -38,7 +38,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine this runs on; imports torch to see its accelerators."""
+    """The machine that runs this; imports torch to see its accelerators."""
     from engine.memory import accelerator
 
     return Machine(
@@ -50,7 +50,7 @@ def this_machine() -> Machine:
 
 
 def processor_name() -> str:
-    """What the maker calls the processor."""
+    """The manufacturer's name of the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
             for line in stream:

@@ -1,4 +1,4 @@
-"""Sizes of a model, as the planner needs them (pure)."""
+"""The sizes of a model that the planner needs (pure)."""
 
 from __future__ import annotations
 
@@ -7,53 +7,54 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a model, in bytes of the dtype it runs in."""
+    """The sizes of a model, in bytes of the dtype it runs in."""
 
     unit_bytes: tuple[int, ...]
-    """Bytes of each decoder layer, and of what streams behind them (the head)."""
+    """The bytes of each decoder layer, and of what streams after them (the head)."""
     embedding_bytes: int
-    """Bytes of the token embedding; 0 where it is among `unit_bytes` (tied)."""
+    """The bytes of the token embedding; 0 where it is among `unit_bytes` (tied)."""
     outer_bytes: int
-    """Bytes of what is needed throughout (norms, position tables), which is copied to the device for good."""
+    """The bytes of parameters that are needed throughout (norms, position tables) and stay on the device."""
     cache_row_bytes: int
-    """Bytes of one token's keys and values in all layers."""
+    """The bytes of one token's keys and values in all layers."""
     cache_layer_row_bytes: int
-    """Bytes of one token's keys and values in the widest layer."""
+    """The bytes of one token's keys and values in the widest layer."""
     state_bytes: int = 0
-    """Bytes of one sequence's states in all layers, whatever its length; 0 where no layer keeps one."""
+    """The bytes of one sequence's states in all layers, whatever its length; 0 where no layer keeps one."""
     state_layer_bytes: int = 0
-    """Bytes of one sequence's state in the layer where it is largest."""
+    """The bytes of one sequence's state in the layer where it is largest."""
     continues: bool = True
-    """Several tokens can be computed from the state behind a prefix."""
+    """Whether several tokens can be computed from the state after a prefix."""
     coded_layer_row_bytes: int = 0
-    """Bytes of one token's keys and values in the widest layer off the device, encoded; 0 without a codec."""
+    """The bytes of one token's encoded keys and values in the widest layer, on host or disk; 0 without a codec."""
     hidden_row_bytes: int
     handed_row_bytes: int = 0
-    """What is kept of a row on the device between layers, besides its hidden state."""
+    """The bytes per row that are kept on the device between layers in addition to the hidden state."""
     work_row_bytes: int
-    """Temporaries of one row inside a layer, about."""
+    """The approximate bytes of one row's temporaries inside a layer."""
     cpu_work_row_bytes: int = 0
-    """The same on the CPU, where torch's functions compute experts; 0: as much."""
+    """The bytes of one row's temporaries on the CPU, where torch's functions compute experts; 0: as on the device."""
 
     is_padded: bool = False
-    """The family carries its own attention and runs in padded micro-batches."""
+    """Whether the family has its own attention and runs in padded micro-batches."""
     is_plain: bool = False
-    """Attention is a softmax over all tokens before: no caps, sinks, windows, nor code of the family's own."""
+    """Whether attention is a softmax over all earlier tokens: no caps, sinks, windows, nor code of the family's own."""
     reads_in_place: bool = False
-    """Attention reads keys and values on the device where they lie."""
+    """Whether attention reads keys and values in place on the device."""
     stored_part: float = 1.0
     """Stored size of the layers divided by their size as plain numbers (the compression ratio)."""
     expanded_bytes: int = 0
-    """Device memory that encoded layers are expanded into, in turn, and what that takes besides; 0 if none are."""
+    """The device memory into which encoded layers are decoded, one after the other, workspace included; 0 if none
+    are."""
     least_expanded_bytes: int = 0
-    """The same where experts are expanded some at a time; as much if there are none."""
+    """The same memory where experts are decoded some at a time; equal to `expanded_bytes` without experts."""
     apart_bytes: int = 0
-    """The most that passes through a slot at once where experts that are expanded some at a time are brought so, too; 0
+    """The most that a buffer holds at once where experts that are decoded some at a time are also transferred so; 0
     where there are none."""
     waiting_row_bytes: int = 0
-    """Of one row, what a layer holds that waits for experts, and what these take; 0 where none are expanded."""
+    """The bytes per row that a layer waiting for experts holds, and that these take; 0 where none are decoded."""
     score_bytes: int = 0
-    """Of one row's attention to one key, all heads and their copies, where a family keeps them; else 0."""
+    """The bytes of one row's attention to one key, all heads and copies, where a family keeps them; else 0."""
 
     @property
     def is_mixture(self) -> bool:
@@ -62,5 +63,5 @@ class ModelShape:
 
     @property
     def weight_bytes(self) -> int:
-        """All weights, once."""
+        """The bytes of all weights."""
         return sum(self.unit_bytes) + self.embedding_bytes + self.outer_bytes

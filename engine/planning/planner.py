@@ -1,4 +1,4 @@
-"""Fits a policy to a model and the memory at hand: shares, budgets and sizes, or a one-line reason why not (pure)."""
+"""Fits a policy to a model and the available memory: shares, budgets and sizes, or a one-line reason why not (pure)."""
 
 from __future__ import annotations
 
@@ -19,44 +19,47 @@ from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, Share
 
 _FREE_ROWS = 4096
-"""Rows whose arithmetic takes less time than the transfer of all weights: accelerators on PCIe multiply 5,000 (T4: 65
-TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they are sent."""
+"""The number of rows whose arithmetic takes less time than the transfer of all weights: accelerators on PCIe
+multiply 5,000 (T4: 65 TFLOP/s, 12 GB/s) to 13,000 (H100: 700, 55) times as many 16-bit weights as they receive."""
 _ADMITTED_ROWS = 8000
-"""Prompt tokens admitted per sweep, per full model's worth of 16-bit weights transferred. An H100 computes about 13,000
-tokens in that time; 60 % of that is admitted. Fewer make the start long, more leave the link idle (docs/adr/0009)."""
+"""Prompt tokens admitted per sweep, per full model's worth of 16-bit weights transferred. An H100 computes about
+13,000 tokens in that time; 60 % of that is admitted. Fewer make the start long, more leave the link idle
+(docs/adr/0009)."""
 _OPERATIONS_BETWEEN_FETCHES = 2.5e12
-"""Operations on prompt rows in a layer between two fetches of keys and values: 4 ms of a fast card (650 TFLOP/s), in
-which a link fills about the staging buffers. Fewer would mean more calls than the host can make meanwhile."""
+"""The operations on prompt rows in a layer between two fetches of keys and values: 4 ms of a fast GPU (650 TFLOP/s),
+in which a link fills about the staging buffers. Fewer would mean more launches than the host can make in that time."""
 _LEAST_BETWEEN_FETCHES = 1024
-"""Rows of prompts that still multiply at nearly a card's full rate."""
+"""The least number of prompt rows that still multiply at nearly a GPU's full rate."""
 _FREE_RESIDENT_ROWS = 128
-"""The same where weights lie in the device's own memory (T4: 200, H100: 210)."""
+"""The number of such rows where weights are in the device's own memory (T4: 200, H100: 210)."""
 _GAP_BYTES = 512 << 10
-"""What a link carries (55 GB/s) in the 10 us that each further copy costs it: an H100 got copies of 5 MB at 50 GB/s."""
+"""The bytes that a link carries (at 55 GB/s) in the 10 us that each further copy costs: an H100 got copies of 5 MB
+at 50 GB/s."""
 _SEQUENCES = 256
 _BATCHES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A policy made definite."""
+    """A policy with every open choice made."""
 
     weights: Share
     kv_cache: Share | None
-    """None: device first, then host, then disk."""
+    """The shares of the KV cache; None: device first, then host, then disk."""
     activations: Share
     cache_budgets: dict[Tier, int]
-    """Bytes of KV cache by tier, at most."""
+    """The most bytes of KV cache by tier."""
     limits: Limits
     read_ahead_bytes: int = 0
-    """Host memory that weights on disk are read into, ahead of the sweep."""
+    """The host memory into which weights on disk are read, ahead of the sweep."""
 
     expands_whole: bool = True
-    """Encoded experts are expanded with their layer, once a sweep; else some at a time, for each micro-batch."""
+    """Whether encoded experts are decoded with their layer, once a sweep; otherwise some at a time, for each
+    micro-batch."""
     experts_apart: bool = False
-    """Those are brought to the device some at a time, too, apart from what else their layer has."""
+    """Whether those are also transferred to the device some at a time, separately from the rest of their layer."""
     draft: Plan | None = None
-    """Of the draft model, which lies on the device, if there is one."""
+    """The plan of the draft model, which is on the device, if there is one."""
     is_tight: bool = False
     """The weights leave less device memory than the worst-case workspace; the plan may run out of memory."""
 
@@ -75,10 +78,10 @@ def make_plan(
     sharing: Sharing = ALONE,
     draft: ModelShape | None = None,
 ) -> Plan:
-    """Make `policy` definite, filling what it leaves open greedily: device, then host, then disk if there is one.
+    """Complete `policy`, filling what it leaves open greedily: device, then host, then disk if there is one.
 
-    Of several engines that share the weights, `memory` has the device of each, and host and disk of all together; the
-    plan is that of each. A `draft` model lies on the device with its KV cache. Raises `CapacityError`, with the numbers
+    With several engines that share the weights, `memory` has the device of each, and host and disk of all together; the
+    plan is that of each. A `draft` model is on the device with its KV cache. Raises `CapacityError`, with the numbers
     and the nearest policy that fits, when it does not fit.
     """
 
@@ -93,7 +96,7 @@ def make_plan(
 
 
 def _with_draft(room: DraftRoom, made: Callable[[Policy, Memory], Plan]) -> Plan:
-    """The plan that is `made` in what a draft leaves of the memory, and the draft's own."""
+    """The plan, as `made` in the memory that a draft leaves, with the draft's own plan."""
     policy, num_bytes = room.policy, room.least
     try:
         plan = made(policy, room.without(num_bytes))
@@ -191,7 +194,7 @@ class _Planner:
         return max(_FREE_RESIDENT_ROWS, self._rows_behind_transfer(weights))
 
     def _replays(self, weights: Share, activations: Share) -> bool:
-        """Whether a decode step asks the device for the same each time, so that it can be recorded."""
+        """Whether decode steps always queue the same work on the device, so that it can be recorded."""
         shape, policy = self.shape, self.policy
         is_here = weights.gpu >= 100 and activations.gpu >= 100 and not self.demand.sharing.has_own
         is_plain = shape.is_plain and shape.reads_in_place and not shape.state_bytes and not shape.expanded_bytes
@@ -202,12 +205,12 @@ class _Planner:
         return int(_FREE_ROWS * self._streamed_part(weights))
 
     def _streamed_part(self, weights: Share) -> float:
-        """What a sweep brings of weights over the link, in parts of the bytes that all have as numbers."""
+        """The part of all weights' unencoded bytes that a sweep transfers over the link."""
         sharing = self.demand.sharing
         return self.shape.stored_part * (100 - weights.gpu) / 100 / (sharing.count if sharing.gather else 1)
 
     def _brings_cache(self) -> bool:
-        """Whether keys and values off the device are brought there beside the computation."""
+        """Whether keys and values that are not on the device are transferred there during the computation."""
         return not self.on_cpu and not self.policy.cpu_cache_compute
 
     def _rows_between_fetches(self, rows_per_batch: int) -> int | None:
@@ -218,9 +221,9 @@ class _Planner:
         return max(_LEAST_BETWEEN_FETCHES, int(_OPERATIONS_BETWEEN_FETCHES / self.demand.row_operations))
 
     def _admission(self, weights: Share) -> Admission | None:
-        """How many prompts are let in at once; None where the weights come from a disk, which is slower than the link.
+        """How many prompt rows are admitted at once; None where the weights come from a disk, slower than the link.
 
-        A further sweep would cost more than it hides there.
+        There a further sweep would cost more than it hides.
         """
         if self.on_cpu or weights.disk > 0 or not self.shape.cache_row_bytes:
             return None
@@ -233,9 +236,9 @@ class _Planner:
         )
 
     def _scores_per_batch(self, rows: int, left: int) -> int | None:
-        """What a micro-batch's attention scores may be: beyond that they would not fit in any case.
+        """The limit of a micro-batch's attention scores: more would not fit in any case.
 
-        Never less than a micro-batch of one sequence of `rows` rows has.
+        It is never less than a micro-batch of one sequence of `rows` rows needs.
         """
         if not self.shape.score_bytes:
             return None
@@ -258,7 +261,7 @@ class _Planner:
         return {tier: max(0, budgets[tier]) if is_used[tier] else 0 for tier in TIERS}
 
     def _activations(self, left: dict[Tier, int], rows: int) -> Share:
-        """On the device, if it has room for the hidden states of a micro-batch at least; else where there is more."""
+        """The device, if it has space for the hidden states of at least one micro-batch; else the larger tier."""
         on_device, on_host = Share(gpu=100, cpu=0), Share(gpu=0, cpu=100)
         room = self.demand.hidden_rows(on_device, left)
         if self.memory.shared or room >= min(rows, self.demand.hidden_rows(on_host, left)):

@@ -10,27 +10,27 @@ from engine.planning.model_shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """How many engines run the same model, each on a device of its own, and whose weights are whose."""
+    """The number of engines that run the same model, each on its own device, and how they share its weights."""
 
     count: int = 1
     gather: bool = False
-    """Each has a part of every layer, and they are put together layer by layer; else each has all weights."""
+    """Whether each has a part of every layer, which are gathered layer by layer; otherwise each has all weights."""
     stages: bool = False
-    """Each has some of the layers; a shape is that of the largest stage then."""
+    """Whether each has some of the layers; the model shape is then that of the largest stage."""
 
     @property
     def has_own(self) -> bool:
-        """Whether each has bytes of weights that no other one has in memory."""
+        """Whether each stores weights that no other engine has in memory."""
         return self.gather or self.stages
 
     @property
     def num_lanes(self) -> int:
-        """Sweeps in flight, each of sequences of its own and with a part of the KV cache: one at every stage."""
+        """The number of sweeps in flight, one per stage, each with its own sequences and part of the KV cache."""
         return self.count if self.stages else 1
 
     @property
     def num_handed_on(self) -> int:
-        """Sweeps whose hidden states a stage may keep for the next one, which has not taken them."""
+        """The number of sweeps whose hidden states a stage may keep until the next stage takes them."""
         return self.count if self.stages else 0
 
 
@@ -39,19 +39,19 @@ ALONE = Sharing()
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a run may use of a machine under a policy."""
+    """The resources of a machine that a run may use under a policy."""
 
     memory: Memory
-    """`device` of each device (the least of all), `host` and `disk` of all together."""
+    """`device` of each device (the smallest), `host` and `disk` of all together."""
     sharing: Sharing = ALONE
-    """How many devices there are; whether they gather where nothing is known of their rates."""
+    """The number of devices; and whether they gather if their rates are unknown."""
 
 
 class WeightBytes:
-    """What percents of the weights take where engines share them.
+    """The bytes of percents of the weights where engines share them.
 
-    The token embedding and what is needed throughout stay whole with every engine; of the rest each has a part where
-    it is gathered. Where each has all, what lies in host memory lies there once. Of stages each has its own.
+    The token embedding and the parameters that are needed throughout stay whole with every engine; of the rest each has
+    a part where it is gathered. Where each has all, the weights in host memory are stored once. Stages have their own.
     """
 
     def __init__(self, shape: ModelShape, sharing: Sharing) -> None:
@@ -60,16 +60,16 @@ class WeightBytes:
         self._sharing = sharing
         self._all = shape.weight_bytes * (sharing.count if sharing.stages else 1)
         self._own = shape.weight_bytes - gathered * (sharing.count - 1) / sharing.count
-        """Of one engine's own, all of it resident."""
+        """The bytes of one engine's own weights, if all are resident."""
 
     def of_one(self, percent: float) -> int:
-        """Bytes of one engine's own."""
+        """The bytes of one engine's own weights."""
         return round(self._own * percent / 100)
 
     def on_host(self, percent: float) -> int:
-        """Bytes in host memory, of all engines together."""
+        """The bytes in host memory, of all engines together."""
         return self.on_disk(percent) if self._sharing.has_own else round(self._all * percent / 100)
 
     def on_disk(self, percent: float) -> int:
-        """Bytes on disk, of all engines together."""
+        """The bytes on disk, of all engines together."""
         return round(self._own * percent / 100) * self._sharing.count

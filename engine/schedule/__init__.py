@@ -1,4 +1,4 @@
-"""Sequences and the prefixes that they share, and which of their rows ride in the next sweep.
+"""Sequences, the prefixes that they share, and the choice of the rows that the next sweep computes.
 
 It imports memory and planning, and neither torch nor transformers.
 """

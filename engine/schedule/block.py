@@ -1,4 +1,4 @@
-"""Where what layers keep of one span lies (pure)."""
+"""The storage of one span's keys and values, and its state (pure)."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ class Block:
     first: int
     num_rows: int
     slot: int | None = None
-    """Row of the states of all layers, on the same tier; None where no layer keeps a state."""
+    """The row of the states of all layers, on the same tier; None where no layer keeps a state."""

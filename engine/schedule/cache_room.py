@@ -1,4 +1,4 @@
-"""What the scheduler needs of whatever keeps sequences from one sweep to the next (pure)."""
+"""The interface of a cache that the scheduler needs (pure)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 
 class CacheRoom(Protocol):
-    """What the scheduler needs of what layers keep: keys and values of tokens, and a state of each span."""
+    """Allocates storage for what layers keep: keys and values of tokens, and a state of each span."""
 
     def allocate(self, num_rows: int) -> Block | None:
-        """Room for a span of `num_rows` tokens, or None."""
+        """Allocate storage for a span of `num_rows` tokens; None while there is no space."""
 
     def free(self, block: Block) -> None:
-        """Give room back."""
+        """Free a block."""
 
     def free_state(self, block: Block) -> Block:
-        """Give back the room of a state; what is left of the block."""
+        """Free the storage of a state, and return the rest of the block."""
 
     refusal: str | None
-    """Why memory for more room could not be had, the last time it was asked for; None if it could."""
+    """Why memory could not be allocated, at the last attempt; None if it could."""
 
     def expect(self, sizes: Sequence[int]) -> None:
-        """Tell that spans of so many tokens will ask for room: it can grow once, not many times."""
+        """Announce spans of so many tokens, so that tables grow once for all of them."""
 
     def num_off_device(self, num_rows: int) -> int:
-        """How many of so many rows would lie off the device."""
+        """The number of rows, of `num_rows` rows, that would not fit the device."""

@@ -1,4 +1,4 @@
-"""Cuts the work of a sweep into micro-batches, and says how long a padded prompt is (pure)."""
+"""Cuts the work of a sweep into micro-batches, and computes the length of a padded prompt (pure)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKET_TOKENS = 64
 
 
 def padded_length(rows: int, pad: PadMode) -> int:
-    """Rows of a prompt of `rows` tokens, padding included."""
+    """The number of rows of a prompt of `rows` tokens, padding included."""
     if pad is None:
         return rows
     if pad == "bucket":
@@ -28,7 +28,7 @@ def padded_length(rows: int, pad: PadMode) -> int:
 
 
 def rows_of(segment: Segment) -> int:
-    """Rows of a segment, padding included."""
+    """The number of rows of a segment, padding included."""
     return segment.num_rows + segment.num_pad
 
 
@@ -37,7 +37,7 @@ def _is_alone(segment: Segment) -> bool:
 
 
 def packed_batches(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
-    """Cut segments into micro-batches: decode steps first, neighbours of one prefix together, prefixes before users."""
+    """Cut segments into micro-batches: decode steps first, users of one prefix adjacent, prefixes before users."""
     decode = [segment for segment in segments if segment.is_decode]
     ranks: dict[Prefix | None, int] = {}
     for segment in decode:
@@ -48,7 +48,7 @@ def packed_batches(segments: list[Segment], limits: Limits) -> list[list[Segment
 
 
 def _interleaved(decode: list[Segment], new: list[Segment], limits: Limits) -> list[list[Segment]]:
-    """Parts of decode steps with parts of the new spans behind them; a single one where nothing comes meanwhile."""
+    """Interleave parts of decode steps with parts of the new spans after them; one part if transfers do not overlap."""
     most = limits.rows_between_fetches
     if most is None or all(segment.is_on_device for segment in decode):
         return [decode + new]
@@ -91,7 +91,7 @@ def _cut(segments: list[Segment], limits: Limits) -> list[list[Segment]]:
 def _decode_order(segment: Segment, rank: int, in_place: bool) -> tuple[Any, ...]:
     """Sort key of decode steps: same prefix, tier and draft length together, then by position in the cache.
 
-    So neighbouring blocks travel in one copy. Where attention pads a group to its longest member, steps of similar
+    So adjacent blocks are transferred in one copy. Where attention pads a group to its longest member, steps of similar
     lengths come together, too. `rank` is the prefix's place among those of the sweep, the same in every run.
     """
     block = segment.span.block

@@ -1,4 +1,4 @@
-"""Drafts of coming tokens, looked up among a sequence's own earlier ones (pure)."""
+"""Drafts of coming tokens by prompt lookup among a sequence's own earlier tokens (pure)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from array import array
 from collections.abc import Iterable
 
 DRAFT_SIZES = (7, 3, 1)
-"""Lengths of a draft; the longest that fits is taken. Few, so that few attention calls differ in shape."""
+"""The lengths of a draft; the longest that fits is used. There are few, so that few attention calls differ in shape."""
 _NGRAM_SIZES = (2, 3)
-"""Tokens that must have been followed by the draft before; the longer match is the better guess."""
+"""The number of last tokens to look up; a longer match is a better guess and is tried first."""
 _WIDTH = array("I").itemsize
-"""Bytes of a token."""
+"""The bytes of a token."""
 
 
 class Drafter:
-    """Prompt lookup (Saxena 2023): what followed the last n tokens when they occurred last, is drafted to follow again.
+    """Prompt lookup (Saxena 2023): the tokens that followed the last occurrence of the last n tokens become the draft.
 
     Few-shot prompts repeat their patterns, and answers quote their questions, so the guess is often right; the model
     checks it, so a wrong one changes nothing.
@@ -27,14 +27,14 @@ class Drafter:
         self._bytes = bytearray(array("I", tokens))
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Take in further tokens of the sequence."""
+        """Append further tokens of the sequence."""
         self._bytes += array("I", tokens)
 
     def __len__(self) -> int:
         return len(self._bytes) // _WIDTH
 
     def draft(self, room: int) -> tuple[int, ...]:
-        """At most `room` tokens that may come next; none when the last tokens have not occurred before."""
+        """At most `room` tokens that may come next; empty when the last tokens have not occurred before."""
         begin, end = 0, len(self) - 1  # what ends before the last token has one behind it
         for size in _NGRAM_SIZES:  # a longer match ends no later than the shorter one, which is its end
             found = self._end_of_last(size, end) if size <= end else None
@@ -45,7 +45,7 @@ class Drafter:
         return tuple(followed[: next((size for size in DRAFT_SIZES if size <= min(room, len(followed))), 0)])
 
     def _end_of_last(self, size: int, end: int) -> int | None:
-        """Where the last `size` tokens occurred last among the first `end` ones: behind that; None if they did not."""
+        """The end of the last occurrence of the last `size` tokens among the first `end` ones; None without one."""
         ngram = self._bytes[-size * _WIDTH :]
         at = self._bytes.rfind(ngram, 0, end * _WIDTH)
         while at > 0 and at % _WIDTH:  # bytes of neighbours that look like these tokens

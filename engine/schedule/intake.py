@@ -1,4 +1,4 @@
-"""What a sweep consists of while it is put together (pure)."""
+"""The segments of a sweep while it is assembled (pure)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from engine.schedule.sequence import Sequence
 
 
 class Intake:
-    """The segments of a sweep: steps of those that run, then what is let in."""
+    """The segments of a sweep: steps of running sequences, then newly admitted spans."""
 
     def __init__(self, steps: Iterable[Segment]) -> None:
         self.segments = list(steps)
         self.num_steps = len(self.segments)
         self.rows = self.num_steps
         self.entered: set[int] = set()
-        """Spans that were let in, by their identity."""
+        """The admitted spans, by their identity."""
         self.begun: Sequence | None = None
-        """The sequence of which a part of the prompt was let in last; its rest follows without delay."""
+        """The sequence whose prompt was admitted in part most recently; its rest follows without delay."""
 
     @property
     def num_prompt_rows(self) -> int:
-        """Rows of what was let in."""
+        """The number of admitted prompt rows."""
         return self.rows - self.num_steps
 
     def take(self, segments: Iterable[Segment]) -> None:
-        """Let in segments."""
+        """Admit segments."""
         for segment in segments:
             self.segments.append(segment)
             self.entered.add(id(segment.span))
@@ -39,7 +39,7 @@ class Intake:
 
 
 def most_admitted(running: Iterable[Sequence], waiting: Iterable[Sequence], limits: Limits, cache: CacheRoom) -> float:
-    """Rows of sequences that will decode, and of their prefixes, that a sweep lets in (docs/adr/0009)."""
+    """The most rows of sequences that will decode, and of their prefixes, that a sweep admits (docs/adr/0009)."""
     if limits.admission is None:
         return math.inf
     at_once = islice(chain(running, waiting), limits.seats)
@@ -50,9 +50,9 @@ def most_admitted(running: Iterable[Sequence], waiting: Iterable[Sequence], limi
 def most_hidden(
     intake: Intake, running: Iterable[Sequence], waiting: Iterable[Sequence], limits: Limits, cache: CacheRoom
 ) -> float:
-    """Rows of sequences that do not decode, and of their prefixes, that a sweep lets in besides what it has.
+    """The most rows of sequences that do not decode, and of their prefixes, that a sweep admits additionally.
 
-    All of them where nobody else decodes, now or later, and where nothing crosses the link that could hide them.
+    All of them where no other sequence decodes, now or later, and where no transfer could be hidden.
     """
     running = list(running)
     decoding = any(sequence.needs_cache for sequence in chain(running, waiting))

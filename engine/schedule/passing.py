@@ -1,4 +1,4 @@
-"""What of prefixes nobody needs any more, or beyond the sweep that computes them (pure)."""
+"""Finds the parts of prefixes that are not needed any more, or not beyond the sweep that computes them (pure)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from engine.schedule.sequence import Prefix, Sequence, Span
 
 
 def passing_prefixes(segments: Iterable[Segment], room: int) -> tuple[list[Prefix], list[Prefix]]:
-    """Of a sweep's new prefixes, those that live as long as the layer in hand, and the others; last ones first.
+    """Split a sweep's new prefixes: those kept only for the current layer, and the others; last ones first.
 
-    The first have at most `room` rows together, and all who continue them are in the sweep and keep nothing.
+    The former have at most `room` rows together, and all sequences that continue them are in the sweep and store
+    nothing.
     """
     segments = list(segments)
     users: dict[int, int] = {}
@@ -36,9 +37,9 @@ def passing_prefixes(segments: Iterable[Segment], room: int) -> tuple[list[Prefi
 
 
 def continued_prefixes(spans: Iterable[Span]) -> list[tuple[Prefix, Block]]:
-    """The prefixes that computed spans continue and whose states nobody else will begin from, with their blocks.
+    """The prefixes that computed spans continue and whose states no other span will begin from, with their blocks.
 
-    Of a long prompt in pieces, those are all but the last; their tokens are seen by those behind as long as they run.
+    Of a long prompt in pieces, those are all but the last; later pieces see their tokens as long as they run.
     """
     parents = [span.parent for span in spans if span.cached and span.parent is not None]
     found = [(each, each.block) for each in parents if each.is_piece and each.num_users == 1 and each.block is not None]
@@ -46,13 +47,13 @@ def continued_prefixes(spans: Iterable[Span]) -> list[tuple[Prefix, Block]]:
 
 
 def idle_prefixes(prefixes: Iterable[Prefix], running: Iterable[Sequence], wanted: Iterable[Prefix]) -> list[Prefix]:
-    """Of the prefixes that have room in the cache, those that no running sequence continues and that are not wanted."""
+    """The cached prefixes that no running sequence continues and that are not wanted."""
     kept = {id(prefix) for sequence in running for prefix in sequence.chain} | set(map(id, wanted))
     return [prefix for prefix in prefixes if prefix.block is not None and id(prefix) not in kept]
 
 
 def spare_blocks(segments: Iterable[Segment], room: int, cache: CacheRoom) -> None:
-    """Take back the blocks of new prefixes that nobody needs after this sweep; others may then have a better tier.
+    """Free the blocks of new prefixes that are not needed after this sweep; others may then get a better tier.
 
     Their keys and values live as long as the current layer, if they have no more than `room` rows together.
     """
@@ -67,7 +68,7 @@ def spare_blocks(segments: Iterable[Segment], room: int, cache: CacheRoom) -> No
 
 
 def _nearer(block: Block, cache: CacheRoom) -> Block:
-    """As much room as a block, which nothing has been written to, on the device if there is some; the other is free."""
+    """A block of the same size on the device, if there is space, in place of one that was not written to."""
     better = cache.allocate(block.num_rows)
     if better is None:
         return block

@@ -1,4 +1,4 @@
-"""Long spans in pieces, and what a sweep that found too little memory is cut down to (pure)."""
+"""Splits long spans into pieces, and reduces a sweep that ran out of memory (pure)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
 
 _LEAST_ROWS = 64
-"""Of a micro-batch: fewer would not save memory worth speaking of, but for what decode steps gather of the cache."""
+"""The least rows of a micro-batch: fewer would save little memory, apart from what decode steps gather of the cache."""
 
 
 def smaller(limits: Limits, batches: list[list[Segment]]) -> Limits | None:
-    """Limits under which the work of `batches` takes less memory; None where none do.
+    """Limits under which the work of `batches` takes less memory; None if there are none.
 
-    Those that wait for each other hold most, and wait no more.
+    Micro-batches that wait for each other hold most, and no longer wait.
     """
     if limits.waiting_rows:
         return replace(limits, waiting_rows=0)
@@ -40,15 +40,15 @@ def smaller(limits: Limits, batches: list[list[Segment]]) -> Limits | None:
 
 
 def is_long(span: Span, most: int, limits: Limits) -> bool:
-    """Whether a span that is to be computed has more than `most` rows, and can be computed in pieces."""
+    """Whether a span to compute has more than `most` rows, and can be computed in pieces."""
     is_whole = isinstance(limits.pad, int) or (isinstance(span, Sequence) and span.is_alone)
     return limits.continues and not is_whole and span.cached == 0 and span.num_rows > most
 
 
 def split(spans: Iterable[Span], most: int, prefixes: list[Prefix]) -> dict[int, list[Prefix]]:
-    """Split spans into pieces of at most `most` rows; the new prefixes of each, by its identity, which join `prefixes`.
+    """Split spans into pieces of at most `most` rows; return each span's new prefixes by its identity.
 
-    Sequences must follow their parents again.
+    The new prefixes are also added to `prefixes`. Sequences must follow their parents again.
     """
     heads = {id(span): span.split(most) for span in spans}
     prefixes.extend(head for each in heads.values() for head in each)
@@ -58,10 +58,10 @@ def split(spans: Iterable[Span], most: int, prefixes: list[Prefix]) -> dict[int,
 
 
 def beginning(new: list[Segment], most: int, taken: int) -> list[Segment]:
-    """What of a sequence's new segments, each of which continues those before it, a sweep of `taken` rows lets in.
+    """The leading segments of a sequence, each of which continues those before it, that a sweep of `taken` rows admits.
 
-    All of them where a sweep of `most` rows has room for all at once, and where pieces have no room in the cache, which
-    are gone behind the sweep; else those that fit beside what is taken, or one.
+    All of them if a sweep of `most` rows has space for all at once, and if pieces have no storage in the cache, since
+    such pieces do not outlive the sweep; otherwise those that fit in addition, or one.
     """
     reached = list(accumulate(map(rows_of, new)))
     if reached[-1] <= most or any(isinstance(each.span, Prefix) and each.span.block is None for each in new):
@@ -70,7 +70,7 @@ def beginning(new: list[Segment], most: int, taken: int) -> list[Segment]:
 
 
 def largest(segments: Iterable[Segment]) -> Span:
-    """What takes most memory of a sweep: a sequence, or a new prefix that is longer than what continues it."""
+    """The part of a sweep that takes most memory: a sequence, or a new prefix that is longer than its continuations."""
 
     def size(segment: Segment) -> int:
         return segment.span.num_rows + (0 if segment.is_decode else segment.span.start)
@@ -82,20 +82,20 @@ def largest(segments: Iterable[Segment]) -> Span:
 
 
 def named(span: Span, prompts: list[Sequence]) -> str:
-    """What a message calls the prompt that a span is of, or what several begin with."""
+    """The name, in messages, of the prompt that contains a span, or of the prefix of several prompts."""
     if len(prompts) > 1:
         return f"the {span.start + span.num_rows} tokens that {len(prompts)} prompts begin with"
     return f"the prompt of {len(prompts[0].job.prompt)} tokens"
 
 
 def whole(span: Span, limits: Limits) -> Segment:
-    """All rows of a span that is to be computed; prefixes are not padded."""
+    """The number of rows of a span to compute; prefixes are not padded."""
     rows = span.num_rows
     return Segment(span, rows, padded_length(rows, limits.pad) - rows if isinstance(span, Sequence) else 0)
 
 
 def is_too_long(sequence: Sequence, limits: Limits) -> bool:
-    """Whether its attention scores alone are more than memory holds."""
+    """Whether its attention scores alone exceed the memory."""
     most = limits.scores_per_batch
     if most is None:
         return False
@@ -106,6 +106,6 @@ def is_too_long(sequence: Sequence, limits: Limits) -> bool:
 
 
 def no_room(what: str, sequence: Sequence, cure: str) -> str:
-    """Why a sequence fails for which there is never enough memory; `what` has none, and `cure` says what has more."""
+    """The error of a sequence for which there is never enough memory; `what` has none, `cure` says what to change."""
     rows = sequence.start + sequence.capacity
     return f"{what} has no room for a sequence of {rows} tokens; shorten it, or give {cure}"

@@ -1,4 +1,4 @@
-"""Which work rides in the next sweep, and how it is cut into micro-batches (pure)."""
+"""Chooses the work of the next sweep, and cuts it into micro-batches (pure)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Scheduler:
         return not self.running and not self._waiting
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue new sequences; neighbours in the queue share prefixes where they can."""
+        """Queue new sequences; adjacent ones share prefixes where they can."""
         sequences = list(sequences)
         ordered = share_prefixes(sequences, self._prefixes) if self._share_prefix else sequences
         known = set(map(id, self._prefixes))
@@ -60,7 +60,7 @@ class Scheduler:
         self._waiting.add(ordered)
 
     def next_sweep(self) -> list[list[Segment]]:
-        """Micro-batches of the next sweep: a step of every running sequence, and as many waiting ones as fit.
+        """The micro-batches of the next sweep: a step of every running sequence, and as many waiting ones as fit.
 
         A sequence that can never fit fails alone (its `error` is set) and is among `take_failed`.
         """
@@ -74,7 +74,7 @@ class Scheduler:
         return self._cut(intake.segments)
 
     def _let_in(self, intake: Intake) -> None:
-        """Let in sequences that will decode, then others, as far as these are hidden (docs/adr/0031)."""
+        """Admit sequences that will decode, then others, as far as transfers hide their time (docs/adr/0031)."""
         waiting, limits, cache, seats = self._waiting, self.limits, self._cache, self.limits.seats
         share, is_due = waiting.share(self.running), waiting.is_passing_due
         if waiting.decoding and (waiting.has_begun_decoding or not is_due):
@@ -89,9 +89,9 @@ class Scheduler:
         waiting.note(num_passing, intake.begun)
 
     def _fill(self, queue: deque[Sequence], intake: Intake, seats: int, least: int, most: float) -> int:
-        """Let in sequences of a queue: at least so many if there is room, and more up to so many rows of prompts.
+        """Admit `least` sequences of a queue if there is space, and more up to `most` rows of prompts.
 
-        How many came in whole.
+        Returns the number of sequences admitted as a whole.
         """
         count = admitted = 0
         while queue and len(self.running) < seats:
@@ -124,12 +124,12 @@ class Scheduler:
         return count
 
     def cut_smaller(self, batches: list[list[Segment]], reason: str) -> list[list[Segment]]:
-        """The work of a sweep that found too little memory, in smaller micro-batches, now and from now on.
+        """Cut the work of a sweep that ran out of memory into smaller micro-batches, for this sweep and later ones.
 
         They have half as many rows and, since what attention gathers of the cache grows with a decode step's context
         and not with its row, half as many cached ones. Prompts and prefixes of more rows are computed in pieces. Where
-        none of it makes anything smaller, the largest sequence fails for `reason`, or all who share the largest prefix,
-        and are among `take_failed`; the others begin again with micro-batches as large as planned.
+        none of this makes anything smaller, the largest sequence fails for `reason`, or all that share the largest
+        prefix, and are among `take_failed`; the others restart with micro-batches as large as planned.
         """
         segments = [segment for batch in batches for segment in batch]
         if (found := smaller(self.limits, batches)) is not None:
@@ -141,7 +141,7 @@ class Scheduler:
         return self._cut(segments) if segments else []
 
     def _lose(self, span: Span, segments: list[Segment], reason: str) -> list[Segment]:
-        """Let a sequence fail, or all who share a prefix; what is left of a sweep's segments."""
+        """Fail a sequence, or all that share a prefix; return what is left of a sweep's segments."""
         lost = [each for each in chain(self.running, self._waiting) if span is each or span in each.chain]
         leaving = set(map(id, lost))
         self.running = [each for each in self.running if id(each) not in leaving]
@@ -152,7 +152,7 @@ class Scheduler:
         return [segment for segment in segments if id(segment.span) in needed]
 
     def _in_pieces(self, segments: list[Segment]) -> list[Segment]:
-        """The same work, no span of which has more rows than a piece."""
+        """Split the work so that no span has more rows than a piece."""
         heads = self._split(segment.span for segment in segments)
         spans = {id(segment.span): (*heads.get(id(segment.span), ()), segment.span) for segment in segments}
         pieces = [
@@ -183,7 +183,7 @@ class Scheduler:
         return (rectangular_batches if self.limits.rectangular else packed_batches)(segments, self.limits)
 
     def _enter(self, sequence: Sequence, entered: set[int]) -> list[Segment] | None:
-        """Segments that bring `sequence` in, or its first pieces, each with room in the cache; None: no room now."""
+        """Admit `sequence`, or its first pieces, with storage in the cache: return its segments; None: no space now."""
         while (new := self._try_enter(sequence, entered)) is None:
             if self._evict(sequence.chain):
                 continue
@@ -215,7 +215,7 @@ class Scheduler:
         return new if partly else None
 
     def _evict(self, wanted: tuple[Prefix, ...]) -> bool:
-        """Free the room of prefixes that only waiting sequences share; they are computed anew when their turn comes."""
+        """Free the storage of prefixes that only waiting sequences share; they are computed again later."""
         idle = idle_prefixes(self._prefixes, self.running, wanted)
         for prefix in idle:
             self._free(prefix)
@@ -232,17 +232,17 @@ class Scheduler:
         self.failed.append(sequence)
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
-        """Let ended sequences leave: their room in the cache, and prefixes that nobody needs any more, are free."""
+        """Remove ended sequences, and free their storage and that of prefixes that are no longer needed."""
         leaving = set(map(id, sequences))
         for sequence in (each for each in self.running if id(each) in leaving):
             self._leave(sequence)
         self.running = [sequence for sequence in self.running if id(sequence) not in leaving]
 
     def isolate(self, sequences: Iterable[Sequence]) -> None:
-        """Let running sequences begin anew, each in micro-batches of its own and sharing nothing.
+        """Restart running sequences, each in micro-batches of its own and without sharing.
 
-        Where one sequence of a micro-batch yields anything but numbers, its neighbours may too (0 x NaN is NaN in a
-        masked attention): alone, each shows its own result.
+        Where one sequence of a micro-batch yields NaN or infinity, its neighbours may, too (0 x NaN is NaN in masked
+        attention): alone, each shows its own result.
         """
         suspects = list(sequences)
         self.finish(suspects)
@@ -251,7 +251,7 @@ class Scheduler:
         self._waiting.put_back(suspects)
 
     def _begin_anew(self, segments: list[Segment]) -> list[Segment]:
-        """Let sequences begin anew whose states a sweep that failed may have changed; what is left of its segments."""
+        """Restart sequences whose states a failed sweep may have changed; return what is left of its segments."""
         if not self.limits.most_states:
             return segments
         changed = [sequence for sequence in self.running if sequence.cached]
@@ -264,7 +264,7 @@ class Scheduler:
         return [segment for segment in segments if not segment.is_decode]
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
-        """Forget sequences that nobody waits for any more, whether they run or wait."""
+        """Remove sequences whose callers are gone, running or waiting."""
         leaving = set(map(id, sequences))
         for sequence in (each for each in self._waiting if id(each) in leaving):
             self._leave(sequence)
@@ -272,7 +272,7 @@ class Scheduler:
         self.finish(sequence for sequence in self.running if id(sequence) in leaving)
 
     def take_failed(self) -> list[Sequence]:
-        """Sequences that failed since the last call because they can never fit."""
+        """The sequences that failed since the last call because they can never fit."""
         failed, self.failed = self.failed, []
         return failed
 

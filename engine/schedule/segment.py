@@ -16,29 +16,29 @@ class Segment:
 
     span: Span
     num_rows: int
-    """Real rows."""
+    """The number of rows without padding."""
     num_pad: int = 0
-    """Rows of padding behind them."""
+    """The number of rows of padding after them."""
     first: int = 0
-    """First real row in the micro-batch."""
+    """The first row, without padding, in the micro-batch."""
     lead: int = 0
-    """Rows of padding before it."""
+    """The number of rows of padding before it."""
     draft: tuple[int, ...] = ()
-    """Tokens that may follow the last one, the last of the rows; only in a step of a running sequence."""
+    """Drafted tokens after the last one, which are its last rows; only in a step of a running sequence."""
     past: int = field(init=False)
-    """Own tokens already in the cache."""
+    """The number of own tokens that are in the cache already."""
 
     def __post_init__(self) -> None:
         self.past = self.span.cached
 
     @property
     def begin(self) -> int:
-        """First row in the micro-batch, padding included."""
+        """The first row in the micro-batch, padding included."""
         return self.first - self.lead
 
     @property
     def end(self) -> int:
-        """Row behind the last one, padding included."""
+        """The end in the micro-batch, padding included."""
         return self.first + self.num_rows + self.num_pad
 
     @property
@@ -48,26 +48,26 @@ class Segment:
 
     @property
     def tier(self) -> Tier | None:
-        """Where its keys and values are kept; None if they are not."""
+        """The tier of its keys and values; None if they are not stored."""
         return None if self.span.block is None else self.span.block.tier
 
     @property
     def is_on_device(self) -> bool:
-        """Whether its keys and values are kept on the device."""
+        """Whether its keys and values are stored on the device."""
         return self.tier == "device"
 
     @property
     def tokens(self) -> list[int]:
-        """The token ids of the real rows."""
+        """The token ids of the rows without padding."""
         return [*self.span.tokens[self.past : self.past + self.num_rows - len(self.draft)], *self.draft]
 
 
 AddDrafts = Callable[[Collection[Segment], int, Limits], None]
-"""Lets decode steps of a sweep of so many rows try tokens that may come next."""
+"""A function that adds drafts to the decode steps of a sweep of so many rows."""
 
 
 def add_drafts(segments: Collection[Segment], rows: int, limits: Limits) -> None:
-    """Let decode steps that try none yet try what came next earlier, as long as rows of the sweep cost nothing."""
+    """Draft tokens by prompt lookup for decode steps without drafts, while further rows of the sweep are free."""
     most = min(limits.free_rows, limits.rows_per_sweep)
     for segment in segments:
         if rows >= most:

@@ -1,4 +1,4 @@
-"""Sequences in work and the prefixes that they share (pure)."""
+"""Sequences and the prefixes that they share (pure)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Span:
     parent: Prefix | None = field(default=None, repr=False)
     """The prefix that these tokens continue; `follow` sets it."""
     start: int = field(init=False)
-    """Position of the first token."""
+    """The position of the first token."""
     chain: tuple[Prefix, ...] = field(init=False, repr=False)
     """The prefixes before this span, the first one first."""
     cached: int = 0
-    """How many of `tokens` have their keys and values in `block`."""
+    """The number of `tokens` whose keys and values are in `block`."""
     block: Block | None = None
     prompt_logprobs: list[float] = field(default_factory=list)
-    """Log-probabilities of the prompt tokens among `tokens`, but the first, where asked for."""
+    """The log-probabilities of the prompt tokens among `tokens`, except the first, if requested."""
     prompt_greedy: list[bool] = field(default_factory=list)
-    """Whether each of those is the token that greedy choice would have taken."""
+    """Whether greedy decoding would have chosen each of those tokens."""
     prompt_likeliest: list[Likeliest] = field(default_factory=list)
-    """The likeliest token in the place of each of those; a prefix keeps them in any case."""
+    """The likeliest token in the place of each of those; a prefix always keeps them."""
     is_finite: bool = True
-    """Whether all logits so far were numbers; else it, or a neighbour of its micro-batch, is at fault."""
+    """Whether all logits so far were finite; if not, this span or a neighbour in its micro-batch is the cause."""
 
     def __post_init__(self) -> None:
         self.follow(self.parent)
@@ -51,13 +51,13 @@ class Span:
 
     @property
     def num_shareable(self) -> int:
-        """Own tokens that may be left to a prefix: at least one row stays the span's own."""
+        """The number of own tokens that may be moved to a prefix: at least one row stays with the span."""
         return max(0, len(self.tokens) - 1)
 
     def split(self, most: int) -> list[Prefix]:
-        """Leave all but the last tokens to new prefixes, each of at most `most` (2 or more), and return them.
+        """Move all but the last tokens to new prefixes, each of at most `most` (2 or more), and return them.
 
-        Nothing of the span may be computed. Spans that continue it must `follow` it again.
+        Nothing of the span may be computed yet. Spans that continue it must `follow` it again.
         """
         assert self.cached == 0
         count = math.ceil(len(self.tokens) / most)
@@ -74,40 +74,40 @@ class Span:
 
     @property
     def is_scored(self) -> bool:
-        """Whether somebody asked for the log-probabilities of its prompt tokens."""
+        """Whether log-probabilities of its prompt tokens were requested."""
         raise NotImplementedError
 
     @property
     def num_rows(self) -> int:
-        """Own tokens that go through the layers at first."""
+        """The number of own tokens that pass through the layers at first."""
         return len(self.tokens)
 
     @property
     def capacity(self) -> int:
-        """Own tokens whose keys and values must be kept at most."""
+        """The most own tokens whose keys and values must be stored."""
         return len(self.tokens)
 
 
 @dataclass(eq=False, kw_only=True)
 class Prefix(Span):
-    """Tokens shared by several sequences; computed once, kept while somebody needs them."""
+    """Tokens shared by several sequences; computed once, kept while they are needed."""
 
     num_users: int = 0
-    """Waiting and running sequences, and prefixes, whose parent this one is."""
+    """The number of waiting and running sequences, and prefixes, whose parent this one is."""
     scored: bool = False
-    """Whether somebody asked for the log-probabilities of these tokens."""
+    """Whether log-probabilities of these tokens were requested."""
     is_piece: bool = False
-    """Whether it is a part of a span that was too long, which that span alone begins from."""
+    """Whether it is a part of a span that was too long, which only that span continues."""
     next_logprobs: Any = None
-    """float32 `[vocabulary]` on the host: log-probabilities of what follows the last token; only if `scored`."""
+    """The log-probabilities of the token after the last one, float32 `[vocabulary]` on the host; only if `scored`."""
     next_greedy: int | None = None
-    """What greedy choice takes to follow the last token; only if `scored`."""
+    """The greedy choice after the last token; only if `scored`."""
     is_closed: bool = False
-    """Whether nobody can continue it any more: it is computed, and its state has been let go."""
+    """Whether it cannot be continued any more: it is computed, and its state was released."""
 
     @property
     def is_scored(self) -> bool:
-        """Whether somebody asked for the log-probabilities of these tokens."""
+        """Whether log-probabilities of these tokens were requested."""
         return self.scored
 
     @property
@@ -116,7 +116,7 @@ class Prefix(Span):
         return self.cached == len(self.tokens)
 
     def forget(self) -> None:
-        """Be as before it was computed."""
+        """Reset it to before it was computed."""
         self.cached = 0
         self.prompt_logprobs, self.prompt_greedy, self.prompt_likeliest = [], [], []
         self.next_logprobs = self.next_greedy = None
@@ -125,27 +125,27 @@ class Prefix(Span):
 
 @dataclass(eq=False, kw_only=True)
 class Sequence(Span):
-    """A job on its way: `tokens` are its own prompt tokens, then what was generated."""
+    """A job being processed: `tokens` are its own prompt tokens, then the generated ones."""
 
     job: Job
     num_prompt: int
-    """How many of `tokens` are prompt."""
+    """The number of `tokens` that are prompt."""
     generated_logprobs: list[float] = field(default_factory=list)
     generated_likeliest: list[Likeliest] = field(default_factory=list)
-    """The likeliest token in each place, and in that of end-of-text, if the job asks for them."""
+    """The likeliest token in each place, and in that of end-of-text, if the job requests them."""
     rng: random.Random | None = None
-    """Draws them; made when the first one is wanted."""
+    """The generator of `draws`; created at first use."""
     draws: list[float] = field(default_factory=list)
-    """Uniform numbers in [0, 1) that the generated tokens were chosen by, and the one for the next token."""
+    """The uniform numbers in [0, 1) by which the generated tokens were chosen, and the one for the next token."""
     finish_reason: FinishReason | None = None
     end_token: int | None = None
     error: EngineError | None = None
     drafter: Drafter | None = None
-    """Guesses coming tokens; made when they are first wanted."""
+    """Drafts coming tokens; created at first use."""
     is_alone: bool = False
-    """Whether it gets micro-batches of its own and shares nothing, so that no neighbour can be to blame."""
+    """Whether it gets micro-batches of its own and shares nothing, so that no neighbour can affect it."""
     thinking: Progress = field(init=False)
-    """How far its thinking is."""
+    """The progress of its thinking."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,22 +153,22 @@ class Sequence(Span):
 
     @classmethod
     def of(cls, job: Job) -> Sequence:
-        """A new sequence for a checked job."""
+        """Create a sequence for a checked job."""
         return cls(job=job, tokens=list(job.prompt), num_prompt=len(job.prompt))
 
     def restart_alone(self) -> None:
-        """As `restart`, but alone from now on."""
+        """Restart it like `restart`, and run it alone from now on."""
         self.restart()
         self.is_alone = True
 
     def restart(self) -> None:
-        """Be as before anything was computed, sharing nothing; its prefixes and block must have been left."""
+        """Reset it to before anything was computed, sharing nothing; its prefixes and block must have been released."""
         self.tokens, self.num_prompt = list(self.job.prompt), len(self.job.prompt)
         self.follow(None)
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Be as before anything behind its prefixes was computed; its block must have been left."""
+        """Reset it to the end of its prefixes; its block must have been released."""
         assert self.block is None
         self.tokens = self.tokens[: self.num_prompt]
         self.rng, self.draws = None, []
@@ -181,13 +181,13 @@ class Sequence(Span):
 
     @property
     def generated(self) -> list[int]:
-        """Generated tokens so far."""
+        """The number of generated tokens so far."""
         return self.tokens[self.num_prompt :]
 
     def draw(self, ahead: int = 0) -> float:
-        """The number that chooses the next token, or one so many behind it; 0 where the likeliest one is taken.
+        """The random number that chooses the next token, or the one `ahead` tokens later; 0 for greedy decoding.
 
-        A sweep that is repeated gets the same one, and so does a token that was drafted before.
+        A repeated sweep gets the same number, and so does a token that was drafted before.
         """
         if self.job.sampling.temperature == 0:
             return 0.0
@@ -200,10 +200,10 @@ class Sequence(Span):
 
     @property
     def most_drafted(self) -> int:
-        """How many tokens may be drafted to come next, for the model to check in the same sweep.
+        """The most tokens that may be drafted, for the model to check in the same sweep.
 
-        The last new token is never fed back, so the block has room for all but that one. A sequence that is alone
-        drafts none: a wrong guess that yields no number would be taken for its own fault. Tokens that are due come one
+        The last new token is never fed back, so the block has space for all but that one. A sequence that is alone
+        drafts none: a wrong guess with infinite or NaN logits would be taken for its own fault. Forced tokens come one
         by one.
         """
         if self.is_alone or self.thinking.due:
@@ -211,7 +211,7 @@ class Sequence(Span):
         return max(0, self.job.max_new_tokens - len(self.generated_logprobs) - 1)
 
     def draft(self) -> tuple[int, ...]:
-        """Tokens that may come next, since they did so earlier; only where greedy choice takes them."""
+        """Tokens that may come next by prompt lookup; only with greedy decoding."""
         sampling, room = self.job.sampling, self.most_drafted
         if room < 1 or sampling.temperature > 0 or sampling.reads_generated:
             return ()
@@ -222,21 +222,21 @@ class Sequence(Span):
 
     @property
     def num_rows(self) -> int:
-        """As for any span; the last token of a job that only scores never goes through them."""
+        """As in `Span`; the last token of a job that only scores never passes through the layers."""
         return max(1, len(self.tokens) - (self.job.max_new_tokens == 0))
 
     @property
     def num_shareable(self) -> int:
-        """As for any span; a job that only scores never computes its last token."""
+        """As in `Span`; a job that only scores never computes its last token."""
         return max(0, len(self.tokens) - (2 if self.job.max_new_tokens == 0 else 1))
 
     @property
     def is_scored(self) -> bool:
-        """Whether its job asks for the log-probabilities of its prompt."""
+        """Whether its job requests the log-probabilities of its prompt."""
         return self.job.prompt_logprobs
 
     def split(self, most: int) -> list[Prefix]:
-        """As for any span, of a prompt."""
+        """As in `Span`, for a prompt."""
         heads = super().split(most)
         self.num_prompt -= sum(len(head.tokens) for head in heads)
         return heads
@@ -248,21 +248,21 @@ class Sequence(Span):
 
     @property
     def capacity(self) -> int:
-        """As for any span, new tokens included; the last one is never fed back."""
+        """As in `Span`, new tokens included; the last one is never fed back."""
         return self.num_prompt + max(0, self.job.max_new_tokens - 1)
 
     @property
     def is_finite_with_prefixes(self) -> bool:
-        """Whether neither its own logits nor those of its prefixes were anything but finite."""
+        """Whether its own logits and those of its prefixes were all finite."""
         return self.is_finite and all(prefix.is_finite for prefix in self.chain)
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has ended, successfully or not."""
         return self.finish_reason is not None or self.error is not None
 
     def continue_from(self, prefix: Prefix) -> None:
-        """Leave the first own tokens to `prefix`, and to those prefixes before it that do not come before this yet.
+        """Move the first own tokens to `prefix`, and to those prefixes before it that this sequence does not follow.
 
         These tokens must be equal, and the prefixes must continue this sequence's parent.
         """
@@ -278,7 +278,7 @@ class Sequence(Span):
         prefix.num_users += 1
 
     def take_back(self, shared: list[int]) -> None:
-        """Own again the tokens that were left to a chain of prefixes: this sequence then shares nothing."""
+        """Take back the tokens that were moved to a chain of prefixes: this sequence then shares nothing."""
         assert self.cached == 0
         self.follow(None)
         self.tokens = shared + self.tokens

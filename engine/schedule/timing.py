@@ -1,4 +1,4 @@
-"""What one sweep did and how long it took, for whoever watches an engine (pure)."""
+"""What one sweep did and how long it took, for observers of an engine (pure)."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepTiming:
-    """One sweep; the host's clock only, read where the engine waits for the device anyway."""
+    """The timing of one sweep, by the host's clock, read where the engine waits for the device anyway."""
 
     begun: float
-    """`time.perf_counter` when the sweep was begun to be put together."""
+    """`time.perf_counter` when the sweep's scheduling began."""
     host_s: float
-    """Seconds of scheduling before it, drafts of a model included, and of making completions after it."""
+    """The seconds of scheduling before it, drafts by a model included, and of making completions after it."""
     sweep_s: float
-    """Seconds of the pass over the layers, to the answers of the last one."""
+    """The seconds of the pass over the layers, up to the last answers."""
     load_s: float
-    """Those of `sweep_s` in which weights were still being read for the first time."""
+    """The seconds of `sweep_s` in which weights were still being read for the first time."""
     link_s: float
-    """Those of `sweep_s`, after loading, in which nothing was computed since weights were on their way."""
+    """The seconds of `sweep_s`, after loading, in which the computation waited for weights."""
     prefill_rows: int
-    """Prompt tokens that went through the layers, those of a shared prefix once."""
+    """The number of prompt tokens that passed through the layers; those of a shared prefix count once."""
     decode_rows: int
-    """Rows of running sequences: one each, and their drafts."""
+    """The number of rows of running sequences: one each, and their drafts."""
     num_sequences: int
     new_tokens: int
-    """Tokens that it gave to sequences; ends of text are none."""
+    """The number of tokens that it added to sequences, without end-of-text."""
     device: str
-    """The device that computed it, by the name that torch or, of several, the policy has for it."""
+    """The name of the device that computed it, as torch or, with several, the policy names it."""
 
 
 def count_rows(batches: Iterable[Iterable[Segment]]) -> tuple[int, int]:
-    """Rows of prompts, and of steps of running sequences, without padding."""
+    """Count the rows of prompts, and of steps of running sequences, without padding."""
     prefill = decode = 0
     for segments in batches:
         for segment in segments:

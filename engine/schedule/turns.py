@@ -1,4 +1,4 @@
-"""What sweeps whose decode steps are replayed do without: prompts for a while, and drafts that are looked up (pure)."""
+"""Holds back prompts, and prompt-lookup drafts, while decode steps are replayed (pure)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from engine.planning.limits import Limits
 from engine.schedule.segment import AddDrafts, Segment
 
 _STEPS = 8
-"""Sweeps of replayed steps before prompts come in again. One that has prompts, too, is not replayed and takes several
-times as long; an answer of a few hundred tokens waits little of that for those of its neighbours."""
+"""The number of replayed sweeps before prompts enter again. A sweep with prompts is not replayed and takes several
+times as long; an answer of a few hundred tokens waits little for its neighbours' prompts."""
 
 _MOST_PREFIXES = 4
-"""That a sequence continues, one behind the other: each is a further attention for every row of its micro-batch."""
+"""The most prefixes that a sequence may continue: each is a further attention call for every row of its micro-batch."""
 
 
 class Turns:
-    """Lets prompts come in together, some sweeps apart, as long as that keeps the sweeps between them fast.
+    """Admits prompts together, some sweeps apart, as long as that keeps the sweeps between them fast.
 
-    Rows of steps that are replayed are one a sequence, and further ones cost: only a draft model may add some.
+    Replayed steps have one row per sequence, and further rows cost time: only a draft model may add some.
     """
 
     def __init__(self, add: AddDrafts) -> None:
@@ -27,13 +27,13 @@ class Turns:
         self._num_steps = _STEPS
 
     def is_of_steps(self, segments: Sequence[Segment], limits: Limits) -> bool:
-        """Whether a sweep of these is to have no prompts beside them."""
+        """Whether a sweep of these steps is to have no prompts."""
         return self._num_steps < _STEPS and _are_replayed(segments, limits)
 
     def take(self, segments: Sequence[Segment], rows: int, limits: Limits, *, has_begun: bool) -> None:
-        """Note what the next sweep consists of, of so many rows, and let it try drafts where it may.
+        """Note what the next sweep of so many rows consists of, and add drafts where allowed.
 
-        has_begun: a part of a prompt, whose rest follows without delay.
+        has_begun: whether a part of a prompt was admitted, whose rest follows without delay.
         """
         are_replayed = _are_replayed(segments, limits)
         self._num_steps = self._num_steps + 1 if are_replayed else _STEPS if has_begun else 0
@@ -41,7 +41,7 @@ class Turns:
 
 
 def are_steps(segments: Sequence[Segment]) -> bool:
-    """Whether these are nothing but decode steps of one row, all of whose contexts lie on the device, in few parts."""
+    """Whether these are only decode steps of one row, whose contexts are on the device, in few parts."""
     return all(
         segment.is_decode
         and segment.num_rows == 1
@@ -54,5 +54,5 @@ def are_steps(segments: Sequence[Segment]) -> bool:
 
 
 def _are_replayed(segments: Sequence[Segment], limits: Limits) -> bool:
-    """Whether a sweep of these is replayed by the device."""
+    """Whether the device replays a sweep of these."""
     return limits.replays and bool(segments) and are_steps(segments)

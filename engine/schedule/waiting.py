@@ -1,4 +1,4 @@
-"""Sequences that wait to come in, in the order in which they do (pure)."""
+"""The queues of waiting sequences, in the order of their admission (pure)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from itertools import chain
 from engine.schedule.sequence import Sequence
 
 _MOST_WITHOUT = 4
-"""Sweeps in a row that may let in none of those that do not decode, before nobody else comes in until one has."""
+"""After so many sweeps in a row that could admit no sequence that does not decode, one of those is admitted before
+any other."""
 
 
 class Waiting:
     """Two queues: sequences that will decode, and those that end with the sweep that computes their prompt.
 
-    The first come first, of those that are queued together the ones that ask for most tokens ahead: each of their
-    sweeps hides prompts of the second behind what it brings over the link, and all that run long are to run beside each
-    other. Sharers of a prefix stay neighbours. Nobody overtakes those that were queued before.
+    The former come first, and among those queued together the ones with the most tokens to generate: each of their
+    sweeps hides prompts of the latter behind its transfers, and long-running sequences are to run together. Sharers of
+    a prefix stay adjacent. No sequence overtakes those queued in earlier calls.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class Waiting:
         return len(self.decoding) + len(self.passing)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue new sequences, sharers of a prefix next to each other, behind those that wait."""
+        """Queue new sequences after those that wait, with sharers of a prefix adjacent."""
         decoding: list[Sequence] = []
         longest: dict[int, int] = {}
         for sequence in sequences:
@@ -47,38 +48,39 @@ class Waiting:
         self.decoding.extend(sorted(decoding, key=lambda sequence: -longest[_group_of(sequence)]))
 
     def put_back(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences that begin anew before all others, in their order."""
+        """Queue restarted sequences before all others, in their order."""
         for sequence in reversed(list(sequences)):
             self._queue_of(sequence).appendleft(sequence)
 
     def drop(self, identities: Container[int]) -> None:
-        """Forget sequences by their identity."""
+        """Remove sequences by their identity."""
         self.decoding = deque(sequence for sequence in self.decoding if id(sequence) not in identities)
         self.passing = deque(sequence for sequence in self.passing if id(sequence) not in identities)
 
     @property
     def is_passing_due(self) -> bool:
-        """Whether those that do not decode have waited so long that nobody else comes in until one of them has.
+        """Whether those that do not decode have waited so long that one of them must be admitted before any other.
 
-        Whatever kept them out (rows, seats, room in the cache) then falls to them as others leave.
+        The resource that kept them out (rows, running sequences, cache space) is then reserved for them as others
+        leave.
         """
         return self._num_without >= _MOST_WITHOUT
 
     @property
     def has_begun_decoding(self) -> bool:
-        """Whether a part of the prompt of the next sequence that will decode was let in."""
+        """Whether a part of the prompt of the next sequence that will decode was admitted."""
         return bool(self.decoding) and self.decoding[0] is self._begun
 
     def note(self, num_passing: int, begun: Sequence | None) -> None:
-        """Note how many that do not decode came in with a sweep, and of which sequence only a part did."""
+        """Note how many sequences that do not decode a sweep admitted, and which sequence was admitted in part."""
         self._num_without = self._num_without + 1 if self.passing and not num_passing else 0
         self._begun = begun or self._begun
 
     def share(self, running: Iterable[Sequence]) -> int:
-        """How many that do not decode come in with the next sweep if as many come in with each in which others decode.
+        """The number of sequences that do not decode to admit per sweep, if they are spread over the decoding sweeps.
 
-        Those may be as many as the longest answer has tokens left, or all answers together where no more run at once
-        than now. None where nobody decodes.
+        The number of those sweeps is that of the tokens left to the longest answer, or to all answers together where no
+        more run at once than now. None where no sequence decodes.
         """
         if not self.passing:
             return 0
@@ -92,7 +94,7 @@ class Waiting:
 
 
 def _group_of(sequence: Sequence) -> int:
-    """The same number for all who share a prefix."""
+    """A number that all sharers of a prefix have in common."""
     return id(sequence.chain[0] if sequence.chain else sequence)
 
 

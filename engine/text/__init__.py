@@ -1,4 +1,4 @@
-"""Text of tokens: special tokens around a prompt, decoding, and where a completion ends.
+"""The text of tokens: special tokens around a prompt, decoding, and the end of a completion.
 
 It imports schedule.
 """

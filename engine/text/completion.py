@@ -1,4 +1,4 @@
-"""Ends completions: stop strings, stop ids, end-of-text and length; and what text and tokens are then."""
+"""Ends completions at stop strings, stop ids, end-of-text or their length, and makes their text and tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from engine.text.decoding import Text
 
 _INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _UNREADABLE = "\ufffd"
-"""Stands for bytes that are no character; other bytes may change whether they are one."""
+"""The replacement character for bytes that form no character; later bytes may complete them."""
 
 
 def add_token(sequence: Sequence, token: int, logprob: float, text: Text) -> None:
-    """Add a generated token to `sequence`, or end it; never raises: a fault in its text becomes its `error`."""
+    """Append a generated token to `sequence`, or end it; never raises: an error in its text becomes its `error`."""
     try:
         _add_token(sequence, token, logprob, text)
     except _INTERRUPTS:
@@ -44,7 +44,7 @@ def _add_token(sequence: Sequence, token: int, logprob: float, text: Text) -> No
 
 
 def _stopped(sequence: Sequence, text: Text, *, all_is_new: bool) -> bool:
-    """Whether a stop ends the sequence now; `all_is_new`: none of its text has been looked at."""
+    """Whether a stop ends the sequence now; `all_is_new`: none of its text has been searched yet."""
     if _num_stop_ids(sequence):
         return True
     strings = [stop for stop in sequence.job.stop if isinstance(stop, str)]
@@ -60,13 +60,13 @@ def _stopped(sequence: Sequence, text: Text, *, all_is_new: bool) -> bool:
 
 
 def _answer_begin(sequence: Sequence, written: str) -> int:
-    """Where in its text stops count: at the beginning, or behind the thinking."""
+    """The index in its text from which stops count: the beginning, or the end of the thinking."""
     rule = sequence.job.thinking
     return 0 if rule is None else rule.read(written).begin
 
 
 def _num_stop_ids(sequence: Sequence) -> int:
-    """Length of the longest stop of token ids that the generated tokens end with; 0 if there is none."""
+    """The length of the longest stop of token ids that the generated tokens end with; 0 without one."""
     tokens, num_generated = sequence.tokens, len(sequence.tokens) - sequence.num_prompt
     found = 0
     for stop in sequence.job.stop:
@@ -77,7 +77,7 @@ def _num_stop_ids(sequence: Sequence) -> int:
 
 
 def completion_of(sequence: Sequence, text: Text) -> Completion:
-    """The completion of a sequence that is done; never raises: a fault in its text becomes its error."""
+    """The completion of a sequence that is done; never raises: an error in its text becomes its error."""
     if sequence.error is not None:
         return Completion(error=sequence.error)
     try:
@@ -108,7 +108,7 @@ def _completion_of(sequence: Sequence, text: Text) -> Completion:
 def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str, bool]:
     """Tokens and text before the stop, and whether there is one; the last token may reach past the text's end.
 
-    A sequence that ends before it has told whether it thinks does not, and nothing has looked for stops in it. Of
+    A sequence that ends before it is decided whether it thinks does not think, and was not searched for stops. Of
     several stops the one that leaves the fewest tokens cuts, and of those the one that leaves the least text.
     """
     tokens = sequence.generated
@@ -134,7 +134,7 @@ def _cut(sequence: Sequence, text: Text) -> tuple[list[int], str, bool]:
 def _prompt_scores(sequence: Sequence) -> tuple[tuple[float | None, ...], tuple[bool | None, ...]]:
     """Log-probabilities of the whole prompt, and which tokens are greedy: the chain's, then the sequence's own.
 
-    The first token of all has neither.
+    The very first token has neither.
     """
     logprobs: list[float | None] = [None]
     greedy: list[bool | None] = [None]
@@ -155,7 +155,7 @@ def _prompt_likeliest(sequence: Sequence) -> tuple[Likeliest | None, ...]:
 
 
 def _fault(sequence: Sequence, error: BaseException, text: Text) -> EngineError:
-    """The error of a sequence whose completion could not be made for `error`; names tokens that cannot be decoded."""
+    """The error of a sequence whose completion failed with `error`; names tokens that cannot be decoded."""
     reason = named(error)
     generated = sequence.generated
     bad = list(islice((token for token in dict.fromkeys(generated) if not _is_readable([token], text)), 11))

@@ -1,4 +1,4 @@
-"""Text of generated tokens: all of it, its end, and how many tokens spell a given beginning of it."""
+"""Decodes generated tokens: all of them, their end, and the number of tokens that spell a given beginning."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARGIN = 8
-"""Characters at the beginning of a piece of text that may be other than in the whole, beside its first token's."""
+"""The number of characters at the beginning of a piece that may differ from the whole text, after its first token's."""
 _BYTE = re.compile("<0x[0-9a-fA-F]{2}>")
-"""A token that stands for a byte of UTF-8."""
+"""A token that represents one byte of UTF-8."""
 _LATER_BYTE = re.compile("<0x[89abAB][0-9a-fA-F]>")
-"""Of those, one that is not the first byte of its character."""
+"""Such a token that is not the first byte of its character."""
 _MOST_LATER_BYTES = 3
-"""Bytes of a UTF-8 character behind its first one."""
+"""The most bytes of a UTF-8 character after its first one."""
 
 
 @dataclass(frozen=True)
 class Text:
     """Turns tokens into text, and knows which tokens end it.
 
-    The text of some tokens is no piece of the text of them all: tokenizers drop the first space of a text, join words
-    by what comes before them, and show a character of which a byte is missing as U+FFFD. Where single bytes are tokens
+    The text of some tokens is not always a piece of the text of all: tokenizers drop the first space of a text, join
+    words depending on what comes before them, and show an incomplete character as U+FFFD. Where single bytes are tokens
     (Llama 2, Mistral, Gemma), one missing byte turns the whole run of such tokens into U+FFFD.
     """
 
@@ -40,10 +40,10 @@ class Text:
         return text
 
     def tail(self, tokens: Sequence[int], first: int, size: int) -> str:
-        """The end of the text of `tokens[first:]`: what the newest token brought and `size` characters before it.
+        """The end of the text of `tokens[first:]`: what the newest token added and `size` characters before it.
 
-        The beginning of what is returned may be other than in the whole. Decoding all tokens at every step would take
-        time that grows with the square of their number.
+        The beginning of the result may differ from the whole text. Decoding all tokens at every step would take time
+        quadratic in their number.
         """
         count = size + _MARGIN
         enough = count + len(self._name(tokens[-1]))  # a token's name is as long as its text, or longer
@@ -55,9 +55,9 @@ class Text:
             count *= 2
 
     def num_spelling(self, tokens: Sequence[int], written: str) -> int:
-        """How many of `tokens`, whose text begins with `written`, it takes to spell `written`; whole characters only.
+        """The number of `tokens`, whose text begins with `written`, that spell `written`; whole characters only.
 
-        What is spelled stays so with each further whole character, so the number is found by halving.
+        A spelling stays valid with each further whole character, so the number is found by bisection.
         """
         if not written:
             return 0
@@ -69,7 +69,7 @@ class Text:
         return self._between_characters(tokens, 0, 1 + bisect_left(counts, True, key=spells))
 
     def _between_characters(self, tokens: Sequence[int], first: int, place: int) -> int:
-        """`place`, or the nearest one before it where no character begins before and ends behind it."""
+        """`place`, or the nearest earlier position that is not inside a character."""
         nearest = max(first, place - _MOST_LATER_BYTES)
         return next((at for at in range(place, nearest, -1) if not self._is_within_character(tokens, at)), nearest)
 
@@ -81,6 +81,6 @@ class Text:
         )
 
     def _name(self, token: int) -> str:
-        """What the vocabulary calls a token; empty for a token that it does not have."""
+        """The vocabulary's name of a token; empty for an unknown token."""
         name = self.tokenizer.convert_ids_to_tokens(token)
         return name if isinstance(name, str) else ""

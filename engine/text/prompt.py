@@ -1,4 +1,4 @@
-"""Token ids of prompts: one rule for the special tokens around a text, wherever the text came from. Needs no torch."""
+"""Token ids of prompts, with one rule for the special tokens around a text. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ if TYPE_CHECKING:
 
 _PROBE = "a"
 _MOST_CHARACTERS = 8_000_000
-"""Of one prompt: tokenizers take 200 bytes a character, and windows of a million tokens take half as many."""
+"""The most characters of one prompt: tokenizers take 200 bytes a character, and windows of a million tokens take
+half as many."""
 _MOST_PER_TOKEN = 32
-"""Characters of a prompt for each token of a window: text has 3 to 5, and indented code and tables seldom 10."""
+"""The most characters of a prompt per token of the window: text has 3 to 5, and indented code and tables seldom 10."""
 _ALWAYS_TOKENIZED = 100_000
-"""Characters that are tokenized for any window: it takes no time, and tells the number of tokens."""
+"""The number of characters that are tokenized for any window: it takes no time, and gives the exact number of
+tokens."""
 
 
 @dataclass(frozen=True)
 class PromptTokenizer:
     """Makes token ids of prompts.
 
-    A chat template spells all special tokens itself, so nothing is added to what it wrote. Before any other text stands
-    what the tokenizer puts there (a BOS, or GLM's `[gMASK]<sop>`), unless the text spells one of these tokens itself at
-    its beginning, white space aside. What the tokenizer puts behind a text (an EOS) is left out: the text goes on.
+    A chat template spells all special tokens itself, so nothing is added to its result. Any other text is preceded by
+    the tokenizer's prefix (a BOS, or GLM's `[gMASK]<sop>`), unless the text itself begins with one of these tokens,
+    white space aside. The tokenizer's suffix (an EOS) is left out, since the text continues.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prefix: tuple[int, ...]
-    """What the tokenizer puts before a text."""
+    """The ids that the tokenizer puts before a text."""
     window: int | None = None
-    """Most tokens of a prompt, as far as the model tells; texts that are far longer are not looked at."""
+    """The most tokens of a prompt, as far as the model says; texts that are far longer are not tokenized."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, window: int | None = None) -> PromptTokenizer:
-        """The one of a tokenizer; `UnsupportedError` if special tokens change how it cuts the text itself."""
+        """Create the one for a tokenizer; `UnsupportedError` if special tokens change how it splits the text itself."""
         whole, own = tokenizer.encode(_PROBE), tokenizer.encode(_PROBE, add_special_tokens=False)
         for at in range(len(whole) - len(own) + 1):
             if whole[at : at + len(own)] == own:
@@ -50,10 +52,10 @@ class PromptTokenizer:
         )
 
     def plain(self, text: str, room: int | None = None, own: Sequence[int] | None = None) -> list[int]:
-        """Ids of a text that no template wrote.
+        """The ids of a text that does not come from a template.
 
-        `room`: where the prefix alone would make them more than this, it is left out. `own`: what the tokenizer makes
-        of the text without special tokens, where that is known.
+        `room`: where the prefix alone would make them longer than this, it is left out. `own`: the ids of the text
+        without special tokens, if they are known.
         """
         own = self.rendered(text) if own is None else list(own)
         if self._begins_itself(own) or (room is not None and len(own) <= room < len(self.prefix) + len(own)):
@@ -61,21 +63,21 @@ class PromptTokenizer:
         return [*self.prefix, *own]
 
     def rendered(self, text: str) -> list[int]:
-        """Ids of what a chat template wrote: those that the text spells."""
+        """The ids of a chat template's result, which spells all of them."""
         check_characters(len(text), self.window)
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Ids of a conversation by the tokenizer's chat template, up to where the answer begins.
+        """The ids of a conversation by the tokenizer's chat template, up to where the answer begins.
 
-        `variables` go to the template. Raises whatever the template raises, and `CheckpointError` for one that does not
-        end.
+        `variables` are passed to the template. Raises what the template raises, and `CheckpointError` for one that does
+        not end.
         """
         ids = self._applied(messages, tokenize=True, return_dict=False, **variables)
         return list(ids)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The text of the conversation that `chat` makes ids of; raises what it raises."""
+        """The text of the conversation whose ids `chat` returns; raises what it raises."""
         return str(self._applied(messages, tokenize=False, **variables))
 
     def _applied(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
@@ -87,7 +89,7 @@ class PromptTokenizer:
 
     @cached_property
     def _ends(self) -> None:
-        """Nothing, once: the chat template ends."""
+        """Check, once, that the chat template ends."""
         check_template_ends(self.tokenizer)
 
     def _begins_itself(self, ids: Sequence[int]) -> bool:
@@ -101,7 +103,7 @@ class PromptTokenizer:
 
 
 def check_characters(characters: int, window: int | None) -> None:
-    """Raise `JobError` for a prompt that would take long to tokenize, or fill the memory, only to be refused then."""
+    """Raise `JobError` for a prompt that would take long, or much memory, to tokenize, only to be refused."""
     most = _MOST_CHARACTERS
     if window is not None:
         most = min(most, max(_ALWAYS_TOKENIZED, _MOST_PER_TOKEN * window))

@@ -1,4 +1,4 @@
-"""Whether a chat template ends: found out once, by counting its steps with conversations of a few letters."""
+"""Checks once that a chat template ends, by counting its steps for conversations of a few letters."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_STEPS = 2_000_000
-"""Lines of a template and calls of what it calls; the largest templates take 20,000, compiled anew."""
+"""The most lines of a template, and calls of functions; the largest templates take 20,000, compilation included."""
 MOST_S = 10.0
-"""The same in seconds, for steps that are long by themselves; what is usual is 0.05."""
+"""The same limit in seconds, for steps that are long by themselves; usual is 0.05."""
 _OWN_CODE = "<template>"
-"""The file that frames of a compiled template name."""
+"""The file name of a compiled template's frames."""
 _USER, _SYSTEM, _ANSWER = ({"role": role, "content": "a"} for role in ("user", "system", "assistant"))
 _CONVERSATIONS = [[_USER], [_SYSTEM, _USER, _ANSWER, _USER]]
 
 
 def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
-    """Raise `CheckpointError` for a chat template that does not end, or is none; later renderings are not watched.
+    """Raise `CheckpointError` for a chat template that does not end, or is invalid; later renderings are not watched.
 
-    `variables` are given to it. A template that refuses these conversations, or has another fault, says so when it is
+    `variables` are passed to it. A template that refuses these conversations, or has another error, says so when it is
     used.
     """
     from jinja2 import TemplateSyntaxError
@@ -63,7 +63,7 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase, variables: Mapping[s
 
 
 class _TooManySteps(BaseException):
-    """No `Exception`, which templates' own code and `transformers` take for a refusal."""
+    """Not an `Exception`, since templates' own code and `transformers` take those for a refusal."""
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def _counting_steps() -> Iterator[None]:
 
 
 def names_in_template(template: str) -> set[str]:
-    """Names that a chat template looks up, those of its own variables included; attributes are none."""
+    """The names that a chat template looks up, its own variables included, attributes excluded."""
     from jinja2 import Environment, TemplateSyntaxError
 
     try:
@@ -97,9 +97,9 @@ def names_in_template(template: str) -> set[str]:
 
 
 def _computes_powers(template: str) -> bool:
-    """Whether `**` stands between two values: Python computes such a number in one step, of any length.
+    """Whether `**` occurs between two values: Python computes such a number in one step, of any length.
 
-    It also stands before the named arguments of a call.
+    It also occurs before the named arguments of a call.
     """
     from jinja2 import Environment, TemplateSyntaxError
 

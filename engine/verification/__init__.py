@@ -1,4 +1,4 @@
-"""Comparing what sweeps compute with stock layers of transformers, layer by layer, while the weights pass once.
+"""Compares what sweeps compute with stock layers of transformers, layer by layer, in one pass over the weights.
 
 It imports every room before it: memory, kernels, planning, schedule, batch, checkpoint, cache, model and weights.
 """

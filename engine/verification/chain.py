@@ -1,4 +1,4 @@
-"""Hidden states of texts that stock layers take from stage to stage, each token of a shared prefix once."""
+"""Hidden states that stock layers compute from stage to stage, each token of a shared prefix once."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from engine.verification.layout import Layout, Rectangle
 class Table:
     """Hidden states of a pass, `[rows, width]`, on the device or on the host.
 
-    Rows are named by int64 `[count]` that lies where the table does: on the device, neither taking nor putting waits.
+    Rows are selected by int64 `[count]` on the table's device: on the GPU, neither `take` nor `put` waits.
     """
 
     def __init__(self, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, home: torch.device) -> None:
-        """home: where they are kept; they are used on `device`."""
+        """home: the device that stores them; they are used on `device`."""
         self._device = device
         self.home = home
-        """Where they are kept."""
+        """The device that stores them."""
         self._rows = torch.empty(num_rows, width, dtype=dtype, device=home)
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows as they are, on the device."""
+        """Return rows, on the device."""
         return self._rows.index_select(0, rows).to(self._device)
 
     def put(self, rows: torch.Tensor, states: torch.Tensor) -> None:
-        """Keep states `[count, width]` of rows."""
+        """Store states `[count, width]` of rows."""
         self._rows.index_copy_(0, rows, states.to(self.home))
 
 
 class Chain:
-    """What stock layers make of a pass's texts, each layer from what it made of the one before."""
+    """The computation of a pass's texts by stock layers, each layer from the output of the one before."""
 
     def __init__(self, layout: Layout, stock: StockForward, tables: tuple[Table, Table]) -> None:
         self._layout = layout
         self._stock = stock
         self.before, self.after = tables
-        """Hidden states that enter the stage in hand, and those that it makes."""
+        """The hidden states that enter the current stage, and those that it computes."""
         self._calls: list[list[LayerCall]] = []
 
     def embed(self, rectangle: Rectangle) -> None:
-        """Keep what the model embeds of the next rectangle, whose ids were looked up, and how it calls layers then."""
+        """Store the model's embeddings of the next rectangle, whose ids were looked up, and how it calls layers."""
         ids = rectangle.ids.to(self._stock.device)
         hidden, calls = self._stock.record(ids, rectangle.num_before, is_cached=bool(rectangle.followed))
         self._calls.append(calls)
@@ -68,7 +68,7 @@ class Chain:
         table.put(rectangle.put, states if rectangle.kept is None else states.index_select(0, rectangle.kept))
 
     def all_rows(self) -> Iterator[torch.Tensor]:
-        """Every row of the tables once, a rectangle's at a time."""
+        """Yield every row of the tables once, one rectangle's at a time."""
         for rectangle in self._layout.rectangles:
             yield rectangle.put
 
@@ -78,7 +78,7 @@ class Chain:
 
 
 def _joined(parts: list[KeysAndValues]) -> KeysAndValues | None:
-    """Keys and values of consecutive tokens as those of one run; None of none."""
+    """Concatenate keys and values of consecutive tokens; None for none."""
     if len(parts) < 2:
         return parts[0] if parts else None
     keys, values = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
@@ -86,5 +86,5 @@ def _joined(parts: list[KeysAndValues]) -> KeysAndValues | None:
 
 
 def _copied(kept: torch.Tensor, home: torch.device) -> torch.Tensor:
-    """A copy of its own, so that what it was a view of is given back."""
+    """A copy, so that the memory of which it was a view is released."""
     return kept.clone(memory_format=torch.contiguous_format) if kept.device.type == home.type else kept.to(home)

@@ -1,4 +1,4 @@
-"""How far two computations of the same rows lie apart, and what of it rounding explains."""
+"""Measures how far two computations of the same rows differ, and how much of it rounding explains."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from engine.kernels.codec import Codec
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Of a row's difference relative to its scale, by dtype: what another order of sums, and another kernel, may make."""
+"""The tolerances of a row's difference relative to its scale, by dtype: the effect of another order of sums, and of
+another kernel."""
 _CODED_TOLERANCES = {8: 2e-2, 4: 1e-1}
-"""The same with keys and values, or inputs of matrices, in codes of so many bits: sums in another order take a number
-over the middle between two codes now and then, and it is a whole step off then."""
+"""The tolerances with keys and values, or inputs of matrices, in codes of so many bits: now and then another order
+of sums moves a number across the border between two codes, a whole step."""
 _REROUTED = 0.01
-"""Share of a layer's rows, of each kind, that may differ by more where rounded numbers choose experts, whose scores
-nearly tie."""
+"""The share of a layer's rows, of each kind, that may differ by more where rounded numbers choose experts, whose
+scores nearly tie."""
 _FEW_REROUTED = 3
-"""So many may where that share is less, but no more than a quarter: one row in 500 is rerouted in bfloat16, and a deep
-model has many layers for it to happen in."""
+"""The number of rows that may in any case, up to a quarter: one row in 500 is rerouted in bfloat16, and a deep model
+has many layers in which it may happen."""
 _ROWS = 512
 """Compared at once: it takes five float32 copies of them."""
 
@@ -45,24 +46,24 @@ class WeightDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class KindOfRows:
-    """Rows of a stage that the engine computes in one way."""
+    """The rows of a stage that the engine computes in one way."""
 
     name: str
     """"prefix", "prompt" or "decode"."""
     num_rows: int
     num_beyond: int
-    """Rows whose relative difference is above the tolerance."""
+    """The number of rows whose relative difference is above the tolerance."""
 
     @property
     def is_rare(self) -> bool:
-        """Whether those are few enough to be put down to near ties of experts' scores."""
+        """Whether those are few enough to be explained by near ties of experts' scores."""
         few = min(_FEW_REROUTED, self.num_rows // 4)
         return self.num_beyond <= max(_REROUTED * self.num_rows, few)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageDifference:
-    """A stage of the model (the embedding, a layer, the head) computed by both from the same input."""
+    """The difference of a stage (the embedding, a layer, the head) computed by both from the same input."""
 
     name: str
     """"embedding", "layer N" or "head"."""
@@ -71,26 +72,27 @@ class StageDifference:
     relative: float
     """The largest difference of a row, relative to its scale (`Meter`)."""
     relative_within: float
-    """The same of those rows whose difference is no more than the tolerance."""
+    """The largest relative difference among the rows within the tolerance."""
     num_rows: int
     num_beyond: int
-    """Rows whose relative difference is above the tolerance."""
+    """The number of rows whose relative difference is above the tolerance."""
     kinds: tuple[KindOfRows, ...] = ()
-    """The same rows by how the engine computes them; none for the head, whose rows are computed in one way."""
+    """The same rows by how the engine computes them; empty for the head, whose rows are computed in one way."""
     may_reroute: bool = False
-    """Whether rows may have been sent to other experts by rounding alone: the stage has a router of 16-bit numbers."""
+    """Whether rounding alone may have sent rows to other experts: the stage has a router with 16-bit numbers."""
     weights: WeightDifference | None = None
-    """None where they were not compared with the checkpoint."""
+    """The comparison of the weights; None where they were not compared with the checkpoint."""
     compression: float | None = None
-    """How far hidden states behind this stage are from those of weights and cache that are not encoded: the root of the
-    mean square, relative to theirs. None where nothing is encoded, or the checkpoint has no other numbers."""
+    """The effect of compression after this stage: the root mean square of the difference between hidden states and
+    those of uncompressed weights and cache, relative to the latter's. None where nothing is compressed, or the
+    checkpoint has no other numbers."""
 
     @property
     def is_within(self) -> bool:
-        """Whether rounding explains what differs, and the weights are right.
+        """Whether rounding explains the difference, and the weights are right.
 
-        How far a row lies that was sent to another expert has no bound but that it is finite: two experts may make
-        anything of it. So few rows of each kind may, and a fault of a whole kind is seen however few its rows are.
+        A row that was sent to another expert may differ by any finite amount, since two experts are unrelated. So only
+        few rows of each kind may, and a fault of a whole kind is seen however few its rows are.
         """
         if self.weights is not None and self.weights.is_wrong:
             return False
@@ -101,20 +103,20 @@ class StageDifference:
 
     @property
     def num_excused(self) -> int:
-        """Rows above the tolerance that are put down to a choice of other experts."""
+        """The number of rows above the tolerance that are explained by a choice of other experts."""
         return self.num_beyond if self.is_within else 0
 
 
 class Meter:
-    """Sums up differences of rows `[rows, width]` that two computations made of the same input.
+    """Accumulates differences of rows `[rows, width]` that two computations made of the same input.
 
-    A row's scale is, for each number, its size plus the root of the mean square of what the stage added to the row; a
-    row's difference is the root of the mean square of the numbers' differences, each relative to its scale. So neither
-    a few large numbers that pass a layer unchanged hide its errors, nor does their rounding count as one.
+    A row's scale is, for each number, its magnitude plus the root mean square of what the stage added to the row; a
+    row's difference is the root mean square of the numbers' differences, each relative to its scale. So neither do a
+    few large numbers that pass a layer unchanged hide its errors, nor does their rounding count as one.
     """
 
     def __init__(self, tolerance: float, device: torch.device, kinds: Sequence[str] = ()) -> None:
-        """kinds: names of the kinds of rows to tell apart; none where there is one."""
+        """kinds: the names of the kinds of rows to distinguish; empty where there is one."""
         self._tolerance = tolerance
         self._kinds = kinds
         self._largest = torch.zeros((), device=device)
@@ -129,9 +131,9 @@ class Meter:
         before: torch.Tensor | None = None,
         kinds: torch.Tensor | None = None,
     ) -> None:
-        """Take in rows of both, and what entered the stage; None where nothing passes it unchanged.
+        """Add rows of both, and the stage's input; None where nothing passes it unchanged.
 
-        kinds: of each row, which of the meter's it is, int64 `[rows]`; None where all are of the first.
+        kinds: the kind of each row by its number, int64 `[rows]`; None where all are of the first.
         """
         if kinds is None:
             kinds = torch.zeros(len(ours), dtype=torch.long)
@@ -152,7 +154,7 @@ class Meter:
             self._num_beyond.index_add_(0, kinds[rows], is_beyond.long())
 
     def stage(self, name: str, *, may_reroute: bool = False) -> StageDifference:
-        """What was found; waits for the device."""
+        """The result; waits for the device."""
         num_rows, num_beyond = self._num_rows.tolist(), self._num_beyond.tolist()
         return StageDifference(
             name=name,
@@ -170,19 +172,19 @@ class Meter:
 
 
 class RootMeanSquare:
-    """The size of differences beside that of what they are differences from."""
+    """The root mean square of differences, relative to the values."""
 
     def __init__(self, device: torch.device) -> None:
         self._apart = torch.zeros((), dtype=torch.float64, device=device)
         self._size = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        """Take in rows of both."""
+        """Add rows of both."""
         for first in range(0, len(ours), _ROWS):
             one, other = ours[first : first + _ROWS].float(), theirs[first : first + _ROWS].float()
             self._apart += (one - other).pow(2).sum()
             self._size += other.pow(2).sum()
 
     def relative(self) -> float:
-        """The root of the mean square of the differences, relative to that of `theirs`; waits for the device."""
+        """The root mean square of the differences, relative to that of `theirs`; waits for the device."""
         return float((self._apart / self._size.clamp_min(1e-300)).sqrt())

@@ -1,4 +1,4 @@
-"""Final norm and head of stock models on the last hidden states of texts, and of the engine on the same."""
+"""Final norm and head, of stock models and of the engine, on the last hidden states of texts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def score(
     most: int,
     meter: Meter | None,
 ) -> list[Scored]:
-    """What the logits of each text say; with a meter, also compare with rows of several texts in one call.
+    """Score each text by its logits; with a meter, also compare with rows of several texts in one call.
 
-    rows: of each text, where its states are. most: rows whose logits are made at once. Raises `NumericsError` for
+    rows: the rows of each text's states. most: the rows whose logits are made at once. Raises `NumericsError` for
     logits that are not finite.
     """
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -1,4 +1,4 @@
-"""Computes known texts twice while the weights pass once: as the engine's sweeps do, and by stock layers."""
+"""Computes known texts twice in one pass over the weights: as the engine's sweeps do, and by stock layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from engine.weights.unit_values import UnitValues
 
 @dataclass(frozen=True, kw_only=True)
 class Driven:
-    """An opened model whose sweeps are compared; nobody else may run sweeps meanwhile."""
+    """An opened model whose sweeps are compared; no other sweeps may run meanwhile."""
 
     model: CausalModel
     weights: WeightStore
@@ -51,36 +51,36 @@ class Driven:
     share_prefix: bool
     window: int | None
     checkpoint: Path | None
-    """The directory whose weight files the weights come from; None where they come from elsewhere."""
+    """The directory whose weight files hold the weights; None where they come from elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What a comparison with stock layers found."""
+    """The result of a comparison with stock layers."""
 
     stages: list[StageDifference]
-    """The embedding, every layer, and final norm and head, in their order."""
+    """The embedding, every layer, and final norm and head, in order."""
     scored: list[Scored]
-    """Of each text, by stock layers from end to end, with the weights and the rounding of the cache that the engine
-    computes with."""
+    """The scores of each text by stock layers from end to end, with the weights and the cache rounding that the
+    engine uses."""
     unencoded: list[Scored] | None
-    """The same with the checkpoint's own weights and no rounding; None where nothing is encoded, or where the
+    """The scores with the checkpoint's own weights and no rounding; None where nothing is compressed, or where the
     checkpoint has no other numbers."""
     attention: str
     """The stock attention: "sdpa" or "eager"."""
     tolerance: float
-    """Of a row's relative difference."""
+    """The tolerance of a row's relative difference."""
     has_compared_weights: bool
     num_passes: int
-    """How often the weights have passed."""
+    """The number of passes over the weights."""
 
 
 class LayerwiseComparison:
     """Compares an opened model with stock layers that compute with the same weights, from the same input.
 
-    Each layer's weights arrive once. Stock layers make of every text's hidden states the next ones; the engine's own
+    Each layer's weights arrive once. Stock layers compute every text's next hidden states; the engine's own
     micro-batches, cut by its scheduler, compute the layer from the same states, sweep by sweep: prefixes, prompts and
-    decode steps with the cache. Device and host hold the layer in hand, as in a sweep, and hidden states.
+    decode steps with the cache. Device and host hold the current layer, as in a sweep, and hidden states.
     """
 
     def __init__(self, driven: Driven) -> None:
@@ -97,16 +97,16 @@ class LayerwiseComparison:
         self._meters["head"] = Meter(self._tolerance, device)
         self._losses = {name: RootMeanSquare(device) for name in self._names[1:-1]}
         self._most_continued = 0
-        """Tokens of a text that stock layers are known to compute behind a prefix as they do whole."""
+        """The most tokens of a text that stock layers are known to compute after a prefix as they do in one piece."""
         self._scored: dict[int, Scored] = {}
         self._unencoded: dict[int, Scored] = {}
 
     @torch.no_grad()
     def run(self, texts: Sequence[Text], progress: Callable[[int, int], None] = lambda done, total: None) -> Findings:
-        """Compare what the engine computes of `texts`; `progress` is told of stages that are done, and of how many.
+        """Compare the engine's computation of `texts`; `progress` gets the number of finished stages, and of all.
 
-        Raises `NumericsError` where stock layers make no finite logits, `UnsupportedError` where they cannot round as
-        the cache does, and `CheckpointError` where weight files have changed.
+        Raises `NumericsError` where the logits of stock layers are not finite, `UnsupportedError` where they cannot
+        round as the cache does, and `CheckpointError` where weight files have changed.
         """
         driven, model, num_tables = self._driven, self._driven.model, 2 if self._plain is None else 4
         kept_width = max(shape.width for shape in driven.model.kv_shapes) / driven.model.hidden_size
@@ -149,7 +149,7 @@ class LayerwiseComparison:
         )
 
     def _pass(self, texts: Mapping[int, Text], home: torch.device, tell: Callable[[int], None]) -> None:
-        """home: where hidden states are kept."""
+        """home: the device that stores hidden states."""
         driven, model = self._driven, self._driven.model
         listed = list(texts.values())
         limits, room = driven.limits, driven.room
@@ -192,7 +192,7 @@ class LayerwiseComparison:
                 values.close()
 
     def _lay_out(self, texts: Sequence[Text], replayed: Replay, home: torch.device) -> Layout:
-        """Where the texts' tokens have their rows; stock layers continue shared prefixes where they can."""
+        """Assign rows to the texts' tokens; stock layers continue shared prefixes where they can."""
         driven, model = self._driven, self._driven.model
         fed = [text.fed(driven.window) for text in texts]
         places = {"device": model.device, "table_device": home}
@@ -209,7 +209,7 @@ class LayerwiseComparison:
         return Table(layout.num_rows, model.hidden_size, model.hidden_dtype, model.device, home)
 
     def _embed(self, steps: Sequence[Step], chains: Sequence[Chain], layout: Layout) -> list[_Sweep]:
-        """Embed everything both ways."""
+        """Embed everything in both ways."""
         model = self._driven.model
         places = {"device": model.device, "table_device": chains[0].before.home}
         ids = [*(rectangle.ids for _ in chains for rectangle in layout.rectangles)]
@@ -234,7 +234,7 @@ class LayerwiseComparison:
         return ours
 
     def _look_up(self, ids: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Prepare the token embedding for one after the other, the next while the device is at one."""
+        """Look up the token embeddings one batch after another, the next one while the device uses the last."""
         stream = self._driven.stream
         for each, following in zip_longest(ids, ids[1:]):
             stream.look_up(each)
@@ -285,7 +285,7 @@ class LayerwiseComparison:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A micro-batch of the engine's, and which rows of the tables it has."""
+    """A micro-batch of the engine's, and its rows of the tables."""
 
     batch: MicroBatch | PaddedBatch
     calls: list[LayerCall]

@@ -1,4 +1,4 @@
-"""Where the tokens of texts have their rows in a table of hidden states, and in which calls stock layers take them."""
+"""Assigns table rows to the tokens of texts, and groups the texts for calls of stock layers."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ from engine.schedule.sequence import Span
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Pieces of texts, of equal length and behind the same tokens, that stock layers are called with together."""
+    """Pieces of texts, of equal length and after equally many tokens, with which stock layers are called together."""
 
     num_before: int
-    """Tokens before each of them."""
+    """The number of tokens before each of them."""
     before: tuple[int, ...]
-    """The pieces that these tokens are, in their order: of rectangles before this one."""
+    """The pieces that contain these tokens, in order, as parts of earlier rectangles."""
     ids: torch.Tensor
-    """Int64 `[pieces, length]`, on the host."""
+    """The token ids int64 `[pieces, length]`, on the host."""
     taken: torch.Tensor
-    """Rows of the table that are the rectangle's rows, in their order; where the table is."""
+    """The table rows of the rectangle's rows, in order, on the table's device."""
     kept: torch.Tensor | None
-    """Rows of the rectangle whose results the table takes, on the device; None for all."""
+    """The rows of the rectangle whose results are stored in the table, on the device; None for all."""
     put: torch.Tensor
-    """Rows of the table that take them."""
+    """The table rows in which they are stored."""
     followed: Mapping[int, int]
-    """Pieces that others continue, each with its place in the rectangle."""
+    """The pieces that others continue, each with its index in the rectangle."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a pass's texts have their rows in a table of hidden states."""
+    """The table rows of the tokens of a pass's texts."""
 
     num_rows: int
     first_row: Mapping[int, int]
-    """Of each span, by its identity."""
+    """The first row of each span, by its identity."""
     rows: Sequence[torch.Tensor]
-    """Of each text, token by token; where the table is."""
+    """The rows of each text, token by token, on the table's device."""
     rectangles: Sequence[Rectangle]
-    """In an order in which each finds the pieces before it."""
+    """The rectangles in an order in which each comes after the pieces before it."""
 
     @property
     def longest_continued(self) -> int:
-        """Tokens of the longest text that is cut into pieces; 0 if none is."""
+        """The number of tokens of the longest text that is cut into pieces; 0 if none is."""
         return max((each.num_before + each.ids.shape[1] for each in self.rectangles if each.before), default=0)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Consecutive tokens that stock layers take in one call."""
+    """Consecutive tokens of one call of stock layers."""
 
     before: tuple[int, ...]
     ids: list[int]
     num_before: int
     rows: torch.Tensor
     is_new: torch.Tensor
-    """Of each row, whether no piece before has it."""
+    """Whether each row is new, i.e. in no earlier piece."""
 
 
 class _Rows:
-    """Gives every token of some texts a row, those of a shared prefix one for all."""
+    """Assigns a row to every token of some texts, with one row for all texts that share a prefix."""
 
     def __init__(self) -> None:
         self.first: dict[int, int] = {}
         self.count = 0
 
     def of(self, span: Span, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of a span's tokens, and of each whether it is new."""
+        """The rows of a span's tokens, and whether each is new."""
         is_new = id(span) not in self.first
         if is_new:
             self.first[id(span)] = self.count
@@ -87,11 +87,11 @@ def lay_out_rows(
     table_device: torch.device,
     continues: bool,
 ) -> Layout:
-    """Give every token of the texts a row, those of a shared prefix one for all, and cut the texts into rectangles.
+    """Assign a row to every token, shared prefixes once, and cut the texts into rectangles.
 
-    fed: the token ids of each text, its prefixes included. continues: prefixes that several texts share are pieces of
-    their own; else every text is one. A rectangle has at most `rows_per_batch` tokens, those before it included, or one
-    piece.
+    fed: the token ids of each text, its prefixes included. continues: whether prefixes that several texts share are
+    pieces of their own; else every text is one. A rectangle has at most `rows_per_batch` tokens, those before it
+    included, or one piece.
     """
     rows, pieces, whole = _Rows(), list[_Piece](), list[torch.Tensor]()
     number_of: dict[int, int] = {}
@@ -124,7 +124,7 @@ def lay_out_rows(
 
 
 def _followers(sequences: Sequence[Scheduled]) -> dict[int, int]:
-    """How many spans continue each prefix."""
+    """The number of spans that continue each prefix."""
     spans = {id(span): span for sequence in sequences for span in (*sequence.chain, sequence)}
     count = dict.fromkeys(spans, 0)
     for span in spans.values():
@@ -134,7 +134,7 @@ def _followers(sequences: Sequence[Scheduled]) -> dict[int, int]:
 
 
 def _together(pieces: Sequence[_Piece], rows_per_batch: int) -> list[list[int]]:
-    """Numbers of pieces that make a rectangle, behind those that they continue."""
+    """The numbers of pieces that form a rectangle, after those that they continue."""
 
     def kind(number: int) -> tuple[int, tuple[int, ...], int]:
         piece = pieces[number]

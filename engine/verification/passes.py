@@ -1,4 +1,4 @@
-"""Texts that are compared while the weights pass once, by what memory holds of them (pure)."""
+"""Splits texts into passes over the weights, by the available memory (pure)."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from engine.planning.planner import Plan
 from engine.verification.text import Text
 
 _INDEX_BYTES = 12
-"""Of a decode step's context, for each of its tokens: where it lies, and its mask."""
+"""The bytes per token of a decode step's context: its row number, and its mask."""
 
 
 @dataclass(frozen=True)
 class PassLimits:
-    """What a pass over the weights may keep."""
+    """What a pass over the weights may keep in memory."""
 
     num_rows: int
-    """Rows of hidden states, of each chain."""
+    """The number of rows of hidden states, of each chain."""
     kept_bytes: int
-    """Masks and indices of all texts."""
+    """The bytes of masks and indices of all texts."""
     on_device: bool
-    """Whether hidden states are kept on the device."""
+    """Whether hidden states are stored on the device."""
 
 
 def pass_limits(plan: Plan, limits: Limits, num_tables: int, kept_width: float) -> PassLimits:
-    """What of the plan's memory a pass may take, whose hidden states fill `num_tables` tables.
+    """The part of the plan's memory that a pass may use, whose hidden states fill `num_tables` tables.
 
-    kept_width: of a token's keys and values in a layer, relative to its hidden state; those of shared prefixes are kept
-    while a layer is computed. Texts are counted whole, and two at least share a prefix: rows that only one of them
-    fills leave room for them. Logits are computed behind the layers, and leave their memory to masks until then.
+    kept_width: the size of a token's keys and values in a layer, relative to its hidden state; those of shared prefixes
+    are kept while a layer is computed. Texts are counted whole, and at least two share a prefix: rows that only one of
+    them fills leave space for them. Logits are computed after the layers, and leave their memory to masks until then.
     """
     share, rows = plan.activations, limits.rows_per_sweep
     if share.disk > 0:  # the host holds no more of them than what is on its way to the disk
@@ -39,9 +39,9 @@ def pass_limits(plan: Plan, limits: Limits, num_tables: int, kept_width: float) 
 
 
 def passes(texts: Sequence[Text], limits: PassLimits, item_bytes: int, window: int | None) -> Iterator[list[int]]:
-    """The positions of the texts of each pass: in their order, as many as the limits allow, one at least.
+    """The positions of the texts of each pass, in order: as many as the limits allow, at least one.
 
-    item_bytes: of a number of the model, which masks are made of.
+    item_bytes: the bytes of a number of the model, which masks consist of.
     """
     taken: list[int] = []
     rows = kept = 0

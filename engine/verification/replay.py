@@ -1,4 +1,4 @@
-"""The sweeps that the engine runs over known texts, as its own scheduler cuts them, to be computed layer by layer."""
+"""The sweeps that the engine runs over known texts, as its own scheduler cuts them, for computation layer by layer."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from engine.schedule.sequence import Prefix, Span
 from engine.verification.text import KnownSequence, Text
 
 KINDS = ("prefix", "prompt", "decode")
-"""Of rows, by the way in which the engine computes their attention."""
+"""The kinds of rows by the way in which the engine computes their attention."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sweep: its micro-batches, and where the spans that it reads and writes had their room in the cache."""
+    """One sweep: its micro-batches, and the cache blocks of the spans that it reads and writes."""
 
     batches: Sequence[MicroBatch | PaddedBatch]
     rooms: Sequence[tuple[Span, Block | None]]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the step's spans have the room that they had when it was scheduled."""
+        """Inside, the step's spans have the cache blocks that they had when it was scheduled."""
         before = [(span, span.block) for span, _ in self.rooms]
         for span, block in self.rooms:
             span.block = block
@@ -46,34 +46,34 @@ class Step:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """What the rows of a micro-batch are rows of."""
+    """The table rows of the rows of a micro-batch."""
 
     table: torch.Tensor
-    """Rows of a table of hidden states, int64 `[rows]`, where the table is; padding stands for the real row next to
-    it."""
+    """Rows of a table of hidden states, int64 `[rows]`, on the table's device; padding repeats the adjacent real
+    row."""
     real: torch.Tensor | None
-    """Those that are no padding, int64 on the device; None where all are."""
+    """The rows that are not padding, int64 on the device; None if all are."""
     kinds: torch.Tensor
-    """Of each real row, which of `KINDS` it is: int64 on the device."""
+    """The kind of each real row, as a number in `KINDS`: int64 on the device."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """All sweeps over some texts, whose tokens are known: layer by layer, each sees only what the ones before wrote."""
+    """All sweeps over texts whose tokens are known; in each layer, a sweep sees only what the ones before wrote."""
 
     sequences: list[KnownSequence]
-    """One of each text, in their order."""
+    """One sequence of each text, in order."""
     steps: list[Step]
 
 
 def replay(
     texts: Iterable[Text], model: CausalModel, planned: Limits, limits: Limits, room: CacheRoom, *, share_prefix: bool
 ) -> Replay:
-    """Schedule texts as the engine does, up to their ends; all room in the cache is given back before this returns.
+    """Schedule texts as the engine does, up to their ends; all cache blocks are freed before this returns.
 
-    `limits` are those that the engine has come to; where they are smaller than `planned`, memory ran short, and longer
-    prompts are computed in pieces here, too. Blocks are used again in the order of the sweeps, so each layer is to be
-    computed sweep by sweep in one go. Raises the error of a text for which the cache has no room.
+    `limits` are those of the running engine; where they are smaller than `planned`, memory ran short, and longer
+    prompts are computed in pieces here, too. Blocks are reused in the order of the sweeps, so each layer must be
+    computed sweep by sweep in one go. Raises the error of a text for which the cache has no space.
     """
     sequences = [KnownSequence.of_text(text) for text in texts]
     scheduler = Scheduler(planned, room, share_prefix=share_prefix)
@@ -119,7 +119,7 @@ def _advance(segment: Segment) -> None:
 def rows_of(
     batch: Rows, first_row: Mapping[int, int], *, device: torch.device, table_device: torch.device
 ) -> BatchRows:
-    """Which rows of a table of hidden states a micro-batch has; `first_row` is of each span, by its identity."""
+    """The table rows of a micro-batch; `first_row` is the first row of each span, by its identity."""
     rows = torch.empty(batch.num_rows, dtype=torch.long)
     kinds = torch.full((batch.num_rows,), -1)
     for segment in batch.segments:

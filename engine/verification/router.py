@@ -1,11 +1,11 @@
-"""Which layers choose experts for each row."""
+"""Finds the layers that choose experts for each row."""
 
 from __future__ import annotations
 
 from torch import nn
 
 _PARTS = frozenset({"experts", "router", "router_gate"})
-"""What families of transformers call the parts of a mixture, in any of its layers' modules."""
+"""The names that families of transformers give to the parts of a mixture, in any of its layers' modules."""
 
 
 def has_router(layer: nn.Module) -> bool:

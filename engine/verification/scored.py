@@ -1,4 +1,4 @@
-"""What the logits behind a text's tokens say of them."""
+"""Scores a text's tokens by the logits."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from engine.verification.text import Text
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A text's tokens under a model's unmodified distribution; natural logs."""
+    """The scores of a text's tokens under a model's unmodified distribution; natural logs."""
 
     prompt_logprobs: tuple[float | None, ...] | None
-    """As in `Completion`."""
+    """The prompt's log-probabilities, as in `Completion`."""
     logprobs: tuple[float, ...]
-    """Of each new token."""
+    """The log-probability of each new token."""
     greedy: tuple[int, ...]
-    """What greedy choice takes for each new token, under the job's rules, and behind the last one, where the window has
-    a position for that."""
+    """The greedy choice in the place of each new token, under the job's rules, and after the last one, if the window
+    has a position for it."""
     margins: tuple[float, ...]
-    """By how much the likeliest token leads the second likeliest there, without rules."""
+    """The difference between the log-probabilities of the likeliest and the second likeliest token there, without
+    rules."""
     is_finite: bool
-    """Whether all logits are numbers."""
+    """Whether all logits are finite."""
 
 
 class Scoring:
-    """Takes in the logits behind a text's tokens from `Text.first_asked` on, piece by piece."""
+    """Accumulates the logits after a text's tokens from `Text.first_asked` on, piece by piece."""
 
     def __init__(self, text: Text) -> None:
         self._text = text
@@ -39,7 +40,7 @@ class Scoring:
         self._is_finite = True
 
     def add(self, logits: torch.Tensor) -> None:
-        """Take in the next float32 logits `[rows, vocabulary]`."""
+        """Add the next float32 logits `[rows, vocabulary]`."""
         rows = logits.log_softmax(dim=-1)
         likeliest = rows.topk(2, dim=-1).values
         self._is_finite &= bool(logits.isfinite().all())
@@ -61,7 +62,7 @@ class Scoring:
         return choices
 
     def done(self) -> Scored:
-        """What all of them say."""
+        """The scores by all logits."""
         text, before = self._text, len(self._text.job.prompt) - 1 - self._text.first_asked
         logprobs = tuple(self._logprobs)
         scored = (None, *logprobs[:before]) if text.job.prompt_logprobs else None

@@ -1,4 +1,4 @@
-"""Texts that are known to their end, and how the scheduler meets them again (pure)."""
+"""Texts whose tokens are all known, and their scheduling (pure)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.schedule.sequence import Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A job and what the engine made of it: the tokens of a computation that is compared."""
+    """A job and the tokens that the engine generated for it, for comparison."""
 
     job: Job
     tokens: tuple[int, ...]
-    """Those that the completion tells."""
+    """The tokens of the completion."""
     end_token: int | None = None
-    """The end-of-text token behind them, if the engine came to it."""
+    """The end-of-text token after them, if the engine reached it."""
 
     @classmethod
     def of(cls, job: Job, completion: Completion) -> Text:
@@ -25,18 +25,18 @@ class Text:
 
     @property
     def known(self) -> tuple[int, ...]:
-        """Generated tokens as they followed from each other, the end-of-text token included."""
+        """The generated tokens in order, the end-of-text token included."""
         return self.tokens if self.end_token is None else (*self.tokens, self.end_token)
 
     def fed(self, window: int | None) -> list[int]:
-        """Token ids whose hidden states are compared, one at least; no more than `window` have a position."""
+        """The token ids whose hidden states are compared, at least one; no more than `window` have a position."""
         if self.job.max_new_tokens == 0:
             return list(self.job.prompt[: max(1, len(self.job.prompt) - 1)])
         return [*self.job.prompt, *self.tokens][:window]
 
     @property
     def first_asked(self) -> int:
-        """The first of the fed tokens behind which a log-probability is asked for."""
+        """The first of the fed tokens after which a log-probability is requested."""
         return 0 if self.job.prompt_logprobs else len(self.job.prompt) - 1
 
 
@@ -45,7 +45,7 @@ class KnownSequence(Sequence):
     """A sequence whose tokens are known before they are computed."""
 
     known: tuple[int, ...]
-    """Those that it generates."""
+    """The tokens that it generates."""
 
     @classmethod
     def of_text(cls, text: Text) -> KnownSequence:
@@ -54,14 +54,14 @@ class KnownSequence(Sequence):
         return cls(job=text.job, tokens=prompt, num_prompt=len(prompt), known=text.known)
 
     def draft(self) -> tuple[int, ...]:
-        """What of the engine's own draft is right: the rows of wrong tokens have nothing to be compared with."""
+        """The right part of the engine's own draft: rows of wrong tokens have nothing to be compared with."""
         guess = super().draft()
         coming = self.known[len(self.generated_logprobs) : -1]  # the last one is never fed back
         right = next((i for i, pair in enumerate(zip(guess, coming, strict=False)) if pair[0] != pair[1]), len(guess))
         return guess[: min(right, len(coming))]
 
     def advance(self, count: int) -> None:
-        """Take the next `count` tokens, as far as they are known."""
+        """Append the next `count` tokens, as far as they are known."""
         done = len(self.generated_logprobs)
         new = self.known[done : done + count]
         self.tokens += new
@@ -69,5 +69,5 @@ class KnownSequence(Sequence):
 
     @property
     def is_told(self) -> bool:
-        """Whether everything that is known has been computed."""
+        """Whether all known tokens have been computed."""
         return self.job.max_new_tokens == 0 or len(self.generated_logprobs) >= len(self.known)

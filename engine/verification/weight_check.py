@@ -1,4 +1,4 @@
-"""Parameters as the device computes with them beside those of the checkpoint."""
+"""Compares the parameters with which the device computes with those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from engine.weights.store import WeightStore
 from engine.weights.unit_values import UnitValues
 
 _CHUNK = 4 << 20
-"""Numbers compared at once, a multiple of `GROUP`."""
+"""The most numbers compared at once, a multiple of `GROUP`."""
 
 Numbers = Callable[[int, int], torch.Tensor]
-"""Consecutive numbers of a flat parameter, from one to another."""
+"""Reads consecutive numbers of a flat parameter, from one index to another."""
 
 
 class WeightCheck:
-    """Compares what the device computes with, unit by unit in the order of the sweep, with what the checkpoint holds.
+    """Compares the numbers with which the device computes with the checkpoint's, unit by unit in sweep order.
 
-    Numbers that are not rounded must be the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
-    rounds must be within what codes explain (`Codec.bound`), and packed ones what their parts stand for.
+    Numbers that are not rounded must equal the checkpoint's, rounded to the model's dtype. Those that `compress-weight`
+    rounds must be within the error bound of codes (`Codec.bound`), and packed ones must equal their decoded parts.
     """
 
     def __init__(self, store: WeightStore) -> None:
@@ -34,12 +34,12 @@ class WeightCheck:
         self._units = {unit.name: unit for unit in store.model.units}
         self._table: torch.Tensor | None = None
         self.found: dict[str, WeightDifference] = {}
-        """Of each stage ("embedding", "layer N", "head"), the parameter that is farthest from what it should be."""
+        """The parameter of each stage ("embedding", "layer N", "head") that is farthest from its expected value."""
 
     def embedding(self, values: UnitValues) -> None:
-        """The token embedding, wherever its rows lie, and all that is neither of a layer nor of the head.
+        """Check the token embedding, on whatever tiers its rows are, and all parameters outside of layers and head.
 
-        Raises `CheckpointError` for a buffer that is not the checkpoint's.
+        Raises `CheckpointError` for a buffer that differs from the checkpoint's.
         """
         name, outer = self._model.embedding_name, self._units["outer"]
         self._store.wait_for(self._store.placed["embedding"])
@@ -60,14 +60,14 @@ class WeightCheck:
         self._table = table if self._model.is_tied else None
 
     def layer(self, index: int, values: UnitValues) -> dict[str, torch.Tensor]:
-        """A layer whose parameters are bound; returns the checkpoint's."""
+        """Check a layer whose parameters are bound; returns the checkpoint's."""
         unit = self._units[f"layer.{index}"]
         taken = values.take(unit)
         self._bound(f"layer {index}", unit, taken)
         return taken
 
     def head(self, values: UnitValues) -> None:
-        """The head, whose parameters are bound."""
+        """Check the head, whose parameters are bound."""
         output, unit = self._model.output, self._units["head"]
         if self._table is not None:
             assert output is not None
@@ -111,10 +111,10 @@ class WeightCheck:
 
 
 def _is_beyond(apart: torch.Tensor, values: torch.Tensor, codec: Codec) -> bool:
-    """Whether any group of numbers is farther from `values`, whose code it comes from, than its code explains.
+    """Whether any group of numbers differs from `values`, which were encoded, by more than the codec's bound.
 
-    The code of a group that holds a NaN or an infinity has no bound: it stands for no finite number. So NaNs are to be
-    there still (0 apart), and what is finite in `values` is not.
+    The code of a group that holds a NaN or an infinity has no bound, since its decoded numbers are not finite. So NaNs
+    must still be NaNs (0 apart), and numbers that are finite in `values` must have become infinite or NaN.
     """
     groups, distances = values.float().view(-1, GROUP), apart.view(-1, GROUP)
     rounding = torch.finfo(values.dtype).eps * groups.square().sum(dim=-1).sqrt() * 2

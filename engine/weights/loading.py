@@ -1,4 +1,4 @@
-"""Brings a checkpoint's tensors, under whatever names they have there, straight to a model's places."""
+"""Loads a checkpoint's tensors, under whatever names they have, directly to the places of a model's parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from engine.checkpoint.adapters.changes import Change, changes_of
-from engine.checkpoint.adapters.declared import ADAPTER_CONFIG, adapter_folder
+from engine.checkpoint.adapters.declared import ADAPTER_CONFIG
 from engine.checkpoint.identity.weight_digest import WeightDigest
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.checkpoint.quantized.declared import check_numbers
@@ -35,12 +35,12 @@ _log = logging.getLogger(__name__)
 def load_checkpoint(
     path: Path, store: WeightStore, kept: KeptWeights | None = None, *, with_digest: bool = True
 ) -> Iterator[None]:
-    """Fill `store` from the weight files of `path`: checks now, and reads parameter by parameter as it is iterated.
+    """Fill `store` from the weight files of `path`: checks now, and reads parameter by parameter while it is iterated.
 
     Names and layouts are translated by `transformers`' own conversion mapping (core_model_loading.py), one parameter at
     a time, and merged experts one expert at a time: beyond the placed weights this takes about one tensor of memory.
-    Layers come in their order, since the first sweep may run behind. Units that are `kept` are read from there, others
-    kept from then on. The digest, if wanted, follows what is read, and reads the rest. Raises `CheckpointError` when
+    Layers come in order, since the first sweep may run meanwhile. Units in the cache `kept` are read from there, others
+    are written to it. The digest, if wanted, follows the reads, and reads the rest. Raises `CheckpointError` when
     parameters are missing or have another shape.
     """
     store.source = source = OpenedWeights(path)
@@ -64,7 +64,7 @@ def check_checkpoint(path: Path, model: CausalModel) -> None:
 
 
 def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[tuple[set[str], Step]]]:
-    """What brings which parameters of each unit from the weight files of `path` to `receiver`, by the unit's name.
+    """The steps that load each unit from the weight files of `path` to `receiver`, and their parameters, by unit name.
 
     Units come in the order of the sweep. Raises `CheckpointError` as `load_checkpoint` does.
     """
@@ -72,7 +72,7 @@ def steps_by_unit(path: Path, receiver: Receiver) -> dict[str, list[tuple[set[st
 
 
 def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
-    """What is to be read, and the names of tensors that the model has no place for."""
+    """The plan of all reads, and the names of tensors that the model has no place for."""
     model, names = receiver.model, receiver.model.names
     plan = _Plan(path, receiver, _changes(path, model))
     packed = {source: target for target, whole in model.all_packed.items() for source in whole.parts}
@@ -108,11 +108,6 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
 
 
 def _changes(path: Path, model: CausalModel) -> dict[str, Change]:
-    if model.elsewhere and adapter_folder(path) is not None:
-        raise UnsupportedError(
-            f"stages: {path} is an adapter, which is merged by a process that has all layers; merge it by peft "
-            "(merge_and_unload, save_pretrained), or set stages: 1"
-        )
     owners = {name: module for unit in model.units for name, (module, _) in unit.owners.items()}
     tied = (model.embedding_name, model.head_name) if model.is_tied else ()
     return changes_of(path, model.names, model.state, owners, tied=tied, packed=model.packed)
@@ -121,7 +116,7 @@ def _changes(path: Path, model: CausalModel) -> dict[str, Change]:
 def _watched(
     steps: Iterator[None], store: WeightStore, source: OpenedWeights, digest: WeightDigest | None
 ) -> Iterator[None]:
-    """Iterate `steps`; then the weight files must be as they were, and are let go of unless the store reads them on."""
+    """Iterate `steps`; then check that the weight files are unchanged, and close them if the store is done."""
     try:
         yield from steps
         source.check()
@@ -136,7 +131,7 @@ def _watched(
 
 
 def _tell_unread(path: Path, module: PreTrainedModel, names: set[str]) -> None:
-    """Tell of what is not read: an adapter, and tensors without a parameter that the family does not leave out."""
+    """Log what is not read: an adapter, and tensors without a parameter that the family does not expect to ignore."""
     if find_file(path / ADAPTER_CONFIG, CheckpointError):
         text = "flexgen-helm: the adapter that %s tells of is not applied; put it into a directory of its own to run it"
         _log.warning(text, path / ADAPTER_CONFIG)
@@ -148,25 +143,25 @@ def _tell_unread(path: Path, module: PreTrainedModel, names: set[str]) -> None:
 
 
 class _Plan:
-    """What is to be read for which parameter, known to fit before anything is read."""
+    """The reads for each parameter, which are checked before anything is read."""
 
     def __init__(self, path: Path, store: Receiver, changes: Mapping[str, Change]) -> None:
-        """changes: what an adapter changes, by parameter."""
+        """changes: the changes that an adapter makes, by parameter."""
         self._store = store
         self._changes = changes
         self._path = path
         self._places = tensor_places(path)
         self._steps: dict[str, Step] = {}
-        """By the (first) parameter that a step brings."""
+        """The steps by the (first) parameter that each loads."""
         self._brought: dict[str, set[str]] = {}
-        """All that a step brings, where it is more, by the same."""
+        """All parameters that a step loads, if several, by the first one."""
         self._unit_of = {name: unit.name for unit in store.model.units for name in unit.owners}
         self._missing = set(self._unit_of)
         self.is_by_unit = True
-        """No step brings parameters of several units."""
+        """Whether no step loads parameters of several units."""
 
     def add(self, name: str, load: Load, source: str) -> None:
-        """Plan to put a whole parameter, `source` in the checkpoint; a buffer is put at once."""
+        """Plan to load a whole parameter, `source` in the checkpoint; a buffer is filled at once."""
         model = self._store.model
         tensor = load()  # mapped, not read
         check_numbers(self._path, source, tensor.dtype, model.state[name].dtype)
@@ -183,11 +178,11 @@ class _Plan:
             self._store.put_buffer(name, tensor)
 
     def lacks(self, name: str) -> bool:
-        """Whether a parameter of the model's has not been found so far."""
+        """Whether a parameter of the model has not been found so far."""
         return name in self._missing
 
     def _step(self, name: str, tensor: torch.Tensor, source: str) -> Step:
-        """Put a whole parameter, changed by an adapter, or but for what may stay where it is."""
+        """The step that loads a whole parameter, with an adapter's change, or without the part that stays on disk."""
         if (change := self._changes.get(name)) is not None:
             dtype = self._store.model.state[name].dtype
             read = [tensor, *change.tensors]
@@ -198,12 +193,12 @@ class _Plan:
         return Step(lambda: self._put(name, tensor), [tensor], self._spans([(source, tensor)]))
 
     def _spans(self, sources: Iterable[tuple[str, torch.Tensor]]) -> tuple[FileSpan, ...]:
-        """Where tensors lie that are read from their first byte on, by their names in the checkpoint."""
+        """The file ranges of tensors that are read from their first byte on, by their names in the checkpoint."""
         placed = [(*self._places[name], tensor.nbytes) for name, tensor in sources if name in self._places]
         return tuple(FileSpan(file, first, first + num_bytes) for file, first, num_bytes in placed)
 
     def add_packed(self, name: str, sources: list[tuple[str, Load]]) -> None:
-        """Plan to put all parts of a packed parameter, which are `sources` in the checkpoint."""
+        """Plan to load all parts of a packed parameter, which are `sources` in the checkpoint."""
         model, tensors = self._store.model, {source: load() for source, load in sources}  # mapped, not read
 
         def step() -> None:
@@ -218,7 +213,7 @@ class _Plan:
         self._missing.discard(name)
 
     def add_converted(self, target: str, converter: WeightConverter, sources: list[Source]) -> None:
-        """Plan to put what `converter` makes of `sources`; shapes are found by converting tensors on `meta`."""
+        """Plan to load the result of `converter` for `sources`; shapes are found by converting tensors on `meta`."""
         for _, source, load in sources:
             check_numbers(self._path, source, load().dtype, self._store.model.state[target].dtype)
         rounds = rounds_of(self._path, target, converter, sources)
@@ -248,7 +243,7 @@ class _Plan:
         self._steps[target] = Step(step, tensors, spans)
 
     def _shapes(self, target: str, converter: WeightConverter, sources: list[Source]) -> list[tuple[str, torch.Tensor]]:
-        """What `converter` makes of `sources`, on `meta`; `CheckpointError` where their shapes do not go together."""
+        """The result of `converter` for `sources`, on `meta`; `CheckpointError` where their shapes do not fit."""
         try:
             return list(self._convert(target, converter, sources, meta=True))
         except Exception as error:  # whatever its operations meet
@@ -279,9 +274,9 @@ class _Plan:
             )
 
     def by_unit(self) -> dict[str, list[tuple[set[str], Step]]]:
-        """The steps of each unit, in the order of the sweep, and which parameters each of them brings.
+        """The steps of each unit, in the order of the sweep, and the parameters that each of them loads.
 
-        Raises `CheckpointError` when something is missing.
+        Raises `CheckpointError` when a parameter is missing.
         """
         self.check_missing()
         by_unit: dict[str, list[tuple[set[str], Step]]] = {

@@ -1,4 +1,4 @@
-"""Brings mapped tensors into the page cache before they are wanted, by several reads at once."""
+"""Reads mapped tensors into the page cache before they are used, with several reads at once."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 _READERS = 4
 PIECE_BYTES = 8 << 20
-"""Read, and summed, at once."""
+"""The bytes that are read, and checksummed, at once."""
 _MADV_POPULATE_READ = 22
 _AHEAD_BYTES = 2 << 30
-"""Read ahead at most: host memory that is short must not lose the pages again before they are wanted."""
+"""The most bytes to read ahead: when host memory is short, pages must not be evicted before they are used."""
 
 
 @dataclass(frozen=True)
 class FileSpan:
-    """Bytes of a weight file, from `first` to `end`."""
+    """The bytes of a weight file from `first` to `end`."""
 
     file: Path
     first: int
@@ -42,27 +42,27 @@ class FileSpan:
 
 @dataclass(frozen=True)
 class Step:
-    """Something to do, and the mapped tensors that it reads."""
+    """A step of loading, and the mapped tensors that it reads."""
 
     act: Callable[[], None]
     tensors: list[torch.Tensor]
     spans: tuple[FileSpan, ...] = ()
-    """Where the tensors lie in the checkpoint's files, as far as that is known."""
+    """The tensors' ranges in the checkpoint's files, as far as they are known."""
     sums: list[int] | None = None
-    """CRC-32 of each piece of `PIECE_BYTES`, tensor by tensor, if they are to be checked while they are read."""
+    """The CRC-32 of each piece of `PIECE_BYTES`, tensor by tensor, if they are to be checked while they are read."""
     reject: Callable[[], None] = lambda: None
-    """Done instead of `act` where they are not as `sums` has them."""
+    """Called instead of `act` if the checksums differ from `sums`."""
 
 
 _madvise: Any = ctypes.CDLL(None, use_errno=True).madvise if sys.platform == "linux" else None
 
 
 def run_steps(steps: Iterable[Step], follow: Callable[[FileSpan], None]) -> Iterator[None]:
-    """Do `steps` in order, one an iteration, while the tensors of later ones are read from disk.
+    """Execute `steps` in order, one an iteration, while the tensors of later ones are read from disk.
 
-    Copying out of a mapped file takes its page faults in turn, which leaves a fast disk idle most of the time. `follow`
-    is called for the spans of a step when they have been read. Raises `CheckpointError` for a file that cannot be read
-    any more.
+    Copying out of a mapped file takes its page faults one at a time, which leaves a fast disk idle most of the time.
+    `follow` is called for the spans of a step when they have been read. Raises `CheckpointError` for a file that cannot
+    be read any more.
     """
     waiting: deque[tuple[Step, list[Future[int | None]], int]] = deque()
     held = 0
@@ -109,7 +109,7 @@ def _pieces(tensor: torch.Tensor) -> list[np.ndarray[Any, Any]]:
 
 
 def _summed(piece: np.ndarray[Any, Any]) -> int:
-    """CRC-32 of mapped bytes, which are in memory then."""
+    """The CRC-32 of mapped bytes, which are in memory afterwards."""
     _touch(piece)
     return zlib.crc32(piece.data)  # lets go of the interpreter, too
 
@@ -127,7 +127,7 @@ def _touch(piece: np.ndarray[Any, Any]) -> None:
 
 
 def _unreadable(spans: tuple[FileSpan, ...]) -> CheckpointError:
-    """What is wrong with the file of `spans` that could not be brought into memory."""
+    """The error for the file of `spans` that could not be read into memory."""
     for span in spans:
         try:
             _read(span)

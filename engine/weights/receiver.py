@@ -1,4 +1,4 @@
-"""What takes a checkpoint's tensors in."""
+"""The interface of a receiver of a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from engine.model.causal_model import CausalModel
 
 
 class Receiver(Protocol):
-    """What takes a checkpoint's tensors in: the store, or who looks at them beside it."""
+    """Receives a checkpoint's tensors: the store, or a reader that compares them with it."""
 
     @property
     def model(self) -> CausalModel:
-        """Whose parameters they are."""
+        """The model that the parameters belong to."""
 
     def adopt(self, name: str, dtype: torch.dtype, path: Path, first: int) -> int:
-        """How many elements of a parameter, which a file holds from byte `first` on, are to be `put`."""
+        """The number of elements that must be `put`, of a parameter that a file holds from byte `first` on."""
 
     def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
-        """Take a parameter, or consecutive elements of it."""
+        """Receive a parameter, or consecutive elements of it."""
 
     def put_packed(self, name: str, source: str, tensor: torch.Tensor) -> None:
-        """Take a part of a packed parameter, as the checkpoint has it."""
+        """Receive a part of a packed parameter, as stored in the checkpoint."""
 
     def put_buffer(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a persistent buffer."""
+        """Receive a persistent buffer."""
 
     def arrive(self, name: str) -> None:
-        """Be told that all of a parameter was put."""
+        """Note that all of a parameter was put."""
 
 
 @dataclass(frozen=True)
 class Nowhere:
-    """No places, for a plan that nobody carries out."""
+    """A receiver without memory, for a plan that is not executed."""
 
     model: CausalModel
 
     def adopt(self, *_: Any) -> int:
-        """Nothing."""
+        """No elements."""
         return 0
 
     def put(self, *_: Any) -> None:
@@ -49,6 +49,6 @@ class Nowhere:
         raise AssertionError("the plan is only checked")
 
     def put_buffer(self, *_: Any) -> None:
-        """Nothing: the model is not to be filled."""
+        """Do nothing: the model is not to be filled."""
 
     put_packed = arrive = put

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are converted together where experts are merged into one parameter."""
+"""Groups the tensors of a checkpoint that are converted together where experts are merged into one parameter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from engine.errors import CheckpointError
 
 Load = Callable[[], torch.Tensor]
 Source = tuple[str, str, Load]
-"""Pattern of a converter, name in the checkpoint, and how to get the tensor."""
+"""The converter's pattern, the name in the checkpoint, and a function that returns the tensor."""
 
 
 def rounds_of(path: Path, target: str, converter: WeightConverter, sources: list[Source]) -> list[list[Source]]:
-    """Sources that are converted together: all of a parameter, or, where experts are merged, an expert a time.
+    """Sources that are converted together: all of a parameter, or, where experts are merged, one expert at a time.
 
     Raises `CheckpointError` unless all experts have the same tensors, of the same shapes.
     """

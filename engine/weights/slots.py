@@ -1,4 +1,4 @@
-"""Device memory that streamed weights pass through in turn, and what brings them there ahead of the computation."""
+"""Device buffers through which streamed weights pass in turn, and the thread that fills them in advance."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from engine.weights.store import WeightStore
 from engine.weights.sweep_reader import SweepReader
 
 _AT_ONCE = 64 << 20
-"""Bytes of weights in one copy: about a millisecond, for which other copies have to wait that cross the link."""
+"""The bytes of weights in one copy: about a millisecond, for which other copies over the link have to wait."""
 
 
 @dataclass(eq=False)
 class Slot:
-    """Device memory that portions take turns in."""
+    """A device buffer that portions use in turn."""
 
     index: int
     memory: torch.Tensor
@@ -34,15 +34,15 @@ class Slot:
     arrival: Future[Any] | None = None
     in_use: bool = False
     released: Any = None
-    """Event of the last computation that reads the slot."""
+    """The event of the last computation that reads the slot."""
 
 
 class Slots:
-    """A few slots that portions of weights pass through in the order of the sweep, round and round.
+    """A few slots through which portions of weights pass in the order of the sweep, in rotation.
 
-    While one is computed with, those that follow are fetched, by a thread, as far as there are slots. What is on disk
-    is read ahead of that, as far as `read_ahead_bytes` of staging memory reach. In a `group`, this engine's part of a
-    unit is brought to its place in the slot, and then the others'.
+    While one is in use, a thread fetches the portions that follow, as far as there are slots. Portions on disk are read
+    further ahead, as far as `read_ahead_bytes` of staging memory reach. In a `group`, this engine's part of a unit is
+    copied to its place in the slot, and then the others'.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Slots:
         overlap: bool,
         read_ahead_bytes: int,
     ) -> None:
-        """portions: that are streamed, in the order of the sweep."""
+        """portions: those that are streamed, in the order of the sweep."""
         self._store, self._group, self._overlap = store, group, overlap
         arena = store.arena
         self._device = arena.device
@@ -63,7 +63,7 @@ class Slots:
         self._slots = [Slot(index, arena.empty(size, "device")) for index in range(count)]
         self._next = {id(a): b for a, b in pairwise([*portions, *portions[:1]])}
         self._skipped: set[int] = set()
-        """Portions that nobody will ask for when their turn comes next."""
+        """The portions that are not needed in their next turn."""
         self._number = {id(portion): number for number, portion in enumerate(portions)}
         self._reader: SweepReader | None = None
         if any(portion.placed.split.disk for portion in portions):
@@ -83,31 +83,31 @@ class Slots:
 
     @property
     def memories(self) -> list[torch.Tensor]:
-        """Those of all slots, by index."""
+        """The memory of all slots, by index."""
         return [slot.memory for slot in self._slots]
 
     def acquire(self, portion: Portion) -> Slot:
-        """The slot that a portion is in, when it has arrived for the computation; nothing else goes there meanwhile."""
+        """The slot of a portion, when it has arrived for the computation; it is not refilled meanwhile."""
         slot = self._filled(portion)
         self.await_arrival(slot)
         slot.in_use = True
         return slot
 
     def free(self, slot: Slot) -> None:
-        """Let a slot be filled anew, once the computation asked for until now has read it."""
+        """Let a slot be refilled once the computation queued so far has read it."""
         slot.in_use = False
         if self._copy_stream is not None:
             slot.released = accelerator.current_stream(self._device).record_event()
 
     def free_all(self) -> None:
-        """Let all slots be filled anew, and fetch all portions when their turn comes."""
+        """Let all slots be refilled, and fetch all portions in their turn."""
         self._skipped.clear()
         for slot in self._slots:
             if slot.in_use:
                 self.free(slot)
 
     def prefetch(self, portion: Portion) -> None:
-        """Fetch those that follow one, in their order, as far as there are slots that neither it nor they are in."""
+        """Fetch the portions that follow one, in order, as far as there are slots that hold neither it nor them."""
         kept, following = [portion], portion
         while self._overlap and (following := self._next[id(following)]) is not portion:
             if id(following) in self._skipped:
@@ -120,20 +120,20 @@ class Slots:
             kept.append(following)
 
     def skip(self, portions: Iterable[Portion], *, skipped: bool = True) -> None:
-        """Fetch no portions of these ahead of their turn; or do so again."""
+        """Fetch none of these portions ahead of their turn; or do so again."""
         (self._skipped.update if skipped else self._skipped.difference_update)(map(id, portions))
 
     def prefetch_behind(self, portion: Portion) -> None:
-        """Fetch those that follow one which is needed no more, into its slot, too."""
+        """Fetch the portions that follow one which is needed no more, into its slot, too."""
         self.prefetch(portion)
         self.prefetch(self._next[id(portion)])
 
     def slot_with(self, portion: Portion) -> Slot | None:
-        """The slot that a portion is in, or is being brought to."""
+        """The slot that holds a portion, or is being filled with it."""
         return next((slot for slot in self._slots if slot.content is portion), None)
 
     def _filled(self, portion: Portion) -> Slot:
-        """The slot that a portion is in, or is being brought to from now on."""
+        """The slot that holds a portion, or is filled with it from now on."""
         slot = self.slot_with(portion)
         if slot is None:
             free = [slot for slot in self._slots if not slot.in_use]
@@ -142,12 +142,12 @@ class Slots:
         return slot
 
     def fetch(self, portion: Portion, slot: Slot) -> None:
-        """Have a portion brought to a slot, which may be none of these."""
+        """Have a portion copied to a slot, which may be outside of these."""
         slot.content = portion
         slot.arrival = self._fetcher.submit(self._fill, portion, slot)
 
     def await_arrival(self, slot: Slot) -> None:
-        """Let the computation wait until a slot is filled."""
+        """Make the computation wait until a slot is filled."""
         assert slot.arrival is not None
         with self.link_wait.waiting():
             arrived = slot.arrival.result()
@@ -196,11 +196,11 @@ class Slots:
                 target[at : at + size].copy_(blocks[offset : offset + size], non_blocking=not blocking)
 
     def _event(self) -> Any:
-        """An event behind all copies issued so far; None on devices without streams."""
+        """An event after all copies issued so far; None on devices without streams."""
         return None if self._copy_stream is None else accelerator.current_stream(self._device).record_event()
 
     def close(self) -> None:
-        """Stop fetching and let go of the device memory, which the arena frees."""
+        """Stop fetching and release the device memory, which the arena frees."""
         self._fetcher.shutdown(wait=True, cancel_futures=True)
         if self._reader is not None:
             self._reader.close()

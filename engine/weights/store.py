@@ -1,4 +1,4 @@
-"""Weights on their tiers: where every parameter lies, and how it gets there."""
+"""Weights on their tiers: the location of every parameter, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from engine.weights.placed_unit import Place, PlacedUnit
 
 _CHUNK_ELEMENTS = 16 << 20
 _CONVERTED_ELEMENTS = 1 << 20
-"""Converted at once on their way to the disk: it takes memory."""
+"""The most numbers converted at once on their way to the disk, since conversion takes memory."""
 
 
 class WeightStore:
-    """Places a model's parameters by percents, and takes their values in.
+    """Places a model's parameters by percents, and receives their values.
 
-    They may still be arriving while the first sweep runs: whoever reads a unit waits until that is complete. With a
-    codec, the large parameters of the layers are kept encoded. What is on disk lies in the checkpoint's own files where
-    its bytes are those, else in a file for each unit.
+    They may still be arriving while the first sweep runs: readers of a unit wait until it is complete. With a codec,
+    the large parameters of the layers are stored encoded. The disk part of a parameter stays in the checkpoint's own
+    files where its bytes are the same, else it is in a file for each unit.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class WeightStore:
         member: Member | None = None,
         expands_whole: bool = True,
     ) -> None:
-        """member: of several engines that share the weights. expands_whole: encoded experts are not left out of it."""
+        """member: which of several engines that share the weights. expands_whole: decode experts with their unit."""
         self.model = model
         self.member = member
         self.arena = arena
         self.codec = codec
         self._device = arena.device
         self.placed: dict[str, PlacedUnit] = {}
-        """Units that have parameters, by name, in the order of the sweep."""
+        """The units that have parameters, by name, in the order of the sweep."""
         for unit in model.units:
             if unit.owners:
                 self.placed[unit.name] = place_unit(
@@ -62,41 +62,41 @@ class WeightStore:
         }
         shared = None if member is None else shared_weights(self.placed, member, arena.device)
         self.arrivals = Arrivals(self.placed, arena, shared)
-        """Which units are complete, and who brings what."""
+        """Which units are complete, and which process loads what."""
         self.source: OpenedWeights | None = None
         """The checkpoint's files, while they are read."""
         self.digest: WeightDigest | None = None
-        """Of the checkpoint's files."""
+        """The digest of the checkpoint's files."""
 
     def placed_bytes(self) -> dict[str, dict[Tier, int]]:
-        """Bytes of each unit on each tier."""
+        """The bytes of each unit on each tier."""
         return {
             name: {tier: end - first for tier, first, end in placed.tiers()} for name, placed in self.placed.items()
         }
 
     @property
     def adopted_bytes(self) -> int:
-        """Bytes on disk that are read from the checkpoint itself."""
+        """The bytes on disk that are read from the checkpoint itself."""
         places = [place for placed in self.placed.values() for place in placed.places.values()]
         return sum(place.end - place.first for place in places if place.is_adopted)
 
     @property
     def has_codes(self) -> bool:
-        """Whether the codec takes any parameter."""
+        """Whether the codec encodes any parameter."""
         return self.codec is not None and any(placed.coded for placed in self.placed.values())
 
     @property
     def has_rounded(self) -> bool:
-        """Whether the codec takes any parameter, and its numbers are others then."""
+        """Whether the codec encodes any parameter with loss."""
         return self.has_codes and self.codec is not None and self.codec.rounds
 
     @property
     def unit_names(self) -> list[str]:
-        """Units that have parameters, in the order of the sweep."""
+        """The units that have parameters, in the order of the sweep."""
         return list(self.placed)
 
     def stored_form(self, unit: str) -> tuple[str, int]:
-        """What a unit's stored bytes mean, as JSON, and how many they are: the same wherever they are placed."""
+        """The form of a unit's stored bytes, as JSON, and their number: the same wherever they are placed."""
         placed, state = self.placed[unit], self.model.state
         layout = {
             each.name: [each.first, each.end, str(state[each.name].dtype), each.name in placed.coded]
@@ -105,9 +105,9 @@ class WeightStore:
         return json.dumps(layout), placed.num_bytes
 
     def stored_bytes(self, unit: str, first: int, end: int) -> torch.Tensor:
-        """Bytes of a unit that is complete, from `first` to `end`, in host memory; they may be a view.
+        """The bytes of a complete unit, from `first` to `end`, in host memory; they may be a view.
 
-        Of one whose parts are gathered, no engine has all.
+        No engine has all bytes of a unit whose parts are gathered.
         """
         placed = self.placed[unit]
         pieces: list[torch.Tensor] = []
@@ -122,7 +122,7 @@ class WeightStore:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def put_unit(self, unit: str, stored: torch.Tensor) -> None:
-        """Copy all bytes of a unit, as `stored_bytes` gives them, to their places; its parameters arrive by that."""
+        """Copy all bytes of a unit, in the form of `stored_bytes`, to their places; this completes its parameters."""
         placed = self.placed[unit]
         self._claim_host(placed)
         for tier, first, end in placed.tiers():
@@ -154,7 +154,7 @@ class WeightStore:
         self.model.put_buffer(name, tensor)
 
     def put_packed(self, name: str, source: str, tensor: torch.Tensor) -> None:
-        """Copy a part of a packed parameter, as the checkpoint has it, to its place."""
+        """Copy a part of a packed parameter, as stored in the checkpoint, to its place."""
         placed, extent = self._extent_of[name]
         self._claim_host(placed)
         stored = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -172,7 +172,7 @@ class WeightStore:
         self._write(placed, extent.first + first, stored, torch.uint8)
 
     def codec_of(self, name: str) -> WeightCodec | None:
-        """What a parameter is encoded by; None if it is stored as numbers."""
+        """The codec of a parameter; None if it is not encoded."""
         return self.codec if name in self._extent_of[name][0].coded else None
 
     def _write(self, placed: PlacedUnit, begin: int, source: torch.Tensor, dtype: torch.dtype) -> None:
@@ -199,11 +199,11 @@ class WeightStore:
             self.arena.io.write(place.file, [place.span(begin, begin + chunk.numel(), 0)], chunk)
 
     def adopt(self, name: str, dtype: torch.dtype, path: Path, first: int) -> int:
-        """Leave what is placed on disk of a parameter, if it may be, in `path`, which holds it from byte `first` on.
+        """Leave the disk part of a parameter, if possible, in `path`, which holds it from byte `first` on.
 
-        It may where that is a file of the checkpoint, in the file system of `offload-dir`, with the parameter's bytes
-        as they are stored here. Returns how many elements, from the parameter's first on, are still to be `put`. To be
-        called before anything is.
+        It is possible where that is a file of the checkpoint, in the file system of `offload-dir`, with the parameter's
+        bytes in the form stored here. Returns how many elements, from the parameter's first on, must still be `put`. It
+        must be called before anything is put.
         """
         placed, extent = self._extent_of[name]
         like = self.model.state[name]
@@ -217,7 +217,7 @@ class WeightStore:
         return (low - extent.first) // dtype.itemsize
 
     def claim_disk(self) -> None:
-        """Make the files of everything on disk that has not been adopted; `CapacityError` where they have no room."""
+        """Create the files of disk parts that have not been adopted; `CapacityError` where the disk is full."""
         for placed in self.placed.values():
             self._claim(placed)
 
@@ -236,12 +236,12 @@ class WeightStore:
             )
 
     def needs(self, name: str) -> bool:
-        """Whether this process brings anything of a parameter."""
+        """Whether this process loads anything of a parameter."""
         placed, extent = self._extent_of[name]
         return placed.needs(extent)
 
     def arrive(self, name: str) -> None:
-        """Tell that all of a parameter is in place; its unit may be used as soon as that is so of all."""
+        """Note that all of a parameter is in place; its unit may be used as soon as all of them are."""
         placed, _ = self._extent_of[name]
         self.arrivals.begin(placed)
         self.arrivals.arrive(placed, name)
@@ -251,7 +251,7 @@ class WeightStore:
         self.arrivals.give_up(fault)
 
     def wait(self) -> None:
-        """Return when every parameter is in place; raises the fault that kept one from arriving."""
+        """Wait until every parameter is in place; raises the fault that kept one from arriving."""
         for placed in list(self.placed.values()):
             self.wait_for(placed)
         self.check_source()
@@ -262,16 +262,16 @@ class WeightStore:
         return next(self.arrivals.left(), None) is None
 
     def check_source(self) -> None:
-        """Raise `CheckpointError` if the checkpoint was written to while it is read; to be asked after each sweep."""
+        """Raise `CheckpointError` if the checkpoint was written to while being read; call it after each sweep."""
         if self.source is not None:
             self.source.check()
 
     def wait_for(self, placed: PlacedUnit) -> None:
-        """Return when a unit is complete; raises the fault that ended loading."""
+        """Wait until a unit is complete; raises the fault that ended loading."""
         self.arrivals.wait_for(placed)
 
     def close(self) -> None:
-        """Let go of the weights; the arena frees the memory."""
+        """Release the weights; the arena frees the memory."""
         if self.digest is not None:
             self.digest.close()
         if self.source is not None:

@@ -1,4 +1,4 @@
-"""Which parameters of a unit are stored encoded or packed, and how many bytes all of them are then."""
+"""Which parameters of a unit are stored encoded or packed, and the resulting sizes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from engine.model.unit import Unit
 from engine.planning.model_shape import ModelShape
 
 _CODED_PART = 0.01
-"""Smallest share of a unit's numbers that makes a parameter worth encoding; routers and norms are smaller, and stay
-exact."""
+"""The smallest share of a unit's numbers that makes a parameter worth encoding; routers and norms are smaller, and
+stay exact."""
 GROUP_BYTES = 256 << 20
-"""Most that experts' numbers take which are expanded at a time; those of one expert may be more."""
+"""The most bytes of experts that are decoded at a time; a single expert may take more."""
 _PACKED_WORKING_PART = 0.5
-"""As `WeightCodec.working_part`, of matrices that come packed."""
+"""Like `WeightCodec.working_part`, for packed matrices."""
 _GAPS = 1 << 10
-"""Between the parts of experts in a slot, at most."""
+"""The most bytes of gaps between the parts of experts in a slot."""
 _SCORE_COPIES = 3
-"""Scores, position biases and weights of an attention that transformers computes eagerly, in float32."""
+"""The number of float32 copies of scores, position biases and weights in an attention that transformers computes
+eagerly."""
 
 
 def large_matrices(model: CausalModel, unit: Unit) -> frozenset[str]:
-    """Parameters of a unit that a codec may take: large matrices of a layer, and of a head that is not tied."""
+    """The parameters of a unit that a codec may encode: large matrices of a layer, and of a head that is not tied."""
     if not unit.name.startswith(("layer.", "head")):
         return frozenset()
     shapes = {name: model.state[name].shape for name in unit.owners}
@@ -39,36 +40,36 @@ def large_matrices(model: CausalModel, unit: Unit) -> frozenset[str]:
 
 
 def coded_names(model: CausalModel, unit: Unit, codec: WeightCodec) -> frozenset[str]:
-    """Parameters of a unit that a codec takes."""
+    """The parameters of a unit that a codec encodes."""
     if codec.rounds and not unit.name.startswith("layer."):
         return frozenset()
     return frozenset(name for name in large_matrices(model, unit) if codec.takes(name, model.state[name]))
 
 
 def encoded_names(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> frozenset[str]:
-    """Parameters of a unit that are stored encoded, by the codec or as the checkpoint packs them."""
+    """The parameters of a unit that are stored encoded, by the codec or as packed in the checkpoint."""
     packed = frozenset(name for name in unit.owners if name in model.packed)
     return packed or (frozenset() if codec is None else coded_names(model, unit, codec))
 
 
 def stack_names(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> frozenset[str]:
-    """Experts of a unit that are stored encoded, and may be expanded some at a time."""
+    """The experts of a unit that are stored encoded, and may be decoded some at a time."""
     return encoded_names(model, unit, codec) & model.expert_matrices
 
 
 def experts_at_once(like: torch.Tensor) -> int:
-    """How many matrices of experts, of a parameter like this, are expanded at a time."""
+    """The number of matrices of experts, of a parameter like this, that are decoded at a time."""
     return max(1, min(len(like), GROUP_BYTES // like[0].nbytes))
 
 
 def group_bytes(model: CausalModel, names: Iterable[str]) -> int:
-    """What numbers of experts take that are expanded at a time, of these parameters one after the other."""
+    """The bytes of decoded experts at a time, for the larger of these parameters."""
     likes = [model.state[name] for name in names]
     return max((experts_at_once(like) * like[0].nbytes for like in likes), default=0)
 
 
 def stored_sizes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> dict[str, int]:
-    """Bytes of each parameter of a unit, as it is stored."""
+    """The stored bytes of each parameter of a unit."""
     sizes = whole_sizes(model, unit)
     for name in encoded_names(model, unit, codec):
         like = model.state[name]
@@ -80,19 +81,19 @@ def stored_sizes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> d
 
 
 def whole_sizes(model: CausalModel, unit: Unit) -> dict[str, int]:
-    """Bytes of each parameter of a unit, as it is computed with."""
+    """The bytes of each parameter of a unit in its computed form."""
     return {name: model.state[name].numel() * model.state[name].element_size() for name in unit.owners}
 
 
 def least_expanded_bytes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> int:
-    """Bytes of an encoded unit as it is computed with where its experts are expanded some at a time."""
+    """The bytes of an encoded unit in its computed form where its experts are decoded some at a time."""
     stacks = stack_names(model, unit, codec)
     others = sum(size for name, size in whole_sizes(model, unit).items() if name not in stacks)
     return others + group_bytes(model, stacks)
 
 
 def apart_bytes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> int:
-    """The most of a unit's stored bytes that passes through a slot at once, experts by themselves, some at a time."""
+    """The most stored bytes of a unit that pass through a slot at once, with experts separate, some at a time."""
     sizes, stacks = stored_sizes(model, unit, codec), stack_names(model, unit, codec)
     likes = {name: model.state[name] for name in stacks}
     groups = [sizes[name] * experts_at_once(like) // len(like) for name, like in likes.items()]
@@ -100,7 +101,7 @@ def apart_bytes(model: CausalModel, unit: Unit, codec: WeightCodec | None) -> in
 
 
 def _choice_width(model: CausalModel, names: Iterable[str], *, by_torch: bool) -> int:
-    """The most numbers that our function holds of a row for each choice of an expert, of these parameters; else 0."""
+    """The most elements per row and chosen expert that our function holds, for these parameters; else 0."""
     owners = {name: module for unit in model.units for name, (module, _) in unit.owners.items()}
     widest = 0
     for name in names:
@@ -118,7 +119,7 @@ def _choice_width(model: CausalModel, names: Iterable[str], *, by_torch: bool) -
 
 
 def _work_row_bytes(model: CausalModel, *, by_torch: bool) -> int:
-    """Temporaries of one row inside a layer, about, where torch's functions compute experts, or our kernels."""
+    """The approximate bytes of one row's temporaries in a layer, with experts by torch's functions or our kernels."""
     config = model.config.get_text_config()
     inner = count_of(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * model.hidden_size
     choices = count_of(config, "num_experts_per_tok") or 1
@@ -141,12 +142,12 @@ def _work_row_bytes(model: CausalModel, *, by_torch: bool) -> int:
 
 
 def _num_heads(model: CausalModel) -> int:
-    """Heads of its attention; none of a model without."""
+    """The number of attention heads; 0 for a model without."""
     return count_of(model.config.get_text_config(), "num_attention_heads") or 0
 
 
 def shape_of(model: CausalModel, codec: WeightCodec | None = None, cache_codec: Codec | None = None) -> ModelShape:
-    """Sizes that the planner needs, with weights kept as `codec` has them, keys and values as `cache_codec` has."""
+    """The sizes that the planner needs, with weights stored by `codec` and keys and values by `cache_codec`."""
     config = model.config.get_text_config()
     sizes = {unit.name: sum(stored_sizes(model, unit, codec).values()) for unit in model.units}
     coded = [unit for unit in model.units if encoded_names(model, unit, codec)]

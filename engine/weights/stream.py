@@ -1,4 +1,4 @@
-"""The way of weights to the device: through slots, layer by layer, ahead of the computation."""
+"""Streams weights to the device: through slots, layer by layer, ahead of the computation."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from engine.weights.token_embedding import TokenEmbedding
 
 
 class WeightStream:
-    """Brings each unit of a store to the device when its turn comes.
+    """Copies each unit of a store to the device when its turn comes.
 
-    Parameters are views: of the device part where they lie there wholly, else of the slot that their unit passes
+    Parameters are views: of the device part where they are there wholly, else of the slot that their unit passes
     through. Resident bytes of a parameter that is cut by the border are copied within the device. A layer that is
-    stored encoded is expanded once in a sweep, into device memory that all layers use in turn; its slot is free for the
-    next but one from then on, unless experts are expanded from it while the layer is computed. Experts may pass through
-    the slots by themselves, some at a time, behind what else their layer has.
+    stored encoded is decoded once in a sweep, into device memory that all layers use in turn; its slot is free for the
+    next but one from then on, unless experts are decoded from it while the layer is computed. Experts may pass through
+    the slots by themselves, some at a time, after the rest of their layer.
 
-    In a `group`, this engine's part of a layer is brought to its place in the slot, and then the others'. While one
-    layer is computed, the next is gathered and this engine's part of the next but one is brought.
+    In a `group`, this engine's part of a layer is copied to its place in the slot, and then the others'. While one
+    layer is computed, the next is gathered and this engine's part of the next but one is copied.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class WeightStream:
         read_ahead_bytes: int,
         experts_apart: bool = False,
     ) -> None:
-        """experts_apart: those that are expanded some at a time are brought so, too, not with their layer."""
+        """experts_apart: whether experts that are decoded some at a time are also transferred so."""
         self._store = store
         self._model = store.model
         self._overlap = overlap
@@ -50,7 +50,7 @@ class WeightStream:
             self._by_step.append(units["embedding"] if store.model.is_tied else units["head"])
         self._expansion = Expansion(store, self._by_step, apart=experts_apart)
         self._portions = [Portion.whole(each, self._expansion.ranges_apart(each)) for each in self._by_step]
-        """Of each step, what it begins with; without bytes where nothing of it is streamed."""
+        """The portion with which each step begins; empty where nothing of it is streamed."""
         streamed = [
             portion
             for first in self._portions
@@ -60,9 +60,9 @@ class WeightStream:
         self._slots = Slots(store, group, streamed, overlap=overlap, read_ahead_bytes=read_ahead_bytes)
         self._outer = Slot(-1, arena.empty(units["outer"].num_streamed if "outer" in units else 0, "device"))
         self._num_passed = 0
-        """Layers of the sweep at hand that need their slots no more."""
+        """The number of layers of the current sweep that need their slots no more."""
         self._views: dict[int, list[list[Binding]]] = {}
-        """Of a streamed portion, by slot: an odd number of them visits both slots in turn."""
+        """The parameter views of a streamed portion, by slot: an odd number of portions visits both slots in turn."""
         self._bind()
         self._embedding = TokenEmbedding(store.model, units["embedding"], arena, store.wait_for)
 
@@ -96,16 +96,16 @@ class WeightStream:
                 self._views[id(self._portions[-1])] = heads
 
     def look_up_ahead(self, ids: torch.Tensor) -> None:
-        """Start looking up the ids that `look_up` will be called with next, while the device computes."""
+        """Start looking up the ids of the next `look_up` call, while the device computes."""
         if self._overlap:
             self._embedding.look_up_ahead(ids)
 
     def look_up(self, ids: torch.Tensor) -> None:
-        """Prepare the token embedding for `ids` `[sequences, rows]` (on the host): brings just their rows here."""
+        """Prepare the token embedding for `ids` `[sequences, rows]` (on the host): copies just their rows."""
         self._embedding.look_up(ids)
 
     def acquire(self, step: int) -> None:
-        """Wait until layer `step` of those held, or behind them the head, can compute; start fetching the next."""
+        """Wait until layer `step` of those held here, or the head, can compute; start fetching the next."""
         placed, portion = self._by_step[step], self._portions[step]
         if step == 0:
             self._num_passed = 0
@@ -130,7 +130,7 @@ class WeightStream:
             self._num_passed = step + 1
 
     def release(self, step: int) -> None:
-        """Tell that layer `step` has computed; its slot may be filled anew."""
+        """Note that layer `step` has computed; its slot may be refilled."""
         placed, portion = self._by_step[step], self._portions[step]
         self._slots.skip(self._expansion.portions(placed), skipped=False)
         slot = self._slots.slot_with(portion)
@@ -141,24 +141,24 @@ class WeightStream:
         self._num_passed = step + 1
 
     def _is_read_late(self, placed: PlacedUnit) -> bool:
-        """Whether the slot is read while the unit is computed, not only when it is expanded before."""
+        """Whether the slot is read while the unit is computed, not only while it is decoded before."""
         return not placed.coded or (bool(placed.stacks) and not self._expansion.ranges_apart(placed))
 
     def expands_experts(self, step: int) -> bool:
-        """Whether experts of layer `step` are expanded some at a time, by whoever computes them."""
+        """Whether experts of layer `step` are decoded some at a time, by the function that computes them."""
         return bool(self._by_step[step].stacks)
 
     def whole(self, step: int) -> AbstractContextManager[None]:
         """Inside, all experts of layer `step`, which is acquired, are parameters, as stock layers need them.
 
-        Raises `CapacityError` where they are expanded some at a time else, and the device has no room for all.
+        Raises `CapacityError` where they are usually decoded some at a time, and the device has no space for all.
         """
         return self._expansion.whole(self._by_step[step])
 
     def release_all(self) -> None:
-        """Let all slots be filled anew, after a sweep that ended in an error.
+        """Let all slots be refilled, after a sweep that ended in an error.
 
-        The other members of a group go on with the sweep, and wait for this one's part of the layers that are left.
+        The other members of a group go on with the sweep, and wait for this one's part of the remaining layers.
         """
         self._slots.free_all()
         for portion in self._portions[self._num_passed :] if self._group is not None else ():
@@ -168,7 +168,7 @@ class WeightStream:
         self._num_passed = len(self._by_step)
 
     def _bring_outer(self, outer: PlacedUnit) -> None:
-        """Bring what is always needed on the device there, once."""
+        """Copy the parameters that are always needed to the device, once."""
         if not outer.num_streamed:
             self._store.wait_for(outer)
         elif self._outer.content is None:
@@ -176,7 +176,7 @@ class WeightStream:
             self._slots.await_arrival(self._outer)
 
     def close(self) -> None:
-        """Stop fetching and let go of the device memory, which the arena frees."""
+        """Stop fetching and release the device memory, which the arena frees."""
         self._embedding.close()
         self._slots.close()
         self._expansion.close(self._by_step)

@@ -1,4 +1,4 @@
-"""Reads what is on disk of the weights ahead of the sweep, in the order it takes them, so that the disk never waits."""
+"""Reads weights from disk ahead of the sweep, in its order, so that the disk never waits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from engine.memory.disk.file import BLOCK, PIECE_BYTES, READERS, ByteRange, Requ
 from engine.memory.disk.io import DiskIO
 
 _PIECES = 4 * READERS
-"""What the staging memory is cut into, at least: as many are under way as the disk takes, others wait to be copied."""
+"""The least number of pieces of the staging memory: as many are being read as the disk supports, others wait to be
+copied."""
 
 
 def piece_bytes(staging_bytes: int) -> int:
-    """Size of one read into so much staging memory (whole blocks)."""
+    """The size of one read into so much staging memory (whole blocks)."""
     return max(BLOCK, min(PIECE_BYTES, staging_bytes // _PIECES // BLOCK * BLOCK))
 
 
@@ -34,9 +35,9 @@ class _Reading:
 
 
 class SweepReader:
-    """A ring of staging memory, filled by reads of units that the sweep takes one after the other, round and round.
+    """A ring of staging memory, filled by reads of units that the sweep takes one after the other, in rotation.
 
-    Reads run ahead as far as the ring reaches: past the unit in hand, past the end of the sweep. One thread takes.
+    Reads run ahead as far as the ring reaches: past the current unit, past the end of the sweep. One thread takes.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class SweepReader:
         *,
         ahead: bool,
     ) -> None:
-        """`units`: what to read of each, asked for once it `is_ready`; `ahead`: also of those that follow."""
+        """`units`: the reads of each, requested once it `is_ready`; `ahead`: whether to read the units that follow."""
         self._io = io
         self._size = piece_bytes(staging.numel())
         self._staging = staging
@@ -57,13 +58,13 @@ class SweepReader:
         self._is_ready = is_ready
         self._ahead = ahead
         self._free: deque[tuple[int, Any]] = deque((piece, None) for piece in range(staging.numel() // self._size))
-        """Pieces, and the event of the last copy out of each."""
+        """The free pieces, and the event of the last copy out of each."""
         self._under_way: deque[_Reading] = deque()
         self._next = (0, 0)
-        """Unit and number of the request that is to be started next."""
+        """The unit and number of the next request to start."""
 
     def take(self, unit: int, copied: Callable[[], Any]) -> Iterator[tuple[Request, torch.Tensor]]:
-        """Yield a unit's requests, each with the memory that holds its blocks until the next is asked for.
+        """Yield a unit's requests, each with the memory that holds its blocks until the next one is requested.
 
         copied: returns the event of the copy out of it, for which the next read into it waits; None if it is done.
         """
@@ -82,11 +83,11 @@ class SweepReader:
         self._start(unit)
 
     def close(self) -> None:
-        """Return when nothing is under way."""
+        """Wait until nothing is being read."""
         self._drop(-1)
 
     def _drop(self, unit: int) -> None:
-        """Forget what was read ahead of other units; go on with `unit`."""
+        """Discard what was read ahead of other units; go on with `unit`."""
         while self._under_way and self._under_way[0].unit != unit:
             reading = self._under_way.popleft()
             with suppress(Exception):  # a fault of what nobody asked for

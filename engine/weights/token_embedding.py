@@ -1,4 +1,4 @@
-"""The token embedding, never brought to the device whole: only the rows of the tokens in hand, wherever they lie."""
+"""The token embedding, of which only the rows of the current tokens are copied to the device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from engine.model.stub import is_same
 from engine.weights.placed_unit import PlacedUnit
 
 _UNDER_WAY = 2
-"""Copies of looked up rows that the device has not made yet: each keeps page-locked memory, tens of megabytes."""
+"""The most copies of looked up rows that the device has not made yet: each holds tens of megabytes page-locked."""
 
 
 class TokenEmbedding:
     """Looks up rows of a placed embedding, one micro-batch ahead.
 
-    Where it lies on the device wholly, the model's own module does it. Else the module's weights are the rows that were
-    found, and it is called with their numbers.
+    Where all of it is on the device, the model's own module does it. Otherwise the module's weights are the rows that
+    were found, and it is called with their row numbers.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TokenEmbedding:
         )
         self._ahead: tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._copies: deque[Any] = deque()
-        """Events of those that may be under way."""
+        """The events of copies that may be under way."""
         self._ids = self._index = torch.empty(0, dtype=torch.long)
         self._rows = torch.empty(0)
         if table.num_streamed:
@@ -53,7 +53,7 @@ class TokenEmbedding:
             self._after(embedding)
 
     def look_up_ahead(self, ids: torch.Tensor) -> None:
-        """Start looking up the ids that `look_up` will be called with next, while the device computes."""
+        """Start looking up the ids of the next `look_up` call, while the device computes."""
         if self._table.num_streamed:
             self._ahead = ids, self._looker.submit(self._find, ids)
 
@@ -67,7 +67,7 @@ class TokenEmbedding:
         self._rows, self._index = ahead[1].result() if ahead is not None and ahead[0] is ids else self._find(ids)
 
     def _before(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Let the module's weights be the rows that were looked up, and its ids where they are among them."""
+        """Replace the module's weights by the rows that were looked up, and its ids by their row numbers."""
         asked = args[0]
         if "forward" in module.__dict__:  # another one's, which needs no weights
             return None
@@ -81,13 +81,13 @@ class TokenEmbedding:
         return index, *args[1:]
 
     def _after(self, module: nn.Module, *_: Any) -> None:
-        """Let what reads the table besides calling the module get no numbers, instead of those of other tokens."""
+        """Make other readers of the table fail, instead of reading other tokens' rows."""
         like = self._model.state[self._table.extents[0].name]
         nothing = torch.full((), torch.nan, dtype=like.dtype, device=self._device).expand(like.shape)
         module._parameters["weight"] = nn.Parameter(nothing, requires_grad=False)
 
     def _find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the token embedding that `ids` need, on the device, and where among them each id finds its own."""
+        """The rows of the token embedding that `ids` need, on the device, and each id's row number among them."""
         table = self._table
         self._wait_for(table)
         while len(self._copies) >= _UNDER_WAY:
@@ -114,14 +114,14 @@ class TokenEmbedding:
         return rows, index
 
     def _rows_of(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, page-locked if they are to cross the link."""
+        """Rows of the table, page-locked if they are to be copied to a GPU."""
         if part.device.type != "cpu" or not self._has_streams:
             return part.index_select(0, index.to(part.device))
         rows = accelerator.page_locked(len(index), part.shape[1], dtype=part.dtype)
         return torch.index_select(part, 0, index, out=rows)
 
     def _rows_on_disk(self, rows: list[int], row_bytes: int) -> torch.Tensor:
-        """Bytes `[rows, row_bytes]` of rows of the table."""
+        """The bytes `[rows, row_bytes]` of rows of the table."""
         found = accelerator.transit(self._device, len(rows) * row_bytes)
         (place,) = self._table.places.values()
         spans = [
@@ -131,6 +131,6 @@ class TokenEmbedding:
         return found.view(-1, row_bytes)
 
     def close(self) -> None:
-        """Return when nothing is being looked up any more."""
+        """Wait until nothing is being looked up."""
         self._looker.shutdown(wait=True, cancel_futures=True)
         self._ahead = None

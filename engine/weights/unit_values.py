@@ -1,4 +1,4 @@
-"""A checkpoint's parameters as they are there, a unit at a time, beside the weights that are placed."""
+"""Reads a checkpoint's parameters a unit at a time, independently of the placed weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class UnitValues:
     """Reads the weight files of a model directory once, in the order of the sweep, without placing anything.
 
     Parameters come as they are in the files, mapped where names and shapes are the model's, and converted by
-    `transformers`' own mapping where not. Those that are packed come in their parts: nothing is beside them.
+    `transformers`' own mapping where not. Packed parameters come in their parts.
     """
 
     def __init__(self, path: Path, model: CausalModel) -> None:
         """Raises `CheckpointError` as loading does. Nothing is read before `take`."""
         self.model = model
         self.buffers: dict[str, torch.Tensor] = {}
-        """Persistent buffers, by name."""
+        """The persistent buffers by name."""
         self._values: dict[str, torch.Tensor] = {}
         self._stored: dict[str, torch.Tensor] = {}
-        """uint8, of packed parameters."""
+        """The stored bytes uint8 of packed parameters."""
         self._arrived: set[str] = set()
         self._source = OpenedWeights(path)
         try:
@@ -44,7 +44,8 @@ class UnitValues:
     def take(self, unit: Unit) -> dict[str, torch.Tensor]:
         """The parameters of a unit on the host, in the dtypes of the files; of packed ones, uint8 of their parts.
 
-        To be called once for each unit, in the order of the model's. Raises `CheckpointError` if a file was written to.
+        It must be called once for each unit, in the order of the model's. Raises `CheckpointError` if a file was
+        written to.
         """
         while not self._arrived.issuperset(unit.owners):
             next(self._steps)
@@ -52,11 +53,11 @@ class UnitValues:
         return {name: (self._stored if name in self.model.packed else self._values).pop(name) for name in unit.owners}
 
     def adopt(self, name: str, dtype: torch.dtype, path: Path, first: int) -> int:
-        """How many elements are to be `put`: all."""
+        """All elements must be `put`."""
         return self.model.state[name].numel()
 
     def put(self, name: str, tensor: torch.Tensor, first_element: int = 0) -> None:
-        """Take a parameter, or consecutive elements of it."""
+        """Receive a parameter, or consecutive elements of it."""
         like = self.model.state[name]
         if tensor.numel() == like.numel():
             self._values[name] = tensor.reshape(like.shape)
@@ -66,7 +67,7 @@ class UnitValues:
         self._values[name].view(-1)[first_element : first_element + tensor.numel()].copy_(tensor.reshape(-1))
 
     def put_packed(self, name: str, source: str, tensor: torch.Tensor) -> None:
-        """Take a part of a packed parameter."""
+        """Receive a part of a packed parameter."""
         whole = self.model.packed[name]
         if name not in self._stored:
             self._stored[name] = torch.zeros(whole.num_bytes, dtype=torch.uint8)
@@ -74,15 +75,15 @@ class UnitValues:
         self._stored[name][first : first + len(stored)] = stored
 
     def put_buffer(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a persistent buffer."""
+        """Receive a persistent buffer."""
         self.buffers[name] = tensor
 
     def arrive(self, name: str) -> None:
-        """Be told that all of a parameter was put."""
+        """Note that all of a parameter was put."""
         self._arrived.add(name)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         steps = self._steps
         if hasattr(steps, "close"):
             steps.close()

@@ -1,4 +1,4 @@
-"""What every way to compute attention is asked for."""
+"""The interface of attention implementations."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ class Attending:
 
     batch: MicroBatch
     query: torch.Tensor
-    """Rotated, `[rows, heads, dim]`."""
+    """The rotated queries, `[rows, heads, dim]`."""
     key: torch.Tensor
-    """Of the new rows, as the cache will give them back: `[rows, KV heads, dim]`."""
+    """The keys of the new rows as the cache will return them: `[rows, KV heads, dim]`."""
     value: torch.Tensor
-    """The same, `[rows, KV heads, value dim]`."""
+    """The values of the new rows, `[rows, KV heads, value dim]`."""
     cache: KVCache
     layer: int
     rule: AttentionRule
     is_batch_invariant: bool = False
-    """Whether a row's result must have the same bits whatever is computed beside it."""
+    """Whether a row's result must have the same bits whatever the rest of the batch."""
     choice: Choice | None = None
     """The keys that each row attends to; None: all in reach."""
     hands_on: bool = False
     """Whether the next layer may attend to the keys that are chosen here."""
     index: torch.Tensor | None = None
-    """Index keys of the new rows, as the cache will give them back: `[rows, index width]`."""
+    """The index keys of the new rows as the cache will return them: `[rows, index width]`."""
 
     def new(self, rows: slice) -> list[torch.Tensor]:
-        """What the cache keeps of some of the new rows."""
+        """What the cache stores of some of the new rows."""
         return [each[rows] for each in (self.key, self.value, self.index) if each is not None]
 
     @cached_property
     def groups(self) -> int:
-        """Query heads that share a head of keys and values."""
+        """The number of query heads that share a head of keys and values."""
         return self.query.shape[1] // self.key.shape[1]
 
 
 class AttentionBackend(ABC):
-    """One way to compute attention; decode steps are the first rows of a micro-batch, new spans the others."""
+    """An attention implementation; decode steps are the first rows of a micro-batch, new spans the others."""
 
     @abstractmethod
     def can(self, asked: Attending) -> bool:
-        """Whether it computes this layer's rule, on this device, for these sizes."""
+        """Whether it supports this layer's rule, on this device, for these sizes."""
 
     @abstractmethod
     def prefill(self, asked: Attending) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Batch-invariant attention by plain torch: any rule, any device, a context in blocks from its first token on."""
+"""Batch-invariant attention by plain torch, for any rule and device: contexts are processed in blocks."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from engine.model.attention.backend import Attending, AttentionBackend
 from engine.model.attention.rule import AttentionRule, products
 
 _BLOCK = 128
-"""Tokens of a context that are attended to at a time; blocks begin at multiples of it, wherever a prefix ends."""
+"""The number of tokens of a block; blocks begin at its multiples, wherever a prefix ends."""
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
 
 
 class Blockwise(AttentionBackend):
-    """Computes every rule so that a row's result depends on its query and its context alone.
+    """Supports every rule, so that a row's result depends on its query and its context alone.
 
-    Scores, weights and sums are made block by block; blocks that a row does not see change nothing of its result. What
-    happens within a block is left to the arithmetic in force (`BatchInvariant`).
+    Scores, weights and sums are made block by block; blocks that a row does not see do not change its result. Within a
+    block the arithmetic is that of the current mode (`BatchInvariant`).
     """
 
     def can(self, asked: Attending) -> bool:
-        """Always, where results are to have the same bits in any company."""
+        """Whether results must be batch-invariant."""
         return asked.is_batch_invariant
 
     def prefill(self, asked: Attending) -> torch.Tensor:
-        """Span by span."""
+        """Compute span by span."""
         parts = [part for group in asked.batch.context_groups(None) for part in _prefill(asked, group)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode(self, asked: Attending) -> torch.Tensor:
-        """Group by group, on the host where the policy wants it there."""
+        """Compute group by group, on the host where the policy says so."""
         parts = [decode_in_blocks(asked, group) for group in asked.batch.decode_groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -76,8 +76,8 @@ def _attend(
 ) -> torch.Tensor:
     """Rows of sequences `[sequences, rows, heads, dim]` at `positions` `[sequences, rows]`: the same shape.
 
-    Keys and values: of the prefix `[kv heads, length, dim]`, which all continue, and of own tokens
-    `[sequences, kv heads, length, dim]`; those behind a row's position are not seen.
+    Keys and values: of the prefix `[kv heads, length, dim]`, which all continue, and of own tokens `[sequences, kv
+    heads, length, dim]`; those after a row's position are not seen.
     """
     count, num_rows, _, _ = query.shape
     heads = own[0].shape[1]
@@ -121,7 +121,7 @@ def _attend(
 
 
 def _in_blocks(own: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-    """Own keys or values behind what the last blocks of the prefix left over, filled up to whole blocks."""
+    """Own keys or values after the remainder of the prefix's last block, padded to whole blocks."""
     parts = [own] if before is None else [before[None].expand(own.shape[0], -1, -1, -1), own]
     length = sum(part.shape[2] for part in parts)
     parts.append(own.new_zeros(own.shape[0], own.shape[1], -length % _BLOCK, own.shape[3]))

@@ -1,4 +1,4 @@
-"""Attention of new rows to contexts that are gathered whole, by FlashAttention: windows, sinks, narrow values."""
+"""FlashAttention of new rows to contexts that are gathered whole: for windows, sinks and narrow values."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from engine.model.attention.rule import AttentionRule
 
 
 class ContextFlash(Dense):
-    """Prompts on CUDA from sm80 on, in 16 bits, where a window cuts something off, or for sinks, or narrow values.
+    """Prompts on CUDA from sm80 on, in 16 bits, with windows that cut something off, sinks, or narrow values.
 
-    What the first row of a span sees of its prefixes is gathered in front of its own tokens, so that the kernel's
-    window, which ends at the last key, is right for all. A sink is a score without a value: a row's result
-    is divided by what it adds to the sum of exponentials. Values that are narrower than keys get zeros behind them.
+    The prefix tokens that the first row of a span sees are gathered in front of its own tokens, so that the kernel's
+    window, which ends at the last key, is right for all rows. A sink is a score without a value: a row's result is
+    divided by what the sink adds to the sum of exponentials. Values that are narrower than keys are padded with zeros.
     (torch's own choice for those is cuDNN, which plans for tens of milliseconds for each shape and thread.) Decode
-    steps are `Dense`'s.
+    steps use `Dense`.
     """
 
     def can(self, asked: Attending) -> bool:
-        """Where the card has kernels for these heads, scores have no cap, and no chunk ends before a context does."""
+        """Whether the GPU has kernels for these heads, scores have no cap, and chunks cover every context."""
         query, rule, width = asked.query, asked.rule, asked.query.shape[-1]
         has_them = has_kernels(query.device, query.dtype, width, width) and asked.value.shape[-1] <= width
         is_whole = rule.reach.chunk is None or asked.batch.longest <= rule.reach.chunk
         return has_them and is_whole and rule.softcap is None and not asked.is_batch_invariant
 
     def prefill(self, asked: Attending) -> torch.Tensor:
-        """Group by group, each row against the context of its span."""
+        """Compute group by group, each row against the context of its span."""
         parts = []
         for group in asked.batch.context_groups(asked.rule.reach.window):
             output, logsumexp = attend_contexts(asked, group)
@@ -62,10 +62,10 @@ def attend(
     rule: AttentionRule,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[rows, heads, dim]` of several spans, the last of each span's context; as `attend_contexts` returns it.
+    """Rows `[rows, heads, dim]`, each at the end of its span's context; returns what `attend_contexts` returns.
 
-    The number of rows that a span has at most is told as two where it is one: for single rows there is another kernel,
-    which splits contexts.
+    The longest span's number of rows is passed as two where it is one: for single rows there is another kernel, which
+    splits contexts.
     """
     window, narrower = rule.reach.window, query.shape[-1] - value.shape[-1]
     longest = max(longest[0], 2), longest[1]

@@ -13,19 +13,19 @@ from engine.model.attention.rule import products
 
 
 class Dense(AttentionBackend):
-    """Computes every rule, by `scaled_dot_product_attention` where that can, else score by score."""
+    """Supports every rule, by `scaled_dot_product_attention` where possible, else with explicit scores."""
 
     def can(self, asked: Attending) -> bool:
         """Always."""
         return True
 
     def prefill(self, asked: Attending) -> torch.Tensor:
-        """Group by group, under a mask over [prefix | own] where one is needed."""
+        """Compute group by group, with a mask over [prefix | own] where one is needed."""
         parts = [_prefill(asked, group) for group in asked.batch.prefill_groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode(self, asked: Attending) -> torch.Tensor:
-        """Group by group, on the host where the policy wants it there."""
+        """Compute group by group, on the host where the policy says so."""
         parts = [self._decode(asked, group) for group in asked.batch.decode_groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""Attention by FlashAttention kernels, where the card has them: no mask, no padding, no copy of a shared prefix."""
+"""Attention by FlashAttention kernels, where the GPU has them: no mask, no padding, no copy of a shared prefix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MAX_HEAD_DIM = 256
 class Flash(AttentionBackend):
     """Plain softmax on CUDA from sm80 on, in 16 bits.
 
-    Own tokens first; then the rows that continue prefixes against those, of several chains at once; the two are merged
-    by their log-sum-exps, which is exact.
+    Rows attend to own tokens first; then the rows that continue prefixes attend to those, several chains at once; the
+    two results are merged by their log-sum-exps, which is exact.
     """
 
     def can(self, asked: Attending) -> bool:
-        """Where the card has kernels for these heads, plain softmax, no window that cuts anything off."""
+        """Whether the GPU has kernels for these heads, softmax is plain, and no window cuts anything off."""
         query, value = asked.query, asked.value
         has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
         return has_them and asked.rule.is_stock_within(asked.batch.longest)
@@ -39,7 +39,7 @@ class Flash(AttentionBackend):
         return output
 
     def decode(self, asked: Attending) -> torch.Tensor:
-        """Each group's own tokens, wherever those are, then their prefixes."""
+        """Each group's own tokens, on device or host, then their prefixes."""
         batch, query = asked.batch, asked.query
         if len(batch.decode_groups) == 1:
             output, logsumexp = _own(asked, batch.decode_groups[0])
@@ -69,7 +69,7 @@ def has_kernels(device: torch.device, dtype: torch.dtype, key_dim: int, value_di
 def _merge_prefixes(
     asked: Attending, groups: list[PrefixGroup], output: torch.Tensor, logsumexp: torch.Tensor, start: int
 ) -> None:
-    """Add to `output`, whose first row is row `start` of the micro-batch, what its rows attend to of their prefixes."""
+    """Merge the attention of rows to their prefixes into `output`, whose first row is the micro-batch's row `start`."""
     if groups:
         logsumexp = logsumexp.to(output.device, non_blocking=True)  # that of attention on the host is there
     for group in groups:
@@ -85,9 +85,9 @@ def _merge_prefixes(
 
 
 def _own(asked: Attending, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """A decode group's rows against their own tokens, wherever those are: `[rows, heads, dim]`, `[heads, rows]`.
+    """A decode group's rows against their own tokens, on device or host: `[rows, heads, dim]`, `[heads, rows]`.
 
-    The second result is where the keys and values are.
+    The second result is on the device of the keys and values.
     """
     rows = slice(group.first, group.end)
     if asked.cache.is_attended_on_host(group):
@@ -116,10 +116,10 @@ def attend_parts(
     lengths: torch.Tensor | None = None,
     window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts of the rows against parts of the keys, as `borders` of the two say; `longest` are their largest parts.
+    """Attention of parts of the rows to parts of the keys, given by `borders` of both; `longest`: the largest parts.
 
     Queries, keys and values `[rows, heads, dim]` -> `[rows, heads, dim]` and log-sum-exps `[heads, rows]`. Where parts
-    of the keys have room behind them, `lengths` say how long they are. The kernel's causal mask, and a window of so
+    of the keys are followed by unused rows, `lengths` are their lengths. The kernel's causal mask, and a window of so
     many keys, are aligned with the last key of a part, that is, with its last row.
     """
     windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

@@ -1,4 +1,4 @@
-"""Attention of decode steps on the host: over keys and values that stay where they are, in their own type or codes."""
+"""Attention of decode steps on the host, over keys and values in place, in their own dtype or as codes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def attend(
     group: DecodeGroup, query: torch.Tensor, cache: KVCache, layer: int, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend the new rows of a decode group to their own tokens, by plain softmax, without windows.
+    """Attention of the new rows of a decode group to their own tokens, by plain softmax, without windows.
 
-    query `[rows, heads, dim]` -> `[rows, heads, dim]` on its device, and float32 log-sum-exps `[heads, rows]` here.
-    Nobody waits for the copy: the link may be busy with the next layer's weights.
+    query `[rows, heads, dim]` -> `[rows, heads, dim]` on its device, and float32 log-sum-exps `[heads, rows]` on the
+    host. The copy is asynchronous: the link may be busy with the next layer's weights.
     """
     device = query.device
     shape = cache.shapes[layer]

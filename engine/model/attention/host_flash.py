@@ -15,18 +15,18 @@ from engine.schedule.sequence import Prefix
 
 
 class HostFlash(Dense):
-    """Plain softmax on the CPU, without a mask over [prefix | own], which would cost as much again for hidden scores.
+    """Plain softmax on the CPU, without a mask over [prefix | own], whose masked scores would cost as much again.
 
-    Decode steps are `Dense`'s.
+    Decode steps use `Dense`.
     """
 
     def can(self, asked: Attending) -> bool:
-        """On the CPU, heads of one size, plain softmax, no window that cuts anything off."""
+        """On the CPU, with heads of one size, plain softmax, and no window that cuts anything off."""
         is_on_cpu, same_size = asked.query.device.type == "cpu", asked.query.shape[-1] == asked.value.shape[-1]
         return is_on_cpu and same_size and asked.rule.is_stock_within(asked.batch.longest)
 
     def prefill(self, asked: Attending) -> torch.Tensor:
-        """By our kernel in float32; else own tokens of all new spans, then each chain for all that continue it.
+        """With our kernel in float32; else own tokens of all new spans, then each chain for all spans that continue it.
 
         The two results are merged by their log-sum-exps.
         """
@@ -57,7 +57,7 @@ def _prefix(asked: Attending, chain: tuple[Prefix, ...]) -> tuple[torch.Tensor, 
 def _own(
     group: PrefillGroup, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[rows, heads, dim]` against those of their own span: `[rows, heads, dim]`, log-sum-exps `[heads, rows]`."""
+    """Rows `[rows, heads, dim]` against their own span: `[rows, heads, dim]`, log-sum-exps `[heads, rows]`."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     # [parts, heads, rows of a part, dim]
@@ -70,7 +70,7 @@ def _own(
 def _whole(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows `[rows, heads, dim]` against all of a prefix `[kv heads, length, dim]`; as `_own` returns it."""
+    """All rows `[rows, heads, dim]` against all of a prefix `[kv heads, length, dim]`; returns what `_own` returns."""
     heads, groups = key.shape[0], query.shape[1] // key.shape[0]
     # The heads of one group of queries share keys and values: they become further rows, and nothing is copied.
     folded = query.transpose(0, 1).unflatten(0, (heads, groups)).flatten(1, 2)
@@ -87,7 +87,7 @@ def _attend(
     mask: torch.Tensor | None,
     rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `scaled_dot_product_attention` calls, for its second result: float32 log-sum-exps `[…, heads, rows]`."""
+    """The kernel of `scaled_dot_product_attention`, with its second result: float32 log-sum-exps `[…, heads, rows]`."""
     result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=rule.scaling
     )

@@ -1,4 +1,4 @@
-"""The function that `transformers` layers call for attention, and what they may ask of it."""
+"""The attention function that `transformers` layers call, and the options that it supports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
     *(Sparse(), WholeFlash(), Blockwise()),
     *(Flash(), ContextFlash(), HostFlash(), Dense()),
 )
-"""In order of preference; the last one can compute everything."""
+"""The implementations in order of preference; the last one supports everything."""
 
 _IGNORED = frozenset({"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"})
 """Keyword arguments that layers pass to attention and that do not affect its result."""
@@ -115,7 +115,7 @@ def attention(
 
 
 def _index_keys(context: SweepContext, choice: Choice | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Index keys of the new rows as they are to be kept `[rows, index width]`; None where another layer keeps them."""
+    """The index keys of the new rows to be stored, `[rows, index width]`; None where another layer stores them."""
     return None if choice is None or choice.layer != context.layer else choice.stored(dtype)
 
 
@@ -126,9 +126,9 @@ def _reach(
     sliding_window: int | None,
     is_causal: bool | None,
 ) -> Reach:
-    """Which tokens a layer attends to that is called with these arguments, in transformers' default attention.
+    """The tokens that a layer attends to, by these arguments, in transformers' default attention.
 
-    That follows the mask; without one it attends to all tokens before, whatever `sliding_window` says.
+    It follows the mask; without one the layer attends to all earlier tokens, whatever `sliding_window` says.
     """
     if is_causal is False or not getattr(module, "is_causal", True):
         raise UndrivableError("its tokens attend to later ones (is_causal is False)")

@@ -1,4 +1,4 @@
-"""What a family's masks hide: found out by evaluating its own mask functions, never taken on trust."""
+"""Finds out what a family's masks hide by evaluating its own mask functions."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from engine.model.stub import is_same
 from engine.model.undrivable import UndrivableError
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
-"""(sequence, head, position of the query, position of the key) -> whether the one attends to the other."""
+"""(sequence, head, position of the query, position of the key) -> whether the query attends to the key."""
 
 _NEAR = 10
 """All positions below it are compared with each other."""
 _FAR = 23
-"""Positions around powers of two up to this one are compared, too: no window of a model is longer."""
+"""Positions around powers of two up to this one are compared, too: no model has a longer window."""
 
 
 _MOST = 1 << 24
-"""More than all positions that are compared."""
+"""More than the number of compared positions."""
 
 
 @dataclass(eq=False)
 class MaskNotes:
-    """The masks that a model's forward made for its layers, each known by a tensor that stands for it."""
+    """The masks that a model's forward made for its layers, each identified by a placeholder tensor."""
 
     made: list[tuple[torch.Tensor, MaskFunction]] = field(default_factory=list)
 
     def stand_for(self, mask_function: MaskFunction) -> torch.Tensor:
-        """A tensor that the model hands to its layers as the mask."""
+        """A placeholder tensor that the model hands to its layers as the mask."""
         mask = torch.zeros(1, 1, 1, 1)
         self.made.append((mask, mask_function))
         return mask
 
     def knows(self, mask: torch.Tensor) -> bool:
-        """Whether a value stands for one of these masks."""
+        """Whether a value is the placeholder of one of these masks."""
         return any(is_same(mask, known) for known, _ in self.made)
 
     def knows_base(self, value: Any) -> bool:
-        """Whether a value is a tensor that stands for one of these masks, or a view of such a one."""
+        """Whether a tensor is the placeholder of one of these masks, or a view of one."""
         return isinstance(value, torch.Tensor) and any(
             value.device == known.device and value.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
             for known, _ in self.made
         )
 
     def reach_of(self, mask: torch.Tensor) -> Reach | None:
-        """What a tensor stands for; None for one that is not of these masks.
+        """The reach of a placeholder's mask; None for another tensor.
 
         Raises `UndrivableError` for a mask that is neither causal nor a causal window or chunks: only here, because
-        families make masks that none of their layers takes.
+        families make masks that none of their layers uses.
         """
         function = next((function for known, function in self.made if is_same(mask, known)), None)
         if function is None:
@@ -69,7 +69,7 @@ _notes: ContextVar[MaskNotes | None] = ContextVar("mask notes", default=None)
 
 @contextmanager
 def noting_masks() -> Iterator[MaskNotes]:
-    """Inside, masks that this thread's models make are evaluated and noted; elsewhere none is made."""
+    """Inside, masks that this thread's models make are evaluated and noted; outside, none is made."""
     notes = MaskNotes()
     token = _notes.set(notes)
     try:
@@ -81,8 +81,8 @@ def noting_masks() -> Iterator[MaskNotes]:
 def make_mask(*_: Any, mask_function: MaskFunction, **__: Any) -> torch.Tensor | None:
     """The function registered with `transformers.AttentionMaskInterface`.
 
-    While a model is opened it returns what stands for the mask; afterwards None, because the segments of a micro-batch
-    tell who attends to whom.
+    While a model is opened it returns the mask's placeholder; afterwards None, because the segments of a micro-batch
+    determine who attends to whom.
     """
     notes = _notes.get()
     return None if notes is None else notes.stand_for(mask_function)
@@ -120,7 +120,7 @@ def _limit_of(mask_function: MaskFunction, last: int) -> int | None:
 
 
 def _evaluate(mask_function: MaskFunction, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The function at pairs of positions: bool of the shape of `query` and `key`."""
+    """Evaluate the function at pairs of positions: bool of the shape of `query` and `key`."""
     zero = torch.zeros((), dtype=torch.long)
     try:
         with _looked_up_anywhere(mask_function):
@@ -132,9 +132,9 @@ def _evaluate(mask_function: MaskFunction, query: torch.Tensor, key: torch.Tenso
 
 @contextmanager
 def _looked_up_anywhere(mask_function: MaskFunction) -> Iterator[None]:
-    """Inside, what a mask function looks up by position reaches as far as the grid, where all of it is the same.
+    """Inside, per-position tensors of a mask function are extended, with equal values, to cover the whole grid.
 
-    So are groups of images in a text that has none.
+    Among them are the groups of images, of which a text has none.
     """
     with ExitStack() as stack:
         for cell in _cells(mask_function):
@@ -148,7 +148,7 @@ def _looked_up_anywhere(mask_function: MaskFunction) -> Iterator[None]:
 
 
 def _cells(function: Any) -> Iterator[Any]:
-    """Of a function and those that it calls: what they keep."""
+    """The closure cells of a function and of those that it calls."""
     for cell in getattr(function, "__closure__", None) or ():
         yield cell
         kept = cell.cell_contents

@@ -1,4 +1,4 @@
-"""What a decoder layer shows of its attention when it is called without weights."""
+"""Finds the shape of a decoder layer's keys and values by calling it without weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.model.sweep_context import SweepContext
 
 
 def call_on_meta(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> Any:
-    """What `layer`, whose parameters are on `meta`, returns without numbers."""
+    """The result of `layer`, whose parameters are on `meta`, without numbers."""
     context: SweepContext = layer.__dict__["sweeping"]
 
     def on_meta(value: Any) -> Any:
@@ -37,9 +37,9 @@ def call_on_meta(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any)
 def probe_kv_shape(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> KVShape | None:
     """Call `layer`, whose parameters are on `meta`, until it shows its keys and values; None when it never does.
 
-    hidden: `[rows, width]`, as the layer before it is taken to leave it.
+    hidden: `[rows, width]`, the assumed output of the layer before it.
 
-    Raises `UnsupportedError` for a layer whose attention is not what `attention` computes.
+    Raises `UnsupportedError` for a layer whose attention `attention` does not support.
     """
     context: SweepContext = layer.__dict__["sweeping"]
     context.probed = context.handed_on = None

@@ -15,11 +15,11 @@ class AttentionRule:
 
     scaling: float
     reach: Reach
-    """Which tokens a token attends to."""
+    """The tokens that a token attends to."""
     softcap: float | None
-    """Gemma-2's cap of the scores."""
+    """The cap of the scores, as in Gemma-2."""
     sinks: torch.Tensor | None
-    """GPT-OSS's further score of each head `[heads]`, which no value belongs to."""
+    """An additional score of each head without a value, `[heads]`, as in GPT-OSS."""
 
     @property
     def is_stock(self) -> bool:
@@ -27,11 +27,11 @@ class AttentionRule:
         return self.softcap is None and self.sinks is None
 
     def is_stock_within(self, length: int) -> bool:
-        """The same for contexts of at most `length` tokens, of which nothing may be cut off."""
+        """Whether `scaled_dot_product_attention` can compute it for contexts of at most `length` tokens."""
         return self.is_stock and self.reach.is_whole_within(length)
 
     def weights(self, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """float32 scores `[…, heads, rows, keys]` (unscaled) and what to add to them -> float32 weights."""
+        """float32 scores `[…, heads, rows, keys]` (unscaled) and an additive mask -> float32 weights."""
         scores = scores * self.scaling
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap

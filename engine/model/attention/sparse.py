@@ -1,4 +1,4 @@
-"""Sparse attention by plain torch: each row to the keys that an indexer chooses for it."""
+"""Sparse attention by plain torch: each row attends to the keys that an indexer chooses for it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix
 
 _SCORE_COPIES = 3
-"""float32 scores of attention that are held at once: as they are, scaled and masked, and their weights."""
+"""The number of float32 copies of the scores held at once: raw, scaled and masked, and their weights."""
 
 
 class Sparse(AttentionBackend):
-    """Computes every rule where a context has more keys than are chosen, one sequence at a time.
+    """Supports every rule where a context has more keys than are chosen, one sequence at a time.
 
-    Rows are taken some at a time, so that their scores take no more memory than logits may, which come later.
+    Rows are taken in blocks, so that their scores take no more memory than logits may, which come later.
     """
 
     def can(self, asked: Attending) -> bool:
-        """Where keys are chosen, and there are more in some context."""
+        """Whether keys are chosen, and some context has more of them."""
         return asked.choice is not None and asked.batch.longest > asked.choice.top_k
 
     def prefill(self, asked: Attending) -> torch.Tensor:
-        """Span by span; rows of padding get zeros."""
+        """Compute span by span; rows of padding get zeros."""
         first = asked.batch.prefill_first
         result = asked.query.new_zeros(len(asked.query) - first, asked.query.shape[1], asked.value.shape[2])
         chain: tuple[Prefix, ...] = ()
@@ -41,7 +41,7 @@ class Sparse(AttentionBackend):
         return result
 
     def decode(self, asked: Attending) -> torch.Tensor:
-        """Sequence by sequence, on the device: the cache brings a group's own tokens together."""
+        """Compute sequence by sequence, on the device: the cache gathers a group's own tokens."""
         parts = []
         for group in asked.batch.decode_groups:
             own = asked.cache.own_rows(asked.layer, group, *asked.new(slice(group.first, group.end)))
@@ -53,9 +53,9 @@ class Sparse(AttentionBackend):
 
 
 def _attend(asked: Attending, segment: Segment, context: torch.Tensor) -> torch.Tensor:
-    """Rows of a segment to those chosen of `context`: `[rows, heads, value dim]`.
+    """Attention of a segment's rows to the chosen tokens of `context`: `[rows, heads, value dim]`.
 
-    context: the tokens up to the last of the rows, as the cache keeps them, `[tokens, width]`.
+    context: the tokens up to the last of the rows, as the cache stores them, `[tokens, width]`.
     """
     choice = asked.choice
     assert choice is not None
@@ -84,7 +84,7 @@ def _attend(asked: Attending, segment: Segment, context: torch.Tensor) -> torch.
 def _attend_some(
     asked: Attending, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """Rows `[rows, heads, dim]` to what they see, bool `[heads, rows, tokens]`, of keys and values `[kv heads, …]`."""
+    """Rows `[rows, heads, dim]` with mask bool `[heads, rows, tokens]` over keys and values `[kv heads, …]`."""
     rule, heads, groups = asked.rule, key.shape[0], asked.groups
     # The heads of one group of queries share keys and values: they become further rows, and nothing is copied.
     folded = query.transpose(0, 1).unflatten(0, (heads, groups)).flatten(1, 2)  # [kv heads, groups * rows, dim]

@@ -1,4 +1,4 @@
-"""Attention of decode steps whose contexts are told by tensors alone, as a recording of them needs it."""
+"""Attention of decode steps whose contexts are described by tensors alone, as recorded calls need it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def attend_steps(
 ) -> torch.Tensor:
     """Plain softmax by FlashAttention: query `[rows, heads, dim]` -> `[rows, heads, value dim]`.
 
-    Own tokens first, then the prefixes of each level, merged by their log-sum-exps. Every sequence reads its prefixes
-    where they lie, for itself: which of them share one, no shape of a call tells.
+    Rows attend to own tokens first, then to the prefixes of each level; results are merged by their log-sum-exps. Every
+    sequence reads its prefixes in place and for itself, since a call's shapes do not tell which sequences share one.
     """
     key, value = cache.device_table(layer)
     output, logsumexp = _attend(query, key, value, batch, 0, rule)

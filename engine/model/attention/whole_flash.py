@@ -1,4 +1,4 @@
-"""Batch-invariant attention by FlashAttention kernels: each row against its whole context in one pass."""
+"""Batch-invariant attention by FlashAttention kernels: each row attends to its whole context in one pass."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from engine.model.attention.flash import has_kernels
 
 
 class WholeFlash(AttentionBackend):
-    """Plain softmax on CUDA from sm80 on, in 16 bits, where results are to have the same bits in any company.
+    """Plain softmax on CUDA from sm80 on, in 16 bits, with batch-invariant results.
 
     The kernel takes a context block by block from its first token on, and what a row does not see adds nothing; so a
-    row's result depends on its context alone, if that is one: prefixes are gathered in front of own tokens. (Merging
-    two results rounds otherwise than one pass, and the kernel for single rows splits contexts by how many there are.)
+    row's result depends on its context alone, if that is one piece: prefixes are gathered in front of own tokens.
+    (Merging two results rounds otherwise than one pass, and the kernel for single rows splits contexts by their
+    number.)
     """
 
     def can(self, asked: Attending) -> bool:
-        """Where the card has kernels for these heads, plain softmax, no window; whatever the micro-batch's contexts."""
+        """Whether the GPU has kernels for these heads, softmax is plain, and there is no window."""
         query, value, rule = asked.query, asked.value, asked.rule
         has_them = has_kernels(query.device, query.dtype, query.shape[-1], value.shape[-1])
         return asked.is_batch_invariant and has_them and rule.is_stock and rule.reach.is_whole
 
     def prefill(self, asked: Attending) -> torch.Tensor:
-        """Group by group, each row against the context of its span."""
+        """Compute group by group, each row against the context of its span."""
         with plain_arithmetic():
             parts = [attend_contexts(asked, group)[0] for group in asked.batch.context_groups(None)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode(self, asked: Attending) -> torch.Tensor:
-        """Group by group, on the host where the policy wants it there."""
+        """Compute group by group, on the host where the policy says so."""
         parts = []
         for group in asked.batch.decode_groups:
             if asked.cache.is_attended_on_host(group):

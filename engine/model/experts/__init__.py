@@ -1,4 +1,4 @@
-"""Experts of a mixture, computed for all tokens of a micro-batch at once.
+"""Mixture of experts, computed for all tokens of a micro-batch at once.
 
 It imports kernels.
 """

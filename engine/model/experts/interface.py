@@ -1,4 +1,4 @@
-"""The function that `transformers` layers call for the experts of a mixture, and which modules it is taken for."""
+"""The experts function that `transformers` layers call, and the check of which modules it supports."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from engine.model.sweep_context import SweepContext
 EXPERTS_NAME = "flexgen"
 """The name under which `transformers` finds our experts function."""
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
-"""What the interface tells of every module of experts."""
+"""The attributes that the interface sets on every module of experts."""
 _SIZES = (0.1, 1.0, 30.0)
-"""Of the numbers in rows that a gate is tried with: the largest reach its limits."""
+"""The magnitudes of the numbers with which a gate is tested: the largest reach its limits."""
 _ROWS = 4
-"""Of each size."""
+"""The number of rows of each magnitude."""
 
 
 def experts(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The function registered with `transformers.ExpertsInterface`, for modules that are understood.
+    """The function registered with `transformers.ExpertsInterface`, for supported modules.
 
     hidden_states: `[rows, hidden size]`, returned in the same shape; the others `[rows, choices]`.
     """
@@ -45,16 +45,16 @@ def experts(
 
 
 def compute(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What `experts` returns, at once."""
+    """The result of `experts`, without waiting for other micro-batches."""
     context: SweepContext = module.__dict__["sweeping"]
     with context.apart():
         return mixture(_matrices(module), hidden, index, weights)
 
 
 def take_experts(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Let the experts of `model` be computed by our function, if it understands all of them.
+    """Have the experts of `model` computed by our function, if it supports all of them.
 
-    Returns the configs that say so now; none if `transformers`' own functions are left to it.
+    Returns the configs that say so now; none if `transformers`' own functions stay in use.
     """
     modules = _modules_of_experts(model)
     if not all(map(is_understood, modules)):
@@ -68,19 +68,19 @@ def take_experts(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def prepare(module: nn.Module) -> None:
-    """Note in a module that is understood what its gate is, for our function."""
+    """Note in a supported module what its gate is, for our function."""
     module.__dict__["gating"] = gating_of(module)
 
 
 def keep_experts_apart(model: PreTrainedModel) -> None:
-    """Let experts be computed one after the other by `transformers`, each with products of its own rows."""
+    """Have experts computed one after the other by `transformers`, each with products of its own rows."""
     for config in [model.config, model.config.get_text_config(), *_configs_of(_modules_of_experts(model))]:
         config._experts_implementation = "eager"
 
 
 @contextmanager
 def stock_experts(model: PreTrainedModel, configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Inside, experts that are ours by `configs` are computed by what `from_pretrained` takes by default."""
+    """Inside, experts that `configs` assign to our function are computed as `from_pretrained` does by default."""
     for config in configs:
         config._experts_implementation = model.get_correct_experts_implementation(None)
     try:
@@ -91,9 +91,9 @@ def stock_experts(model: PreTrainedModel, configs: list[PreTrainedConfig]) -> It
 
 
 def is_understood(module: nn.Module) -> bool:
-    """Whether a module of experts consists of nothing but two matrices an expert, of one of the known layouts.
+    """Whether a module of experts consists of nothing but two matrices per expert, in one of the known layouts.
 
-    What else transformers' interface may tell (a norm behind the experts, say) and parameters of other names or sizes
+    Other settings of transformers' interface (a norm after the experts, say) and parameters of other names or sizes
     leave a module to transformers' own functions.
     """
     told = vars(module)
@@ -122,7 +122,7 @@ def is_understood(module: nn.Module) -> bool:
 
 
 def _matrices(module: nn.Module) -> Matrices:
-    """Views of the parameters of a module that is understood, which may be bound anew for each sweep."""
+    """Views of the parameters of a supported module, which may be bound anew for each sweep."""
     told: Any = module
     first, second = (stack_of(module, name) for name in matrix_names(module))
     first_bias = (told.gate_up_proj_bias if told.has_gate else told.up_proj_bias) if told.has_bias else None
@@ -134,19 +134,19 @@ def _matrices(module: nn.Module) -> Matrices:
 
 
 def matrix_names(module: nn.Module) -> tuple[str, str]:
-    """What a module that is understood calls the parameters of its two products."""
+    """The names of the two products' parameters in a supported module."""
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
 def names_of_matrices(model: PreTrainedModel) -> frozenset[str]:
-    """Full names of the parameters that `experts` multiplies with, of a model whose experts it computes."""
+    """The full names of the parameters that `experts` multiplies with, in a model whose experts it computes."""
     ours = {id(module) for module in _modules_of_experts(model)}
     named = [(prefix, module) for prefix, module in model.named_modules() if id(module) in ours]
     return frozenset(f"{prefix}.{name}" for prefix, module in named for name in matrix_names(module))
 
 
 def bind_stack(module: nn.Module, name: str, stack: Stack | None) -> None:
-    """Let `experts` take a module's matrices of this name from `stack`; None: they are the parameter."""
+    """Make `experts` take a module's matrices of this name from `stack`; None: from the parameter."""
     stacks: dict[str, Stack] = module.__dict__.setdefault("stacks", {})
     if stack is None:
         stacks.pop(name, None)
@@ -155,13 +155,13 @@ def bind_stack(module: nn.Module, name: str, stack: Stack | None) -> None:
 
 
 def stack_of(module: nn.Module, name: str) -> Stack:
-    """The matrices of this name that `experts` takes: those that were bound, else the parameter."""
+    """The matrices of this name that `experts` uses: the bound stack, else the parameter."""
     found: Stack | None = module.__dict__.get("stacks", {}).get(name)
     return Stack.of(getattr(module, name)) if found is None else found
 
 
 def gating_of(module: nn.Module) -> Gating | None:
-    """The gate that a module computes of rows of its own dtype, found out by calling it; None if it is none we know."""
+    """The gate that a module computes for rows of its own dtype, found by calling it; None if it is unknown."""
     told: Any = module
     if not told.has_gate:
         return None
@@ -183,12 +183,12 @@ def _numbers(module: nn.Module, *names: str) -> list[float]:
 
 
 def _modules_of_experts(model: nn.Module) -> list[nn.Module]:
-    """Those that ask transformers' interface how they are to be computed."""
+    """The modules that ask transformers' interface for the function that computes their experts."""
     return [module for module in model.modules() if vars(module).keys() >= set(_FLAGS)]
 
 
 def _configs_of(modules: list[nn.Module]) -> list[Any]:
-    """The configs that say how they are computed, each once."""
+    """The configs that choose that function, without duplicates."""
     return list({id(module.config): module.config for module in modules}.values())
 
 

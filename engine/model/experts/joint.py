@@ -1,4 +1,4 @@
-"""Experts of several micro-batches computed at once: a layer's forwards wait for each other where they ask for them."""
+"""Computes experts for several micro-batches at once: the forwards of a layer wait for each other at the experts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _Experts = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch
 
 
 class _GivenUp(BaseException):
-    """Ends a forward that waits in vain; no code of a model catches it."""
+    """Ends a forward that waits in vain; a BaseException, so that no model code catches it."""
 
 
 @dataclass(eq=False)
 class _Question:
-    """What a forward asks the experts of a module, as the function registered with `transformers` is asked."""
+    """The arguments with which a forward calls the registered experts function."""
 
     module: nn.Module
     hidden: torch.Tensor
@@ -31,11 +31,11 @@ class _Question:
 
 
 class _Forward:
-    """A call in a thread of its own, which goes on only while the thread that tells it to waits for it."""
+    """A call in a thread of its own, which runs only while the controlling thread waits for it."""
 
     def __init__(self, call: Callable[[], None], device: torch.device) -> None:
         self.asked: _Question | None = None
-        """What it waits for; None before its begin and when it has ended."""
+        """The call that it waits for; None before it starts and after it ends."""
         self._going, self._waiting = Semaphore(0), Semaphore(0)
         self._error: BaseException | None = None
         self._is_given_up = False
@@ -43,7 +43,7 @@ class _Forward:
         self._thread.start()
 
     def go_on(self) -> None:
-        """Return when it waits for experts, or has ended; raises what it has raised."""
+        """Return when it waits for experts, or has ended; raises its exception."""
         self._going.release()
         self._waiting.acquire()
         error, self._error = self._error, None
@@ -54,7 +54,7 @@ class _Forward:
                 del error  # which has this frame, and what the forward held
 
     def ask(self, question: _Question) -> torch.Tensor:
-        """Called by the forward: wait for an answer."""
+        """Called by the forward: wait for the experts' result."""
         self.asked = question
         self._waiting.release()
         self._going.acquire()
@@ -65,7 +65,7 @@ class _Forward:
         return question.found
 
     def end(self) -> None:
-        """Return when the thread has ended; a forward that waits is given up."""
+        """Wait until the thread has ended; a forward that waits is abandoned."""
         self._is_given_up = True
         self._going.release()
         self._thread.join()
@@ -86,19 +86,19 @@ class _Forward:
 
 
 class JointExperts:
-    """Lets forwards of a layer wait until all of them ask for experts, and computes these for the rows of all at once.
+    """Makes forwards of a layer wait until all of them call their experts, and computes those for all rows at once.
 
-    So experts that are stored encoded are expanded once for all of them. One thread runs at a time: what forwards share
-    needs no locks. Each is in the state of torch that a new thread has, but for the device and `no_grad`.
+    So experts that are stored encoded are decoded once for all of them. One thread runs at a time: shared data need no
+    locks. Each thread has torch's default state, except for the device and `no_grad`.
     """
 
     def __init__(self, context: SweepContext, experts: _Experts, device: torch.device) -> None:
-        """context: which says that experts are asked of this object while there are several calls."""
+        """context: the sweep context, which routes experts to this object while there are several calls."""
         self._context, self._experts, self._device = context, experts, device
         self._current: _Forward | None = None
 
     def run(self, calls: Sequence[Callable[[], None]]) -> None:
-        """Make all calls, in their order wherever they go on; raises what one raises, and gives up the others."""
+        """Make all calls, in any interleaving; raises the exception of one, and abandons the others."""
         if len(calls) == 1:
             calls[0]()
             return
@@ -120,7 +120,7 @@ class JointExperts:
                 forward.end()
 
     def ask(self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the experts of a module make of the rows of the forward that asks; it waits for the others."""
+        """The experts' result for the rows of the calling forward; it waits for the others."""
         assert self._current is not None
         batch = self._context.batch
         found = self._current.ask(_Question(module, hidden, index, weights))

@@ -1,1 +1,1 @@
-"""Modules and functions of a model's layers that are one kernel on a card: found out by calling them."""
+"""Modules and functions of a model's layers that one kernel can replace, found by calling them."""

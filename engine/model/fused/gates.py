@@ -1,4 +1,4 @@
-"""Which modules of a model's layers are gated products between linear layers: found out by calling them."""
+"""Finds the modules that are gated products between linear layers, by calling them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from engine.kernels.host import rows as host_rows
 from engine.model.sweep_context import SweepContext
 
 _SIZES = (1e-2, 1.0, 30.0, 1e3)
-"""Of the numbers in rows that a module is tried with: the largest show where it cuts them off."""
+"""The magnitudes of the numbers with which a module is tested: the largest show where it clamps them."""
 _OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "sweeping"})
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A module that computes `last(activation(gate) * up)`, where linear layers give gate and up of the same rows."""
+    """A module that computes `last(activation(gate) * up)`, where linear layers compute gate and up of one input."""
 
     activation: Activation
     first: str
-    """The linear layer that gives the gate."""
+    """The linear layer that computes the gate."""
     second: str | None
-    """The one that gives what the gate is multiplied with; None: the first gives both."""
+    """The linear layer that computes the other factor; None: the first computes both."""
     last: str
     gate_half: int = 0
-    """Of what the first gives, the half that is the gate, where it gives both."""
+    """The half of the first layer's output that is the gate, where it computes both."""
 
     def __call__(self, module: nn.Module, rows: torch.Tensor, product: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """What `module` computes of rows, with `product` in place of `gated`."""
+        """The result of `module` for rows, with `product` in place of `gated`."""
         linear, first = module._modules, module._modules[self.first]
         assert first is not None
         gate = up = first(rows)
@@ -50,16 +50,16 @@ class Gate:
 
 
 def fuse_gates(layers: Iterable[nn.Module], context: SweepContext, device: torch.device, dtype: torch.dtype) -> None:
-    """Let gated products in `layers` be one kernel each, where there is one for the device and the dtype.
+    """Replace gated products in `layers` by one kernel each, where there is one for the device and the dtype.
 
-    A module is one if what it hands to its last linear layer has the bits of `gated`, for random rows.
+    A module is a gated product if the input of its last linear layer has the bits of `gated`, for random rows.
     """
     is_short = dtype in (torch.float16, torch.bfloat16)
     kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.gate_product)
     if kernel is None:
         return
     known: dict[Any, Gate | None] = {}
-    """By what a module is made of: layers have the same ones."""
+    """Results by what a module consists of: most layers have the same."""
     for layer in layers:
         for module in layer.modules():
             if module is layer or "forward" in vars(module) or not _linear_layers(module):
@@ -76,7 +76,7 @@ def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _made_of(module: nn.Module) -> tuple[Any, ...]:
-    """What is the same of modules that compute the same: classes, sizes, and all else that they were given."""
+    """A key that is equal for modules that compute the same: classes, sizes, and all other settings."""
     parts = [("", module), *module.named_modules()]
     return tuple((name, type(part), part.extra_repr(), *_given(part)) for name, part in parts)
 
@@ -88,12 +88,12 @@ def _given(part: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
-    """The gated product that a module computes of rows of `dtype`; None if it is none, or another one."""
+    """The gated product that a module computes for rows of `dtype`; None if it computes something else."""
     linear = _linear_layers(module)
     if len(linear) not in (2, 3) or module._parameters or module._buffers:
         return None
     called: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-    """Linear layers in the order of their calls, what they got and what they gave."""
+    """Linear layers in the order of their calls, with inputs and outputs."""
     width = next(iter(linear.values())).in_features
     generator = torch.Generator().manual_seed(0)
 
@@ -122,7 +122,7 @@ def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
 
 
 def _candidates(before: list[tuple[str, torch.Tensor, torch.Tensor]], last: str) -> Iterator[tuple[Gate, torch.Tensor]]:
-    """Every way in which the product may be made of what linear layers gave, and what that gives."""
+    """Every way in which the linear layers' outputs may form the product, and its result."""
     for activation in Activation:
         if len(before) == 1:
             ((name, _, both),) = before

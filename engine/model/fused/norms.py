@@ -1,4 +1,4 @@
-"""Which modules of a model's layers are norms that have a kernel: found out by calling them, not by their names."""
+"""Finds the modules that are norms with a kernel, by calling them, not by their names."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from engine.model.sweep_context import SweepContext
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _SIZES = (1e-4, 1e-2, 1.0, 30.0)
-"""Of the numbers in rows that a module is tried with: the smallest show what is added to the mean of their squares."""
+"""The magnitudes of the numbers with which a module is tested: the smallest show the epsilon."""
 _OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "sweeping"})
 _ROWS = 16
-"""Of each size."""
+"""The number of rows of each magnitude."""
 
 Norm = RMSNorm | LayerNorm
 
 
 def fuse_norms(layers: Iterable[nn.Module], context: SweepContext, device: torch.device, dtype: torch.dtype) -> None:
-    """Let norms in `layers` be one kernel each, where there is one for the device and the dtype.
+    """Replace norms in `layers` by one kernel each, where there is one for the device and the dtype.
 
-    A module is one if what it returns for random rows has the bits of `RMSNorm` or `LayerNorm` by torch's functions.
+    A module is a norm if its result for random rows has the bits of `RMSNorm` or `LayerNorm` by torch's functions.
     """
     is_short = dtype in (torch.float16, torch.bfloat16)
     kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.norm)
     if kernel is None:
         return
     known: dict[Any, Norm | None] = {}
-    """By what a module is made of: layers have the same norms."""
+    """Results by what a module consists of: most layers have the same norms."""
     for layer in layers:
         for module in layer.modules():
             made = _made_of(module)
@@ -45,7 +45,7 @@ def fuse_norms(layers: Iterable[nn.Module], context: SweepContext, device: torch
 
 
 def _made_of(module: nn.Module) -> tuple[Any, ...]:
-    """What is the same of modules that compute the same: class, sizes, and all else that they were given."""
+    """A key that is equal for modules that compute the same: class, sizes, and all other settings."""
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
     plain = tuple(sorted((k, v) for k, v in own.items() if isinstance(v, bool | int | float | str)))
     shapes = tuple((name, value.shape, value.dtype) for name, value in module.named_parameters())
@@ -54,7 +54,7 @@ def _made_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def norm_of(module: nn.Module, dtype: torch.dtype) -> Norm | None:
-    """The norm that a module computes of rows of `dtype`; None if it is none, or computes another one."""
+    """The norm that a module computes for rows of `dtype`; None if it computes something else."""
     weight, given = module._parameters.get("weight"), dict(module.named_parameters())
     if weight is None or weight.ndim != 1 or not given.keys() <= {"weight", "bias"}:
         return None

@@ -1,4 +1,4 @@
-"""Linear layers that give what they compute to a rectifier alone: found out by calling the layers they are in."""
+"""Finds linear layers whose output only a ReLU uses, by calling their decoder layers."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from engine.model.stub import LayerCall
 from engine.model.sweep_context import SweepContext
 
 _ROWS = 3
-"""That a layer is called with."""
+"""The number of rows with which a layer is called."""
 
 Pair = tuple[str, str]
-"""Names of a linear layer and of the rectifier that gets what it computes."""
+"""The names of a linear layer and of the ReLU that takes its output."""
 
 
 @dataclass(eq=False)
 class _Handed:
-    """What a linear layer has computed for a rectifier that has not taken it yet."""
+    """The output of a linear layer that the ReLU has not taken yet."""
 
     rows: torch.Tensor | None = None
 
 
 def fuse_rectifiers(model: Drivable, device: torch.device, dtype: torch.dtype) -> None:
-    """Let linear layers of `model` cut off negative numbers themselves where a rectifier does nothing else with them.
+    """Fuse ReLU into the linear layers of `model` whose output nothing else uses.
 
-    Only on CUDA devices, in 16 bits. Under `batch-invariant`, products are others.
+    Only on CUDA devices, in 16 bits; not with `batch-invariant`, whose products are others.
     """
     is_wanted = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if not is_wanted or model.is_padded or model.sweeping.is_batch_invariant:
         return
     known: dict[Any, list[Pair]] = {}
-    """By the modules of a layer."""
+    """Results by the modules of a layer."""
     for index, layer in enumerate(model.layers):
         if not any(map(_rectifies, layer.modules())):
             continue
@@ -57,7 +57,7 @@ def fuse_rectifiers(model: Drivable, device: torch.device, dtype: torch.dtype) -
 
 
 def _rectifies(module: nn.Module) -> bool:
-    """Whether a module without parameters gives what `relu` gives, for random numbers."""
+    """Whether a module without parameters equals `relu`, for random numbers."""
     if any(True for _ in module.parameters()) or any(True for _ in module.children()):
         return False
     numbers = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 30
@@ -69,7 +69,7 @@ def _rectifies(module: nn.Module) -> bool:
 
 
 def pairs_of(model: Drivable, index: int) -> list[Pair]:
-    """Linear layers within a layer whose output may be rectified before its rectifier gets it, for random rows."""
+    """The linear layers within a layer whose output may be rectified before its ReLU gets it, for random rows."""
     layer, context = model.layers[index], model.sweeping
     context.is_checking, context.attended, context.layer = True, 0, index
     try:
@@ -87,7 +87,7 @@ def pairs_of(model: Drivable, index: int) -> list[Pair]:
 
 @contextmanager
 def _watched(layer: nn.Module) -> Iterator[list[Pair]]:
-    """Inside, notes which rectifiers are called with the very tensor that a linear layer gave."""
+    """Inside, notes which ReLUs are called with the very tensor that a linear layer returned."""
     given: list[tuple[str, torch.Tensor]] = []
     pairs: list[Pair] = []
 
@@ -111,7 +111,7 @@ def _watched(layer: nn.Module) -> Iterator[list[Pair]]:
 
 
 def _changes_nothing(layer: nn.Module, pair: Pair, rows: torch.Tensor, call: LayerCall, expected: torch.Tensor) -> bool:
-    """Whether a layer gives the same where the linear layer's output is rectified before anybody gets it."""
+    """Whether a layer's result is the same when the linear layer's output is rectified before anything uses it."""
     hook = layer.get_submodule(pair[0]).register_forward_hook(lambda module, inputs, output: output.relu())
     try:
         return torch.equal(states_of(layer, rows, call), expected)
@@ -136,6 +136,6 @@ def _multiplied(
 
 
 def _taken(plain: Callable[[torch.Tensor], torch.Tensor], handed: _Handed, rows: torch.Tensor) -> torch.Tensor:
-    """Rows as they are if the linear layer has rectified them."""
+    """Return rows unchanged if the linear layer has rectified them."""
     known, handed.rows = handed.rows, None
     return rows if rows is known else plain(rows)

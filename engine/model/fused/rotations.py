@@ -1,4 +1,4 @@
-"""Which function of a family turns queries and keys by their positions: found out by calling it, not by its name."""
+"""Finds the function by which a family rotates queries and keys, by calling it, not by its name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from engine.kernels.host import rows as host_rows
 from engine.model.sweep_context import SweepContext
 
 _TAKES = ("q", "k", "cos", "sin")
-"""What such a function calls its arguments."""
+"""The names of such a function's arguments."""
 _ROWS = 5
 _DIM = 16
 _TURNED = (16, 8)
-"""How much of a head is turned: all of it, or what its cosine is long."""
+"""How much of a head is rotated: all of it, or as much as the cosine is long."""
 
 _Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -29,9 +29,9 @@ _Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 def fuse_rotations(
     layers: Iterable[nn.Module], context: SweepContext, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Let rotary position embeddings in `layers` be one kernel each, where there is one for the device and the dtype.
+    """Replace rotary position embeddings in `layers` by one kernel each, where there is one for device and dtype.
 
-    A module's `forward` is called with its own view of its file's names, in which such a function is exchanged; the
+    A module's `forward` is called with its own view of its file's globals, in which such a function is exchanged; the
     function that others see stays as it is.
     """
     is_short = dtype in (torch.float16, torch.bfloat16)
@@ -53,7 +53,7 @@ def fuse_rotations(
 def _with_kernel(
     forward: Callable[..., Any], kernel: Kernel, context: SweepContext, dtype: torch.dtype
 ) -> Callable[..., Any] | None:
-    """`forward` with a kernel in place of rotations; None where it has none that is known."""
+    """`forward` with a kernel in place of rotations; None where it has no known one."""
     inner = inspect.unwrap(forward)
     if not isinstance(inner, FunctionType):
         return None
@@ -67,9 +67,9 @@ def _with_kernel(
 
 
 def numbers_per_pair(function: Any, dtype: torch.dtype) -> int | None:
-    """How often the tables that a function of queries, keys, cosine and sine takes have a number of each turned pair.
+    """How often cosine and sine tables hold each rotated pair's value, for a function of queries, keys, cosine, sine.
 
-    None where it does not give the bits of `rotated`, for rows of `dtype`.
+    None where its result has not the bits of `rotated`, for rows of `dtype`.
     """
     if not isinstance(function, FunctionType) or tuple(inspect.signature(function).parameters)[:4] != _TAKES:
         return None
@@ -104,9 +104,9 @@ def _are_equal(found: Any, expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
 
 
 def _renewed(function: Callable[..., Any], exchanged: dict[str, Any]) -> Callable[..., Any] | None:
-    """The same function, under the same decorators, with other things under some of its global names.
+    """The same function, under the same decorators, with some of its globals replaced.
 
-    None where a decorator does not keep what it decorates in a cell of its own, as closures do.
+    None where a decorator does not keep what it decorates in a closure cell.
     """
     if not isinstance(function, FunctionType):
         return None
@@ -142,7 +142,7 @@ def _rotated(
 
 
 def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, per_pair: int) -> bool:
-    """Whether sizes, dtypes and places are those that the kernel takes."""
+    """Whether the kernel supports these sizes, dtypes and devices."""
     if query.ndim != 4 or key.ndim != 4 or cosine.ndim != 3:
         return False
     _, _, rows, dim = query.shape

@@ -1,1 +1,1 @@
-"""Indexers of sparse attention: modules of layers that choose, by index keys, the keys that a token attends to."""
+"""Indexers of sparse attention: modules that choose, by index keys, the keys that a token attends to."""

@@ -1,4 +1,4 @@
-"""The keys that an indexer chooses for the rows of a micro-batch, by and by as attention asks for them."""
+"""The keys that an indexer chooses for the rows of a micro-batch, computed when attention asks for them."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from engine.schedule.segment import Segment
 
 
 class Chooser(Protocol):
-    """What chooses keys for rows (`Indexer`)."""
+    """The interface of a module that chooses keys for rows (`Indexer`)."""
 
     top_k: int
     score_bytes: int
     dtype: torch.dtype
 
     def choose(self, given: dict[str, Any], keys: torch.Tensor) -> torch.Tensor:
-        """Blocks of keys that rows of one sequence attend to."""
+        """Choose blocks of keys for the rows of one sequence."""
 
     def mask_of(self, chosen: torch.Tensor, length: int) -> torch.Tensor:
-        """The same as a mask of so many tokens."""
+        """The choice as a mask over so many tokens."""
 
 
 class Choice:
-    """Stands for the positions that an indexer chooses, where layers hand these to attention or to the next layer.
+    """A placeholder for the positions that an indexer chooses, where layers pass these to attention or the next layer.
 
-    They are chosen when attention has kept the index keys. What may be handed on is kept.
+    They are chosen when attention has stored the index keys. What may be passed on is kept.
     """
 
     def __init__(self, indexer: Chooser, layer: int, given: dict[str, Any], keys: torch.Tensor) -> None:
-        """given: what the indexer was called with; keys: index keys `[rows, dim]` of these rows."""
+        """given: the arguments of the indexer's call; keys: the index keys `[rows, dim]` of these rows."""
         self._indexer = indexer
         self.layer = layer
-        """Whose index keys they are."""
+        """The layer whose index keys they are."""
         self.top_k = indexer.top_k
-        """Keys that are chosen for each row; all where there are no more."""
+        """The number of keys chosen for each row; all where there are no more."""
         self.score_bytes = indexer.score_bytes
-        """What a row's scores of a key take, about, while keys are chosen."""
+        """The approximate bytes of a row's score of a key while keys are chosen."""
         self.keys = keys
         self._given: dict[str, Any] | None = given
         self._kept: dict[int, torch.Tensor] = {}
-        """Blocks int32 `[groups of heads, rows, blocks]` that were chosen for each segment, by its first row."""
+        """The chosen blocks int32 `[groups of heads, rows, blocks]` of each segment, by its first row."""
 
     @property
     def kept_row_bytes(self) -> int:
-        """What is kept of a row for the next layer, about: positions in 32 bits."""
+        """The approximate bytes of a row that are kept for the next layer: positions in 32 bits."""
         return 4 * self.top_k
 
     def stored(self, dtype: torch.dtype) -> torch.Tensor:
@@ -60,11 +60,11 @@ class Choice:
     def mask(
         self, segment: Segment, first: int, end: int, stored: torch.Tensor | None, *, hands_on: bool
     ) -> torch.Tensor | None:
-        """Which tokens rows `first` to `end` of a segment attend to, of those up to the last of the rows.
+        """The tokens that rows `first` to `end` of a segment attend to, of those up to the last of the rows.
 
-        stored: index keys `[tokens, index width]` of the sequence, as `stored` gave them; None in a layer that is given
-        what another one has chosen. hands_on: whether what is chosen is kept for such a layer. Returns bool
-        `[groups of heads, rows, tokens]`, later tokens not excluded, or None where all are chosen.
+        stored: index keys `[tokens, index width]` of the sequence, as `stored` returned them; None in a layer that gets
+        another layer's choice. hands_on: whether to keep the choice for such a layer. Returns bool `[groups of heads,
+        rows, tokens]`, later tokens not excluded, or None where all are chosen.
         """
         length = segment.span.start + segment.past + end
         if length <= self.top_k:
@@ -82,13 +82,13 @@ class Choice:
         return self._indexer.mask_of(chosen, length)
 
     def _place(self, segment: Segment, like: torch.Tensor) -> torch.Tensor:
-        """Where the blocks chosen for a segment's rows are kept; of rows that attend to all, the first ones."""
+        """The storage of the blocks chosen for a segment's rows; rows that attend to all get the first blocks."""
         if segment.first not in self._kept:
             first_ones = torch.arange(like.shape[-1], dtype=torch.int32, device=like.device)
             self._kept[segment.first] = first_ones.repeat(like.shape[0], segment.num_rows, 1)
         return self._kept[segment.first]
 
     def forget_rows(self) -> None:
-        """Let go of what the indexer was called with, once attention is computed; what was chosen stays."""
+        """Release the arguments of the indexer's call, once attention is computed; the choice stays."""
         self._given = None
         self.keys = self.keys.new_empty(0, *self.keys.shape[1:])  # a view would keep all of it

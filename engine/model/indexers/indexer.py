@@ -19,15 +19,15 @@ from engine.model.sweep_context import SweepContext
 from engine.model.undrivable import UndrivableError
 
 _MANY = 1 << 20
-"""Keys that an indexer is called with, without numbers, to see how many of them it chooses."""
+"""The number of keys, without values, with which an indexer is called to see how many of them it chooses."""
 
 
 class Indexer:
-    """Stands before a stock module that gives index keys to a cache of transformers' and chooses keys by them.
+    """Wraps a stock module that gives index keys to a cache of transformers' and chooses keys by them.
 
     The index keys of all rows of a micro-batch are computed in one call, which ends there. Keys are chosen for rows of
-    one sequence at a time, with nothing padded, and only where there are more than it chooses. Where stock layers are
-    called, so is the module, with no cache.
+    one sequence at a time, with nothing padded, and only where there are more than it chooses. Calls of stock layers
+    reach the module directly, with no cache.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Indexer:
         masks: frozenset[str],
         like: Indexer | None = None,
     ) -> None:
-        """call: of the module's own forward; given: its arguments, without numbers, but for the `masks` among them.
+        """call: of the module's own forward; given: its arguments, without numbers, except the `masks` among them.
 
-        like: one of another layer that is set as it is; how that one chooses is known. Raises `UndrivableError` for a
+        like: an indexer of another layer with the same settings, whose choice is known. Raises `UndrivableError` for a
         module that is not called for rows, or does not choose positions of keys.
         """
         self.module, self._call, self._context, self._masks = module, call, context, masks
@@ -49,7 +49,7 @@ class Indexer:
         self._positions = frozenset(
             name for name, value in given.items() if isinstance(value, torch.Tensor) and value.shape[1:] == lead
         )
-        """Of its arguments, positions of several kinds: `[kinds, sequences, rows]`."""
+        """Its arguments that are several kinds of positions: `[kinds, sequences, rows]`."""
         self.given = self._by_rows(given)
         """Its arguments, without numbers; all begin with `[sequences, rows]`."""
         for name, value in self.given.items():
@@ -61,14 +61,14 @@ class Indexer:
         self._has_heads = keys.ndim == 4
         """Whether index keys are `[sequences, 1, rows, numbers]`."""
         self.dim, self.dtype = keys.shape[-1], keys.dtype
-        """Of index keys."""
+        """The size and dtype of index keys."""
         found: tuple[int, int, int] = self._measured() if like is None else (like.top_k, like.block, like.score_bytes)
         self.top_k: int = found[0]
-        """Keys that are chosen for each row, where there are as many."""
+        """The number of keys chosen for each row, where there are as many."""
         self.block: int = found[1]
-        """Neighbouring keys that are chosen together; blocks begin at multiples of it."""
+        """The number of adjacent keys that are chosen together; blocks begin at its multiples."""
         self.score_bytes: int = found[2]
-        """What a row's scores of a key take, about, while keys are chosen."""
+        """The approximate bytes of a row's score of a key while keys are chosen."""
 
     @property
     def kind(self) -> str:
@@ -76,11 +76,11 @@ class Indexer:
         return type(self.module).__name__
 
     def attach(self) -> None:
-        """Let the module be called through this from now on."""
+        """From now on, calls of the module go through this wrapper."""
         self.module.__dict__["forward"] = self._forward
 
     def begin(self, given: dict[str, Any]) -> Choice:
-        """What will be chosen for the rows of a call, once keys are asked for; its index keys are there."""
+        """Compute the index keys of a call's rows, and return the placeholder of their choice."""
         given = self._by_rows(given)
         return Choice(self, self._context.layer, given, self.keys_of(given))
 
@@ -99,7 +99,7 @@ class Indexer:
 
     @property
     def wants_masks(self) -> bool:
-        """Whether it is called with a mask that hides later tokens, and not with positions alone."""
+        """Whether it needs a mask that hides later tokens, instead of positions alone."""
         return bool(self._masks)
 
     def keys_of(self, given: dict[str, Any]) -> torch.Tensor:
@@ -120,11 +120,11 @@ class Indexer:
         return taken[0]
 
     def choose(self, given: dict[str, Any], keys: torch.Tensor) -> torch.Tensor:
-        """Blocks of keys `[groups of heads, rows, blocks]` that rows of one sequence attend to, -1 for none.
+        """Choose blocks of keys `[groups of heads, rows, blocks]` for the rows of one sequence, -1 for none.
 
         As many as it chooses, or all if there are fewer. given: of the rows alone, `[1, rows, …]`; keys: index keys
-        `[tokens, dim]` of the sequence up to the last of these rows. Those that come later than a row are chosen only
-        where too few come before.
+        `[tokens, dim]` of the sequence up to the last of these rows. Tokens after a row are chosen only where too few
+        come before.
         """
         num_rows, length = next(iter(given.values())).shape[1], len(keys)
         positions = torch.arange(length, device=keys.device)
@@ -132,7 +132,7 @@ class Indexer:
         return self._chosen_by(given | dict.fromkeys(self._masks, seen), keys).flatten(0, -3)
 
     def mask_of(self, chosen: torch.Tensor, length: int) -> torch.Tensor:
-        """What `choose` gave as a mask of so many tokens: bool `[groups of heads, rows, tokens]`."""
+        """The result of `choose` as a mask over so many tokens: bool `[groups of heads, rows, tokens]`."""
         blocks = -(-length // self.block)
         mask = torch.zeros(*chosen.shape[:-1], blocks + 1, dtype=torch.bool, device=chosen.device)
         mask.scatter_(-1, torch.where((chosen < 0) | (chosen > blocks), blocks, chosen).long(), True)
@@ -144,7 +144,7 @@ class Indexer:
         return chosen if not isinstance(chosen, torch.Tensor) or chosen.ndim == 4 else chosen[:, None]
 
     def _measured(self) -> tuple[int, int, int]:
-        """How many keys it chooses, in blocks of how many, and what scores take: seen without numbers."""
+        """The number of keys it chooses, its block size, and the bytes of scores, found without numbers."""
         (few, one_row), (more, three_rows) = self._tried(1, _MANY), self._tried(3, 2 * _MANY)
         if few != more:
             raise UndrivableError(f"its {self.kind} chooses a number of keys that depends on how many there are")
@@ -152,7 +152,7 @@ class Indexer:
         return few * block, block, max(1, int(three_rows - one_row) // 2)
 
     def _tried(self, num_rows: int, length: int) -> tuple[int, float]:
-        """How many blocks of `length` keys are chosen for each row, and the most bytes that this takes for each key."""
+        """The number of blocks of `length` keys chosen for each row, and the most bytes that this takes per key."""
         like = next(iter(self.given.values()))
         given = mapped(lambda rows: rows.new_empty(1, num_rows, *rows.shape[2:], device="meta"), self.given)
         keys = like.new_empty(length, self.dim, dtype=self.dtype, device="meta")
@@ -182,24 +182,24 @@ class Indexer:
 
 
 class _TakenError(Exception):
-    """There are index keys; nothing is to be chosen yet."""
+    """Raised when index keys are there and the call is to end."""
 
 
 class IndexCache(Cache):
-    """A cache that is given index keys, by whichever method of transformers' caches, and gives back others."""
+    """A cache that receives index keys, by any method of transformers' caches, and returns others."""
 
     def __init__(self, update: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """update: from the index keys of new rows to those of all tokens."""
+        """update: maps the index keys of new rows to those of all tokens."""
         super().__init__(layers=EveryLayer([_IndexLayer(update)]))
         self._update = update
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """As transformers' own."""
+        """The same method as in transformers' caches."""
         return self._update(indexer_key_states)
 
 
 class _IndexLayer:
-    """What a family asks that keeps index keys in a cache layer of its own."""
+    """The part of a cache layer that families use which keep index keys in one of their own."""
 
     def __init__(self, update: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.update_index = update

@@ -1,4 +1,4 @@
-"""Whether an indexer chooses for each row by itself, tried with a few rows of random numbers."""
+"""Checks with a few rows of random numbers whether an indexer chooses for each row independently."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from engine.model.undrivable import UndrivableError
 
 _ROWS = 3
 _SEEDS = 5
-"""Keys of the same score are chosen one way or the other; not in all of these."""
+"""Several seeds, since keys of equal score may be chosen either way, though not in all of them."""
 
 
 def try_choice(indexer: Indexer, layer: nn.Module) -> None:
-    """Let an indexer, before it is attached, choose of a few more keys than it chooses, for rows together and alone.
+    """Before an indexer is attached, let it choose from slightly too many keys, for rows together and alone.
 
-    Raises `UndrivableError` where that is not the same, where positions are none, or come twice, and where it does not
-    choose all keys if there are no more. Of a module that cannot be tried, nothing is said.
+    Raises `UndrivableError` where the choices differ, are no positions, or contain duplicates, and where it does not
+    choose all keys if there are no more. For a module that cannot be tried, nothing is checked.
     """
     with tried(layer, indexer.kind, UndrivableError):
         if not any(_is_apart(indexer, seed) for seed in range(_SEEDS)):

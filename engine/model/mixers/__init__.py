@@ -1,1 +1,1 @@
-"""The parts of layers that keep a state: found when a model is opened, and called for groups of sequences."""
+"""The modules of layers that keep a recurrent state: found when a model is opened, called for groups of sequences."""

@@ -1,4 +1,4 @@
-"""How a module that takes a cache is called, by names of its arguments."""
+"""How a module that takes a cache is called, by argument names."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import Cache
 from engine.errors import UnsupportedError
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What a cache is called; the last two before transformers 5.24."""
+"""The names of a cache argument; the last two before transformers 5.24."""
 
 
 def cache_name(forward: Callable[..., Any]) -> str | None:
-    """The parameter of a module's forward that takes a cache; None where none does."""
+    """The parameter of a module's forward that takes a cache; None where there is none."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in _CACHE_NAMES if name in parameters), None)
 
 
 class Call:
-    """How a module's forward, which takes a cache, is called."""
+    """A call of a module's forward that takes a cache."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
@@ -32,7 +32,7 @@ class Call:
         self._cache_name = cache_name(forward) or ""
 
     def named(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        """The arguments by name, but for the cache."""
+        """The arguments by name, without the cache."""
         given = dict(self._signature.bind(*args, **kwargs).arguments)
         given |= given.pop(self._others, {}) if self._others is not None else {}
         return {name: value for name, value in given.items() if name != self._cache_name}
@@ -43,7 +43,7 @@ class Call:
 
     @staticmethod
     def lead(given: dict[str, Any]) -> tuple[int, int]:
-        """Sequences and rows of the hidden states, which are the first of the arguments."""
+        """The sequences and rows of the hidden states, which are the first of the arguments."""
         hidden = next(iter(given.values()), None)
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
             raise UnsupportedError("what keeps a state gets no hidden states [sequences, rows, width] first")

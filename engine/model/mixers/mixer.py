@@ -1,4 +1,4 @@
-"""A module of a layer that keeps a state of each sequence, called for one group of sequences after the other."""
+"""A module of a layer that keeps a recurrent state of each sequence, called for one group of sequences at a time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from engine.model.sweep_context import SweepContext
 
 
 class Mixer:
-    """Stands before a stock module that asks a cache of transformers' for states, and gives it one for each call.
+    """Wraps a stock module that asks a cache of transformers' for states, and gives it one for each call.
 
     The rows of a micro-batch are cut into groups, `[sequences, rows, …]` without padding; rows of padding get zeros.
-    Where stock layers are called, so is the module, with no cache.
+    Calls of stock layers reach the module directly, with no cache.
     """
 
     def __init__(
@@ -33,14 +33,14 @@ class Mixer:
         given: dict[str, Any],
         output: Any,
     ) -> None:
-        """call: of the module's own forward; num_states: that it may keep of a kind; given, output: without numbers."""
+        """call: of the module's own forward; num_states: the most states of a kind; given, output: without numbers."""
         self.module, self.shape, self.given = module, shape, given
         self._context, self._num_states, self._output = context, num_states, output
         self._call = call
         self.continues = False
-        """Whether it is known to take on several tokens from a state."""
+        """Whether it can process several tokens from a state."""
         self.work_row_bytes = 0
-        """What its tensors take for each row of a prompt, as far as that is known."""
+        """The bytes of its temporary tensors per row of a prompt, as far as they are known."""
 
     @property
     def kind(self) -> str:
@@ -48,15 +48,15 @@ class Mixer:
         return type(self.module).__name__
 
     def attach(self) -> None:
-        """Let the module be called through this from now on."""
+        """From now on, calls of the module go through this wrapper."""
         self.module.__dict__["forward"] = self._forward
 
     def new_states(self) -> States:
-        """States of sequences that begin."""
+        """The states of sequences that begin."""
         return States(self._num_states)
 
     def on(self, given: dict[str, Any], states: States) -> Any:
-        """What the module makes of sequences that continue `states`, which afterwards are those behind them."""
+        """The module's result for sequences that continue `states`, which are updated in place."""
         return without_states(self._call.on(given, StatesCache(states)), states)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ class Mixer:
         return whole
 
     def _rows_apart(self, hidden: Any) -> Any:
-        """Something that each row decides by itself, in the form of what the module returns."""
+        """A stand-in result, in the form of the module's, in which rows do not interact."""
 
         def instead(like: torch.Tensor) -> torch.Tensor:
             rows: torch.Tensor = row_product(hidden, prod(like.shape[2:])).unflatten(-1, like.shape[2:])
@@ -90,14 +90,14 @@ class Mixer:
 
 
 def without_states(output: Any, states: States) -> Any:
-    """What a module returned, but for states that it returned besides, whose places are empty."""
+    """The module's result without the states that it also returned; their places are empty."""
     if isinstance(output, torch.Tensor):
         return None if any(output is state for state in states.held().values()) else output
     return type(output)(without_states(x, states) for x in output) if type(output) in (tuple, list) else output
 
 
 def _rows_of(value: Any, lead: tuple[int, int], group: StateGroup) -> Any:
-    """Of what is given for `[sequences, rows]` of a micro-batch, what is given for a group's `[segments, rows]`."""
+    """The group's part `[segments, rows]` of an argument for `[sequences, rows]` of a micro-batch."""
 
     def taken(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.expand(*lead, *rows.shape[2:]).flatten(0, 1)
@@ -109,7 +109,7 @@ def _rows_of(value: Any, lead: tuple[int, int], group: StateGroup) -> Any:
 
 
 def _with(whole: Any, found: Any, lead: tuple[int, int], group: StateGroup) -> Any:
-    """The rows of a micro-batch, with those that were found of a group."""
+    """The rows of a micro-batch, updated with the results of a group."""
     if isinstance(found, torch.Tensor):
         rows = found.flatten(0, 1)
         if group.index is None:

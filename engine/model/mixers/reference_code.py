@@ -1,4 +1,4 @@
-"""transformers' own code in place of the kernels of packages that are installed."""
+"""Replaces kernels of installed packages by transformers' own code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ASKED = "is_torchdynamo_exporting"
 def reference_code() -> Iterator[None]:
     """Inside, families compute by transformers' own functions: kernels run neither without numbers nor on the CPU.
 
-    They are taken for an export, for which transformers does so itself. Other threads do the same meanwhile.
+    transformers does the same during an export, which this pretends. It applies to other threads, too.
     """
     before = getattr(hub_kernels, _ASKED, None)
     if before is None:

@@ -1,4 +1,4 @@
-"""What stock code takes for its cache layer: transformers' own, filled with the states of a group of sequences."""
+"""The cache that stock code gets: transformers' own, filled with the states of a group of sequences."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _KINDS = ("conv", "recurrent")
 
 
 class EveryLayer(list[Any]):
-    """The one layer of a cache, for every layer that asks."""
+    """The one layer of a cache, whatever layer is asked for."""
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(0)
 
 
 class StatesCache(Cache):
-    """A cache of transformers' that holds the states of some sequences in the layer in hand, and nothing else."""
+    """A transformers cache that holds the states of some sequences in the current layer, and nothing else."""
 
     def __init__(self, states: States) -> None:
         super().__init__(layers=EveryLayer([states]))
         self.states = states
 
     def __getattr__(self, name: str) -> Any:
-        """`get_X(layer)` and `set_X(layer, tensor)` of a family whose cache has methods of its own."""
+        """The methods `get_X(layer)` and `set_X(layer, tensor)` of families with a cache of their own."""
         verb, _, what = name.partition("_")
         if not what or verb not in ("get", "set"):
             raise AttributeError(name)
@@ -44,15 +44,15 @@ class StatesCache(Cache):
 
 
 class States(LinearAttentionLayer):
-    """States of some sequences in one layer."""
+    """The states of some sequences in one layer."""
 
     def __init__(self, number_of_states: int = 1) -> None:
         super().__init__(number_of_states)
         self.others: dict[str, torch.Tensor] = {}
-        """What a family's own cache has methods for."""
+        """The states for which a family's own cache has methods."""
 
     def begin(self, shape: StateShape, tensors: list[torch.Tensor]) -> None:
-        """Be behind some tokens; tensors: `[sequences, …]`, which are changed."""
+        """Set the states after some tokens; tensors: `[sequences, …]`, which are changed in place."""
         for told, tensor in zip(shape.tensors, tensors, strict=True):
             kind, _, number = told.name.partition(" ")
             if kind not in _KINDS:
@@ -77,7 +77,7 @@ class States(LinearAttentionLayer):
         }
 
     def taken(self, shape: StateShape, count: int) -> list[torch.Tensor]:
-        """The states of `count` sequences behind the last token; raises `UnsupportedError` where they are others."""
+        """The states of `count` sequences after the last token; raises `UnsupportedError` where they do not fit."""
         held = self.held()
         if held.keys() != {each.name for each in shape.tensors} or any(
             held[each.name].shape != (count, *each.dims) or held[each.name].dtype != each.dtype
@@ -88,7 +88,7 @@ class States(LinearAttentionLayer):
         return [held[each.name] for each in shape.tensors]
 
     def shape(self) -> StateShape:
-        """What one sequence's are."""
+        """The shape of one sequence's states."""
         return StateShape(
             tuple(StateTensor(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.held().items())
         )

@@ -1,4 +1,4 @@
-"""Whether a module hands its state on as its cache is meant, tried with a few rows of random numbers."""
+"""Checks with a few rows of random numbers whether a module uses its cache as expected."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from engine.model.rows_apart import mapped, tried
 
 _ROWS = 6
 _TOLERANCE = 1e-3
-"""Of outputs, relative to the largest: rounding in float32 is far less, and a state that is lost far more."""
+"""The tolerance for outputs, relative to the largest: rounding in float32 is far less, and a lost state far more."""
 
 
 def try_out(mixer: Mixer, layer: nn.Module) -> None:
     """Call a mixer, before it is attached, with two sequences, each alone, in parts, and step by step.
 
-    Sets whether it `continues` with several tokens. Raises `UnsupportedError` where a sequence meets the other or a
-    step behind a state differs from the whole. Of a module that cannot be tried, nothing is said, and it does not
+    It sets whether the mixer `continues` with several tokens. Raises `UnsupportedError` where sequences interact or a
+    step after a state differs from the whole. For a module that cannot be tried, nothing is checked, and it does not
     continue.
     """
     with tried(layer, mixer.kind, UnsupportedError):
@@ -42,7 +42,7 @@ class _Trial:
         self._given: dict[str, Any] = mapped(numbers, mixer.given)
 
     def run(self) -> bool:
-        """Whether several tokens may continue a state; of two sequences that are computed together, one is alone."""
+        """Whether several tokens may continue a state; one of two sequences is also computed alone."""
         kind, middle = self._mixer.kind, _ROWS // 2
         together, _ = self._of(0, _ROWS, slice(0, 2))
         if not torch.isfinite(together).all():
@@ -64,7 +64,7 @@ class _Trial:
     def _of(
         self, first: int, end: int, sequences: slice = slice(1, 2), states: States | None = None
     ) -> tuple[torch.Tensor, States]:
-        """Outputs `[sequences, rows, numbers]` of some rows that continue `states`, and the states behind them."""
+        """The outputs `[sequences, rows, numbers]` of some rows that continue `states`, and the states after them."""
         given = mapped(lambda rows: rows[sequences, first:end], self._given)
         behind = self._mixer.new_states()
         if states is not None:

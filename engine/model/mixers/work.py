@@ -1,4 +1,4 @@
-"""What a module takes of the device while it is at work, counted without numbers."""
+"""Counts the device memory that a module's temporary tensors need, without computing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from engine.model.mixers.mixer import Mixer
 from engine.model.rows_apart import mapped
 
 _ROWS = 256
-"""Of one sequence: whole chunks of those that families cut it into."""
+"""The rows of one sequence: whole chunks in the families that cut sequences into chunks."""
 
 
 def work_row_bytes(mixer: Mixer) -> int:
-    """Bytes that the module's tensors have at their most for each row of a prompt, beyond what it is given.
+    """The peak bytes of the module's temporary tensors per row of a prompt, without its arguments.
 
-    To be called before it is attached, while its parameters are on `meta`. What single operations take besides is not
-    seen.
+    It must be called before the module is attached, while its parameters are on `meta`. Memory that single operations
+    use internally is not counted.
     """
     given = mapped(lambda like: like.new_empty(1, _ROWS, *like.shape[2:], device="meta"), mixer.given)
     buffers = [(module, dict(module._buffers)) for module in mixer.module.modules()]
@@ -36,14 +36,14 @@ def work_row_bytes(mixer: Mixer) -> int:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as there is a tensor on them."""
+    """Counts the bytes of the tensors that operations create, as long as each has a live view."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most: int = 0
         self._now = 0
         self._views: dict[int, int] = {}
-        """By memory: how many tensors are on it."""
+        """The number of live views by memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

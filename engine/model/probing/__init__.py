@@ -1,1 +1,1 @@
-"""What a model's own forward does besides calling its layers."""
+"""Finds out what a model's own forward does apart from calling its layers."""

@@ -1,4 +1,4 @@
-"""Which module of a layer asks its cache for a state, or for index keys, seen without numbers."""
+"""Finds the module of a layer that asks its cache for a state, or for index keys, without numbers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Asking:
     """Finds the innermost modules of a layer that ask for states or index keys, while it is called on `meta`."""
 
     def __init__(self, context: SweepContext, num_states: int) -> None:
-        """num_states: of a kind, that a module may keep."""
+        """num_states: the most states of a kind that a module may keep."""
         self._context, self._num_states = context, num_states
         self.found: list[Mixer] = []
-        """In the layer that was called last."""
+        """The mixers in the layer that was called last."""
         self.indexers: list[Indexer] = []
-        """What chooses its keys by index keys, in that layer."""
+        """The indexers in that layer."""
         self._known: dict[Any, Indexer] = {}
-        """One of each kind, in any layer."""
+        """One of each kind, from any layer."""
 
     @contextmanager
     def within(self, layer: nn.Module) -> Iterator[None]:
-        """Inside, every module of `layer` that takes a cache is tried with one that notes what it is asked for."""
+        """Inside, every module of `layer` that takes a cache is tried with one that notes what is asked of it."""
         self.found, self.indexers = [], []
         modules = [module for module in layer.modules() if module is not layer and cache_name(module.forward)]
         forwards = {module: module.forward for module in modules}
@@ -76,7 +76,7 @@ class Asking:
         return trying
 
     def _choice(self, module: nn.Module, call: Call, given: dict[str, Any]) -> Choice:
-        """What the module as an indexer gives for the keys that it chooses."""
+        """The module, as an indexer, returns a placeholder for the keys that it chooses."""
         masks = frozenset(name for name, value in given.items() if self._context.masks.knows_base(value))
         given = {name: value for name, value in given.items() if name not in masks}
         settings = settings_of(module)
@@ -86,7 +86,7 @@ class Asking:
         return indexer.begin(given)
 
     def _mixer(self, module: nn.Module, call: Call, given: dict[str, Any], states: States, output: Any) -> Mixer:
-        """The module as what keeps the states that it left; refuses what cannot be called for some sequences."""
+        """The module as a mixer with the states that it left; refuses one that cannot be called for single groups."""
         kind, lead = type(module).__name__, call.lead(given)
         for name, value in given.items():
             if not is_of_rows(value, lead):
@@ -98,44 +98,44 @@ class Asking:
 
 
 class _AttendsError(Exception):
-    """The module wants keys and values: it does not keep a state instead."""
+    """Raised when the module wants keys and values: it does not keep a state instead."""
 
 
 class _ChoosesError(Exception):
-    """The module keeps index keys, to choose keys by them."""
+    """Raised when the module stores index keys, to choose keys by them."""
 
 
 class _NotingStates(States):
-    """A layer of such a cache, which may be one of a family's own."""
+    """A layer of such a cache, which may be of a family's own class."""
 
     def update_index(self, *_: Any, **__: Any) -> Any:
-        """Index keys: not from here."""
+        """Refuse index keys."""
         raise _ChoosesError
 
 
 class _NotingCache(StatesCache):
-    """A cache of one layer's states, which notes whether it is given them."""
+    """A cache of one layer's states, which notes whether states are stored in it."""
 
     def __init__(self, states: States) -> None:
         super().__init__(states)
         self.is_given = self.is_attended = False
 
     def update(self, *_: Any, **__: Any) -> Any:
-        """Keys and values: not from here."""
+        """Refuse keys and values."""
         self.is_attended = True
         raise _AttendsError
 
     def update_indexer(self, *_: Any, **__: Any) -> Any:
-        """Index keys: not from here."""
+        """Refuse index keys."""
         raise _ChoosesError
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As transformers' own."""
+        """The same method as in transformers' caches."""
         self.is_given = True
         return super().update_conv_state(*args, **kwargs)
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As transformers' own."""
+        """The same method as in transformers' caches."""
         self.is_given = True
         return super().update_recurrent_state(*args, **kwargs)
 

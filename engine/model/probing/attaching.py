@@ -1,4 +1,4 @@
-"""What is put before modules that keep states and before indexers, once each kind of them has been tried."""
+"""Wraps the modules that keep states, and the indexers, once each kind of them has been tried."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.model.undrivable import UndrivableError
 
 
 def attach_mixers(model: Drivable) -> None:
-    """Let what keeps states be called for one group of sequences after the other, once each kind has been tried."""
+    """Have the modules that keep states called for one group of sequences after another, once each kind was tried."""
     tried: dict[tuple[type[nn.Module], StateShape], Mixer] = {}
     for index, mixer in model.mixers.items():
         first = tried.setdefault((type(mixer.module), mixer.shape), mixer)
@@ -31,7 +31,7 @@ def attach_mixers(model: Drivable) -> None:
 
 
 def attach_indexers(model: Drivable, is_batch_invariant: bool) -> None:
-    """Let what chooses keys be called for the rows of one sequence at a time, once each kind has been tried."""
+    """Have the modules that choose keys called for the rows of one sequence at a time, once each kind was tried."""
     if model.indexers and is_batch_invariant:
         raise UndrivableError(
             "batch-invariant: it chooses keys by an index, whose scores are sums over other shapes in other company; "

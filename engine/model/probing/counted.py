@@ -1,4 +1,4 @@
-"""Which positions a model's own forward counts, and whether it takes those that it is given."""
+"""Checks which positions a model's own forward counts, and whether it uses those that it is given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS, _BEFORE = 3, 5
 
 
 class _LookUps(TorchFunctionMode):
-    """Notes what is looked up in tables."""
+    """Notes the indices of embedding look-ups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,10 +35,10 @@ class _LookUps(TorchFunctionMode):
 
 
 def positions_of(model: Drivable) -> Positions:
-    """What a forward of packed rows makes of given positions, beside what it counts itself behind a cache.
+    """How a forward of packed rows uses given positions, compared with those it counts itself after a cache.
 
-    Raises `UndrivableError` where that is neither the same, nor a constant more, nor positions of its own that change
-    with the cache's length.
+    Raises `UndrivableError` where they are neither equal, nor offset by a constant, nor the forward's own positions
+    that change with the cache's length.
     """
     ids = _ids(model, _ROWS)
     plain = {"input_ids": ids, "use_cache": False}
@@ -65,7 +65,7 @@ def positions_of(model: Drivable) -> Positions:
 
 
 def check_padded_positions(model: Drivable) -> None:
-    """Raise `UnsupportedError` where padding at the left changes what a row of a rectangle gets besides its mask."""
+    """Raise `UnsupportedError` where left padding changes what a row of a rectangle gets, apart from its mask."""
     alone, padded = (_rectangle(model, padding) for padding in (0, 1))
     for one, other in zip(alone, padded, strict=True):
         apart = [at for at, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if sizes[0] != sizes[1]]
@@ -76,7 +76,7 @@ def check_padded_positions(model: Drivable) -> None:
 
 
 def _rectangle(model: Drivable, padding: int) -> list[torch.Tensor]:
-    """What is seen of a sequence behind padding."""
+    """What a forward makes of a sequence after padding."""
     columns = padding + _ROWS
     mask = torch.ones(1, columns, dtype=torch.long)
     mask[:, :padding] = 0
@@ -99,12 +99,12 @@ def _ids(model: Drivable, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a forward does with positions."""
+    """The effect of positions in a forward."""
 
     tensors: list[torch.Tensor]
-    """What tables are looked up with, hidden states, and the numbers that layers are called with besides."""
+    """The indices of look-ups, hidden states, and the other numbers that layers are called with."""
     hands_on: bool
-    """Whether there are such numbers."""
+    """Whether there are such other numbers."""
 
 
 def _seen(model: Drivable, inputs: dict[str, Any]) -> _Seen:
@@ -125,7 +125,7 @@ def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
 
 
 def _offset(one: _Seen, other: _Seen) -> int | None:
-    """How much more the whole numbers of `other` are, if all else is the same; None if they are not the same more."""
+    """The constant by which the integers of `other` are larger, if all else is equal; None if there is none."""
     if [each.shape for each in one.tensors] != [each.shape for each in other.tensors]:
         return None
     steps = set[int]()

@@ -1,4 +1,4 @@
-"""A model's own forward, called without weights: with tokens whose embedding is zeros, and stand-ins for the layers."""
+"""A model's own forward, called without weights: the embedding returns zeros, and stubs replace the layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.model.padded import CacheView, ProbingView
 
 
 def inputs_of(model: Drivable, positions: torch.Tensor) -> dict[str, Any]:
-    """Token 0 at `[sequences, rows]` places, for a forward whose embedding is replaced."""
+    """Token 0 at `[sequences, rows]` positions, for a forward whose embedding is replaced."""
     count, rows = positions.shape
     given: dict[str, Any] = {"input_ids": torch.zeros(count, rows, dtype=torch.long)}
     if not model.is_padded:
@@ -27,7 +27,7 @@ def inputs_of(model: Drivable, positions: torch.Tensor) -> dict[str, Any]:
 
 @contextmanager
 def outer_zeros(model: Drivable) -> Iterator[None]:
-    """Inside, the parameters outside of layers and head are zeros, which take no memory to speak of."""
+    """Inside, the parameters outside of layers and head are zeros, which take almost no memory."""
     # The embedding's, too: some forwards read it besides calling it, and make nothing of that for text.
     owners = dict(chain(model.units[0].owners.items(), model.units[1].owners.items()))
     for name, (module, attribute) in owners.items():

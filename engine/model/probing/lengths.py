@@ -1,4 +1,4 @@
-"""Layers that count the rows of a call on from the length of their cache, instead of taking positions."""
+"""Finds layers that count the rows of a call on from the length of their cache, instead of using positions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from engine.model.probing.forward import inputs_of, outer_zeros
 from engine.model.probing.length_view import LengthView
 
 _NUMBERS = {"layer_idx", "layer_index", "layer_id"}
-"""What modules call the number of their layer."""
+"""The attribute names of a module's layer number."""
 
 
 def asks_lengths(model: Drivable) -> bool:
-    """Whether layers ask their cache how long it is, as far as that shows when they are called on `meta`."""
+    """Whether layers ask their cache for its length, as far as calls on `meta` show it."""
     view, context = LengthView(model.sweeping), model.sweeping
     reaches, is_plain = dict(context.reaches), context.is_plain
     rows = torch.zeros(1, 2, dtype=torch.long)
@@ -38,7 +38,7 @@ def asks_lengths(model: Drivable) -> bool:
 
 
 def _first_of_each(layers: list[nn.Module]) -> list[int]:
-    """The first layer of each kind, by its modules and by what they are set to, but for their number."""
+    """The first layer of each kind, by its modules and their settings, except the layer number."""
     found: dict[tuple[Any, ...], int] = {}
     for index, layer in enumerate(layers):
         found.setdefault(settings_of(layer), index)
@@ -46,7 +46,7 @@ def _first_of_each(layers: list[nn.Module]) -> list[int]:
 
 
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
-    """What tells modules of the same kind, set to the same, from others: all but the number of their layer."""
+    """The settings that distinguish modules of the same class: all but the layer number."""
     return tuple(_settings(name, each) for name, each in module.named_modules())
 
 

@@ -1,4 +1,4 @@
-"""Parameters that a model computes no text with: encoders of images and sound, and what leads from them."""
+"""Finds parameters that a model computes no text with: encoders of images and sound, and their projections."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from engine.model.probing.forward import inputs_of, outer_zeros
 
 
 def unused_parameters(model: Drivable) -> set[str]:
-    """Full names of the outer parameters of modules that the model's own forward of text does not call.
+    """The full names of the outer parameters of modules that the model's own forward of text does not call.
 
-    Those of what lies beside the part that is called (the head) are taken for used. What is wrongly taken for unused
-    stays on `meta`, where computing with it is an error.
+    Modules outside the called part (the head) count as used. A parameter that is wrongly taken for unused stays on
+    `meta`, where computing with it is an error.
     """
     base = model.module.base_model
     inside = {id(module) for module in base.modules()}

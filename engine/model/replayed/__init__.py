@@ -1,4 +1,4 @@
-"""Decode steps as recordings of what the device is asked: made once a shape, then replayed in one call.
+"""Decode steps recorded once per shape and replayed in one call (CUDA graphs).
 
 It imports batches, the cache and the model's parts.
 """

@@ -1,4 +1,4 @@
-"""What the layers of a model are called with, taken apart into tensors and all else."""
+"""Splits the arguments of a model's layers into tensors and everything else."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class Arguments:
-    """Calls of layers: their distinct tensors, and a form that tells everything but the numbers in these."""
+    """Calls of layers: their distinct tensors, and a form that describes all but the numbers in these."""
 
     def __init__(self, calls: Sequence[LayerCall], device: torch.device) -> None:
         """Raises `UnsupportedError` for anything but tensors on `device`, plain values, and lists and dicts of them.
 
-        What an object holds may change from call to call, and nobody would see it.
+        The content of other objects could change from call to call unnoticed.
         """
         self._calls = list(calls)
         self.tensors: list[torch.Tensor] = []
-        """Each once, in the order of their first use."""
+        """The distinct tensors in the order of their first use."""
         numbers: dict[int, int] = {}
 
         def form_of(value: Any) -> Any:
@@ -42,7 +42,7 @@ class Arguments:
             raise UnsupportedError(f"its layers are called with a {type(value).__name__} that cannot be recorded")
 
         self.form: list[Any] = [(call.shape, call.streams, form_of(call.args), form_of(call.kwargs)) for call in calls]
-        """Equal for calls that differ in the numbers of their tensors alone."""
+        """A description that is equal for calls that differ in the numbers of their tensors alone."""
         self._numbers = numbers
 
     def calls_with(self, tensors: Sequence[torch.Tensor]) -> list[LayerCall]:

@@ -1,4 +1,4 @@
-"""All layers for a micro-batch of decode steps of one shape, as one recording that the device replays."""
+"""All layers for decode steps of one shape, as one recording that the device replays."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from engine.model.replayed.arguments import Arguments
 from engine.model.stub import LayerCall
 
 Through = Callable[[StepBatch, torch.Tensor, Sequence[LayerCall]], torch.Tensor]
-"""Takes hidden states `[rows, width]` of a micro-batch through all layers."""
+"""A function that takes hidden states `[rows, width]` of a micro-batch through all layers."""
 
 
 class Recording:
-    """What the device is asked for one shape; what changes from step to step lies in memory of this object."""
+    """The recorded work for one shape; the inputs of each step are copied into memory of this object."""
 
     def __init__(
         self,
@@ -26,9 +26,9 @@ class Recording:
         through: Through,
         recorder: accelerator.Recorder,
     ) -> None:
-        """Record, without computing anything; kernels must have been compiled by a call of `through` before.
+        """Record, without computing anything; a call of `through` before must have compiled the kernels.
 
-        Raises `RuntimeError` where the model asks for what cannot be recorded.
+        Raises `RuntimeError` where the model does what cannot be recorded.
         """
         self._batch = batch
         self._batch.segments = []  # it outlives those who decode
@@ -39,11 +39,11 @@ class Recording:
         self._replay, self._found = recorder.record(lambda: through(batch, self._hidden, calls))
 
     def fits(self, arguments: Arguments) -> bool:
-        """Whether layers are called as they were recorded, but for numbers in tensors."""
+        """Whether layers are called as they were recorded, except for the numbers in tensors."""
         return self._form == arguments.form
 
     def run(self, batch: StepBatch, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """Hidden states `[rows, width]` behind the last layer, of a micro-batch of the same shape."""
+        """The hidden states `[rows, width]` after the last layer, for a micro-batch of the same shape."""
         if batch is not self._batch:
             self._batch.take(batch)
         self._hidden.copy_(hidden)

@@ -1,4 +1,4 @@
-"""Which micro-batches are replayed, and the recordings of their shapes."""
+"""Chooses which micro-batches are replayed, and holds the recordings of their shapes."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ _MOST_RECORDINGS = 32
 
 
 class Steps:
-    """Takes decode steps through all layers at once: a shape's first micro-batch as it is, from the second on replayed.
+    """Takes decode steps through all layers at once: the first micro-batch of a shape directly, later ones by replay.
 
-    For models all of whose weights lie on the device as numbers, and layers that our attention function serves.
+    It is for models whose weights are all on the device and not encoded, with layers that use our attention function.
     """
 
     def __init__(self, model: CausalModel, cache: KVCache, *, is_wanted: bool) -> None:
         self._model, self._cache = model, cache
         self._is_wanted = is_wanted
         self._recordings: OrderedDict[StepShape, Recording | None] = OrderedDict()
-        """None for a shape that was computed once."""
+        """The recordings by shape; None for a shape that was computed once."""
         self._places: list[int] = []
-        """Where the cache's tables were when these were made."""
+        """The addresses of the cache's tables when the recordings were made."""
         self._recorder: accelerator.Recorder | None = None
         self.refusal: str | None = None
-        """Why no more is recorded; None while nothing failed."""
+        """Why nothing more is recorded; None while nothing failed."""
         self.num_replays = 0
 
     def take(self, segments: list[Segment]) -> StepBatch | None:
-        """The micro-batch of `segments`, if it is to be run here."""
+        """The micro-batch of `segments`, if it can be run here."""
         if not self._is_wanted or self.refusal is not None or not are_steps(segments):
             return None
         return StepBatch(segments, self._model.device)
 
     def run(self, batch: StepBatch) -> torch.Tensor:
-        """Hidden states `[steps, width]` behind the last layer; weights must be in place, embeddings looked up."""
+        """The hidden states `[steps, width]` after the last layer; weights must be loaded, embeddings looked up."""
         hidden, calls = self._model.record(batch.inputs())
         found = self._replayed(batch, hidden, calls)
         return (self._through(batch, hidden, calls) if found is None else found)[: batch.num_steps]
 
     def _replayed(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor | None:
-        """The same of a replay; None where there is nothing to replay yet, or ever."""
+        """The result of a replay; None where there is no recording, yet or at all."""
         if self.refusal is not None:  # since this sweep began
             return None
         if (places := self._cache.device_places()) != self._places:
@@ -89,12 +89,12 @@ class Steps:
         return Recording(batch, hidden, arguments, self._through, self._recorder)
 
     def clear(self) -> None:
-        """Let go of all recordings and their memory."""
+        """Release all recordings and their memory."""
         self._recordings.clear()
         self._recorder = None
 
     def forget(self, reason: str) -> None:
-        """The same, and make no more."""
+        """Release all recordings, and make no more."""
         self.clear()
         self.refusal = reason
 

@@ -1,4 +1,4 @@
-"""What a draft model takes of the memory that a policy is fitted to.
+"""The memory that a draft model takes of what a policy is fitted to.
 
-As its room, it imports no torch.
+Like its parent package, it imports no torch.
 """

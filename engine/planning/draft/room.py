@@ -1,4 +1,4 @@
-"""Memory of the device that a draft model takes beside the model that it drafts for (pure)."""
+"""The device memory of a draft model, next to the model that it drafts for (pure)."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from engine.planning.sharing import Sharing
 from engine.policy import Policy, Share
 
 _ROWS = {"cpu": SMALL_BATCH_ROWS, "other": 1024}
-"""Of a draft model's micro-batches: it is small, so more save little."""
+"""The rows of a draft model's micro-batches: the model is small, so more rows save little."""
 _LOGITS_BYTES = 32 << 20
-"""Of a chunk of its logits, at most: each sequence asks for one row."""
+"""The most bytes of a chunk of its logits: each sequence needs one row."""
 _MOST_PART = 0.75
-"""Of the device memory that the model leaves to its KV cache, what the draft's may take where that may lie elsewhere: a
-draft's keys and values save more transfers there than the model's."""
+"""The most that the draft's cache may take of the device memory that the model leaves to its KV cache, where the
+model's can be elsewhere: a draft's keys and values save more transfers there than the model's."""
 _ROUNDS = 20
-"""Of making up what depends on itself; each leaves less than half of the error."""
+"""The number of fixed-point iterations; each leaves less than half of the error."""
 _DEVICE = Share(gpu=100, cpu=0)
 DRAFT_POLICY = Policy(weights=_DEVICE, kv_cache=_DEVICE, activations=_DEVICE)
-"""All of a draft model lies on the device."""
+"""The policy of a draft model: everything on the device."""
 
 
 @dataclass(frozen=True)
 class DraftRoom:
-    """Shares a device out between a model and its draft."""
+    """Divides a device's memory between a model and its draft."""
 
     shape: ModelShape
     draft: ModelShape
     policy: Policy
     memory: Memory
-    """All that there is for both."""
+    """The memory available to both."""
     on_cpu: bool
     sharing: Sharing
 
     @property
     def least(self) -> int:
-        """Device memory for the draft's weights and the work on them."""
+        """The device memory for the draft's weights and workspace."""
         return self._needed(0)
 
     def with_cache(self, device: int, budgets: Mapping[Tier, int]) -> int:
-        """The same with a KV cache of as many tokens as the model's, as far as the device has room for them.
+        """`least`, and a KV cache for as many tokens as the model's, as far as the device has space for them.
 
-        Beside `least`, the model's may have `budgets`, and could have so many bytes of the `device`.
+        In addition to `least`, the model's cache may have `budgets`, and could have so many bytes of the `device`.
         """
         own, draft = self.shape.cache_row_bytes, self.draft.cache_row_bytes
         part = draft / (own + draft)
@@ -57,7 +57,7 @@ class DraftRoom:
         return self._needed(int(min(max(_MOST_PART, part) * device, max(device, sum(budgets.values())) * part)))
 
     def refusal(self) -> CapacityError:
-        """Why there is no room for a draft beside a model that fits alone."""
+        """Why there is no space for a draft next to a model that fits alone."""
         demand = Demand(self.shape, self.policy, self.memory, on_cpu=self.on_cpu, sharing=self.sharing)
         weights = self.policy.weights or Share(gpu=0, cpu=100)
         device = demand.device_room(weights.gpu)
@@ -73,14 +73,14 @@ class DraftRoom:
         return _ROWS["cpu" if self.on_cpu else "other"]
 
     def _needed(self, cache_bytes: int) -> int:
-        """Device memory for the draft's weights, the work on them, and so many bytes of keys and values."""
+        """The device memory for the draft's weights, workspace, and so many bytes of keys and values."""
         room = self.draft.weight_bytes + cache_bytes
         for _ in range(_ROUNDS):
             room = self._beside_cache(room) + cache_bytes
         return room
 
     def _beside_cache(self, room: int) -> int:
-        """What of so much device memory is not for the draft's keys and values."""
+        """The part of so much device memory that is not for the draft's keys and values."""
         demand = Demand(self.draft, DRAFT_POLICY, self.alone(room), on_cpu=self.on_cpu)
         logits = self._logits_bytes(room)
         work = demand.work(self._rows) - demand.work(0) + demand.work(0) * logits // demand.logits_bytes()
@@ -93,23 +93,23 @@ class DraftRoom:
         return min(_LOGITS_BYTES, max(room // 16, 1 << 20))
 
     def without(self, num_bytes: int) -> Memory:
-        """The memory that a draft of so many bytes leaves."""
+        """The memory that is left next to a draft of so many bytes."""
         memory = replace(self.memory, device=max(0, self.memory.device - num_bytes))
         if not memory.shared:
             return memory
         return replace(memory, host=max(0, memory.host - self.sharing.count * num_bytes))
 
     def alone(self, num_bytes: int) -> Memory:
-        """So much memory, for the draft alone."""
+        """Memory of so many device bytes, for the draft alone."""
         return Memory(device=num_bytes, host=num_bytes, disk=0, shared=self.memory.shared)
 
     def cache_bytes(self, num_bytes: int) -> int:
-        """What of so much device memory is for the draft's keys and values."""
+        """The part of so much device memory that is for the draft's keys and values."""
         demand = Demand(self.draft, DRAFT_POLICY, self.alone(num_bytes), on_cpu=self.on_cpu)
         return max(0, demand.growing(num_bytes - self._beside_cache(num_bytes)))
 
     def limits(self, found: Limits, num_bytes: int) -> Limits:
-        """The draft's limits, `found` in more memory, in so much."""
+        """The draft's limits in so much memory; `found` are those in more memory."""
         rows = self._rows
         demand = Demand(self.draft, DRAFT_POLICY, self.alone(num_bytes), on_cpu=self.on_cpu)
         return replace(

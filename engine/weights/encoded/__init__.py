@@ -1,4 +1,4 @@
-"""Weights that are stored encoded: expanded on the device, and kept on disk from one process to the next.
+"""Weights that are stored encoded: decoded on the device, and cached on disk for later processes.
 
-Imports what `weights` may import.
+It imports what `weights` may import.
 """

@@ -1,4 +1,4 @@
-"""Encoded parameters as numbers: those of a layer at once, or of experts some at a time."""
+"""Decodes encoded parameters: those of a layer at once, or of experts some at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from engine.weights.stored_form import experts_at_once, group_bytes
 
 
 class Expansion:
-    """Device memory in which encoded parameters become numbers: those of a layer before it is computed, in turn.
+    """Device memory for decoded parameters: those of one layer after another, before each is computed.
 
-    Experts may be left out of that. Then the function that computes them has some at a time expanded, as it goes on:
-    from the slot that their layer is in, or each time from one that these experts are brought to apart.
+    Experts may be left out. Then the function that computes them has some at a time decoded: from the slot that their
+    layer is in, or from slots to which these experts are transferred separately.
     """
 
     def __init__(self, store: WeightStore, units: list[PlacedUnit], *, apart: bool) -> None:
@@ -36,14 +36,14 @@ class Expansion:
         self._memory = arena.empty(max((unit.expanded[-1].end for unit in units if unit.expanded), default=0), "device")
         self._group = arena.empty(max((group_bytes(store.model, unit.stacks) for unit in units), default=0), "device")
         self._apart: dict[str, list[Portion]] = {}
-        """Of experts that are brought apart, in groups, by the parameter's name."""
+        """The groups of experts that are transferred separately, by the parameter's name."""
         for unit in units if apart else ():
             for extent in unit.extents:
                 if extent.name in unit.stacks and extent.end > unit.start:
                     self._apart[extent.name] = self._groups(unit, extent)
 
     def _groups(self, placed: PlacedUnit, extent: Extent) -> list[Portion]:
-        """Experts of a parameter, as many at a time as are expanded."""
+        """The experts of a parameter, in groups that are decoded at once."""
         like = self._model.state[extent.name]
         most = experts_at_once(like)
         counts = [(first, min(len(like), first + most) - first) for first in range(0, len(like), most)]
@@ -51,7 +51,7 @@ class Expansion:
         return [Portion(placed, self._ranges(extent, first * each, count * each)) for first, count in counts]
 
     def _ranges(self, extent: Extent, first_element: int, num_elements: int) -> list[tuple[int, int]]:
-        """Where the stored bytes of consecutive numbers of an encoded parameter lie in their unit."""
+        """The ranges, in their unit, of the stored bytes of consecutive numbers of an encoded parameter."""
         like, packed, codec = self._model.state[extent.name], self._model.packed.get(extent.name), self._store.codec
         if packed is not None:
             found = packed.ranges(first_element, num_elements)
@@ -62,26 +62,26 @@ class Expansion:
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes of the device it takes."""
+        """The number of bytes on the device."""
         return self._memory.numel() + self._group.numel()
 
     def ranges_apart(self, placed: PlacedUnit) -> list[tuple[int, int]]:
-        """Where experts lie in a unit that are brought apart, in order."""
+        """The ranges, in a unit, of experts that are transferred separately, in order."""
         return [(extent.first, align(extent.end)) for extent in placed.extents if extent.name in self._apart]
 
     def portions(self, placed: PlacedUnit) -> list[Portion]:
-        """A unit's experts that are brought apart, in the order in which they are multiplied with."""
+        """The experts of a unit that are transferred separately, in the order in which they are used."""
         return [portion for extent in placed.extents for portion in self._apart.get(extent.name, ())]
 
     def bindings(self, placed: PlacedUnit) -> list[Binding]:
-        """The parameters of an encoded unit that are expanded before it is computed."""
+        """The parameters of an encoded unit that are decoded before it is computed."""
         memory = [self._memory[extent.first : extent.end] for extent in placed.expanded]
         return [binding(self._model.state, placed, e, m) for e, m in zip(placed.expanded, memory, strict=True)]
 
     def expand(self, portion: Portion, slot: torch.Tensor, slots: Slots) -> None:
-        """Fill the memory that the unit's parameters are views of, and let experts be taken from their stored bytes.
+        """Decode the unit's parameters, and make the experts' matrices available from their stored bytes.
 
-        portion: of the unit, which is in `slot`; `slots`: that experts are brought to apart.
+        portion: the part of the unit that is in `slot`; `slots`: those to which experts are transferred separately.
         """
         placed = portion.placed
         extents = {extent.name: extent for extent in placed.extents}
@@ -100,7 +100,7 @@ class Expansion:
     def _take(
         self, extent: Extent, portion: Portion, memory: torch.Tensor, slots: Slots, first: int, end: int
     ) -> torch.Tensor:
-        """Numbers of some experts, until others are taken."""
+        """The decoded matrices of some experts, valid until the next call."""
         like = self._model.state[extent.name]
         values = self._group[: (end - first) * like[0].nbytes].view(like.dtype)
         slot = None
@@ -116,7 +116,7 @@ class Expansion:
         return values.view(end - first, *like.shape[1:])
 
     def _expect(self, name: str, slots: Slots, groups: list[tuple[int, int]]) -> None:
-        """Have experts that are brought apart left out, but for those of some groups, until their layer is computed."""
+        """Skip the experts that are transferred separately, except some groups, until their layer is computed."""
         most = experts_at_once(self._model.state[name])
         taken = {first // most for first, _ in groups}
         for number, portion in enumerate(self._apart[name]):
@@ -125,7 +125,7 @@ class Expansion:
     def _decode(
         self, extent: Extent, portion: Portion, slot: torch.Tensor, values: torch.Tensor, first_element: int = 0
     ) -> None:
-        """Fill flat `values` with the numbers of an encoded parameter from `first_element` on."""
+        """Decode an encoded parameter, from `first_element` on, into flat `values`."""
         ranges = self._ranges(extent, first_element, values.numel())
         parts = [stored_bytes(portion, slot, first, end) for first, end in ranges]
         codec = self._model.packed.get(extent.name) or self._store.codec
@@ -134,9 +134,9 @@ class Expansion:
 
     @contextmanager
     def whole(self, placed: PlacedUnit) -> Iterator[None]:
-        """Inside, experts of a unit are parameters, too, in memory of their own, for functions that need all of them.
+        """Inside, the experts of a unit are parameters, too, in memory of their own, for functions that need them all.
 
-        Raises `CapacityError` where the device has no room for them.
+        Raises `CapacityError` where the device has no space for them.
         """
         likes = {name: self._model.state[name] for name in placed.stacks}
         try:
@@ -154,7 +154,7 @@ class Expansion:
             yield
 
     def close(self, units: list[PlacedUnit]) -> None:
-        """Let go of the memory, which the arena frees."""
+        """Release the memory, which the arena frees."""
         for unit in units:
             for name in unit.stacks:
                 bind_stack(*unit.unit.owners[name], None)

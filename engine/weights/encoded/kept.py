@@ -1,4 +1,4 @@
-"""Encoded weights of a checkpoint in the user's cache directory: the first start writes them, the next ones read."""
+"""A cache of a checkpoint's encoded weights in the user's cache directory: written at the first start, then read."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from engine.weights.read_ahead import Step
 from engine.weights.store import WeightStore
 
 _LAYOUT_VERSION = 2
-"""Of the directory and of what is in the files; raised whenever an older one must not be read."""
+"""The version of the directory and its files; raised whenever an older one must not be read."""
 _MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20
 _USED_PART = 0.9
-"""Of the free space, what may be taken: runs write their results to the same disk, as a rule."""
+"""The share of the free disk space that may be used: runs usually write their results to the same disk."""
 _CURE = "XDG_CACHE_HOME names another directory"
 
 _log = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
-    """Writing is of no use any more."""
+    """Raised when writing is of no use any more."""
 
 
 class KeptWeights:
     """A directory with a file for each unit, and a manifest that says what they were made from.
 
-    Its name is a digest of the manifest, so what it holds is never out of date. A file is there whole or not at all,
-    and each stands for itself: a unit whose file is missing or damaged is encoded from the checkpoint and written,
-    the others are read. So an interrupted start is continued by the next one. One process writes at a time, under a
-    lock that goes with it; others do without. Whatever keeps it from writing is a notice, never an error.
+    Its name is a digest of the manifest, so its content is never out of date. A file is there whole or not at all, and
+    files are independent: a unit whose file is missing or damaged is encoded from the checkpoint and written, the
+    others are read. So an interrupted start is continued by the next one. One process writes at a time, under a lock
+    that ends with it; others do without. An error while writing is a notice only.
 
-    A context manager around the iteration of steps: it writes, in a thread of its own, units that are complete, from
-    the memory that holds them anyway, and is left when all are written. Left by an exception, it writes no more.
+    A context manager around the iteration of steps: inside, a thread of its own writes completed units from the memory
+    that holds them anyway, and leaving waits until all are written. If left by an exception, it writes no more.
     """
 
     def __init__(self, source: Path, weights: WeightStore, codes: int | str) -> None:
@@ -90,10 +90,10 @@ class KeptWeights:
             self._open(name)
 
     def steps(self, name: str, own: list[Step]) -> Iterator[Step]:
-        """What brings unit `name`: reading its file where there is one, else `own` steps, after which it is written.
+        """The loading steps of unit `name`: reading its file where there is one, else `own` steps, then writing it.
 
-        Of several engines that share the weights, the first one writes, and what is gathered is not written: none has
-        all bytes of a layer.
+        With several engines that share the weights, the first one writes, and gathered units are not written, since no
+        engine has all bytes of a layer.
         """
         if name not in self._opened:
             yield from own
@@ -121,7 +121,7 @@ class KeptWeights:
             self._tell_bad(name, getattr(error, "strerror", None) or "it is damaged")
 
     def _tell_bad(self, name: str, why: str) -> None:
-        """Tell of the first file that cannot be used; where one is bad, many may be."""
+        """Log the first file that cannot be used; where one is bad, many may be."""
         if not self._has_told:
             _notice(f"cannot use encoded weights {self._file(name)}: {why}; encoding what is bad there anew")
         self._has_told = True
@@ -141,7 +141,7 @@ class KeptWeights:
         self._writer.join()
 
     def _write(self) -> None:
-        """Write each unit as it is told to be complete."""
+        """Write each unit when it is complete."""
         device = self._weights.model.device
         stream = accelerator.new_stream(device)
         names = iter(self._complete.get, None)
@@ -178,7 +178,7 @@ class KeptWeights:
         self._written.append(self._file(name))
 
     def _claim(self) -> bool:
-        """Make the directory ready for this process to write to; False where another one does."""
+        """Prepare the directory for this process to write to; False where another one writes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder)
         if self._lock is None:
@@ -197,14 +197,14 @@ class KeptWeights:
         return True
 
     def _is_told_by(self, manifest: Path) -> bool:
-        """Whether the file says what it must; one that is damaged is written anew."""
+        """Whether the manifest file has the expected content; a damaged one is written again."""
         try:
             return read_json_object(manifest, CheckpointError, limit=_MANIFEST_BYTES) == self.manifest
         except CheckpointError:
             return False
 
     def _undo(self) -> None:
-        """Take away what this process wrote, and the directory unless others' files are in it."""
+        """Remove what this process wrote, and the directory unless it contains files of others."""
         for file in self._written:
             file.unlink(missing_ok=True)
         if not any(self.folder.glob("*.safetensors")):
@@ -212,12 +212,12 @@ class KeptWeights:
 
 
 def weights_directory() -> Path:
-    """Where encoded weights are kept, a directory for each checkpoint, codec and dtype."""
+    """The directory of encoded weights, with one directory for each checkpoint, codec and dtype."""
     return cache_directory() / "weights"
 
 
 def _drop_superseded(folder: Path, manifest: dict[str, Any]) -> None:
-    """Remove what was kept of the same source, in the same form, when it was another one or made by other versions."""
+    """Remove cached weights of the same source and form that other contents or other versions made."""
     for found in weights_directory().glob(f"*/{_MANIFEST}"):
         try:
             other = read_json_object(found, CheckpointError, limit=_MANIFEST_BYTES)
@@ -236,7 +236,7 @@ def _drop_superseded(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _locked(folder: Path) -> int | None:
-    """A handle that locks a directory until it is closed, also by the end of the process; None if another has it."""
+    """A handle that locks a directory until it is closed or the process ends; None if another process has the lock."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Which parameters of a checkpoint a lossless codec would not make smaller, by a sample of their numbers."""
+"""Finds, by samples, the parameters of a checkpoint that a lossless codec would not make smaller."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from engine.weights.receiver import Nowhere
 from engine.weights.stored_form import large_matrices
 
 _PIECES = 256
-"""Many, and short: what has other exponents is often some rows, or columns, of a matrix."""
+"""Many short pieces: unusual exponents often occur in some rows, or columns, of a matrix."""
 _PIECE_ELEMENTS = 256
 
 
 class _Whole(Nowhere):
-    """A plan that nobody carries out, of tensors that are looked at from their first number to their last."""
+    """A plan that is not executed, of tensors that are sampled over their whole length."""
 
     def adopt(self, name: str, *_: Any) -> int:
-        """All."""
+        """All elements."""
         return self.model.state[name].numel()
 
 
 def left_plain(path: Path, model: CausalModel) -> frozenset[str]:
-    """Large matrices of the layers, in bfloat16, that have too many escapes; reads a little of each.
+    """The large bfloat16 matrices of the layers that have too many escapes; reads a little of each.
 
-    All processes that open the checkpoint find the same. What a sample does not show is refused when it is encoded.
-    Raises `CheckpointError` as loading does.
+    All processes that open the checkpoint find the same. A matrix whose sample does not show it is refused when it is
+    encoded. Raises `CheckpointError` as loading does.
     """
     large = {unit.name: large_matrices(model, unit) for unit in model.units}
     left: set[str] = set()
@@ -43,13 +43,13 @@ def left_plain(path: Path, model: CausalModel) -> frozenset[str]:
 
 
 def _encoded(tensors: list[torch.Tensor], names: set[str], model: CausalModel) -> list[torch.Tensor]:
-    """Tensors whose numbers are encoded: of a matrix that an adapter changes, the matrix alone, which is the first."""
+    """The tensors whose numbers are encoded: of a matrix that an adapter changes, only the matrix, which is first."""
     is_whole = len(names) == 1 and tensors[0].shape == model.state[next(iter(names))].shape
     return tensors[:1] if is_whole else tensors
 
 
 def _sample(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Numbers of some mapped tensors from places all over them, always the same, as bfloat16."""
+    """Numbers of some mapped tensors from fixed places all over them, as bfloat16."""
     chosen = tensors[:: -(-len(tensors) // _PIECES)]
     each, random = max(1, _PIECES // len(chosen)), torch.Generator().manual_seed(0)
     pieces = []

@@ -1,4 +1,4 @@
-"""The file that keeps a unit's stored bytes: safetensors, written whole or not at all, summed piece by piece."""
+"""The file of a unit's stored bytes: safetensors, written atomically, with a checksum for each piece."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from engine.weights.read_ahead import PIECE_BYTES
 
 _TENSOR = "bytes"
 _BLOCK = 4096
-"""Data begin at a multiple of it, as direct reads want it."""
+"""The alignment of the data, as direct reads need it."""
 
 PARTIAL = ".*.partial"
-"""Pattern of what a writer leaves that was killed."""
+"""The name pattern of files that a killed writer leaves."""
 
 
 class DamagedFileError(Exception):
@@ -28,9 +28,9 @@ class DamagedFileError(Exception):
 
 
 def write_unit(file: Path, layout: str, num_bytes: int, read: Callable[[int, int], torch.Tensor]) -> None:
-    """Write `num_bytes`, of which `read(first, end)` gives pieces as uint8 host tensors; `OSError` leaves nothing.
+    """Write `num_bytes`, pieces of which `read(first, end)` returns as uint8 host tensors; `OSError` leaves no file.
 
-    layout: what the bytes mean; `open_unit` must be told the same.
+    layout: the meaning of the bytes; `open_unit` must get the same.
     """
     partial = file.with_name(f".{file.name}.partial")
     pieces = [(first, min(first + PIECE_BYTES, num_bytes)) for first in range(0, num_bytes, PIECE_BYTES)]
@@ -55,10 +55,10 @@ def write_unit(file: Path, layout: str, num_bytes: int, read: Callable[[int, int
 
 
 def open_unit(file: Path, layout: str, num_bytes: int) -> tuple[torch.Tensor, list[int]]:
-    """The mapped bytes uint8 `[num_bytes]` of a file, and the CRC-32 that each piece of them must have.
+    """The mapped bytes uint8 `[num_bytes]` of a file, and the CRC-32 of each piece.
 
-    Raises `FileNotFoundError`, and `DamagedFileError` for what is no file, cannot be read, or has another size or
-    another header.
+    Raises `FileNotFoundError`, and `DamagedFileError` for a path that is no file, cannot be read, or has another size
+    or another header.
     """
     if not find_file(file, DamagedFileError):
         raise FileNotFoundError(file)
@@ -83,7 +83,7 @@ def open_unit(file: Path, layout: str, num_bytes: int) -> tuple[torch.Tensor, li
 
 
 def _header(layout: str, num_bytes: int, sums: list[int]) -> bytes:
-    """All that is before the data; as long for any sums."""
+    """Everything before the data; its length does not depend on the checksums."""
     entry = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}
     metadata = {"layout": layout, "crc32": "".join(f"{each:08x}" for each in sums)}
     text = json.dumps({"__metadata__": metadata, _TENSOR: entry}).encode()
