@@ -10,7 +10,7 @@ from engine.kernels.codec import Codec
 from engine.memory.tiers import TIERS, Tier
 from engine.model.causal_model import CausalModel
 from engine.planning.model_shape import ModelShape
-from engine.planning.stages import cut_layers
+from engine.stages.cut import cut_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import pytest
 from engine import Policy
 from engine.errors import ConfigError, InstallationError
 from engine.planning.devices import devices_of_stages
-from engine.planning.stages import cut_layers
+from engine.stages.cut import cut_layers
 
 
 def largest(parts: list[range], layers: list[int], head: int) -> int:
