@@ -23,7 +23,6 @@ import numpy as np
 
 from engine.asking.pending import Pending
 from engine.errors import EngineError, one_line
-from engine.workers.looking import seen
 from engine.workers.messages import (
     Ask,
     Check,
@@ -47,6 +46,7 @@ from engine.workers.messages import (
     Told,
 )
 from engine.workers.packing import PackedCompletions
+from engine.workers.seats import seen_here
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -114,11 +114,11 @@ class Serving:
 
         while isinstance(first := self._inbox.get(), Look | Check):
             if isinstance(first, Look):
-                self._outbox.put(seen(first))
+                self._outbox.put(seen_here(first))
             else:
                 self._outbox.put(_checked(first))
                 with suppress(Exception):  # opening the model says it
-                    seen(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
+                    seen_here(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
         if not isinstance(first, Open):
             return
         if first.member is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from engine.errors import EngineError
 from engine.memory.cores import usable_cores
 from engine.planning.devices import (
+    Device,
     busy,
     check_alike,
     check_free,
@@ -16,9 +17,9 @@ from engine.planning.devices import (
     gathers,
     stands_for_several,
 )
-from engine.planning.hardware import Memory
+from engine.planning.hardware import Memory, available_memory, resolve_device
 from engine.policy import Policy
-from engine.workers.messages import Seen
+from engine.workers.messages import Look, Seen
 from engine.workers.process import WorkerProcess
 
 
@@ -117,3 +118,21 @@ def _first(processes: list[WorkerProcess], count: int) -> list[WorkerProcess]:
     for each in processes[count:]:
         each.kill()
     return processes[:count]
+
+
+def seen_here(look: Look) -> Seen:
+    """What this process sees of the machine's devices and memory; loads torch."""
+    import torch
+
+    from engine.memory import accelerator
+
+    policy, found = look.policy, []
+    for each in accelerator.devices():
+        found.append(Device(name=str(each), model=accelerator.name_of(each), num_bytes=accelerator.total_memory(each)))
+    devices = tuple(found)
+    try:
+        device = resolve_device(policy.device)
+        memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        return Seen(devices=devices, free=accelerator.memory(torch.device(device)), memory=memory)
+    except EngineError as error:
+        return Seen(devices=devices, free=None, memory=error)
