@@ -1,12 +1,13 @@
 """A model in stages of several processes, beside its slowest stage alone: tokens a second, and their quotient.
 
     python -m benchmarks.stages [--shape DIR] [--devices cpu:0 cpu:1] [--policy JSON] [--work 1x64x0+64:32 …]
-                                [--rounds 3] [--out DIR]
+                                [--rounds 3] [--sleep SECONDS] [--out DIR]
 
 *Alone* is a model of one stage's layers, with the head, on one device by itself, under the same policy, so with as many
 sequences in a sweep: what the stage which leads takes if it never waits for another. A pipeline that is always full has
 as many tokens a second; the quotient is what of that is reached. On the CPU each process has its part of the cores, and
-so has the one alone. All are open at the same time and take turns; of the rounds, the best of each counts. Weights are
+so has the one alone; with --sleep, layers of a small model sleep for so long with each micro-batch besides, so that
+other work on the machine's cores hardly shows. All are open at the same time and take turns; of the rounds, the best of each counts. Weights are
 random.
 """
 
@@ -40,13 +41,15 @@ SMALL = {
     "num_hidden_layers": 12,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
-    "vocab_size": 2048,
+    "vocab_size": 512,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
 """What two cores compute in seconds."""
+SLEEPING = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+"""What in place of that takes cores next to nothing."""
 POLICY = {"gpu-memory": "3GB", "cpu-memory": "6GB", "gpu-batch-size": 16, "num-gpu-batches": 1}
 WORK = ["1x64x0+64:32", "1x256x0+128:1"]
 ENOUGH = 0.9
@@ -55,9 +58,18 @@ ENOUGH = 0.9
 class Process:
     """An engine on one device, told by lines what to do."""
 
-    def __init__(self, shape: Path, policy: dict[str, Any], count: int) -> None:
+    def __init__(self, shape: Path, policy: dict[str, Any], count: int, sleep: float) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.stages", "--serve", str(shape), json.dumps(policy), str(count)],
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.stages",
+                "--serve",
+                str(shape),
+                json.dumps(policy),
+                str(count),
+                str(sleep),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -90,8 +102,11 @@ class Process:
         self._process.wait()
 
 
-def serve(shape: str, policy: dict[str, Any], count: int) -> None:
-    """Open an engine as the parent says, in a `count`-th of the cores, and run what it asks for."""
+def serve(shape: str, policy: dict[str, Any], count: int, sleep: float) -> None:
+    """Open an engine as the parent says, in a `count`-th of the cores, and run what it asks for.
+
+    sleep: seconds that each layer sleeps with each micro-batch.
+    """
     from engine.errors import EngineError
     from engine.kernels.threads import limit_threads
     from engine.planning.hardware import available_memory, resolve_device
@@ -106,6 +121,14 @@ def serve(shape: str, policy: dict[str, Any], count: int) -> None:
     try:
         with open_dummy(shape, wanted, member) as engine:
             layers = [name for name in engine.parts.weights.placed if name.startswith("layer.")]
+            model = engine.parts.model
+            compute = model.layer
+
+            def layer(*asked: Any) -> Any:
+                time.sleep(sleep)
+                return compute(*asked)
+
+            model.layer = layer  # type: ignore[method-assign]
             print(json.dumps({"layers": len(layers), "plan": asdict(engine.plan)}), flush=True)
             if member is not None and not member.leads:
                 engine.follow()
@@ -122,7 +145,9 @@ def serve(shape: str, policy: dict[str, Any], count: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(shape: dict[str, Any], policy: dict[str, Any], devices: Sequence[str]) -> Iterator[tuple[Process, Process]]:
+def opened(
+    shape: dict[str, Any], policy: dict[str, Any], devices: Sequence[str], sleep: float
+) -> Iterator[tuple[Process, Process]]:
     """The engine whose model is in stages on `devices`, and one that has the layers of a stage, on the first."""
     count = len(devices)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -133,7 +158,7 @@ def opened(shape: dict[str, Any], policy: dict[str, Any], devices: Sequence[str]
         wanted = [("whole", device) for device in devices] + [("part", devices[0])]
         processes = []
         for name, device in wanted:
-            processes.append(Process(Path(folder) / name, {**policy, "device": device}, count))
+            processes.append(Process(Path(folder) / name, {**policy, "device": device}, count, sleep))
             stack.callback(processes[-1].end)
         memories = [process.hear() for process in processes]
         least = {**memories[0], **{key: min(each[key] for each in memories) for key in ("device", "host", "disk")}}
@@ -176,16 +201,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", nargs="+", default=WORK)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--sleep", type=float, default=0.0, help="seconds, for each layer and micro-batch")
+    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.serve:
-        serve(args.serve[0], json.loads(args.serve[1]), int(args.serve[2]))
+        serve(args.serve[0], json.loads(args.serve[1]), int(args.serve[2]), float(args.serve[3]))
         return
     from flexgen_helm.planning.dummy import shape_config
 
-    shape = SMALL if args.shape is None else shape_config(args.shape)
+    shape = shape_config(args.shape) if args.shape else SMALL | (SLEEPING if args.sleep else {})
     rows = []
-    with opened(shape, args.policy, args.devices) as (staged, alone):
+    with opened(shape, args.policy, args.devices, args.sleep) as (staged, alone):
         for text in args.work:
             work, found = Workload.parse(text), []
             for number in range(args.rounds + 1):  # the first claims memory
@@ -196,7 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             quotient = best["staged"] / best["alone"]
             print(f"{text}: {quotient:.3f} of the slowest stage alone (enough: {ENOUGH})", flush=True)
             rows.append({"work": text, "rounds": found[1:], **best, "quotient": quotient})
-    content = {"devices": args.devices, "shape": shape, "policy": args.policy, "load": os.getloadavg(), "rows": rows}
+    content = {
+        "devices": args.devices,
+        "shape": shape,
+        "policy": args.policy,
+        "sleep_s": args.sleep,
+        "load": os.getloadavg(),
+        "rows": rows,
+    }
     write_record("stages", content, args.out)
 
 
