@@ -7,8 +7,8 @@
 sequences in a sweep: what the stage which leads takes if it never waits for another. A pipeline that is always full has
 as many tokens a second; the quotient is what of that is reached. On the CPU each process has its part of the cores, and
 so has the one alone; with --sleep, layers of a small model sleep for so long with each micro-batch besides, so that
-other work on the machine's cores hardly shows. All are open at the same time and take turns; of the rounds, the best of each counts. Weights are
-random.
+other work on the machine's cores shows less. All are open at the same time and take turns; of the rounds, the best of
+each counts. Weights are random.
 """
 
 from __future__ import annotations
