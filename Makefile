@@ -4,8 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TABLE ?= families.md
+# Of each kind of fault, and the first of their seeds.
+ROUNDS ?= 10
+SEED ?= 0
 
-.PHONY: demo test slow families lint format docs clean
+.PHONY: demo test slow test-faults nightly-faults soak families lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flexgen_helm.run $(ARGS)
@@ -15,6 +18,15 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-faults: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 FAULT_ROUNDS=$(ROUNDS) FAULT_SEED=$(SEED) $(BIN)/python -m pytest -m faults -n 0 $(ARGS)
+
+nightly-faults:
+	$(MAKE) test-faults ROUNDS=50 SEED=$$(date +%Y%m%d)00
+
+soak: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 
 families: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/engine/count_families.py $(TABLE)

@@ -28,16 +28,19 @@ def curve_points(record: dict[str, Any]) -> list[tuple[int, float, float]]:
 
 
 def curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
-    """The points of each line, by its label."""
+    """The points of each line, by its label; other cards and other policies are other lines."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for record in records:
-        memory = record.get("gpu_memory") or record.get("policy", {}).get("gpu-memory")
-        where = record["shape"] + (f", {_gb(memory)}" if memory else "")
+        policy = dict(record.get("policy", {}))
+        memory = policy.pop("gpu-memory", None) or record.get("gpu_memory")
+        cards = " and ".join(sorted({*record.get("hardware", {}).get("accelerators", ())}))
+        where = ", ".join([record["shape"], *([_gb(memory)] if memory else []), *([cards] if cards else [])])
         if "contenders" not in record:
-            found.setdefault(where, []).extend(curve_points(record))
+            others = [f"{key} {value}" for key, value in policy.items()]
+            found.setdefault(", ".join(["flexgen-helm", where, *others]), []).extend(curve_points(record))
         for contender, row in record.get("contenders", {}).items():
-            label = f"{contender.split()[0]}, {where}"
-            found.setdefault(label, []).extend([] if "failed" in row else curve_points({"rows": [row]}))
+            name = contender.split()[0] + (" (projected from a part)" if row.get("projected") else "")
+            found.setdefault(f"{name}, {where}", []).extend([] if "failed" in row else curve_points({"rows": [row]}))
     return {label: sorted(points) for label, points in found.items() if points}
 
 
@@ -48,7 +51,7 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 5))
+    figure, axes = pyplot.subplots(figsize=(8, 6))
     for label, points in curves(records).items():
         _, seconds, rates = zip(*points, strict=True)
         axes.plot(seconds, rates, marker="o", label=label)
@@ -57,7 +60,7 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="latency of the whole block, s", ylabel="generated tokens per second")
     axes.set_title("512 in, 32 out; numbers: sequences in the block")
     axes.grid(which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
     _save(figure, path)
 
 

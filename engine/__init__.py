@@ -1,6 +1,6 @@
 """The offloading engine: runs causal language models that do not fit into the GPU.
 
-Importing this package is cheap: nothing here imports torch until `Engine` is asked for (PEP 562).
+Importing this package is cheap: nothing here imports torch until `Engine` is accessed (PEP 562).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Engine(Front):
         window: int | None = None,
         member: Member | None = None,
     ) -> Engine:
-        """Load `model`, a hub id or directory, as `policy` says.
+        """Load `model`, a hub id (`org/model` or `org/model@revision`) or a directory, as `policy` says.
 
         policy: the name of a shipped one, a YAML file, a mapping, or "auto". window: the maximum number of positions of
         a sequence, in place of the model's own. member: which of several engines this is, in a process of its own.

@@ -140,7 +140,7 @@ class Completion:
     logprobs: tuple[float, ...] = ()
     """Natural logs, one per token, under the model's unmodified distribution."""
     prompt_logprobs: tuple[float | None, ...] | None = None
-    """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not asked for."""
+    """`prompt_logprobs[i]` belongs to `prompt[i]`; the first is None. None if not requested."""
     prompt_greedy: tuple[bool | None, ...] | None = None
     """Whether greedy decoding chooses `prompt[i]` after `prompt[:i]`; present with `prompt_logprobs`."""
     likeliest: tuple[Likeliest, ...] | None = None

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def engine_problem() -> str | None:
-    """One line on what is wrong, with its cure, when `import engine` does not find this distribution's package."""
+    """A one-line problem with its remedy, when `import engine` finds another distribution's package; else None."""
     try:
         engine = importlib.import_module("engine")
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The entry point by which inspect_ai finds the provider `flexgen`; nothing of it is loaded before it is asked for."""
+"""The entry point by which inspect_ai finds the provider `flexgen`; it is loaded only when it is used."""
 
 from __future__ import annotations
 

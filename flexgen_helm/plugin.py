@@ -17,7 +17,7 @@ from flexgen_helm import engine_problem
 
 
 def config_directory() -> Path | None:
-    """Where configs/helm is: inside the installed package first, beside it (a checkout) second."""
+    """The directory configs/helm: inside the installed package first, next to it (a checkout) second."""
     package = Path(__file__).resolve().parent
     candidates = [package / "configs" / "helm", package.parent / "configs" / "helm"]
     return next((path for path in candidates if path.is_dir()), None)

@@ -25,11 +25,11 @@ atexit.register(gc.freeze)  # else the interpreter looks through all of torch an
 COMMANDS = {
     "demo": "a real HELM scenario with a small real model; what it fetches is named first",
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
-    "sweep": "run a whole suite as one job that can be stopped at any moment and goes on where it was",
+    "sweep": "run a whole suite as one job that can be stopped at any moment and continues where it stopped",
     "register": "write a model's HELM entries once, for plain helm-run",
-    "complete": "prompts in, completions out, as JSON lines; goes on where it was",
+    "complete": "prompts in, completions out, as JSON lines; continues where it stopped",
     "serve": "an OpenAI-compatible endpoint over the engine",
-    "bench": "time the engine on random weights of a real shape, beside the machine's limits",
+    "bench": "time the engine on random weights of a real shape, compared with the machine's limits",
     "plan": "the policy with the least estimated time for a workload, before anything is run",
     "check": "say whether a model runs, by which path, what it needs, and if a small copy is as in plain transformers",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if signals.received is None or code:
                 return code
     end = {143: "terminated", NOT_FINISHED: "not finished, its time was up"}.get(signals.exit_code, "interrupted")
-    return _complain(f"{end}; answers so far are kept, the same command goes on from there", signals.exit_code)
+    return _complain(f"{end}; answers so far are kept, run the same command to continue", signals.exit_code)
 
 
 def _main(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from benchmarks import (
     data_wrangling,
     draw,
     experts,
+    inspect_mmlu,
     long_answers,
     memory,
     mixtures,
@@ -482,13 +483,27 @@ def test_a_curve_has_the_rows_of_its_kind() -> None:
 def test_a_curve_of_rivals_has_a_line_for_each_contender() -> None:
     def record(count: int, seconds: float) -> dict[str, Any]:
         row = {"row": f"1x{count}x0+512:32", "seconds": seconds, "new_tokens_s": 32 * count / seconds}
-        contenders = {"flexgen-helm": row, "accelerate --cut 2": {**row, "seconds": 9.0}, "deepspeed": {"failed": "no"}}
+        contenders = {
+            "flexgen-helm": row,
+            "accelerate --cut 2": {**row, "seconds": 9.0, "projected": True},
+            "deepspeed": {"failed": "no"},
+        }
         return {"shape": "opt-30b", "gpu_memory": "16GB", "contenders": contenders}
 
-    found = draw.curves([record(64, 20.0), record(4, 10.0), CURVE_RECORD])
+    found = draw.curves([record(64, 20.0), record(4, 10.0)])
     assert found["flexgen-helm, opt-30b, 16 GB"] == [(4, 10.0, 12.8), (64, 20.0, 102.4)]
-    assert found["accelerate, opt-30b, 16 GB"] == [(4, 9.0, 12.8), (64, 9.0, 102.4)]
-    assert len(found) == 3
+    assert found["accelerate (projected from a part), opt-30b, 16 GB"] == [(4, 9.0, 12.8), (64, 9.0, 102.4)]
+    assert len(found) == 2
+
+
+def test_a_curve_joins_nothing_of_other_cards_or_policies() -> None:
+    on_host = {**CURVE_RECORD, "policy": {"cpu-cache-compute": True, "gpu-memory": "16000000kB"}}
+    elsewhere = {**CURVE_RECORD, "hardware": {"accelerators": ["H200"]}}
+    assert list(draw.curves([CURVE_RECORD, on_host, elsewhere])) == [
+        "flexgen-helm, opt-30b, 16 GB",
+        "flexgen-helm, opt-30b, 16 GB, cpu-cache-compute True",
+        "flexgen-helm, opt-30b, 16 GB, H200",
+    ]
 
 
 def test_a_curve_is_drawn(tmp_path: Path) -> None:
@@ -878,3 +893,16 @@ def test_a_workloads_operations_are_counted_by_hand() -> None:
     assert all(len(own) == 100 and min(own) >= 40 and max(own) <= 140 for _, own in suite)
     with pytest.raises(ConfigError, match="one new token"):
         card_time.Asked.parse("2x3x4+5:8")
+
+
+def test_the_prompts_of_the_inspect_benchmark_are_those_of_mmlu(tmp_path: Path) -> None:
+    for split, question in (("dev", "One?"), ("test", "Two?")):
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+        (tmp_path / "mmlu" / split / f"college_medicine_{split}.csv").write_text(f'{question},"a, b",c,d,e,B\n' * 3)
+    found = inspect_mmlu.prompts_of(tmp_path, ["college_medicine"], instances=2, shots=1)
+    choices = "\nA. a, b\nB. c\nC. d\nD. e\nAnswer:"
+    told = "The following are multiple choice questions (with answers) about college medicine."
+    assert found == [(f"{told}\n\nOne?{choices} B\n\nTwo?{choices}", "B")] * 2
+    assert inspect_mmlu.agreement({"1": "A", "2": "B"}, {"1": "A", "2": "C"}) == 0.5
+    with pytest.raises(SystemExit, match="other samples"):
+        inspect_mmlu.agreement({"1": "A"}, {})

@@ -31,17 +31,17 @@ class DecodeGroup:
         self.segments = segments
         self.first, self.end = segments[0].first, segments[-1].end
         self.steps = segments[0].num_rows
-        """New rows of each sequence: its last token, and what is drafted to follow."""
+        """The number of new rows of each sequence: its last token, and its drafted tokens."""
         past = torch.tensor([segment.past for segment in segments])
         self.length = int(past.max()) + self.steps
         self.past = accelerator.sent(past, device)
         self.own_lengths = accelerator.sent(past + self.steps, device, torch.int32)
         borders = torch.arange(len(segments) + 1, dtype=torch.int32)
         self.row_borders = accelerator.sent(borders * self.steps, device)
-        """Where each sequence's queries begin: int32 `[sequences + 1]`."""
+        """The start of each sequence's queries: int32 `[sequences + 1]`."""
         blocks = [segment.span.block for segment in segments if segment.span.block is not None]
         self.tier: Tier = blocks[0].tier
-        """Where all own tokens are."""
+        """The tier of all own tokens."""
         self.stored_runs: list[StoredRun] = []
         """Rows of its table, if not on the device, that hold the own tokens and room for the new ones: staged rows are
         these, one behind the other."""
@@ -51,8 +51,8 @@ class DecodeGroup:
                 blocks, [segment.past + self.steps for segment in segments], gap_rows
             )
         self.own_borders = accelerator.sent(torch.tensor([*firsts, firsts[-1]], dtype=torch.int32), device)
-        """Where each sequence's own tokens begin, in the device's table or among the staged rows: int32
-        `[sequences + 1]`."""
+        """The start of each sequence's own tokens, in the device's table or among the staged rows: int32 `[sequences
+        + 1]`."""
         self._start = segments[0].span.start
         self._masks: dict[Reach, torch.Tensor] = {}
 

@@ -71,9 +71,9 @@ class MicroBatch(Rows):
         self._context_groups: dict[int | None, list[ContextGroup]] = {}
         self._new_runs = new_runs
         self.decode_chains = _chains(decode_runs)
-        """(first row, end row, prefixes) of neighbouring decode steps that continue the same chain."""
+        """(first row, end row, prefixes) of adjacent decode steps that continue the same chain."""
         self.prefill_chains = _chains(new_runs)
-        """(first row, end row, prefixes) of neighbouring new spans that continue the same chain."""
+        """(first row, end row, prefixes) of adjacent new spans that continue the same chain."""
 
     @cached_property
     def prefill_groups(self) -> list[PrefillGroup]:

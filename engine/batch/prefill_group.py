@@ -15,15 +15,16 @@ class PrefillGroup:
 
     def __init__(self, segments: list[Segment], device: torch.device, chain: tuple[Prefix, ...]) -> None:
         self.chain = chain
-        """The prefixes that its mask covers, too."""
+        """The prefixes that its mask covers, in addition to own tokens."""
         self.first, self.end = segments[0].first, segments[-1].end
         sizes = {segment.end - segment.first for segment in segments}
         self.num_parts = 1 if self.chain or len(sizes) > 1 else len(segments)
-        """Parts of equal length that attend to nothing of each other; in a single part, the mask sees to that."""
+        """The number of parts of equal length that do not attend to each other; in a single part, the mask ensures
+        that."""
         self._device = device
         self._segments = segments if self.num_parts == 1 else segments[:1]
         self.is_causal = not self.chain and len(self._segments) == 1
-        """Whether all that its mask hides are later rows."""
+        """Whether its mask hides later rows only."""
         self._masks: dict[tuple[Reach, torch.dtype, int], torch.Tensor] = {}
 
     def mask(self, reach: Reach, dtype: torch.dtype, copies: int) -> torch.Tensor:

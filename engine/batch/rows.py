@@ -31,17 +31,17 @@ class Rows:
         self.segments = segments
         self.num_rows = segments[-1].end
         self.state_groups = state_groups(segments, self.num_rows, most_states, device) if most_states else []
-        """Spans whose states are taken on together, in the order in which that must be done."""
+        """Spans whose states are updated together, in the order in which they must be."""
         self.offloaded: list[tuple[Segment, Block]] = []
-        """New spans whose keys and values go to the host, and all that go to disk."""
+        """The new spans whose keys and values go to the host, and those that go to disk."""
         self.scattered: Scatter | None = None
-        """Rows of decode steps that go to the host."""
+        """The rows of decode steps that go to the host."""
         self.passing: list[Segment] = []
-        """Prefixes whose keys and values nobody needs beyond the current layer."""
+        """The prefixes whose keys and values are not needed beyond the current layer."""
         self.device_rows: torch.Tensor | None = None
-        """Rows whose keys and values stay on the device `[stored]`; None for all, in their order."""
+        """The rows whose keys and values stay on the device `[stored]`; None for all, in their order."""
         self.device_slots: torch.Tensor | None = None
-        """Where those are kept `[stored]`; None if no row is."""
+        """The table rows in which those are stored `[stored]`; None if there are none."""
         rows: list[int] = []
         slots: list[int] = []
         steps: list[tuple[Segment, Block]] = []

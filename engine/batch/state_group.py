@@ -28,33 +28,33 @@ class StateGroup:
         index = (firsts[:, None] + torch.arange(self.length)).flatten()
         is_all = len(index) == num_rows and bool((index == torch.arange(num_rows)).all())
         self.index: torch.Tensor | None = None if is_all else accelerator.sent(index, device)
-        """Rows of the micro-batch `[segments * rows]`; None for all, in their order."""
+        """The rows of the micro-batch `[segments * rows]`; None for all, in their order."""
         self.prefixes: list[Prefix] = []
-        """Those whose states are continued, once each."""
+        """The prefixes whose states are continued, without duplicates."""
         self.num_continuing: list[int] = []
-        """How many segments continue each of these."""
+        """The number of segments that continue each of these."""
         self.of_prefixes: torch.Tensor | None = None
-        """Which of these each segment continues `[segments]`; None where all continue one."""
+        """The number of the prefix that each segment continues `[segments]`; None where all continue one."""
         if self.source == "prefix":
             self._take_prefixes(device)
         self.tier: Tier | None = segments[0].tier if self.source == "own" else None
-        """Where the own states are."""
+        """The tier of the spans' own states."""
         stored = [(at, s.tier, s.span.block.slot) for at, s in enumerate(segments) if s.span.block is not None]
         on_device = [(at, slot) for at, tier, slot in stored if tier == "device" and slot is not None]
         self.kept: torch.Tensor | None = None
-        """Segments whose states stay on the device `[stored]`; None for all."""
+        """The segments whose states stay on the device `[stored]`; None for all."""
         if 0 < len(on_device) < len(segments):
             self.kept = accelerator.sent(torch.tensor([at for at, _ in on_device]), device)
         self.device_slots: torch.Tensor | None = None
-        """Where those are `[stored]`; None where none are."""
+        """The slots of those `[stored]`; None where there are none."""
         if on_device:
             self.device_slots = accelerator.sent(torch.tensor([slot for _, slot in on_device]), device)
         self.host_runs = _runs([(at, slot) for at, tier, slot in stored if tier == "host" and slot is not None])
-        """(segment, slot, how many) of states that the host keeps: neighbours there and here."""
+        """(segment, slot, count) of states that the host stores, adjacent both there and here."""
         self.disk_runs = _runs([(at, slot) for at, tier, slot in stored if tier == "disk" and slot is not None])
-        """The same of those on disk."""
+        """(segment, slot, count) of states that the disk stores."""
         self.read_on = [(at, s.span) for at, s in enumerate(segments) if isinstance(s.span, Prefix)]
-        """Prefixes, which others may continue in the same sweep."""
+        """The prefixes that others may continue in the same sweep."""
 
     def _take_prefixes(self, device: torch.device) -> None:
         places: dict[int, int] = {}
@@ -75,7 +75,7 @@ class StateGroup:
 def state_groups(segments: list[Segment], num_rows: int, most: int, device: torch.device) -> list[StateGroup]:
     """Groups of at most `most` segments each; a prefix comes in an earlier group than the segments that continue it."""
     levels: dict[int, int] = {}
-    """Of the spans: how many of the prefixes before each are in the micro-batch."""
+    """The number of a span's prefixes that are in the micro-batch, by span."""
     groups: dict[tuple[int, Hashable], list[Segment]] = {}
     for segment in segments:
         span = segment.span

@@ -47,10 +47,10 @@ class StepBatch(Rows):
         levels = max(len(segment.span.chain) for segment in segments)
         self.shape = StepShape(count, levels, max(_LEAST_LENGTH, 1 << (max(ends) - 1).bit_length()))
         self.num_steps = num_steps
-        """Rows that are no padding."""
+        """The number of rows that are not padding."""
         self.num_rows = count
         self.ids = torch.tensor([[segment.tokens[0] for segment in padded]])
-        """`[1, rows]`, on the host."""
+        """The token ids `[1, rows]`, on the host."""
         contexts = [_context(segment, level) for level in range(levels + 1) for segment in padded]
         firsts, lengths, present = (torch.tensor(each).view(levels + 1, count) for each in zip(*contexts, strict=True))
         self.device_slots = accelerator.sent(firsts[0] + lengths[0] - 1, device)
@@ -61,9 +61,9 @@ class StepBatch(Rows):
         """Rows of the device's table at which own tokens (first), then those of each prefix begin: int32 `[levels + 1,
         rows + 1]`, the last one for the kernel's sake."""
         self.lengths = accelerator.sent(lengths, device, torch.int32)
-        """How many they are: int32 `[levels + 1, rows]`."""
+        """The numbers of these tokens: int32 `[levels + 1, rows]`."""
         self.present = accelerator.sent(present, device)
-        """Whether there are any: bool `[levels + 1, rows]`. Where there are none, an own row stands in."""
+        """Whether there are any: bool `[levels + 1, rows]`. Where there are none, an own row is a placeholder."""
         self.row_borders = accelerator.sent(torch.arange(count + 1, dtype=torch.int32), device)
 
     def inputs(self) -> dict[str, Any]:

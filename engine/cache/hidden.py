@@ -41,10 +41,10 @@ class HiddenStates:
         self._disk = DiskRows(arena, [width * dtype.itemsize])
         self._disk_rows = 0
         self._written: dict[int, Future[None]] = {}
-        """By micro-batch: what of it is on disk and not taken yet, or on its way there."""
+        """The rows of each micro-batch that are on disk, or being written, and were not taken yet."""
         self._fetched: dict[int, Fetch] = {}
         self.num_spans: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        """Spans of the current sweep, by tier."""
+        """The number of spans of the current sweep, by tier."""
 
     def begin(self, batches: Sequence[Rows]) -> None:
         """Assign a tier to every span of a new sweep."""

@@ -17,7 +17,7 @@ class JointRoom:
         self._rows, self._slots = rows, slots
         rows.beside, slots.beside = slots, rows
         self.refusal: str | None = None
-        """Why a tier could not grow the last time that it should have; None if it could."""
+        """Why a tier could not grow at the last attempt; None if it could."""
 
     def allocate(self, num_rows: int) -> Block | None:
         """Allocate space for a span of `num_rows` tokens; None when every allowed tier is full."""

@@ -50,9 +50,9 @@ class KVCache(LayerMemory):
         self.shapes = shapes
         self.dtype = dtype
         self.bits = 0 if codec is None else codec.bits
-        """Of the codes off the device; 0 for none."""
+        """The bits of codes on host and disk; 0 without codes."""
         self.codec = codec
-        """What rounds every row, and encodes those off the device; None if nothing does."""
+        """The codec that rounds every row, and encodes those on host and disk; None without one."""
         self._arena = arena
         self._compute_on_host = compute_on_host
         self._fresh: dict[int, torch.Tensor] = {}
@@ -63,12 +63,13 @@ class KVCache(LayerMemory):
         dtypes = {tier: dtype if codec is None or tier == "device" else torch.uint8 for tier in TIERS}
         self._disk = DiskRows(arena, sizes["disk"])
         self.room = Tables(sizes, dtypes, arena, budgets, share, self._disk, self._transfer.settle, counted=counted)
-        """Where rows lie, and which of them are free."""
+        """The allocator of rows."""
         self._stages = self._transfer.is_asynchronous and not compute_on_host
-        """Whether own tokens off the device are brought there ahead of their turn."""
+        """Whether own tokens on other tiers are brought to the device in advance."""
         self._coming: Iterator[tuple[int, DecodeGroup]] = iter(())
         self._staged: deque[tuple[int, DecodeGroup, tuple[torch.Tensor, Any] | Fetch]] = deque()
-        """Layer and group whose own tokens are under way: from the host with the event of arrival, or from disk."""
+        """The layer and group whose own tokens are being fetched: from the host with the event of arrival, or from
+        disk."""
 
     def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
         """Prepare a sweep over micro-batches: from now on the cache may read what the sweep before wrote.

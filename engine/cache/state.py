@@ -44,7 +44,7 @@ class StateCache:
         """shapes: the state's shape in each layer; None for a layer that keeps no state. counted: as for `Tables`."""
         self._arena = arena
         self._tensors: list[list[tuple[int, StateTensor]]] = []
-        """Of each layer: its tensors, each with the number of its tables."""
+        """The tensors of each layer's state, each with the number of its tables."""
         count = 0
         for shape in shapes:
             tensors = () if shape is None else shape.tensors
@@ -64,18 +64,18 @@ class StateCache:
             "the states of sequences cannot grow to {} of them",
             counted=counted,
         )
-        """Where slots are, and which of them are free."""
+        """The allocator of slots."""
         self._fresh: dict[int, State] = {}
-        """Of the layer in hand: states of prefixes computed in this sweep, or read off the device, until those of the
-        sweep that continue them have begun."""
+        """States in the current layer of prefixes that were computed in this sweep, or read from other tiers, until
+        the spans that continue them have begun."""
         self._users: dict[int, int] = {}
-        """How many segments of the sweep continue each prefix."""
+        """The number of segments of the sweep that continue each prefix."""
         self._to_come: dict[int, int] = {}
-        """Of these, how many have not begun in the layer in hand."""
+        """The number of these that have not begun in the current layer."""
         self._layer = -1
         self._coming: Iterator[tuple[StateGroup, int]] = iter(())
         self._ahead: deque[tuple[StateGroup, int, tuple[torch.Tensor, Any] | Fetch]] = deque()
-        """Group and table whose rows are under way to the device."""
+        """The group and table whose rows are being brought to the device."""
 
     def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
         """Begin a sweep over micro-batches: start to bring the states that are not on the device there.

@@ -51,25 +51,25 @@ class Tables:
         """
         self._sizes, self._dtypes, self._what = sizes, dtypes, what
         self.row_bytes: dict[Tier, int] = counted or {tier: sum(each) for tier, each in sizes.items()}
-        """Bytes of one row over all tables, by tier."""
+        """The bytes of one row over all tables, by tier."""
         self._arena, self._disk, self._settle = arena, disk, settle
         self._share = share
         self._percents = dict.fromkeys(TIERS, 100.0) if share is None else percents(share)
         self._max_rows = {tier: _rows(budgets[tier], self.row_bytes[tier]) for tier in TIERS}
         self.budgets = budgets
-        """Bytes of each tier, for these tables and those beside them."""
+        """The bytes of each tier, shared with other tables (`beside`)."""
         self.beside: Tables | None = None
-        """Other tables within the same budgets."""
+        """Other tables that share the budgets."""
         self._free_rows = {tier: FreeRows() for tier in TIERS}
         self.by_tier: dict[Tier, list[torch.Tensor]] = {tier: [] for tier in TIERS}
-        """The tables `[rows, …]`; none where nothing lies, nor on disk."""
+        """The tables `[rows, …]`; empty where no block is, and on disk."""
         self.num_blocks: dict[Tier, int] = dict.fromkeys(TIERS, 0)
-        """Spans that have a block, by tier."""
+        """The number of spans that have a block, by tier."""
         self._expected = 0
         self._refused: set[Tier] = set()
-        """Tiers that could not grow; they are tried again when there are new jobs, not for each that waits."""
+        """The tiers that could not grow; they are tried again when there are new jobs, not for each waiting one."""
         self.refusal: str | None = None
-        """Why a tier could not grow the last time that it should have; None if it could."""
+        """Why a tier could not grow at the last attempt; None if it could."""
 
     def _table(self, memory: torch.Tensor, size: int, tier: Tier) -> torch.Tensor:
         """View a table's memory as rows of numbers, or of bytes where they are encoded: `[rows, …]`."""

@@ -122,7 +122,7 @@ def load_family_config(path: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
     except Exception as error:  # whatever fields of another kind lead to in the family's code
-        raise CheckpointError(f"{path / 'config.json'} cannot be meant: transformers says {named(error)}") from None
+        raise CheckpointError(f"{path / 'config.json'} is invalid: transformers says {named(error)}") from None
     _check_padding(path / "config.json", config, text)
     return text
 

@@ -136,7 +136,9 @@ def _whole_in_cache(model: str, cached: Path, why: str) -> Path:
             weight_files(cached)
         except CheckpointError as error:
             part = str(error).removesuffix("; fetch it again")
-            raise CheckpointError(f"the local hub cache has model {model!r} only in part ({part}): {why}") from None
+            raise CheckpointError(
+                f"the local hub cache has model {model!r} only in part ({part}), the rest: {why}"
+            ) from None
     return cached
 
 
@@ -230,6 +232,11 @@ def _why(model: str, error: Exception) -> str:
         return (
             f"the hub {hub} answers for model {model!r} with something else than a hub does ("
             f"{named(error)}); check HF_ENDPOINT, and whether a proxy asks to log in"
+        )
+    if isinstance(error, RuntimeError) or type(error).__name__ == "XetDownloadError":  # hf_xet raises both
+        return (
+            f"files of model {model!r} cannot be fetched from the Xet storage of the hub {hub} ({named(error)}); try "
+            "again later, or fetch them another way with HF_HUB_DISABLE_XET=1"
         )
     return (
         f"model {model!r} is no directory, and the hub {hub} cannot be reached ("

@@ -96,5 +96,5 @@ def read_generation_config(path: Path) -> GenerationConfig | None:
     except OSError:
         _log.warning("flexgen-helm: %s is no JSON and left out, as transformers leaves it out", file)
     except Exception as error:  # whatever its values lead to
-        raise CheckpointError(f"{file} cannot be meant: {named(error)}; mend it or take it away") from None
+        raise CheckpointError(f"{file} is invalid: {named(error)}; correct or remove it") from None
     return None

@@ -37,7 +37,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
             if name in file_of:
                 raise CheckpointError(
                     f"{path}: {shown(name)} is in {file_of[name].name} and in {file.name}; which one is meant "
-                    "cannot be told; fetch the model again"
+                    "cannot be determined; download the model again"
                 )
             file_of[name] = file
             yield name, load

@@ -36,7 +36,7 @@ class SharedMemory:
             if size not in (0, num_bytes):
                 raise EngineError(
                     f"the shared memory holds {size / 1e6:.1f} MB and not {num_bytes / 1e6:.1f} MB: the engines that "
-                    "share it were opened by different plans; open all of them anew"
+                    "share it were opened by different plans; open all of them again"
                 )
             os.ftruncate(self._handle, num_bytes)
             self._pages = mmap.mmap(self._handle, num_bytes, flags=mmap.MAP_SHARED)

@@ -103,7 +103,7 @@ def _known_to_vary(before: _Failure | None) -> str:
     if before is not None and before.reason.startswith("batch-invariant"):
         return before.reason
     return (
-        "batch-invariant: it carries its own attention, whose sums depend on the longest sequence beside a row; leave "
+        "batch-invariant: it carries its own attention, whose sums depend on the longest sequence of a batch; leave "
         "batch-invariant out"
     )
 
@@ -265,7 +265,7 @@ def _words(model: Drivable, error: Exception) -> str:
     if "unpack" in str(error):
         return f"its layers hand on more than hidden states ({named(error)})"
     if "meta" in str(error):
-        return f"its forward reads weights of its embedding or layers besides calling them ({named(error)})"
+        return f"its forward reads weights of its embedding or layers in addition to calling them ({named(error)})"
     return f"its forward does not run with token ids, positions and stand-ins for its layers: {named(error)}"
 
 

@@ -82,7 +82,7 @@ class PaddedBatch(Rows):
         return keys, values
 
 
-_STATE = "it keeps a state beside keys and values, which this cache does not have"
+_STATE = "it keeps a state in addition to keys and values, which this cache does not have"
 
 
 class _NotKeptError(UnsupportedError, AttributeError):
@@ -154,7 +154,7 @@ class CacheView(Cache):
 
     def update_indexer(self, *_: Any, **__: Any) -> Any:
         """Refuse index keys, as of DeepSeek-V3.2."""
-        raise UnsupportedError("it keeps an index of its keys beside keys and values")
+        raise UnsupportedError("it keeps an index of its keys in addition to keys and values")
 
     def get_conv_state(self, *_: Any, **__: Any) -> Any:
         """Refuse a state: a module that needs one gets another cache."""

@@ -94,7 +94,7 @@ def check_rows_apart(layers: list[nn.Module], context: SweepContext, width: int,
                     f"layer {context.layer} ({type(layer).__name__}) does not run: {named(error)}"
                 ) from None
     raise UndrivableError(
-        "its layers mix tokens outside their attention, so that a result would depend on what is computed beside it "
+        "its layers mix tokens outside their attention, so that a result would depend on the rest of the batch "
         f"({type(layer).__name__})"
     )
 

@@ -13,8 +13,7 @@ from engine.policy import Policy, Share
 
 _ROWS = {"cpu": (1024, 512, 256, 128, 64), "other": (8192, 4096, 2048, 1024, 512, 256, 128, 64)}
 _MORE_ROWS = (32768, 16384)
-"""Factor for the rows of micro-batches of small layers on an accelerator, which would otherwise end before the host
-has launched the next."""
+"""More rows, for small layers on an accelerator: else a micro-batch ends before the host has launched the next."""
 _MOST_OPERATIONS = 1e12
 """The most operations on such a micro-batch in a layer: 1.5 ms of a fast GPU, about the host's launch time."""
 _WORK_FRACTION = 0.3
@@ -26,16 +25,14 @@ _MOST_OWN_ROWS = 4096
 _BESIDE_ROW_BYTES = 2048
 """Host memory per row in addition to its hidden state: its rotary tables, and its job and completion."""
 _EXPANDED_PART = 0.5
-"""The share of the device memory left by weights, layers in transit and a small micro-batch that may be used to
-decode a layer with all its experts, once a sweep. Otherwise experts are decoded some at a time, and again for each
-micro-batch."""
+"""The share of the device memory left by weights, layers in transit and a small micro-batch in which a layer may be
+decoded whole, once a sweep. Otherwise experts are decoded some at a time, and again for each micro-batch."""
 _TRANSIT_PART = 0.5
 """The share of the device memory left by the weights that layers in transit may take. If they need more, experts are
 transferred separately."""
 _WAITING_PART = 0.5
 """The share of the device memory left by weights and a micro-batch's temporaries for micro-batches that wait for
-each other where a layer computes experts; where experts are transferred separately, a sweep has no more rows than
-that."""
+others at a layer's experts; where experts are transferred separately, a sweep has no more rows than that."""
 _WAITING_ROWS = 32768
 """The number of waiting rows for which a greedy plan reserves memory. Resident weights save less than decoding all
 experts another time costs."""
@@ -54,8 +51,7 @@ _STATE_COPIES = 7
 """The number of copies of a state while a token is added: the old one, the input of the new one, and that of a
 prefix that others continue."""
 LEAST_BATCH_ROWS, SMALL_BATCH_ROWS = _ROWS["cpu"][-1], _ROWS["cpu"][-2]
-"""The rows of the smallest micro-batch that a plan is made for, and of the one for which a greedy plan reserves
-memory."""
+"""The rows of the smallest micro-batch of a plan, and of the one for which a greedy plan reserves memory."""
 
 
 class Demand:

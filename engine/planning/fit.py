@@ -80,7 +80,7 @@ class Fit:
             return f"of device memory; raise gpu-memory to {_rounded_up(enough)}"
         more = _rounded_up(max(1, enough - memory.device))
         if policy.cpu_memory is not None:
-            return f"that cpu-memory {gb(policy.cpu_memory)} leaves beside what the process has taken; add {more} to it"
+            return f"that cpu-memory {gb(policy.cpu_memory)} leaves after what the process holds; add {more} to it"
         return f"of host memory that this process may still take; free {more}, or raise the limit that it runs under"
 
     def _advice(self, weights: Share) -> str:

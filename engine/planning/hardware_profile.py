@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import yaml
 
 from engine.errors import ConfigError, did_you_mean, shown
 from engine.memory.paths import cache_directory
+from engine.memory.replaced import replace_text
 from engine.planning.host_limits import host_limits
 from engine.planning.machine import Machine, this_machine
 from engine.reading import expand_home, find_file, read_yaml
@@ -93,7 +92,7 @@ class HardwareProfile:
     def load(cls, spec: str | Path | None = None) -> HardwareProfile:
         """Read a shipped profile by its name, a file, or, for None, the stored profile of this machine.
 
-        For this machine, the memory is read anew, within the current limits, including what it was found to grow to.
+        For this machine, the current memory is used, within the current limits, including what it was found to grow to.
         Raises `ConfigError` when there is none, when it was measured on another machine (only for None), or when the
         file is invalid.
         """
@@ -154,15 +153,10 @@ class HardwareProfile:
         text = yaml.safe_dump(self.as_mapping(), sort_keys=False, width=120)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            replace_text(
+                path, f"# Measured by `flexgen-helm doctor --profile`; bytes and operations per second.\n{text}"
+            )
         except OSError as error:
-            raise ConfigError(_not_kept(path, error)) from None
-        try:
-            with open(handle, "w", encoding="utf-8") as stream:
-                stream.write(f"# Measured by `flexgen-helm doctor --profile`; bytes and operations per second.\n{text}")
-            os.replace(name, path)
-        except OSError as error:
-            Path(name).unlink(missing_ok=True)
             raise ConfigError(_not_kept(path, error)) from None
         return path
 
@@ -229,7 +223,7 @@ def _values(kind: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any
             raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
     needed = [_key(item.name) for item in fields(kind) if item.default is MISSING]
     if missing := [key for key in needed if key not in mapping]:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure again")
     return {name: mapping.get(key) for key, name in known.items()}
 
 
@@ -281,5 +275,5 @@ def _by_dtype(value: Any, where: str) -> dict[str, float]:
         if key not in HOST_DTYPES:
             raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), HOST_DTYPES)}")
     if missing := [name for name in HOST_DTYPES if name not in mapping]:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure anew")
+        raise ConfigError(f"{where}: missing {', '.join(missing)}; {_CURE} to measure again")
     return {name: _rate(mapping[name], f"{where}: {name}") for name in HOST_DTYPES}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as distributed
 
 from engine.member import Member
-from engine.memory.meeting import meet, naming_the_lost, part
+from engine.weights.members.meeting import meet, naming_the_lost, part
 
 _TIMEOUT = timedelta(days=300)
 """Stages wait for each other as long as nobody asks for anything. A process that ends is noticed sooner."""

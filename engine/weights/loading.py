@@ -133,7 +133,7 @@ def _watched(
 def _tell_unread(path: Path, module: PreTrainedModel, names: set[str]) -> None:
     """Log what is not read: an adapter, and tensors without a parameter that the family does not expect to ignore."""
     if find_file(path / ADAPTER_CONFIG, CheckpointError):
-        text = "flexgen-helm: the adapter that %s tells of is not applied; put it into a directory of its own to run it"
+        text = "flexgen-helm: the adapter that %s describes is not applied; put it into a separate directory to run it"
         _log.warning(text, path / ADAPTER_CONFIG)
     told: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=names)
     module._adjust_missing_and_unexpected_keys(told)

@@ -134,7 +134,7 @@ def _unreadable(spans: tuple[FileSpan, ...]) -> CheckpointError:
         except OSError as error:
             return CheckpointError(
                 f"{span.file} cannot be read any more: {reason(error)}; start again when it can, and copy the model to "
-                "a disk of this machine if it lies on a network drive that fails"
+                "a disk of this machine if it is on a network drive that fails"
             )
     return CheckpointError("a weight file could not be read for a moment; start again")
 

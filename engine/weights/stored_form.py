@@ -63,7 +63,7 @@ def experts_at_once(like: torch.Tensor) -> int:
 
 
 def group_bytes(model: CausalModel, names: Iterable[str]) -> int:
-    """The bytes of decoded experts at a time, for the larger of these parameters."""
+    """The most bytes of experts that are decoded at a time, over these parameters."""
     likes = [model.state[name] for name in names]
     return max((experts_at_once(like) * like[0].nbytes for like in likes), default=0)
 

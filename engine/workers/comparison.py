@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 
 class Comparison:
-    """What is known of the comparison that is being made, if one is."""
+    """The state of the comparison in progress, if there is one."""
 
     def __init__(self) -> None:
         self.alone = threading.Lock()
-        """Held by whoever makes one."""
+        """Held by the caller of a comparison."""
         self.place: Place | None = None
-        """Where it is made."""
+        """The place of the process that computes it."""
         self._told: queue.SimpleQueue[Stage | Compared | BaseException] = queue.SimpleQueue()
 
     def begin(self, place: Place, jobs: Sequence[Job], completions: Sequence[Completion]) -> None:
-        """Ask the process at `place`, which has opened the model."""
+        """Send the comparison to the process at `place`, which has opened the model."""
         self.place, self._told = place, queue.SimpleQueue()
         place.send(Compare(jobs=tuple(jobs), completions=tuple(completions)))
 
     def tell(self, told: Stage | Compared) -> None:
-        """Take in what the process says."""
+        """Handle a message of the process."""
         if self.place is not None:
             self._told.put(told)
 
     def died(self, place: Place, reason: str) -> None:
-        """Take in that a process has ended."""
+        """Note that a process has ended."""
         if place is self.place:
             self._told.put(EngineError(f"the engine's process ended while it compared layers: {reason}"))
 
     def outcome(self, progress: Callable[[int, int], None]) -> Findings:
-        """Wait for what it finds; raises what it raised, or `EngineError` when its process dies."""
+        """Wait for the findings; raises what the process raised, or `EngineError` when it dies."""
         while isinstance(told := self._told.get(), Stage):  # if interrupted, closing the engine finds that it goes on
             progress(told.done, told.total)
         self.place = None

@@ -1,4 +1,4 @@
-"""Jobs and completions as few arrays, for the way between two processes."""
+"""Packs jobs and completions into few arrays, to send them between processes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class PackedJobs:
     """Checked jobs, by number."""
 
     numbers: Numbers
-    """Of each job, by which both sides know it: `[jobs]`."""
+    """The number of each job, by which both sides know it: `[jobs]`."""
     ids: Tokens
-    """The tokens of all prompts, one behind the other."""
+    """The tokens of all prompts, concatenated."""
     ends: Numbers
-    """Where each prompt ends in `ids`: `[jobs]`."""
+    """The end of each prompt in `ids`: `[jobs]`."""
     others: tuple[tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool, bool, Thinking | None], ...]
-    """Most new tokens, sampling, stops, whether the prompt is scored, and the likeliest tokens told, and the rule for
-    thinking; those that differ."""
+    """The other settings of jobs, without duplicates: new tokens, sampling, stops, whether the prompt is scored and
+    the likeliest tokens are returned, and the thinking rule."""
     other: Numbers
-    """Which of `others` each job has: `[jobs]`."""
+    """The index of each job's settings in `others`: `[jobs]`."""
 
     @classmethod
     def of(cls, jobs: Iterable[tuple[int, Job]]) -> PackedJobs:
@@ -69,7 +69,7 @@ class PackedJobs:
         return jobs
 
     def _prompts(self) -> Iterator[tuple[int, ...]]:
-        """Where tokens come again and again, each is one object, which is faster to make and to compare."""
+        """The prompts; repeated tokens share one object, which is faster to make and to compare."""
         num_ids = int(self.ids.max(initial=0)) + 1
         known = np.arange(num_ids).astype(object) if num_ids < len(self.ids) else None
         for begin, end in _bounds(self.ends):
@@ -79,28 +79,28 @@ class PackedJobs:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedCompletions:
-    """What became of jobs, by number."""
+    """The results of jobs, by number."""
 
     numbers: Numbers
     texts: tuple[str, ...]
     tokens: Tokens
-    """Of all texts, one behind the other, as are the following."""
+    """The tokens of all texts, concatenated, like the following."""
     token_ends: Numbers
     logprobs: NDArray[np.float64]
     prompt_logprobs: NDArray[np.float64]
-    """But for the first of each prompt, which has none."""
+    """The log-probabilities of prompt tokens, except the first of each prompt, which has none."""
     prompt_greedy: NDArray[np.bool_]
-    """Likewise."""
+    """The greedy flags of prompt tokens, except the first of each prompt."""
     scored: Numbers
-    """Tokens of each prompt that was scored; -1 for those of which nobody asked."""
+    """The number of tokens of each prompt that was scored; -1 for those that were not to be scored."""
     reasons: Numbers
-    """Why each ended: its place in a list of reasons."""
+    """The finish reason of each job, as an index in a list of reasons."""
     end_tokens: Numbers
-    """-1 where none ended it."""
+    """The end-of-text token of each job; -1 where none ended it."""
     likeliest: dict[int, tuple[tuple[Likeliest, ...], tuple[Likeliest | None, ...] | None]]
-    """Of those that ask for it, by number: the likeliest tokens, and those of the prompt."""
+    """The likeliest tokens, and those of the prompt, by number, for jobs that request them."""
     errors: dict[int, EngineError]
-    """Of those that failed, by number."""
+    """The errors of failed jobs, by number."""
 
     @classmethod
     def of(cls, completions: Sequence[tuple[int, Completion]]) -> PackedCompletions:

@@ -14,7 +14,7 @@ from engine.job import Sampling
 from engine.logit_rules import LogitRules, refused_settings
 
 _DEFAULT_TOP_K = 50
-"""That of `transformers`, where neither request nor checkpoint says."""
+"""The default top_k of `transformers`, where neither request nor checkpoint sets one."""
 _SAMPLING = ("top_k", "top_p")
 _NOT_SAMPLED_BY = {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": ()}
 """Settings of sampling that nothing here carries out, with the values that change nothing."""
@@ -37,6 +37,12 @@ class GenerationSettings:
         ids = self._given.get("eos_token_id")
         ids = end_of_text if ids is None else ids
         self._end_of_text = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    @property
+    def temperature(self) -> float:
+        """What is sampled with where a request asks for no temperature."""
+        found = self._given.get("temperature")
+        return 1.0 if found is None else float(found)
 
     def applied(
         self, sampling: Sampling, prompt: tuple[int, ...], max_new_tokens: int, rules: Mapping[str, Any] | None = None

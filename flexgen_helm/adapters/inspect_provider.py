@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import engine
@@ -16,6 +17,7 @@ from engine.policy import Policy, parse_bytes
 from engine.text.prompt import PromptTokenizer, check_characters
 from engine.text.template import check_template_ends
 from flexgen_helm.adapters.gathering import Gathering
+from flexgen_helm.adapters.generation_settings import GenerationSettings
 from flexgen_helm.helm.requests.shaping import Reasoning
 from flexgen_helm.helm.requests.thinking import Reasoner
 from flexgen_helm.helm.requests.tokenizer import Spelling
@@ -122,6 +124,7 @@ class FlexGenAPI(HuggingFaceAPI):
         self._reasoner(None)
         self._special = [str(each) for each in self.tokenizer.added_tokens_decoder.values() if each.special]
         self._gathering = Gathering(self.engine)
+        self._settings = GenerationSettings(Path(self.tokenizer.name_or_path), self.tokenizer.eos_token_id)
 
     def close(self) -> None:
         """Give back everything."""
@@ -180,21 +183,20 @@ class FlexGenAPI(HuggingFaceAPI):
         check_num_completions(count)
         rule = self._reasoner(config.reasoning_tokens).rule(chat)
 
-        def sampling(number: int) -> Sampling:
-            return Sampling(
-                temperature=1.0 if config.temperature is None else config.temperature,
-                top_k=config.top_k or None,
-                top_p=1.0 if config.top_p is None else config.top_p,
-                seed=None if config.seed is None else config.seed + number,
-                presence_penalty=config.presence_penalty or 0.0,
-                frequency_penalty=config.frequency_penalty or 0.0,
-            )
-
+        temperature = self._settings.temperature if config.temperature is None else config.temperature
+        asked = {"top_k": config.top_k, "top_p": config.top_p}
+        sampling = Sampling(
+            temperature=temperature,
+            presence_penalty=config.presence_penalty or 0.0,
+            frequency_penalty=config.frequency_penalty or 0.0,
+            **(self._settings.sampled(asked) if temperature else {}),
+        )
+        sampling = self._settings.applied(sampling, tuple(prompt), most)
         jobs = [
             Job(
                 prompt=tuple(prompt),
                 max_new_tokens=most,
-                sampling=sampling(number),
+                sampling=dataclasses.replace(sampling, seed=None if config.seed is None else config.seed + number),
                 stop=tuple(config.stop_seqs or ()),
                 thinking=rule,
                 prompt_logprobs=config.prompt_logprobs is not None,

@@ -41,6 +41,10 @@ _MEANT = {"stop": "until", "stop_sequences": "until", "max_length": "max_gen_tok
 """Of generation arguments that others have, what the harness calls them."""
 
 
+class ThinkingError(ConfigError, ValueError):
+    """Continuations are to be scored by a model that is to think first; the harness's own model raises `ValueError`."""
+
+
 class FlexGenLM(TemplateLM):
     """Answers as `lm_eval.models.huggingface.HFLM` does, by an engine whose model may be larger than the GPU.
 
@@ -169,7 +173,7 @@ class FlexGenLM(TemplateLM):
         """(log-probability, whether it is greedy) of each (context, continuation); not for models that are to think."""
         if self.enable_thinking:
             names = ", ".join(sorted({str(name) for each in requests if (name := getattr(each, "task_name", None))}))
-            raise ConfigError(
+            raise ThinkingError(
                 f"enable_thinking=True is for tasks that generate; {names or 'this one'} scores continuations"
             )
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)

@@ -34,13 +34,13 @@ class Examined:
 
     model: str
     config: Mapping[str, Any]
-    """Its config.json."""
+    """The contents of its config.json."""
     window: int | None
-    """Most positions of a sequence."""
+    """The maximum number of positions of a sequence."""
     quantization: Mapping[str, Any] | None
     """What its files say of how it is quantized."""
     facts: ModelFacts | None
-    """None where it is refused before that is known; so with the next ones."""
+    """The facts about it; None, like the following, where it is refused before they are known."""
     needs: MemoryNeeds | None
     here: str | None
     """Whether the policy `auto` fits it into this machine."""
@@ -48,10 +48,10 @@ class Examined:
     notes: tuple[str, ...]
     """What was not looked at, and what may surprise."""
     refusals: tuple[str, ...]
-    """Why it does not run; empty if it does."""
+    """Why the model does not run; empty if it does."""
 
     def mapping(self) -> dict[str, Any]:
-        """All but config.json, as JSON has it."""
+        """Everything except config.json, as JSON."""
         return {name: value for name, value in asdict(self).items() if name != "config"}
 
 
@@ -173,6 +173,6 @@ def _examined(
 
 
 def _size_as(model: CausalModel, dtype: torch.dtype) -> None:
-    """Let a model on `meta` have the sizes of another dtype: building it anew takes seconds, and address space."""
+    """Give a model on `meta` the sizes of another dtype: building it again takes seconds, and address space."""
     model.dtype = dtype
     model.state = {name: like.to(dtype) if like.is_floating_point() else like for name, like in model.state.items()}

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
-"""Of log-probabilities, in float32: splitting a prompt reorders sums."""
+"""The tolerance for log-probabilities in float32: splitting a prompt reorders sums."""
 REACH = 500 * TOLERANCE
-"""What context must at least be able to do to log-probabilities for agreement to say anything about attention."""
+"""The least effect of context on log-probabilities with which agreement says anything about attention."""
 OUTER, INNER = 24, 20
-"""Lengths of a shared prefix, and of one that some of its users share besides."""
+"""The lengths of a shared prefix, and of a further one that some of its users share."""
 
 
 def make_jobs() -> list[Job]:
@@ -52,7 +52,7 @@ class Expected:
 
     tokens: list[int]
     logprobs: list[float]
-    """Of the prompt but its first token, then of the tokens."""
+    """The log-probabilities of the prompt except its first token, then of the generated tokens."""
     finish_reason: str
 
 
@@ -81,7 +81,7 @@ def contradictions(model: PreTrainedModel, expected: list[Expected]) -> int:
 
 
 def differences(expected: list[Expected], done: list[Completion]) -> tuple[list[str], float]:
-    """Where completions of `JOBS` differ, in words, and the largest difference of a log-probability."""
+    """The differences between completions of `JOBS`, in words, and the largest one of a log-probability."""
     found, largest = [], 0.0
     for index, (job, answer, completion) in enumerate(zip(JOBS, expected, done, strict=True)):
         size = len(job.prompt)
@@ -109,7 +109,7 @@ def differences(expected: list[Expected], done: list[Completion]) -> tuple[list[
 
 
 def reach(model: PreTrainedModel) -> float:
-    """How far the first token of a prompt moves the log-probabilities of those after the second, at most."""
+    """The largest change of log-probabilities after the second token when a prompt's first token changes."""
     moved = 0.0
     for job in JOBS[:2]:
         first, *rest = job.prompt

@@ -17,7 +17,7 @@ _LIMITS = ("window", "window_size", "chunk_size", "original_max_position_embeddi
 
 
 def left_out(full: PreTrainedConfig, small: PreTrainedConfig, longest: int) -> list[str]:
-    """What `full` switches on that a model of `small` does not do with prompts of at most `longest` tokens."""
+    """What `full` enables that a model of `small` does not do with prompts of at most `longest` tokens."""
     found = []
     kinds, kept = (kinds_of_layers(_text(config)) for config in (full, small))
     for key, values in kinds.items():

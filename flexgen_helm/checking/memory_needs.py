@@ -1,4 +1,4 @@
-"""What memory a model needs: the planner asked for the least device that runs it, and for the machine at hand."""
+"""The memory a model needs: on the smallest device that runs it, and on this machine, by the planner."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MemoryNeeds:
 
     dtype: str
     weight_bytes: int
-    """All weights, as they are stored."""
+    """The bytes of all stored weights."""
     token_bytes: int
     """Keys and values of a token in all layers."""
     state_bytes: int
@@ -35,7 +35,7 @@ class MemoryNeeds:
     """Memory of an accelerator with which the weights can pass through it from host memory."""
 
     def lines(self) -> list[str]:
-        """In words."""
+        """The needs in words."""
         states = f" and {self.state_bytes / 1e6:,.1f} MB of states for each sequence" if self.state_bytes else ""
         return [
             f"{gb(self.weight_bytes)} of weights, {self.token_bytes / 1e3:,.1f} kB of keys and values for each token"
@@ -56,7 +56,7 @@ def memory_needs(shape: ModelShape, dtype: str) -> MemoryNeeds:
 
 
 def _least_device_bytes(shape: ModelShape) -> int:
-    """To a megabyte."""
+    """The smallest device memory, rounded to a megabyte."""
     policy = Policy.from_mapping(_STREAMED, where="check")
 
     def fits(device_bytes: int) -> bool:
@@ -76,7 +76,7 @@ def _least_device_bytes(shape: ModelShape) -> int:
 
 
 def plan_here(shape: ModelShape, memory: Memory, *, on_cpu: bool) -> str:
-    """Where this machine's memory would hold the weights under the policy `auto`, or why it would not, in one line."""
+    """Where this machine would hold the weights under the policy `auto`, or why it could not, in one line."""
     try:
         plan: Plan = make_plan(shape, Policy(), memory, on_cpu=on_cpu)
     except CapacityError as error:

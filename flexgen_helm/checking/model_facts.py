@@ -1,4 +1,4 @@
-"""How the engine would run a model, found out without its weights' values: path, packed form, experts, windows."""
+"""How the engine would run a model, found without its weights' values: path, packed form, experts, windows."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ class ModelFacts:
     path: str
     """How attention is called: "attention interface" or "own attention"."""
     windows: dict[str, int]
-    """How many layers attend to so many tokens at most, "all" for all before; empty where the family's code decides."""
+    """The number of layers by the most tokens that they attend to, "all" without a limit; empty where the family's
+    code decides."""
     packed: str | None
     """What packed the checkpoint's matrices, None for plain numbers."""
     packed_matrices: int
     rounds_inputs: bool
-    """Whether the inputs of packed layers are rounded, as the checkpoint asks for."""
+    """Whether the inputs of packed layers are rounded, as the checkpoint requires."""
     experts: int
-    """Of a layer; 0 without."""
+    """The number of experts of a layer; 0 without."""
     chosen_experts: int
-    """Of those, how many a token is computed by."""
+    """The number of experts chosen for a token."""
 
     def lines(self) -> list[str]:
-        """In words."""
+        """The facts in words."""
         how = {
             "attention interface": "through transformers' attention interface, prompts packed without padding",
             "own attention": "with the family's own attention, in padded micro-batches",
@@ -64,7 +65,7 @@ def _told(reach: Reach) -> str:
 
 
 def model_facts(model: CausalModel) -> ModelFacts:
-    """Those of a model that was built without weights."""
+    """The facts about a model that was built without weights."""
     config = model.config.get_text_config()
     windows = Counter(_told(reach) for reach in model.sweeping.reaches.values())
     experts = count_of(config, *_EXPERTS)

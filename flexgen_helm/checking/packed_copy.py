@@ -12,16 +12,16 @@ from engine.errors import UnsupportedError
 from flexgen_helm.checking.undecided import UnpackableError
 
 _BLOCK = 8
-"""Rows and columns that share a scale in a copy, at most: its matrices are small."""
+"""The most rows and columns that share a scale in a copy, whose matrices are small."""
 _WEIGHTS = "model.safetensors"
 
 
 def pack_copy(directory: Path, told: Mapping[str, Any]) -> list[str]:
-    """Put random codes in place of the matrices of a small model that a quantization_config packs.
+    """Replace the matrices of a small model that a quantization_config packs by random codes.
 
-    The copy's config tells so, with groups and blocks of sizes that go into its matrices. Codes stand for numbers of
-    the size of those before. Returns what the packed copy does not do that the model does, in words. Raises
-    `UnpackableError` for a format that codes are not made of.
+    The copy's config describes them, with groups and blocks of sizes that divide its matrices. Decoded codes have the
+    magnitude of the replaced numbers. Returns what the packed copy does not do that the model does, in words. Raises
+    `UnpackableError` for a format whose codes cannot be generated.
     """
     import torch
     from safetensors.torch import load_file, save_file

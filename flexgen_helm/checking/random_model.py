@@ -69,7 +69,7 @@ def save_with_tokenizer(directory: Path, model: PreTrainedModel) -> Path:
 
 
 def save_small(directory: Path, config: PreTrainedConfig) -> Path:
-    """The same for a config that was shrunk; `UndecidedError` where it is still large, or cannot be built."""
+    """Like `save_random`, for a shrunk config; `UndecidedError` where it is still large, or cannot be built."""
     import torch
 
     try:

@@ -56,7 +56,7 @@ _SMALLER: dict[str, int] = {
     # With few heads many keys have a score of nought, of which some are chosen one way or the other.
     **dict.fromkeys(("index_head_dim", "index_n_heads"), 16),
 }
-"""The most that a setting of this name, in any family, is left at."""
+"""The largest value that a setting of this name keeps, in any family."""
 SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 _DROPPED = ("quantization_config", "auto_map", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _FEW_LAYERS = 3
@@ -121,7 +121,7 @@ def kinds_of_layers(config: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def layers_needed(config: Mapping[str, Any]) -> int:
-    """How many of the first layers have every kind of layer among them, and at least three."""
+    """The number of first layers that include every kind of layer, at least three."""
     firsts = (kinds.index(kind) + 1 for kinds in kinds_of_layers(config).values() for kind in kinds)
     return max([_FEW_LAYERS, *firsts])
 
@@ -155,7 +155,7 @@ def small_config(full: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrain
 
 
 def with_small_encoders(half: PreTrainedConfig) -> PreTrainedConfig:
-    """Of a small text half that only the class of the whole model runs, the whole's config; any other as it is.
+    """The whole model's config for a small text half that only the whole's class runs; any other config unchanged.
 
     Raises `UndecidedError` where its family refuses such sizes.
     """

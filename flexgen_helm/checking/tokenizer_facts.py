@@ -21,7 +21,7 @@ class TokenizerFacts:
     """A tokenizer in numbers and words."""
 
     kind: str
-    """Its class in transformers, and what its vocabulary is read by."""
+    """Its class in transformers, and the library that reads its vocabulary."""
     tokens: int
     before_a_text: tuple[str, ...]
     """The tokens that stand before a prompt."""
@@ -31,7 +31,7 @@ class TokenizerFacts:
     """What may surprise."""
 
     def lines(self) -> list[str]:
-        """In words."""
+        """The facts in words."""
         before = " ".join(self.before_a_text) or "nothing"
         template = "a chat template" if self.has_chat_template else "no chat template"
         return [f"{self.kind}, {self.tokens:,} tokens, {before} before a text, {template}"]
@@ -40,9 +40,9 @@ class TokenizerFacts:
 def tokenizer_facts(
     path: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, rows: int
 ) -> TokenizerFacts:
-    """Those of a loaded tokenizer beside its model, whose token embedding has `rows` rows.
+    """The facts about a loaded tokenizer and its model, whose token embedding has `rows` rows.
 
-    Raises `EngineError` for a tokenizer that no prompt can be made with.
+    Raises `EngineError` for a tokenizer that cannot encode prompts.
     """
     prefix = PromptTokenizer.of(tokenizer).prefix
     special = special_tokens(path, config, tokenizer)

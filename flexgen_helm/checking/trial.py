@@ -1,4 +1,4 @@
-"""A small random copy of a model, run by the engine under several policies beside plain transformers."""
+"""Runs a small random copy of a model in the engine under several policies, and compares with plain transformers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ POLICIES: dict[str, dict[str, Any]] = {
         "pad-to-seq-len": "bucket",
     },
 }
-"""They meet all that a family's code can notice: parameters bound once or passing through slots, keys and values on
-every tier, company of several kinds, several sweeps, padding."""
+"""They cover all differences that a family's code can notice: parameters bound once or passing through slots, keys
+and values on every tier, batches of several kinds, several sweeps, padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Run:
     jobs: int
     differing: int
     largest: float
-    """Of the log-probabilities that belong to the same tokens, the largest difference (natural logs)."""
+    """The largest difference of log-probabilities of equal tokens (natural logs)."""
     first: tuple[str, ...]
     """The first differences, in words."""
 
@@ -66,10 +66,10 @@ class Trial:
     packed: str | None
     """The format of the copy's matrices; None for plain numbers."""
     reach: float
-    """How far a prompt's first token moves later log-probabilities, at most."""
+    """The largest change of later log-probabilities by a prompt's first token."""
     runs: tuple[Run, ...]
     open_questions: tuple[str, ...]
-    """Why agreement does not say that the model agrees, too."""
+    """Why agreement of the copy does not prove that the model agrees."""
 
     @property
     def verdict(self) -> str:
@@ -84,7 +84,7 @@ class Trial:
         return max(run.largest for run in self.runs)
 
     def mapping(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """The trial as JSON."""
         return {**asdict(self), "verdict": self.verdict, "tolerance": TOLERANCE}
 
 

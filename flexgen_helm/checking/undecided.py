@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UndecidedError(Exception):
-    """Nothing can be found out about a model's small copy; the message is one line."""
+    """A model's small copy allows no verdict; the message is one line."""
 
 
 class UnpackableError(UndecidedError):

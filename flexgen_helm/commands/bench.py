@@ -1,4 +1,4 @@
-"""`flexgen-helm bench`: times the engine on random weights of a real shape, beside the least time the machine allows.
+"""`flexgen-helm bench`: times the engine on random weights of a real shape, compared with the machine's limits.
 
 A workload is written RUNSxJOBSxSHARED+OWN:NEW: so many runs of so many requests, each with a prompt of tokens shared
 within the run plus tokens of its own, and so many tokens to generate. Rates are measured in the same call. Imports no
@@ -110,14 +110,14 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def workloads(rows: Sequence[str] | None, curve: Sequence[int] | None) -> list[Workload]:
-    """The workloads that `--rows` and `--curve` ask for; `ROWS` when neither is given."""
+    """The workloads of `--rows` and `--curve`; `ROWS` when neither is given."""
     points = () if curve is None else tuple(curve) or CURVE
     texts = [*(ROWS if rows is None and curve is None else rows or ()), *(f"1x{count}x0+512:32" for count in points)]
     return [Workload.parse(text) for text in texts]
 
 
 def bench_policy(name: str, gpu_memory: str | None, percent: Sequence[int] | None) -> Policy:
-    """The policy of `--policy` with the other flags laid over it."""
+    """The policy of `--policy` with the other flags applied."""
     mapping = {} if name == "auto" else dict(read_policy_yaml(name))
     if gpu_memory is not None:
         mapping["gpu-memory"] = gpu_memory
@@ -148,7 +148,7 @@ def rates_of(policy: Policy, shape: str) -> Rates:
 def _time_rows(
     engine: Engine, loads: list[Workload], rates: Rates, record: dict[str, Any], name: str, out: Path
 ) -> Path:
-    """Time one workload after the other; the record is written anew after each."""
+    """Time one workload after the other; the record is rewritten after each."""
     from flexgen_helm.planning.record import write_record
 
     print("  ".join(f"{title:>{width}}" for title, width, _ in _COLUMNS), flush=True)
@@ -171,7 +171,7 @@ def table_line(row: dict[str, Any]) -> str:
 
 
 def time_row(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
-    """Time `load` once, after a rehearsal that claims the memory it needs; seconds, and the least there could be."""
+    """Time `load` once, after a rehearsal that allocates the memory it needs; seconds, and the least possible."""
     rehearsal_s, _ = timed(engine, load.rehearsal(engine.plan.limits.seats), seed=1)
     seconds, sweeps = timed(engine, load)
     cache_crosses = not engine.policy.cpu_cache_compute
@@ -196,7 +196,7 @@ def time_row(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
 
 
 def timed(engine: Engine, load: Workload, seed: int = 0) -> tuple[float, int]:
-    """Seconds and sweeps of one call; `RunFailed` when a request does not end as it was asked to."""
+    """The seconds and sweeps of one call; `RunFailed` when a request ends otherwise than expected."""
     jobs = load.jobs(engine.parts.model.vocab_size, seed)
     before, start = engine.num_sweeps, time.perf_counter()
     try:
@@ -213,7 +213,7 @@ def timed(engine: Engine, load: Workload, seed: int = 0) -> tuple[float, int]:
 
 
 def _device_reserved(engine: Engine) -> int:
-    """The most that torch has held on the device since the rates were measured."""
+    """The most memory that torch has reserved on the device since the rates were measured."""
     from engine.memory import accelerator
 
     return accelerator.peak_memory(engine.parts.arena.device)

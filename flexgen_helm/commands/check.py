@@ -1,8 +1,8 @@
-"""`flexgen-helm check`: whether a model runs here, by which path, what it needs, and if it is as in plain transformers.
+"""`flexgen-helm check`: whether a model runs here, how, what it needs, and whether it equals plain transformers.
 
-The model's files are examined as a run would open them; no weights are read, and a hub id's weights are not fetched.
-Then a small copy with random weights, in which everything that its config.json switches on stays switched on, is run by
-the engine on the CPU in float32 beside plain transformers. Imports no HELM.
+The model's files are examined as a run would open them; no weights are read, and a hub id's weights are not downloaded.
+Then the engine runs a small copy with random weights, in which everything that config.json enables stays enabled, on
+the CPU in float32, and compares it with plain transformers. Imports no HELM.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def verdict_of(found: Examined, trial: Trial | None, reasons: Sequence[str]) -> str:
-    """One of `EXIT_CODES`: a copy that differs does so whatever else is not known."""
+    """One of `EXIT_CODES`: "different" takes precedence over anything unknown."""
     if found.refusals:
         return "refused"
     if trial is not None and trial.verdict == "different":
@@ -151,7 +151,7 @@ def _mapping(found: Examined, trial: Trial | None) -> dict[str, Any]:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    from flexgen_helm.planning.stored import replace_text
+    from engine.memory.replaced import replace_text
 
     try:
         replace_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.memory.replaced import replace_text
 from flexgen_helm.helm.scores import short_name
-from flexgen_helm.planning.stored import replace_text
 from flexgen_helm.suites.comparison import CONFIDENCE, SLOWDOWN, Comparison, ScoreChange, compare_suites
 from flexgen_helm.suites.speed import SpeedChange
 from flexgen_helm.suites.suite import find_suite, read_suite
@@ -18,7 +18,7 @@ from flexgen_helm.terminal.errors import UsageError
 from flexgen_helm.terminal.parser import Parser
 
 MOST_ROWS = 12
-"""Differences within noise that are shown: as many as fill the table to so many rows."""
+"""The number of rows up to which differences within noise are shown."""
 DESCRIPTION = """
 Compare suite B with an earlier suite A. Exit code 0: nothing is worse. 1: a score is worse by more than chance explains
 (bootstrap over instances, paired where both suites have the same ones, corrected by Holm for the number of scores), a

@@ -23,7 +23,7 @@ Status = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. "missing" costs a feature, "broken" costs every run."""
+    """The result of one check. "missing" costs a feature, "broken" costs every run."""
 
     status: Status
     what: str
@@ -69,7 +69,7 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    """Compare what is installed with what this package asks for."""
+    """Compare installed packages with this package's requirements."""
     for text in importlib.metadata.requires("flexgen-helm") or []:
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):

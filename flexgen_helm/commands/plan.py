@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _RUNNERS_UP = 2
 _NEAR = 10
-"""Percents of the weights on the device: policies that differ by less are hardly others."""
+"""Policies whose percents of the weights on the device differ by less are not listed as alternatives."""
 
 
 EXAMPLES = (
@@ -86,7 +86,7 @@ _USELESS = (
     "cache_instances",
     "skip_completed_runs",
 )
-"""Of HELM's flags, those that change nothing of what is made here."""
+"""HELM's flags that have no effect here."""
 
 
 def entries_parser() -> Parser:
@@ -108,14 +108,14 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def names_shape(arguments: Sequence[str]) -> bool:
-    """Whether a command line, or one that only asks for help, is about a shape; else it is about run entries."""
+    """Whether a command line, or one that only requests help, is about a shape; else it is about run entries."""
     flags = [each.partition("=")[0] for each in arguments]
     is_shape = any(len(each) > 3 and ("--shape".startswith(each) or "--work".startswith(each)) for each in flags)
     return is_shape or not set(flags) - {"-h", "--help"}
 
 
 def parse_plan_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line about run entries; `ConfigError` for what cannot be meant."""
+    """Parse a command line about run entries; `ConfigError` for invalid flags."""
     args = parse_run_flags(arguments, entries_parser())
     args.conf_paths = [*args.conf, *args.conf_paths]
     args.output_path = args.output_path or "benchmark_output"
@@ -199,7 +199,7 @@ def _plan_shape(arguments: Sequence[str]) -> int:
 
 
 def _sizes(shape: str, dtype: str) -> ModelSizes:
-    """Those that are shipped, or those of the model, built for it."""
+    """The shipped sizes, or those of the model, which is built for it."""
     from flexgen_helm.planning.dummy import shape_model
     from flexgen_helm.planning.model_sizes import ModelSizes, shipped_sizes
 
@@ -210,7 +210,7 @@ def _sizes(shape: str, dtype: str) -> ModelSizes:
 
 
 def _lines(found: Estimate, load: Workload) -> Iterator[str]:
-    """What the best policy costs, and where everything lies."""
+    """The time and bottleneck of the best policy, and the placement of the bytes."""
     rate = load.num_requests / found.seconds
     yield (
         f"least time {_s(found.seconds)} in {found.sweeps} sweeps, {rate:.2f} requests/s, "
@@ -234,7 +234,7 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
 
 
 def _others(found: list[Estimate]) -> Iterator[str]:
-    """The fastest policies of other kinds, and what holds them back."""
+    """The fastest policies of other kinds, and their bottlenecks."""
     shown = [found[0]]
     for each in found[1:]:
         if all(_is_other(each, seen) for seen in shown):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
-from flexgen_helm.planning.stored import replace_text
+from engine.memory.replaced import replace_text
 from flexgen_helm.suites.suite import find_suite, read_suite
 from flexgen_helm.terminal.parser import Parser
 
@@ -41,7 +41,9 @@ def report_parser() -> Parser:
     parser = Parser(prog="flexgen-helm report", description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("suite", metavar="SUITE", help="a suite's directory, or its name in --output-path")
     parser.add_argument(
-        "--previous", metavar="DIR", help="suite to compare with (default: the latest earlier sweep beside it)"
+        "--previous",
+        metavar="DIR",
+        help="suite to compare with (default: the latest earlier sweep in the same directory)",
     )
     parser.add_argument(
         "--reference", type=Path, metavar="PATH", help="a suite of helm-run's, or a fidelity.json of verify's"

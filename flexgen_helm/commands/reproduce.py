@@ -1,4 +1,4 @@
-"""`flexgen-helm reproduce RUN_DIR`: a finished run again, from the record beside its files, and what came out again."""
+"""`flexgen-helm reproduce RUN_DIR`: repeats a finished run from the record next to its files and compares results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.identity.result import differences
 from engine.errors import ConfigError, InstallationError
-from flexgen_helm.planning.stored import replace_text
+from engine.memory.replaced import replace_text
 from flexgen_helm.terminal.columns import columns
 from flexgen_helm.terminal.installation import model_problem
 from flexgen_helm.terminal.parser import Parser

@@ -74,7 +74,7 @@ def parse_verify_flags(arguments: Sequence[str]) -> argparse.Namespace:
         "runner_class_name",
     ):
         if getattr(args, flag):
-            raise ConfigError(f"verify computes every request of its runs here and anew; leave --{_dashed(flag)} out")
+            raise ConfigError(f"verify computes every request of its runs again; leave --{_dashed(flag)} out")
     return args
 
 

@@ -1,4 +1,4 @@
-"""The data sets: which task each is of, where its files lie, which columns are shown and what is asked."""
+"""The data sets: their tasks, the locations of their files, the columns that are shown and the questions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Task:
     """What the data sets of one kind have in common."""
 
     folder: str
-    """Of its data sets, below the root of the archive."""
+    """The folder of its data sets in the archive."""
     tables: tuple[str, ...]
-    """Files beside those of the splits."""
+    """Files in addition to those of the splits."""
     label: str | None
     """Column of a split that is 1 or 0; None where the answer is a cell's text."""
     max_tokens: int
-    """Of an answer."""
+    """The most tokens of an answer."""
     missing: str = ""
     """How an empty cell is written."""
 
@@ -45,7 +45,7 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """One data set, as it is asked about."""
+    """One data set, with the form of its questions."""
 
     name: str
     task_name: str
@@ -68,7 +68,7 @@ class Dataset:
 
     @property
     def folder(self) -> str:
-        """Of its files, below the root of the archive."""
+        """The folder of its files in the archive."""
         return f"{self.task.folder}/{self.name}"
 
 

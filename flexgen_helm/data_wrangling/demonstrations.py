@@ -1,4 +1,4 @@
-"""Demonstrations written for each data set: the invented records, asked about as the data set's own are."""
+"""Demonstrations written for each data set: invented records, with the data set's own questions."""
 
 from __future__ import annotations
 

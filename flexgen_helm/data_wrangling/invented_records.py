@@ -1,4 +1,4 @@
-"""Invented records in each data set's columns, with answers, as hard as those that the data set asks about."""
+"""Invented records in each data set's columns, with answers, as difficult as the data set's own."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def pair_question(dataset: Dataset, a: Row, b: Row) -> str:
 
 
 def imputation_question(dataset: Dataset, row: Row) -> str:
-    """A record without the cell that is asked for."""
+    """A record without the cell that is to be predicted."""
     return serialize(row, dataset.columns, dataset.task.missing)
 
 

@@ -1,4 +1,4 @@
-"""Run entries of ours, beside HELM's: registered with HELM by the plugin, so that `helm-run` has them too."""
+"""Our own run entries, which the plugin registers with HELM, so that `helm-run` has them, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples become demonstrations, and in which order."""
+"""Chooses the demonstrations and their order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_K = 10
 
 
 def num_demonstrations(dataset: Dataset, selection: str, k: int | None, seed: int) -> int:
-    """How many demonstrations a prompt has; `ConfigError` for an argument that cannot be meant."""
+    """The number of demonstrations of a prompt; `ConfigError` for an invalid argument."""
     if selection not in SELECTIONS:
         raise ConfigError(f"data_wrangling: no selection {selection!r}{did_you_mean(selection, SELECTIONS)}")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -43,12 +43,12 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
 
 
 def by_cluster(examples: Sequence[Example], k: int, seed: int, *, by_answer: bool) -> list[Example]:
-    """All distinct examples, ordered so that the first `k` stand for `k` clusters of similar questions.
+    """All distinct examples, ordered so that the first `k` represent `k` clusters of similar questions.
 
-    Questions are vectors of their three-letter pieces (TF-IDF), in k-means clusters. First comes of each cluster the
-    question nearest to its centre, then of each the second nearest, and so on. With `by_answer`, each answer has its
+    Questions are TF-IDF vectors of their character trigrams, in k-means clusters. The question nearest to each
+    cluster's centre comes first, then the second nearest of each, and so on. With `by_answer`, each answer has its
     share of the clusters and answers alternate, the most frequent first: most pairs do not match, and a prompt that
-    shows but one answer teaches nothing. The same arguments give the same order.
+    shows only one answer teaches nothing. The same arguments give the same order.
     """
     distinct = list(dict.fromkeys(examples))
     groups: dict[str, list[Example]] = {}

@@ -1,4 +1,4 @@
-"""How near a run is to plain transformers: the reference, the comparison with it, and the verdict.
+"""Compares a run with plain transformers: the reference, the comparison, and the verdict.
 
-Imports the engine, and of flexgen_helm terminal and helm.
+It imports the engine, and of flexgen_helm terminal and helm.
 """

@@ -42,15 +42,16 @@ from flexgen_helm.terminal.progress import Progress
 
 _SUITE = "again"
 _OF_SOFTWARE = ("numerics", "source")
-"""Of an identity, what tells the software apart, not the checkpoint: another one is what may be tried."""
+"""The parts of an identity that describe the software, not the checkpoint: a run may be repeated with other
+software."""
 
 
 @contextmanager
 def run_again(run_path: Path, found: Provenance) -> Iterator[Path]:
-    """Run a run again, and yield the directory of its files, its record among them, which is gone afterwards.
+    """Repeat a run, and yield the directory of its files, its record among them, which is removed afterwards.
 
-    Raises `EngineError` for what cannot be run again, before weights are loaded: files that HELM cannot read, a record
-    that names no model of ours, a checkpoint that has changed since. Raises `RunFailed` where the run fails now.
+    Raises `EngineError` for a run that cannot be repeated, before weights are loaded: files that HELM cannot read, a
+    record without a model of ours, a checkpoint that has changed since. Raises `RunFailed` where the run fails now.
     """
     run_spec = _run_spec(run_path)
     entries = _entries(found)

@@ -1,4 +1,4 @@
-"""A run's requests beside the reference: computed by both, and how far their tokens and log-probabilities lie apart."""
+"""Compares a run's requests with the reference: the differences of tokens and log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One token's log-probability, here and there."""
+    """The log-probability of one token, by the engine and by the reference."""
 
     instance_id: str | None
     train_trial_index: int
     reference_index: int | None
-    """Of the instance's references, where each has a request of its own."""
+    """The index of the instance's reference answer, where each has a request of its own."""
     part: str
     """"prompt" or "completion"."""
     position: int
-    """Of the token in that part."""
+    """The position of the token in that part."""
     ours: float
     reference: float
 
@@ -41,10 +41,10 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A completion of ours beside the reference."""
+    """A completion of ours, compared with the reference."""
 
     worst: Difference | None
-    """None where there is no log-probability to compare."""
+    """The largest difference; None where there is no log-probability to compare."""
     num_logprobs: int
     sum_of_differences: float
     is_sampled: bool
@@ -54,25 +54,26 @@ class Compared:
     num_tokens: int = 0
     """Greedy tokens of the longer of the two completions."""
     same_text: bool | None = None
-    """None where nothing is decoded greedily."""
+    """Whether the texts are equal; None where nothing is decoded greedily."""
     margin: float = 0.0
     """Where tokens differ: by how much log-probability the reference prefers its own to the next likely token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All of a run's requests beside the reference, and the run's states with the reference's results."""
+    """All of a run's requests, compared with the reference, and the run's states with the reference's results."""
 
     compared: list[Compared]
     states: list[RequestState]
-    """Those of sampled requests, of requests that fail there too, and of those whose answer there is not told, are as
-    they were."""
+    """The states; those of sampled requests, of requests that the reference fails, too, and of those without a known
+    reference answer are unchanged."""
     num_requests: int
     """Compared ones; failed ones have nothing to compare."""
     num_failed: int
     """Requests that our engine did not answer."""
     num_failed_here: int
-    """Those of them that the reference does answer; it is not asked for sampled ones, nor where it does not decode."""
+    """The number of failed requests that the reference does answer; it does not run sampled ones, nor any where it
+    does not decode."""
     num_untold: int = 0
     """Greedy requests that the reference goes on with otherwise than we do, without telling how: it does not decode."""
 
@@ -138,7 +139,7 @@ def compare(
 
 
 def _is_greedy(job: Job) -> bool:
-    """Whether the reference can tell the job's tokens (those of a job that generates none, too)."""
+    """Whether the reference determines the job's tokens (also for a job that generates none)."""
     sampling = job.sampling
     return job.max_new_tokens == 0 or not (
         sampling.temperature or sampling.presence_penalty or sampling.frequency_penalty

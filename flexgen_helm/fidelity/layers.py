@@ -1,4 +1,4 @@
-"""The oracle of `verify` for models of any size: stock layers of transformers beside the engine's, layer by layer."""
+"""The oracle of `verify` for models of any size: stock layers of transformers against the engine's, layer by layer."""
 
 from __future__ import annotations
 

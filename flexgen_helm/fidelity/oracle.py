@@ -14,11 +14,11 @@ class Forced:
     """What one forward over a prompt and given new tokens says of them; natural logs, unmodified distribution."""
 
     prompt_logprobs: tuple[float | None, ...] | None
-    """As in `Completion`."""
+    """The prompt's log-probabilities, as in `Completion`."""
     logprobs: tuple[float, ...]
-    """Of each new token."""
+    """The log-probability of each new token."""
     margins: tuple[float, ...]
-    """By how much the likeliest token leads the second likeliest at each new token, and behind the last one."""
+    """The lead of the likeliest token over the second likeliest at each new token, and after the last one."""
 
 
 class Oracle(Protocol):

@@ -1,4 +1,4 @@
-"""Keeps what engines answered to a run's requests, with the completions behind the results."""
+"""Keeps the engines' answers to a run's requests, with the completions from which the results are made."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Answered:
     state: ScenarioState
     client: FlexGenClient
     completions: dict[str, Completion]
-    """By `_name` of their jobs."""
+    """The completions by `_name` of their jobs."""
     identity: Identity
-    """Of the weights that answered."""
+    """The identity of the weights that answered."""
 
     def completion_of(self, job: Job) -> Completion:
         """What our engine made of a job."""
@@ -48,14 +48,14 @@ class Answered:
 
 
 class RecordingExecutor(WholeRunExecutor):
-    """Keeps a run's results, and the completions behind them: HELM's results have no token ids."""
+    """Keeps a run's results and completions: HELM's results have no token ids."""
 
     _state: ScenarioState
     _completions: dict[str, Completion]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Make every engine that is loaded meanwhile tell its completions, and close it in the end."""
+        """Make every engine that is loaded meanwhile report its completions, and close it in the end."""
         load = engines.load
         engines.close()  # one that is loaded already would not tell
         engines.load = lambda path, policy, window: _Recorded(load(path, policy, window), self)
@@ -83,7 +83,7 @@ class RecordingExecutor(WholeRunExecutor):
 
 
 class _Recorded:
-    """An engine that tells its completions to a recording executor."""
+    """An engine that reports its completions to a recording executor."""
 
     def __init__(self, engine: RunningEngine, executor: RecordingExecutor) -> None:
         self._engine = engine
@@ -91,7 +91,7 @@ class _Recorded:
         self.observer: Callable[[SweepTiming], None] | None = None
 
     def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
-        """As the engine's."""
+        """See the engine's method."""
         asked = list(jobs)  # the caller lets go of its list
         for finished in self._engine.sweeps(asked):
             for index, completion in finished:
@@ -99,20 +99,20 @@ class _Recorded:
             yield finished
 
     def weights_digest(self) -> str | None:
-        """As the engine's."""
+        """See the engine's method."""
         return self._engine.weights_digest()
 
     def compare_with_stock(
         self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
     ) -> Findings:
-        """As the engine's."""
+        """See the engine's method."""
         return self._engine.compare_with_stock(jobs, completions, progress)
 
     def close(self) -> None:
-        """As the engine's."""
+        """See the engine's method."""
         self._engine.close()
 
 
 def _name(job: Job) -> str:
-    """Tells jobs apart; they hold lists, so they cannot be keys themselves."""
+    """A key for jobs; they contain lists, so they cannot be keys themselves."""
     return repr(job)

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DEVICE_FRACTION = 0.9
-"""Of the device memory, how much weights may take; the rest is for activations."""
+"""The share of the device memory that weights may take; the rest is for activations."""
 _ROWS = 256
 """Rows of logits that are turned into float32 log-probabilities together."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and in which number format the reference runs."""
+    """The device and dtype of the reference."""
 
     device: str
     dtype: str
@@ -122,7 +122,7 @@ class Reference:
         return cls(model.to(place.device), tokenizer, window=description.window)
 
     def force(self, job: Job, tokens: Sequence[int]) -> Forced:
-        """Score `tokens` as the continuation of the job's prompt, and the prompt itself where the job asks for it.
+        """Score `tokens` as the continuation of the job's prompt, and the prompt itself where the job requests it.
 
         Raises `EngineError` where a log-probability is not finite.
         """

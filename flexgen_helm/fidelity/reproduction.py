@@ -1,4 +1,4 @@
-"""A run beside the same run made again: requests, answers, log-probabilities, statistics and score."""
+"""Compares a run with its repetition: requests, answers, log-probabilities, statistics and score."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.scores import choose, main_metric
 
 MOST_DIFFERENCES = 20
-"""Places of differing answers, and names of differing statistics, that are told."""
+"""The most differing answers, and names of differing statistics, that are reported."""
 _TIMES = ("runtime", "batch_size")
-"""In names of statistics that tell how long a run took, not what came out."""
+"""Parts of names of statistics that measure time, not results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,15 @@ class Reproduction:
 
     run: str
     requests: Count
-    """What was asked, in its order: the data, HELM's adapters and the tokenizer decide it."""
+    """The requests in order: they depend on the data, HELM's adapters and the tokenizer."""
     answers: Count
     """Texts, tokens and reasons to end of equal requests."""
     logprobs: Count
-    """Those that are equal to the last bit, of the tokens of equal answers."""
+    """The bit-equal log-probabilities, among the tokens of equal answers."""
     largest_difference: float
-    """Of a log-probability, in nats; 0 where all are equal."""
+    """The largest difference of a log-probability, in nats; 0 where all are equal."""
     tolerance: float
-    """Largest difference that is put down to rounding: sums are added up in another order beside other requests."""
+    """The largest difference that rounding explains: the order of sums depends on the other requests of a batch."""
     statistics: Count
     """HELM's, but for times; equal up to `tolerance`, which scales with those above 1."""
     metric: str
@@ -67,7 +67,7 @@ class Reproduction:
         return all(each.is_whole for each in counts) and self.largest_difference <= self.tolerance
 
     def as_mapping(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The comparison as JSON."""
         return {"equal": self.is_equal, **asdict(self)}
 
 
@@ -145,7 +145,7 @@ def _instance(state: Mapping[str, Any]) -> str:
 
 
 def _answers(same: Sequence[_Pair]) -> tuple[Count, list[tuple[float, float]]]:
-    """How many answers are equal, and the log-probabilities of those that are."""
+    """The number of equal answers, and their log-probabilities."""
     pairs: list[tuple[float, float]] = []
     odd: list[str] = []
     for one, two in same:
@@ -174,7 +174,7 @@ def _said(result: Mapping[str, Any]) -> list[Any]:
 
 
 def _shown(one: Sequence[Any], two: Sequence[Any]) -> str:
-    """Where two answers part, in a few words."""
+    """A short description of where two answers differ."""
     if one[0] != two[0]:
         return "answered then, not now" if one[0] else "answered now, not then"
     for ours, theirs in zip(one[1:], two[1:], strict=False):

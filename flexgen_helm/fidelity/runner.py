@@ -1,4 +1,4 @@
-"""The runner behind `flexgen-helm verify`: it keeps what the engine answered and compares it with the reference."""
+"""The runner of `flexgen-helm verify`: it keeps the engine's answers and compares them with the reference."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from flexgen_helm.terminal.progress import Progress, StatusLine
 class VerifyingRunner(CommandLineRunner):
     """Runs all run specs and compares them with the reference, one loaded model at a time.
 
-    The reference is the whole model in plain transformers where that can be had, loaded when our engine is closed.
-    Where it cannot, our engine computes stock layers beside its own, before it is closed.
+    The reference is the whole model in plain transformers where possible, loaded after our engine is closed. Otherwise,
+    our engine computes stock layers next to its own, before it is closed.
     """
 
     found: ClassVar[list[Fidelity]] = []
-    """On the class, because HELM makes the runner from the class's name."""
+    """The results; on the class, because HELM creates the runner from the class's name."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._recording = self.executor = RecordingExecutor(self.executor, self._report, self.tell)
         self._answered: list[Answered] = []
         self._by_layer: dict[str, str] = {}
-        """By model directory: why it is compared layer by layer."""
+        """Why a model is compared layer by layer, by model directory."""
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Run and compare; raises `EngineError` before anything runs for runs that are not ours.

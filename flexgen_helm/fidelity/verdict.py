@@ -1,4 +1,4 @@
-"""A run beside the reference, summed up: its figures, whether rounding explains what differs, and the table of runs."""
+"""The summary of a comparison: its figures, whether rounding explains the differences, and the table of runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_WORST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """A run beside the reference, summed up."""
+    """A run's comparison with the reference, summed up."""
 
     comparison: Comparison
     score: Score
@@ -57,12 +57,12 @@ class Fidelity:
 
     @property
     def largest_difference(self) -> float | None:
-        """Of all log-probabilities; None where there are none."""
+        """The largest difference of a log-probability; None where there are none."""
         return self.worst[0].size if self.worst else None
 
     @property
     def mean_difference(self) -> float | None:
-        """Of all log-probabilities; None where there are none."""
+        """The mean difference of log-probabilities; None where there are none."""
         count = self.num_logprobs
         return math.fsum(each.sum_of_differences for each in self.comparison.compared) / count if count else None
 

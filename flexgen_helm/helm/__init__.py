@@ -1,4 +1,4 @@
-"""HELM's seam: the client, runner and cache that HELM asks, and what translates its requests into jobs of the engine.
+"""The interface to HELM: client, runner and cache, and the translation of requests into jobs of the engine.
 
-Imports the engine, HELM, and of flexgen_helm terminal and planning.
+It imports the engine, HELM, and of flexgen_helm terminal and planning.
 """

@@ -33,11 +33,11 @@ class Answer:
     """The completions of one request."""
 
     completions: tuple[Completion, ...]
-    """In the order of the request's jobs."""
+    """The completions in the order of the request's jobs."""
     num_requests: int
     """Requests that the engine worked on together when this one's call began."""
     seconds: float
-    """From the beginning of that call to the last of the completions."""
+    """The seconds from the beginning of that call to the last of the completions."""
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""The HELM client: HELM's cache in front, the engine behind, whole runs or single requests."""
+"""The HELM client: HELM's cache first, then the engine, for whole runs or single requests."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ Progress = Callable[[int, int, int], None]
 class FlexGenClient(CachingClient):
     """Serves a model that may be larger than the GPU.
 
-    Cheap to make, because HELM makes several at once: tokenizer, fingerprint and engine come with the first request,
-    and the engine is shared by all clients of the same model and policy.
+    It is cheap to create, because HELM creates several at once: tokenizer, fingerprint and engine are loaded with the
+    first request, and the engine is shared by all clients of the same model and policy.
 
-    `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `window` is the most positions
-    a sequence has, in place of what the model's files tell. `revision` is a branch, tag or commit of a hub id, which
-    may also stand in it: `org/model@revision`. `shaping` are the args of `Shaping`. What HELM injects is told by the
+    `policy` is "auto", the name of a shipped policy, a YAML file, or the mapping itself. `window` is the maximum number
+    of positions of a sequence, in place of the model's own. `revision` is a branch, tag or commit of a hub id, which
+    may also be part of it: `org/model@revision`. `shaping` are the args of `Shaping`. HELM injects its arguments by the
     parameters' names.
     """
 
@@ -112,9 +112,9 @@ class FlexGenClient(CachingClient):
 
     @property
     def notes(self) -> list[str]:
-        """What shapes the answers beyond what requests say, a line each: to be told in the first lines of a run.
+        """Settings beyond the requests' own that affect answers, a line each, for the first lines of a run.
 
-        With what became of kept answers to the requests looked up so far.
+        Lines about cached answers to the requests looked up so far are included.
         """
         notes, window = [*self._translator.notes, *self._answers.notes], self._window
         own = engines.served(self._model, self.policy).description.window if window is not None else None
@@ -159,7 +159,7 @@ class FlexGenClient(CachingClient):
         self._translator.begin(moment)
 
     def close(self) -> None:
-        """Close the engine, if it is loaded, after the sweep at hand; calls that wait for it fail."""
+        """Close the engine, if it is loaded, after the current sweep; calls that wait for it fail."""
         if "_served" in self.__dict__:
             self._served.close()
 
@@ -235,18 +235,18 @@ class FlexGenClient(CachingClient):
         return packed.unpack(self._translator.one_of_each)
 
     def find(self, found: Iterable[Found], under_way: Mapping[str, Work] | None = None) -> Asked:
-        """Find what HELM's cache answers, and make ready what is left; loads no weights.
+        """Look requests up in HELM's cache, and prepare the remaining ones; loads no weights.
 
-        What equals a request of `under_way` is neither looked up nor asked again: its places are in `Asked.joined`.
-        Raises `EngineError` for a fault of model, policy or cache.
+        A request that equals one of `under_way` is neither looked up nor computed again: its positions are in
+        `Asked.joined`. Raises `EngineError` for a fault of model, policy or cache.
         """
         with self._answers.kept(self._served, self._translator) as kept:
             return kept.look_up(found, under_way or {})
 
     def carry_out(self, asked: Asked, observe: Observer | None = None) -> Iterator[list[Answer]]:
-        """Let the engine answer what is left of `asked`, and yield the answers of each sweep when they are kept.
+        """Have the engine compute the remaining requests of `asked`, and yield each sweep's answers as they are stored.
 
-        Empties `asked.todo`, so that nothing is held longer than it is needed. `observe` sees the engine's sweeps.
+        Empties `asked.todo`, so that nothing is held longer than needed. `observe` gets the engine's sweeps.
         """
         portion, asked.todo = Portion(list(asked.todo.values())), {}
         if not portion.num_requests:
@@ -262,9 +262,9 @@ class FlexGenClient(CachingClient):
 
     @contextmanager
     def running(self, jobs: Sequence[Job], share: float, observe: Observer) -> Iterator[Limits | None]:
-        """Have the engine loaded, for jobs of which `jobs` are a `share`; `observe` sees its sweeps meanwhile.
+        """Have the engine loaded, for jobs of which `jobs` are a `share`; `observe` gets its sweeps meanwhile.
 
-        Yields how large its sweeps are, where it tells.
+        Yields the engine's sweep limits, if it reports them.
         """
         with self._served.running(jobs, share) as engine:
             engine.observer = partial(observe, engine)
@@ -276,7 +276,7 @@ class FlexGenClient(CachingClient):
 
     @contextmanager
     def keeping(self) -> Iterator[Callable[[Iterable[tuple[Work, Timing]]], list[Answer]]]:
-        """Inside, what this yields keeps answers of the engine in HELM's cache, in a transaction, and returns them."""
+        """Inside, the yielded function stores answers of the engine in HELM's cache and returns them."""
         with self._answers.opened() as cache:
             yield partial(self._keep, cache)
 

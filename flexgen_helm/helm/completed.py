@@ -1,4 +1,4 @@
-"""Whether a run that has all its files is whole: each can be read, all was answered, and nothing else is asked now."""
+"""Checks whether a run that has all its files is complete: readable, fully answered, and the same request."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from helm.benchmark.run_spec import RunSpec
 
 MOST_BYTES = 4_000_000_000
-"""Of one file of a run: HELM writes 50,000 long prompts and their answers into less."""
+"""The most bytes of one file of a run: HELM writes 50,000 long prompts and their answers into less."""
 _UNANSWERED = b'"success": false'
-"""As HELM writes it; in a text, quotes would have backslashes."""
+"""How HELM writes an unanswered request; inside a text, its quotes would be escaped."""
 
 
 def lack_of(run_path: Path, asked: RunSpec | None = None, judge: str | None = None) -> str:
-    """Why a run that has all its files does not count as completed; empty where it does.
+    """Why a run that has all its files does not count as completed; empty if it does.
 
-    It is to be what `asked` asks, judged by the deployment `judge` where a model judges it.
+    The run must match `asked`, with the verdicts of the deployment `judge` where a model judges it.
     """
     if damaged := list(damaged_files(run_path)):
         return f"{', '.join(damaged)} cannot be read"

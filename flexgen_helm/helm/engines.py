@@ -51,7 +51,7 @@ class RunningEngine(Protocol):
     def compare_with_stock(
         self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
     ) -> Findings:
-        """Compute what `completions` tell of `jobs` once more, beside stock layers of transformers."""
+        """Compute `completions` of `jobs` again, together with stock layers of transformers."""
 
     def close(self) -> None:
         """Give back all memory and files."""
@@ -64,7 +64,7 @@ Load = Callable[[str, Policy, int | None], RunningEngine]
 class Served:
     """One model under one policy: described without its weights, which load when the first job needs them.
 
-    Safe to use from several threads. What failed once fails again at once, with the same error.
+    It is thread-safe. After a failure, later calls fail at once with the same error.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Served:
         self._identity: Identity | None = None
         self._engine: RunningEngine | None = None
         self._estimate: Estimate | None = None
-        """Of the jobs that the engine was loaded for, until they have been run."""
+        """The estimate of the jobs that the engine was loaded for, until they have been run."""
         self._failure: EngineError | None = None
         self._num_users = 0
         self._opened: _Opened | None = None
@@ -221,7 +221,7 @@ class Served:
             engine.close()
 
     def forget(self) -> None:
-        """Close, and let go of the weight files, too; who asks for the identity again opens them anew."""
+        """Close it, and the weight files, too; they are opened again when the identity is needed."""
         self.close()
         with self._lock:
             if self._opened is not None:
@@ -230,15 +230,15 @@ class Served:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody runs jobs on it now."""
+        """Whether no jobs run on it now."""
         with self._lock:
             return self._num_users == 0
 
 
 class EngineRegistry:
-    """Hands out the `Served` of a model and policy, the same to everybody who asks.
+    """Returns the same `Served` of a model and policy to all callers.
 
-    Before it loads an engine it closes those that are idle: each was given the memory that it found free.
+    Before it loads an engine it closes those that are idle, since each uses all the memory that it found free.
     """
 
     def __init__(self, load: Load = engine_processes.load) -> None:
@@ -251,9 +251,9 @@ class EngineRegistry:
         self._described: dict[str, ModelDescription | EngineError] = {}
 
     def served(self, model: str, policy: Policy, window: int | None = None) -> Served:
-        """The `Served` of a hub id or directory; raises `EngineError` when it is no usable model.
+        """The `Served` of a hub id or directory; raises `EngineError` for an unusable model.
 
-        window: most positions of a sequence, in place of what the model's files tell.
+        window: the maximum number of positions of a sequence, in place of the model's own.
         """
         with self._lock:
             if model not in self._described:

@@ -15,7 +15,7 @@ from flexgen_helm.helm.requests.asked import Answer, Portion, Work
 from flexgen_helm.helm.requests.results import Timing
 
 _CLOSING_S = 0.1
-"""How often an engine that is to end is told so, until it has."""
+"""How often an engine that must end is told to end, until it has."""
 
 Tell = Callable[[list[Answer] | BaseException], None]
 _Done = list[tuple[Work, Timing]]
@@ -26,20 +26,20 @@ class _Ended:
 
 
 class Feed:
-    """Asks a model's engine portion by portion and keeps its answers in HELM's cache, in threads of its own.
+    """Sends requests to a model's engine in portions and stores its answers in HELM's cache, in threads of its own.
 
-    A context manager. When it is left before everything is answered, as by an interrupt, the engine ends after the pass
-    at hand, whose answers are kept, too.
+    A context manager. When it is left before everything is answered, as by an interrupt, the engine ends after the
+    current sweep, whose answers are stored, too.
     """
 
     def __init__(self, client: FlexGenClient, observe: Observer, tell: Tell) -> None:
-        """`observe` sees the engine's sweeps, in a thread of the engine.
+        """`observe` gets the engine's sweeps, in a thread of the engine.
 
         `tell` is called in another thread: with no answers when the engine is open, with answers as soon as they are
-        kept, and with what ended the engine, if anything did, which is the last.
+        stored, and last with the error that ended the engine, if any.
         """
         self.limits: Limits | None = None
-        """How large the engine's sweeps are; None as long as it is not open, and where it does not tell."""
+        """The sizes of the engine's sweeps; None until it is open, and where it does not report them."""
         self._client = client
         self._observe = observe
         self._tell = tell
@@ -76,12 +76,12 @@ class Feed:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the engine has been asked for anything."""
+        """Whether any request was sent to the engine."""
         return self._num_open > 0
 
     @property
     def is_open(self) -> bool:
-        """Whether the engine is there, so that `limits` are known if it tells them."""
+        """Whether the engine is open, so that `limits` are known if it reports them."""
         return self._is_open.is_set()
 
     def _start(self, do: Callable[..., None], *args: object) -> None:

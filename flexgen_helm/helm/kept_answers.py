@@ -1,4 +1,4 @@
-"""Finds what HELM's cache holds of a model's answers, and tells of those that belong to what the model was before."""
+"""Finds a model's answers in HELM's cache, and reports those of an earlier identity of the model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ClientCache:
     def kept(
         self, served: Served, translator: Translator, tell: Callable[[str], None] | None = None
     ) -> Iterator[KeptAnswers]:
-        """The answers that are kept for a model; `tell` is called with each line that is new in `notes` afterwards."""
+        """The cached answers of a model; `tell` is called afterwards with each line that is new in `notes`."""
         with self.opened() as cache:
             kept = KeptAnswers(cache, served, translator)
             yield kept
@@ -61,12 +61,12 @@ class ClientCache:
 
 
 class KeptAnswers:
-    """Looks requests up in an open cache by all that can change their results.
+    """Looks requests up in an open cache by everything that can change their results.
 
-    A model's identity takes reading its weight files once, so it is asked for only where the cache holds an answer to
-    the request, of whatever weights: else there is nothing to find. An answer of another identity is not used.
-    Answers of earlier releases, which knew weights by a sample, are used, and kept anew, if nothing that the identity
-    is made of has been written to since they were asked for.
+    A model's identity requires reading its weight files once, so it is needed only where the cache has an answer to the
+    request, with any weights: otherwise there is nothing to find. An answer of another identity is not used. Answers of
+    earlier releases, which identified weights by a sample, are used, and stored again, if no file of the identity has
+    been written to since they were computed.
     """
 
     def __init__(self, cache: RequestCache, served: Served, translator: Translator) -> None:
@@ -75,7 +75,8 @@ class KeptAnswers:
         self._translator = translator
         heads = cache.heads(CLIENT)
         self._identities: list[dict[str, Any]] | None = None
-        """Those that the cache holds answers of, as far as one of the model's may be; None where it does not tell."""
+        """The identities for which the cache has answers, as far as one may be the model's; None where that is
+        unknown."""
         if heads is not None:
             self._identities = []
             for identity in (head["identity"] for head in heads):
@@ -142,7 +143,7 @@ class KeptAnswers:
 
     @property
     def notes(self) -> list[str]:
-        """What became of answers of another identity, a line each, to be told once in a run."""
+        """What was done with answers of another identity, a line each, for one message per run."""
         notes = list(self._outdated)
         if self._num_moved:
             notes.append(
@@ -177,9 +178,10 @@ class KeptAnswers:
 def _told(earlier: dict[str, Any], now: Mapping[str, Any]) -> str:
     if "source" not in earlier:
         return (
-            "requests that an earlier release answered are asked again, once: it knew weights by a sample, and what "
+            "requests that an earlier release answered are computed again, once: it knew weights by a sample, and what "
             "answers depend on is other, or was written to since"
         )
     return (
-        f"requests that HELM's cache has answers to are asked again, once, because of other {differences(earlier, now)}"
+        "requests that HELM's cache has answers to are computed again, once, because of other "
+        f"{differences(earlier, now)}"
     )

@@ -43,7 +43,7 @@ def _no_room(run_spec: RunSpec) -> ConfigError | None:
 
 
 def _find_unusable_annotators(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
-    """Of each run spec with an annotator that cannot be imported, why, by its name; none is made."""
+    """The errors of annotators that cannot be imported, by run spec and annotator; no annotator is created."""
     problems: dict[str, EngineError] = {}
     for run_spec in run_specs:
         for annotator in run_spec.annotators or ():

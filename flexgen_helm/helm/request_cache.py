@@ -28,15 +28,15 @@ Response = dict[str, Any]
 _T = TypeVar("_T")
 
 _TABLE = "CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)"
-"""As sqlitedict writes it."""
+"""The table name that sqlitedict uses."""
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _AT_A_TIME = 1000
 """Rows that are taken over from a damaged file in one transaction."""
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _TELL_AFTER_S = 3.0
-"""How long to wait for a locked file before saying so."""
+"""How long to wait for a locked file before logging it."""
 _SUM = b"\x00flexgen-sha256\x00"
-"""Stands, with a digest of key and answer, behind the pickle that HELM reads: a pickle says itself where it ends."""
+"""Precedes a digest of key and answer after the pickle that HELM reads: a pickle marks its own end."""
 _FIRST = '{"chat_template": '
 """What keys of ours begin with: HELM writes the parts of a key in the order of their names."""
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
@@ -47,12 +47,12 @@ class CacheFull(EngineError):
 
 
 class RequestCache:
-    """Answers by request; what HELM's `Cache` writes is read here and the other way round.
+    """Answers by request, in the format of HELM's `Cache`: each reads what the other writes.
 
     A context manager, for one thread at a time. HELM opens its file for every request and does not wait for the disk;
-    this keeps it open, and what `put` has written is there also after a power cut. A file that is no database, or a
-    damaged one, is set aside under another name; what can still be read of it is kept. Raises `ConfigError` on entry
-    for a file that cannot be used, `EngineError` later on.
+    this keeps it open, and what `put` has written survives a power cut. A file that is no database, or a damaged one,
+    is renamed; what can still be read of it is kept. Raises `ConfigError` on entry for a file that cannot be used,
+    `EngineError` later on.
     """
 
     def __init__(self, config: CacheConfig, *, wait_s: float = 30.0) -> None:
@@ -104,9 +104,9 @@ class RequestCache:
         return None if row is None else _read(name, row[0])
 
     def heads(self, client: str) -> list[dict[str, Any]] | None:
-        """What keys of `client` begin with, up to their "identity", each once; None where that cannot be told.
+        """The distinct beginnings of keys of `client`, up to their "identity"; None where that cannot be determined.
 
-        As many look-ups as there are heads, however many keys: the file has its keys in order.
+        It takes as many look-ups as there are beginnings, however many keys: the file has its keys in order.
         """
         if self._store is not None:
             return [] if isinstance(self._config, BlackHoleCacheConfig) else None
@@ -163,7 +163,7 @@ class RequestCache:
             self._sql.executemany("REPLACE INTO unnamed (key, value) VALUES (?, ?)", rows)
 
     def _guarded(self, do: Callable[[], _T]) -> _T:
-        """What `do` returns; a damaged file is set aside first, other troubles are told in one line."""
+        """The result of `do`; a damaged file is renamed first, other errors are reported in one line."""
         try:
             try:
                 return self._waiting(do)
@@ -204,7 +204,7 @@ class RequestCache:
             free = shutil.disk_usage(self._path.parent).free
             return (
                 f"HELM's cache {self._path} cannot be written ({error}); {free / 1e6:.1f} MB are free there: free some "
-                "and run the same command again, it goes on from here"
+                "and run the same command again to continue"
             )
         return f"HELM's cache {self._path} cannot be used: {' '.join(str(error).split())}"
 
@@ -221,8 +221,8 @@ class RequestCache:
         self._open()
         rescued = self._rescue(aside)
         hwarn(
-            f"HELM's cache {self._path} is damaged ({reason}); it is set aside as {aside}, {rescued} answers could be "
-            "read and are kept, the others are computed anew"
+            f"HELM's cache {self._path} is damaged ({reason}); it is renamed to {aside}, {rescued} answers could be "
+            "read and are kept, the others are computed again"
         )
 
     def _rescue(self, aside: Path) -> int:
@@ -266,7 +266,7 @@ def _code(error: Exception) -> int:
 
 
 def _row(name: str, answer: Response) -> tuple[str, bytes]:
-    """A row of the table: the answer as HELM writes it, and a sum that tells whether it is still that."""
+    """A row of the table: the answer as HELM writes it, and a checksum that shows whether it is unchanged."""
     pickled = bytes(encode(answer))
     return name, pickled + _SUM + _digest(name, pickled)
 

@@ -48,14 +48,14 @@ class RunsFailed(RunnerError):
 
     @property
     def bad_input(self) -> bool:
-        """Whether each failure is one of what was asked for (not a fault while running it)."""
+        """Whether all failures are caused by the input (not by a fault while running)."""
         return all(
             isinstance(error, EngineError) and type(error) is not EngineError for error in self.failures.values()
         )
 
 
 def failed_requests(failed: Sequence[str]) -> str:
-    """That requests failed and why, in one line."""
+    """The message that requests failed and why, in one line."""
     return f"{len(failed)} requests failed and count as empty answers; the first: {failed[0]}"
 
 
@@ -91,7 +91,7 @@ class FlexGenRunner(Runner):
         self._asked: RunSpec | None = None
         """The run spec that is looked at."""
         self._completed: dict[str, bool] = {}
-        """Of runs that were looked at, by their directories: all their files are read for it, so once is enough."""
+        """The runs that were examined, by directory: that reads all their files, so once is enough."""
         self.environment: Callable[[], Environment] = environment
         """What records say of where they were made."""
         self.beginning = Beginning(Path(self.runs_path))
@@ -102,7 +102,7 @@ class FlexGenRunner(Runner):
             self.progress(done, total, tokens)
 
     def tell(self, line: str) -> None:
-        """Say something of a model before its first requests are answered; to HELM's log, if nobody overrides this."""
+        """Report a line about a model before its first requests are answered; to HELM's log, unless overridden."""
         hlog(line)
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
@@ -142,7 +142,7 @@ class FlexGenRunner(Runner):
             raise RunsFailed(failures)
 
     def run_one(self, run_spec: RunSpec) -> None:
-        """Run one run spec as HELM does; beside the files of a run of our client, leave the record of what made it."""
+        """Run one run spec as HELM does; next to the files of a run of our client, write the record of what made it."""
         assert isinstance(self.executor, WholeRunExecutor)
         self._asked = run_spec
         self.executor.client = None  # a run that is skipped as completed executes nothing
@@ -153,7 +153,7 @@ class FlexGenRunner(Runner):
     def keep_provenance(
         self, run_spec: RunSpec, client: FlexGenClient, folder: Path, judged: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the record of a run whose files are in `folder`, with who judged it; raises `OSError`."""
+        """Write the record of a run with its files in `folder`, with its judge; raises `OSError`."""
         deployment = str(run_spec.adapter_spec.model_deployment)
         found = provenance_of(run_spec.name, deployment, client, self.beginning.moment, folder, self.environment())
         if judged is not None:
@@ -161,9 +161,9 @@ class FlexGenRunner(Runner):
         write_provenance(folder, found)
 
     def _is_run_completed(self, run_path: str) -> bool:
-        """Whether a run is what is asked, its files can be read, and all its requests were answered.
+        """Whether a run matches the request, its files can be read, and all its requests were answered.
 
-        HELM would only look whether the files are there.
+        HELM would only check that the files exist.
         """
         if not super()._is_run_completed(run_path):
             return False
@@ -189,7 +189,7 @@ class WholeRunExecutor(Executor):
         tell: Callable[[str], None] = hlog,
         beginning: Beginning | None = None,
     ) -> None:
-        """`tell` is called with each line that is to be read before a model's first answers.
+        """`tell` is called with each line that is to be shown before a model's first answers.
 
         `beginning` is the suite's, by default that of `stock` if it has one.
         """
@@ -202,9 +202,9 @@ class WholeRunExecutor(Executor):
         self._tell = tell
         self._told: dict[FlexGenClient, list[str]] = {}
         self.failed: list[str] = []
-        """Why requests of the run executed last failed which now count as empty answers."""
+        """Why requests of the latest run failed which count as empty answers."""
         self.cut_off = 0
-        """How many of its answers are empty because there was no room for more than their thinking."""
+        """The number of its answers that are empty because thinking used up their tokens."""
         self.observe: Observer | None = None
         """Sees the engine's sweeps."""
         self.client: FlexGenClient | None = None

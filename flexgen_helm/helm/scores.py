@@ -53,7 +53,7 @@ def short_name(run: str) -> str:
 
 
 def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Of each run a name that tells it from the others, without what they all share; and what that is.
+    """A distinct short name of each run, without the part that all share; and that part.
 
     Where they differ in one argument, its value is enough.
     """

@@ -64,7 +64,7 @@ class Adapted:
     scenario: Scenario
     state: ScenarioState
     num_tokens: dict[str, int] = field(default_factory=dict)
-    """How many tokens prompts have, as HELM counts them, where that is known."""
+    """The numbers of tokens of prompts, as HELM counts them, if known."""
 
 
 class TwoStepRunner(FlexGenRunner):
@@ -88,7 +88,7 @@ class TwoStepRunner(FlexGenRunner):
         return cast("KnownTokens", self.executor.context.tokenizer)
 
     def adapt(self, run_spec: RunSpec) -> Adapted:
-        """Make a run's requests; raises whatever the scenario does."""
+        """Make a run's requests; raises what the scenario raises."""
         parallelism = self.executor.execution_spec.parallelism
         scenario = create_scenario(run_spec.scenario_spec)
         with htrack_block("scenario.get_instances"):
@@ -106,7 +106,7 @@ class TwoStepRunner(FlexGenRunner):
     def finish(self, made: Adapted, state: ScenarioState) -> None:
         """Annotate, compute metrics and write all files of a run whose results are in `state`.
 
-        Raises `NoRoom` when its directory cannot be written, and whatever annotators and metrics do.
+        Raises `NoRoom` when its directory cannot be written, and what annotators and metrics raise.
         """
         self.score(made, self.annotator_executor.execute(state))
 
@@ -117,9 +117,9 @@ class TwoStepRunner(FlexGenRunner):
         seen: Callable[[MetricSpec, ScenarioState], ScenarioState] = lambda metric_spec, state: state,
         judged: Mapping[str, Any] | None = None,
     ) -> None:
-        """`finish` of a run that is annotated; `seen` is what a metric sees of it.
+        """`finish` for a run that is annotated; metrics get `seen`.
 
-        `judged` is what its record says of who has judged it.
+        `judged` is the record's entry about its judge.
         """
         stats: list[Stat] = []
         per_instance_stats: list[PerInstanceStats] = []
@@ -178,7 +178,7 @@ class TwoStepRunner(FlexGenRunner):
 
     @property
     def _scratch(self) -> Path:
-        """Beside the suite's directory, in which HELM takes every directory for a run."""
+        """A directory next to the suite's, where HELM would take every directory for a run."""
         return Path(f"{self.runs_path}{SCRATCH}")
 
     def _write(self, made: Adapted, files: dict[str, Any], judged: Mapping[str, Any] | None = None) -> None:
@@ -201,13 +201,13 @@ class TwoStepRunner(FlexGenRunner):
             free = shutil.disk_usage(self.output_path).free
             raise NoRoom(
                 f"{target} cannot be written ({error.strerror}); {free / 1e6:.1f} MB are free in {self.output_path}: "
-                "free some and run the same command again, it goes on from here"
+                "free some and run the same command again to continue"
             ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _keep_provenance(self, made: Adapted, scratch: Path, judged: Mapping[str, Any] | None) -> bool:
-        """Write the record of a run of our client beside its files; False for a run of another one."""
+        """Write the record of a run of our client next to its files; False for a run of another client."""
         assert isinstance(self.executor, WholeRunExecutor)
         client = self.executor.client_of(made.state.request_states)
         if client is not None:

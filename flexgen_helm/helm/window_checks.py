@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def adapted(adapter: Adapter, instances: list[Instance], parallelism: int, known: KnownTokens) -> list[RequestState]:
-    """What `adapter.adapt` returns, and the random states that it leaves, with prompts tokenized in one call.
+    """The result of `adapter.adapt`, and its random states, with prompts tokenized in one call.
 
-    The adapter is told of every prompt that it fits. Then all are tokenized together, and HELM's own window service is
-    asked, which finds their tokens in `known`. If it says otherwise of one, the adapter begins again from the same
-    random states, with the window service as it is.
+    At first the adapter is told that every prompt fits. Then all are tokenized together, and HELM's own window service
+    is called, which finds their tokens in `known`. If it rejects one, the adapter starts again from the same random
+    states, with the unchanged window service.
     """
     window, states = adapter.window_service, (random.getstate(), np.random.get_state())
     noted = _Noted(window)
@@ -43,7 +43,7 @@ def adapted(adapter: Adapter, instances: list[Instance], parallelism: int, known
 
 
 class _Noted:
-    """A window service that notes what it is asked and says that everything fits; all else is the real one's."""
+    """A window service that records its calls and says that everything fits; the rest is the real one's."""
 
     def __init__(self, window: Any) -> None:
         self._window = window

@@ -27,7 +27,7 @@ class Annotating:
     """The annotators of one run."""
 
     def __init__(self, specs: Sequence[AnnotatorSpec], judge: Judge, make: Make) -> None:
-        """Raises whatever annotators raise when they are made."""
+        """Raises what annotators raise when they are created."""
         self._judge = judge
         self._client = JudgeClient(judge)
         self._annotators: list[tuple[Annotator, Kind | None]] = []
@@ -37,7 +37,7 @@ class Annotating:
             self._annotators.append((make(replace(spec, args={**spec.args, **given})), kind))
 
     def requests(self, states: Sequence[RequestState]) -> list[Request]:
-        """What the judge is to be asked, each once; raises what annotators raise before they ask."""
+        """The distinct requests to the judge; raises what annotators raise before they send requests."""
         asked: dict[str, Request] = {}
         with _quiet():
             for state in states:
@@ -112,18 +112,18 @@ def _text(result: RequestResult) -> str:
 
 
 def verdict_of(state: RequestState) -> str | None:
-    """What became of the verdict on an answer; None where none was asked for."""
+    """The state of the verdict on an answer; None where none was requested."""
     found = [each.get(VERDICT) for each in (state.annotations or {}).values() if isinstance(each, dict)]
     return next((each for each in (UNANSWERED, UNREADABLE, READ) if each in found), None)
 
 
 def count(states: Sequence[RequestState]) -> Verdicts:
-    """How many answers there are of each sort."""
+    """The number of answers in each state."""
     found = [verdict_of(state) for state in states]
     return Verdicts(*(found.count(each) for each in (READ, UNREADABLE, UNANSWERED)))
 
 
 def with_verdicts(state: ScenarioState) -> ScenarioState:
-    """Without the answers that have no verdict though one was asked for: they score nothing."""
+    """Without the answers that have no verdict though one was requested: they score nothing."""
     kept = [each for each in state.request_states if verdict_of(each) in (READ, None)]
     return replace(state, request_states=kept)

@@ -1,4 +1,4 @@
-"""Who judges."""
+"""The model that judges."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Judge:
 
     @property
     def name(self) -> str:
-        """As names of files, statistics and annotations have it."""
+        """Its name in files, statistics and annotations."""
         return self.model.replace("/", "_")
 
     @property
     def info(self) -> AnnotatorModelInfo:
-        """As annotators that can be told their models take it."""
+        """Its description for annotators whose models can be set."""
         return AnnotatorModelInfo(model_name=self.model, model_deployment=self.deployment)

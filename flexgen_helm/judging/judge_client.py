@@ -16,10 +16,10 @@ class NotAnswered(BaseException):
 
 
 class JudgeClient(Client):
-    """Stands for HELM's `AutoClient`, with the judge in place of whatever model is asked.
+    """Replaces HELM's `AutoClient`, with the judge in place of whatever model is called.
 
-    Annotators ask one request at a time and wait for its answer. So they are called twice: first what they ask is
-    noted, for the judge to answer all of it together; then they are given the answers.
+    Annotators send one request at a time and wait for its answer. So they are called twice: first their requests are
+    recorded, for the judge to answer all of them together; then they get the answers.
     """
 
     def __init__(self, judge: Judge) -> None:

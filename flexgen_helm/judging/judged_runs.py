@@ -35,7 +35,7 @@ def judged(run_spec: RunSpec, judge: Judge) -> RunSpec:
 
 
 def without_judge(run_spec: RunSpec) -> RunSpec:
-    """`run_spec` without what asks a model for verdicts, and without what is made of them."""
+    """`run_spec` without the annotators that call a model for verdicts, and without the metrics of verdicts."""
     if not needs_judge(run_spec):
         return run_spec
     return replace(

@@ -1,4 +1,4 @@
-"""HELM's tables of a suite that a model of ours has judged: they say who judged, and how many verdicts were read."""
+"""HELM's tables of a suite that a model of ours has judged: they name the judge, and the share of verdicts read."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from flexgen_helm.judging.verdict_metric import VerdictMetric
 
 _GROUP = "verdicts"
 _OF_API_JUDGES = frozenset({"safety_gpt_annotator_success", "safety_llama_annotator_success"})
-"""Columns of HELM's schemas that say how often the API models that it asks have answered."""
+"""Columns of HELM's schemas with the answer rates of the API models that it uses as judges."""
 
 
 class JudgedSummarizer(Summarizer):
-    """For `helm-summarize --summarizer-class-name`: HELM's own, with the judge in the schema that it is given."""
+    """For `helm-summarize --summarizer-class-name`: HELM's own, with the judge in its schema."""
 
     def fix_up_schema(self) -> None:
-        """As HELM's; raises `ConfigError` where not all that is judged was judged by one model."""
+        """See HELM's method; raises `ConfigError` where several models have judged."""
         super().fix_up_schema()
         self.schema = with_judge(self.schema, [run.run_spec for run in self.runs])
 
 
 def with_judge(schema: Schema, run_specs: Sequence[RunSpec]) -> Schema:
-    """`schema` for runs that one model of ours has judged; as it is where none of them was.
+    """`schema` for runs that one model of ours has judged; unchanged where none of them was.
 
-    Columns of scores that verdicts make have the judge's name, benchmarks that were judged have a column for the share
-    of its verdicts that could be read, and those of the models that HELM asks are left out. Raises `ConfigError` for
-    runs that several have judged, since HELM takes the mean of what is in one row and column.
+    Columns of scores based on verdicts have the judge's name, judged benchmarks have a column for the share of verdicts
+    that could be read, and the columns of HELM's own judges are left out. Raises `ConfigError` for runs that several
+    models have judged, since HELM takes the mean of one row and column.
     """
     judged = [spec for spec in run_specs if any(map(scores_verdicts, spec.metric_specs))]
     judges = {judge_of(spec) for spec in judged}

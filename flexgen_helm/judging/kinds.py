@@ -1,4 +1,4 @@
-"""Which annotators of HELM's ask a model, how each is told another one, and what each makes of an answer."""
+"""HELM's annotators that call a model: how each is given another model, and how each reads its answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Kind:
     """Annotators that take verdicts in one way."""
 
     tell: Callable[[AnnotatorSpec, Judge], AnnotatorSpec]
-    """Names the judge to the annotator, where it can be told."""
+    """Names the judge to the annotator, where that is possible."""
     has_verdict: Callable[[Annotation, str], bool]
     """Whether an annotation made of the judge's answer, its keys with the judge's name, has what HELM scores."""
     ends_with_score: bool = False
@@ -34,7 +34,7 @@ class Kind:
 
 
 def kind_of(annotator: AnnotatorSpec) -> Kind | None:
-    """How an annotator takes verdicts; None where that is not known."""
+    """How an annotator reads verdicts; None where that is not known."""
     from helm.benchmark.annotation.model_as_judge import LLMAsJuryAnnotator
 
     name = annotator.class_name.rsplit(".", 1)[-1]
@@ -44,9 +44,9 @@ def kind_of(annotator: AnnotatorSpec) -> Kind | None:
 
 
 def asks_a_model(annotator: AnnotatorSpec) -> bool:
-    """Whether an annotator is given HELM's client of models; others compute what they annotate.
+    """Whether an annotator is given HELM's client of models; others compute their annotations.
 
-    One that cannot be imported asks nobody: `find_problems` says what its run lacks.
+    One that cannot be imported calls none: `find_problems` says what its run lacks.
     """
     try:
         made = get_class_by_name(annotator.class_name)
@@ -70,7 +70,7 @@ _METRICS = {"AIRBench2024ScoreMetric", "OmniMATHMetric", "SafetyScoreMetric", "W
 
 
 def is_jury_metric(metric: MetricSpec) -> bool:
-    """Whether a metric is told by which names it finds the jury's verdicts."""
+    """Whether a metric has an argument with the names of the jury's verdicts."""
     return metric.class_name.rsplit(".", 1)[-1] == _JURY_METRIC
 
 

@@ -27,7 +27,7 @@ class VerdictMetric(Metric):
         metric_service: MetricService,
         eval_cache_path: str,
     ) -> list[Stat]:
-        """Nothing for an answer that was not to be judged."""
+        """No statistics for an answer that was not to be judged."""
         verdict = verdict_of(request_state)
         return [] if verdict is None else [Stat(MetricName(self._name)).add(int(verdict == READ))]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 READ, UNREADABLE, UNANSWERED = "read", "unreadable", "unanswered"
 """What became of a verdict: the annotator could read it, it could not, the judge gave no answer."""
 VERDICT = "verdict"
-"""Where an annotation says so; it is not there where HELM's own rule decides, as for an empty answer."""
+"""The key of an annotation with the verdict; missing where HELM's own rule decides, as for an empty answer."""
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """How many answers of a run were to be judged, and what became of it."""
+    """The number of a run's answers that were to be judged, and of each outcome."""
 
     read: int = 0
     unreadable: int = 0
@@ -20,12 +20,12 @@ class Verdicts:
 
     @property
     def asked(self) -> int:
-        """All."""
+        """All answers that were to be judged."""
         return self.read + self.unreadable + self.unanswered
 
     @property
     def told(self) -> str:
-        """How many are missing, and why."""
+        """The number of missing verdicts, and why."""
         parts = [
             f"{number} {what}"
             for number, what in ((self.unreadable, "could not be read"), (self.unanswered, "were not given"))

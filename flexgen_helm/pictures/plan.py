@@ -78,9 +78,8 @@ def _keep_fastest(by_percent: dict[float, Estimate], each: Estimate) -> None:
 
 def _kind(found: Estimate) -> str:
     policy = found.policy
-    weights = {None: "plain weights", "lossless": "lossless weights"}.get(
-        policy.compress_weight, f"weights in {policy.compress_weight} bits"
-    )
+    codes = policy.compress_weight
+    weights = f"weights in {codes} bits" if codes in (8, 4) else f"{codes or 'plain'} weights"
     parts = [weights, *([f"cache in {policy.compress_cache} bits"] if policy.compress_cache else [])]
     parts += ["attention on the host"] if policy.cpu_cache_compute else []
     return ", ".join([*parts, *(["disk"] if found.plan.uses_disk else [])])
@@ -88,8 +87,9 @@ def _kind(found: Estimate) -> str:
 
 def _draw_times(axes: Axes, found: Sequence[Estimate], best: Estimate) -> None:
     for number, (kind, points) in enumerate(times_of(found).items()):
-        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 5 else "", label=kind, **style)
+        gpu, seconds = zip(*points, strict=True)
+        (line,) = axes.plot(gpu, seconds, marker="." if len(points) < 5 else "", label=kind)
+        line.set(color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
     chosen = best.plan.weights.gpu
     label = f"chosen: {chosen:g} %, {duration(best.seconds)}"
     axes.plot([chosen], [best.seconds], marker="*", color="black", linestyle="", markersize=12, label=label)
@@ -100,7 +100,8 @@ def _draw_room(axes: Axes, found: Sequence[Estimate], best: Estimate, memory: Me
     limits: Mapping[Tier, float | None] = {"device": memory.device, "host": memory.host, "disk": None}
     for tier, (weights, held) in rooms_of(found, best).items():
         name, colour = _TIERS[tier]
-        axes.fill_between(*zip(*weights, strict=True), alpha=0.25, color=colour, label=f"{name}: weights")
+        gpu, sizes = zip(*weights, strict=True)
+        axes.fill_between(gpu, sizes, alpha=0.25, color=colour, label=f"{name}: weights")
         axes.plot(*zip(*held, strict=True), color=colour, label=f"{name}: all that is held")
         if (limit := limits[tier]) is not None:
             axes.axhline(limit / 1e9, color=colour, linestyle="--", linewidth=1, label=f"{name}: {size(limit)} at most")

@@ -1,4 +1,4 @@
-"""Planning: what a workload takes under a policy, which policy takes least, and the shapes and records that needs.
+"""Estimates: the time of a workload under a policy, the best policy for it, and the model shapes and records needed.
 
-The room imports terminal and the engine. Nothing in it imports HELM, and torch only where a model is built.
+It imports terminal and the engine. Nothing in it imports HELM, and torch only where a model is built.
 """

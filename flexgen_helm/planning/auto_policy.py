@@ -1,4 +1,4 @@
-"""What `auto` means for the requests at hand: the policy with the least estimated time on this machine."""
+"""Chooses the policy for `auto`: the one with the least estimated time for the given requests on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Chosen:
 
     policy: Policy
     estimate: Estimate | None
-    """What they take under it at least; None where nothing was searched."""
+    """The least estimated time under it; None where nothing was searched."""
     note: str
     """A line on how it came about; empty where there was nothing to choose."""
 

@@ -63,8 +63,8 @@ def shape_name(shape: str) -> str:
 def write_model_directory(shape: str, folder: Path) -> None:
     """Write configuration and a one-word tokenizer of `shape` into `folder`, and the header of packed weights.
 
-    End-of-text is made impossible, so that completions are as long as asked for. Raises `EngineError` for what is no
-    causal language model, or has fields that its family does not take.
+    End-of-text is made impossible, so that completions reach the requested length. Raises `EngineError` for a shape
+    that is no causal language model, or has fields that its family does not accept.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -92,7 +92,7 @@ def write_model_directory(shape: str, folder: Path) -> None:
 
 @contextmanager
 def _speaking_of(shape: str, folder: Path) -> Iterator[None]:
-    """Inside, what is wrong with the model directory that was written into `folder` is told of `shape`."""
+    """Inside, errors about the model directory written into `folder` name `shape` instead."""
     try:
         yield
     except EngineError as error:

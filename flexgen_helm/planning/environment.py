@@ -13,7 +13,7 @@ from flexgen_helm.planning.record import commit
 from flexgen_helm.terminal.installation import version
 
 DISTRIBUTIONS = ("flexgen-helm", "crfm-helm", "torch", "transformers")
-"""Those whose versions can change a result; Python's is told beside them."""
+"""The distributions whose versions can change a result; Python's version is recorded, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,9 @@ class Hardware:
     """A machine, as far as it decides how fast a model runs and how sums are rounded."""
 
     device: str
-    """Such as "NVIDIA H100 80GB HBM3", or the processor's name where there is no accelerator."""
+    """The device, such as "NVIDIA H100 80GB HBM3", or the processor's name where there is no accelerator."""
     device_memory_bytes: int | None
-    """Of the accelerator; None where there is none."""
+    """The accelerator's memory; None where there is none."""
     host: str
     """The machine's name."""
     cores: int
@@ -35,9 +35,9 @@ class Environment:
     """What every record says of where it was made."""
 
     versions: Mapping[str, str]
-    """Of `DISTRIBUTIONS` that are installed, and of python."""
+    """The versions of installed `DISTRIBUTIONS`, and of python."""
     commit: str | None
-    """Of the checkout; None where there is none."""
+    """The commit of the checkout; None where there is none."""
     hardware: Hardware
 
     def as_mapping(self) -> dict[str, Any]:

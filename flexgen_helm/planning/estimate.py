@@ -34,17 +34,18 @@ if TYPE_CHECKING:
     from engine.planning.hardware_profile import HardwareProfile
 
 _CALL_S = 0.7e-3
-"""That the host takes to ask a device for one layer's work on one micro-batch. 96 resident sequences of OPT-6.7B took
-2.04 s, of which arithmetic explains 0.92 and reading weights, keys and values 0.42; the rest is spread over 31 steps of
-32 layers (benchmarks/results/rivals-opt-6.7b.json)."""
+"""The host's time to launch one layer's work on one micro-batch. 96 resident sequences of OPT-6.7B took 2.04 s, of
+which arithmetic explains 0.92 and reading weights, keys and values 0.42; the rest is spread over 31 steps of 32
+layers (benchmarks/results/rivals-opt-6.7b.json)."""
 _HOST_ATTENTION_CALL_S = 2.5e-3
-"""The same where the host attends: it waits for the device before, and the device for it. 64 sequences of OPT-1.3B took
-4 ms a layer on an H100, of which the host attended for 1.8; 100 of them 7 instead of 4.3."""
+"""The same time where the host computes attention: it waits for the device before, and the device for it. 64
+sequences of OPT-1.3B took 4 ms a layer on an H100, 1.8 of them in the host's attention; 100 of them 7 instead of
+4.3."""
 _STORE_S = 30e-6
-"""That the host takes to ask for the transfer of one sequence's new keys and values of one layer."""
+"""The host's time to start the transfer of one sequence's new keys and values of one layer."""
 _ELEMENTWISE_PASSES = 26
-"""Of a token's hidden state in a layer, how often something as large is read or written by what is no matrix product,
-counted in OPT: norms 4, residuals 6, the activation 8 (four times as wide), keys and values 4, attention 4."""
+"""How often operations other than matrix products read or write something as large as a token's hidden state in a
+layer, counted in OPT: norms 4, residuals 6, the activation 8 (four times as wide), keys and values 4, attention 4."""
 _REQUEST_S = 0.55e-3
 """What a request takes while neither device nor link is busy: it comes, is sampled and leaves. 1000 of them took
 OPT-1.3B and OPT-6.7B about that much more than all else here (benchmarks/results/planner-*-choice.json)."""
@@ -62,7 +63,7 @@ class Estimate:
     weights: Mapping[Tier, int]
     """Bytes of weights, as stored."""
     held: Mapping[Tier, int]
-    """Bytes at the fullest, besides what computing takes: weights, layers in transit and expanded, keys, values, hidden
+    """The largest number of bytes without workspace: weights, layers in transit and decoded, keys, values, hidden
     states."""
     at_once: int
     """Sequences that run at once."""
@@ -70,7 +71,7 @@ class Estimate:
     prefill_s: Mapping[str, float]
     """Seconds that each resource needs until every prompt is computed; they work side by side."""
     decode_s: Mapping[str, float]
-    """The same for all tokens but the first of each request."""
+    """The same for all tokens except the first of each request."""
     between_s: float = 0.0
     """Seconds in which requests come and go, and nothing else is done."""
     hidden_s: float = 0.0
@@ -79,7 +80,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The least time: in each phase, that of the resource that is busy longest; no less than it is in both."""
+        """The least time: in each phase, that of the busiest resource; at least that resource's time over both."""
         busiest = max(self.prefill_s[resource] + self.decode_s.get(resource, 0.0) for resource in self.prefill_s)
         left = {**self.decode_s, "to device": self.decode_s["to device"] - self.hidden_s}
         return self.between_s + max(busiest, max(self.prefill_s.values()) + max(left.values()))
@@ -115,9 +116,9 @@ def estimate(
     plan: Plan,
     sharing: Sharing = ALONE,
 ) -> Estimate:
-    """What `load` takes under a plan; `CapacityError` when that has no room for a sequence of it.
+    """The time of `load` under a plan; `CapacityError` when that has no space for one of its sequences.
 
-    Several devices that share the weights compute an equal part each; what is told is of one of them.
+    Several devices that share the weights compute an equal part each; figures are those of one device.
     """
     numbers, load = ModelSizes.of(model), load.part_of(sharing.count)
     sizes = numbers.placed(placed_bytes(numbers, policy, plan.weights, sharing), policy)
@@ -196,7 +197,7 @@ def room_taken(
 
 
 def _held(load: Workload, sizes: Sizes, plan: Plan, weights: Mapping[Tier, int], at_once: int) -> dict[Tier, int]:
-    """`weights`, those in transit included, and besides them keys, values and hidden states."""
+    """`weights`, those in transit included, and keys, values and hidden states."""
     held = dict(weights)
     prefixes = min(load.num_runs, math.ceil(at_once / load.num_jobs))
     rows, spans = at_once * load.kept + prefixes * load.shared, at_once + prefixes
@@ -217,7 +218,7 @@ def _held(load: Workload, sizes: Sizes, plan: Plan, weights: Mapping[Tier, int],
 def _overlap(
     load: Workload, sizes: Sizes, plan: Plan, profile: HardwareProfile, prefill_s: float, decode: Work
 ) -> Overlap | None:
-    """How prompts come in beside decode steps; None where all that have room come in at once."""
+    """How prompts enter between decode steps; None where all that fit enter at once."""
     admission, at_once = plan.limits.admission, num_at_once(load, sizes, plan)
     if admission is None or load.new == 1:
         return None
@@ -242,10 +243,10 @@ def _overlap(
 def _host_attention(
     attended: float, streamed: float, others: Mapping[str, float], profile: HardwareProfile, policy: Policy
 ) -> dict[str, float]:
-    """Seconds of attention on the host over so many bytes, while so many are streamed to the device.
+    """The seconds of attention on the host over so many bytes, while so many are streamed to the device.
 
-    The device waits for it, layer by layer, and it for the device; host memory serves it and the link, so that it is
-    slower as long as that is busy.
+    Host and device wait for each other in every layer; host memory serves attention and the link, so that attention is
+    slower while the link is busy.
     """
     dtype = profile.dtype if policy.dtype == "auto" else policy.dtype
     alone, beside = profile.host_attention_bytes_s[dtype], profile.host_attention_beside_copy_bytes_s[dtype]
@@ -270,7 +271,7 @@ def placed_bytes(
 
 
 def resource_seconds(work: Work, profile: HardwareProfile, rows: int, disk_bytes: int) -> dict[str, float]:
-    """Seconds that each resource needs for `work`, whose products have so many rows."""
+    """The seconds of each resource for `work`, whose products have so many rows."""
     return {
         "arithmetic": work.flop / gemm_rate_at(profile.gemm_flop_s, rows),
         "to device": work.to_device_bytes / profile.to_device_bytes_s,

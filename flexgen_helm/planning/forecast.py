@@ -1,4 +1,4 @@
-"""What the requests at hand will take, before they are run: tokens, time, bytes that move, and room on every tier."""
+"""Predicts requests before they are run: tokens, time, transferred bytes, and space on every tier."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flexgen_helm.planning.policy_search import best_of, memory_of, search
 from flexgen_helm.planning.roofline import Workload, work_of
 
 REACHED = 0.9
-"""Of the least time's rate, about what sweeps have reached on cards (0.86 to 0.99, benchmarks/results)."""
+"""The approximate part of the limit's rate that sweeps have reached on GPUs (0.86 to 0.99, benchmarks/results)."""
 _DISK = 10**12
 """Bytes of room on the disk of a machine that is known by its profile only."""
 _NAMES: Mapping[Tier, str] = {"device": "GPU", "host": "host memory", "disk": "disk"}
@@ -36,14 +36,14 @@ _NAMES: Mapping[Tier, str] = {"device": "GPU", "host": "host memory", "disk": "d
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Of all requests together."""
+    """The tokens of all requests together."""
 
     prompt: int
-    """As asked: what requests share counts for each of them."""
+    """The prompt tokens of requests, shared ones counted for each."""
     computed: int
-    """Of them, those that the layers see: a shared prefix once, padding included."""
+    """The prompt tokens that the layers compute: a shared prefix once, padding included."""
     generated: int
-    """At most."""
+    """The most tokens to generate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ class Forecast:
     tokens: Tokens
     policy: Policy
     plan: Plan
-    """Of each device."""
+    """The plan of each device."""
     devices: int
-    """How many compute, a part of the requests each."""
+    """The number of devices, which compute a part of the requests each."""
     sweeps: int
-    """Passes over the layers, at least; of the busiest device."""
+    """The least number of passes over the layers, on the busiest device."""
     to_device_bytes: float
     """Over the link: weights, keys and values, hidden states; 0 where the device is the host."""
     from_device_bytes: float
@@ -66,7 +66,7 @@ class Forecast:
     """Weights read from disk."""
     weights: Mapping[Tier, int]
     held: Mapping[Tier, int]
-    """At the fullest, besides what computing takes; on the device tier, as in `weights`, of each device."""
+    """The largest number of bytes without workspace; on the device tier, like `weights`, of each device."""
     draft_bytes: int
     """Weights of the draft model, on each device; 0 without one."""
     memory: Memory
@@ -74,12 +74,12 @@ class Forecast:
     on_host: bool
     """Whether the device is the host."""
     seconds: float | None
-    """At least, loading aside; None where the machine's rates are not known."""
+    """The least seconds, without loading; None where the machine's rates are not known."""
     bottleneck: str
     """What is busy longest; why the time is not known, where it is not."""
 
     def as_mapping(self) -> dict[str, Any]:
-        """Its numbers, for JSON."""
+        """The forecast's numbers, for JSON."""
         told = ("requests", "sweeps", "to_device_bytes", "from_device_bytes", "disk_bytes", "seconds", "bottleneck")
         numbers = {name: getattr(self, name) for name in told}
         return {**numbers, **asdict(self.tokens), "weights": dict(self.weights), "held": dict(self.held)}
@@ -236,7 +236,7 @@ def lines(found: Forecast) -> Iterator[str]:
         room = found.plan.draft.cache_budgets["device"]
         yield (
             f"draft model: {size(found.draft_bytes)} of weights and room for {size(room)} of keys and values on "
-            "each device besides; what its drafts save is not in the time"
+            "each device in addition; the time does not include what its drafts save"
         )
 
 

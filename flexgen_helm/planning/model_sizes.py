@@ -36,7 +36,7 @@ class Coded:
     stored: Mapping[str, int]
     """Bytes of each unit's weights, as they are stored."""
     row_bytes: Mapping[Tier, int]
-    """Of a token's keys and values, all layers, by tier."""
+    """The bytes of a token's keys and values in all layers, by tier."""
     expanded_bytes: int
     """As in `Sizes`."""
     expert_bytes: int
@@ -50,7 +50,7 @@ class ModelSizes:
     """A model in numbers."""
 
     layer_parameters: int
-    """As in `Sizes`, like those that follow."""
+    """As in `Sizes`, like the following."""
     head_parameters: int
     attention_width: int
     hidden_row_bytes: int
@@ -58,7 +58,7 @@ class ModelSizes:
     head: str
     """The unit that a sweep ends with."""
     coded: Mapping[tuple[WeightCodes, Bits], Coded]
-    """By the codes of weights and the bits of keys and values, as far as they can be encoded."""
+    """The sizes by the codes of weights and the bits of keys and values, as far as they can be encoded."""
 
     @property
     def can_encode_weights(self) -> bool:
@@ -94,7 +94,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, model: CausalModel | ModelSizes) -> ModelSizes:
-        """Those of a built model."""
+        """The sizes of a built model."""
         if isinstance(model, ModelSizes):
             return model
         from engine.cache.encodable import unencodable_layer

@@ -1,4 +1,4 @@
-"""How much of the prompts' time passes while others' keys and values are brought, where a few come in at a time."""
+"""How much of the prompts' time overlaps with transfers of keys and values, where a few enter at a time."""
 
 from __future__ import annotations
 

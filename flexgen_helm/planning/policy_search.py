@@ -1,7 +1,7 @@
 """Finds the policy under which a workload takes the least time on a profiled machine, by estimating all of them.
 
-What can be chosen is little: whole percents of the weights on the device, and the bits of codes. The engine's own
-planner says what each choice leaves for the KV cache and for micro-batches: nothing is relaxed or rounded afterwards.
+There are few choices: whole percents of the weights on the device, and the bits of codes. The engine's own planner says
+what each choice leaves for the KV cache and for micro-batches: nothing is relaxed or rounded afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from engine.planning.hardware_profile import HardwareProfile
 
 _HOST_ATTENTION_GAIN = 0.9
-"""Of the best other policy's time, what attention on the host may take at most: its estimate is the least sure."""
+"""The largest time of attention on the host, relative to the best other policy, with which it is chosen: its
+estimate is the least reliable."""
 _UNSURE = 0.05
 """Estimates that differ by less say nothing of which policy is faster."""
 _BITS: tuple[Bits, ...] = (None, 8, 4)
@@ -62,12 +63,12 @@ def search(
     sharing: Sharing = ALONE,
     draft: ModelShape | None = None,
 ) -> list[Estimate]:
-    """All policies that fit, the fastest first; of equals, the one that changes least of the numbers comes first.
+    """All policies that fit, the fastest first; of equal ones, the one that changes fewest numbers comes first.
 
-    `base` says what is not searched for: memory limits, directories, and with `compress` false, the bits of codes.
-    lossless: codes of weights that change no number are searched, if `base` names none; `compress` includes them.
-    sharing: of several devices that share the weights. draft: of the policy's draft model, whose memory is left to it;
-    what it saves is not known beforehand. Raises `CapacityError`, with what is missing, when none fits.
+    `base` has the settings that are not searched: memory limits, directories, and with `compress` false, the bits of
+    codes. lossless: whether to search lossless codes of weights, if `base` names none; `compress` includes them.
+    sharing: of several devices that share the weights. draft: of the policy's draft model, whose memory is reserved;
+    how much it saves is not known beforehand. Raises `CapacityError`, with what is missing, when none fits.
     """
     sizes = ModelSizes.of(model)
     found: list[Estimate] = []
@@ -144,9 +145,9 @@ def _kind(found: Estimate) -> tuple[object, ...]:
 
 
 def _shares(shape: ModelShape, memory: Memory, base: Policy, sharing: Sharing) -> list[Share | None]:
-    """Every whole percent of the weights on the device, and what host memory holds of the rest; the rest is disk.
+    """Every whole percent of the weights on the device, and how much of the rest fits the host; the remainder: disk.
 
-    None stands for what the planner makes of it where host memory is too small and there is no disk: it says so.
+    None leaves the shares to the planner, where host memory is too small and there is no disk: it raises the error.
     """
     if base.weights is not None:
         return [base.weights]
@@ -160,5 +161,5 @@ def _shares(shape: ModelShape, memory: Memory, base: Policy, sharing: Sharing) -
 
 
 def _changes(policy: Policy) -> int:
-    """How much of the numbers codes take away, for the order of equals."""
+    """How lossy the codes are, for the order of equally fast policies."""
     return sum(16 - bits for bits in (policy.weight_bits, policy.compress_cache) if bits)

@@ -1,4 +1,4 @@
-"""The least time that work can take on a machine: what it must move and compute, over rates measured there."""
+"""The least time for work on a machine: the bytes to move and operations to compute, over the measured rates."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Workload:
 
     @property
     def num_requests(self) -> int:
-        """All requests."""
+        """The number of all requests."""
         return self.num_runs * self.num_jobs
 
     @property
@@ -90,9 +90,9 @@ class Workload:
         ]
 
     def rehearsal(self, seats: int) -> Workload:
-        """The same requests with all but the last tokens in the prompt: claims the same memory in fewer sweeps.
+        """The same requests with all but the last tokens in the prompt: needs the same memory in fewer sweeps.
 
-        Of whole runs that would wait for one of so many seats, there are none.
+        Whole runs that would wait, given the most sequences that run at once, are left out.
         """
         if self.new <= 2:
             return self
@@ -102,7 +102,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a workload takes at least, under a plan."""
+    """The least work of a workload, under a plan."""
 
     sweeps: int
     flop: float
@@ -117,7 +117,7 @@ class Rates:
     """What a machine was measured to do."""
 
     flop_s: float
-    """Operations per second of a large square matrix product on random numbers, in the dtype at hand."""
+    """The operations per second of a large square matrix product on random numbers, in the current dtype."""
     to_device_bytes_s: float
     from_device_bytes_s: float
     device_bytes_s: float
@@ -131,12 +131,12 @@ def _rows_at_once(load: Workload, limits: Limits) -> int:
 
 
 def work_of(load: Workload, sizes: Sizes, plan: Plan, *, cache_crosses: bool = True, most_sweeps: int = 0) -> Work:
-    """What `load` takes at least under `plan`; without `cache_crosses`, offloaded KV is attended to where it is.
+    """The least work of `load` under `plan`; without `cache_crosses`, attention to offloaded KV is computed in place.
 
     `most_sweeps`: a number of sweeps that was seen to be enough; 0 for none.
 
-    A lower bound on purpose: a shared prefix is computed and kept once and always on the device, causal attention is
-    counted half, every sweep is as full as the plan lets it be, copies in both directions run side by side.
+    It is deliberately a lower bound: a shared prefix is computed and stored once and always on the device, causal
+    attention is counted half, every sweep is as full as the plan allows, copies in both directions overlap.
     """
     steps, kept, limits = load.new - 1, load.kept, plan.limits
     at_once, off_device = _concurrency(load.num_requests, kept, sizes, plan)
@@ -181,7 +181,7 @@ def num_off_device(load: Workload, sizes: Sizes, plan: Plan) -> float:
 
 
 def cache_rows(sizes: Sizes, plan: Plan) -> dict[Tier, int]:
-    """Tokens of one sequence whose keys and values each tier has room for, beside its states."""
+    """The tokens of one sequence whose keys and values fit each tier, next to its states."""
     row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
     return {
         tier: max(0, budget - sizes.state_bytes) // max(1, row_bytes[tier])
@@ -190,7 +190,7 @@ def cache_rows(sizes: Sizes, plan: Plan) -> dict[Tier, int]:
 
 
 def cached_sequences(kept: int, sizes: Sizes, plan: Plan) -> dict[Tier, int]:
-    """Sequences, of each of which so many tokens are kept, that each tier has room for."""
+    """The number of sequences, with so many cached tokens each, that fit each tier."""
     row_bytes = dict.fromkeys(plan.cache_budgets, sizes.cache_row_bytes) | {"device": sizes.device_cache_row_bytes}
     return {
         tier: budget // max(1, kept * row_bytes[tier] + sizes.state_bytes)

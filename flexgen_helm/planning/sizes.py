@@ -17,17 +17,17 @@ class Sizes:
     sweep_bytes: int
     """Weights of layers and head, on any tier."""
     streamed_bytes: int
-    """Those of them that are not on the device."""
+    """The bytes of those that are not on the device."""
     disk_bytes: int
-    """Those of them that are on disk."""
+    """The bytes of those that are on disk."""
     cache_row_bytes: int
     """Keys and values of one token, all layers, off the device."""
     device_cache_row_bytes: int
     """The same on the device."""
     expanded_bytes: int
-    """Of encoded layers, what a sweep expands; 0 if none are encoded."""
+    """The bytes of encoded layers that a sweep decodes; 0 if none are encoded."""
     expert_bytes: int
-    """Those of them that are experts' and may be expanded anew for each micro-batch."""
+    """The bytes of those that are experts' and may be decoded again for each micro-batch."""
     hidden_row_bytes: int
     num_layers: int
     state_bytes: int = 0

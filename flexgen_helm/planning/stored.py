@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,19 +17,6 @@ SINCE = {"may be missing": True}
 """Metadata of a field that records of earlier releases do not have: it then has its default."""
 
 _Record = TypeVar("_Record")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Let `path` hold `text`, which takes effect at once or not at all; raises `OSError`."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_versioned(path: Path, kind: type[_Record], version: int, *, what: str, cure: str) -> _Record:

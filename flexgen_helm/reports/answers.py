@@ -48,7 +48,7 @@ def _thinking_table(rows: Sequence[_Row], names: dict[str, str]) -> Markup | Non
 
 
 def _table(rows: Iterable[tuple[str, RunRow, Lengths | None, int, int | None]]) -> Markup:
-    """Of each run its name, lengths, number of texts and how many were cut off."""
+    """Each run's name, lengths, number of texts and how many were cut off."""
     rows = list(rows)
     num_bins = max((len(lengths.bins) for _, _, lengths, _, _ in rows if lengths), default=1)
     heads = [("Run", ""), ("Number", "roomy"), ("Mean", "roomy"), ("Median", ""), ("9 of 10", "roomy"), ("Longest", "")]

@@ -10,13 +10,13 @@ from flexgen_helm.reports.markup import Markup, join, tag
 from flexgen_helm.sweeps.record import TimelinePoint
 
 _WIDTH, _HEIGHT = 1000, 100
-"""Of the drawing's own coordinates, which are stretched to the place that a chart has."""
+"""The drawing's own coordinates, which are stretched to the size of a chart."""
 
 
 _MOST_STEPS = 100
-"""Of a line over time, which is a mean over each."""
+"""The most steps of a line over time, each of which is a mean."""
 _LEAST_SPREAD, _LEAST_RANGE = 0.2, 0.04
-"""Of a sparkline and of a trend, as shares of the values: what changes little should look so."""
+"""The least range of a sparkline and of a trend, relative to the values, so that small changes look small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def scale(low: float, high: float) -> tuple[float, float, list[float]]:
 
 
 def _places(points: Sequence[Point], low: float, high: float, margin: float = 0.0) -> list[tuple[float, float] | None]:
-    """Where the points are in the drawing; None for those without a value."""
+    """The positions of the points in the drawing; None for those without a value."""
     inner, places = _HEIGHT - 2 * margin, list[tuple[float, float] | None]()
     for at, point in enumerate(points):
         across = 12 + (_WIDTH - 24) * at / max(1, len(points) - 1) if len(points) > 1 else _WIDTH / 2

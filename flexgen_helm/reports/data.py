@@ -1,4 +1,4 @@
-"""What a report says of a suite: its scores beside others', its speed, its drift, and the trend that led here."""
+"""The contents of a suite's report: its scores and others', its speed, its drift, and the trend over suites."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexgen_helm.sweeps.record import Lengths, ModelRecord, SweepRecord
 JSON_NAME = "report.json"
 VERSION = 1
 MOST_SUITES = 30
-"""In a trend, this one included."""
+"""The most suites in a trend, this one included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class RunRow:
     answers: Answers | None
     """What the model wrote, where that is more than a few words."""
     thinking: Lengths | None
-    """Of what it thought; None where nothing was thought, or where the record does not know."""
+    """The lengths of its thinking; None where there was none, or where the record does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class SpeedPoint:
 
     tokens_per_second: float | None
     is_comparable: bool
-    """On the same hardware, with the same work as this suite's."""
+    """Whether it ran on the same hardware, with the same work as this suite."""
     is_regression: bool
     """Slower than the one before it, which is comparable too."""
 
@@ -91,7 +91,7 @@ class TrendSuite:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that a report says."""
+    """The contents of a report."""
 
     suite: str
     status: str
@@ -103,9 +103,9 @@ class Report:
     runs: tuple[RunRow, ...]
     models: tuple[ModelRow, ...]
     judge: ModelRow | None
-    """Who judged runs of the suite, if its last sweep had a judge."""
+    """The judge of the suite's runs, if its last sweep had one."""
     verdicts: tuple[str, ...]
-    """Of each run that has answers without a verdict, how many and why."""
+    """For each run that has answers without a verdict: how many and why."""
     drift: tuple[Drift, ...]
     comparison: Comparison | None
     trend: tuple[TrendSuite, ...]
@@ -120,7 +120,7 @@ class Report:
         return [run for run in self.runs if run.status in ("failed", "unfinished")]
 
     def mapping(self) -> dict[str, Any]:
-        """As JSON."""
+        """The report as JSON."""
         told = {"version": VERSION, **asdict(self)}
         told["comparison"] = None if self.comparison is None else self.comparison.mapping()
         told["regressions"] = list(self.trend[-1].regressions)
@@ -128,10 +128,10 @@ class Report:
 
 
 def gather(suite: Suite, previous: Suite | None = None, reference: Path | None = None) -> Report:
-    """Read all that the report of `suite` needs.
+    """Read everything that the report of `suite` needs.
 
-    `previous` is the latest earlier suite beside it that has runs in common, if none is given. `reference` is a suite's
-    directory or a `fidelity.json`; `ConfigError` where it is neither.
+    `previous` is the latest earlier suite in the same directory that has runs in common, if none is given. `reference`
+    is a suite's directory or a `fidelity.json`; `ConfigError` where it is neither.
     """
     earlier = earlier_suites(suite)
     previous = previous or _previous(suite, earlier)
@@ -236,7 +236,7 @@ def _model_row(model: ModelRecord, suite: Suite, comparison: Comparison | None, 
 
 
 def _judge_row(judge: ModelRecord) -> ModelRow:
-    """Without a comparison: what it was asked depends on what others have answered."""
+    """The judge's row, without a comparison: its requests depend on the answers of other models."""
     return ModelRow(
         record=judge,
         compression=compression(judge.policy),
@@ -260,7 +260,7 @@ def _verdicts(record: SweepRecord) -> Iterator[str]:
 
 
 def _told(folder: Path) -> tuple[str, ...]:
-    """The regressions that an earlier suite's own report tells; none where there is no such report."""
+    """The regressions in an earlier suite's own report; none where there is no such report."""
     try:
         found = read_json(folder / JSON_NAME, ConfigError)["regressions"]
         return tuple(each for each in found if isinstance(each, str))

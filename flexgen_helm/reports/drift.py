@@ -1,4 +1,4 @@
-"""What is known of a suite beside a reference: scores of another suite, and the drift that `verify` found."""
+"""A suite and a reference: scores of another suite, and the drift that `verify` found."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Drift:
     run: str
     verdict: str
     compression: str
-    """Such as "weights in 4 bits"; empty where the policy compresses nothing."""
+    """The compression, such as "weights in 4 bits"; empty where the policy compresses nothing."""
     largest_difference: float | None
-    """Of log-probabilities, as is the mean one."""
+    """The largest difference of a log-probability; `mean_difference` is of log-probabilities, too."""
     mean_difference: float | None
     tolerance: float | None
     agreeing_tokens: int
     compared_tokens: int
     score: float | None
-    """Of the verified sample, as is the reference's."""
+    """The score of the verified sample, like the reference's."""
     reference_score: float | None
 
     @property
@@ -48,7 +48,7 @@ def compression(policy: object) -> str:
 
 
 class References:
-    """Where scores of a reference come from: a suite of it, or what `verify` wrote."""
+    """The source of a reference's scores: a suite of it, or the file of `verify`."""
 
     def __init__(self, path: Path | None, *, is_one_model: bool) -> None:
         self._is_one_model = is_one_model

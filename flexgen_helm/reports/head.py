@@ -1,4 +1,4 @@
-"""The top of a report's page: what the suite was, its main figures, and what somebody should look at."""
+"""The top of a report's page: the suite, its main figures, and what needs attention."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def _tile(name: str, value: object, below: object) -> Markup:
 
 
 def notices(report: Report) -> Markup | None:
-    """Failed runs with their reasons, regressions, and what else somebody should look at; None if there is nothing."""
+    """Failed runs with their reasons, regressions, and other things that need attention; None if there is nothing."""
     names, _ = distinct_names([run.name for run in report.runs])
     if len({run.model for run in report.runs}) > 1:
         names = {run.name: f"{names[run.name]} of {run.model}" for run in report.runs}
     found: list[Markup] = []
     if report.status == "unfinished":
-        hint = "it is still running, or was stopped; the same command goes on where it was"
+        hint = "it is still running, or was stopped; the same command continues where it stopped"
         found.append(_notice("This sweep", "has not finished", hint, "warn"))
     for run in report.failed_runs:
         verb = "failed" if run.status == "failed" else "has no results"

@@ -23,7 +23,7 @@ def models_section(report: Report) -> Markup | None:
 
 
 def _judge(report: Report) -> Markup | None:
-    """Who judged, and what could not be read of it."""
+    """The judge, and the verdicts that could not be read."""
     if report.judge is None:
         return None
     lines = [tag("li", line, class_="warn") for line in report.verdicts]

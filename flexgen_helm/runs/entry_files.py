@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from helm.benchmark.presentation.run_entry import RunEntry
 
 _MOST_BYTES = 1 << 18
-"""Of a file with all that it includes: eight times the longest list that is shipped."""
+"""The most bytes of a file with all its includes: eight times the longest list that is shipped."""
 _LEAST_BYTES = 256
-"""That a file counts for: small ones that include each other twice would be read without end."""
+"""The bytes that a file counts for at least: small files that include each other twice would be read endlessly."""
 
 
 def read_entry_file(path: Path) -> list[RunEntry]:
@@ -63,7 +63,7 @@ class _Files:
 
 @contextmanager
 def _including(files: _Files) -> Iterator[None]:
-    """Inside, pyhocon reads what is included through `files`; it gives its parser no other way to say so."""
+    """Inside, pyhocon reads included files through `files`; its parser has no parameter for that."""
     from pyhocon import config_parser  # type: ignore[import-untyped]
 
     stock = config_parser.ConfigFactory

@@ -58,7 +58,7 @@ def run_parser(
 
 
 def _add_model_flags(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--model", help="hub id, directory or GGUF file of the model")
+    group.add_argument("--model", help="hub id (or org/model@revision), directory or GGUF file of the model")
     group.add_argument("--path", help="where the weights are, if not under --model")
     add_length_flag(group)
     add_shaping_flags(group)
@@ -68,7 +68,7 @@ def _add_entry_flags(group: argparse._ActionsContainer) -> None:
     for flags, metavar, what in (
         (("-r", "--run-entries"), "ENTRY", "run entries, such as mmlu:subject=anatomy"),
         (("-c", "--conf-paths"), "CONF", "files of run entries, or names of shipped ones such as quick"),
-        (("--description",), "ENTRY", "run entries; whatever model they name, --model is meant"),
+        (("--description",), "ENTRY", "run entries; --model replaces the model that they name"),
     ):
         told = f"{what}; any number, may be repeated"
         group.add_argument(*flags, nargs="+", action="extend", default=[], metavar=metavar, help=told)
@@ -119,7 +119,7 @@ def add_stop_flag(parser: Parser) -> None:
         "--stop-before",
         type=moment,
         metavar="TIME",
-        help="end before TIME (23:30, or 2026-12-24T06:00) with exit code 75; the same command goes on from there",
+        help="end before TIME (23:30, or 2026-12-24T06:00) with exit code 75; run the same command to continue",
     )
 
 
@@ -129,7 +129,7 @@ def add_length_flag(parser: argparse._ActionsContainer) -> None:
         "--max-sequence-length",
         type=int,
         metavar="N",
-        help="longest prompt and answer together that HELM is to make (default: what the model's files tell)",
+        help="longest prompt and answer together that HELM is to make (default: the model's own)",
     )
 
 

@@ -37,11 +37,11 @@ class Bench:
 
 
 def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequence[RunSpec]) -> Bench:
-    """Make HELM know a judge, by its hub id or directory; `models` are all that the run specs ask.
+    """Register a judge with HELM, by its hub id or directory; `models` are all models of the run specs.
 
-    Raises `ConfigError` for a model that was not trained to follow instructions, as far as its chat template tells,
-    and for two models that HELM would not tell apart; `CapacityError` for one that does not fit this machine even
-    alone, which else would show when the model has answered. Reads no weights.
+    Raises `ConfigError` for a model that was not trained to follow instructions, as far as its chat template shows, and
+    for two models that HELM could not tell apart; `CapacityError` for one that does not fit this machine even alone,
+    which would otherwise show only after the models have answered. Reads no weights.
     """
     is_one_of_them = name in models.names
     if is_one_of_them and policy is not None:
@@ -61,8 +61,8 @@ def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequenc
     deployment = get_model_deployment(found.model_deployment)
     if not applies_chat_template(deployment, source_of(deployment)):
         raise ConfigError(
-            f"the judge {source_of(deployment)} has no chat template, or is to run without it, so that it is asked to "
-            "go on with instructions instead of following them; name a chat model"
+            f"the judge {source_of(deployment)} has no chat template, or is to run without it, so that it would "
+            "continue instructions instead of following them; name a chat model"
         )
     for problem in own.problems():
         raise problem

@@ -42,7 +42,7 @@ from flexgen_helm.terminal.progress import Progress
 def carry_out(
     args: argparse.Namespace, *, is_demo: bool = False, show: Callable[[Sequence[Score]], str] = table
 ) -> None:
-    """Run what parsed flags ask for and print what `show` makes of the scores.
+    """Execute parsed flags and print what `show` makes of the scores.
 
     Raises `EngineError` for bad input, which leaves nothing behind, and `RunFailed` for a failed run.
     """
@@ -93,7 +93,7 @@ def _holds_answers(file: Path) -> bool:
 
 
 def set_up_logging(args: argparse.Namespace) -> None:
-    """Show HELM's log as anybody asks for it; where nobody does, its warnings only."""
+    """Show HELM's log at the requested level; by default its warnings only."""
     logger = logging.getLogger("helm")
     if not logger.handlers:
         setup_default_logging(args.log_config)
@@ -103,7 +103,7 @@ def set_up_logging(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a command line asks for, checked."""
+    """A checked command line."""
 
     run_specs: list[RunSpec]
     models: Models
@@ -247,9 +247,9 @@ def _execute(args: argparse.Namespace, prepared: Prepared, show: Callable[[Seque
 
 
 def _verdict(failure: Exception, num_runs: int, *, has_answers: bool) -> Exception:
-    """Tell bad input (`EngineError`) from a failed run (`RunFailed`), which it is as soon as one went well.
+    """Distinguish bad input (`EngineError`) from a failed run (`RunFailed`): if any run succeeded, the run has failed.
 
-    With answers that are kept it is a failed run, too: a disk that fills up meanwhile is no bad input.
+    With stored answers it is a failed run, too: a disk that fills up meanwhile is not bad input.
     """
     if not has_answers:
         if isinstance(failure, RunsFailed) and failure.bad_input and len(failure.failures) == num_runs:
@@ -264,7 +264,7 @@ def _run_path(args: argparse.Namespace, run_spec: RunSpec) -> Path:
 
 
 def _stamp(args: argparse.Namespace, run_spec: RunSpec) -> tuple[int, int] | None:
-    """Tells a run's `stats.json` from one that was written before or after; None if there is none."""
+    """A stamp that distinguishes a run's `stats.json` from an earlier or later one; None if there is none."""
     file = _run_path(args, run_spec) / "stats.json"
     try:
         found = file.stat()

@@ -62,7 +62,7 @@ class Models:
         self._entries: dict[str, Entries] = {}
         self._problems: dict[str, EngineError] = {}
         self._checks: list[Callable[[], None]] = []
-        """Those under way: each returns when a model is known to be fit, or raises."""
+        """The checks in progress: each returns when a model is known to be fit, or raises."""
 
     @property
     def names(self) -> Collection[str]:
@@ -70,9 +70,10 @@ class Models:
         return self._entries.keys()
 
     def target(self, model: str) -> Target:
-        """Make sure that HELM knows a hub id, directory or HELM model name, and return its names.
+        """Register a hub id, directory or HELM model name with HELM, and return its names.
 
-        Raises `EngineError` for a model that cannot be run; reads no weights. What `problems` tells is not known yet.
+        Raises `EngineError` for a model that cannot be run; reads no weights. The findings of `problems` are not known
+        yet.
         """
         if model in self._problems:  # hundreds of entries may name it
             raise self._problems[model].with_traceback(None)

@@ -16,7 +16,7 @@ _LONGEST_NAME = 255
 
 
 def check_suite_name(name: str) -> None:
-    """Raise `ConfigError` for a suite that would not lie beside the others, or not for long."""
+    """Raise `ConfigError` for a suite name that is not a lasting directory next to the other suites."""
     if not name:
         raise ConfigError("name the suite with --suite")
     if Path(name).name != name or "\\" in name or name in (".", "..") or not name.isprintable():
@@ -42,7 +42,7 @@ def check_run_names(names: Iterable[str]) -> None:
 
 
 def check_one_file_system(suite_path: Path) -> None:
-    """Raise `ConfigError` where a suite's directory lies on another file system than what is prepared beside it."""
+    """Raise `ConfigError` where a suite's directory is on another file system than the scratch directory next to it."""
     beside = suite_path.parent
     if suite_path.exists() and os.stat(suite_path).st_dev != os.stat(beside).st_dev:
         raise ConfigError(
@@ -71,6 +71,6 @@ def _plain(text: str) -> str:
 
 
 def tokenizer_args(tokenizer: str) -> dict[str, str]:
-    """What HELM's tokenizers are told of where a tokenizer is, a directory (absolute) or a hub id."""
+    """The arguments of HELM's tokenizers for a tokenizer in a directory (absolute) or of a hub id."""
     source, revision = (tokenizer, None) if os.path.isabs(tokenizer) else split_revision(tokenizer)
     return {"pretrained_model_name_or_path": source, **({} if revision is None else {"revision": revision})}

@@ -47,7 +47,8 @@ CLIENT = "flexgen_helm.client.FlexGenClient"
 DEPLOYMENTS = "flexgen"
 """What the names of our deployments begin with; HELM calls the cache of their requests so."""
 WITHOUT_CODE = {"trust_remote_code": False}
-"""Left out, transformers asks on standard input whether code of a model's directory may run, and takes a `y` for it."""
+"""Without it, transformers asks on standard input whether code of a model's directory may run, and takes a `y` as
+consent."""
 TOKENIZER = "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer"
 
 _FILES = (
@@ -78,8 +79,8 @@ def entries_for(
     """Make the entries of a hub id, model directory or GGUF file; reads its tokenizer, but no weights.
 
     The HELM model is called `name`, by default the hub id, or local/ and the name of directory or file; `shaping` are
-    args of `Shaping`. Raises `EngineError` for a model that the engine cannot run (which `check` tells, by default
-    `check_model`), and where the longest sequence is not to be found.
+    args of `Shaping`. Raises `EngineError` for a model that the engine cannot run (by `check`, which defaults to
+    `check_model`), and where the longest sequence cannot be determined.
     """
     description = describe(model, download_weights=False)
     is_local = Path(model).expanduser().exists()
@@ -170,14 +171,14 @@ def applies_chat_template(deployment: ModelDeployment, source: str) -> bool:
 def _longest_sequence(
     model: str, given: int | None, description: ModelDescription, translator: Translator
 ) -> tuple[int, int | None]:
-    """HELM's max_sequence_length, and the window where it must be told because it is not what the model's files tell.
+    """HELM's max_sequence_length, and the window where it must be set because it differs from the model's files.
 
-    HELM counts a prompt's own tokens only, so that those of a chat template must find room beside them.
+    HELM counts only a prompt's own tokens, so that those of a chat template must fit in addition.
     """
     added = translator.num_added
     if given is not None and given < 1:
         raise ConfigError(
-            f"max_sequence_length {given} of {model} is below 1; leave it out to take what its files tell"
+            f"max_sequence_length {given} of {model} is below 1; leave it out to use the model's own value"
         )
     own, limit = description.window, translator.window
     beside = f" beside the {added} tokens of its chat template" if added else ""
@@ -191,7 +192,7 @@ def _longest_sequence(
         return given, given + added
     if limit is None:
         raise ConfigError(
-            f"neither config nor tokenizer of {model} tell its longest sequence; give --max-sequence-length N"
+            f"neither config nor tokenizer of {model} says its longest sequence; give --max-sequence-length N"
         )
     if limit <= added:
         raise ConfigError(f"the chat template of {model} takes {added} tokens, and its window is {limit}")

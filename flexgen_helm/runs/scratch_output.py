@@ -1,4 +1,4 @@
-"""An output directory of HELM's that is gone afterwards and reads the data that another one holds."""
+"""A temporary output directory of HELM's that reads the data of another one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helm.benchmark.runner import get_benchmark_output_path, set_benchmark_outpu
 from engine.errors import ConfigError
 
 _DATA = "scenarios"
-"""Where HELM keeps what scenarios download, in every output directory."""
+"""The folder in every output directory where HELM stores the scenarios' downloads."""
 
 
 @contextmanager

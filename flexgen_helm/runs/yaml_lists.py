@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError, one_line
+from engine.memory.replaced import replace_text
 from engine.reading import find_file, parse_yaml, read_bytes
 
 Addition = tuple[Path, str, Mapping[str, Any]]
@@ -23,7 +23,7 @@ Addition = tuple[Path, str, Mapping[str, Any]]
 MAX_BYTES = 1 << 21
 """HELM's own list of all models has a sixth of it."""
 _WAIT_S = 30.0
-"""That another process may take to add its entries, which are a few lines."""
+"""The longest time for another process to add its entries, which are a few lines."""
 
 
 def add_to_yaml_lists(
@@ -117,7 +117,7 @@ def _entries(path: Path, key: str, text: str) -> list[Any]:
 
 
 def _with_entry(path: Path, key: str, text: str, entry: Mapping[str, Any]) -> str:
-    """Return `text` with the entry first in its list: whatever HELM takes the last of stays the user's."""
+    """Return `text` with the entry first in its list: where HELM takes the last entry, it remains the user's."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     found = None
     if isinstance(node, yaml.MappingNode):
@@ -159,17 +159,8 @@ def _block(entry: Mapping[str, Any], indent: int) -> str:
 
 def _replace(path: Path, text: str) -> None:
     path = path.resolve()  # a link stays a link
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if path.exists():
-            shutil.copymode(path, scratch)
-        scratch.replace(path)
+        replace_text(path, text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; name a directory that can be written") from None
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -17,11 +17,11 @@ from flexgen_helm.sweeps.record import Lengths
 FEWEST_TOKENS = 16
 """Runs that allow fewer ask for a letter, a word or a number: there is nothing to read, nor much to cut off."""
 MOST_CHARACTERS = 3_000
-"""Of a text that is shown; the rest is counted."""
+"""The most characters of a text that are shown; the rest is counted."""
 
 _PIECE = 1 << 20
 _BEGIN = re.compile(r'"request_states"\s*:\s*\[')
-"""In a text within the file, quotes would have backslashes."""
+"""The beginning in the file; inside a text, quotes would be escaped."""
 _BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -41,34 +41,35 @@ class Excerpt:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One answer, to be read."""
+    """One answer, for reading."""
 
     why: str
     """What it is among all: "first", "longest", "cut off"."""
     instance: str
     """HELM's id."""
     asked: Excerpt
-    """Of the instance, without instructions and examples."""
+    """The instance's question, without instructions and examples."""
     thinking: Excerpt | None
-    """None where the model did not think."""
+    """The thinking; None where the model did not think."""
     answer: Excerpt
     tokens: int
-    """Of the answer."""
+    """The number of tokens of the answer."""
     finish_reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """All of one run; a request that asks for several completions has as many answers."""
+    """All answers of one run; a request for several completions has as many answers."""
 
     lengths: Lengths
-    """Without thinking."""
+    """The lengths without thinking."""
     thought: int
     """Answers before which the model thought."""
     cut_off: int | None
-    """Those that ended for want of room; None where no reasons are told, as by HELM's own client of local models."""
+    """The number of answers that were cut off at their limit; None where finish reasons are missing, as from HELM's
+    own client of local models."""
     cut_off_thinking: int
-    """Of these, the ones that are empty because there was no room for more than their thinking."""
+    """The number of those that are empty because thinking used up their tokens."""
     samples: tuple[Sample, ...]
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEWEST_SAMPLES, MOST_SAMPLES = 10_000, 50_000
-"""Resamples: more for more scores, of which Holm's correction asks smaller p-values; the most serve 1250 at 95 %."""
+"""The numbers of resamples: more for more scores, for which Holm's correction needs smaller p-values; the most
+suffice for 1250 scores at 95 %."""
 ROUNDING = 1e-4
 """A score that differs by no more than this (times its size, where that is above 1) has not changed."""
 _TINY = 1e-12
@@ -28,12 +29,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """A difference of scores (the second less the first) beside what chance does."""
+    """A difference of scores (the second less the first), with the effect of chance."""
 
     difference: float
     low: float
     high: float
-    """The interval that holds the resampled difference with the confidence asked for."""
+    """The upper end of the interval that contains the resampled difference with the requested confidence."""
     p_value: float
     """Two-sided: how often chance alone would make a difference like this."""
     is_paired: bool
@@ -60,7 +61,7 @@ class Mean:
         self._is_paired &= noise.is_paired
 
     def noise(self, confidence: float) -> Noise:
-        """Of the mean of all that were added."""
+        """The noise of the mean of all that were added."""
         count = len(self._differences)
         least = _least_sign_test(self._num_changed) if self._is_paired else 0.0
         noise = _noise(self._samples / count, math.fsum(self._differences) / count, confidence, least)
@@ -68,7 +69,7 @@ class Mean:
 
 
 def num_samples(num_scores: int, confidence: float) -> int:
-    """Enough resamples for the smallest p-value that Holm's correction asks of so many scores."""
+    """Enough resamples for the smallest p-value that Holm's correction needs for so many scores."""
     return min(MOST_SAMPLES, max(FEWEST_SAMPLES, math.ceil(20 * num_scores / (1 - confidence))))
 
 
@@ -110,7 +111,7 @@ def whole_score_p_value(difference: float, num_before: int, num_after: int) -> f
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: to reject those below alpha errs on any of them with a probability of at most alpha."""
+    """Holm's adjusted p-values: rejecting those below alpha errs on any of them with a probability of at most alpha."""
     order = sorted(range(len(p_values)), key=lambda at: p_values[at])
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, at in enumerate(order):
@@ -125,7 +126,7 @@ def is_rounding(before: float, after: float) -> bool:
 
 
 def _noise(drawn: Array, observed: float, confidence: float, least: float) -> Noise:
-    """Of unpaired samples; no p-value is below `least`."""
+    """The noise of unpaired samples; no p-value is below `least`."""
     tail = min(int(np.sum(drawn <= _TINY)), int(np.sum(drawn >= -_TINY)))
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Noise(

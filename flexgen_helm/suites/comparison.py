@@ -1,4 +1,4 @@
-"""What has changed from one suite to another: scores beyond noise, runs that are gone, models that became slower."""
+"""The changes from one suite to another: scores beyond noise, missing runs, slower models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ScoreChange:
     how: str = ""
     """"paired", "unpaired" or "whole": how its noise was found."""
     instances: int = 0
-    """Of the second suite."""
+    """The number of instances in the second suite."""
     changed: int = 0
     """Instances whose values differ, where they are paired."""
     reason: str = ""
@@ -62,9 +62,9 @@ class Comparison:
     confidence: float
     slowdown: float
     scores: tuple[ScoreChange, ...]
-    """One for each run of either suite, in order of names."""
+    """One change for each run of either suite, in order of names."""
     means: tuple[ScoreChange, ...]
-    """Of the runs of one model with one metric, where there are several."""
+    """The mean over the runs of one model with one metric, where there are several."""
     speeds: tuple[SpeedChange, ...]
 
     @property
@@ -79,7 +79,7 @@ class Comparison:
         return sum(change.p_value is not None for change in (*self.scores, *self.means))
 
     def mapping(self) -> dict[str, Any]:
-        """As JSON."""
+        """The comparison as JSON."""
         return {
             "before": self.before,
             "after": self.after,

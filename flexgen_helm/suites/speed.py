@@ -1,4 +1,4 @@
-"""How fast models ran, and whether one became slower: on the same hardware, with the same work."""
+"""The speed of models, and whether one became slower: on the same hardware, with the same work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Verdict = Literal["same", "slower", "faster", "not compared"]
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedChange:
-    """One model in both suites; tokens are those of prompts, as asked, and new ones."""
+    """One model in both suites; tokens are those of prompts, as requested, and new ones."""
 
     deployment: str
     verdict: Verdict
@@ -46,14 +46,14 @@ class SpeedChange:
 
 
 def tokens_per_second(model: ModelRecord) -> float | None:
-    """Tokens of prompts, as asked, and new ones in each second; None where nothing was computed."""
+    """The tokens of prompts, as requested, and new ones per second; None where nothing was computed."""
     if not model.computed or model.seconds <= 0:
         return None
     return (model.prompt_tokens + model.new_tokens) / model.seconds
 
 
 def difference_of(before: SweepRecord, after: SweepRecord, deployment: str) -> str | None:
-    """Why a model's speeds in two suites say nothing of each other; None where they can be compared."""
+    """Why a model's speeds in two suites cannot be compared; None where they can."""
     first, second = (
         next((each for each in record.models if each.deployment == deployment), None) for record in (before, after)
     )

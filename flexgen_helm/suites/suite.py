@@ -36,15 +36,15 @@ class Run:
     model: str
     deployment: str
     score: Score | None
-    """None where there are no statistics."""
+    """The score; None where there are no statistics."""
     error: str | None = None
-    """Why, in one line."""
+    """Why the run failed, in one line."""
     failed_requests: int = 0
     """Requests that were not answered; where the run is done they count as empty answers."""
     metric_specs: tuple[Mapping[str, Any], ...] = ()
     seconds: float | None = None
     thinking: Lengths | None = None
-    """Of what was thought before answers, as the sweep has counted it."""
+    """The lengths of thinking before answers, as recorded by the sweep."""
 
     @property
     def is_scored(self) -> bool:
@@ -58,19 +58,19 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Its name without the deployment: tells the same work of one model, however it was served."""
+        """Its name without the deployment: the same for the same work of one model, however it was served."""
         return key_of(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """All of a suite that can be read."""
+    """All readable parts of a suite."""
 
     path: Path
     record: SweepRecord | None
-    """None of a suite that plain `helm-run` made."""
+    """The sweep's record; None for a suite that plain `helm-run` made."""
     runs: Mapping[str, Run] = field(default_factory=dict)
-    """By name, in order of names."""
+    """The runs by name, in order of names."""
 
     @property
     def name(self) -> str:
@@ -143,7 +143,7 @@ def read_suite(path: Path) -> Suite:
 
 
 def _is_run(folder: Path) -> bool:
-    """HELM keeps other things beside the runs; one that has not ended has no files yet."""
+    """Whether a directory is a finished run: HELM stores other things there, too, and unfinished runs have no files."""
     return folder.is_dir() and (
         (folder / "run_spec.json").is_file() or ",model=" in folder.name or ":model=" in folder.name
     )
@@ -221,7 +221,7 @@ def score_like(run: Run, suite_path: Path, *, name: str | None = None) -> float 
 
 
 Sums = dict[str, tuple[float, float]]
-"""Of each instance, by its id: what is summed above and below the line of the score; trials and windows together."""
+"""Numerator and denominator of the score of each instance, by its id, summed over trials and windows."""
 
 
 def instance_sums(run: Run) -> Sums | None:
@@ -277,7 +277,7 @@ def is_lower_better(run: Run) -> bool:
 
 
 def earlier_suites(suite: Suite) -> list[tuple[Path, SweepRecord]]:
-    """Swept suites beside this one that began before it, in that order; those that cannot be read are left out."""
+    """Swept suites in the same directory that began before it, in that order; unreadable ones are left out."""
     found = []
     for folder in suite.path.parent.iterdir():
         if folder == suite.path or folder.is_symlink() or not folder.is_dir():  # HELM links the latest suite

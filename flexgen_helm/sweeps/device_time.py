@@ -1,4 +1,4 @@
-"""Where the seconds of each of a model's devices went."""
+"""How each of a model's devices spent its seconds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class DeviceTime:
     link: float
     """Waiting for weights on their way to the device."""
     helm: float
-    """With nothing to do: HELM makes requests, or computes metrics; or others have all that is left."""
+    """The seconds without work: HELM makes requests, or computes metrics; or other devices have all remaining work."""
     given_up: str = ""
-    """Why it is no longer used, if it is not."""
+    """Why it is no longer used, if so."""
 
     def __str__(self) -> str:
         total = max(self.computing + self.link + self.helm, 1e-9)

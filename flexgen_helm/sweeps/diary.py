@@ -19,6 +19,7 @@ from flexgen_helm.helm.runner import failed_requests
 from flexgen_helm.helm.scores import short_name
 from flexgen_helm.judging.verdicts import Verdicts
 from flexgen_helm.planning.environment import environment
+from flexgen_helm.sweeps.device_time import DeviceTime
 from flexgen_helm.sweeps.foreseen import Foreseen, told, told_together
 from flexgen_helm.sweeps.log import JsonLog, logger
 from flexgen_helm.sweeps.model_sweep import Counts, ModelSweep, PendingRun
@@ -27,7 +28,7 @@ from flexgen_helm.sweeps.record import ModelRecord, RunRecord, RunStatus, SweepR
 
 
 class SweepDiary:
-    """A context manager; the methods tell what happens, in the thread that runs the suite."""
+    """A context manager whose methods report events, in the thread that runs the suite."""
 
     def __init__(
         self, suite_path: Path, run_specs: Sequence[RunSpec], json_log: JsonLog, stream: TextIO | None = None
@@ -45,14 +46,15 @@ class SweepDiary:
         self._current: ModelSweep | None = None
         self._requests: dict[str, PendingRun] = {}
         self._counts: dict[str, Counts] = {}
-        """Of runs that are answered and have not ended, whose answers may be forgotten meanwhile."""
+        """The counts of runs that are answered and not finished, whose answers may be released meanwhile."""
         self._num_preparing = 0
         self._is_judging = False
         self._foreseen: list[Foreseen] = []
         self._started = _now()
         self._environment = environment()
         self._json_log = json_log
-        self._progress = SweepProgress(Standing(len(run_specs)), json_log, self._speed, stream)
+        standing = Standing(len(run_specs), suite_path.name)
+        self._progress = SweepProgress(standing, json_log, self._speed, self._devices, stream)
 
     def __enter__(self) -> SweepDiary:
         """Begin: the record says that the sweep runs. Raises `OSError` where it cannot be written."""
@@ -68,7 +70,7 @@ class SweepDiary:
     ) -> None:
         self._progress.__exit__(kind, error, trace)
         is_over = len(self._ended) == len(self._deployments)
-        self._write(finished=_now() if is_over else None)
+        self._write(_now() if is_over else None)
         counts = counted(run.status for run in self._ended.values())
         why = "" if error is None or is_over else f", stopped by {kind.__name__ if kind else ''}"
         logger.info("sweep ends: %s%s", ", ".join(f"{n} {status}" for status, n in counts.items()), why)
@@ -76,7 +78,7 @@ class SweepDiary:
 
     @property
     def longest_pass_s(self) -> float:
-        """Seconds of the longest pass of the model at hand; 0 before the first."""
+        """The seconds of the longest sweep of the current model; 0 before the first."""
         model = self._current
         return 0.0 if model is None else model.tally.longest_s
 
@@ -115,19 +117,19 @@ class SweepDiary:
         self.counted(run)
 
     def judging(self, run_spec: RunSpec) -> None:
-        """What a run's judge is asked is about to be made."""
+        """The requests to a run's judge are about to be made."""
         self._is_judging = True
         self._progress.standing.doing = f"judging {short_name(run_spec.name)}"
 
     def counted(self, run: PendingRun) -> None:
-        """So many requests are made, be it for a run's judge."""
+        """So many requests were made, for a run or for its judge."""
         self._progress.standing.requests += run.total
         self._progress.standing.requests_done += run.cached
         if self._current is not None:
             self._progress.standing.tokens = self._current.most_tokens
 
     def foretold(self, each: Foreseen) -> None:
-        """All requests of a model are made: say what those that are left will take, and what was left."""
+        """All requests of a model are made: report the forecast of the remaining ones, and how many remained."""
         for line in told(each):
             self._progress.tell(line)
         self._foreseen.append(each)
@@ -138,7 +140,7 @@ class SweepDiary:
         self._json_log.write("forecast", deployment=each.deployment, cached=each.cached, **numbers)
 
     def begin(self, model: ModelSweep) -> None:
-        """A model is about to be asked."""
+        """A model's engine is about to get its first requests."""
         self._current, now = model, self._progress.standing
         now.doing, now.is_loading = model.deployment, model.num_todo > 0
         now.tokens, now.tokens_done = model.most_tokens, 0
@@ -164,7 +166,7 @@ class SweepDiary:
             self._end(run.name, "unjudged", run)
 
     def done(self, run: PendingRun, counts: Counts) -> None:
-        """A run's files are written; `counts` says what of its answers somebody should know."""
+        """A run's files are written; `counts` has notable numbers about its answers."""
         self._note(run, counts)
         self._end(run.name, "done", run)
 
@@ -254,13 +256,11 @@ class SweepDiary:
         )
         self._write()
 
+    def _devices(self) -> tuple[DeviceTime, ...]:
+        return () if (model := self._current) is None else model.tally.devices()
+
     def _speed(self) -> tuple[float, float, float | None]:
-        model = self._current
-        if model is None:
-            return 0.0, 0.0, None
-        tally = model.tally
-        seconds = tally.computing_s
-        return seconds, tally.prompt_tokens + max(tally.new_tokens, tally.given_tokens), tally.fraction(seconds)
+        return (0.0, 0.0, None) if (model := self._current) is None else model.tally.speed()
 
     def _write(self, finished: str | None = None) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The order of a suite's work: requests are made ahead of the engine, and runs are finished behind it."""
+"""The order of a suite's work: requests are made ahead of the engine, and runs are finished after it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from flexgen_helm.workers.engine_guard import EngineElsewhere
 from flexgen_helm.workers.helper_processes import Here
 
 FIRST_TOKENS = 1 << 20
-"""Of requests that are made, at least, when a model is loaded for them and what else comes: they tell its policy."""
+"""The least tokens of requests that are made before a model is loaded: they determine its policy."""
 MOST_TOKENS = 1 << 22
-"""Of requests that are made and not answered, at which no more are made, unless the engine's sweeps are that large."""
+"""The most tokens of requests that are made and not answered, unless the engine's sweeps are larger."""
 _SWEEPS_AHEAD = 3
 """Sweeps that what is made and not answered fills: one is computed, one is to follow, one is being made."""
 
@@ -36,7 +36,7 @@ class _Turn:
 
     deployment: str
     unmade: deque[RunSpec]
-    """Those whose making has not begun."""
+    """The runs whose requests are not being made yet."""
     left: dict[str, None]
     """Runs that have not ended."""
     to_make: int
@@ -44,7 +44,7 @@ class _Turn:
     num_runs: int
     model: ModelSweep | None = None
     is_foretelling: bool = False
-    """Whether somebody is at work on what its requests will take."""
+    """Whether the forecast of its requests is being computed."""
     finishing: set[str] = field(default_factory=set)
     """Runs that are whole."""
 
@@ -65,9 +65,9 @@ class Flow:
         watcher: Watcher,
         deployment_of: Callable[[RunSpec], str] = lambda run_spec: str(run_spec.adapter_spec.model_deployment),
     ) -> None:
-        """`client_of` gives the client of a deployment; `here` does what a helper has no engine for.
+        """`client_of` returns the client of a deployment; `here` does what needs an engine, which a helper has not.
 
-        `deployment_of` says who answers a run's requests.
+        `deployment_of` returns the deployment that answers a run's requests.
         """
         self._client_of = client_of
         self._helpers = helpers
@@ -83,7 +83,7 @@ class Flow:
             for deployment, specs in by_deployment.items()
         ]
         self._finishing: list[tuple[_Turn, PendingRun]] = []
-        """Runs that are whole, and that nobody has begun to finish."""
+        """The runs that are fully answered, and not being finished yet."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """What is to be done in this thread."""
         self._feed: Feed | None = None
@@ -149,7 +149,7 @@ class Flow:
     # Making and finishing
 
     def _start_task(self) -> bool:
-        """Start what comes next, if somebody is free and something is to be done."""
+        """Start the next task, if a helper is free and there is one."""
         if self._helpers.num_free < 1:
             return False
         turn = self._to_make()
@@ -168,7 +168,7 @@ class Flow:
         return self._num_tokens() < FIRST_TOKENS and len(self._finishing) < 2 * max(1, self._helpers.num_free)
 
     def _to_make(self) -> _Turn | None:
-        """Whose requests are made next; None where there are enough, or all."""
+        """The run whose requests are made next; None where there are enough, or all."""
         turn = next((turn for turn in self._turns if turn.unmade), None)
         if turn is None or self._num_tokens() < MOST_TOKENS:
             return turn
@@ -179,7 +179,7 @@ class Flow:
         return None if turn.model.under_way.fills(limits, _SWEEPS_AHEAD) else turn
 
     def _num_tokens(self) -> int:
-        """Of requests that are made and not answered."""
+        """The tokens of requests that are made and not answered."""
         return sum(turn.model.under_way.tokens for turn in self._turns if turn.model is not None)
 
     def _make(self, turn: _Turn) -> None:

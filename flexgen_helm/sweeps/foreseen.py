@@ -23,7 +23,7 @@ class Foreseen:
     cached: int
     """Requests that HELM's cache answers."""
     forecast: Forecast | None
-    """None where nothing is left, or nothing can be said."""
+    """The forecast; None where nothing is left, or none is possible."""
     problem: str = ""
     """Why there is none."""
 

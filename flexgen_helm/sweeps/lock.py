@@ -1,4 +1,4 @@
-"""One sweep at a time in a suite: a lock that tells who holds it and ends with its owner, however that ends."""
+"""Allows one sweep at a time in a suite: a lock that names its holder and ends with it, however that ends."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SuiteLock:
             self._handle = None
 
     def _write(self, owner: dict[str, str | int] | None) -> None:
-        """Say who holds it. The file stays: removing it could take another's lock away."""
+        """Write who holds it. The file stays: removing it could take another's lock away."""
         assert self._handle is not None
         try:
             os.ftruncate(self._handle, 0)

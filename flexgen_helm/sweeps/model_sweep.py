@@ -1,4 +1,4 @@
-"""One model's part of a suite: the runs whose requests are made, and what of them is left to be answered."""
+"""One model's part of a suite: the runs whose requests are made, and the requests that are not answered yet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Counts:
     cut_off: int = 0
     """Answers that are empty because there was no room for more than their thinking."""
     thinking: Lengths | None = None
-    """Of what was thought; None where nothing was, or where the cache does not know of all how long it was."""
+    """The lengths of thinking; None where there was none, or where the cache does not have all lengths."""
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class PendingRun:
     total: int
     cached: int
     outcomes: dict[int, Outcome] = field(default_factory=dict)
-    """By place within the run."""
+    """The results by position within the run."""
     new_tokens: int = 0
 
     @property
@@ -55,7 +55,7 @@ class PendingRun:
 
     @property
     def counts(self) -> Counts:
-        """Of those that are there."""
+        """The counts of the answers so far."""
         outcomes = [self.outcomes[place] for place in sorted(self.outcomes)]
         failed = [f"{type(each).__name__}: {each}" for each in outcomes if isinstance(each, EngineError)]
         responses = [each[0] for each in outcomes if not isinstance(each, EngineError)]
@@ -71,10 +71,10 @@ class PendingRun:
 
 @dataclass
 class Amount:
-    """How much work requests are."""
+    """An amount of requests."""
 
     tokens: int = 0
-    """Of prompts, and at most to be generated."""
+    """The tokens of prompts, and the most to be generated."""
     jobs: int = 0
     rows: int = 0
     """Prompt tokens to compute, about: without those with which the request before begins, too."""
@@ -99,15 +99,15 @@ class ModelSweep:
         self.runs: list[PendingRun] = []
         self.tally = Tally()
         self.num_requests = 0
-        """Of all runs so far."""
+        """The number of requests of all runs so far."""
         self.cached = 0
         """Requests that HELM's cache answered."""
         self.jobs: list[Job] = []
-        """Of all requests that are to be computed, as long as a forecast may be asked for."""
+        """The jobs of all requests to be computed, as long as a forecast may be needed."""
         self.num_todo = 0
         """Requests that are to be computed; equal ones count once while they are under way."""
         self.most_tokens = 0
-        """Of those: of prompts, and at most to be generated."""
+        """The tokens of those: of prompts, and at most to be generated."""
         self.under_way = Amount()
         """What has no answer yet."""
         self._under_way: dict[str, Work] = {}
@@ -148,7 +148,7 @@ class ModelSweep:
 
     @property
     def waiting_tokens(self) -> int:
-        """Of what the engine has not been given."""
+        """The tokens of requests that were not sent to the engine."""
         return sum(amount.tokens for _, amount in self._waiting)
 
     def take(self, limits: Limits | None = None) -> Sequence[Work]:
@@ -163,7 +163,7 @@ class ModelSweep:
         return [work for work, _ in taken]
 
     def deliver(self, answer: Answer) -> list[PendingRun]:
-        """Give an answer to the runs that asked for it; returns those that it makes whole."""
+        """Deliver an answer to the runs that wait for it; returns those that are now complete."""
         work = self._under_way.pop(answer.work.name)
         self.under_way.add(self._amounts.pop(work.name), -1)
         self.tally.answered(answer)
@@ -177,10 +177,10 @@ class ModelSweep:
         return list(whole.values())
 
     def give_up(self) -> None:
-        """Let go of what has no answer, since none will come."""
+        """Drop the unanswered requests, since no answers will come."""
         self._waiting, self._under_way, self._amounts, self.jobs = [], {}, {}, []
         self.under_way = Amount()
 
     def runs_of(self, answer: Answer) -> list[PendingRun]:
-        """The runs that asked for it, one for each of its places."""
+        """The runs that wait for an answer, one entry for each position."""
         return [self.runs[bisect_right(self._firsts, place) - 1] for place in answer.work.places]

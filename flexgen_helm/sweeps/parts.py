@@ -1,4 +1,4 @@
-"""Who does what in a flow: those that make and finish runs, and those that are told."""
+"""The interfaces of a flow's parts: those that make and finish runs, and those that watch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexgen_helm.sweeps.model_sweep import ModelSweep, PendingRun
 
 
 class Helpers(Protocol):
-    """Who does tasks: `HelperProcesses`, or `Here`."""
+    """Executes tasks: `HelperProcesses`, or `Here`."""
 
     @property
     def num_free(self) -> int:
@@ -35,7 +35,7 @@ class RunSide(Protocol):
 
 
 class Watcher(Protocol):
-    """Is told what happens, in the thread that runs the flow."""
+    """Is informed of events, in the thread that runs the flow."""
 
     def preparing(self, run_spec: RunSpec) -> None:
         """A run's requests are about to be made."""
@@ -44,10 +44,10 @@ class Watcher(Protocol):
         """A run's requests are made."""
 
     def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
-        """What all requests of a model take; asked in another thread, and told by calling it in the flow's."""
+        """Predict all requests of a model: called in another thread; its result is called in the flow's thread."""
 
     def begin(self, model: ModelSweep) -> None:
-        """A model is about to be asked."""
+        """A model's engine is about to get its first requests."""
 
     def answered(self, model: ModelSweep, answer: Answer) -> None:
         """The engine has answered."""

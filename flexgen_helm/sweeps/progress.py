@@ -1,26 +1,33 @@
-"""Progress of a suite: one line in place on a terminal, a line a minute elsewhere, and JSON lines for machines."""
+"""Progress of a suite: a block of lines in place on a terminal, a line a minute elsewhere, JSON lines for machines."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO
 
+from flexgen_helm.helm.scores import short_name
+from flexgen_helm.sweeps.device_time import DeviceTime
 from flexgen_helm.sweeps.log import JsonLog, logger
+from flexgen_helm.terminal.live import LiveBlock, Row
 from flexgen_helm.terminal.progress import StatusLine, clock
 
 TERMINAL_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 60.0
+_MOST_ACTIVE = 3
+"""Runs under way that are shown on a terminal: those that are nearest their end."""
 
 
 @dataclass(eq=False)
 class Standing:
-    """How far a suite is. Tokens are those of requests that the engine computes."""
+    """The progress of a suite. Tokens are those of requests that the engine computes."""
 
     num_runs: int
+    suite: str = ""
     runs_ended: int = 0
     doing: str = "starting"
     """What is being done, in a few words."""
@@ -29,9 +36,9 @@ class Standing:
     requests: int = 0
     requests_done: int = 0
     tokens: int = 0
-    """Of the model at hand: of prompts, and at most to be generated."""
+    """The tokens of the current model: of prompts, and at most to be generated."""
     tokens_done: int = 0
-    """Those of answered requests, as they were counted among `tokens`."""
+    """The tokens of answered requests, counted as in `tokens`."""
     active: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Requests done and in all, of the runs that are under way."""
 
@@ -48,13 +55,21 @@ class SweepProgress:
         standing: Standing,
         json_log: JsonLog,
         speed: Callable[[], tuple[float, float, float | None]],
+        devices: Callable[[], Sequence[DeviceTime]],
         stream: TextIO | None = None,
     ) -> None:
-        """`speed` tells seconds of computing, tokens computed, and the fraction of the limit where it is known."""
+        """Show `standing` on `stream`, stderr by default.
+
+        `speed` tells seconds of computing, tokens computed, and the fraction of the limit where it is known; `devices`
+        tells where the time of each device went.
+        """
         self.standing = standing
         self._json_log = json_log
         self._speed = speed
+        self._devices = devices
+        stream = sys.stderr if stream is None else stream
         self._status = StatusLine(stream)
+        self._live = LiveBlock(stream) if LiveBlock.can_be_on(stream) else None
         self._interval_s = TERMINAL_INTERVAL_S if self._status.in_place else PLAIN_INTERVAL_S
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show_now_and_then, name="flexgen-progress", daemon=True)
@@ -69,23 +84,48 @@ class SweepProgress:
         self._ended.set()
         self._thread.join()
         self._status.clear()
+        if self._live is not None:
+            self._live.clear()
 
     def line(self) -> str:
-        """Where the suite is, in one line."""
+        """The suite's progress in one line."""
         now = self.standing
-        seconds, tokens, fraction = self._speed()
-        doing = f"loading {now.doing}" if now.is_loading and not seconds else now.doing
-        parts = [f"runs {now.runs_ended}/{now.num_runs}", doing]
+        parts = [f"runs {now.runs_ended}/{now.num_runs}", self._doing()]
         if now.requests:
             parts.append(f"requests {now.requests_done}/{now.requests}")
+        return ", ".join([*parts, *self._pace()])
+
+    def rows(self) -> list[Row]:
+        """Where the suite is, in a few lines."""
+        now = self.standing
+        rows = [Row("suite", now.suite), Row("now", self._doing())]
+        rows += [
+            Row(label, f"{done}/{total}", done / total)
+            for label, done, total in (
+                ("runs", now.runs_ended, now.num_runs),
+                ("requests", now.requests_done, now.requests),
+            )
+            if total
+        ]
+        if pace := ", ".join(self._pace()):
+            rows.append(Row("speed", pace))
+        rows += [Row("device", str(each)) for each in self._devices()]
+        active = sorted(now.active.copy().items(), key=lambda item: item[1][0] - item[1][1])[-_MOST_ACTIVE:]
+        return rows + [Row("run", f"{short_name(name)} {done}/{total}") for name, (done, total) in reversed(active)]
+
+    def _doing(self) -> str:
+        now = self.standing
+        return f"loading {now.doing}" if now.is_loading and not self._speed()[0] else now.doing
+
+    def _pace(self) -> Iterator[str]:
+        """Tokens a second, the fraction of the limit and the time left, as far as they are known."""
+        seconds, tokens, fraction = self._speed()
         if seconds > 0 and tokens > 0:
-            parts.append(f"{tokens / seconds:.0f} tokens/s")
+            yield f"{tokens / seconds:.0f} tokens/s"
         if fraction is not None:
-            parts.append(f"{fraction:.0%} of the limit")
-        left_s = self._left_s(seconds)
-        if left_s is not None:
-            parts.append(f"{clock(left_s)} left")
-        return ", ".join(parts)
+            yield f"{fraction:.0%} of the limit"
+        if (left_s := self._left_s(seconds)) is not None:
+            yield f"{clock(left_s)} left"
 
     def say(self, text: str) -> None:
         """Show a line that stays, on a terminal only, and log it."""
@@ -97,12 +137,15 @@ class SweepProgress:
     def tell(self, text: str) -> None:
         """Show a line that stays, wherever progress is shown, and log it."""
         logger.info(text)
+        if self._live is not None:
+            self._live.say(text)
+            return
         self._status.clear()
         self._status.show(text)
         self._status.end()
 
     def _left_s(self, seconds: float) -> float | None:
-        """Seconds that are left for the model at hand, at the rate so far."""
+        """The seconds that are left for the current model, at the rate so far."""
         now = self.standing
         if seconds <= 0 or not now.tokens_done or now.tokens_done >= now.tokens:
             return None
@@ -112,7 +155,10 @@ class SweepProgress:
         told = time.monotonic()
         while not self._ended.wait(self._interval_s):
             line = self.line()
-            self._status.show(line)
+            if self._live is None:
+                self._status.show(line)
+            else:
+                self._live.show(self.rows())
             if not self._status.in_place or time.monotonic() - told >= PLAIN_INTERVAL_S:
                 told = time.monotonic()
                 logger.info(line)

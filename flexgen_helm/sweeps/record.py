@@ -1,4 +1,4 @@
-"""What a sweep over a suite did: the record that it writes beside the suite's runs, and that reports read."""
+"""The record of a sweep over a suite, written next to the suite's runs, and read by reports."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError
+from engine.memory.replaced import replace_text
 from engine.reading import find_file
 from flexgen_helm.planning.environment import Hardware
-from flexgen_helm.planning.stored import SINCE, read_versioned, replace_text
+from flexgen_helm.planning.stored import SINCE, read_versioned
 from flexgen_helm.sweeps.device_time import DeviceTime
 
 FILE_NAME = "flexgen_sweep.json"
 VERSION = 1
 MOST_POINTS = 500
-"""Of a timeline, so that a record stays small however long the sweep was."""
+"""The most points of a timeline, so that a record stays small however long the sweep was."""
 
 _CURE = "remove it, or run the sweep again"
 
@@ -29,7 +30,7 @@ RunStatus = Literal["done", "failed", "skipped", "unjudged"]
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSplit:
-    """Where a model's seconds went."""
+    """How a model's seconds were spent."""
 
     load: float = 0.0
     prefill: float = 0.0
@@ -40,7 +41,7 @@ class TimeSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class TimelinePoint:
-    """One sweep over the layers, or several neighbouring ones together."""
+    """One sweep over the layers, or several adjacent ones together."""
 
     at: float
     """Seconds from the model's start to the point's start."""
@@ -48,27 +49,28 @@ class TimelinePoint:
     prefill_rows: int
     decode_rows: int
     sequences: int
-    """Active ones; of several sweeps, the most."""
+    """The active sequences; of several sweeps, the most."""
     new_tokens: int | None = field(default=None, metadata=SINCE)
     """Tokens of answers and of thinking that sequences were given; None in records of earlier releases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How many tokens texts have. Of sorted numbers, a quantile is the first that so large a share does not exceed."""
+    """The distribution of numbers of tokens. A quantile is the smallest number that such a share does not exceed."""
 
     texts: int
     tokens: int
-    """Of all together."""
+    """The tokens of all texts together."""
     median: int
     ninth_decile: int
     longest: int
     bins: tuple[int, ...]
-    """How many texts are empty, have 1 token, 2 or 3, 4 to 7, and so on: bin n holds the numbers of n binary digits."""
+    """The number of texts that are empty, have 1 token, 2 or 3, 4 to 7, and so on: bin n has the numbers of n binary
+    digits."""
 
     @classmethod
     def of(cls, numbers: Iterable[int]) -> Lengths | None:
-        """Those of texts with so many tokens each; None where there is no text."""
+        """The lengths of texts with so many tokens each; None where there is no text."""
         found = sorted(numbers)
         if not found:
             return None
@@ -93,7 +95,7 @@ class ModelRecord:
     seconds: float
     """Wall time, loading included."""
     limit_s: float | None
-    """The least time the hardware would need; None where its rates are not known."""
+    """The least seconds that the hardware would need; None where its rates are not known."""
     fraction: float | None
     """`limit_s / seconds`."""
     requests: int
@@ -102,24 +104,24 @@ class ModelRecord:
     computed: int
     """Requests that the engine computed; identical ones count once."""
     prompt_tokens: int
-    """As asked: shared prefixes count for each request."""
+    """The prompt tokens as requested: shared prefixes count for each request."""
     prefix_tokens_saved: int
-    """Of them, those that sharing made it unnecessary to compute."""
+    """The prompt tokens that need not be computed because prefixes are shared."""
     new_tokens: int
     sweeps: int
     time_split: TimeSplit
     timeline: tuple[TimelinePoint, ...] = ()
-    """In order; at most about `MOST_POINTS`, see `thinned`."""
+    """The points in order; at most about `MOST_POINTS`, see `thinned`."""
     chat_template: bool | None = field(default=None, metadata=SINCE)
     """Whether prompts that are answered, not only scored, went through the tokenizer's chat template."""
     identity: Mapping[str, Any] = field(default_factory=dict, metadata=SINCE)
     """What of model and policy can change a result: digests of the checkpoint, number format, compression."""
     seeds: str = field(default="", metadata=SINCE)
-    """How the seeds of sampled completions follow from what is asked."""
+    """How the seeds of sampled completions are derived from requests."""
     deaths: tuple[str, ...] = field(default=(), metadata=SINCE)
-    """How processes of its engine have ended that were replaced; what they had not answered was asked again."""
+    """How processes of its engine ended that were replaced; their unanswered requests were computed again."""
     devices: tuple[DeviceTime, ...] = field(default=(), metadata=SINCE)
-    """Where the time of each device went."""
+    """How the time of each device was spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,24 +134,24 @@ class RunRecord:
     status: RunStatus
     """"skipped": an earlier command had completed it. "unjudged": it is answered, and waits for a judge."""
     error: str | None = None
-    """One line; of a failed run."""
+    """Why the run failed, in one line."""
     requests: int
     cached: int
     failed_requests: int
-    """Those that were not answered; in a run that is done they count as empty answers."""
+    """The number of requests that were not answered; in a run that is done they count as empty answers."""
     new_tokens: int
     seconds: float
-    """From the sweep's start of the model to the run's last file."""
+    """The seconds from the sweep's start of the model to the run's last file."""
     verdicts: int = field(default=0, metadata=SINCE)
     """Answers that were to be judged by another model."""
     unreadable_verdicts: int = field(default=0, metadata=SINCE)
-    """Of those, the ones whose verdict could not be read; they score nothing, as do the following."""
+    """The number of those whose verdict could not be read; they score nothing, like the following."""
     missing_verdicts: int = field(default=0, metadata=SINCE)
-    """Those that the judge could not be asked, or did not answer."""
+    """The number of those that the judge could not get, or did not answer."""
     cut_off: int = field(default=0, metadata=SINCE)
     """Answers that are empty because there was no room for more than their thinking."""
     thinking: Lengths | None = field(default=None, metadata=SINCE)
-    """Of the thinking before answers, marks included; None where nothing was thought, or its tokens are not known."""
+    """The lengths of thinking before answers, tags included; None where there was none, or its tokens are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +163,9 @@ class SweepRecord:
     started: str
     """ISO 8601, with the zone."""
     finished: str | None
-    """None as long as the sweep runs, and after it was killed."""
+    """The time of the end; None as long as the sweep runs, and after it was killed."""
     versions: Mapping[str, str]
-    """Of flexgen-helm, crfm-helm, torch, transformers and python."""
+    """The versions of flexgen-helm, crfm-helm, torch, transformers and python."""
     commit: str | None
     hardware: Hardware
     models: tuple[ModelRecord, ...] = field(default=())
@@ -173,7 +175,7 @@ class SweepRecord:
 
 
 def counted(statuses: Iterable[RunStatus]) -> dict[str, int]:
-    """How many runs ended in which way; those that wait for a judge are named only where there are any."""
+    """The number of runs by outcome; those that wait for a judge are named only where there are any."""
     found = Counter(statuses)
     return {status: found[status] for status in ("done", "failed", "skipped")} | (
         {"unjudged": found["unjudged"]} if found["unjudged"] else {}
@@ -181,7 +183,7 @@ def counted(statuses: Iterable[RunStatus]) -> dict[str, int]:
 
 
 def thinned(points: Sequence[TimelinePoint], most: int = MOST_POINTS) -> tuple[TimelinePoint, ...]:
-    """A timeline of at most `most` points: equally many neighbours become one, which holds their sums."""
+    """A timeline of at most `most` points: equally many neighbours become one, which has their sums."""
     group = max(1, math.ceil(len(points) / most))
     return tuple(_together(points[at : at + group]) for at in range(0, len(points), group))
 

@@ -1,4 +1,4 @@
-"""A suite up to its requests, in a directory that is gone afterwards: what they would take, on a machine or another."""
+"""Makes a suite's requests in a temporary directory, to predict what they take, on this or another machine."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from flexgen_helm.workers.helper_processes import HelperProcesses, Here, num_hel
 
 
 class SweepRunner(TwoStepRunner):
-    """Runs run specs as one job and tells a `SweepDiary` what becomes of them."""
+    """Runs run specs as one job and reports events to a `SweepDiary`."""
 
     def __init__(
         self,
@@ -42,10 +42,10 @@ class SweepRunner(TwoStepRunner):
         judge: Judge | None = None,
         **flags: bool,
     ) -> None:
-        """As `TwoStepRunner`; `diary` is told in the thread that calls `run_all`.
+        """See `TwoStepRunner`; `diary` is called in the thread that calls `run_all`.
 
-        `plugins` are those that the user has named: processes that help import them, too. Without a `judge`, runs that
-        a model is to judge are held.
+        `plugins` are those that the user has named: helper processes import them, too. Without a `judge`, runs that a
+        model is to judge are held.
         """
         super().__init__(execution_spec, output_path, suite, **flags)
         self.diary = diary
@@ -121,7 +121,7 @@ class SweepRunner(TwoStepRunner):
         return todo
 
     def _able(self, todo: Sequence[RunSpec], helpers: HelperProcesses | Here) -> list[RunSpec]:
-        """Those that can be run. A process that helps has imported the metrics which tell, and this one need not."""
+        """The run specs that can be run. A helper process has imported the metrics for that, so this one need not."""
         told: Future[Any] = Future()
         helpers.start("problems", todo, then=told.set_result)
         problems = self._without_annotators(todo)
@@ -132,7 +132,7 @@ class SweepRunner(TwoStepRunner):
         return [run_spec for run_spec in todo if run_spec.name not in self._failures]
 
     def _without_annotators(self, run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
-        """Of each run whose annotators cannot be made, why; nobody asks them without a judge."""
+        """Why the annotators of runs cannot be created, by run; they are not needed without a judge."""
         problems: dict[str, EngineError] = {}
         for run_spec in run_specs:
             if self._judge is not None and run_spec.name in self._to_judge:
@@ -170,11 +170,11 @@ class SweepRunner(TwoStepRunner):
         self.diary.prepared(run)
 
     def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
-        """What all requests of a model will take; what is returned tells it."""
+        """Predict all requests of a model; the result reports it when it is called."""
         return partial(self.diary.foretold, foresee(model, jobs))
 
     def begin(self, model: ModelSweep) -> None:
-        """A model is about to be asked."""
+        """A model's engine is about to get its first requests."""
         if model.client.writes_date:
             self.beginning.keep()
         model.tally.restart()

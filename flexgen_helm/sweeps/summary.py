@@ -35,7 +35,7 @@ def summary(found: SweepRecord, scores: Sequence[Score], notes: Sequence[str], s
 
 
 def _unjudged(runs: Sequence[RunRecord]) -> list[str]:
-    """Which runs wait for a judge, and what to do about it."""
+    """The runs that wait for a judge, and what to do about it."""
     if not runs:
         return []
     named = ", ".join(short_name(run.name) for run in runs[:MOST_FAILURES])

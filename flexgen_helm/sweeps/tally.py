@@ -1,4 +1,4 @@
-"""What an engine's sweeps over a model add up to: seconds by kind of work, a timeline, and the least time possible."""
+"""Sums over an engine's sweeps for a model: seconds by kind of work, a timeline, and the least time possible."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Tally:
         self.first_sweep: float | None = None
         """When the engine began with the first sweep: it was open then, its weights may still have been read."""
         self.longest_s = 0.0
-        """Of its sweeps, without waiting for weights that were still being loaded."""
+        """The longest of its sweeps, without waiting for weights that were still being loaded."""
         self.num_sweeps = self.prefill_rows = self.decode_rows = 0
         self.given_tokens = 0
-        """To sequences, whether they are done or not; `new_tokens` are those of answers."""
+        """The tokens given to sequences, finished or not; `new_tokens` are those of answers."""
         self.computed = self.prompt_tokens = self.prompt_rows = self.new_tokens = 0
         self._prefill_s = self._decode_s = self._load_s = self._opening_s = 0.0
         self._devices: dict[str, DeviceClock] = {}
@@ -103,8 +103,13 @@ class Tally:
         """Since the first sweep began; 0 before."""
         return 0.0 if self.first_sweep is None else time.perf_counter() - self.first_sweep
 
+    def speed(self) -> tuple[float, float, float | None]:
+        """Seconds since the first sweep began, tokens worked through in them, and what part of them the limit is."""
+        seconds = self.computing_s
+        return seconds, self.prompt_tokens + max(self.new_tokens, self.given_tokens), self.fraction(seconds)
+
     def split(self, seconds: float) -> TimeSplit:
-        """Where `seconds` of the model went; of several devices, in the mean."""
+        """How `seconds` of the model were spent; of several devices, the mean."""
         with self._lock:
             parts = (self._load_s, self._prefill_s, self._decode_s)
             load, prefill, decode = (part / max(1, len(self._devices)) for part in parts)
@@ -113,14 +118,14 @@ class Tally:
             return TimeSplit(load=load, prefill=prefill, decode=decode, host=host)
 
     def devices(self) -> tuple[DeviceTime, ...]:
-        """Where the time of each device went, those that were given up included."""
+        """How the time of each device was spent, devices that failed included."""
         given_up = getattr(self._engine, "given_up", {})
         with self._lock:
             return tuple(clock.time(time.perf_counter(), given_up) for _, clock in sorted(self._devices.items()))
 
     @property
     def num_devices(self) -> int:
-        """How many have swept."""
+        """The number of devices that have computed sweeps."""
         return max(1, len(self._devices))
 
     def given_up(self) -> dict[str, str]:
@@ -138,11 +143,11 @@ class Tally:
         return {} if found is None else _plain(asdict(found))
 
     def deaths(self) -> tuple[str, ...]:
-        """How processes of the engine have ended that were replaced."""
+        """How processes of the engine ended that were replaced."""
         return tuple(getattr(self._engine, "deaths", ()))
 
     def limit_s(self) -> float | None:
-        """The least seconds that the sweeps so far take on this machine; None where its rates were not measured."""
+        """The least seconds of the sweeps so far on this machine; None where its rates were not measured."""
         if self._engine is None or not hasattr(self._engine, "plan"):
             return None
         if self._limit_of is None:
@@ -156,7 +161,7 @@ class Tally:
 
 
 class _Limit:
-    """The least time of work on an engine, by the profile that `doctor --profile` has kept of this machine."""
+    """The least time of work on an engine, by the profile that `doctor --profile` stored of this machine."""
 
     def __init__(self, engine: Engine | RemoteEngine) -> None:
         self._plan: Plan = engine.plan

@@ -1,4 +1,4 @@
-"""A moment before which a command is to have ended: read from its command line, and told to it in time, as a signal."""
+"""A deadline of a command: read from its command line, and announced to it in time by a signal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from datetime import datetime, timedelta
 from types import TracebackType
 
 _LOOK_S = 1.0
-"""How often the clock is looked at: that of the wall, which may be set, and goes on while a machine sleeps."""
+"""How often the wall clock is read: it may be set, and goes on while a machine sleeps."""
 _ENDING_S = 5.0
-"""For keeping the last answers and giving back memory."""
+"""The seconds to store the last answers and to release memory."""
 _LONGER = 1.25
-"""By how much the last pass over the layers may take longer than all before it."""
+"""The factor by which the last sweep may take longer than all before it."""
 _TIME_OF_DAY = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 
 
@@ -45,14 +45,14 @@ def moment(text: str) -> datetime:
 
 
 class Deadline:
-    """Sends the main thread SIGUSR1 so early that the pass at hand has ended before a moment; a context manager.
+    """Sends the main thread SIGUSR1 so early that the current sweep ends before a moment; a context manager.
 
-    Passes are expected to take no longer than 1.25 times the longest so far; before the first has ended, what it takes
-    is not known. Without a moment nothing is sent.
+    Sweeps are expected to take at most 1.25 times the longest so far; before the first has ended, its time is not
+    known. Without a moment nothing is sent.
     """
 
     def __init__(self, at: datetime | None, longest_pass_s: Callable[[], float]) -> None:
-        """`longest_pass_s` tells the seconds of the longest pass so far, from any thread."""
+        """`longest_pass_s` returns the seconds of the longest sweep so far, from any thread."""
         self._at = at
         self._longest_pass_s = longest_pass_s
         self._over = threading.Event()

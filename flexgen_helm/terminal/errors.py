@@ -1,4 +1,4 @@
-"""What ends a command early, besides `engine.errors`; imports nothing, so that `doctor` runs without the engine."""
+"""Errors that end a command, next to `engine.errors`; imports nothing, so that `doctor` runs without the engine."""
 
 
 class UsageError(Exception):

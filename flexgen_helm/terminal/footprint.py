@@ -14,9 +14,9 @@ Stamp = tuple[int, int, int]
 
 
 class Footprint:
-    """Remembers what this process made itself, so that a refused command takes back that and nothing else.
+    """Remembers the files that this process created, so that a refused command removes those and nothing else.
 
-    Other processes may be at work in the same folders: whatever is not known to be ours stays.
+    Other processes may be working in the same folders: everything that is not known to be ours stays.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Footprint:
         """Folders in which others make folders, and those that were in them before."""
         self._files: dict[Path, Stamp | None] = {}
         self._claimed: dict[Path, int] = {}
-        """Files that were made empty, to be filled by somebody else's code, by inode."""
+        """Files that were created empty, to be filled by other code, by inode."""
 
     def watch(self, folders: Iterable[str | Path]) -> None:
         """Note the folders that a run is going to write; `ConfigError` for one that cannot be written."""
@@ -55,7 +55,7 @@ class Footprint:
         self._files[file.absolute()] = _stamp(file)
 
     def claim(self, file: Path) -> None:
-        """Make an empty file for somebody else's code to fill; nothing is done where one is, or none can be."""
+        """Create an empty file for other code to fill; nothing is done if it exists or cannot be created."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)

@@ -40,13 +40,13 @@ class Parser(argparse.ArgumentParser):
         self._by_title: dict[str, argparse._ArgumentGroup] = {}
 
     def group(self, title: str, description: str | None = None) -> argparse._ArgumentGroup:
-        """The group of that title, made when it is first asked for: groups are shown in that order."""
+        """The group of that title, created at first use: groups are shown in that order."""
         if title not in self._by_title:
             self._by_title[title] = self.add_argument_group(title, description)
         return self._by_title[title]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ever; raises `UsageError` for names of files that cannot be meant, too."""
+        """Parse as usual; raises `UsageError` also for invalid names of files."""
         found, rest = super().parse_known_args(args, namespace)
         for name, text in _texts_of(found):
             problem = None if name in self._prompts else _no_text(text)

@@ -46,6 +46,13 @@ class PlainText:
         return getattr(self._stream, name)
 
 
+def beneath(stream: TextIO) -> TextIO:
+    """The stream that takes what is written to `stream` as it is: for what is plain already, and how it is drawn."""
+    while isinstance(stream, PlainText):
+        stream = stream._stream
+    return stream
+
+
 @contextmanager
 def plain_output() -> Iterator[None]:
     """Within, standard output and error are plain where they are terminals, and never refuse a character.

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 _AGAIN_S = 0.05
-"""After an exception was dropped in a destructor, until its signal is sent again: somewhere else by then."""
+"""The seconds until a signal is sent again whose exception was dropped in a destructor."""
 _TWICE_S = 5.0
 """Within which a second SIGTERM is the same request: `timeout` sends it to the group and to the process."""
 
@@ -41,7 +41,7 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """That of a command which a signal has ended."""
+        """The exit code of a command that a signal has ended."""
         return {signal.SIGTERM: 143, signal.SIGUSR1: NOT_FINISHED}.get(
             signal.Signals(self.received or signal.SIGINT), 130
         )
@@ -77,7 +77,7 @@ class Signals:
 def heeding_signals() -> Iterator[Signals]:
     """Raise `KeyboardInterrupt`, `Terminated` or `TimeUp` inside.
 
-    Not for a signal that somebody else heeds, or that is to be ignored.
+    Not for a signal that other code handles, or that is to be ignored.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():

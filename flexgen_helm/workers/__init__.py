@@ -1,4 +1,4 @@
-"""Processes beside the one that HELM runs in: those of engines.
+"""Processes in addition to the one that HELM runs in: engines and helpers.
 
-Imports `terminal` and `planning`, and no HELM.
+It imports `terminal` and `planning`, and no HELM.
 """

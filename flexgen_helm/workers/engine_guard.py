@@ -1,17 +1,17 @@
-"""Keeps a process that only helps another one from asking an engine, which that other one has."""
+"""Keeps a helper process from using an engine, which only the process that it helps has."""
 
 from __future__ import annotations
 
 
 class EngineElsewhere(BaseException):
-    """An engine was to be asked in a process that has none.
+    """An engine was needed in a process that has none.
 
-    No `Exception`: HELM's annotators and metrics make an answer of those.
+    Not an `Exception`, since HELM's annotators and metrics turn those into answers.
     """
 
 
 class EngineGuard:
-    """Lets engines be asked, or not; knows whether one was to be, whatever has become of the exception."""
+    """Allows or forbids the use of engines; knows whether one was needed, even if the exception was caught."""
 
     def __init__(self) -> None:
         self.is_closed = False
@@ -19,13 +19,13 @@ class EngineGuard:
         self._was_asked = False
 
     def check(self) -> None:
-        """Raise `EngineElsewhere` where this process is not to ask an engine."""
+        """Raise `EngineElsewhere` where this process may not use an engine."""
         if self.is_closed:
             self._was_asked = True
             raise EngineElsewhere
 
     def check_not_asked(self) -> None:
-        """Raise `EngineElsewhere` if `check` has since the last call."""
+        """Raise `EngineElsewhere` if `check` has raised it since the last call."""
         was_asked, self._was_asked = self._was_asked, False
         if was_asked:
             raise EngineElsewhere

@@ -1,4 +1,4 @@
-"""Processes that do parts of a command's work beside it, each one task at a time."""
+"""Helper processes for parts of a command's work, each with one task at a time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from engine.planning.hardware import free_host_memory
 from flexgen_helm.workers.helper_program import Told, work
 
 _FEWEST_CORES = 3
-"""Below this, another process would only take time from the engine's and from the command's own."""
+"""With fewer cores, another process would only take time from the engine's and from the command's own."""
 _BYTES_EACH = 1 << 30
-"""Memory that must be free for each process: what it imports is shared, what a large scenario reads is not."""
+"""The free memory needed for each process: what it imports is shared, what a large scenario reads is not."""
 _MOST_DEATHS = 2
-"""Of processes at the same task, which then fails."""
+"""The number of processes that may die at the same task, which then fails."""
 
 Then = Callable[[Any], None]
-"""Takes what a task returns, or the exception that it raised; called in any thread: it must be quick and not fail."""
+"""Takes what a task returns, or the exception that it raised; called in any thread: it must be fast and not fail."""
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class _Task:
 
 
 def num_helpers(num_tasks: int) -> int:
-    """How many processes are worth having for so many tasks: none where one process does as well."""
+    """The number of processes worth starting for so many tasks: none where one process does as well."""
     cores = usable_cores()
     if cores < _FEWEST_CORES or num_tasks < 2:
         return 0
@@ -49,9 +49,9 @@ def num_helpers(num_tasks: int) -> int:
 
 
 def prepare_helpers(module: str) -> None:
-    """Start what helpers are forked from, which imports `module` while others do what they have to do.
+    """Start the server from which helpers are forked, which imports `module` in the meantime.
 
-    Where there will be none for want of cores, nothing is started.
+    Nothing is started if there are too few cores for helpers.
     """
     if usable_cores() >= _FEWEST_CORES:
         _preload(module)
@@ -60,13 +60,13 @@ def prepare_helpers(module: str) -> None:
 class HelperProcesses:
     """So many processes, each with an object of its own whose methods are called there, one at a time.
 
-    Tasks are not queued here: start as many as `num_free` tells. A task whose process dies is done again in another
-    one; when that dies too, the task fails with an `EngineError`. A context manager, at whose end the processes end.
-    They end with this process, too, whatever becomes of it.
+    Tasks are not queued here: start at most `num_free`. A task whose process dies is done again in another one; when
+    that dies, too, the task fails with an `EngineError`. A context manager, at whose end the processes end. They also
+    end with this process, however it ends.
     """
 
     def __init__(self, number: int, module: str, make: Callable[[], Any]) -> None:
-        """`make` makes the object there, once; both it and all arguments are pickled. `module` imports what it needs.
+        """`make` creates the object there, once; it and all arguments are pickled. `module` imports what they need.
 
         What `make` raises, every task raises.
         """
@@ -77,7 +77,7 @@ class HelperProcesses:
         self._num_busy = 0
         self._is_closed = False
         self._processes: dict[int, _Process] = {}
-        """By the slot of each."""
+        """The processes by slot."""
         self._slots = [
             threading.Thread(target=self._serve, args=(slot,), name=f"flexgen-helper-{slot}", daemon=True)
             for slot in range(number)
@@ -100,13 +100,13 @@ class HelperProcesses:
 
     @property
     def num_free(self) -> int:
-        """Tasks that can be started now."""
+        """The number of tasks that can be started now."""
         with self._lock:
             return len(self._slots) - self._num_busy
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that there are now."""
+        """The ids of the current processes."""
         with self._lock:
             return [process.pid for process in self._processes.values() if process.pid is not None]
 
@@ -117,7 +117,7 @@ class HelperProcesses:
         self._inbox.put(_Task(method, args, then))
 
     def _serve(self, slot: int) -> None:
-        """Give one process its tasks, and have another one started when it dies."""
+        """Give one process its tasks, and replace it when it dies."""
         line: Connection | None = None
         while (task := self._inbox.get()) is not None:
             outcome: Any = None
@@ -177,7 +177,7 @@ class HelperProcesses:
 
 
 class Here:
-    """The same without processes: a task is done when it is started, in the thread that starts it."""
+    """The same interface without processes: a task is done when it is started, in the calling thread."""
 
     num_free = 1
 
@@ -189,7 +189,7 @@ class Here:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing is left to end."""
+        """There is nothing to end."""
 
     def start(self, method: str, *args: Any, then: Then) -> None:
         """Call a method of the object."""
@@ -204,7 +204,7 @@ class Here:
 
 
 class _Process(ForkServerProcess):
-    """A fork of a server that is started anew: it has neither threads nor locks nor devices of this process."""
+    """A fork of a freshly started server: it has neither threads nor locks nor devices of this process."""
 
 
 _starting = threading.Lock()
@@ -219,9 +219,9 @@ def _preload(module: str) -> None:
 
 @contextmanager
 def _without_main_module() -> Iterator[None]:
-    """Inside, processes that are started do not import the program's main module once more.
+    """Inside, new processes do not import the program's main module again.
 
-    That of a script without a guard would begin the script's work again.
+    A main module without a guard would start its work again.
     """
     with _starting:
         main = sys.modules["__main__"]

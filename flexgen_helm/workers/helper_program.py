@@ -1,4 +1,4 @@
-"""What a process that helps does: the tasks that it is given, and nothing of what signals to its group say."""
+"""The program of a helper process: it executes tasks, and ignores signals to its process group."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from engine.errors import one_line
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What a task has come to, and what was logged meanwhile."""
+    """The result of a task, and what was logged meanwhile."""
 
     outcome: Any
     """What it returned, or the exception that it raised."""
     logged: list[tuple[str, int, str]]
-    """Logger, level and text."""
+    """The logger, level and text of each record."""
 
 
 def work(line: Connection, make: Callable[[], Any], levels: dict[str, int]) -> None:
-    """Do what comes over `line`, in the main thread: some of HELM's metrics use signals."""
+    """Execute the tasks that come over `line`, in the main thread: some of HELM's metrics use signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent says what follows
     parent = multiprocessing.parent_process()
@@ -60,7 +60,7 @@ def _end_with(parent: Any) -> None:
 
 
 def _carried(error: BaseException) -> BaseException:
-    """An error that another process can read, with the traceback as a note."""
+    """An error in a form that another process can read, with the traceback as a note."""
     trace = "".join(traceback.format_exception(error))
     try:
         found = pickle.loads(pickle.dumps(error))
@@ -76,7 +76,7 @@ def _carried(error: BaseException) -> BaseException:
 
 
 class _Logged(logging.Handler):
-    """Keeps what is logged, for the parent to log it."""
+    """Collects log records, for the parent to log them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _Logged(logging.Handler):
 
 
 def outlive_signals() -> None:
-    """Called in what helpers are forked from: signals of the group end neither it nor them."""
+    """Called in the server from which helpers are forked: signals of the group end neither it nor them."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with contextlib.suppress(ValueError):  # imported by another thread of another program
             signal.signal(number, signal.SIG_IGN)

@@ -19,7 +19,7 @@ KEYS = {
     "gpu-batch-size", "num-gpu-batches", "percent", "weights", "kv-cache", "activations", "pad-to-seq-len",
     "compress-weight", "compress-cache", "cpu-cache-compute", "pin-weight", "overlap", "share-prefix", "dtype",
     "device", "gather-weights", "gpu-memory", "cpu-memory", "offload-dir", "batch-invariant",
-    "draft-model",
+    "draft-model", "stages",
 }  # fmt: skip
 
 

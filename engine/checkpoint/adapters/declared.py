@@ -27,7 +27,7 @@ _MAX_BYTES = 16 << 20
 _MOST_CHARACTERS = 10_000
 """The most characters of a pattern of module names."""
 _MOST_COPIES = 100
-"""The most repetitions in a pattern: `regex` compiles a repeated part as often as it must occur."""
+"""The number to which the repetitions of a pattern may multiply: `regex` compiles a copy for each."""
 _MATCH_S = 1.0
 """The limit of processor time for one match, in seconds; a usual match takes microseconds."""
 _READ_DIFFERENTLY = re.compile(r"\{(?!\d*,?\d*\})|\[:")

@@ -95,7 +95,7 @@ def _base(path: Path, named: str, *, download_weights: bool) -> Path:
         base = resolve(named, download_weights=download_weights)
     except EngineError as error:
         raise CheckpointError(
-            f"{file} names the base model {shown(named)}, which cannot be had ({error}); write where it is as "
+            f"{file} names the base model {shown(named)}, which cannot be found ({error}); write where it is as "
             "base_model_name_or_path"
         ) from None
     if _is_adapter(base):

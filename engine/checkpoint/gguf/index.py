@@ -37,7 +37,7 @@ class Place:
 
 
 def index_of(places: Mapping[str, Place]) -> dict[str, Any]:
-    """Encode the index file for the tensors by parameter name."""
+    """The content of the index file for the tensors by parameter name."""
     return {"tensors": {name: asdict(place) for name, place in places.items()}}
 
 
@@ -49,7 +49,7 @@ def read_index(file: Path) -> dict[str, Place]:
         return {name: Place(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in told.items()}  # type: ignore[union-attr]
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(
-            f"{index} is no index of a GGUF file; remove {file.parent}, and it is made anew"
+            f"{index} is no index of a GGUF file; remove {file.parent}, and it is made again"
         ) from None
 
 

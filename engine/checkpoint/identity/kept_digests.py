@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.memory.paths import cache_directory
+from engine.memory.replaced import replace_text
 from engine.reading import read_json_object
 
 _LAYOUT_VERSION = 1
@@ -90,15 +91,10 @@ class KeptDigests:
         }
         content: dict[str, Any] = {"layout": _LAYOUT_VERSION, "source": self._source, "files": files}
         text = json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
-        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}.partial")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_text(text, encoding="utf-8")
-                os.replace(partial, self.file)
-                self._drop_those_of_nothing()
-            finally:
-                partial.unlink(missing_ok=True)
+            replace_text(self.file, text)
+            self._drop_those_of_nothing()
         except OSError as error:
             _log.warning(
                 "flexgen-helm: the digest of %s is not kept in %s: %s; the next start reads all weight files for it "

@@ -15,12 +15,11 @@ from engine.errors import CheckpointError
 from engine.reading import find_file, read_bytes
 
 _SHARED = frozenset({"activations", "masking_utils", "modeling_rope_utils", "pytorch_utils", "integrations.moe"})
-"""Modules beside the families' that decide numbers where a family imports them: activations, which rows a row attends
-to, rotary frequencies, products, experts.
+"""Modules outside of families that decide numbers where a family imports them: activations, masks, rotary
+frequencies, products, experts.
 
-The others are plumbing (loading, generation, caches, outputs, documentation), for which the engine has its own or which
-compute nothing: most of them change with every release.
-"""
+The others are plumbing (loading, generation, caches, outputs, documentation), for which the engine has its own or
+which compute nothing: most of them change with every release."""
 _FAMILY_FILES = ("modeling_", "configuration_")
 _MOST_BYTES = 16 << 20
 

@@ -79,7 +79,7 @@ def _group_problem(group: Mapping[str, Any], groups: list[Mapping[str, Any]]) ->
     if found := strange(group, _GROUP_FIELDS) or strange(weights, _WEIGHT_FIELDS):
         return found
     if weights.get("dynamic"):
-        return "weights that are scaled anew at every use"
+        return "weights that are scaled again at every use"
     if weights.get("strategy") == "block":
         block = weights.get("block_structure")
         if not _is_block(block) or any(_block(each) not in (None, _block(group)) for each in groups):

@@ -52,5 +52,5 @@ def check_numbers(path: Path, name: str, stored: torch.dtype, expected: torch.dt
         raise UnsupportedError(
             f"{path}: {name} is stored as {str(stored).removeprefix('torch.')} in the weight files, and the "
             "quantization_config of config.json does not say what that stands for; take a checkpoint with plain "
-            "numbers, or one whose config.json tells how it is quantized"
+            "numbers, or one whose config.json says how it is quantized"
         )

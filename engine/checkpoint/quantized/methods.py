@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
 
 
 def checked_method(path: Path, quantization: Told) -> str:
-    """The settings of the quantization_config, checked; `UnsupportedError` if they cannot be run."""
+    """The name of the quantization method that a config declares; `UnsupportedError` if it cannot be run."""
     method = quantization.get("quant_method")
     if method is None and ("load_in_4bit" in quantization or "load_in_8bit" in quantization):
         method = "bitsandbytes"  # as its first checkpoints have it
@@ -52,7 +52,7 @@ def checked_method(path: Path, quantization: Told) -> str:
     try:
         problem = METHODS[method].problem(quantization)
     except Exception as error:  # whatever fields of another kind lead to
-        problem = f"fields that cannot be meant ({named(error)})"
+        problem = f"invalid fields ({named(error)})"
     if problem:
         raise UnsupportedError(f"{path} is quantized by {method} with {problem}, which cannot be run; {cure()}")
     return method

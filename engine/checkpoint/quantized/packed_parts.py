@@ -47,7 +47,7 @@ class _Finder:
 
     @property
     def _tables(self) -> type[nn.Linear] | UnionType:
-        """Parameters that may be one packed matrix each."""
+        """The classes of modules whose weight may be one packed matrix."""
         return nn.Linear | nn.Embedding if self.method.has_embedding else nn.Linear
 
     def found(self) -> dict[str, PackedParameter]:

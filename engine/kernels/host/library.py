@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -40,6 +42,7 @@ def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -
     if path.is_file() and digest.is_file() and digest.read_text("ascii", "replace") == _digest_of(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_what_was_killed(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
         made = Path(folder) / path.name
         command = [*compiler, *_FLAGS, *map(str, sources), "-o", str(made), "-lm"]
@@ -49,6 +52,14 @@ def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -
         made.replace(path)
         written.replace(digest)
     return path
+
+
+def _drop_what_was_killed(folder: Path) -> None:
+    """Remove what processes that were killed while they compiled have left: nobody compiles for so long."""
+    for left in folder.glob("compile-*"):
+        with contextlib.suppress(OSError):  # its owner has ended by now
+            if time.time() - left.stat().st_mtime > 10 * _SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _digest_of(file: Path) -> str:

@@ -12,9 +12,9 @@ import torch
 
 _TILE = {"cpu": 32}
 _OTHER_TILE = 64
-"""The rows of a tile, by device type."""
+"""The rows of a tile on device types without a size of their own."""
 _MATRICES = 8
-"""The rows of a tile of products with several matrices."""
+"""The number of matrices in one call of a batched product."""
 _ALIGNMENT = 64
 """The alignment of torch's allocations, in bytes, at least."""
 _LEAST_TRIES = 6

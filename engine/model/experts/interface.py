@@ -122,7 +122,7 @@ def is_understood(module: nn.Module) -> bool:
 
 
 def _matrices(module: nn.Module) -> Matrices:
-    """Views of the parameters of a supported module, which may be bound anew for each sweep."""
+    """Views of the parameters of a supported module, which each sweep may bind to other memory."""
     told: Any = module
     first, second = (stack_of(module, name) for name in matrix_names(module))
     first_bias = (told.gate_up_proj_bias if told.has_gate else told.up_proj_bias) if told.has_bias else None

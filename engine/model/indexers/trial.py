@@ -24,7 +24,7 @@ def try_choice(indexer: Indexer, layer: nn.Module) -> None:
     """
     with tried(layer, indexer.kind, UndrivableError):
         if not any(_is_apart(indexer, seed) for seed in range(_SEEDS)):
-            raise UndrivableError(f"its {indexer.kind} chooses other keys for a row in other company")
+            raise UndrivableError(f"its {indexer.kind} chooses other keys for a row in another batch")
 
 
 def _is_apart(indexer: Indexer, seed: int) -> bool:

@@ -55,7 +55,7 @@ class _Trial:
         next_step, _ = self._of(middle + 1, middle + 2, states=behind)
         if self._differ(whole[:, middle : middle + 2], torch.cat((step, next_step), dim=1)):
             raise UnsupportedError(
-                f"its {kind} computes something else of a token behind a state than of the whole sequence"
+                f"its {kind} computes something else for a token after a state than for the whole sequence"
             )
         rest, _ = self._of(middle, _ROWS, states=states)
         forgetful, _ = self._of(middle, _ROWS)

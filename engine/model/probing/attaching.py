@@ -34,7 +34,7 @@ def attach_indexers(model: Drivable, is_batch_invariant: bool) -> None:
     """Have the modules that choose keys called for the rows of one sequence at a time, once each kind was tried."""
     if model.indexers and is_batch_invariant:
         raise UndrivableError(
-            "batch-invariant: it chooses keys by an index, whose scores are sums over other shapes in other company; "
+            "batch-invariant: it chooses keys by an index, whose scores are sums over other shapes in another batch; "
             "leave batch-invariant out"
         )
     model.sweeping.hands_masks = any(indexer.wants_masks for indexer in model.indexers.values())

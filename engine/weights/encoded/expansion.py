@@ -144,7 +144,7 @@ class Expansion:
         except torch.OutOfMemoryError:
             raise CapacityError(
                 f"{placed.unit.name}: its experts as numbers take {gb(sum(each.nbytes for each in likes.values()))}, "
-                "and the device has less room beside what it holds; raise gpu-memory"
+                "and the device has less free memory; raise gpu-memory"
             ) from None
         for name, numbers in values.items():
             stack = stack_of(*placed.unit.owners[name])

@@ -123,7 +123,7 @@ class KeptWeights:
     def _tell_bad(self, name: str, why: str) -> None:
         """Log the first file that cannot be used; where one is bad, many may be."""
         if not self._has_told:
-            _notice(f"cannot use encoded weights {self._file(name)}: {why}; encoding what is bad there anew")
+            _notice(f"cannot use encoded weights {self._file(name)}: {why}; encoding the bad ones again")
         self._has_told = True
 
     def __enter__(self) -> KeptWeights:
@@ -230,7 +230,7 @@ def _drop_superseded(folder: Path, manifest: dict[str, Any]) -> None:
             shutil.rmtree(found.parent)
             os.close(lock)
             why = "changed" if other["weights"] != manifest["weights"] else "were encoded by other versions"
-            _notice(f"weights of {manifest['source']} {why} since they were kept; encoding them anew")
+            _notice(f"weights of {manifest['source']} {why} since they were kept; encoding them again")
         except (CheckpointError, OSError, KeyError):
             continue  # not ours, or not ours to remove
 

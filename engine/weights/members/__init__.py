@@ -1,4 +1,4 @@
-"""Weights that several engines of one machine share: in host memory that all of them read, or a part of them each.
+"""Weights that several engines of one machine share: in host memory that all of them read, or a part each.
 
-Imports what `weights` may import.
+It imports what `weights` may import.
 """

@@ -1,4 +1,4 @@
-"""When units of weights are complete, whoever puts them in place."""
+"""Tracks which units of weights are complete, whichever process loads them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engine.weights.members.placing import shared_tiers
 from engine.weights.placed_unit import PlacedUnit
 
 _POLL_S = 0.002
-"""How often is looked whether another process has put a unit in place."""
+"""How often to check whether another process has loaded a unit."""
 
 
 class Arrivals:
-    """Knows which units are in place, and what of the others this process brings.
+    """Tracks which units are complete, and which parts of the others this process loads.
 
-    Alone, all of them. Of units with shared bytes those are brought by one member, and all wait until they are there.
+    Alone, it loads all of them. Units with shared bytes are loaded by one member, and all wait until they are complete.
     """
 
     def __init__(self, placed: dict[str, PlacedUnit], arena: Arena, shared: HostWeights | None) -> None:
@@ -36,7 +36,7 @@ class Arrivals:
         return self._shared if self._shared is not None and placed.unit.name in self._shared else None
 
     def begin(self, placed: PlacedUnit) -> None:
-        """Decide what this process brings of a unit, and claim its place in shared memory; done before it is put."""
+        """Decide which parts of a unit this process loads, and allocate its shared memory, before loading it."""
         if placed.has_begun:
             return
         placed.has_begun = True
@@ -51,20 +51,20 @@ class Arrivals:
             self._end(placed)
 
     def take_over(self, placed: PlacedUnit) -> bool:
-        """Whether the shared bytes of a unit that another member was to put are this process's to put, after all."""
+        """Whether this process must load the shared bytes of a unit after all that another member was to load."""
         if self._shared is None or not self._shared.begin(placed.unit.name, of_others=True):
             return False
         placed.bring(frozenset(self._shared_tiers))
         return True
 
     def arrive(self, placed: PlacedUnit, name: str) -> None:
-        """Tell that all of a parameter is in place, as far as this process brings it."""
+        """Note that all of a parameter is in place, as far as this process loads it."""
         placed.missing.discard(name)
         if not placed.missing:
             self._end(placed)
 
     def _end(self, placed: PlacedUnit) -> None:
-        """All that this process brings of a unit is in place."""
+        """Everything that this process loads of a unit is in place."""
         if accelerator.has_streams(self._arena.device):
             accelerator.current_stream(self._arena.device).synchronize()  # other streams read it
         if (shared := self._memory_of(placed)) is None:
@@ -74,7 +74,7 @@ class Arrivals:
             placed.settle()
 
     def left(self) -> Iterator[PlacedUnit]:
-        """Units that are not complete yet; raises the fault that ended loading."""
+        """The units that are not complete yet; raises the fault that ended loading."""
         for placed in list(self._placed.values()):
             self._look(placed)
             if not placed.is_in_place:
@@ -83,13 +83,13 @@ class Arrivals:
                 yield placed
 
     def until_complete(self, name: str | None = None) -> Iterator[list[PlacedUnit]]:
-        """What is not complete of unit `name`, or of all, every few milliseconds, until it is; raises as `left`."""
+        """Yield what is not complete of unit `name`, or of all, every few milliseconds; raises the fault of loading."""
         while left := [placed for placed in self.left() if name in (None, placed.unit.name)]:
             yield left
             time.sleep(_POLL_S)
 
     def _look(self, placed: PlacedUnit) -> None:
-        """Find out what other members have done."""
+        """Check what other members have loaded."""
         if placed.is_in_place or (shared := self._memory_of(placed)) is None:
             return
         if placed.has_begun and not placed.missing and shared.is_complete(placed.unit.name):
@@ -100,7 +100,7 @@ class Arrivals:
     def give_up(self, fault: BaseException) -> None:
         """End loading: threads that wait for an incomplete unit get `fault`.
 
-        Other members are told what they would meet, too. Else they put what this one was to put.
+        Other members get a fault that they would meet, too; otherwise they load what this one was to load.
         """
         self._fault = fault
         if self._shared is not None:
@@ -111,13 +111,13 @@ class Arrivals:
             placed.complete.set()
 
     def wait_for(self, placed: PlacedUnit) -> None:
-        """Return when a unit is complete; raises the fault that ended loading."""
+        """Wait until a unit is complete; raises the fault that ended loading."""
         while not placed.complete.wait(None if self._shared is None else _POLL_S):
             self._look(placed)
         if not placed.is_in_place and self._fault is not None:
             raise self._fault
 
     def close(self) -> None:
-        """Let go of what is shared."""
+        """Release what is shared."""
         if self._shared is not None:
             self._shared.close()

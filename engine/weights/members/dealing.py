@@ -1,4 +1,4 @@
-"""The order in which a process brings weights to their places, alone or as one of several that deal them out."""
+"""The order in which a process loads weights, alone or as one of several that divide the work."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def bring(
     kept: KeptWeights | None,
     follow: Callable[[FileSpan], None],
 ) -> Iterator[None]:
-    """Do the steps of each unit that this process needs, one an iteration, until all units are complete.
+    """Execute the steps of each unit that this process needs, one an iteration, until all units are complete.
 
-    by_unit: by a unit's name, in the order of the sweep, what its steps bring. What other processes were to put and did
-    not, this one puts in the end. `follow` is called for what has been read of the weight files.
+    by_unit: the steps and their parameters by unit name, in the order of the sweep. What other processes were to load
+    and did not, this one loads in the end. `follow` is called for the parts of weight files that have been read.
     """
 
     def needed(unit: str) -> Iterator[Step]:

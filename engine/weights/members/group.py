@@ -10,7 +10,7 @@ import torch
 import torch.distributed as distributed
 
 from engine.member import Member
-from engine.memory.meeting import meet, naming_the_lost, part
+from engine.weights.members.meeting import meet, naming_the_lost, part
 from engine.weights.placed_unit import PlacedUnit
 
 _TIMEOUT = timedelta(minutes=30)

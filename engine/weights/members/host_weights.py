@@ -1,4 +1,4 @@
-"""Weights in host memory that all engines of a machine read, each unit put there by one of them."""
+"""Weights in host memory that all engines of a machine read, each unit loaded by one of them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from engine.memory.shared import SharedMemory
 
 _FAULT_BYTES = 4096
 _FLAGS = 8
-"""Place of the first unit's flag, behind the length of the fault."""
+"""The offset of the first unit's flag, after the length of the fault."""
 _SEPARATOR = "\0"
 
 
 class HostWeights:
-    """The shared bytes of units, which of them are complete, and who puts which.
+    """The shared bytes of units, which of them are complete, and which member loads which.
 
     Every member makes the same layout: a page with the fault that ended loading, a byte for each unit that is set when
-    it is complete, and the units, each from a page's first byte on. Units are dealt out among the members. Who puts one
-    holds its lock; where a member ends before a unit is complete, another one can take it over.
+    it is complete, and the units, each from a page's first byte on. Units are assigned to the members. The member that
+    loads one holds its lock; where a member ends before a unit is complete, another one can take it over.
     """
 
     def __init__(self, member: Member, sizes: dict[str, int]) -> None:
-        """sizes: bytes of each unit that has any. Raises `CapacityError` where so much memory is not allowed."""
+        """sizes: the bytes of each unit that has any. Raises `CapacityError` where so much memory is not allowed."""
         assert member.weights is not None
         self._member = member
         self._number = {unit: number for number, unit in enumerate(sizes)}
@@ -46,12 +46,12 @@ class HostWeights:
         return unit in self._ranges
 
     def view(self, unit: str) -> torch.Tensor:
-        """The shared bytes of a unit, to be used from when they are claimed."""
+        """The shared bytes of a unit, which may be used once they are claimed."""
         first, end = self._ranges[unit]
         return self._memory.whole[first:end]
 
     def claim(self, unit: str) -> torch.Tensor:
-        """The shared bytes of a unit, in memory for good; `CapacityError` where the system gives no more."""
+        """Allocate the shared bytes of a unit permanently; `CapacityError` where the system has no more memory."""
         return self._memory.claim(*self._ranges[unit])
 
     def is_complete(self, unit: str) -> bool:
@@ -59,7 +59,7 @@ class HostWeights:
         return bool(self._flags[self._number[unit]])
 
     def begin(self, unit: str, *, of_others: bool = False) -> bool:
-        """Whether this member is to put a unit now: nobody has, nobody does, and it was dealt to it, or to others."""
+        """Whether this member is to load a unit now: nobody has or does, and it was assigned to it, or to another."""
         number = self._number[unit]
         is_dealt = of_others or number % self._member.count == self._member.index
         if not is_dealt or self.is_complete(unit) or not self._memory.lock(number):
@@ -70,16 +70,16 @@ class HostWeights:
         return True
 
     def finish(self, unit: str) -> None:
-        """Tell that a unit that this member began is complete."""
+        """Note that a unit that this member began is complete."""
         self._flags[self._number[unit]] = 1
         self._memory.unlock(self._number[unit])
 
     def leave(self) -> None:
-        """Let others put what this member began."""
+        """Let others load what this member began."""
         self._memory.unlock_all()
 
     def give_up(self, fault: EngineError) -> None:
-        """Tell all members of a fault that any of them would meet."""
+        """Report a fault that any member would meet to all of them."""
         if not int(self._length):
             text = f"{type(fault).__name__}{_SEPARATOR}{fault}".encode()[:_FAULT_BYTES]
             self._fault[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -87,7 +87,7 @@ class HostWeights:
 
     @property
     def fault(self) -> EngineError | None:
-        """What a member gave up for."""
+        """The fault that a member reported."""
         length = int(self._length)
         if not length:
             return None
@@ -96,7 +96,7 @@ class HostWeights:
         return fault
 
     def close(self) -> None:
-        """Let go of locks; memory goes with the last view of it."""
+        """Release locks; the memory is released with its last view."""
         self._memory.close()
 
 

@@ -1,4 +1,4 @@
-"""Sweeps of an engine in step with the others of its group, if it is in one."""
+"""Runs an engine's sweeps in step with the other members of its group, if there is one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from engine.errors import EngineError
 from engine.weights.members.group import Group
 
 IDLE_S = 0.02
-"""How often an idle member of a group asks whether the others compute."""
+"""How often an idle member of a group checks whether the others compute."""
 _WAITED_FOR_S = 0.05
-"""How long members that have got something to compute wait for those that have not: what a caller asks of all of
-them does not arrive at the same moment, and would otherwise take two sweeps. Who had nothing then is not waited for
-again before it has."""
+"""How long members with work wait for those without: jobs of one caller for all members do not arrive at the same
+moment, and would otherwise take two sweeps. A member that had none then is not waited for again before it has."""
 
 Batch = TypeVar("Batch")
-"""What a sweep computes, of which it may have nothing."""
+"""The work of a sweep, which may be empty."""
 Answer = TypeVar("Answer")
-"""What a sweep says of one of its rows."""
+"""The result of a sweep for one of its rows."""
 
 
 class Lockstep(Generic[Batch, Answer]):
-    """Computes sweeps when all members of a group are ready to; without a group, at once."""
+    """Computes sweeps when all members of a group are ready; without a group, at once."""
 
     def __init__(
         self, sweep: Callable[[list[Batch]], list[Answer]], recover: Callable[[], None], group: Group | None
@@ -34,18 +33,18 @@ class Lockstep(Generic[Batch, Answer]):
         self._is_sweeping = False
         self._has_left = group is None
         self._has_waited = False
-        """Whether members have waited for others that then had nothing to compute, and still have not."""
+        """Whether members have waited for others that then had no work, and still have none."""
         self._is_waited_for = False
 
     @property
     def idle_s(self) -> float | None:
-        """How long nothing may be asked of this engine before it takes part in the others' sweeps."""
+        """How long this engine may be idle before it takes part in the others' sweeps."""
         if self._group is None:
             return None
         return _WAITED_FOR_S if self._is_waited_for else IDLE_S
 
     def sweep(self, batches: list[Batch]) -> list[Answer]:
-        """The answers of a sweep; with nothing to compute, take part in a sweep of others, if they have something.
+        """The answers of a sweep; without work, take part in a sweep of others, if they have work.
 
         Raises `EngineError` when a member has ended.
         """
@@ -67,7 +66,7 @@ class Lockstep(Generic[Batch, Answer]):
         return answers
 
     def _agree(self, group: Group, batches: list[Batch]) -> int:
-        """How many members have something to compute; raises `EngineError` when one has ended."""
+        """The number of members with work; raises `EngineError` when one has ended."""
         agreed = group.agree(sweep=bool(batches))
         if agreed.leave:
             self._has_left = True
@@ -75,12 +74,12 @@ class Lockstep(Generic[Batch, Answer]):
         return agreed.sweep
 
     def recover(self) -> None:
-        """Be ready for another sweep after one that ended in an error."""
+        """Make ready for another sweep after one that ended in an error."""
         self._recover()
         self._is_sweeping = False
 
     def leave(self) -> None:
-        """Let the others know that this member ends; they end, too.
+        """Tell the others that this member ends; they end, too.
 
         In the middle of a sweep they cannot be told: they wait for layers until this process ends.
         """

@@ -28,27 +28,27 @@ class RefusedBody(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a body asks for."""
+    """The contents of a request body."""
 
     endpoint: Endpoint
     model: str
     prompts: tuple[Prompt, ...] = ()
-    """Of completions; none of a chat."""
+    """The prompts of a completion; empty for a chat."""
     messages: tuple[Mapping[str, str], ...] = ()
-    """Of a chat: `role` and `content` of each."""
+    """The messages of a chat: `role` and `content` of each."""
     template_variables: Mapping[str, Any]
-    """What the chat template is given beside the messages."""
+    """The variables of the chat template in addition to the messages."""
     max_tokens: int | None
-    """Most tokens to generate; None leaves it to the window."""
+    """The most tokens to generate; None leaves it to the window."""
     sampling: Sampling
-    """Of the first choice; choice i of a prompt has seed + i."""
+    """The sampling of the first choice; choice i of a prompt has seed + i."""
     num_choices: int
-    """Of each prompt."""
+    """The number of choices of each prompt."""
     stop: tuple[str, ...]
     logprobs: bool
-    """Whether log-probabilities of tokens are asked for, those of the prompt's too with `echo`."""
+    """Whether log-probabilities of tokens are requested; with `echo`, the prompt's, too."""
     names_likeliest: bool
-    """Whether the likeliest token is asked for beside each."""
+    """Whether the likeliest token in each place is requested."""
     echo: bool
     """Whether the prompt comes back before the completion."""
     stream: bool
@@ -62,7 +62,7 @@ class Asked:
 
 
 def read_body(body: Any, endpoint: Endpoint) -> Asked:
-    """What a body, as JSON has it, asks of an endpoint; raises `RefusedBody` naming the field it cannot carry out."""
+    """Parse a JSON body for an endpoint; raises `RefusedBody` naming the field that is not supported."""
     if not isinstance(body, dict):
         raise RefusedBody(f"the body is {shown(body)}, not a JSON object")
     known = {*_COMMON, *_UNCHANGED, *(_OF_CHAT if endpoint == CHAT else _OF_COMPLETIONS)}
@@ -200,7 +200,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 def _num_likeliest(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value not in (0, 1):
-        raise ValueError("neither 0 nor 1: of the likeliest tokens, at most one is told")
+        raise ValueError("neither 0 nor 1: at most one of the likeliest tokens is available")
     return value
 
 
@@ -257,7 +257,7 @@ def _content(value: Any) -> str:
 
 
 _NEAR = 0.82
-"""How alike a misspelt field is to what is meant; `min_tokens` is not meant to be `max_tokens`."""
+"""How similar a misspelt field must be to a known one; `min_tokens` is not `max_tokens`."""
 _COMMON = (
     *("model", "n", "max_tokens", "stop", "logprobs", "stream", "stream_options"),
     *("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty"),
@@ -267,7 +267,7 @@ _OF_CHAT = ("messages", "max_completion_tokens", "top_logprobs", "chat_template_
 
 
 class _Anything:
-    """Holds every value: fields that name who asks, and change no answer."""
+    """Accepts every value: for fields that identify the caller and change no answer."""
 
     def __contains__(self, value: object) -> bool:
         return True

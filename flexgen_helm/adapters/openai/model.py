@@ -1,4 +1,4 @@
-"""A model as OpenAI's endpoints have it: what a body asks becomes jobs, and their completions a body again."""
+"""A model behind OpenAI's endpoints: turns request bodies into jobs, and completions into response bodies."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Model:
     """What bodies may ask: of which names, through which tokenizer and template."""
 
     names: tuple[str, ...]
-    """What a body may call it; the first is what it is called in answers to nobody."""
+    """The names by which a body may call it; the first one is used in responses without a name."""
     prompts: PromptTokenizer
     reasoner: Reasoner | None
-    """How it thinks before it answers a chat; None without a chat template."""
+    """How the model thinks before it answers a chat; None without a chat template."""
     vocab_size: int | None
-    """How many token ids the model knows; None leaves it to the engine to refuse others."""
+    """The number of token ids of the model; None leaves it to the engine to refuse others."""
     spelling: Spelling
-    """Of its tokenizer: what it finds of a token, it keeps."""
+    """The spelling of tokens by its tokenizer, which caches what it finds."""
 
     @classmethod
     def of(cls, names: Sequence[str], prompts: PromptTokenizer, vocab_size: int | None) -> Model:
-        """That of a tokenizer, and of a model of so many token ids.
+        """Create the model of a tokenizer and a number of token ids.
 
-        Raises `ConfigError` where its template does not tell how it thinks.
+        Raises `ConfigError` where its template does not show how it thinks.
         """
         tokenizer = prompts.tokenizer
         reasoner = None
@@ -164,7 +164,7 @@ class Model:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(done)}
 
     def text_choice(self, asked: Asked, job: Job, done: Completion, index: int) -> dict[str, Any]:
-        """A choice of completions, behind its prompt with `echo`."""
+        """A choice of a completion, after its prompt with `echo`."""
         before: list[int] = list(job.prompt) if asked.echo else []
         prompt = asked.prompts[index // asked.num_choices]
         given = prompt if isinstance(prompt, str) else str(self.prompts.tokenizer.decode(list(prompt)))
@@ -206,7 +206,7 @@ _ANY_VOCABULARY = 1 << 62
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"}
 """Names that templates are given in any case."""
 _BYTES = "bytes:"
-"""How a token is spelled that is part of a character."""
+"""How a token that is a part of a character is spelled."""
 
 
 def names_of(model: str, served: str | None) -> tuple[str, ...]:
@@ -218,7 +218,7 @@ def names_of(model: str, served: str | None) -> tuple[str, ...]:
 
 
 def usage(asked: Asked, jobs: Sequence[Job], completions: Sequence[Completion]) -> dict[str, int]:
-    """How many tokens the prompts have, each counted once, and how many were generated, ends of text among them."""
+    """The number of prompt tokens, each prompt counted once, and of generated tokens, end-of-text included."""
     prompt = sum(len(job.prompt) for job in jobs[:: asked.num_choices])
     new = sum(len(done.tokens) + (done.end_token is not None) for done in completions)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
@@ -257,7 +257,7 @@ def _bytes(token: str) -> bytes:
 
 
 def _offsets(tokens: Sequence[str]) -> list[int]:
-    """How many whole characters stand before each token."""
+    """The number of whole characters before each token."""
     decoder, count, found = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
     for token in tokens:
         found.append(count)

@@ -30,15 +30,16 @@ except ImportError as error:
     raise InstallationError(f"starlette is missing ({error}); run `pip install 'flexgen-helm[serve]'`") from error
 
 _MOST_BYTES = 64_000_000
-"""Of a body."""
+"""The most bytes of a body."""
 _BODY_S = 120
 """A body that takes longer to come is no longer waited for."""
 _ALIVE_S = 15.0
-"""A stream says something this often, so that nobody between takes it for dead."""
+"""A stream sends something this often, so that proxies do not close it."""
 _GONE = 499
-"""What servers note where the client has gone; nobody reads it."""
+"""The status that servers log when the client has closed the connection; it is not sent."""
 _HEADERS = {408: {"Connection": "close"}, 413: {"Connection": "close"}, 429: {"Retry-After": "5"}}
-"""Of refusals, by status; where a body is not read to its end, the next request could not be told from it."""
+"""The headers of refusals, by status; where a body is not read to its end, the connection must close, since the next
+request could not be separated from it."""
 _T = TypeVar("_T")
 
 
@@ -46,9 +47,9 @@ class Server:
     """Answers HTTP requests by jobs of an engine, at most so many at a time."""
 
     def __init__(self, model: Model, engine: Front, *, most_choices: int, api_key: str | None = None) -> None:
-        """most_choices: of all requests that are waiting or being computed; whoever comes then is sent away (429).
+        """most_choices: the limit over all requests that wait or are computed; further ones are refused (429).
 
-        api_key: what requests must bring as their bearer token; None lets everybody in.
+        api_key: the bearer token that requests must have; None accepts all.
         """
         self._model, self._engine = model, engine
         self._most, self._api_key = most_choices, api_key
@@ -161,7 +162,7 @@ class Server:
         return [found[index] for index in range(len(jobs))]
 
     async def _stream(self, asked: Asked, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
-        """Events of a stream: the engine tells of a choice when it is whole, and until then there are comments."""
+        """The events of a stream: a choice is sent when it is complete; comments are sent until then."""
         chunks = Chunks(self._model, asked, jobs, uuid.uuid4().hex)
         coming: asyncio.Queue[tuple[int, Completion] | BaseException | None] = asyncio.Queue()
         computing = asyncio.ensure_future(self._pass_on(jobs, coming))
@@ -235,7 +236,7 @@ async def _content(request: Request) -> bytes:
 
 
 def _read(content: bytes, endpoint: Endpoint) -> Asked:
-    """What a body asks; raises `ConfigError`. It may be large: to be called in a thread."""
+    """Parse a body; raises `ConfigError`. It may be large, so this is called in a thread."""
     found = parse_json(content, "the body", ConfigError)
     try:
         json.dumps(found, allow_nan=False)
@@ -245,7 +246,7 @@ def _read(content: bytes, endpoint: Endpoint) -> Asked:
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has closed its connection; to be asked once the body is read."""
+    """Return when the client has closed its connection; call it once the body is read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

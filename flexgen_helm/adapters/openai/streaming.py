@@ -29,12 +29,12 @@ class Chunks:
         self._done: dict[int, Completion] = {}
 
     def beginning(self) -> Iterator[dict[str, Any]]:
-        """Before anything is computed: who answers."""
+        """The first chunk, with the assistant's role, sent before anything is computed."""
         for index in range(len(self._jobs)) if self._is_chat else ():
             yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None)
 
     def of(self, index: int, done: Completion) -> list[dict[str, Any]]:
-        """Those of a choice that is whole; raises its error if it failed."""
+        """The chunks of a complete choice; raises its error if it failed."""
         if done.error is not None:
             raise done.error
         self._done[index] = done
@@ -48,7 +48,7 @@ class Chunks:
         return [said, self._chunk(index, {"delta": {}, "logprobs": None}, choice["finish_reason"])]
 
     def ending(self) -> Iterator[dict[str, Any]]:
-        """Behind all choices: the numbers of tokens, where they were asked for."""
+        """The chunks after all choices: the numbers of tokens, if requested."""
         if self._asked.stream_usage:
             done = [self._done[index] for index in range(len(self._jobs))]
             yield {**self._head, "choices": [], "usage": usage(self._asked, self._jobs, done)}

@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import FileIO
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.memory.replaced import partial_of
 from flexgen_helm.terminal.errors import RunFailed
 
 Place = tuple[int, int]
@@ -24,10 +24,10 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class LineForm:
-    """How a line tells what it answers."""
+    """How a line identifies what it answers."""
 
     beginning: str
-    """Of every line."""
+    """The beginning of every line."""
     read: Callable[[Any], tuple[Place, str | None, bool]]
     """Place, key, and whether it is a failure, of a line as JSON has it; an error of Python for what is no answer."""
 
@@ -41,16 +41,16 @@ OWN_FORM = LineForm(beginning='{"index": ', read=_read_own)
 
 
 class Answers:
-    """Where answers go: a file, which is gone on with if it is there, or standard output.
+    """The output of answers: a file, which is continued if it exists, or standard output.
 
-    Another process that writes the same file is refused. A context manager; raises `RunFailed` when writing fails, what
-    was written before then being whole lines but for the last.
+    Another process that writes the same file is refused. A context manager; raises `RunFailed` when writing fails, and
+    then all lines except the last are complete.
     """
 
     def __init__(self, path: Path | None, form: LineForm = OWN_FORM) -> None:
         self._path, self._form = path, form
         self._file: FileIO | None = None
-        """Unbuffered: what is written is there whatever becomes of the process."""
+        """Unbuffered: written lines survive the end of the process."""
         self._is_new = False
 
     def __enter__(self) -> Answers:
@@ -98,10 +98,10 @@ class Answers:
                 self._path.unlink()
 
     def resume(self, keys_of: Callable[[], dict[Place, str]], why: Callable[[], str]) -> set[Place]:
-        """Places that an earlier run answered; `keys_of` says what is asked at each, if there are any.
+        """The positions that an earlier run answered; `keys_of` returns the key of the question at each, if any.
 
-        Failures and a line that was cut off are dropped, to be asked again. `ConfigError`, and nothing changed, for a
-        file that holds anything else; `why` says what differs where it is an answer to something else.
+        Failures and a line that was cut off are removed, and computed again. Raises `ConfigError`, and changes nothing,
+        for a file that contains anything else; `why` says what differs where it is an answer to something else.
         """
         if self._path is None:
             return set()
@@ -153,13 +153,16 @@ class Answers:
             return
         assert self._path is not None
         assert self._file is not None
+        name = partial_of(self._path)
         try:
-            handle, name = tempfile.mkstemp(prefix=".answers-", dir=self._path.parent)
+            # Held as the file is: what a killed process has left there is written over.
+            handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise RunFailed(f"{self._path.parent} takes no file beside {self._path.name}: {error.strerror}") from None
+            raise RunFailed(f"{self._path.parent} takes no file next to {self._path.name}: {error.strerror}") from None
         file = open(handle, "wb", buffering=0)  # noqa: SIM115 - kept open, and held, in place of the other
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
             os.fchmod(handle, stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
             _write(file, "".join(line + "\n" for line in lines))
             os.fsync(handle)
@@ -167,7 +170,7 @@ class Answers:
         except OSError as error:
             file.close()
             os.unlink(name)
-            raise RunFailed(f"{self._path} cannot be written anew: {error.strerror}; free some space") from None
+            raise RunFailed(f"{self._path} cannot be rewritten: {error.strerror}; free some space") from None
         self._file.close()
         self._file = file
 

@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class BadLine(BadPrompt):
-    """A line that cannot be asked, and the error that says so."""
+    """A line that cannot be run, and its error."""
 
     custom_id: str | None
     error: EngineError
@@ -70,7 +70,7 @@ def _line(entry: Any, index: int, where: str, seen: Mapping[str, int]) -> Line:
         raise RefusedBody(f"unknown key {unknown!r} of the line{did_you_mean(unknown, _KEYS)}", unknown)
     custom_id = _custom_id(entry)
     if not custom_id:
-        raise RefusedBody("the line has no custom_id, a text by which its answer is told from others", "custom_id")
+        raise RefusedBody("the line has no custom_id, a text that identifies its answer", "custom_id")
     if custom_id in seen:
         raise RefusedBody(f"custom_id {custom_id!r} is that of line {seen[custom_id]}, too", "custom_id")
     if entry.get("method") != "POST":
@@ -97,7 +97,7 @@ def _bad(index: int, where: str, custom_id: str | None, error: EngineError) -> B
 
 @dataclass(frozen=True)
 class _Request(Question):
-    """All choices that a line asks for."""
+    """All choices of a line."""
 
     line: Line
     model: Model
@@ -125,7 +125,7 @@ class _Request(Question):
 
 
 class OpenAIFormat(Format):
-    """A batch file; its lines say all there is to say, and those that cannot be asked are answered with an error."""
+    """A batch file; its lines contain all settings, and invalid lines are answered with an error."""
 
     skips_bad = True
 
@@ -155,7 +155,7 @@ class OpenAIFormat(Format):
     def questions(
         self, prompts: Sequence[Line | BadLine], tokenizer: PromptTokenizer, vocab_size: int | None
     ) -> tuple[list[Question], list[BadPrompt]]:
-        """One for each line that can be asked, and the others."""
+        """A question for each valid line, and the other lines."""
         model = Model.of(self._names, tokenizer, vocab_size)
         found: list[Question] = []
         bad: list[BadPrompt] = []

@@ -64,7 +64,7 @@ class OwnFormat(Format):
         return OWN_FORM
 
     def settings(self) -> dict[str, Any]:
-        """Those of the command line, which hold where a prompt has none of its own; a seed of None is drawn."""
+        """The settings of the command line, which apply where a prompt has none of its own; a seed of None is drawn."""
         args = self._args
         return {
             "max_new_tokens": args.max_new_tokens,
@@ -92,7 +92,7 @@ class OwnFormat(Format):
     def questions(
         self, prompts: Sequence[Prompt | BadPrompt], tokenizer: PromptTokenizer, vocab_size: int | None
     ) -> tuple[list[Question], list[BadPrompt]]:
-        """One for each completion of the prompts that can be asked, and what cannot, by place."""
+        """A question for each completion of the valid prompts, and the invalid ones, by position."""
         found: list[Question] = []
         bad = [prompt for prompt in prompts if isinstance(prompt, BadPrompt)]
         for prompt in prompts:

@@ -13,7 +13,7 @@ from engine.reading import parse_json
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a prompt is to be continued; a JSONL line may set any of these for itself."""
+    """How a prompt is to be continued; a JSONL line may override any of these."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -30,9 +30,9 @@ class Prompt:
     """One prompt of the input."""
 
     index: int
-    """Its place in the input, from 0; bad lines have one too."""
+    """Its position in the input, from 0; bad lines have one, too."""
     where: str
-    """For errors: argument, or file and line."""
+    """The argument, or file and line, for errors."""
     text: str = ""
     messages: tuple[dict[str, str], ...] | None = None
     """A conversation for the model's chat template, instead of `text`."""
@@ -43,12 +43,12 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class BadPrompt:
-    """An input that cannot be asked."""
+    """An input that cannot be run."""
 
     index: int
     where: str
     reason: str
-    """One line, without `where`."""
+    """The reason in one line, without `where`."""
 
 
 _SETTINGS = {field.name for field in fields(Settings)}
@@ -86,7 +86,7 @@ def from_lines(lines: Iterable[str], name: str, settings: Settings) -> list[Prom
 def from_jsonl(lines: Iterable[str], name: str, settings: Settings) -> list[Prompt | BadPrompt]:
     """A prompt for each line of a JSONL file called `name`: `{"prompt": …}` or `{"messages": […]}`.
 
-    Beside it a line may have an `id` and `metadata`, which come back with the answer, and any of `Settings`.
+    A line may also have an `id` and `metadata`, which are returned with the answer, and any of `Settings`.
     """
     found: list[Prompt | BadPrompt] = []
     for number, line in enumerate(lines, 1):

@@ -24,7 +24,7 @@ class Question(ABC):
 
     place: Place
     where: str
-    """For errors: argument, or file and line."""
+    """The argument, or file and line, for errors."""
     jobs: tuple[Job, ...]
 
     @abstractmethod
@@ -33,45 +33,45 @@ class Question(ABC):
 
     @abstractmethod
     def asked(self, identity: Mapping[str, Any]) -> Any:
-        """What tells it from all others, as JSON has it: what is asked of which weights, and what comes back too."""
+        """The question's identity, as JSON: the job, the weights, and what is returned with the answer."""
 
     def key(self, identity: Mapping[str, Any]) -> str:
-        """A digest of `asked`."""
+        """A digest of the identity."""
         return hashlib.sha256(json.dumps(self.asked(identity)).encode()).hexdigest()[:16]
 
 
 class Format(ABC):
-    """How prompts are written, and answers."""
+    """The format of prompts and answers."""
 
     skips_bad = False
-    """Whether prompts that cannot be asked never keep the others from it."""
+    """Whether invalid prompts are skipped, so that the others run."""
 
     @property
     @abstractmethod
     def form(self) -> LineForm:
-        """How a line of answers tells what it answers."""
+        """How a line of answers identifies what it answers."""
 
     @abstractmethod
     def prompts(self) -> Sequence[Any]:
-        """What is read from the command line and its input, `BadPrompt`s among it; at least one."""
+        """The prompts of the command line and its input, `BadPrompt`s included; at least one."""
 
     @abstractmethod
     def questions(
         self, prompts: Sequence[Any], tokenizer: PromptTokenizer, vocab_size: int | None
     ) -> tuple[list[Question], list[BadPrompt]]:
-        """What can be asked of a model of so many token ids, in its order, and what cannot."""
+        """The questions for a model of so many token ids, in order, and the prompts that cannot be run."""
 
     @abstractmethod
     def refusal(self, prompt: BadPrompt) -> dict[str, Any]:
-        """The line of a prompt that cannot be asked."""
+        """The output line of a prompt that cannot be run."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Of the command line, what shapes answers, for the record."""
+        """The settings of the command line that affect answers, for the record."""
 
 
 MOST_BYTES = 1_000_000_000
-"""Of prompts, all of which are in memory together with their tokens."""
+"""The most bytes of prompts, all of which are in memory together with their tokens."""
 
 
 def read_lines(name: str) -> list[str]:

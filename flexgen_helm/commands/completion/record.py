@@ -1,4 +1,4 @@
-"""What the answers in a file were made with: `FILE.record.json` beside it."""
+"""The record of how the answers in a file were made: `FILE.record.json`, next to it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from engine.checkpoint.identity.result import differences
 from engine.errors import ConfigError
+from engine.memory.replaced import replace_text
 from engine.reading import find_file, read_json_object
 from flexgen_helm.planning.environment import environment
-from flexgen_helm.planning.stored import replace_text
 from flexgen_helm.terminal.errors import RunFailed
 
 VERSION = 1
@@ -38,17 +38,17 @@ class AnswersRecord:
                 )
 
     def what_differs(self, identity: Mapping[str, object]) -> str:
-        """Why answers that are there may be to something else than what is asked of a model of this identity now."""
+        """Why existing answers may belong to another model identity or other settings than the current ones."""
         if not self._earlier:
             return "prompt, settings or model differ"
         told = differences(self._earlier["identity"], identity)
         return f"other {told}" if told else "prompt or settings differ"
 
     def write(self, made: Mapping[str, Any], *, goes_on: bool) -> None:
-        """Say what the answers are made with: `made`, its "identity" among it, and this process's environment.
+        """Write how the answers are made: `made`, its "identity" included, and this process's environment.
 
-        A file that is gone on with keeps the environments of those before, each once. Raises `RunFailed` where the
-        record cannot be written.
+        A file that is continued keeps the environments of earlier processes, without duplicates. Raises `RunFailed`
+        where the record cannot be written.
         """
         if self._path is None:
             return

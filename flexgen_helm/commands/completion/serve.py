@@ -30,7 +30,7 @@ EXAMPLES = (
 )
 _ENDS_AFTER_S = 30
 _OTHERS = 100
-"""Connections beside those of requests in progress: idle ones, and those that are told to come later."""
+"""Connections in addition to requests in progress: idle ones, and refused ones."""
 _STALLED_MS = 60_000
 """A client that takes nothing of what it is sent is dropped after so long."""
 _KEY = "FLEXGEN_HELM_API_KEY"

@@ -1,4 +1,4 @@
-"""What suites and runs leave of themselves beside HELM's files, for later commands: when they began, what made them.
+"""Records of suites and runs next to HELM's files, for later commands: when they began, and what made them.
 
-Imports the rest of `helm`, and of other rooms `planning`.
+It imports the rest of `helm`, and of other rooms `planning`.
 """

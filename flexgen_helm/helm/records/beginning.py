@@ -14,7 +14,7 @@ FILE_NAME = "flexgen_suite.json"
 
 
 class Beginning:
-    """Of the suite in a directory: what an earlier command has kept there, or now.
+    """The beginning of the suite in a directory, as this or an earlier command recorded it.
 
     Raises `ConfigError` for a file that cannot be used.
     """
@@ -37,7 +37,7 @@ class Beginning:
             ) from None
 
     def keep(self) -> None:
-        """Write the moment down, if nobody has: whole or not at all. Call it when something depends on it."""
+        """Record the moment atomically, unless it is recorded. Call it when something depends on it."""
         if self._file.exists():
             return
         scratch = self._file.with_name(f".{FILE_NAME}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""What a run was made with: the record beside its files from which it can be run again and compared."""
+"""The provenance of a run: the record next to its files from which it can be repeated and compared."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config
 
 from engine.errors import ConfigError, one_line
+from engine.memory.replaced import replace_text
 from engine.reading import find_file, open_file
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.translate import SEEDS
 from flexgen_helm.planning.environment import Environment, Hardware
-from flexgen_helm.planning.stored import SINCE, read_versioned, replace_text
+from flexgen_helm.planning.stored import SINCE, read_versioned
 
 FILE_NAME = "flexgen_run.json"
 VERSION = 1
@@ -31,7 +32,7 @@ _CURE = "run it again with `flexgen-helm run` or `sweep`, which write its record
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """All that is needed to run a run again, and to say what is different now."""
+    """Everything that is needed to repeat a run, and to report what has changed since."""
 
     version: int = VERSION
     run: str
@@ -44,25 +45,25 @@ class Provenance:
     commit: str | None
     hardware: Hardware
     policy: Mapping[str, Any]
-    """As it was given, defaults left out: nothing for `auto`."""
+    """The policy as given, without defaults: empty for `auto`."""
     identity: Mapping[str, Any]
     """What of model and policy can change a result, as HELM's cache keys have it."""
     chat_template: bool
     """Whether prompts that are answered, not only scored, went through the tokenizer's chat template."""
     seeds: str
-    """How the seeds of sampled completions follow from what is asked."""
+    """How the seeds of sampled completions are derived from requests."""
     entries: Mapping[str, Any]
     """HELM's "model", "tokenizer" and "deployment", as its YAML files have them."""
     files: Mapping[str, str]
     """Hex digests (SHA-256) of the run's `SEALED` files."""
     judge: Mapping[str, Any] = field(default_factory=dict, metadata=SINCE)
-    """Of a run that another model has judged: its "model", "deployment", "policy" and "identity"."""
+    """For a run that another model has judged: its "model", "deployment", "policy" and "identity"."""
 
 
 def provenance_of(
     name: str, deployment: str, client: FlexGenClient, began: datetime, folder: Path, found: Environment
 ) -> Provenance:
-    """That of a run of our client whose files lie in `folder`; raises `OSError` where they cannot be read."""
+    """The provenance of a run of our client with its files in `folder`; raises `OSError` where they cannot be read."""
     return Provenance(
         run=name,
         written=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -102,7 +103,7 @@ def read_provenance(folder: Path) -> Provenance:
         except OSError as error:
             raise ConfigError(f"{one_line(error)}; {_CURE}") from None
         if digest != found.files.get(name):
-            raise ConfigError(f"{folder / name} has changed since {FILE_NAME} was written beside it; {_CURE}")
+            raise ConfigError(f"{folder / name} has changed since {FILE_NAME} was written next to it; {_CURE}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a finished run was made with, beside what is asked now: HELM's name of a run tells only a part of it."""
+"""Compares a finished run's settings with the requested ones: HELM's run name contains only some of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _flat(run_spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _deployment(entry: Any, policy: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All of a deployment that changes results, under the policy that is given, or else its own."""
+    """All settings of a deployment that change results, under the given policy, or else its own."""
     args = _args(entry)
     own = args.pop("policy", None)
     fields = {name: value for name, value in entry.items() if name != "client_spec"}

@@ -1,4 +1,4 @@
-"""Requests on their way: what the cache knew, what the engine is asked, and its answers."""
+"""Requests in progress: those that the cache answered, those for the engine, and their answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Work:
     """A digest of `key`: equal requests have the same."""
     request: Request
     key: Key
-    """In the cache, but for the identity of the model."""
+    """The key in the cache, without the identity of the model."""
     places: list[int]
     ids: tuple[int, ...]
     jobs: list[Job]
@@ -31,7 +31,7 @@ class Work:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of its prompt, for each of its jobs."""
+        """The number of tokens of its prompt, for each of its jobs."""
         return len(self.ids) * len(self.jobs)
 
     @property
@@ -41,7 +41,7 @@ class Work:
 
     @property
     def most_tokens(self) -> int:
-        """Of its prompts, and at most to be generated."""
+        """The number of tokens of its prompts, and the most to be generated."""
         return self.prompt_tokens + sum(job.max_new_tokens for job in self.jobs)
 
 
@@ -72,14 +72,14 @@ class Answer:
 
     @property
     def result(self) -> RequestResult:
-        """As HELM has it."""
+        """The answer as HELM's result."""
         if isinstance(self.outcome, EngineError):
             return failure(self.work.request, self.outcome)
         return result(self.outcome, cached=False)
 
 
 class Portion:
-    """Requests that are asked in one call of the engine."""
+    """Requests that are sent to the engine in one call."""
 
     def __init__(self, works: list[Work]) -> None:
         self.num_requests = len(works)
@@ -115,17 +115,17 @@ class Asked:
 
     total: int = 0
     known: dict[int, Response] = field(default_factory=dict)
-    """From the cache."""
+    """The answers from the cache."""
     refused: dict[int, EngineError] = field(default_factory=dict)
-    """Those that cannot be run."""
+    """The requests that cannot be run."""
     joined: dict[str, list[int]] = field(default_factory=dict)
-    """Those that are under way for somebody else, by their names."""
+    """The requests that another caller is computing, by their names."""
     todo: dict[str, Work] = field(default_factory=dict)
-    """What is left for the engine, by name: equal requests are asked once."""
+    """The remaining requests for the engine, by name: equal requests are computed once."""
 
     @property
     def most_tokens(self) -> int:
-        """Of what is left: in prompts, and at most to be generated."""
+        """The tokens of the remaining requests: in prompts, and at most to be generated."""
         return sum(work.most_tokens for work in self.todo.values())
 
 

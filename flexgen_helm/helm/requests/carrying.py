@@ -1,4 +1,4 @@
-"""Answers on their way from the engine to HELM's cache, in a thread of their own, whatever becomes of who waits."""
+"""Stores the engine's answers in HELM's cache, in a thread of its own, even if the caller stops waiting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import TracebackType
 from flexgen_helm.helm.requests.asked import Answer
 
 _CLOSING_S = 0.1
-"""How often an engine that is to end is told so, until it has."""
+"""How often an engine that must end is told to end, until it has."""
 
 
 class Carrier:

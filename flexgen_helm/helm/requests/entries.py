@@ -1,4 +1,4 @@
-"""Requests as HELM's cache and the engine are asked them: made one by one, or those of a run as few arrays."""
+"""Requests prepared for HELM's cache and the engine: made one by one, or those of a run as few arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
 Settings = tuple[int, Sampling, tuple[str | tuple[int, ...], ...], bool, Thinking | None]
-"""Of a job, but for its prompt: most new tokens, sampling, stops, whether the prompt is scored, rule for thinking."""
+"""The settings of a job except its prompt: new tokens, sampling, stops, whether the prompt is scored, thinking rule."""
 Jobs = tuple[tuple[int, ...], list[Job]]
 """Token ids of a prompt, and the jobs that answer its request."""
 
@@ -32,9 +32,9 @@ class Entry:
     """A request that can be looked up."""
 
     request: Request
-    """What an answer is told of; its text may be left out."""
+    """The part of the request that the answer is made from; its text may be left out."""
     key: Key
-    """In the cache, but for the identity of the model."""
+    """The key in the cache, without the identity of the model."""
     name: str
     """A digest of the key, which itself holds the prompt once more: equal requests have the same."""
     jobs: Callable[[], Jobs]
@@ -85,16 +85,16 @@ class PackedEntries:
     """The entries of a run, made to the end, for the way between two processes."""
 
     requests: list[Request | EngineError]
-    """Without texts, one for all that are told alike; an error where a request cannot be looked up."""
+    """Requests without texts, shared by equal ones; an error where a request cannot be looked up."""
     keys: list[Key]
-    """Of those that can be, as are the following."""
+    """The keys of those that can be looked up, as in the following."""
     names: list[str]
     ids: NDArray[np.int32]
-    """The tokens of all prompts, one behind the other."""
+    """The tokens of all prompts, concatenated."""
     ends: NDArray[np.int64]
-    """Where each prompt ends in `ids`; [entries]."""
+    """The end of each prompt in `ids`; [entries]."""
     settings: list[list[Settings] | EngineError]
-    """Of each entry's jobs; an error where it cannot be run."""
+    """The settings of each entry's jobs; an error where it cannot be run."""
 
     @classmethod
     def made(cls, translator: Translator, requests: Sequence[Request], name: str, known: KnownTokens) -> PackedEntries:

@@ -28,9 +28,9 @@ Ids = NDArray[np.int32]
 
 
 class KnownTokens(AutoTokenizer):
-    """HELM's tokenizers; those of Hugging Face know the texts that `encode` was given until they are forgotten.
+    """HELM's tokenizers, where those of Hugging Face cache the tokens of texts given to `encode`.
 
-    Whatever window service asks, and however it counts, it asks here.
+    All window services use it, however they count.
     """
 
     def __init__(self, credentials: Any, cache_backend_config: CacheBackendConfig) -> None:
@@ -38,7 +38,7 @@ class KnownTokens(AutoTokenizer):
         self._ids: dict[tuple[str, str], Ids] = {}
         """Token ids by HELM's name of the tokenizer and text, without special tokens."""
         self._counts: dict[tuple[str, str], int] = {}
-        """Their numbers, of texts that another process has tokenized."""
+        """The numbers of tokens of texts that another process has tokenized."""
 
     def encode(self, name: str, texts: Iterable[str]) -> None:
         """Tokenize those of `texts` that are not known, in one call; what cannot be tokenized stays unknown.
@@ -68,7 +68,7 @@ class KnownTokens(AutoTokenizer):
         return self._ids.get((name, text))
 
     def numbers(self, name: str, texts: Iterable[str]) -> dict[str, int]:
-        """How many tokens texts have, of those that are known."""
+        """The number of tokens of each known text."""
         return {text: len(ids) for text in texts if (ids := self._ids.get((name, text))) is not None}
 
     def count(self, name: str, counts: Mapping[str, int]) -> None:
@@ -81,7 +81,7 @@ class KnownTokens(AutoTokenizer):
         self._counts.clear()
 
     def tokenize(self, request: TokenizationRequest) -> TokenizationRequestResult:
-        """As HELM's, but that a text is tokenized once, and tokens are made when somebody looks at them."""
+        """Like HELM's method, but a text is tokenized once, and token objects are made when they are read."""
         number = self._number(request)
         if number is None or (request.truncation and number > request.max_length):
             return super().tokenize(request)
@@ -89,7 +89,7 @@ class KnownTokens(AutoTokenizer):
         return TokenizationRequestResult(success=True, cached=False, text=request.text, tokens=tokens, request_time=0.0)  # type: ignore[arg-type]
 
     def decode(self, request: DecodeRequest) -> DecodeRequestResult:
-        """As HELM's, without the copies that it makes of the tokens for a cache that is not there."""
+        """Like HELM's method, without the copies that it makes of the tokens for a cache that does not exist."""
         tokenizer = self._get_tokenizer(request.tokenizer)
         if type(tokenizer) is not HuggingFaceTokenizer:
             return super().decode(request)
@@ -103,7 +103,7 @@ class KnownTokens(AutoTokenizer):
         )
 
     def _number(self, request: TokenizationRequest) -> int | None:
-        """How many tokens a text has, if nothing is cut off; None where HELM's tokenizer has to be asked."""
+        """The number of tokens of a text, if nothing is cut off; None where HELM's tokenizer must be called."""
         key = (request.tokenizer, request.text)
         if not request.encode or type(self._get_tokenizer(request.tokenizer)) is not HuggingFaceTokenizer:
             return None
@@ -128,7 +128,7 @@ class KnownTokens(AutoTokenizer):
 
 
 class _Tokens(Sequence[TokenizationToken]):
-    """The tokens of a text, of which mostly nobody wants more than their number."""
+    """The tokens of a text, of which callers mostly need only the number."""
 
     def __init__(self, number: int, make: Callable[[], list[TokenizationToken]]) -> None:
         self._number = number
@@ -163,5 +163,5 @@ class _NoCache(Cache):
         super().__init__(BlackHoleCacheConfig())
 
     def get(self, request: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """As HELM's, of what is not in it."""
+        """Like HELM's method, for a missing key."""
         return compute(), False

@@ -11,7 +11,7 @@ from helm.common.request import Request
 from engine.errors import ConfigError, UnsupportedError, shown
 
 WORDS = ("entry", "model")
-"""Whose settings a deployment samples by: the run entry's, as HELM does, or the model's."""
+"""The allowed values of a deployment's `sampling`: the run entry's settings, as in HELM, or the model's."""
 _WITHOUT_EFFECT = {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": ()}
 """Settings that nothing here carries out, with the values that change nothing."""
 
@@ -24,16 +24,16 @@ class ModelSampling:
     """What is sampled with in place of what requests ask; None as temperature leaves it to them."""
 
     top_k: int | None
-    """Of a deployment in any case: requests do not say it."""
+    """The deployment's top_k: requests have none."""
     temperature: float | None = None
     top_p: float = 1.0
 
     @classmethod
     def of(cls, sampling: str | None, config: Mapping[str, Any], *, model: str, top_k: int | None) -> ModelSampling:
-        """That of a deployment whose `sampling` and `top_k` are given; `config` is its generation_config.json.
+        """The sampling of a deployment with the given `sampling` and `top_k`; `config` is its generation_config.json.
 
-        What that leaves out is what `transformers` samples with. Raises `ConfigError` where it does not sample,
-        `UnsupportedError` for settings that are not carried out.
+        Missing settings are those that `transformers` samples with. Raises `ConfigError` where the model's config does
+        not sample, `UnsupportedError` for settings that are not supported.
         """
         if sampling is None or sampling == "entry":
             return cls(top_k=top_k)
@@ -76,5 +76,5 @@ class ModelSampling:
         top_k = "all tokens" if self.top_k is None else f"the {self.top_k} likeliest tokens"
         return (
             f"answers of {model} are sampled by its generation_config.json (temperature {self.temperature:g}, top_p "
-            f"{self.top_p:g}, among {top_k}), whatever run entries ask, as sampling: model says"
+            f"{self.top_p:g}, among {top_k}), regardless of run entries, as sampling: model says"
         )

@@ -25,16 +25,17 @@ _DATED = """{%- macro strftime_now(format) -%}
 {{- dated.text | replace("\x00", "%") -}}
 {%- endmacro %}
 """
-"""In front of a template, what writes the date of `moment_written` where the template would write today's: transformers
-gives templates the clock and no way to set it. The line end is the one that transformers takes away behind a block."""
+"""Code before a template that writes the date of `moment_written` where the template would write today's:
+transformers gives templates the clock and no way to set it. The line end is the one that transformers removes after
+a block."""
 _DIRECTIVES = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVFTDRehntkl" for flag in ("", "-")]
 
 
 class Rendering:
-    """Renders for one deployment; `apply_chat_template` None applies a template where the tokenizer has one.
+    """Renders prompts for one deployment; `apply_chat_template` None applies a template where the tokenizer has one.
 
-    A prompt that is only scored (`echo_prompt` and no tokens to generate) is text whose log-probability is asked for,
-    not something that a user says: it is rendered as it is.
+    A prompt that is only scored (`echo_prompt` and no tokens to generate) is a text whose log-probability is requested,
+    not a user's message: it is not rendered.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Rendering:
         return {"chat_template": self._dated, "moment_written": written}
 
     def digest(self, request: Request) -> str | None:
-        """Of the template that the request goes through; None where it goes through none."""
+        """The digest of the template that renders the request; None without one."""
         return self._digest if self.is_templated(request) else None
 
     def is_templated(self, request: Request) -> bool:

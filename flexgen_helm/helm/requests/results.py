@@ -1,4 +1,4 @@
-"""What HELM is told of a request: the response that its cache keeps, and the result made of that or of an error."""
+"""HELM's view of an answer: the response for its cache, and the result made from that or from an error."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class PromptError(JobError):
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How long a request took, and how many requests were computed together with it."""
+    """How long a request took, and how many requests were computed together."""
 
     seconds: float
-    """From the beginning of the engine call that answered it to the answer."""
+    """The seconds from the beginning of the engine call to the answer."""
     started: float
     """When that call began, in seconds since the Epoch."""
     num_requests: int
@@ -96,7 +96,7 @@ def _completion(
 
 
 def _first_of_answer(tokenizer: PreTrainedTokenizerBase, completion: Completion, begin: int) -> int:
-    """Which token holds the first character of an answer, at `begin` in the text; behind all for an empty one."""
+    """The index of the token with an answer's first character, at `begin` in the text; past the last if it is empty."""
     tokens = completion.tokens
     if begin == len(completion.text):
         return len(tokens)
@@ -110,7 +110,7 @@ def is_cut_off(output: GeneratedOutput) -> bool:
 
 
 def cut_off(count: int) -> str:
-    """That answers are empty because there was no room for more than their thinking, in one line."""
+    """The message that answers are empty because thinking used up their tokens, in one line."""
     return (
         f"{count} answers were cut off in their thinking and are empty; give entries more room (increase_max_tokens=N)"
         ", or thinking a budget (--thinking-budget N)"
@@ -131,9 +131,10 @@ def is_outdated(response: Response) -> bool:
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Completion) -> str:
-    """Text of a completion as it stands behind its prompt, where a tokenizer like Llama's keeps its first space.
+    """The text of a completion after its prompt, where a tokenizer like Llama's keeps its first space.
 
-    Where the completion changes what the prompt is (half a character makes its neighbours unreadable), its text alone.
+    Where the completion changes how the prompt is decoded (half a character makes its neighbours unreadable), its text
+    alone.
     """
     if not completion.tokens:
         return completion.text
@@ -186,9 +187,10 @@ def _generated_output(prompt: Response, completion: Response) -> GeneratedOutput
 def failure(request: Request, error: EngineError) -> RequestResult:
     """HELM's result of a request that failed; never to be retried, since HELM would sleep 150 s over it.
 
-    HELM scores a failure that is not fatal as an empty completion. That is the lot of a prompt that the model cannot
-    take, or has no finite answer to; but where log-probabilities of the prompt are scored, an empty completion would
-    have the best of all (0), so there, and for every fault that is not the prompt's, HELM is told to give up the run.
+    HELM scores a failure that is not fatal as an empty completion. That is right for a prompt that the model cannot
+    process, or has no finite answer to; but where log-probabilities of the prompt are scored, an empty completion would
+    have the best score of all (0), so there, and for every fault that is not the prompt's, the failure is fatal to the
+    run.
     """
     fatal = request.echo_prompt or not isinstance(error, PromptError | NumericsError)
     return RequestResult(

@@ -11,25 +11,26 @@ from typing import Any
 from engine.errors import ConfigError, shown
 
 Reasoning = str | Mapping[str, str]
-"""How a model thinks: a word, or the pair of strings {begin, end} that its thinking stands between."""
+"""How a model thinks: a word, or the strings {begin, end} around its thinking."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shaping:
-    """The args by name; None is left out, and the rule beside it holds."""
+    """The args by name; None means not set, so that the documented default applies."""
 
     apply_chat_template: bool | None = None
     """Whether prompts that are answered go through the chat template; where the tokenizer has one."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """The chat template's own arguments, such as `enable_thinking`; none."""
     reasoning: Reasoning | None = None
-    """How the model thinks before it answers (`Reasoner`); auto, what chat template and vocabulary prove."""
+    """How the model thinks before it answers (`Reasoner`); "auto": as chat template and vocabulary prove."""
     thinking_budget: int | None = None
-    """Most tokens that it thinks for; as many as it likes."""
+    """The most tokens of thinking; None without a limit."""
     sampling: str | None = None
     """`model` where its generation_config.json wins over what requests ask; `entry`."""
     top_k: int | None = None
-    """Sample among this many of the likeliest tokens (HELM's `top_k_per_token` asks for candidates and never does)."""
+    """Sample among this many of the likeliest tokens (HELM's `top_k_per_token` is a number of candidates and never
+    does)."""
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
@@ -37,7 +38,7 @@ class Shaping:
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> Shaping:
-        """Of the args that are given by name; raises `ConfigError` for one that there is not."""
+        """The shaping by named args; raises `ConfigError` for an unknown one."""
         for name in args:
             if name not in NAMES:
                 near = get_close_matches(name, NAMES, n=1)
@@ -47,7 +48,7 @@ class Shaping:
         return cls(**args)
 
     def given(self) -> dict[str, Any]:
-        """Those that are not left out, for a deployment's `args`."""
+        """The args that are set, for a deployment's `args`."""
         return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
 
 

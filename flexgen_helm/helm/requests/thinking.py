@@ -43,10 +43,10 @@ class Reasoner:
         reasoning: Reasoning | None,
         budget: int | None,
     ) -> Reasoner:
-        """That of a deployment whose `reasoning` and `thinking_budget` are given; None is `auto`, and no budget.
+        """The reasoner of a deployment with the given `reasoning` and `thinking_budget`; None: `auto`, and no budget.
 
-        template: the chat template that prompts go through, empty if none. probe: a short prompt, rendered by it.
-        Raises `ConfigError` for a style that the template does not have, and for a budget where nothing is thinking.
+        template: the chat template that renders prompts, empty if none. probe: a short prompt, rendered by it. Raises
+        `ConfigError` for a style that the template does not have, and for a budget without thinking.
         """
         asked = "auto" if reasoning is None else reasoning
         style: Style | None
@@ -76,7 +76,7 @@ class Reasoner:
         return cls(style=style, name=name, why=why, budget=budget, closing=closing)
 
     def rule(self, prompt: str) -> Thinking | None:
-        """That of a request whose rendered prompt is given; None where the prompt ends within the answer."""
+        """The rule for a request with a rendered prompt; None where the prompt ends within the answer."""
         if self.style is None:
             return None
         place = self.style.after(prompt)
@@ -86,7 +86,7 @@ class Reasoner:
 
     @property
     def key(self) -> dict[str, Any] | None:
-        """What of it can change a result, for cache keys, where the prompt tells whether it opens the thinking."""
+        """The parts that can change a result, for cache keys, where the prompt shows whether it opens the thinking."""
         if self.style is None:
             return None
         return {"marks": list(_marks(self.style)), "budget": self.budget}

@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer: what each token spells, how texts begin, and a digest of what makes ids of them."""
+"""Facts about a tokenizer: what each token spells, how texts begin, and a digest of everything that decides ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-"""How tokenizers with byte fallback write a byte that they have no piece for."""
+"""How tokenizers with byte fallback write a byte without a piece of its own."""
 _SPACE = "▁"
 _BYTES = "bytes:"
 """How HELM marks a token that is no text by itself (`get_num_bytes`)."""
@@ -39,9 +39,9 @@ class Spelling:
         self._known: dict[int, bytes] = {}
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        r"""One for each token, as HELM wants them: "bytes:\xf0\x9f" where a token is part of a character.
+        r"""One text per token, in HELM's form: "bytes:\xf0\x9f" where a token is part of a character.
 
-        Special tokens in front of a text are not part of it: what follows them is spelled as if it came first.
+        Special tokens before a text are not part of it: what follows them is spelled as if it came first.
         """
         special = set(self._tokenizer.all_special_ids)
         first = next((place for place, token in enumerate(ids) if token not in special), len(ids))
@@ -64,7 +64,7 @@ class Spelling:
 
     @cached_property
     def _is_byte_wise(self) -> bool | None:
-        """Whether tokens are written in byte-level BPE's alphabet; None where only decoding tells what they spell."""
+        """Whether tokens are written in byte-level BPE's alphabet; None where only decoding shows what they spell."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         decoder = getattr(backend, "decoder", None)
         if decoder is None:
@@ -76,7 +76,7 @@ class Spelling:
 
     @cached_property
     def _alphabet(self) -> dict[str, int]:
-        """The byte that each character of a byte-level BPE's tokens stands for."""
+        """The byte for each character of a byte-level BPE's tokens."""
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         return {character: byte for byte, character in bytes_to_unicode().items()}
@@ -127,7 +127,7 @@ def _as_helm_has_it(part: bytes) -> str:
 
 
 def _types(decoder: Any) -> Iterator[str]:
-    """Of a decoder and those that it is made of."""
+    """The types of a decoder and of its parts."""
     if isinstance(decoder, Mapping):
         yield str(decoder.get("type"))
         for each in decoder.get("decoders") or ():
@@ -136,10 +136,10 @@ def _types(decoder: Any) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class EarlierRule:
-    """Tells where the rule for special tokens before `PromptTokenizer` made other ids of a prompt.
+    """Finds prompts whose ids differ under the rule for special tokens before `PromptTokenizer`.
 
-    It took what the tokenizer makes of a text, less a BOS that the text spelled at its very beginning; templates and
-    what stands behind a text made no difference. Caches hold answers to such prompts.
+    It used the tokenizer's ids of a text, without a BOS that the text spelled at its very beginning, regardless of
+    templates and suffixes. Caches contain answers to such prompts.
     """
 
     beginnings: tuple[str, ...]
@@ -147,11 +147,11 @@ class EarlierRule:
     bos: str | None
     """The BOS, where that is all that the tokenizer puts before a text."""
     has_end: bool
-    """Whether the tokenizer puts something behind a text."""
+    """Whether the tokenizer adds something after a text."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int]) -> EarlierRule:
-        """That of a tokenizer which puts `prefix` before a text."""
+        """The rule of a tokenizer that puts `prefix` before a text."""
         own, whole = (tokenizer.encode("a", add_special_tokens=add) for add in (False, True))
         return cls(
             beginnings=tuple(str(tokenizer.decode([token])) for token in prefix),
@@ -169,10 +169,10 @@ class EarlierRule:
 
 @dataclass(frozen=True)
 class TokenizerDigests:
-    """Hex digests of what decides which ids a text becomes, and what text ids become; its name would not tell."""
+    """Hex digests of everything that decides the ids of texts and the text of ids; a tokenizer's name does not."""
 
     whole: str
-    """Of all that does."""
+    """The digest of all of it."""
     earlier: str
     """What earlier releases had in its place: without the settings that are no part of the tokenizer's own state."""
 
@@ -203,7 +203,7 @@ def tokenizer_digests(wrapped: WrappedPreTrainedTokenizer) -> TokenizerDigests:
 
 
 def _vocabulary_files(tokenizer: Any) -> list[tuple[str, str]]:
-    """Which files a tokenizer has, and a digest of each: of one in Python, they hold what its state lacks."""
+    """The files of a tokenizer, and a digest of each: those of a Python tokenizer contain what its state lacks."""
     named = [(name, getattr(tokenizer, name, None)) for name in sorted(getattr(tokenizer, "vocab_files_names", ()))]
     return [
         (name, hashlib.sha256(read_bytes(Path(file), CheckpointError, limit=_MOST_BYTES)).hexdigest())

@@ -1,4 +1,4 @@
-"""From HELM's requests to the engine's jobs, and to the keys of HELM's cache."""
+"""Translates HELM's requests to the engine's jobs, and to the keys of HELM's cache."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _NO_LIMIT = 1_000_000
 Key = dict[str, Any]
 
 SEEDS = "of completion i of a sampled request: 15 hex digits of sha256([what is asked, i]); the same in every process"
-"""How seeds come about, for records: nothing else decides them."""
+"""How seeds are derived, for records: nothing else affects them."""
 CLIENT = "flexgen_helm"
-"""Who made an entry of HELM's cache, in its key."""
+"""The name of the client in keys of HELM's cache."""
 
 
 class Translator:
     """Translates for one deployment; raises `EngineError` for requests that cannot be run.
 
-    `window` is the most positions the model takes (if None, what the tokenizer says), `pad_to` the length that the
-    policy pads prompts to, if any. `generation_config` is the checkpoint's: what it forbids a text is followed.
+    `window` is the maximum number of positions of the model (if None, the tokenizer's), `pad_to` the length to which
+    the policy pads prompts, if any. `generation_config` is the checkpoint's: its rules on texts are applied.
     `end_of_text_token` ends a completion also where the model spells it out in other tokens.
     """
 
@@ -79,7 +79,7 @@ class Translator:
             tokenizer_limit = limit if (limit := int(hf_tokenizer.model_max_length)) < _NO_LIMIT else None
             end_of_text_id = hf_tokenizer.get_vocab().get(end_of_text_token or "")
         self.window = window if window is not None else tokenizer_limit
-        """Most positions; None where nothing tells."""
+        """The maximum number of positions; None where nothing says it."""
         self._end_of_text: list[str | list[int]] = [] if end_of_text_id is None else [[int(end_of_text_id)]]
         if self._end_of_text_token:
             self._end_of_text.append(self._end_of_text_token)
@@ -104,9 +104,9 @@ class Translator:
 
     @cached_property
     def num_added(self) -> int:
-        """Tokens by which a prompt grows at most: those of its chat template, which HELM does not count in a window.
+        """The most tokens by which a prompt grows: those of its chat template, which HELM does not count in a window.
 
-        What the tokenizer puts before a prompt that goes through none is left out where there is no room for it.
+        The tokenizer's prefix of an unrendered prompt is left out where there is no space for it.
         """
         try:
             texts = [self.render(Request(prompt=text)) for text in _PROBES]
@@ -178,7 +178,7 @@ class Translator:
         return {**key, "tokenizer": self._digests.earlier}
 
     def _rule(self, request: Request, text: str) -> Thinking | None:
-        """Of the thinking that an answer begins with; prompts that are only scored have no answer."""
+        """The rule for the thinking at the beginning of an answer; prompts that are only scored have no answer."""
         if request.max_tokens == 0 or not (self._rendering.is_templated(request) or not self.applies_chat_template):
             return None
         return self._reasoner.rule(text)
@@ -216,7 +216,7 @@ class Translator:
         return ids
 
     def one_of_each(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The same numbers as objects that all prompts share: those of a suite hold millions of equal ones."""
+        """The same numbers as shared objects: those of a suite hold millions of equal ones."""
         return tuple(map(self._numbers.setdefault, ids, ids))
 
     def _check_length(self, ids: Sequence[int]) -> None:
@@ -289,5 +289,5 @@ class Translator:
 
 
 def _seed(asked: Key, index: int) -> int:
-    """Seed of completion `index`: the same in every process, whatever other completions are asked for."""
+    """The seed of completion `index`: the same in every process, whatever the other completions."""
     return int(sha256_of([asked, index])[:15], 16)

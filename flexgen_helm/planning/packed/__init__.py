@@ -1,4 +1,4 @@
-"""Packed checkpoints without a model's numbers: which tensors of which format a config tells of, and random codes.
+"""Packed checkpoints without weights: the tensors and formats that a config describes, and random codes.
 
 It imports no HELM.
 """

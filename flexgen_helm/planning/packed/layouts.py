@@ -1,4 +1,4 @@
-"""Which tensors stand for a model's matrices in a packed checkpoint, by what its config.json tells."""
+"""The tensors that represent a model's matrices in a packed checkpoint, by its config.json."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 _MERGED = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 Told = Mapping[str, Any]
 Forms = dict[str, PartForm]
-"""Of a matrix's parts, by what the format calls them."""
+"""The parts of a matrix, by their names in the format."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the matrices of one checkpoint are packed."""
+    """The packing of the matrices of one checkpoint."""
 
     parts: Callable[[torch.Size], Forms]
     """The parts of a matrix of this shape, or of experts `[experts, columns, rows]` where they are merged."""

@@ -1,4 +1,4 @@
-"""Random codes of packed matrices: every number is finite, and all of a matrix are of the size that is asked for."""
+"""Random codes of packed matrices: every number is finite, and all of a matrix have the requested magnitude."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def named_forms(layout: Layout, found: Mapping[str, Mapping[str, PartForm]]) -> 
 
 
 def _shards(forms: Mapping[str, PartForm]) -> list[dict[str, PartForm]]:
-    """As published checkpoints are cut, too: a file is mapped as a whole, which must not exceed a machine's memory."""
+    """Split into shards like published checkpoints: a file is mapped as a whole, which must not exceed the memory."""
     shards: list[dict[str, PartForm]] = [{}]
     size = 0
     for name, form in forms.items():

@@ -1,4 +1,4 @@
-"""HELM's part of a suite's runs: making requests and finishing runs, here or in processes beside the command's own.
+"""HELM's part of a suite's runs: making requests and finishing runs, in the command's process or in helper processes.
 
-Imports what the room does, and nothing else of it.
+It imports what the room imports, and nothing else of it.
 """

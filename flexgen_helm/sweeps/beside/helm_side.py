@@ -1,4 +1,4 @@
-"""HELM's side of a suite's runs: making a run's requests, and writing it when they are answered; here, or beside."""
+"""HELM's side of a suite's runs: making a run's requests, and writing its results, in this process or in a helper."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Made:
     """A run whose requests are made."""
 
     adapted: Any
-    """For `finish`, and for nobody else."""
+    """The adapted run, for `finish` only."""
     total: int
     """Requests."""
     entries: PackedEntries
-    """Of its requests."""
+    """The entries of its requests."""
 
 
 class HelmSide:
@@ -54,11 +54,11 @@ class HelmSide:
         self._runner = runner
 
     def problems(self, run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
-        """As `find_problems`."""
+        """See `find_problems`."""
         return find_problems(run_specs)
 
     def make(self, run_spec: RunSpec) -> Made:
-        """Make a run's requests; raises whatever the scenario does."""
+        """Make a run's requests; raises what the scenario raises."""
         runner = self._runner
         try:
             adapted = runner.adapt(run_spec)
@@ -78,10 +78,10 @@ class HelmSide:
         return Made(adapted=adapted, total=len(states), entries=entries)
 
     def finish(self, adapted: Adapted, outcomes: Sequence[Outcome], identity: Identity | None) -> None:
-        """Annotate, compute metrics and write all files of a run of our client; hold one that a model is to judge.
+        """Annotate, compute metrics and write all files of a run of our client; hold a run that a model is to judge.
 
-        Raises `NoRoom` when its directory cannot be written, `EngineElsewhere` when an engine was to be asked that
-        another process has, and whatever annotators and metrics do.
+        Raises `NoRoom` when its directory cannot be written, `EngineElsewhere` when an engine was needed that another
+        process has, and what annotators and metrics raise.
         """
         runner, state = self._runner, adapted.state
         states = state.request_states
@@ -115,15 +115,15 @@ def write(runner: TwoStepRunner, made: Adapted, state: ScenarioState) -> None:
 
 
 class HelmSideThere(HelmSide):
-    """The same in a process that helps another one: what that keeps for it crosses as few bytes."""
+    """The same in a helper process: data that the command's process keeps for it are packed into few bytes."""
 
     def make(self, run_spec: RunSpec) -> Made:
-        """As in the other process, but that `Made.adapted` is packed."""
+        """Like `HelmSide.make`, with `Made.adapted` packed."""
         made = super().make(run_spec)
         return Made(adapted=pack(made.adapted), total=made.total, entries=made.entries)
 
     def finish(self, adapted: bytes, outcomes: Sequence[Outcome], identity: Identity | None) -> None:  # type: ignore[override]
-        """As in the other process."""
+        """Like `HelmSide.finish`."""
         super().finish(unpack(adapted), outcomes, identity)
 
 
@@ -153,7 +153,7 @@ class Setting:
     environment: Environment = field(default_factory=environment)
     helms_output_path: str = field(default_factory=get_benchmark_output_path)
     registries: dict[str, Any] = field(default_factory=lambda: {name: each() for name, each in _REGISTRIES.items()})
-    """What HELM knows here, however it was told."""
+    """Everything that is registered with HELM in this process."""
 
     def open(self) -> HelmSideThere:
         """Make this process like the one that made the setting; what an engine would have to do is left to that one."""

@@ -1,4 +1,4 @@
-"""The judge's part of a suite: the runs that are held are made to what the judge is asked, and finished with it."""
+"""The judge's part of a suite: makes the requests to the judge for held runs, and finishes these with its verdicts."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from flexgen_helm.sweeps.beside.helm_side import Identity, Made, Outcome
 
 @dataclass(eq=False)
 class _ToJudge:
-    """A run whose answers are there, and what of them the judge is asked."""
+    """A run that is answered, and its requests to the judge."""
 
     held: Adapted
     annotating: Annotating
     requests: list[Request]
     refused: dict[str, RequestResult] = field(default_factory=dict)
-    """What cannot be asked, by `key_of`: a prompt that is longer than the judge's window, say."""
+    """Requests that cannot be run, by `key_of`: a prompt that is longer than the judge's window, say."""
 
 
 class JudgeSide:
-    """As `HelmSide`, for the judge; call all methods in the main thread."""
+    """Like `HelmSide`, for the judge; all methods must be called in the main thread."""
 
     def __init__(self, runner: TwoStepRunner, judge: Judge, client: FlexGenClient) -> None:
         """`client` is the judge's."""
         self.verdicts: dict[str, Verdicts] = {}
-        """Of each run that is finished, by its name."""
+        """The verdicts of each finished run, by its name."""
         self._runner = runner
         self._judge = judge
         self._client = client
@@ -96,7 +96,7 @@ class JudgeSide:
 
 
 def annotating(run_spec: RunSpec, judge: Judge, runner: TwoStepRunner) -> Annotating:
-    """The annotators of a run; raises whatever they do when they are made."""
+    """The annotators of a run; raises what they raise when they are created."""
     return Annotating(run_spec.annotators or (), judge, runner.annotator_executor.factory.get_annotator)
 
 

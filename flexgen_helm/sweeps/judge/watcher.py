@@ -1,4 +1,4 @@
-"""What is told of the judge's part of a suite."""
+"""Reports the progress of the judge's part of a suite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexgen_helm.sweeps.parts import Watcher
 
 
 class JudgeWatcher:
-    """The `Watcher` of the flow that has runs judged; what goes wrong is told to that of the suite."""
+    """The `Watcher` of the judge's flow; it passes problems on to the suite's watcher."""
 
     def __init__(self, suite: Watcher, diary: SweepDiary, judged: Callable[[str], None]) -> None:
         """`judged` is called with the name of each run that is judged and written."""
@@ -23,7 +23,7 @@ class JudgeWatcher:
         self._judged = judged
 
     def preparing(self, run_spec: RunSpec) -> None:
-        """What a run's judge is asked is about to be made."""
+        """The requests to a run's judge are about to be made."""
         self._diary.judging(run_spec)
 
     def prepared(self, run: PendingRun) -> None:
@@ -31,11 +31,11 @@ class JudgeWatcher:
         self._diary.counted(run)
 
     def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:
-        """What all that the judge is asked will take."""
+        """Predict all requests to the judge."""
         return self._suite.foresee(model, jobs)
 
     def begin(self, model: ModelSweep) -> None:
-        """The judge is about to be asked."""
+        """The judge's engine is about to get its first requests."""
         self._suite.begin(model)
 
     def answered(self, model: ModelSweep, answer: Answer) -> None:

@@ -234,7 +234,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no base model": (tell(base_model_name_or_path=None), ("names no base model", "base_model_name_or_path")),
     "a base model that is not there": (
         tell(base_model_name_or_path="./nowhere"),
-        ("names the base model './nowhere', which cannot be had", "does not exist", "write where it is"),
+        ("names the base model './nowhere', which cannot be found", "does not exist", "write where it is"),
     ),
     "an adapter as base model": (
         lambda lora: loras.edit(lora, base_model_name_or_path=str(lora)),

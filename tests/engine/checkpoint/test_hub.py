@@ -40,6 +40,8 @@ class Hub(ThreadingHTTPServer):
         """Files of revisions beside `main`, which `files` are."""
         self.broken: set[str] = set()
         """Names of files whose connection ends after half of the content."""
+        self.xet: set[str] = set()
+        """Names of files whose content is in a Xet storage, which this server is, too."""
         self.tokens: set[str | None] = set()
         """What requests have had as Authorization."""
         self.fetched: list[str] = []
@@ -69,8 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.broken = set()
             self.send(200, b"")
             return
-        self.server.tokens.add(self.headers["Authorization"])
         path = unquote(self.path.partition("?")[0])
+        if path.startswith(("/cas/", f"/api/models/{MODEL}/xet-read-token/")):
+            self.store(path)
+            return
+        self.server.tokens.add(self.headers["Authorization"])
         revisions = {"main": self.server.files, **self.server.others}
         commits = {_commit(name): files for name, files in revisions.items()}
         for name, files in {**revisions, **commits}.items():
@@ -80,13 +85,43 @@ class _Handler(BaseHTTPRequestHandler):
                 self.reply({"id": MODEL, "sha": sha, "siblings": [{"rfilename": each} for each in files]})
                 return
             if path == f"/api/models/{MODEL}/tree/{name}":
-                self.reply([{"type": "file", "path": n, "size": len(c), "oid": _oid(c)} for n, c in files.items()])
+                self.reply([self.listed(each, content) for each, content in files.items()])
                 return
             if path.startswith(resolve) and (asked := path.removeprefix(resolve)) in files:
                 self.give(asked, files[asked], sha)
                 return
         missing = "RevisionNotFound" if "/revision/" in path else "EntryNotFound"
         self.send(404, b"", {"X-Error-Code": missing})
+
+    def listed(self, name: str, content: bytes) -> dict[str, Any]:
+        entry = {"type": "file", "path": name, "size": len(content), "oid": _oid(content)}
+        if name not in self.server.xet:
+            return entry
+        large = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return {**entry, "lfs": large, "xetHash": hashlib.sha256(name.encode()).hexdigest()}
+
+    def store(self, path: str) -> None:
+        """The Xet storage: of a file of a hash, which chunks of which container; of that, bytes."""
+        url = f"{self.server.url}/cas"
+        stored = {hashlib.sha256(name.encode()).hexdigest(): name for name in self.server.xet}
+        kind, _, asked = path.removeprefix("/cas/").rpartition("/")
+        if "xet-read-token" in path:
+            token = {"Cas-Url": url, "Access-Token": "t", "Token-Expiration": str(2**32)}
+            self.send(200, b"{}", {f"X-Xet-{name}": value for name, value in token.items()})
+        elif kind == "v1/reconstructions" and asked in stored and stored[asked] not in self.server.broken:
+            content = self.server.files[stored[asked]]
+            both = {"start": 0, "end": 2}
+            where = {"url": f"{url}/container/{asked}", "url_range": {"start": 0, "end": len(_container(content)) - 1}}
+            term = {"hash": asked, "unpacked_length": len(content), "range": both}
+            info = {asked: [{"range": both, **where}]}
+            self.reply({"offset_into_first_range": 0, "terms": [term], "fetch_info": info})
+        elif kind == "container":
+            self.server.fetched.append(f"xet:{stored[asked]}")
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            packed = _container(self.server.files[stored[asked]])
+            self.send(206, packed[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(packed)}"})
+        else:
+            self.send(404, b"")
 
     def give(self, name: str, content: bytes, sha: str) -> None:
         if self.command == "GET":
@@ -107,6 +142,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content[:sent])
+
+
+def _container(content: bytes) -> bytes:
+    """Two chunks as Xet stores them: version, packed length, compression (none), length, bytes."""
+    half = len(content) // 2
+    sized = lambda part: bytes([0]) + len(part).to_bytes(3, "little")  # noqa: E731
+    return b"".join(2 * sized(part) + part for part in (content[:half], content[half:]))
 
 
 def _commit(revision: str) -> str:
@@ -314,7 +356,7 @@ def test_what_is_cached_runs_without_the_hub(kind: str, hub: Hub, tiny: dict[str
 def test_offline_without_a_cache_is_told(tmp_path: Path) -> None:
     status, line, seconds = ask("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
     assert status == 2
-    assert "nor in the local hub cache, and HF_HUB_OFFLINE" in line
+    assert f"nor in the local hub cache {tmp_path}/hub, and HF_HUB_OFFLINE keeps" in line
     assert seconds < 10
 
 
@@ -393,6 +435,21 @@ print(json.dumps([broken, offline, told()]))
     assert "HF_HUB_OFFLINE keeps it from being fetched" in offline
     assert whole == [content.decode() for content in shards.values()]
     assert hub.fetched.count(next(iter(SHARDS))) == 1
+
+
+def test_weights_in_a_xet_storage_come_by_the_hubs_own_client(hub: Hub, tmp_path: Path) -> None:
+    """And a storage that lacks them is told, as any other fault of a hub."""
+    pytest.importorskip("hf_xet", reason="hf_xet is not installed; huggingface_hub then fetches files whole")
+    hub.files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": bytes(range(256)) * 300}
+    hub.xet = hub.broken = {"model.safetensors"}
+    status, line, _ = ask(hub.url, tmp_path)
+    assert (status, "\n" in line) == (2, False), line
+    assert f"files of model '{MODEL}' cannot be fetched from the Xet storage of the hub {hub.url}" in line
+    hub.broken = set()
+    status, line, _ = ask(hub.url, tmp_path)
+    assert status == 0, line
+    assert (Path(line) / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+    assert hub.fetched == ["config.json", "xet:model.safetensors"]
 
 
 @pytest.mark.slow

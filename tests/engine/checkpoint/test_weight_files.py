@@ -231,7 +231,7 @@ def test_an_adapter_beside_a_model_is_not_applied_and_told(directory: Path, capl
     with caplog.at_level(logging.WARNING, logger="engine"):
         assert found(directory) == pytest.approx(expected, abs=1e-4)
     (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("engine")]
-    assert "adapter_config.json tells of is not applied" in told
+    assert "adapter_config.json describes is not applied" in told
 
 
 CODES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32, torch.bool]

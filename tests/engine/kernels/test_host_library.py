@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,17 @@ def test_numbers_of_other_dtypes_are_left_to_torch(other: int) -> None:
     query, key, value, *prefix = parts
     run = prompts.Run(borders=[0, 4], prefix=(prefix[0], prefix[1]))
     assert prompts.attend(query, key, value, [run], 0.25) is None
+
+
+def test_what_is_left_of_compilations_that_were_killed_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    folder = tmp_path / "flexgen-helm"
+    for name in ("compile-old", "compile-new"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "half.so").touch()
+    long_ago = time.time() - 3600
+    os.utime(folder / "compile-old", (long_ago, long_ago))
+    with pytest.raises(subprocess.CalledProcessError):
+        library.compiled("any", [Path(__file__)])
+    assert [each.name for each in folder.iterdir()] == ["compile-new"]

@@ -146,8 +146,8 @@ def test_stock_code_that_chooses_in_another_way_is_refused(build: Build, monkeyp
         return stock(self, *args, **kwargs).bool()
 
     for forward, words in (
-        (mixing, "chooses other keys for a row in other company"),
-        (by_the_last, "chooses keys of later tokens|chooses other keys for a row in other company"),
+        (mixing, "chooses other keys for a row in another batch"),
+        (by_the_last, "chooses keys of later tokens|chooses other keys for a row in another batch"),
         (one_twice, "does not choose 8 different keys"),
         (in_part, "leaves out keys where there are no more"),
         (as_a_mask, "another way than by their positions"),

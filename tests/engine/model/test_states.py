@@ -156,7 +156,7 @@ def test_stock_code_that_mixes_sequences_or_loses_states_is_refused(
         cache.layers[0].conv_states[0] = torch.zeros_like(cache.layers[0].conv_states[0])
         return found
 
-    for forward, words in ((mixing, "mixes sequences"), (losing, "something else of a token behind a state")):
+    for forward, words in ((mixing, "mixes sequences"), (losing, "something else for a token after a state")):
         monkeypatch.setattr(Lfm2ShortConv, "forward", forward)
         with pytest.raises(UnsupportedError, match=f"its Lfm2ShortConv.*{words}"):
             CausalModel(build("lfm2"), torch.float32, CPU)

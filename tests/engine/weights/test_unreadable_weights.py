@@ -55,7 +55,7 @@ def test_a_network_drive_that_went_away_is_told(tmp_path: Path, monkeypatch: pyt
         list(run_steps([Step(lambda: None, [tensor], (FileSpan(file, 0, SIZE),))], no_work))
     assert str(told.value) == (
         f"{file} cannot be read any more: Stale file handle; start again when it can, and copy the model to a disk of "
-        "this machine if it lies on a network drive that fails"
+        "this machine if it is on a network drive that fails"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from inspect_ai.util import JSONSchema
 
 import flexgen_helm.inspect_adapter  # noqa: F401 - the entry point of an installed package
 from engine import Completion, Job
-from engine.errors import ConfigError, JobError
+from engine.errors import ConfigError, EngineError, JobError
 from engine.thinking import Tags, Thinking
 from flexgen_helm.adapters.inspect_provider import FlexGenAPI
 
@@ -37,8 +38,13 @@ GREEDY = GenerateConfig(temperature=0.0, logprobs=True, top_logprobs=1, max_conn
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With rules in its generation_config.json, which the `hf` provider follows at any temperature."""
     made = tmp_path_factory.mktemp("models") / "llama"
-    return tiny_models.save_tiny_model(made, tiny_models.random_llama, chat_template=TEMPLATE)
+    tiny_models.save_tiny_model(made, tiny_models.random_llama, chat_template=TEMPLATE)
+    file = made / "generation_config.json"
+    rules = {"repetition_penalty": 1.3, "suppress_tokens": [200, 201], "top_p": 0.8, "top_k": 7, "temperature": 0.6}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **rules, "do_sample": True}))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +76,7 @@ def tasks() -> list[Task]:
         Task(MemoryDataset(many, name="mmlu"), solver=multiple_choice(), scorer=choice(), name="mmlu_like"),
         Task(
             MemoryDataset([Sample(input=f"{text} Think step by step.", target="4") for text in questions]),
-            solver=[system_message("Solve the problem."), generate(stop_seqs=["\n\n", "ra"])],
+            solver=[system_message("Examples.\n\n1 + 1?\nANSWER: 2"), generate(stop_seqs=["\n\n", "ra"])],
             scorer=match(numeric=True),
             name="gsm8k_like",
         ),
@@ -108,11 +114,14 @@ def test_texts_logprobs_and_scores_are_those_of_hf(ours: Model, theirs: Model, t
             assert text == whole[: min(cuts, default=len(whole))]  # their text ends with the stop, ours before it
             ((score,), (other_score,)) = (each.output.choices for each in (sample, theirs_))
             assert score.logprobs is not None
-            logprobs = [each.logprob for each in score.logprobs.content]
-            assert logprobs == pytest.approx(
-                [each.logprob for each in other_score.logprobs.content[: len(logprobs)]], abs=1e-4
+            likeliest = [each.top_logprobs[0].logprob for each in score.logprobs.content]
+            # Theirs tell the likeliest token's in place of the token's own, where rules have chosen another.
+            assert likeliest == pytest.approx(
+                [each.logprob for each in other_score.logprobs.content[: len(likeliest)]], abs=1e-4
             )
-            assert [each.top_logprobs[0].logprob for each in score.logprobs.content] == logprobs
+            for each in score.logprobs.content:
+                top = each.top_logprobs[0]
+                assert each.logprob == top.logprob if each.token == top.token else each.logprob <= top.logprob
         assert {name: s.value for name, s in (log.samples[0].scores or {}).items()} == {
             name: s.value for name, s in (other.samples[0].scores or {}).items()
         }
@@ -140,6 +149,51 @@ def test_samples_that_come_together_are_one_call_of_the_engine(
         assert logs[0].status == "success"
     assert sum(calls) == 12
     assert len(calls) <= 3
+
+
+def test_an_interrupted_set_goes_on_where_it_was(ours: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered before the engine failed is not asked again, and in the end every sample is scored."""
+    api: Any = ours.api
+    asked: list[int] = []
+    astream = api.engine.astream
+
+    async def failing(jobs: list[Job]) -> Any:
+        asked.append(len(jobs))
+        async for index, done in astream(jobs):
+            if index < 8:
+                yield index, done
+        for index in range(8, len(jobs)):
+            yield index, Completion(error=EngineError("the machine went away"))
+
+    data = MemoryDataset([Sample(id=number, input=f"question {number}", target="x") for number in range(12)])
+    task = Task(data, solver=generate(), scorer=includes(), name="interrupted")
+    options: dict[str, Any] = {"display": "none", "log_dir": str(tmp_path / "logs"), "max_tokens": 3}
+    monkeypatch.setattr(api.engine, "astream", failing)
+    done, _ = eval_set(task, model=ours, retry_attempts=0, **options)
+    assert not done
+    assert asked == [12]
+
+    def counting(jobs: list[Job]) -> Any:
+        asked.append(len(jobs))
+        return astream(jobs)
+
+    monkeypatch.setattr(api.engine, "astream", counting)
+    done, logs = eval_set(task, model=ours, **options)
+    assert done
+    assert 4 <= sum(asked[1:]) < 12
+    assert logs[0].results is not None
+    assert logs[0].results.completed_samples == 12
+
+
+def test_sampling_is_that_of_generate_where_nobody_says(ours: Model, theirs: Model) -> None:
+    api: Any = ours.api
+    expected, _ = theirs.api.model._prepare_generation_config(None, do_sample=True)  # type: ignore[attr-defined]
+    (job,) = api._jobs([1, 2], "", GenerateConfig(), 4)
+    found = job.sampling
+    assert (found.temperature, found.top_k, found.top_p) == (expected.temperature, expected.top_k, expected.top_p)
+    (job,) = api._jobs([1, 2], "", GenerateConfig(temperature=0.9, top_k=3, top_p=0.5, seed=4), 4)
+    found = job.sampling
+    assert (found.temperature, found.top_k, found.top_p, found.seed) == (0.9, 3, 0.5, 4)
 
 
 def of(api: FlexGenAPI, text: str, tools: list[ToolInfo], rule: Thinking | None = None) -> Any:

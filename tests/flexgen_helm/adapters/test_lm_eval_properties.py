@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,7 @@ GENERATION = {
 """As a published checkpoint's generation_config.json has it."""
 Pair = tuple[FlexGenLM, HFLM]
 _AS_FOUND = (Phase.explicit, Phase.generate)  # a shorter example would take minutes to find
-_few = settings(max_examples=3, deadline=None, derandomize=True, phases=_AS_FOUND)
+_few = settings(max_examples=2, deadline=None, derandomize=True, phases=_AS_FOUND)
 _many = settings(max_examples=60, deadline=None, phases=_AS_FOUND)
 
 
@@ -138,6 +140,15 @@ def test_settings_that_are_not_carried_out_are_refused(tmp_path: Path) -> None:
         odd.sampled({})
     with pytest.raises(UnsupportedError, match=r"asks for num_beams 4, which is not supported"):
         odd.applied(None, (1,), 1)  # type: ignore[arg-type]
+
+
+def test_the_harness_by_itself_looks_for_no_models_of_others() -> None:
+    """As docs/harnesses.md says: where this fails, an entry point would do what `flexgen-helm lm-eval` does."""
+    code = (
+        "import lm_eval.models; from lm_eval.api.registry import model_registry as r; print('hf' in r, 'flexgen' in r)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
 
 
 REFUSED = {

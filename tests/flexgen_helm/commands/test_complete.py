@@ -1,4 +1,4 @@
-"""Protects: `flexgen-helm complete` answers every prompt once, as the engine does, and goes on where it was."""
+"""Protects: `flexgen-helm complete` answers every prompt once, as the engine does, and continues where it stopped."""
 
 from __future__ import annotations
 

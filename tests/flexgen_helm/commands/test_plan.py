@@ -427,8 +427,8 @@ def test_bad_input(arguments: list[str], message: str, profile_file: str, capsys
 SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "a family that is no text": ({"model_type": 2.5}, "config.json: model_type is 2.5; a text is expected there"),
     "a family that there is not": ({"model_type": "none"}, "is no causal language model"),
-    "a field of another kind": ({"layer_norm_epsilon": "x"}, "config.json cannot be meant: transformers says"),
-    "positions as a text": ({"n_positions": "../x"}, "config.json cannot be meant: transformers says"),
+    "a field of another kind": ({"layer_norm_epsilon": "x"}, "config.json is invalid: transformers says"),
+    "positions as a text": ({"n_positions": "../x"}, "config.json is invalid: transformers says"),
     "heads that do not divide": ({"n_head": 7}, "transformers cannot build this model from its config.json"),
     "absurd layers": ({"n_layer": 10**12}, "config.json: n_layer is 1000000000000; at most 10,000"),
 }

@@ -394,7 +394,7 @@ def test_a_wrong_deployment_is_refused_when_the_client_is_made(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ('{"cache_implementation": "none such"}', "generation_config.json cannot be meant"),
+        ('{"cache_implementation": "none such"}', "generation_config.json is invalid"),
         ('["a"]', "generation_config.json"),
         ('{"repetition_penalty": "much"}', "generation_config.json says {'repetition_penalty': 'much'}"),
         ('{"suppress_tokens": 5}', "generation_config.json"),

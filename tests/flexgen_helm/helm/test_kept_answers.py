@@ -71,7 +71,7 @@ def test_changed_weights_are_asked_again_once_and_both_digests_are_told(
     found, (told,), _ = run(make_client, model)
     after = make_client(model=model)._served.identity["weights"]
     assert found == 0
-    assert f"asked again, once, because of other weights (sha256 {before[:12]} then, {after[:12]} now)" in told
+    assert f"computed again, once, because of other weights (sha256 {before[:12]} then, {after[:12]} now)" in told
     assert run(make_client, model)[:2] == (3, [])
     change_last_row(model)  # as they were
     assert run(make_client, model)[:2] == (3, [])
@@ -216,7 +216,7 @@ def test_answers_of_an_earlier_release_that_may_be_of_something_else_are_asked_a
         set_asked_at(tmp_path / "cache.sqlite", time.time() - 120)  # the change came after the answers
     found, (told,), _ = run(make_client, model)
     assert found == 0
-    assert "requests that an earlier release answered are asked again, once" in told
+    assert "requests that an earlier release answered are computed again, once" in told
     assert run(make_client, model)[:2] == (3, [])
 
 

@@ -49,7 +49,8 @@ def test_each_percent_has_the_time_of_its_fastest_policy(found: list[Estimate]) 
 
 def test_the_room_is_that_of_the_chosen_kind(found: list[Estimate]) -> None:
     best = found[0]
-    other = replace(best, policy=replace(best.policy, compress_weight=4), weights={**best.weights, "host": 1})
+    policy = replace(best.policy, compress_weight=4)
+    other = replace(found[-1], policy=policy, weights={**best.weights, "host": 1}, between_s=-found[-1].seconds)
     rooms = rooms_of([*found, other], best)
     assert list(rooms) == ["device", "host"]  # nothing is on disk
     for tier, (weights, held) in rooms.items():

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import loras
@@ -18,6 +19,7 @@ import yaml
 from ggufs import save_gguf
 from helm.benchmark import model_deployment_registry, model_metadata_registry, tokenizer_config_registry
 from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec
+from helm.common.cache import BlackHoleCacheConfig
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ from hypothesis import strategies as st
 from engine import Policy
 from engine.checkpoint.adapters.located import locate
 from engine.errors import CheckpointError, ConfigError, UnsupportedError
+from flexgen_helm.client import FlexGenClient
 from flexgen_helm.runs import registration, yaml_lists
 from flexgen_helm.runs.models import Models, refuse_code_of_tokenizer
 from flexgen_helm.runs.registration import Entries, entries_for, merge_into_local_path, register_in_process
@@ -100,6 +103,8 @@ def test_a_deployment_may_name_its_revision_as_those_of_helm_do(entries: Entries
     args = {"pretrained_model_name_or_path": "org/tiny", "revision": "v2"}
     spec = replace(entries.deployment.client_spec, args=args)
     assert registration.source_of(replace(entries.deployment, client_spec=spec)) == "org/tiny@v2"
+    tokenizer: Any = SimpleNamespace(get_wrapped_tokenizer=None)
+    assert FlexGenClient(BlackHoleCacheConfig(), tokenizer, **args)._model == "org/tiny@v2"
     odd = replace(spec, args={**args, "pretrained_model_name_or_path": "org/tiny@v1"})
     with pytest.raises(ConfigError, match="revision 'v2': model 'org/tiny@v1' names revision 'v1' itself"):
         registration.source_of(replace(entries.deployment, client_spec=odd))

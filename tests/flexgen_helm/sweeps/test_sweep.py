@@ -451,7 +451,7 @@ def test_a_sweep_stopped_by_hand_keeps_the_sweep_under_way(
     with monkeypatch.context() as patched:
         patched.setattr(SweepRunner, "finish", interrupted)
         assert cli(*command) == 130
-    assert "goes on from there" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
     assert cli(*command) == 0
     model = record_of("stopped").models[0]
     assert model.cached >= 2
@@ -480,7 +480,7 @@ def test_a_command_whose_time_is_up_keeps_the_pass_at_hand_and_goes_on(
              "--num-gpu-batches", 1)  # fmt: skip
     assert cli(command, *flags, "--stop-before", "23:30") == 75
     (line,) = error_lines(capsys)
-    assert "not finished, its time was up; answers so far are kept, the same command goes on from there" in line
+    assert "not finished, its time was up; answers so far are kept, run the same command to continue" in line
     assert told
     assert told[0] > 0
     first = sum(asked)

@@ -1,4 +1,4 @@
-"""Protects: a sweep that is killed at any moment goes on where it was, and ends as if nothing had happened."""
+"""Protects: a sweep that is killed at any moment continues where it stopped, and ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_terminated_sweep_ends_as_an_interrupted_one(tiny_llama: Path, helm_da
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
     assert said.splitlines()[-1] == (
-        "flexgen-helm: error: terminated; answers so far are kept, the same command goes on from there"
+        "flexgen-helm: error: terminated; answers so far are kept, run the same command to continue"
     )
     assert "Traceback" not in said
     assert list((sweep.folder / "offload").iterdir()) == []

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from screens import screen
 
 from engine.errors import ConfigError, EngineError, JobError
 from engine.schedule.timing import SweepTiming
@@ -19,11 +20,13 @@ from flexgen_helm.planning.environment import Hardware
 from flexgen_helm.sweeps import log as sweep_log
 from flexgen_helm.sweeps import progress as sweep_progress
 from flexgen_helm.sweeps import tally as sweep_tally
+from flexgen_helm.sweeps.device_time import DeviceTime
 from flexgen_helm.sweeps.log import JsonLog, suite_log
 from flexgen_helm.sweeps.progress import Standing, SweepProgress
 from flexgen_helm.sweeps.record import ModelRecord, RunRecord, SweepRecord, TimeSplit
 from flexgen_helm.sweeps.summary import MOST_FAILURES, MOST_ROWS, summary
 from flexgen_helm.sweeps.tally import Tally
+from flexgen_helm.terminal.live import Row
 
 
 class Terminal(io.StringIO):
@@ -37,23 +40,28 @@ def standing() -> Standing:
 
 
 def test_a_line_tells_where_the_suite_is(tmp_path: Path) -> None:
-    progress = SweepProgress(standing(), JsonLog(None), lambda: (20.0, 3000.0, 0.85), io.StringIO())
+    progress = SweepProgress(standing(), JsonLog(None), lambda: (20.0, 3000.0, 0.85), tuple, io.StringIO())
     assert progress.line() == ("runs 3/57, flexgen/m, requests 250/1000, 150 tokens/s, 85% of the limit, 1:00 left")
-    before = SweepProgress(Standing(57), JsonLog(None), lambda: (0.0, 0.0, None), io.StringIO())
+    before = SweepProgress(Standing(57), JsonLog(None), lambda: (0.0, 0.0, None), tuple, io.StringIO())
     loading = Standing(57, doing="flexgen/m", is_loading=True)
     for seconds, told in ((0.0, "runs 0/57, loading flexgen/m"), (1.0, "runs 0/57, flexgen/m")):
-        assert SweepProgress(loading, JsonLog(None), lambda s=seconds: (s, 0.0, None), io.StringIO()).line() == told
+        assert (
+            SweepProgress(loading, JsonLog(None), lambda s=seconds: (s, 0.0, None), tuple, io.StringIO()).line() == told
+        )
     assert before.line() == "runs 0/57, starting"
 
 
-@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["plain", "terminal"])
-def test_progress_shows_itself_and_tells_machines(
-    stream: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["plain", "dumb", "xterm"])
+def test_progress_shows_itself_and_tells_machines(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO() if kind == "plain" else Terminal()
+    monkeypatch.setenv("TERM", kind)
     monkeypatch.setattr(sweep_progress, "PLAIN_INTERVAL_S", 0.01)
     monkeypatch.setattr(sweep_progress, "TERMINAL_INTERVAL_S", 0.01)
     log = tmp_path / "log.jsonl"
-    with JsonLog(str(log)) as json_log, SweepProgress(standing(), json_log, lambda: (20.0, 3000.0, None), stream) as it:
+    with (
+        JsonLog(str(log)) as json_log,
+        SweepProgress(standing(), json_log, lambda: (20.0, 3000.0, None), tuple, stream) as it,
+    ):
         while not log.read_text():
             pass
         it.say("run 4/57 b: done")
@@ -64,9 +72,36 @@ def test_progress_shows_itself_and_tells_machines(
         "tokens_per_s": 150.0, "fraction_of_limit": None, "left_s": 60.0, "active": {"a": [1, 4]},
     }  # fmt: skip
     written = stream.getvalue()
-    assert "runs 3/57, flexgen/m" in written
+    assert ("runs 3/57, flexgen/m" in written) == (kind != "xterm")
     assert ("run 4/57 b: done\n" in written) == stream.isatty()
-    assert written.endswith("\n") or written.endswith("\r")  # what comes next begins a line
+    if kind == "xterm":
+        (ended,) = screen(written)
+        assert ended == "run 4/57 b: done"
+    else:
+        assert written.endswith("\n") or written.endswith("\r")  # what comes next begins a line
+
+
+def test_rows_tell_where_the_suite_is() -> None:
+    now = standing()
+    now.suite, now.active = (
+        "s",
+        {f"mmlu:subject={name},model=m": (done, 9) for name, done in {"a": 4, "b": 8, "c": 0, "d": 6}.items()},
+    )
+    devices = (DeviceTime(device="cuda:0", sweeps=2, computing=6.0, link=3.0, helm=1.0),)
+    progress = SweepProgress(now, JsonLog(None), lambda: (20.0, 3000.0, 0.85), lambda: devices, io.StringIO())
+    assert progress.rows() == [
+        Row("suite", "s"),
+        Row("now", "flexgen/m"),
+        Row("runs", "3/57", 3 / 57),
+        Row("requests", "250/1000", 0.25),
+        Row("speed", "150 tokens/s, 85% of the limit, 1:00 left"),
+        Row("device", "cuda:0 computing 60%, link 30%, HELM 10%"),
+        Row("run", "mmlu:subject=b 8/9"),
+        Row("run", "mmlu:subject=d 6/9"),
+        Row("run", "mmlu:subject=a 4/9"),
+    ]
+    begun = SweepProgress(Standing(57, "s"), JsonLog(None), lambda: (0.0, 0.0, None), tuple, io.StringIO())
+    assert begun.rows() == [Row("suite", "s"), Row("now", "starting"), Row("runs", "0/57", 0.0)]
 
 
 def test_logs_are_appended_and_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,17 @@
+"""The program of an engine's process in the process group of the command that started it, as without warm forks."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import slow_worker
+from faulty_command import limit_memory
+
+
+def main(line: int) -> None:
+    """As `engine.worker.main`."""
+    limit_memory()
+    with suppress(OSError):  # the command has ended meanwhile
+        os.setpgid(0, os.getpgid(os.getppid()))
+    slow_worker.main(line)
