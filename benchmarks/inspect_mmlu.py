@@ -4,8 +4,8 @@
 
 DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021). Runs in an environment that has
 inspect_ai (tests/README.md). Every contender is a process of its own; what is timed is `eval()`, without the loading of
-the model and one sample, which come before it. `hf` computes as many samples at once as `--batch-sizes` says, and the fastest counts.
-Prints the ratio, and how many answers agree.
+the model and one sample, which come before it. `hf` computes as many samples at once as `--batch-sizes` says, and the
+fastest counts. Prints the ratio, and how many answers agree.
 """
 
 from __future__ import annotations
