@@ -92,7 +92,7 @@ def draw_timeline(record: dict[str, Any], path: Path, first_ms: float, last_ms: 
 
 def _gb(memory: str) -> str:
     """A policy's memory limit, which is kept in kB, for a reader."""
-    from engine.policy import parse_bytes
+    from engine.reading import parse_bytes
 
     return f"{parse_bytes(memory, 'gpu-memory') / 1e9:g} GB"
 

@@ -102,7 +102,7 @@ def _by_size(steps: list[SweepTiming]) -> dict[int, list[float]]:
 
 def without_drafts(engine: Engine) -> None:
     """Let an engine draft nothing."""
-    scheduler = engine.parts.scheduler
+    scheduler = engine.parts.lanes[0].scheduler
     scheduler.limits = replace(scheduler.limits, free_rows=0)
 
 

@@ -20,9 +20,9 @@ from engine.hosts.host import Host, Loss
 from engine.hosts.messages import Alive, HostOpened, HostSwept, HostTells, Leaving, Opening, Vouched
 from engine.job import Job
 from engine.schedule.timing import SweepTiming
+from engine.workers.handing_out.sharing_out import Room
 from engine.workers.messages import Done, Entered
 from engine.workers.packing import PackedCompletions, PackedJobs
-from engine.workers.sharing_out import Room
 from flexgen_helm.helm.requests.asked import Work
 
 TOKENS_S = 500

@@ -77,7 +77,7 @@ def write_draft(shape: str, folder: Path) -> None:
 @contextmanager
 def forced(engine: Engine) -> Iterator[None]:
     """Inside, each step's first `FORCED` choices agree with what was drafted, and no more, whatever the logits say."""
-    executor = engine.parts.executor
+    executor = engine.parts.lanes[0].executor
     sweep, vocabulary = executor.sweep, engine.parts.model.vocab_size
 
     def agreeing(batches: list[list[Segment]]) -> list[Answer]:
@@ -140,7 +140,7 @@ def loads_of(engine: Engine, load: Workload) -> list[Workload]:
     assert draft is not None
     held = [
         room.budgets["device"] // (load.kept * room.row_bytes["device"])
-        for room in (draft.cache.room, engine.parts.cache.room)
+        for room in (draft.cache.room, engine.parts.lanes[0].cache.room)
     ]
     return [replace(load, num_jobs=max(1, min(load.num_jobs, held[0], count))) for count in held]
 

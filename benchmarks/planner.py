@@ -21,7 +21,8 @@ from engine.errors import EngineError
 from engine.memory import accelerator
 from engine.planning.hardware import available_memory, resolve_device
 from engine.planning.hardware_profile import HardwareProfile
-from engine.policy import Policy, parse_bytes
+from engine.policy import Policy
+from engine.reading import parse_bytes
 from flexgen_helm.commands.bench import timed
 from flexgen_helm.planning.dummy import open_dummy, shape_model
 from flexgen_helm.planning.estimate import Estimate

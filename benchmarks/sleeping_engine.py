@@ -13,7 +13,7 @@ from engine.hosts.serving import Running
 from engine.job import Completion, Job
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
-from engine.workers.sharing_out import Room
+from engine.workers.handing_out.sharing_out import Room
 from flexgen_helm.workers.cluster.versions import versions
 
 ROWS, JOBS = 4096, 64

@@ -15,14 +15,17 @@ from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.cores import usable_cores
 from engine.memory.tiers import Tier
-from engine.opening import Fill, Parts, explained, fill_from, open_parts
+from engine.opening import Parts, explained, open_parts
 from engine.planning.devices import Device, devices_of, stands_for_several
 from engine.policy import Policy
 from engine.schedule.sequence import Sequence as Scheduled
 from engine.schedule.timing import SweepTiming
+from engine.stages.following import Following
 from engine.sweep_loop import SweepLoop
 from engine.verification.layerwise import Driven, Findings, LayerwiseComparison
 from engine.verification.text import Text
+from engine.weights.encoded.filling import Fill, fill_from
+from engine.weights.members.loader import Loader
 
 
 class Engine(Front):
@@ -40,7 +43,17 @@ class Engine(Front):
         self.plan = parts.plan
         self.observer: Callable[[SweepTiming], None] | None = None
         """Called in the engine's thread after each sweep, before its completions are delivered; it must be fast."""
-        self._loop = SweepLoop(parts, self._observe)
+        loader = Loader(
+            parts.loading,
+            [parts.weights, *([] if parts.draft is None else [parts.draft.weights])],
+            parts.arena.device,
+            lambda error: explained(error, parts.policy),
+        )
+        self._loop: SweepLoop | Following = (
+            SweepLoop(parts, loader, self._observe)
+            if parts.line is None or parts.line.member.leads
+            else Following(parts.line, parts.lanes, loader, parts.weights.check_source)
+        )
 
     @classmethod
     def from_pretrained(
@@ -62,12 +75,13 @@ class Engine(Front):
         the model; its weights are read while the first jobs run.
         """
         policy = Policy.load(policy)
-        if member is None and len(_devices(policy)) > 1:
+        if member is None and (policy.stages > 1 or len(_devices(policy)) > 1):
             from engine.workers.remote_engine import RemoteEngine
 
             return cast("Engine", RemoteEngine(model, policy, window=window))
         description = with_window(describe(model), window)
-        return cls.open(description, policy, fill_from(description, policy), member)
+        with_digest = member is None or member.index == 0  # of several, one reads all files
+        return cls.open(description, policy, fill_from(description, policy, with_digest=with_digest), member)
 
     @classmethod
     def open(cls, description: ModelDescription, policy: Policy, fill: Fill, member: Member | None = None) -> Engine:
@@ -81,7 +95,23 @@ class Engine(Front):
                 f"device [{', '.join(policy.device)}]: one process computes on one device; name one, or open the model "
                 "with Engine.from_pretrained"
             )
+        if policy.stages > 1 and (member is None or not member.stages):
+            raise ConfigError(
+                f"stages {policy.stages}: one process has one stage of a model; open it with Engine.from_pretrained"
+            )
         return cls(open_parts(description, policy, fill, member))
+
+    def follow(self) -> None:
+        """Compute what the stage that leads tells, where this engine is another one, until that ends.
+
+        To be called once, in a thread that does nothing else. Raises what goes wrong.
+        """
+        assert isinstance(self._loop, Following)
+        try:
+            accelerator.make_current(self.parts.arena.device)
+            self._loop.run()
+        except BaseException as error:
+            raise explained(error, self.policy) from error
 
     @property
     def window(self) -> int | None:
@@ -119,6 +149,10 @@ class Engine(Front):
         finished and of all stages. Other jobs wait until this returns. Raises `JobError` for a job that this model
         cannot run, and otherwise what `LayerwiseComparison.run` raises.
         """
+        if self.parts.line is not None:
+            raise UnsupportedError(
+                "comparing with stock layers needs all of them in one process, and this one has a stage: set stages: 1"
+            )
         if (group := self.parts.group) is not None:
             raise UnsupportedError(
                 f"each of {group.count} engines has a part of the weights (gather-weights), and they compute together "
@@ -131,17 +165,18 @@ class Engine(Front):
                 raise JobError(f"a job that failed has nothing to compare: {completion.error}")
             texts.append(Text.of(job, completion))
         with self._loop.lend() as parts:
+            lane = parts.lanes[0]
             try:
                 return LayerwiseComparison(
                     Driven(
                         model=parts.model,
                         weights=parts.weights,
                         stream=parts.stream,
-                        cache=parts.cache,
-                        states=parts.states,
-                        room=parts.room,
+                        cache=lane.cache,
+                        states=lane.states,
+                        room=lane.room,
                         plan=parts.plan,
-                        limits=parts.executor.limits,
+                        limits=lane.executor.limits,
                         share_prefix=parts.policy.share_prefix,
                         window=parts.window,
                         checkpoint=None if parts.weights.source is None else parts.path,
@@ -152,8 +187,8 @@ class Engine(Front):
 
     @property
     def num_sweeps(self) -> int:
-        """The number of passes over the weights so far."""
-        return self.parts.executor.num_sweeps
+        """Passes over the weights so far."""
+        return sum(lane.executor.num_sweeps for lane in self.parts.lanes)
 
     def placed_bytes(self) -> dict[Tier, int]:
         """The bytes held on each tier now: weights, device buffers and staging, KV cache, activations off the device.

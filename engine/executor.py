@@ -23,6 +23,7 @@ from engine.planning.limits import WAITING_BATCHES, Limits
 from engine.sampling import choose
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
+from engine.stages.line import StageLine
 from engine.weights.stream import WeightStream
 
 
@@ -68,8 +69,12 @@ class Executor:
         states: StateCache,
         hidden: HiddenStates,
         limits: Limits,
+        line: StageLine | None = None,
+        lane: int = 0,
     ) -> None:
+        """line: to the other stages, where the model's layers are here in part. lane: whose sweeps these are."""
         self._model = model
+        self._line, self._lane = line, lane
         self.limits = limits
         """How micro-batches are put together; the scheduler's."""
         self._weights = weights
@@ -100,8 +105,11 @@ class Executor:
 
     @torch.no_grad()
     def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
-        """Compute every segment and answer what its span asks for, in the order of the rows; changes no span."""
-        model, weights, cache, hidden = self._model, self._weights, self._cache, self._hidden
+        """Compute every segment and answer what its span asks for, in the order of the rows; changes no span.
+
+        Where the last layers are elsewhere, their hidden states are handed on, and nothing is answered.
+        """
+        model, weights, cache, hidden, line = self._model, self._weights, self._cache, self._hidden, self._line
         micro = [self._micro_batch(segments) for segments in batches]
         by_layers = [index for index, batch in enumerate(micro) if not isinstance(batch, StepBatch)]
         hidden.begin(micro)
@@ -110,19 +118,28 @@ class Executor:
         def through(layer: int, index: int) -> None:
             """Take a micro-batch through a layer."""
             batch = micro[index]
-            if layer == 0:  # not before: the host looks up embeddings while the device is at the first layer
+            if (
+                layer == model.held.start
+            ):  # not before: the host looks up embeddings while the device is at the first layer
                 weights.look_up(batch.ids)
                 if index + 1 < len(micro):
                     weights.look_up_ahead(micro[index + 1].ids)
                 with model.sweeping.arithmetic:
                     states, calls[index] = model.record(batch.inputs())
+                if line is not None and layer > 0:
+                    states = line.take(index)
             else:
                 states = hidden.take(index)
             model.sweeping.batch = batch
             with model.sweeping.around_layer():
                 states = model.layer(layer, states, calls[index][layer])
-            hidden.put(index, states)
+            if line is not None and layer == model.held.stop - 1 and not model.has_head:
+                line.hand_on(index, states)
+            else:
+                hidden.put(index, states)
 
+        if line is not None:
+            line.begin(self._lane, [batch.num_rows for batch in micro])
         model.sweeping.cache, model.sweeping.states = cache, self._states
         cache.stage_ahead(micro)
         self._states.stage_ahead(micro)
@@ -131,15 +148,17 @@ class Executor:
                 weights.look_up(batch.ids)
                 hidden.put(index, self.steps.run(batch))
         # A member of a group that has nothing to compute brings its part of each layer for the others.
-        for layer in range(len(model.layers)) if by_layers or not micro else ():
-            weights.acquire(layer)
+        for step, layer in enumerate(model.held) if by_layers or not micro else ():
+            weights.acquire(step)
             model.sweeping.layer = layer
-            for together in self._together(layer, [micro[index].num_rows for index in by_layers]):
+            for together in self._together(step, [micro[index].num_rows for index in by_layers]):
                 self._joint.run([partial(through, layer, by_layers[number]) for number in together])
-            weights.release(layer)
-        weights.acquire(len(model.layers))
-        answers = self._answer(batches)
-        weights.release(len(model.layers))
+            weights.release(step)
+        answers: list[Answer] = []
+        if model.has_head:
+            weights.acquire(len(model.held))
+            answers = self._answer(batches)
+            weights.release(len(model.held))
         self.num_sweeps += 1
         return answers
 
@@ -150,9 +169,9 @@ class Executor:
         steps = self.steps.take(segments) if self.num_sweeps else None  # not before all weights have come
         return steps or MicroBatch(segments, model.device, self.limits)
 
-    def _together(self, layer: int, num_rows: list[int]) -> list[list[int]]:
+    def _together(self, step: int, num_rows: list[int]) -> list[list[int]]:
         """Micro-batches, of so many rows each, that wait for each other where a layer computes experts: neighbours."""
-        most = self.limits.waiting_rows if self._weights.expands_experts(layer) else 0
+        most = self.limits.waiting_rows if self._weights.expands_experts(step) else 0
         found: list[list[int]] = []
         rows = 0
         for index, added in enumerate(num_rows):

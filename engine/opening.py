@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from engine.cache.encodable import check_encodable
 from engine.cache.hidden import HiddenStates
 from engine.cache.joint_room import JointRoom
-from engine.cache.key_value import KVCache, unencodable_layer
+from engine.cache.key_value import KVCache
 from engine.cache.state import StateCache
 from engine.checkpoint.description import ModelDescription
 from engine.checkpoint.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from engine.drafting.opened import DraftModel, OpenedDraft, open_draft
 from engine.errors import CapacityError, EngineError, UnsupportedError, named, one_line
 from engine.executor import Executor
-from engine.kernels.codec import GROUP, codec_of
+from engine.kernels.codec import codec_of
 from engine.kernels.threads import limit_threads, one_thread
 from engine.kernels.weight_codes.named import weight_codec_of
 from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.arena import Arena
+from engine.memory.tiers import TIERS
 from engine.model.causal_model import CausalModel
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.planning.planner import Plan, make_plan
@@ -31,23 +34,43 @@ from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, only_bfloat16
 from engine.schedule.cache_room import CacheRoom
 from engine.schedule.scheduler import Scheduler
-from engine.schedule.segment import add_drafts
+from engine.schedule.segment import Segment, add_drafts
+from engine.stages.division import divide
+from engine.stages.holding import hold
+from engine.stages.line import StageLine
+from engine.stages.told import Told
 from engine.text.decoding import Text
-from engine.weights.encoded.kept import KeptWeights
+from engine.weights.encoded.filling import Fill
 from engine.weights.encoded.left_plain import left_plain
-from engine.weights.loading import check_checkpoint, load_checkpoint
+from engine.weights.loading import check_checkpoint
 from engine.weights.members.group import Group
 from engine.weights.store import WeightStore
 from engine.weights.stored_form import shape_of
 from engine.weights.stream import WeightStream
 
 
-def _no_limit() -> None:
-    """Nothing is limited."""
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """Sequences of which a sweep is computed at a time, and what layers keep of them."""
 
+    cache: KVCache
+    states: StateCache
+    room: CacheRoom
+    """Where spans have their keys, values and states."""
+    scheduler: Scheduler
+    executor: Executor
 
-Fill = Callable[[WeightStore], Iterator[None]]
-"""Checks that weights fit a store, and returns an iterator that puts a parameter in place at each step."""
+    def told(self, number: int, batches: list[list[Segment]]) -> Told:
+        """What other stages are told of a sweep of this lane, which is the one of this `number`."""
+        rows, slots = (tuple(map(each.room.num_rows, TIERS)) for each in (self.cache, self.states))
+        return Told(lane=number, rows=rows, slots=slots, batches=batches)
+
+    def follow(self, told: Told) -> None:
+        """Compute what the stage that leads has told, with its rows of keys, values and states."""
+        for tables, sizes in ((self.cache.room, told.rows), (self.states.room, told.slots)):
+            for tier, size in zip(TIERS, sizes, strict=True):
+                tables.be(tier, size)
+        self.executor.sweep(told.batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +84,13 @@ class Parts:
     model: CausalModel
     weights: WeightStore
     stream: WeightStream
-    cache: KVCache
-    states: StateCache
-    room: CacheRoom
-    """Where spans have their keys, values and states."""
-    scheduler: Scheduler
-    executor: Executor
+    lanes: tuple[Lane, ...]
+    """Sequences whose sweeps are in flight at the same time; one, but where the model's layers are in stages."""
     arena: Arena
     group: Group | None
     """The engines that this one sweeps together with."""
+    line: StageLine | None
+    """To the other stages of the model, where this process has some of its layers."""
     tokenizer: PreTrainedTokenizerBase
     text: Text
     window: int | None
@@ -77,33 +98,14 @@ class Parts:
     pad_token: int
     draft: OpenedDraft | None
     """The model that drafts tokens for it, if there is one."""
-    end_limit: Callable[[], None]
-    """Ends the limit on what torch reserves on the device, if the policy sets one."""
     loading: Iterator[None]
     """Brings a parameter to its place at each step; sweeps wait for those that are not there yet."""
+    opened: ExitStack
+    """What is to be closed."""
 
     def close(self) -> None:
         """Free page-locked memory and offload files; nothing may be under way any more."""
-        self.stream.close()
-        if self.group is not None:
-            self.group.close()
-        self.weights.close()
-        self.executor.close()
-        if self.draft is not None:
-            self.draft.close()
-        self.arena.close()
-        accelerator.release_memory(self.arena.device)
-        self.end_limit()
-
-
-def fill_from(description: ModelDescription, policy: Policy) -> Fill:
-    """What fills a store from the described checkpoint, or from its encoded weights where they were kept."""
-    path, codes = Path(description.path), policy.compress_weight
-
-    def fill(store: WeightStore) -> Iterator[None]:
-        return load_checkpoint(path, store, KeptWeights(path, store, codes) if codes and store.has_codes else None)
-
-    return fill
+        self.opened.close()
 
 
 def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member: Member | None = None) -> Parts:
@@ -123,85 +125,101 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
         memory = available_memory(device_name, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
         sharing = ALONE
     else:
-        memory, sharing = member.memory, Sharing(count=member.count, gather=member.gather)
+        memory, sharing = member.memory, Sharing(count=member.count, gather=member.gather, stages=member.stages)
     is_lossless = policy.compress_weight == "lossless"
     plain = left_plain(Path(description.path), model) if is_lossless and description.weight_bytes else frozenset[str]()
     codec, cache_codec = weight_codec_of(policy.compress_weight, plain), codec_of(policy.compress_cache)
     shape, on_cpu = shape_of(model, codec, cache_codec), device.type == "cpu"
+    divided = None
+    if member is not None and member.stages:
+        divided = divide(model, shape, member.count, cache_codec)
+        shape = divided.shape
+        hold(model, divided.layers[member.stage], Path(description.path))
     drafting = _draft_model(description, policy, model, tokenizer, device)
     draft_shape = None if drafting is None else shape_of(drafting.model)
     plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing, draft=draft_shape)
-    end_limit = accelerator.limit_memory(device, policy.gpu_memory) if policy.gpu_memory is not None else _no_limit
-    arena = Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)
-    store = stream = group = draft = None
-    try:
-        if plan.uses_disk:
-            arena.check_offload_dir()
-        store = WeightStore(model, plan.weights, arena, codec=codec, member=member, expands_whole=plan.expands_whole)
-        loading = fill(store)
-        store.claim_disk()
-        group = Group(member, device) if member is not None and member.gather else None
-        stream = WeightStream(
-            store,
-            group,
-            overlap=policy.overlap,
-            read_ahead_bytes=plan.read_ahead_bytes,
-            experts_apart=plan.experts_apart,
-        )
-        cache = KVCache(
-            model.kv_shapes,
-            dtype,
-            arena,
-            plan.cache_budgets,
-            plan.kv_cache,
-            codec=cache_codec,
-            compute_on_host=policy.cpu_cache_compute,
-        )
-        states = StateCache(model.state_shapes, arena, plan.cache_budgets, plan.kv_cache)
-        room = JointRoom(cache.room, states.room) if model.mixers else cache.room
-        hidden = HiddenStates(arena, plan.activations, model.hidden_size, model.hidden_dtype)
-        if drafting is not None and plan.draft is not None:
-            draft = open_draft(drafting, model, plan.draft, arena, Executor)
-            loading = _one_after_the_other(draft.loading, loading)
-        return Parts(
-            policy=policy,
-            path=Path(description.path),
-            plan=plan,
-            model=model,
-            weights=store,
-            stream=stream,
-            cache=cache,
-            states=states,
-            room=room,
-            scheduler=Scheduler(
-                plan.limits,
-                room,
-                share_prefix=policy.share_prefix,
-                drafts=add_drafts if draft is None else draft.drafts.add,
-            ),
-            executor=Executor(model, stream, cache, states, hidden, plan.limits),
-            arena=arena,
-            group=group,
-            tokenizer=tokenizer,
-            text=Text(tokenizer, frozenset(special.end_of_text)),
-            window=None if description.window is None else description.window - model.outer.positions.offset,
-            pad_token=[*special.padding, *special.end_of_text, 0][0],
-            draft=draft,
-            end_limit=end_limit,
-            loading=loading,
-        )
-    except BaseException as error:
-        if draft is not None:
-            draft.close()
-        if stream is not None:
-            stream.close()
-        if group is not None:
-            group.close()
-        if store is not None:
-            store.close()
-        arena.close()
-        end_limit()
-        raise explained(error, policy) from error
+    with ExitStack() as opened:
+        try:
+            if policy.gpu_memory is not None:
+                opened.callback(accelerator.limit_memory(device, policy.gpu_memory))
+            opened.callback(accelerator.release_memory, device)
+            arena = opened.enter_context(closing(Arena(device, pin=policy.pin_weight, offload_dir=policy.offload_dir)))
+            if plan.uses_disk:
+                arena.check_offload_dir()
+            sharer = None if divided is not None else member
+            whole = plan.expands_whole
+            store = WeightStore(model, plan.weights, arena, codec=codec, member=sharer, expands_whole=whole)
+            opened.callback(store.close)
+            loading = fill(store)
+            store.claim_disk()
+            group = line = draft = None
+            if sharer is not None and sharer.gather:
+                group = opened.enter_context(closing(Group(sharer, device)))
+            if member is not None and divided is not None:
+                line = StageLine(member, device, model.hidden_size, model.hidden_dtype, sharing.num_lanes)
+                opened.callback(line.close)
+            stream = WeightStream(
+                store,
+                group,
+                overlap=policy.overlap,
+                read_ahead_bytes=plan.read_ahead_bytes,
+                experts_apart=plan.experts_apart,
+            )
+            opened.callback(stream.close)
+            if drafting is not None and plan.draft is not None:
+                draft = opened.enter_context(closing(open_draft(drafting, model, plan.draft, arena, Executor)))
+                loading = _one_after_the_other(draft.loading, loading)
+            hidden = HiddenStates(arena, plan.activations, model.hidden_size, model.hidden_dtype)
+            lanes = []
+            for number in range(sharing.num_lanes):
+                cache = KVCache(
+                    model.kv_shapes,
+                    dtype,
+                    arena,
+                    {tier: size // sharing.num_lanes for tier, size in plan.cache_budgets.items()},
+                    plan.kv_cache,
+                    codec=cache_codec,
+                    compute_on_host=policy.cpu_cache_compute,
+                    counted=None if divided is None else divided.row_bytes,
+                )
+                states = StateCache(
+                    model.state_shapes,
+                    arena,
+                    cache.room.budgets,
+                    plan.kv_cache,
+                    counted=None if divided is None else divided.slot_bytes,
+                )
+                room = JointRoom(cache.room, states.room) if model.mixers else cache.room
+                executor = Executor(model, stream, cache, states, hidden, plan.limits, line, number)
+                opened.callback(executor.close)
+                scheduler = Scheduler(
+                    plan.limits,
+                    room,
+                    share_prefix=policy.share_prefix,
+                    drafts=add_drafts if draft is None else draft.drafts.add,
+                )
+                lanes.append(Lane(cache=cache, states=states, room=room, scheduler=scheduler, executor=executor))
+            return Parts(
+                policy=policy,
+                path=Path(description.path),
+                plan=plan,
+                model=model,
+                weights=store,
+                stream=stream,
+                lanes=tuple(lanes),
+                arena=arena,
+                group=group,
+                line=line,
+                tokenizer=tokenizer,
+                text=Text(tokenizer, frozenset(special.end_of_text)),
+                window=None if description.window is None else description.window - model.outer.positions.offset,
+                pad_token=[*special.padding, *special.end_of_text, 0][0],
+                draft=draft,
+                loading=loading,
+                opened=opened.pop_all(),
+            )
+        except BaseException as error:
+            raise explained(error, policy) from error
 
 
 def check_model(description: ModelDescription, policy: Policy) -> None:
@@ -255,7 +273,7 @@ def _open_model(
         model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant, has_weights=has_weights)
     special = special_tokens(path, model.config, tokenizer)
     if policy.compress_cache:
-        _check_cache_codec(model)
+        check_encodable(model.kv_shapes, model.dtype, {at: each.dtype for at, each in model.indexers.items()})
     if policy.compress_weight and model.quantization:
         raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
     return model, tokenizer, special
@@ -264,21 +282,6 @@ def _open_model(
 def _check_weight_dtype(policy: Policy, dtype: str) -> None:
     if policy.compress_weight == "lossless" and dtype != "bfloat16":
         raise UnsupportedError(only_bfloat16(dtype))
-
-
-def _check_cache_codec(model: CausalModel) -> None:
-    wide = {index: each for index, each in model.indexers.items() if each.dtype.itemsize > model.dtype.itemsize}
-    for index, indexer in wide.items():
-        raise UnsupportedError(
-            f"compress-cache: index keys of layer {index} are {indexer.dtype} where the model is {model.dtype}, and no "
-            "codes hold both; leave it out"
-        )
-    layer = unencodable_layer(model.kv_shapes)
-    if layer is not None:
-        raise UnsupportedError(
-            f"compress-cache: keys and values of layer {layer} are {model.kv_shapes[layer].width} numbers a token, no "
-            f"multiple of {GROUP}; leave it out"
-        )
 
 
 def explained(error: BaseException, policy: Policy) -> BaseException:

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import ConfigError, did_you_mean, shown
-from engine.memory.device_names import parse_device
-from engine.reading import expand_home, find_file, read_yaml
+from engine.memory.device_names import check_stages, parse_device
+from engine.reading import expand_home, find_file, parse_bytes, read_yaml
 
 PadMode = Literal["bucket"] | int | None
 Bits = Literal[4, 8] | None
 WeightCodes = Literal[4, 8, "lossless"] | None
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
-_LARGEST = 1 << 60
-"""The largest memory, in bytes."""
 _LONGEST_PATH = 4095
 """The longest path, in bytes, on Linux."""
-_UNITS = {
-    f"{prefix}{infix}b": base ** (power + 1)
-    for power, prefix in enumerate("kmgt")
-    for infix, base in (("", 1000), ("i", 1024))
-}
-
-
-def parse_bytes(value: Any, where: str) -> int:
-    """Bytes of `"16GB"`, `"16GiB"` or a bare number of GiB; `ConfigError` otherwise."""
-    # Of YAML's whole numbers, those beyond any memory cannot even be written as text.
-    is_size = isinstance(value, str | float) or (type(value) is int and abs(value) <= _LARGEST)
-    match = _SIZE.fullmatch(str(value)) if is_size else None
-    if match is None:
-        raise ConfigError(f'{where}: {shown(value)} is not a size; write "16GB", "16GiB" or a number of GiB')
-    number, unit = match.groups()
-    exact = float(number) * (_UNITS[unit.lower()] if unit else 1024**3)
-    if exact > _LARGEST:
-        raise ConfigError(f"{where}: {shown(value)} is more than any machine has")
-    size = round(exact)
-    if size <= 0:
-        raise ConfigError(f"{where}: {shown(value)} is no memory at all")
-    return size
 
 
 def only_bfloat16(dtype: str) -> str:
@@ -134,8 +108,9 @@ class Policy:
     device: str | tuple[str, ...] = "auto"
     """One device, several of one type, "all" of the best type, or "auto": one, or all like GPUs of a machine."""
     gather_weights: bool | None = None
-    """Whether several devices each store and transfer a part of the weights, and gather them; else each transfers
-    all."""
+    """Whether several devices each store and transfer a part of the weights, and gather them; else each all."""
+    stages: int = 1
+    """The number of devices that each have some consecutive layers, through which every job passes."""
     gpu_memory: int | None = None
     """The bytes that torch may reserve on the device (on the CPU: bytes of the device tier)."""
     cpu_memory: int | None = None
@@ -214,6 +189,7 @@ class Policy:
             raise ConfigError(f"{where}: gather-weights {shown(self.gather_weights)} is none of auto, true, false")
         if self.gather_weights and isinstance(self.device, str) and self.device not in ("auto", "all"):
             raise ConfigError(f"{where}: gather-weights needs several devices; device {self.device} is one")
+        check_stages(self.stages, self.device, self.gather_weights, self.draft_model, where)
         if self.batch_invariant and self.cpu_cache_compute and (self.kv_cache is None or self.kv_cache.cpu != 100):
             raise ConfigError(
                 f"{where}: batch-invariant with cpu-cache-compute needs kv-cache: {{cpu: 100}}, since a sequence on "

@@ -1,20 +1,21 @@
 """Reads files from outside: regular files only, of bounded size, depth and numbers, with one-line errors.
 
 Every reader of JSON and YAML uses this module. Faults are raised as the error type that the caller names: a model's
-file as `CheckpointError`, a policy as `ConfigError`.
+file as `CheckpointError`, a policy as `ConfigError`. Sizes of memory, in files and on command lines, are read here too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from engine.errors import one_line, shown
+from engine.errors import ConfigError, one_line, shown
 
 MAX_JSON_BYTES = 100_000_000
 """The same limit as safetensors has for headers; the indices of the largest models take a tenth of it."""
@@ -26,6 +27,14 @@ _MAX_YAML_VALUES = 200_000
 """The most values, with aliases expanded."""
 _MAX_DIGITS = 40
 """The most digits of a number: tokenizers write 10^30 for a length without a limit."""
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\s*", re.IGNORECASE)
+_MOST_MEMORY = 1 << 60
+"""The largest memory, in bytes."""
+_UNITS = {
+    f"{prefix}{infix}b": base ** (power + 1)
+    for power, prefix in enumerate("kmgt")
+    for infix, base in (("", 1000), ("i", 1024))
+}
 
 
 def find_file(path: Path, kind: type[Exception]) -> bool:
@@ -221,3 +230,20 @@ def _what(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "a directory"
     return "a pipe" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "no file"
+
+
+def parse_bytes(value: Any, where: str) -> int:
+    """Bytes of `"16GB"`, `"16GiB"` or a bare number of GiB; `ConfigError` otherwise."""
+    # Of YAML's whole numbers, those beyond any memory cannot even be written as text.
+    is_size = isinstance(value, str | float) or (type(value) is int and abs(value) <= _MOST_MEMORY)
+    match = _SIZE.fullmatch(str(value)) if is_size else None
+    if match is None:
+        raise ConfigError(f'{where}: {shown(value)} is not a size; write "16GB", "16GiB" or a number of GiB')
+    number, unit = match.groups()
+    exact = float(number) * (_UNITS[unit.lower()] if unit else 1024**3)
+    if exact > _MOST_MEMORY:
+        raise ConfigError(f"{where}: {shown(value)} is more than any machine has")
+    size = round(exact)
+    if size <= 0:
+        raise ConfigError(f"{where}: {shown(value)} is no memory at all")
+    return size

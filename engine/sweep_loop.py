@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from engine.advance import advance
-from engine.asking.pending import Call, Finished
+from engine.asking.in_work import InWork
+from engine.asking.pending import Call
 from engine.errors import EngineError, NumericsError
-from engine.executor import Answer
+from engine.executor import Answer, Executor
 from engine.job import Completion
 from engine.memory import accelerator
 from engine.opening import Parts, explained
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Sequence
 from engine.schedule.timing import SweepTiming, count_rows
+from engine.stages.track import Scheduled, Track
 from engine.text.completion import completion_of
+from engine.weights.members.group import Group
+from engine.weights.members.loader import Loader
 from engine.weights.members.lockstep import Lockstep
+from engine.workers.handing_out.lanes import LaneShares
+from engine.workers.handing_out.sharing_out import Room
+
+_SWEEPS_AHEAD = 2
+"""That a lane is given sequences for, as devices are given jobs."""
 
 
 class SweepLoop:
-    """Serves calls of any thread together: jobs that arrive while a sweep runs join the next one."""
+    """Serves calls of any thread together: jobs that arrive while a sweep runs join the next one.
 
-    def __init__(self, parts: Parts, observe: Callable[[SweepTiming], None]) -> None:
+    Where the model is in stages, there are as many lanes: a sweep of each is under way at the same time, one at every
+    stage. This one has the last layers; others are told of a sweep when it is scheduled.
+    """
+
+    def __init__(self, parts: Parts, loader: Loader, observe: Callable[[SweepTiming], None]) -> None:
         """`observe` is called in the engine's thread after each sweep, before its completions are delivered."""
-        self._parts = parts
+        self._parts, self._loader = parts, loader
         self._observe = observe
-        self._owner: dict[int, tuple[Call, int]] = {}
-        """The call of each sequence in progress and its position there, by the sequence's identity."""
-        self._to_enter: set[int] = set()
-        """The sequences whose caller wants to know when they are first computed, and which have not been yet."""
+        self._in_work = InWork()
         self._inbox: list[tuple[Call, dict[int, Sequence]]] = []
         self._abandoned: list[Call] = []
         self._changed = threading.Condition()
@@ -42,16 +52,13 @@ class SweepLoop:
         """Whether the engine's thread waits for work."""
         self._is_lent = False
         """Whether another thread is using the parts."""
-        self._loaded = math.inf
-        """When all weights were loaded, by `time.perf_counter`."""
         self._fault: BaseException | None = None
-        executor = parts.executor
-        self._lockstep: Lockstep[list[Segment], Answer] = Lockstep(
-            lambda batches: executor.sweep(batches), executor.recover, parts.group
-        )
+        self._tracks = [Track(number, lane.scheduler) for number, lane in enumerate(parts.lanes)]
+        self._locksteps = [_lockstep(lane.executor, parts.group) for lane in parts.lanes]
+        limits = parts.plan.limits
+        room = Room(rows=_SWEEPS_AHEAD * limits.rows_per_sweep, jobs=_SWEEPS_AHEAD * limits.seats)
+        self._shares = LaneShares([room] * len(self._tracks), share_prefix=parts.policy.share_prefix)
         self._thread = threading.Thread(target=self._serve, name="flexgen-engine", daemon=True)
-        self._loader = threading.Thread(target=self._load, name="flexgen-load", daemon=True)
-        self._loader.start()
         self._thread.start()
 
     def submit(self, call: Call) -> None:
@@ -101,7 +108,7 @@ class SweepLoop:
     @property
     def num_jobs(self) -> int:
         """The number of jobs in progress."""
-        return len(self._owner)
+        return len(self._in_work)
 
     def close(self) -> bool:
         """Stop serving; waiting calls fail. Returns when the threads have ended; False if it was closed before."""
@@ -115,53 +122,46 @@ class SweepLoop:
             self._closing = True
             self._changed.notify_all()
         self._parts.weights.give_up(EngineError("the engine was closed before all weights were in place"))
-        self._loader.join()
+        self._loader.close()
         self._thread.join()
         return True
-
-    def _load(self) -> None:
-        loading = self._parts.loading
-        try:
-            accelerator.make_current(self._parts.arena.device)
-            for _ in loading:
-                if self._closing:
-                    return
-            self._loaded = min(self._loaded, time.perf_counter())
-        except BaseException as error:
-            weights, fault = self._parts.weights, explained(error, self._parts.policy)
-            weights.give_up(fault)
-            if self._parts.draft is not None:
-                self._parts.draft.weights.give_up(fault)
-            if weights.digest is not None:  # `loading`, which ends it otherwise, may not have begun
-                weights.digest.give_up(fault)
-        finally:
-            if isinstance(loading, Generator):  # it may be writing down encoded weights, out of memory that goes soon
-                loading.close()
 
     def _serve(self) -> None:
         try:
             accelerator.make_current(self._parts.arena.device)
-            while self._receive():
-                self._step()
+            for track in itertools.cycle(self._tracks):
+                self._end(track)
+                if not self._receive():
+                    break
+                self._begin(track)
+            for track in self._tracks:
+                self._end(track)
         except BaseException as error:
             self._fault = explained(error, self._parts.policy)
         finally:
-            self._lockstep.leave()
+            self._leave()
             with self._changed:
                 self._changed.notify_all()  # who waits to borrow the parts
-                calls = {id(call): call for call, _ in [*self._owner.values(), *self._inbox]}
+                calls = {id(call): call for call in [*self._in_work.calls(), *(call for call, _ in self._inbox)]}
                 self._inbox.clear()
             for call in calls.values():
                 call.put(self._fault or EngineError("the engine was closed while this job was waiting"))
 
+    def _leave(self) -> None:
+        """Let others that compute with this engine know that it ends."""
+        self._locksteps[0].leave()
+        if self._parts.line is not None:
+            with suppress(EngineError):
+                self._parts.line.end()
+
     def _receive(self) -> bool:
         """Accept what arrived; wait when there is nothing to do. False when the engine closes."""
-        scheduler = self._parts.scheduler
+        is_busy = not all(track.is_idle for track in self._tracks)
         with self._changed:
-            while self._is_lent or (scheduler.is_idle and not self._inbox and not self._closing):
+            while self._is_lent or not (self._inbox or self._closing or is_busy):
                 self._is_waiting = True
                 self._changed.notify_all()
-                if not self._changed.wait(self._lockstep.idle_s):
+                if not self._changed.wait(self._locksteps[0].idle_s):
                     break  # the other members of a group may have work
             self._is_waiting = False
             if self._closing:
@@ -169,35 +169,55 @@ class SweepLoop:
             inbox, self._inbox = self._inbox, []
             abandoned, self._abandoned = self._abandoned, []
         for call, sequences in inbox:  # all of them before anything can fail: a fault is told to the owners
-            self._owner.update({id(sequence): (call, index) for index, sequence in sequences.items()})
-            if call.entered is not None:
-                self._to_enter.update(map(id, sequences.values()))
-        for _, sequences in inbox:
-            scheduler.add(sequences.values())
+            self._in_work.add(call, sequences)
+        for new in (*(list(sequences.values()) for _, sequences in inbox), []):
+            for number, given in self._shares.share_out(new).items():
+                self._tracks[number].add(given)
         for call in abandoned:
-            left = [sequence for sequence in call.left.values() if id(sequence) in self._owner]
-            for sequence in left:
-                del self._owner[id(sequence)]
-                self._to_enter.discard(id(sequence))
-            if left:
-                scheduler.drop(left)
+            for sequence in call.left.values():
+                lane = self._shares.lane_of(sequence)
+                if lane is not None:
+                    self._tracks[lane].drop(sequence)
+                else:
+                    self._leave_out(sequence)
         return True
 
-    def _step(self) -> None:
-        """Run one sweep: schedule, compute, advance, deliver."""
-        scheduler, text = self._parts.scheduler, self._parts.text
+    def _leave_out(self, sequence: Sequence) -> bool:
+        """Have a sequence no longer in work; False where it was not."""
+        if sequence not in self._in_work:
+            return False
+        self._in_work.forget(sequence)
+        self._shares.left(sequence)
+        return True
+
+    def _begin(self, track: Track) -> None:
+        """Schedule a lane's next sweep, and tell other stages of it."""
+        scheduler, text, line = track.scheduler, self._parts.text, self._parts.line
         begun = time.perf_counter()
+        track.take_over(self._leave_out)
         batches = scheduler.next_sweep()
         self._deliver([(sequence, completion_of(sequence, text)) for sequence in scheduler.take_failed()])
         if not batches:
-            self._lockstep.sweep([])
+            self._locksteps[track.number].sweep([])
             return
-        self._tell_entered()
-        num_sequences = len(scheduler.running)
-        scheduled = time.perf_counter()
-        if self._loaded > scheduled and self._parts.weights.is_complete:  # the loader has yet to say so
-            self._loaded = scheduled
-        batches, answers = self._sweep(batches)
+        self._shares.entered(scheduler.running)
+        self._in_work.tell_entered(scheduler.running)
+        if line is not None:
+            told = self._parts.lanes[track.number].told(track.number, batches)
+            line.tell(track.number, told.numbers())
+        count, host_s = len(scheduler.running), time.perf_counter() - begun
+        track.sweep = Scheduled(batches=batches, begun=begun, host_s=host_s, num_sequences=count)
+
+    def _end(self, track: Track) -> None:
+        """Compute a lane's sweep, if one was scheduled, advance, deliver."""
+        if track.sweep is None:
+            return
+        sweep, track.sweep = track.sweep, None
+        scheduler, text = track.scheduler, self._parts.text
+        computing = time.perf_counter()
+        if self._loader.loaded > computing and self._parts.weights.is_complete:  # the loader has yet to say so
+            self._loader.loaded = computing
+        batches, answers = self._sweep(track, sweep.batches)
         self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
         swept = time.perf_counter()
         before = _num_generated(scheduler.running)
@@ -216,56 +236,44 @@ class SweepLoop:
         scheduler.finish(sequence for sequence, _ in done)
         scheduler.isolate(suspects)
         prefill_rows, decode_rows = count_rows(batches)
-        load_s = max(0.0, min(swept, self._loaded) - scheduled)
+        load_s = max(0.0, min(swept, self._loader.loaded) - computing)
         if self._parts.draft is not None and not load_s:
-            self._parts.draft.drafts.swept(prefill_rows + decode_rows, swept - scheduled)
+            self._parts.draft.drafts.swept(prefill_rows + decode_rows, swept - computing)
         self._observe(
             SweepTiming(
-                begun=begun,
-                host_s=scheduled - begun + time.perf_counter() - swept,
+                begun=sweep.begun,
+                host_s=sweep.host_s + time.perf_counter() - swept,
                 load_s=load_s,
-                sweep_s=swept - scheduled,
-                link_s=min(self._parts.stream.link_wait.take(), swept - scheduled - load_s),
+                sweep_s=swept - computing,
+                link_s=min(self._parts.stream.link_wait.take(), swept - computing - load_s),
                 prefill_rows=prefill_rows,
                 decode_rows=decode_rows,
-                num_sequences=num_sequences,
+                num_sequences=sweep.num_sequences,
                 new_tokens=new_tokens,
                 device=str(self._parts.arena.device),
             )
         )
         self._deliver(done)  # last: whoever sees the result finds the room free
 
-    def _tell_entered(self) -> None:
-        """Tell callers which of their jobs are about to be computed for the first time."""
-        if not self._to_enter:
-            return
-        new: dict[int, tuple[Call, list[int]]] = {}
-        for sequence in self._parts.scheduler.running:
-            if id(sequence) in self._to_enter:
-                self._to_enter.discard(id(sequence))
-                call, index = self._owner[id(sequence)]
-                new.setdefault(id(call), (call, []))[1].append(index)
-        for call, indices in new.values():
-            assert call.entered is not None
-            call.entered(indices)
-
-    def _sweep(self, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
+    def _sweep(self, track: Track, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
         """The results of a sweep, and its answers.
 
-        A sweep changes no span, so one that runs out of device memory is computed again, in smaller parts.
+        A sweep changes no span, so one that runs out of device memory is computed again, in smaller parts; except where
+        other stages compute it, too.
         """
-        executor, scheduler, device = self._parts.executor, self._parts.scheduler, self._parts.arena.device
+        executor, lockstep = self._parts.lanes[track.number].executor, self._locksteps[track.number]
+        scheduler, device = track.scheduler, self._parts.arena.device
         while batches:
             try:
-                answers = self._lockstep.sweep(batches)
+                answers = lockstep.sweep(batches)
                 if scheduler.limits.replays and executor.steps.refusal is not None:
                     scheduler.limits = replace(scheduler.limits, replays=False)
                 return batches, answers
             except Exception as error:
-                if not accelerator.is_out_of_memory(error):
+                if self._parts.line is not None or not accelerator.is_out_of_memory(error):
                     raise
                 reason = str(explained(error, self._parts.policy))
-            self._lockstep.recover()
+            lockstep.recover()
             accelerator.release_memory(device)
             batches = scheduler.cut_smaller(batches, reason)
             executor.limits = scheduler.limits
@@ -278,14 +286,14 @@ class SweepLoop:
         )
 
     def _deliver(self, done: Iterable[tuple[Sequence, Completion]]) -> None:
-        finished: dict[int, tuple[Call, Finished]] = {}
-        for sequence, completion in done:
-            call, index = self._owner.pop(id(sequence))
-            self._to_enter.discard(id(sequence))
-            call.left.pop(index)
-            finished.setdefault(id(call), (call, []))[1].append((index, completion))
-        for call, results in finished.values():
-            call.put(results)
+        done = list(done)
+        for sequence, _ in done:
+            self._shares.left(sequence)
+        self._in_work.deliver(done)
+
+
+def _lockstep(executor: Executor, group: Group | None) -> Lockstep[list[Segment], Answer]:
+    return Lockstep(lambda batches: executor.sweep(batches), executor.recover, group)
 
 
 def _num_generated(sequences: Iterable[Sequence]) -> int:

@@ -19,8 +19,6 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError, carried, one_line
-from engine.planning.devices import Device
-from engine.planning.hardware import available_memory, resolve_device
 from engine.workers.answering import Answering
 from engine.workers.messages import (
     Ask,
@@ -37,12 +35,12 @@ from engine.workers.messages import (
     Note,
     Open,
     Opened,
-    Seen,
     Stage,
     Swept,
     Tells,
     Told,
 )
+from engine.workers.seats import seen_here
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -104,11 +102,11 @@ class Serving:
 
         while isinstance(first := self._inbox.get(), Look | Check):
             if isinstance(first, Look):
-                self._outbox.put(_seen(first))
+                self._outbox.put(seen_here(first))
             else:
                 self._outbox.put(_checked(first))
                 with suppress(Exception):  # opening the model says it
-                    _seen(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
+                    seen_here(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
         if not isinstance(first, Open):
             return
         if first.member is not None:
@@ -132,6 +130,8 @@ class Serving:
                 )
             )
             threading.Thread(target=self._follow_loading, args=(engine,), name="flexgen-loaded", daemon=True).start()
+            if first.member is not None and first.member.stages and not first.member.leads:
+                threading.Thread(target=self._follow, args=(engine,), name="flexgen-engine", daemon=True).start()
             while not isinstance(told := self._inbox.get(), Close):
                 self._do(engine, told)
             self._answering.end()
@@ -168,6 +168,13 @@ class Serving:
             self._outbox.put(Digested(digest=engine.weights_digest()))
         except EngineError as error:
             self._outbox.put(Digested(digest=None, error=error))
+
+    def _follow(self, engine: Engine) -> None:
+        """Compute what another stage tells, until that ends."""
+        try:
+            engine.follow()
+        except BaseException as error:
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         self._outbox.put(Fault(error=carried(error)))
@@ -226,20 +233,3 @@ def _checked(check: Check) -> Checked:
     except BaseException as error:
         return Checked(error=carried(error))
     return Checked(error=None)
-
-
-def _seen(look: Look) -> Seen:
-    import torch
-
-    from engine.memory import accelerator
-
-    policy, found = look.policy, []
-    for each in accelerator.devices():
-        found.append(Device(name=str(each), model=accelerator.name_of(each), num_bytes=accelerator.total_memory(each)))
-    devices = tuple(found)
-    try:
-        device = resolve_device(policy.device)
-        memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
-        return Seen(devices=devices, free=accelerator.memory(torch.device(device)), memory=memory)
-    except EngineError as error:
-        return Seen(devices=devices, free=None, memory=error)

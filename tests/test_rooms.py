@@ -24,6 +24,7 @@ ROOMS = {
         "cache",
         "model",
         "weights",
+        "stages",
         "drafting",
         "verification",
         "asking",

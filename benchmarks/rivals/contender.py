@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.memory import accelerator
-from engine.policy import parse_bytes
+from engine.reading import parse_bytes
 from flexgen_helm.planning.dummy import shape_config
 from flexgen_helm.planning.roofline import Workload
 

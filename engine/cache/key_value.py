@@ -15,7 +15,7 @@ from engine.cache.layer_memory import LayerMemory
 from engine.cache.shape import KVShape
 from engine.cache.tables import Tables, cache_row_bytes
 from engine.cache.transfer import KVTransfer, put_rows
-from engine.kernels.codec import GROUP, Codec
+from engine.kernels.codec import Codec
 from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows, Fetch
 from engine.memory.tiers import TIERS, Tier
@@ -44,7 +44,9 @@ class KVCache(LayerMemory):
         *,
         codec: Codec | None = None,
         compute_on_host: bool = False,
+        counted: dict[Tier, int] | None = None,
     ) -> None:
+        """counted: bytes that a row counts as against the budgets, by tier; None: what it takes here."""
         self.shapes = shapes
         self.dtype = dtype
         self.bits = 0 if codec is None else codec.bits
@@ -60,7 +62,7 @@ class KVCache(LayerMemory):
         sizes = {tier: [each[tier] for each in by_layer] for tier in TIERS}
         dtypes = {tier: dtype if codec is None or tier == "device" else torch.uint8 for tier in TIERS}
         self._disk = DiskRows(arena, sizes["disk"])
-        self.room = Tables(sizes, dtypes, arena, budgets, share, self._disk, self._transfer.settle)
+        self.room = Tables(sizes, dtypes, arena, budgets, share, self._disk, self._transfer.settle, counted=counted)
         """The allocator of rows."""
         self._stages = self._transfer.is_asynchronous and not compute_on_host
         """Whether own tokens on other tiers are brought to the device in advance."""
@@ -279,11 +281,6 @@ class KVCache(LayerMemory):
         self._disk.close()
         self.room.close()
         self._fresh = {}
-
-
-def unencodable_layer(shapes: list[KVShape]) -> int | None:
-    """The first layer whose keys and values no codec supports; None if there is none."""
-    return next((layer for layer, shape in enumerate(shapes) if shape.width % GROUP), None)
 
 
 def pack(*new: torch.Tensor) -> torch.Tensor:

@@ -33,9 +33,15 @@ class StateCache:
     """
 
     def __init__(
-        self, shapes: Sequence[StateShape | None], arena: Arena, budgets: dict[Tier, int], share: Share | None
+        self,
+        shapes: Sequence[StateShape | None],
+        arena: Arena,
+        budgets: dict[Tier, int],
+        share: Share | None,
+        *,
+        counted: dict[Tier, int] | None = None,
     ) -> None:
-        """shapes: the state's shape in each layer; None for a layer that keeps no state."""
+        """shapes: the state's shape in each layer; None for a layer that keeps no state. counted: as for `Tables`."""
         self._arena = arena
         self._tensors: list[list[tuple[int, StateTensor]]] = []
         """The tensors of each layer's state, each with the number of its tables."""
@@ -56,6 +62,7 @@ class StateCache:
             self._disk,
             self._transfer.settle,
             "the states of sequences cannot grow to {} of them",
+            counted=counted,
         )
         """The allocator of slots."""
         self._fresh: dict[int, State] = {}

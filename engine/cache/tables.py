@@ -40,13 +40,17 @@ class Tables:
         disk: DiskRows,
         settle: Callable[[], None],
         what: str = "the KV cache cannot grow to {} tokens",
+        *,
+        counted: dict[Tier, int] | None = None,
     ) -> None:
         """sizes: the bytes of a row of each table, 0 for a layer without one; dtypes: how rows are viewed on each tier.
 
-        `settle` returns when no copy to a table is under way any more; `what` names the tables in messages.
+        counted: the bytes that a row counts as against the budgets, where other processes keep larger rows of the same
+        spans; None: the bytes that it takes here. `settle` returns when no copy to a table is under way any more.
+        `what` names the tables in messages.
         """
         self._sizes, self._dtypes, self._what = sizes, dtypes, what
-        self.row_bytes: dict[Tier, int] = {tier: sum(each) for tier, each in sizes.items()}
+        self.row_bytes: dict[Tier, int] = counted or {tier: sum(each) for tier, each in sizes.items()}
         """The bytes of one row over all tables, by tier."""
         self._arena, self._disk, self._settle = arena, disk, settle
         self._share = share
@@ -120,6 +124,21 @@ class Tables:
         tables.clear()
         self._free_rows[tier] = FreeRows()
         self._refused.discard(tier)
+
+    def num_rows(self, tier: Tier) -> int:
+        """Rows that the tables have on a tier."""
+        return self._free_rows[tier].capacity
+
+    def be(self, tier: Tier, num_rows: int) -> None:
+        """Have so many rows on a tier, where somebody else gives them out; what is there is lost if they become fewer.
+
+        Raises `CapacityError` where there is no memory for them.
+        """
+        if num_rows < self.num_rows(tier):
+            self.release(tier)
+        if num_rows > self.num_rows(tier):
+            self._make_room(tier, num_rows)
+            self._free_rows[tier].grow(num_rows)
 
     def tiers_in_turn(self) -> list[Tier]:
         """The tiers on which a span may be placed, in order of preference."""

@@ -18,7 +18,7 @@ from engine.hosts.messages import HostOpened, HostSwept, HostTells, Leaving, Ope
 from engine.hosts.standing import Standing
 from engine.job import Completion
 from engine.schedule.timing import SweepTiming
-from engine.workers.ledger import Ledger
+from engine.workers.handing_out.ledger import Ledger
 from engine.workers.messages import Done, Entered, Fault, Note
 from engine.workers.packing import PackedJobs
 

@@ -18,7 +18,7 @@ from engine.hosts.messages import HostOpened, Opening
 from engine.job import Completion, Job
 from engine.planning.planner import Plan
 from engine.schedule.timing import SweepTiming
-from engine.workers.sharing_out import Room
+from engine.workers.handing_out.sharing_out import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from engine.planning.planner import Plan
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
+from engine.workers.handing_out.sharing_out import Room
 from engine.workers.messages import Done, Entered, Fault, Note
 from engine.workers.packing import PackedJobs
-from engine.workers.sharing_out import Room
 
 
 @dataclass(frozen=True, kw_only=True)

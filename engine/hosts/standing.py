@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from engine.hosts.host import Host
 from engine.hosts.messages import HostOpened
+from engine.workers.handing_out.sharing_out import Room
 from engine.workers.packing import PackedCompletions
-from engine.workers.sharing_out import Room
 
 SWEEPS_AHEAD = 2
 """That a host is given work for: the one after the next is there when the next begins, and so are its prefixes."""

@@ -46,3 +46,22 @@ def _several(values: list[Any] | tuple[Any, ...], where: str) -> str | tuple[str
     if len(kinds) > 1:
         raise ConfigError(f"{where}: {' and '.join(kinds)} do not run one model together; name devices of one kind")
     return names[0] if len(names) == 1 else tuple(names)
+
+
+def check_stages(
+    stages: Any, device: str | tuple[str, ...], gathers: bool | None, draft_model: str | None, where: str
+) -> None:
+    """Raise `ConfigError` where a policy's `stages` are no number, or do not go with what else it says of devices."""
+    if not isinstance(stages, int) or isinstance(stages, bool) or not 1 <= stages < 1 << 15:
+        raise ConfigError(f"{where}: stages {shown(stages)} is not a whole number of at least 1")
+    if stages == 1:
+        return
+    what = f"{where}: stages {stages}"
+    if isinstance(device, str) and device not in ("auto", "all"):
+        raise ConfigError(f"{what}: device {device} is one, and each stage has its own; list as many devices")
+    if not isinstance(device, str) and len(device) != stages:
+        raise ConfigError(f"{what}: each has a device of its own, and device lists {len(device)}")
+    if gathers:
+        raise ConfigError(f"{what}: a stage has its layers alone, with nothing to gather; leave out gather-weights")
+    if draft_model is not None:
+        raise ConfigError(f"{what}: no draft model drafts for stages; leave out draft-model, or set stages: 1")

@@ -111,6 +111,10 @@ class CausalModel:
         """The modules that choose the keys to attend to, by layer."""
         self.kv_shapes: list[KVShape] = probe(self)
         """The shape of keys and values by layer; of no width where a layer attends to nothing."""
+        self.held = range(len(self.layers))
+        """The layers that this process computes: all, unless the model is in stages."""
+        self.elsewhere: frozenset[str] = frozenset()
+        """The checkpoint's names of parameters, and of their packed parts, that other stages have."""
         self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
         """The dtype of hidden states between layers: a family may accumulate them in a wider one."""
         self._leave_out(unused_parameters(self))
@@ -163,8 +167,14 @@ class CausalModel:
 
     @property
     def state_shapes(self) -> list[StateShape | None]:
-        """The states that layers keep, by layer; None for a layer without one."""
-        return [mixer.shape if (mixer := self.mixers.get(index)) else None for index in range(len(self.layers))]
+        """The states that layers keep, by layer; None for a layer without one, or of another stage."""
+        mixers = {index: mixer for index, mixer in self.mixers.items() if index in self.held}
+        return [mixers[index].shape if index in mixers else None for index in range(len(self.layers))]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether this process computes logits: it has the last layer."""
+        return self.held.stop == len(self.layers)
 
     @property
     def continues(self) -> bool:

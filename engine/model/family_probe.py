@@ -202,6 +202,8 @@ def _check_rows(model: Drivable, shapes: list[KVShape]) -> None:
                 model.record(inputs_of(model, torch.full((1, 1), 0 if model.is_padded else at)))[1]
                 for at in range(_ROWS)
             ]
+        values = [value for call in together for value in (*call.args, *call.kwargs.values())]
+        model.sweeping.puts_down = any(isinstance(value, MutableMapping) for value in values)
         for index in one_of_each_kind(model):
             model.sweeping.layer = index
             first = 0 if _hands_on(together[index]) else index

@@ -47,6 +47,8 @@ class SweepContext:
     """Whether layers get a placeholder for a mask, which their indexers need."""
     handed_row_bytes: int = 0
     """The bytes per row that layers pass on in addition to the hidden state; 0 where there are none."""
+    puts_down: bool = False
+    """Whether layers are called with a mapping in which they store what later layers read."""
     attended: int = 0
     """While `is_checking`: how often the current layer has called attention."""
     ask_experts: Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None

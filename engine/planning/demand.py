@@ -104,7 +104,7 @@ class Demand:
         count, memory = self.sharing.count, self.memory
         if not memory.shared or count == 1:
             return memory.device
-        once = 0 if self.sharing.gather else self.weights.of_one(gpu)
+        once = 0 if self.sharing.has_own else self.weights.of_one(gpu)
         return min(memory.device, (memory.host + (count - 1) * once) // count)
 
     def host_left(self, weights: Share) -> int:
@@ -120,7 +120,7 @@ class Demand:
     def _on_host_too(self, weights: Share) -> int:
         """One engine's part of the device tier's bytes where device and host memory are the same."""
         own, count = self.weights.of_one(weights.gpu), self.sharing.count
-        return self.device_weights(weights) - own + (own if self.sharing.gather else -(-own // count))
+        return self.device_weights(weights) - own + (own if self.sharing.has_own else -(-own // count))
 
     def read_ahead(self, weights: Share) -> int:
         """The staging memory for weights on disk: at most their size, and at most half of the memory that is left."""
@@ -234,8 +234,7 @@ class Demand:
 
         Weights often take most of the host's memory, and logits compete there with the KV cache.
         """
-        device = self.memory.device if left is None or not self.on_cpu else left
-        return min(LOGITS_BYTES, max(device // 16, 1 << 20))
+        return min(LOGITS_BYTES, max((self.memory.device if left is None or not self.on_cpu else left) // 16, 1 << 20))
 
     def with_logits(self, num_bytes: int) -> int:
         """The least device memory that holds `num_bytes` and the logits, which grow with it up to a limit."""
@@ -266,7 +265,8 @@ class Demand:
 
     def beside_rows(self, rows: int) -> int:
         """The device memory per sweep row in addition to its hidden state."""
-        return rows * (self.shape.handed_row_bytes + (_BESIDE_ROW_BYTES if self.on_cpu else 0))
+        under_way = self.sharing.num_handed_on * self.shape.hidden_row_bytes
+        return rows * (self.shape.handed_row_bytes + under_way + (_BESIDE_ROW_BYTES if self.on_cpu else 0))
 
     def growing(self, cache_bytes: int) -> int:
         """The size that a KV cache of at most so many bytes may reach: a layer's table is copied when it grows."""

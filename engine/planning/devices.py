@@ -60,7 +60,18 @@ def devices_of(asked: str | tuple[str, ...], seen: Sequence[Device], cores: int)
     return tuple(asked)
 
 
-def check_alike(names: Sequence[str], seen: Sequence[Device], gather: bool | None) -> str:
+def devices_of_stages(names: Sequence[str], stages: int) -> tuple[str, ...]:
+    """The first of these devices, one for each stage; raises `InstallationError` if there are too few."""
+    if len(names) < stages:
+        have = f"only {len(names)}" if len(names) > 1 else "the CPU alone" if not names else "only one"
+        raise InstallationError(
+            f"stages {stages}: each has a device of its own, and there is {have}; set stages: 1, or list parts of the "
+            "CPU (device: [cpu:0, cpu:1])"
+        )
+    return tuple(names[:stages])
+
+
+def check_alike(names: Sequence[str], seen: Sequence[Device], gather: bool | None, *, stages: bool = False) -> str:
     """A warning about devices that differ, empty if all are alike; `ConfigError` if they are to gather weights."""
     found = {each.name: each for each in seen}
     devices = [found[name] for name in names if name in found]
@@ -72,7 +83,8 @@ def check_alike(names: Sequence[str], seen: Sequence[Device], gather: bool | Non
     differ += gb(other.num_bytes)
     if gather:
         raise ConfigError(f"gather-weights: {differ}; only like cards gather weights, set gather-weights: false")
-    return f"{differ}: each brings all weights itself, and none takes more memory than the smallest has"
+    bringing = "" if stages else "each brings all weights itself, and "
+    return f"{differ}: {bringing}none takes more memory than the smallest has"
 
 
 def busy(free: Mapping[str, tuple[int, int]], gpu_memory: int | None) -> dict[str, str]:

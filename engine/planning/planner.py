@@ -196,7 +196,7 @@ class _Planner:
     def _replays(self, weights: Share, activations: Share) -> bool:
         """Whether decode steps always queue the same work on the device, so that it can be recorded."""
         shape, policy = self.shape, self.policy
-        is_here = weights.gpu >= 100 and activations.gpu >= 100 and not self.demand.sharing.gather
+        is_here = weights.gpu >= 100 and activations.gpu >= 100 and not self.demand.sharing.has_own
         is_plain = shape.is_plain and shape.reads_in_place and not shape.state_bytes and not shape.expanded_bytes
         is_plain &= not shape.handed_row_bytes
         return not self.on_cpu and is_here and is_plain and not policy.batch_invariant and policy.pad_to_seq_len is None

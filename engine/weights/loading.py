@@ -85,7 +85,7 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
         if name in packed:
             parts.setdefault(packed[name], []).append((name, load))
             continue
-        if name in unread:
+        if name in unread or name in model.elsewhere:
             continue
         target, pattern = names.target(name)
         if target not in model.state:

@@ -45,8 +45,9 @@ class WeightStream:
         self._overlap = overlap
         self._group = group
         arena, units = store.arena, store.placed
-        last = units["embedding"] if store.model.is_tied else units["head"]
-        self._by_step = [*(units[f"layer.{index}"] for index in range(len(store.model.layers))), last]
+        self._by_step = [units[f"layer.{index}"] for index in store.model.held]
+        if store.model.has_head:
+            self._by_step.append(units["embedding"] if store.model.is_tied else units["head"])
         self._expansion = Expansion(store, self._by_step, apart=experts_apart)
         self._portions = [Portion.whole(each, self._expansion.ranges_apart(each)) for each in self._by_step]
         """The portion with which each step begins; empty where nothing of it is streamed."""
@@ -85,7 +86,7 @@ class WeightStream:
         table = Portion.whole(self._store.placed["embedding"])
         if not table.num_bytes:
             bind(bindings(state, table, self._outer.memory))
-        if self._model.is_tied:
+        if self._model.is_tied and self._model.has_head:
             output = self._model.output
             assert output is not None
             places = memories if table.num_bytes else [self._outer.memory]
@@ -104,7 +105,7 @@ class WeightStream:
         self._embedding.look_up(ids)
 
     def acquire(self, step: int) -> None:
-        """Wait until layer `step` (or, after the last layer, the head) can compute, and start fetching the next."""
+        """Wait until layer `step` of those held here, or the head, can compute; start fetching the next."""
         placed, portion = self._by_step[step], self._portions[step]
         if step == 0:
             self._num_passed = 0

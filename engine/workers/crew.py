@@ -23,7 +23,10 @@ class Crew:
 
     def __init__(self, openings: Sequence[Open], take: Take, ended: Ended) -> None:
         """`openings`: what is opened on each device; `take` and `ended` hear what processes tell, and of their end."""
-        self.places = [Place(number, opening) for number, opening in enumerate(openings)]
+        member = openings[0].member
+        self.is_staged = member is not None and member.stages
+        """Whether each has a stage of the model: the first is asked, and its number is that of all."""
+        self.places = [Place(0 if self.is_staged else number, opening) for number, opening in enumerate(openings)]
         """Those in use."""
         self.is_several = len(openings) > 1
         """Whether there was more than one device at first."""
@@ -32,15 +35,25 @@ class Crew:
         self._meeting: Path | None = None
 
     @property
-    def gathers(self) -> bool:
+    def is_bound(self) -> bool:
         """Whether no process can go on without the others, since each has a part of the weights."""
         member = self.places[0].opening.member
-        return member is not None and member.gather
+        return member is not None and member.is_bound
 
     @property
     def is_alone(self) -> bool:
-        """Whether one place is left."""
-        return len(self.places) == 1
+        """Whether there is one place, or all stand for one device."""
+        return self.is_staged or len(self.places) == 1
+
+    @property
+    def asked(self) -> list[Place]:
+        """Those that jobs are given to."""
+        return self.places[:1] if self.is_staged else self.places
+
+    @property
+    def num_asked(self) -> int:
+        """How many these are."""
+        return len(self.asked)
 
     @property
     def is_open(self) -> bool:
@@ -108,7 +121,7 @@ class Crew:
         Nothing is heard of them at their places any more. Returns them, to be waited for.
         """
         closing = []
-        is_torn = self.gathers and not self.is_open  # none would come to the end of a sweep
+        is_torn = self.is_bound and not self.is_open  # none would come to the end of a sweep
         for place in self.places:
             process, place.process = place.process, None
             if process is not None:
@@ -121,7 +134,7 @@ class Crew:
 
     def _make_shared(self) -> None:
         self._forget_shared()
-        if self.gathers and len(self.places) > 1:
+        if self.is_bound and len(self.places) > 1:
             self._meeting = Path(tempfile.mkdtemp(prefix="flexgen-helm-")) / "meeting"
         elif hasattr(os, "memfd_create"):  # where there are several devices, there is Linux
             self._weights = os.memfd_create("flexgen-helm-weights")

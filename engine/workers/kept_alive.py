@@ -14,7 +14,7 @@ from engine.job import Completion, Job
 from engine.schedule.timing import SweepTiming
 from engine.workers.comparison import Comparison
 from engine.workers.crew import Crew
-from engine.workers.ledger import Ledger
+from engine.workers.handing_out.ledger import Ledger
 from engine.workers.messages import (
     Ask,
     Compared,
@@ -69,7 +69,7 @@ class KeptAlive:
         self._digested: Digested | None = None
         policy = openings[0].policy
         does_share = policy.share_prefix and policy.pad_to_seq_len is None
-        self._ledger = Ledger(len(openings), share_prefix=does_share, in_step=self._crew.gathers)
+        self._ledger = Ledger(self._crew.num_asked, share_prefix=does_share, in_step=self._crew.is_bound)
         self._fault: BaseException | None = None
         self._notes: list[str] = []  # warnings while the model was being opened
         self._comparison = Comparison()
@@ -126,10 +126,10 @@ class KeptAlive:
         self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
     ) -> Findings:
         """As `Engine.compare_with_stock`, on one device; raises `EngineError` when its process dies meanwhile."""
-        if self._crew.gathers:
+        if self._crew.is_bound:
             raise UnsupportedError(
-                "comparing with stock layers needs all weights in one process: set gather-weights: false, or name one "
-                "device"
+                "comparing with stock layers needs all weights in one process: set gather-weights: false, without "
+                "stages, or name one device"
             )
         with self._comparison.alone:
             with self._changed:
@@ -161,7 +161,7 @@ class KeptAlive:
 
     def _feed(self) -> None:
         """Give the processes what they may compute now; the lock is held."""
-        able = {place.number: place for place in self._crew.places if place.may_be_asked}
+        able = {place.number: place for place in self._crew.asked if place.may_be_asked}
         if self._fault is None and able:
             for number, asked in self._ledger.to_send({number: place.room for number, place in able.items()}).items():
                 for call, jobs in asked.items():
@@ -251,10 +251,10 @@ class KeptAlive:
     def _replace(self, place: Place, reason: str) -> None:
         """Find who is at fault that a process has ended by itself, and go on without, or with another one."""
         crew, told = self._crew, f"{place.device}: {reason}" if self._crew.is_several else reason
-        ended = [place, *(other for other in crew.places if crew.gathers and other is not place)]
+        ended = [place, *(other for other in crew.asked if crew.is_bound and other is not place)]
         place.num_deaths += not place.num_starts and not self._ledger.is_on_trial(place.number)
         failed = self._ledger.died(
-            [each.number for each in ended],
+            {each.number: each for each in ended},
             is_job_at_fault=not any(each.num_starts for each in ended),  # else weights were still being read
         )
         is_hopeless = place.is_hopeless(is_alone=crew.is_alone)
@@ -280,12 +280,12 @@ class KeptAlive:
     def _go_on(self, place: Place, *, is_given_up: bool) -> None:
         """Start what is to be started after the process of `place` has ended."""
         crew = self._crew
-        is_needed = crew.gathers or not place.is_complete  # others wait for its part of the weights
+        is_needed = crew.is_bound or not place.is_complete  # others wait for its part of the weights
         if is_given_up:
             crew.give_up(place)
         if crew.is_waiting:
             return  # all are started when the last one has ended
-        if crew.gathers or (is_given_up and is_needed):
+        if crew.is_bound or (is_given_up and is_needed):
             crew.recall(place)
         elif not is_given_up and (not self._ledger.is_empty or not self._is_ready or is_needed):
             crew.start_at(place)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from engine.workers.handing_out.sharing_out import Room
 from engine.workers.messages import Open, Opened, Tells, Told
 from engine.workers.process import WorkerProcess
-from engine.workers.sharing_out import Room
 
 _MOST_DEATHS = 3
 """Processes in a row that may die before all weights are in place or, where others go on, before a sweep has ended."""

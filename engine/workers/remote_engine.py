@@ -18,11 +18,11 @@ from engine.member import Member
 from engine.planning.planner import Plan
 from engine.policy import Policy
 from engine.schedule.timing import SweepTiming
+from engine.workers.handing_out.sharing_out import Room
 from engine.workers.kept_alive import KeptAlive
 from engine.workers.messages import Open, Opened
 from engine.workers.process import WorkerProcess
 from engine.workers.seats import seats_for
-from engine.workers.sharing_out import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class RemoteEngine(Front):
         seats = seats_for(policy, waiting)
         for note in seats.notes:
             warnings.warn(note, stacklevel=2)
-        self._is_several = seats.memory is not None
+        self._is_several = seats.memory is not None and not seats.stages
         self.gathers = seats.gather
         """Whether each device has a part of the weights, and all gather them."""
         openings = [
@@ -67,6 +67,7 @@ class RemoteEngine(Front):
                     index=index,
                     count=len(seats.policies),
                     gather=seats.gather,
+                    stages=seats.stages,
                     memory=seats.memory,
                     weights=None,
                     meeting=None,

@@ -7,10 +7,19 @@ from dataclasses import dataclass, replace
 
 from engine.errors import EngineError
 from engine.memory.cores import usable_cores
-from engine.planning.devices import busy, check_alike, check_free, devices_of, gathers, stands_for_several
-from engine.planning.hardware import Memory
+from engine.planning.devices import (
+    Device,
+    busy,
+    check_alike,
+    check_free,
+    devices_of,
+    devices_of_stages,
+    gathers,
+    stands_for_several,
+)
+from engine.planning.hardware import Memory, available_memory, resolve_device
 from engine.policy import Policy
-from engine.workers.messages import Seen
+from engine.workers.messages import Look, Seen
 from engine.workers.process import WorkerProcess
 
 
@@ -26,6 +35,8 @@ class Seats:
     """What each device's engine may plan with; only of several."""
     gather: bool = False
     """Whether each keeps and brings a part of the weights, and all gather them."""
+    stages: bool = False
+    """Whether each has a stage of the model."""
     notes: tuple[str, ...] = ()
     """Lines on devices that are left out, or not alike."""
 
@@ -42,15 +53,17 @@ def seats_for(policy: Policy, waiting: Sequence[WorkerProcess] = ()) -> Seats:
     try:
         seen = started[0].look(policy)
         names = devices_of(policy.device, seen.devices, usable_cores())
+        if policy.stages > 1:
+            names = devices_of_stages(names, policy.stages)
         if len(names) <= 1:
             return Seats(policies=(_on(policy, names, seen),), processes=tuple(_first(started, 1)))
-        note = check_alike(names, seen.devices, policy.gather_weights)
+        note = check_alike(names, seen.devices, policy.gather_weights, stages=policy.stages > 1)
         started = _first(started, len(names))
         started += [WorkerProcess() for _ in names[len(started) :]]
         policies = [replace(policy, device=name) for name in names]
         found = [each.look(own) for each, own in zip(started, policies, strict=True)]
         notes = [note] if note else []
-        if policy.device == "auto":
+        if policy.device == "auto" and policy.stages == 1:
             taken = busy(_free_bytes(policies, found), policy.gpu_memory)
             kept = [number for number, own in enumerate(policies) if own.device not in taken] or [0]
             for number in set(range(len(policies))).difference(kept):
@@ -76,7 +89,9 @@ def seats_for(policy: Policy, waiting: Sequence[WorkerProcess] = ()) -> Seats:
             disk=min(each.disk for each in memories),
             shared=memories[0].shared,
         ),
-        gather=gathers(policy.gather_weights, [str(each.device) for each in policies], alike=not note),
+        gather=policy.stages == 1
+        and gathers(policy.gather_weights, [str(each.device) for each in policies], alike=not note),
+        stages=policy.stages > 1,
         notes=tuple(notes),
     )
 
@@ -103,3 +118,21 @@ def _first(processes: list[WorkerProcess], count: int) -> list[WorkerProcess]:
     for each in processes[count:]:
         each.kill()
     return processes[:count]
+
+
+def seen_here(look: Look) -> Seen:
+    """What this process sees of the machine's devices and memory; loads torch."""
+    import torch
+
+    from engine.memory import accelerator
+
+    policy, found = look.policy, []
+    for each in accelerator.devices():
+        found.append(Device(name=str(each), model=accelerator.name_of(each), num_bytes=accelerator.total_memory(each)))
+    devices = tuple(found)
+    try:
+        device = resolve_device(policy.device)
+        memory = available_memory(device, policy.gpu_memory, policy.cpu_memory, policy.offload_dir)
+        return Seen(devices=devices, free=accelerator.memory(torch.device(device)), memory=memory)
+    except EngineError as error:
+        return Seen(devices=devices, free=None, memory=error)

@@ -13,7 +13,8 @@ from typing import Any
 import engine
 from engine.errors import ConfigError, InstallationError, JobError, did_you_mean
 from engine.job import Completion, Job, Likeliest, Sampling, check_num_completions
-from engine.policy import Policy, parse_bytes
+from engine.policy import Policy
+from engine.reading import parse_bytes
 from engine.text.prompt import PromptTokenizer, check_characters
 from engine.text.template import check_template_ends
 from flexgen_helm.adapters.gathering import Gathering

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import ConfigError, did_you_mean
 from engine.memory import accelerator
-from engine.policy import parse_bytes
+from engine.reading import parse_bytes
 
 _DEFAULT_DEVICE = "cuda:0"
 """What the harness asks for where nobody names a device."""

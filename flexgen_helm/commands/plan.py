@@ -18,7 +18,8 @@ import yaml
 
 from engine.errors import ConfigError
 from engine.memory.tiers import TIERS
-from engine.policy import Policy, parse_bytes
+from engine.policy import Policy
+from engine.reading import parse_bytes
 from flexgen_helm.pictures.figure import check_picture
 from flexgen_helm.planning.forecast import REACHED
 from flexgen_helm.planning.roofline import Workload

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from engine.job import Job
-from engine.workers.sharing_out import Room
+from engine.workers.handing_out.sharing_out import Room
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.engines import Observer
 from flexgen_helm.helm.requests.asked import Answer, Portion, Work

@@ -58,11 +58,12 @@ def choose(
 
     `jobs` are a `share` of that work, and what else comes is taken to be like them.
 
-    What it says itself stays; all does on a machine whose device is the host, and where nothing is known of it.
+    What it says itself stays; all does on a machine whose device is the host, where nothing is known of it, and where
+    the model is in stages.
     Compression is never chosen: codes that change results are the user's choice, and lossless ones are written to the
     cache, as large as the model, and may turn out not to fit its numbers when they are encoded.
     """
-    if not jobs:
+    if not jobs or policy.stages > 1:
         return Chosen(policy, None, "")
     try:
         found = look(policy)

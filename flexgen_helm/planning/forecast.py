@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, UnsupportedError
 from engine.job import Job
 from engine.memory.tiers import TIERS, Tier
 from engine.planning.gathering import sharing_of
@@ -122,6 +122,8 @@ def forecast_of(
     else those of the planner's rule. Loads no weights; without `has_weights` their files need not be there.
     Raises `EngineError` for a model that cannot be run, `CapacityError` where the policy has no room on the machine.
     """
+    if policy.stages > 1:
+        raise UnsupportedError(f"stages {policy.stages}: what requests take of a model in stages is not forecast")
     runnable = shared_sequences(jobs)
     load, tokens = workload_of_shared(runnable), _tokens(runnable, policy)
     if load is None:

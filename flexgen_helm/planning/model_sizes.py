@@ -97,7 +97,7 @@ class ModelSizes:
         """The sizes of a built model."""
         if isinstance(model, ModelSizes):
             return model
-        from engine.cache.key_value import unencodable_layer
+        from engine.cache.encodable import unencodable_layer
 
         lossless: tuple[WeightCodes, ...] = ("lossless",) if str(model.dtype) == "torch.bfloat16" else ()
         weight_codes = (None,) if model.packed else (*_BITS, *lossless)

@@ -10,7 +10,7 @@ from typing import Any
 from engine.errors import EngineError
 from engine.job import Job
 from engine.schedule.prefix import common_length
-from engine.workers.sharing_out import Room
+from engine.workers.handing_out.sharing_out import Room
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.requests.asked import Answer, Work, raise_first
 from flexgen_helm.helm.requests.entries import PackedEntries

@@ -88,7 +88,7 @@ class EngineProcesses:
                 processes[0].kill()
                 raise
             self._waiting = processes
-            sharing = Sharing(count=len(seats.policies), gather=seats.gather)
+            sharing = Sharing(count=len(seats.policies), gather=seats.gather, stages=seats.stages)
             found = self._found[_asked(policy)] = Resources(memory=memory, sharing=sharing)
             return found
 
@@ -132,7 +132,7 @@ class EngineProcesses:
 
 def _asked(policy: Policy) -> tuple[object, ...]:
     """What of a policy decides what may be used."""
-    return policy.device, policy.gather_weights, policy.gpu_memory, policy.cpu_memory, policy.offload_dir
+    return policy.device, policy.gather_weights, policy.stages, policy.gpu_memory, policy.cpu_memory, policy.offload_dir
 
 
 engine_processes = EngineProcesses()

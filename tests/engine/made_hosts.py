@@ -15,9 +15,9 @@ from engine.hosts.host import Host, Loss
 from engine.hosts.messages import Alive, HostOpened, HostTells, Leaving, Opening, Vouched
 from engine.job import Completion, Job
 from engine.policy import Policy
+from engine.workers.handing_out.sharing_out import Room
 from engine.workers.messages import Done, Entered, Fault
 from engine.workers.packing import PackedCompletions, PackedJobs
-from engine.workers.sharing_out import Room
 
 VERSIONS = {"flexgen-helm": "0"}
 IDENTITY: Mapping[str, Any] = {"files": "f" * 64, "source": "s" * 64, "dtype": "float32"}

@@ -107,7 +107,9 @@ def test_a_prompt_that_no_memory_is_enough_for_fails_alone(
     assert "the device ran out of memory" in str(done[-1].error)
     assert "70 tokens" in str(done[-1].error)
     assert same([one for one in done if one.error is None], expected[:9])
-    assert engine.parts.scheduler.limits == engine.plan.limits  # what it could not be helped with is no one else's loss
+    assert (
+        engine.parts.lanes[0].scheduler.limits == engine.plan.limits
+    )  # what it could not be helped with is no one else's loss
     monkeypatch.undo()
     assert same(engine.run(JOBS[:8]), expected[:8])
 
@@ -173,13 +175,13 @@ def test_those_who_share_a_prefix_that_fits_nowhere_fail_at_once(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = short_of_memory(engine, monkeypatch, most_positions=80)
-    sweeps, tried = engine.parts.executor.sweep, list[int]()
+    sweeps, tried = engine.parts.lanes[0].executor.sweep, list[int]()
 
     def sweep(batches: Any) -> Any:
         tried.append(len(batches))
         return sweeps(batches)
 
-    monkeypatch.setattr(engine.parts.executor, "sweep", sweep)
+    monkeypatch.setattr(engine.parts.lanes[0].executor, "sweep", sweep)
     done = engine.run(SHARERS)
     assert [one.error is None for one in done] == [False] * 12 + [True]
     assert {str(one.error) for one in done[:-1]} == {str(done[0].error)}

@@ -44,7 +44,7 @@ def test_long_prompts_are_answered_as_in_transformers(
     plain, swept = reference(family), list[SweepTiming]()
     policy = {"device": "cpu", "percent": percent, "offload-dir": str(tmp_path)}
     with Engine.from_pretrained(str(build(family)), policy=policy) as engine:
-        scheduler = engine.parts.scheduler
+        scheduler = engine.parts.lanes[0].scheduler
         scheduler.limits = replace(scheduler.limits, rows_per_piece=PIECE, rows_per_batch=PIECE, rows_per_sweep=SWEEP)
         engine.observer = swept.append
         done = engine.run(JOBS)
@@ -62,7 +62,7 @@ def test_pieces_of_one_token_jobs_need_no_room_in_the_cache(
     """Else they would be computed whole, for which there is no memory."""
     jobs = [*JOBS[3:], Job(prompt=LONG, max_new_tokens=0, prompt_logprobs=True)]
     with Engine.from_pretrained(str(build(family)), policy={"device": "cpu"}) as engine:
-        scheduler, longest = engine.parts.scheduler, list[int]()
+        scheduler, longest = engine.parts.lanes[0].scheduler, list[int]()
         scheduler.limits = replace(scheduler.limits, rows_per_piece=PIECE, rows_per_batch=PIECE, rows_per_sweep=SWEEP)
         next_sweep = scheduler.next_sweep
 

@@ -105,7 +105,11 @@ def test_cache_and_activations_follow_the_percents_to_one_sequence(
     name: str, family: str, build: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with open_engine(build(family), tmp_path, percent=PERCENTS[name], **{"share-prefix": False}) as engine:
-        cache, hidden, states = cache_of(engine), engine.parts.executor._hidden, engine.parts.states.room
+        cache, hidden, states = (
+            cache_of(engine),
+            engine.parts.lanes[0].executor._hidden,
+            engine.parts.lanes[0].states.room,
+        )
         watch = Watch(engine, lambda: (dict(cache.room.num_blocks), dict(hidden.num_spans)))
         engine.wait_until_loaded()
         before = engine.placed_bytes()

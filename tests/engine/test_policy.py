@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from engine import Policy
 from engine.errors import ConfigError
-from engine.policy import Share, parse_bytes, policy_directories
+from engine.policy import Share, policy_directories
+from engine.reading import parse_bytes
 
 KEYS = {
     "gpu-batch-size", "num-gpu-batches", "percent", "weights", "kv-cache", "activations", "pad-to-seq-len",
     "compress-weight", "compress-cache", "cpu-cache-compute", "pin-weight", "overlap", "share-prefix", "dtype",
     "device", "gather-weights", "gpu-memory", "cpu-memory", "offload-dir", "batch-invariant",
-    "draft-model",
+    "draft-model", "stages",
 }  # fmt: skip
 
 

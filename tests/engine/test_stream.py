@@ -58,11 +58,11 @@ def within_seconds(call: Callable[[], Any], seconds: float = 20.0) -> Any:
 
 def assert_nothing_held(engine: Engine) -> None:
     """No sequence, prefix or block is left, and the free rows of the cache are in one piece."""
-    scheduler, cache = engine.parts.scheduler, cache_of(engine)
+    scheduler, cache = engine.parts.lanes[0].scheduler, cache_of(engine)
     wait_until(lambda: scheduler.is_idle)
     assert set(cache.room.num_blocks.values()) == {0}
     assert scheduler._prefixes == []
-    assert engine._loop._owner == {}
+    assert engine._loop.num_jobs == 0
     for extents in cache.room._free_rows.values():
         assert extents.num_free == extents.tail_free() == extents.capacity
 
@@ -156,7 +156,7 @@ def test_the_next_sweep_is_being_brought_when_one_ends(tmp_path: Path, monkeypat
 
 def test_a_prefix_keeps_one_row_of_logprobs_and_not_the_chunk_around_it(engine: Engine) -> None:
     def rows() -> list[int]:
-        kept = [prefix.next_logprobs for prefix in engine.parts.scheduler._prefixes]
+        kept = [prefix.next_logprobs for prefix in engine.parts.lanes[0].scheduler._prefixes]
         return [row.untyped_storage().nbytes() // 4 for row in kept if row is not None]
 
     watch = Watch(engine, rows)
@@ -169,7 +169,7 @@ def test_a_slow_caller_misses_nothing(engine: Engine, monkeypatch: pytest.Monkey
 
     def submit_and_linger(call: Any) -> None:
         submit(call)
-        wait_until(lambda: engine.num_sweeps > 0 and engine.parts.scheduler.is_idle)
+        wait_until(lambda: engine.num_sweeps > 0 and engine.parts.lanes[0].scheduler.is_idle)
 
     monkeypatch.setattr(engine._loop, "submit", submit_and_linger)
     assert [len(done.tokens) for done in engine.run([Job(prompt=[3, i + 3], max_new_tokens=2) for i in range(3)])]
@@ -404,7 +404,7 @@ def test_a_fault_of_the_engine_reaches_every_caller(engine: Engine, monkeypatch:
         assert both_called.wait(20)
         raise RuntimeError("the machine\nis on fire")
 
-    monkeypatch.setattr(engine.parts.executor, "sweep", break_down)
+    monkeypatch.setattr(engine.parts.lanes[0].executor, "sweep", break_down)
     streams = [engine.stream(long_jobs(1)), engine.stream(long_jobs(1))]
     both_called.set()
     for stream in streams:
@@ -429,19 +429,19 @@ def test_a_fault_beside_the_tokenizer_is_not_laid_at_its_door(
 
 def test_a_fault_while_jobs_are_taken_in_reaches_every_caller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     both_called = threading.Event()
-    next_sweep = engine.parts.scheduler.next_sweep
+    next_sweep = engine.parts.lanes[0].scheduler.next_sweep
 
     def wait_and_go_on() -> Any:
         assert both_called.wait(20)
-        monkeypatch.setattr(engine.parts.scheduler, "add", break_down)
+        monkeypatch.setattr(engine.parts.lanes[0].scheduler, "add", break_down)
         return next_sweep()
 
     def break_down(*_: Any) -> None:
         raise RuntimeError("the machine is on fire")
 
-    monkeypatch.setattr(engine.parts.scheduler, "next_sweep", wait_and_go_on)
+    monkeypatch.setattr(engine.parts.lanes[0].scheduler, "next_sweep", wait_and_go_on)
     first = engine.stream(long_jobs(1))
-    wait_until(lambda: engine._loop._owner != {})
+    wait_until(lambda: engine._loop.num_jobs > 0)
     streams = [first, engine.stream(long_jobs(1)), engine.stream(long_jobs(1))]  # the last two arrive together
     both_called.set()
     for stream in streams:

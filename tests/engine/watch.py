@@ -32,8 +32,8 @@ class Watch:
             self.tokens.append(sum(segment.num_rows for batch in batches for segment in batch))
             return run(batches)
 
-        run = engine.parts.executor.sweep
-        engine.parts.executor.sweep = sweep  # type: ignore[method-assign]
+        run = engine.parts.lanes[0].executor.sweep
+        engine.parts.lanes[0].executor.sweep = sweep  # type: ignore[method-assign]
         engine.parts.model.layers[0].register_forward_pre_hook(note)
 
     @property
@@ -44,4 +44,4 @@ class Watch:
 
 def cache_of(engine: Engine) -> KVCache:
     """The engine's KV cache."""
-    return engine.parts.executor._cache
+    return engine.parts.lanes[0].executor._cache

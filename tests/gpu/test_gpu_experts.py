@@ -124,4 +124,4 @@ def test_an_engine_that_expands_some_experts_at_a_time_answers_with_the_same_bit
         assert plan.limits.waiting_rows > 0
         for _ in range(2):
             assert [companies.bits(each) for each in engine.run(jobs)] == expected
-        assert engine.parts.executor.limits.waiting_rows > 0  # it was not short of memory
+        assert engine.parts.lanes[0].executor.limits.waiting_rows > 0  # it was not short of memory

@@ -36,7 +36,7 @@ def test_replayed_steps_are_near_transformers(family: str, tmp_path: Path) -> No
         assert engine.plan.limits.replays
         drafted = engine.run(jobs[:3])
         done = engine.run(jobs)
-        steps = engine.parts.executor.steps
+        steps = engine.parts.lanes[0].executor.steps
         assert steps.refusal is None
         assert steps.num_replays > NUM_NEW // 2
     for job, completion in zip([*jobs, *jobs[:3]], [*done, *drafted], strict=True):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 
-from engine.errors import EngineError, one_line
 from engine.member import Member
-from engine.memory import accelerator
+from engine.weights.members.meeting import meet, naming_the_lost, part
 from engine.weights.placed_unit import PlacedUnit
 
 _TIMEOUT = timedelta(minutes=30)
@@ -44,29 +39,15 @@ class Group:
         self._member = member
         self.count = member.count
         """How many there are."""
-        os.environ.update(accelerator.GATHERING)
-        on_cuda = device.type == "cuda"
-        try:
-            with accelerator.on_device(device) if on_cuda else nullcontext():
-                distributed.init_process_group(
-                    "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-                    init_method=Path(member.meeting).absolute().as_uri(),
-                    rank=member.index,
-                    world_size=member.count,
-                    timeout=_TIMEOUT,
-                    device_id=device if on_cuda else None,
-                )
-                self._agreeing: Any = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            raise EngineError(
-                f"engine {member.index} of {member.count} cannot meet the others through {member.meeting}: "
-                f"{one_line(error)}; start all of them again"
-            ) from error
+        meet(member.meeting, member.index, member.count, device, _TIMEOUT)
+        self._lost = f"one of the {self.count} engines that share the weights"
+        with naming_the_lost(self._lost):
+            self._agreeing: Any = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def agree(self, *, sweep: bool, leave: bool = False) -> Agreed:
         """Wait for all members to say what they are about to do. Raises `EngineError` when one has gone."""
         said = torch.tensor([sweep, leave], dtype=torch.int32)
-        with self._naming_the_lost():
+        with naming_the_lost(self._lost):
             distributed.all_reduce(said, group=self._agreeing)
         swept, left = said.tolist()
         return Agreed(sweep=swept, leave=left > 0)
@@ -81,22 +62,11 @@ class Group:
         whole = slot[: placed.gathered_bytes]
         own = whole[self._member.index * size : (self._member.index + 1) * size]
         gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-        with self._naming_the_lost():
+        with naming_the_lost(self._lost):
             work = gather(whole, own, async_op=True)
             assert work is not None
             work.wait()
 
-    @contextmanager
-    def _naming_the_lost(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise EngineError(
-                f"one of the {self.count} engines that share the weights has gone: {one_line(error)}; start all of "
-                "them again"
-            ) from error
-
     def close(self) -> None:
         """Leave, after all members have agreed to."""
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        part()

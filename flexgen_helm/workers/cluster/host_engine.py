@@ -9,7 +9,7 @@ from engine.checkpoint.identity.result import check_beside_weights, identity_bes
 from engine.checkpoint.opened_weights import OpenedWeights
 from engine.hosts.messages import HostOpened, Opening
 from engine.hosts.serving import Running
-from engine.workers.sharing_out import Room
+from engine.workers.handing_out.sharing_out import Room
 from flexgen_helm.planning.auto_policy import choose
 from flexgen_helm.workers.cluster.versions import versions
 from flexgen_helm.workers.engine_processes import engine_processes

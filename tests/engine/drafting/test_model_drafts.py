@@ -80,7 +80,7 @@ def assert_nothing_held(engine: Engine) -> None:
     """A draft's cache is empty again once a sweep has shown that its sequences have ended."""
     draft = engine.parts.draft
     assert draft is not None
-    draft.drafts.add([], 0, engine.parts.scheduler.limits)
+    draft.drafts.add([], 0, engine.parts.lanes[0].scheduler.limits)
     assert set(draft.cache.room.num_blocks.values()) == {0}
 
 
@@ -145,7 +145,7 @@ def test_what_was_drafted_in_vain_is_forgotten(
         executor.__dict__["choices"] = spoiled
         assert_same(engine.run(jobs()[:1]), plain("llama")[:1])
         assert engine.num_sweeps == 1 + NUM_NEW // 2
-        draft.drafts.add([], 0, engine.parts.scheduler.limits)
+        draft.drafts.add([], 0, engine.parts.lanes[0].scheduler.limits)
         assert (draft.drafts.num_came, draft.drafts.num_tried) == (NUM_NEW // 2 - 1, NUM_NEW - 2)
 
 

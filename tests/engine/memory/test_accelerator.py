@@ -105,10 +105,10 @@ def test_prompts_that_are_computed_between_fetches_change_no_result(
     monkeypatch.setattr(Scheduler, "next_sweep", note)
     settings = {**POLICIES[policy], "device": "cpu", "offload-dir": str(tmp_path), "gpu-memory": "1GB"}
     with Engine.from_pretrained(str(build("opt")), policy=settings) as engine:
-        scheduler = engine.parts.scheduler
+        scheduler = engine.parts.lanes[0].scheduler
         pace = Admission(rows_beside_weights=0, rows_beside_cached_row=0.15)
         scheduler.limits = replace(scheduler.limits, admission=pace, rows_between_fetches=24)
-        engine.parts.executor.limits = scheduler.limits
+        engine.parts.lanes[0].executor.limits = scheduler.limits
         done = engine.run(JOBS)
     assert max(mixed) >= 2
     assert sum(count > 0 for count in mixed) >= 3

@@ -34,8 +34,8 @@ def test_an_index_key_is_kept_beside_keys_and_values_where_a_layer_chooses(build
     with Engine.from_pretrained(str(build(FAMILY)), policy={"device": "cpu"}) as engine:
         model = engine.parts.model
         assert {index: each.top_k for index, each in model.indexers.items()} == {0: 8, 2: 8}
-        assert engine.parts.cache.room.row_bytes["host"] == 4 * (4 * 4 * (16 + 12) + 2 * 16)
-        assert shape_of(model).cache_row_bytes == engine.parts.cache.room.row_bytes["host"]
+        assert engine.parts.lanes[0].cache.room.row_bytes["host"] == 4 * (4 * 4 * (16 + 12) + 2 * 16)
+        assert shape_of(model).cache_row_bytes == engine.parts.lanes[0].cache.room.row_bytes["host"]
         assert model.sweeping.handed_row_bytes == 4 * 8
 
 
@@ -54,7 +54,7 @@ def test_rows_may_be_taken_one_at_a_time(
 
     monkeypatch.setattr(GlmMoeDsaIndexer, "forward", counted)
     with Engine.from_pretrained(str(build(FAMILY)), policy={"device": "cpu"}) as engine:
-        executor = engine.parts.executor
+        executor = engine.parts.lanes[0].executor
         executor.limits = replace(executor.limits, logits_bytes=1)
         taken.clear()
         done = engine.run(outcomes.JOBS)

@@ -73,7 +73,7 @@ def test_replayed_steps_equal_transformers(
 ) -> None:
     with Engine.from_pretrained(str(build(family)), policy={"device": "cpu"}) as engine:
         done = [engine.run(JOBS), engine.run([*JOBS, *JOBS])]  # the second time tables have grown
-        assert engine.parts.executor.steps.refusal is None
+        assert engine.parts.lanes[0].executor.steps.refusal is None
     expected = parity.expect(reference(family))
     for each in (done[0], done[1][: len(JOBS)], done[1][len(JOBS) :]):
         found, largest = parity.differences(expected, each)
@@ -92,8 +92,8 @@ def test_what_cannot_be_recorded_is_computed(
     with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as engine:
         found, _ = parity.differences(parity.expect(reference("llama")), engine.run(JOBS))
         assert not found
-        assert "capturing" in str(engine.parts.executor.steps.refusal)
-        assert not engine.parts.scheduler.limits.replays  # drafts are tried again, and prompts wait for nobody
+        assert "capturing" in str(engine.parts.lanes[0].executor.steps.refusal)
+        assert not engine.parts.lanes[0].scheduler.limits.replays  # drafts are tried again, and prompts wait for nobody
 
 
 def test_prompts_come_in_together_between_replayed_steps(

@@ -88,7 +88,7 @@ def test_a_state_that_a_failed_sweep_has_changed_is_computed_anew(
         monkeypatch.setattr(engine.parts.model, "layer", run)
         done = engine.run(parity.JOBS)
         assert len(failed) == 2
-        assert engine.parts.scheduler.limits.most_states < engine.plan.limits.most_states
+        assert engine.parts.lanes[0].scheduler.limits.most_states < engine.plan.limits.most_states
     assert parity.differences(expected, done)[0] == []
 
 
@@ -110,8 +110,8 @@ def test_states_of_prefixes_are_held_until_those_behind_have_begun(
     starts = [[rng.randrange(3, 490) for _ in range(20)] for _ in range(5)]
     jobs = [Job(prompt=[*start, at], max_new_tokens=2) for start in starts for at in (3, 4)]
     with Engine.from_pretrained(str(build("qwen3-next")), policy={"device": "cpu"}) as engine:
-        scheduler, states = engine.parts.scheduler, engine.parts.states
-        scheduler.limits = engine.parts.executor.limits = replace(scheduler.limits, most_states=2)
+        scheduler, states = engine.parts.lanes[0].scheduler, engine.parts.lanes[0].states
+        scheduler.limits = engine.parts.lanes[0].executor.limits = replace(scheduler.limits, most_states=2)
         write, held = states.write, list[int]()
 
         def writing(*args: Any) -> None:

@@ -18,7 +18,8 @@ from engine.planning.limits import Limits
 from engine.planning.model_shape import ModelShape
 from engine.planning.planner import Plan, make_plan
 from engine.planning.sharing import Sharing
-from engine.policy import Share, parse_bytes
+from engine.policy import Share
+from engine.reading import parse_bytes
 
 GB = 10**9
 OPT_30B = ModelShape(

@@ -88,7 +88,7 @@ def jobs() -> list[Job]:
 
 def drafting(engine: Engine, rows: int = 500) -> Engine:
     """Let sweeps of up to this many rows draft, as they do where transfers set the pace."""
-    engine.parts.scheduler.limits = replace(engine.parts.scheduler.limits, free_rows=rows)
+    engine.parts.lanes[0].scheduler.limits = replace(engine.parts.lanes[0].scheduler.limits, free_rows=rows)
     return engine
 
 
@@ -133,7 +133,7 @@ def test_drafts_save_sweeps_and_change_nothing(
         alone = engine.run([jobs()[i] for i in greedy])
         drafted_sweeps = engine.num_sweeps
         found = engine.run(jobs())
-        assert all(block == 0 for block in engine.parts.executor._cache.room.num_blocks.values())
+        assert all(block == 0 for block in engine.parts.lanes[0].executor._cache.room.num_blocks.values())
     assert num_sweeps == NUM_NEW
     whole = [i for i in greedy if plain[i].finish_reason == "length"]
     by_hand = [sweeps_by_hand(jobs()[i], list(plain[i].tokens)) for i in whole]

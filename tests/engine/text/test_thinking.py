@@ -135,7 +135,7 @@ def test_what_turns_out_to_be_an_answer_is_stopped_where_it_would_have_been(text
 def engine(build: Callable[[str], Path]) -> Iterator[Engine]:
     """One that drafts, as engines do where transfers set the pace."""
     with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as engine:
-        engine.parts.scheduler.limits = replace(engine.parts.scheduler.limits, free_rows=500)
+        engine.parts.lanes[0].scheduler.limits = replace(engine.parts.lanes[0].scheduler.limits, free_rows=500)
         yield engine
 
 

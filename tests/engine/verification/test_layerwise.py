@@ -490,7 +490,7 @@ def test_prompts_that_memory_forced_into_pieces_are_compared_in_pieces(
     rng = random.Random(1)
     jobs = [Job(prompt=[rng.randrange(3, 500) for _ in range(400)], max_new_tokens=2) for _ in range(2)]
     with Engine.from_pretrained(str(path), policy={"device": "cpu", "dtype": "float32"}) as engine:
-        executor, rows = engine.parts.executor, list[int]()
+        executor, rows = engine.parts.lanes[0].executor, list[int]()
         sweep = executor.sweep
 
         def short_of_memory(batches: Any) -> Any:

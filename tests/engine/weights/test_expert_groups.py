@@ -148,8 +148,8 @@ def test_experts_are_expanded_once_for_all_that_wait(tmp_path: Path, monkeypatch
         monkeypatch.setattr(JointExperts, "_answer", no_room)
         again = engine.run(jobs)
         assert max(taken.values()) > 2
-        assert engine.parts.executor.limits.waiting_rows == 0
-        assert engine.parts.executor.limits.rows_per_batch == engine.parts.plan.limits.rows_per_batch
+        assert engine.parts.lanes[0].executor.limits.waiting_rows == 0
+        assert engine.parts.lanes[0].executor.limits.rows_per_batch == engine.parts.plan.limits.rows_per_batch
     assert [each.tokens for each in again] == [each.tokens for each in done]
 
 

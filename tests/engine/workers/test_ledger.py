@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from engine.asking.pending import Call
 from engine.job import Completion, Job
-from engine.workers.ledger import Ledger
-from engine.workers.sharing_out import Room
+from engine.workers.handing_out.ledger import Ledger
+from engine.workers.handing_out.sharing_out import Room
 
 ROOM = Room(rows=120, jobs=8)
 

@@ -22,13 +22,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "one": {"device": "cpu"},
     "two": {"device": TWO, "gather-weights": False},
     "two gathering": {"device": TWO, "gather-weights": True},
+    "two stages": {"device": TWO, "stages": 2},
 }
 pytestmark = pytest.mark.usefixtures("warm_processes")
 
+REFUSED_IN_STAGES = ("gemma4", "gemma4-per-layer-inputs", "gemma4-multimodal", "glm-moe-dsa")
+"""Whose layers hand on more than hidden states."""
 QUICK = ("llama", "thirds", "packed")
 CASES = [
     pytest.param(family, *case, way, marks=[] if (family, *case) == QUICK else pytest.mark.slow)
     for family, case, way in product([*models.FAMILIES, *models.OWN_ATTENTION], parity.SELECTION, WAYS)
+    if not (way == "two stages" and family in REFUSED_IN_STAGES)
 ]
 
 

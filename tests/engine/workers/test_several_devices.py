@@ -211,7 +211,7 @@ def test_without_any_device_left_the_engine_ends(model: str, monkeypatch: pytest
 
 def test_one_process_refuses_several_devices(model: str) -> None:
     from engine.checkpoint.description import describe
-    from engine.opening import fill_from
+    from engine.weights.encoded.filling import fill_from
 
     with pytest.raises(ConfigError, match=r"\[cpu:0, cpu:1\]: one process computes on one device"):
         Engine.open(describe(model), TWO, fill_from(describe(model), TWO))

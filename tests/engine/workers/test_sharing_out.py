@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.job import Job
-from engine.workers.groups import groups_of
-from engine.workers.sharing_out import Room, SharingOut
+from engine.workers.handing_out.groups import groups_of
+from engine.workers.handing_out.sharing_out import Room, SharingOut
 
 WIDE = Room(rows=10**9, jobs=10**9)
 

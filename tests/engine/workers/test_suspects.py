@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.workers.suspects import Suspects
+from engine.workers.handing_out.suspects import Suspects
 
 
 def answered(num_jobs: int, deadly: set[int], at_once: int, told: bool) -> tuple[set[int], set[int], int]:

@@ -18,7 +18,7 @@ from sweeping import differences
 
 from engine.errors import EngineError
 from engine.job import Job
-from engine.workers.sharing_out import Room
+from engine.workers.handing_out.sharing_out import Room
 from flexgen_helm.helm.requests.asked import Work
 from flexgen_helm.sweeps import flow, runner
 from flexgen_helm.sweeps.beside.helm_side import HelmSide

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from engine.job import Job
-from engine.workers.groups import Group, Load, groups_of
+from engine.workers.handing_out.groups import Group, Load, groups_of
 
 
 @dataclass(frozen=True, kw_only=True)

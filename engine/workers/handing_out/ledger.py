@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from engine.asking.pending import Call, Finished
 from engine.job import Completion, Job
-from engine.workers.sharing_out import Room, SharingOut
-from engine.workers.suspects import STRIKES, Suspects
+from engine.workers.handing_out.sharing_out import Room, SharingOut
+from engine.workers.handing_out.suspects import STRIKES, Suspects
 
 Asked = dict[int, list[tuple[int, Job]]]
 """Jobs with their numbers, by the number of their call."""

@@ -1,0 +1,58 @@
+"""How a model is divided into stages, and the sizes that all of them are planned with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engine.cache.tables import cache_row_bytes
+from engine.errors import UnsupportedError
+from engine.kernels.codec import Codec
+from engine.memory.tiers import TIERS, Tier
+from engine.model.causal_model import CausalModel
+from engine.planning.model_shape import ModelShape
+from engine.stages.cut import cut_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """A model's stages. All have the same plan, so that rows which one gives out are there with every other."""
+
+    layers: list[range]
+    """Of each stage."""
+    shape: ModelShape
+    """Of the largest."""
+    row_bytes: dict[Tier, int]
+    """What a token's keys and values take at most in a stage, by tier."""
+    slot_bytes: dict[Tier, int]
+    """What a sequence's states take at most in a stage."""
+
+
+def divide(model: CausalModel, shape: ModelShape, count: int, cache_codec: Codec | None) -> Division:
+    """Divide a model of this shape into `count` stages of about as many bytes of weights.
+
+    Raises `UnsupportedError` where layers hand on more than hidden states, which no stage sends to the next one, and
+    `ConfigError` where there are fewer layers than stages.
+    """
+    if model.sweeping.handed_row_bytes or model.sweeping.puts_down:
+        raise UnsupportedError(
+            f"stages: layers of {type(model.module).__name__} ({model.config.model_type}) hand on more than hidden "
+            "states to later ones, and stages send each other only those; set stages: 1"
+        )
+    *layer_bytes, head = shape.unit_bytes
+    parts = cut_layers(layer_bytes, 0 if model.is_tied else head, count)
+    is_large = model.is_tied or head > max(layer_bytes)  # every stage has a tied one as its embedding
+    units = [
+        (*layer_bytes[part.start : part.stop], head if is_large or part.stop == len(layer_bytes) else 0)
+        for part in parts
+    ]
+    rows = [cache_row_bytes([model.kv_shapes[at] for at in part], model.dtype, cache_codec) for part in parts]
+    states = [sum(state.num_bytes for at in part if (state := model.state_shapes[at]) is not None) for part in parts]
+    row_bytes: dict[Tier, int] = {tier: max(each[tier] for each in rows) for tier in TIERS}
+    return Division(
+        layers=parts,
+        shape=replace(
+            shape, unit_bytes=max(units, key=sum), cache_row_bytes=row_bytes["device"], state_bytes=max(states)
+        ),
+        row_bytes=row_bytes,
+        slot_bytes=dict.fromkeys(TIERS, max(states)),
+    )

@@ -1,0 +1,87 @@
+"""What stages are told of a sweep: rows, and where their keys, values and states are kept, as numbers."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.memory.tiers import TIERS
+from engine.schedule.block import Block
+from engine.schedule.segment import Segment
+from engine.schedule.sequence import Prefix, Span
+
+_NONE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A sweep, as the stage that leads has scheduled it."""
+
+    lane: int
+    """Whose sequences it is of."""
+    rows: tuple[int, ...]
+    """That the tables of keys and values have, by tier."""
+    slots: tuple[int, ...]
+    """That the tables of states have."""
+    batches: list[list[Segment]]
+    """Micro-batches. Of their spans as much as layers need is there: tokens that are not computed now are zeros."""
+
+    def numbers(self) -> torch.Tensor:
+        """All of it as int64, on the host."""
+        spans: dict[int, int] = {}
+        out = array("q")
+        for segment in (segment for batch in self.batches for segment in batch):
+            for span in (*segment.span.chain, segment.span):
+                if id(span) not in spans:
+                    spans[id(span)] = len(spans)
+                    out.extend(_numbers_of(span, spans))
+        out = array("q", (self.lane, *self.rows, *self.slots, len(spans), len(self.batches))) + out
+        for batch in self.batches:
+            out.append(len(batch))
+            for each in batch:
+                place = (each.num_rows, each.num_pad, each.first, each.lead, each.past)
+                out.extend((spans[id(each.span)], *place, *each.tokens))
+        return torch.frombuffer(out, dtype=torch.int64)
+
+    @classmethod
+    def read(cls, numbers: torch.Tensor) -> Told:
+        """What `numbers` gave."""
+        given = iter(numbers.tolist())
+        lane = next(given)
+        rows, slots = (tuple(next(given) for _ in TIERS) for _ in range(2))
+        num_spans, num_batches = next(given), next(given)
+        spans: list[Span] = []
+        for _ in range(num_spans):
+            spans.append(_span_of(given, spans))
+        batches = [[_segment_of(given, spans) for _ in range(next(given))] for _ in range(num_batches)]
+        return cls(lane=lane, rows=rows, slots=slots, batches=batches)
+
+
+def _numbers_of(span: Span, known: dict[int, int]) -> Sequence[int]:
+    parent = _NONE if span.parent is None else known[id(span.parent)]
+    block = span.block
+    place = (_NONE, 0, 0, _NONE)
+    if block is not None:
+        slot = _NONE if block.slot is None else block.slot
+        place = (TIERS.index(block.tier), block.first, block.num_rows, slot)
+    return (isinstance(span, Prefix), parent, len(span.tokens), *place)
+
+
+def _span_of(given: Iterator[int], known: Sequence[Span]) -> Span:
+    is_prefix, parent, length, tier, first, num_rows, slot = (next(given) for _ in range(7))
+    before = known[parent] if parent != _NONE else None
+    assert before is None or isinstance(before, Prefix)
+    span = (Prefix if is_prefix else Span)(tokens=[0] * length, parent=before, cached=length)
+    if tier != _NONE:
+        span.block = Block(TIERS[tier], first, num_rows, None if slot == _NONE else slot)
+    return span
+
+
+def _segment_of(given: Iterator[int], spans: Sequence[Span]) -> Segment:
+    number, num_rows, num_pad, first, lead, past = (next(given) for _ in range(6))
+    span = spans[number]
+    span.cached, span.tokens[past:] = past, [next(given) for _ in range(num_rows)]
+    return Segment(span, num_rows, num_pad=num_pad, first=first, lead=lead)
