@@ -69,7 +69,7 @@ class PromptTokenizer:
             with without_panics():
                 return list(self.tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # of its files' patterns and of its library, with some texts only
-            raise JobError(f"the model's tokenizer cannot cut the prompt into tokens: {named(error)}") from None
+            raise JobError(f"the prompt cannot be tokenized: {named(error)}") from None
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """The ids of a conversation by the tokenizer's chat template, up to where the answer begins.

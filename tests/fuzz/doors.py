@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import commands
+import command_lines
 import files
 import model_files
 
-DOORS = [*files.DOORS, *model_files.DOORS, *commands.DOORS]
+DOORS = [*files.DOORS, *model_files.DOORS, *command_lines.DOORS]

@@ -74,6 +74,8 @@ static inline floats power(floats x) {
     return y * (floats)two;
 }
 
+#define LOG2_E 1.44269504f
+
 /* 2 to the x, within 2e-7 of it, for x up to 126: the polynomial of Cephes. Below -126 it is 2 to the -126; a NaN stays
    one. There is nothing to reduce by, unlike in `power`. */
 static inline floats power_of_two(floats x) {

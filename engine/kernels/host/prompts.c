@@ -128,13 +128,13 @@ static void soften(const struct desk *d, int64_t vector, float *row, int64_t see
     const float high = largest(most);
     floats added = {0};
     for (int64_t l = 0; l < seen; l += LANES) {
-        const floats weights = power_of_two(load(row + l) - high);
+        const floats weights = power_of_two((load(row + l) - high) * LOG2_E); /* differences are exact, products are not */
         added += weights;
         store(row + l, weights);
     }
     for (int64_t l = seen; l < count; l++) row[l] = 0;
     if (high != before) {
-        const float factor = before == -INFINITY ? 0 : power_of_two((floats){0} + (before - high))[0];
+        const float factor = before == -INFINITY ? 0 : power_of_two((floats){0} + (before - high) * LOG2_E)[0];
         float *sums = d->sums + vector * d->width;
         for (int64_t i = 0; i < d->width; i++) sums[i] *= factor;
         d->total[vector] *= factor;
@@ -175,11 +175,10 @@ static void attend_block(const struct work *w, const struct desk *d, int64_t fir
 static void attend_rows(const struct work *w, const struct desk *d, const struct run *run, int64_t head, int64_t first,
                         int64_t end) {
     const int64_t vectors = (end - first) * w->copies;
-    const float scaling = w->scaling * 1.44269504f; /* weights are powers of two: e to the score */
     for (int64_t v = 0; v < vectors; v++) {
         const float *from = w->query + (first + v / w->copies) * w->query_row +
                             (head * w->copies + v % w->copies) * w->query_head;
-        for (int64_t i = 0; i < w->key_dim; i++) d->query[v * w->key_dim + i] = from[i] * scaling;
+        for (int64_t i = 0; i < w->key_dim; i++) d->query[v * w->key_dim + i] = from[i] * w->scaling;
         d->most[v] = -INFINITY;
         d->total[v] = 0;
     }

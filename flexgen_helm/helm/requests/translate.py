@@ -210,8 +210,6 @@ class Translator:
                     ids = self.one_of_each(self._prompts.plain(text, self.window, own))
         except JobError as error:
             raise PromptError(str(error)) from None
-        except (TypeError, ValueError) as error:  # lone surrogates, for example
-            raise PromptError(f"the prompt cannot be tokenized: {' '.join(str(error).split())}") from None
         self._check_length(ids)
         return ids
 

@@ -34,7 +34,7 @@ def backtracking() -> PreTrainedTokenizerFast:
 def test_a_prompt_that_the_tokenizers_library_gives_up_at_fails_alone() -> None:
     """It raises what is no `Exception`."""
     prompts = PromptTokenizer.of(backtracking())
-    with pytest.raises(JobError, match=r"the model's tokenizer cannot cut the prompt into tokens: .*gives up"):
+    with pytest.raises(JobError, match=r"the prompt cannot be tokenized: .*gives up"):
         prompts.plain("a" * 60 + " b")
     assert prompts.plain("c") == [1]
 
