@@ -39,21 +39,19 @@ class StepBatch(Rows):
 
     def __init__(self, segments: list[Segment], device: torch.device) -> None:
         """segments: decode steps of one row, whose keys and values, and those of their prefixes, are on the device."""
-        super().__init__(segments, device)
         num_steps = len(segments)
         count = padded_count(num_steps)
+        super().__init__(segments, device, num_copies=count - num_steps)
         padded = [*segments, *segments[-1:] * (count - num_steps)]
         ends = [segment.span.start + segment.past + 1 for segment in segments]
         levels = max(len(segment.span.chain) for segment in segments)
         self.shape = StepShape(count, levels, max(_LEAST_LENGTH, 1 << (max(ends) - 1).bit_length()))
         self.num_steps = num_steps
         """The number of rows that are not padding."""
-        self.num_rows = count
         self.ids = torch.tensor([[segment.tokens[0] for segment in padded]])
         """The token ids `[1, rows]`, on the host."""
         contexts = [_context(segment, level) for level in range(levels + 1) for segment in padded]
         firsts, lengths, present = (torch.tensor(each).view(levels + 1, count) for each in zip(*contexts, strict=True))
-        self.device_slots = accelerator.sent(firsts[0] + lengths[0] - 1, device)
         self._device = device
         positions = torch.tensor([[segment.span.start + segment.past for segment in padded]])
         self._positions = accelerator.sent(positions, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import parity
 import pytest
@@ -18,7 +19,7 @@ from played_flash import Kernel
 from transformers import PreTrainedModel
 
 from engine import Engine, Job
-from engine.batch.step_batch import padded_count
+from engine.batch.step_batch import StepBatch, padded_count
 from engine.errors import UnsupportedError
 from engine.memory import accelerator
 from engine.model.attention import flash, interface
@@ -137,6 +138,28 @@ def test_prefixes_that_are_elsewhere_are_not_waited_for() -> None:
     assert not are_steps([Segment(sequence, 1)])
     prefix.block = Block("device", 4, 2)
     assert are_steps([Segment(sequence, 1)])
+
+
+def test_the_places_of_new_rows_are_sent_once_those_of_copies_included(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps, padded to four rows: the copy writes where the last step does."""
+    steps = []
+    for first, cached in ((40, 3), (10, 7), (90, 1)):
+        sequence = Sequence(job=Job(prompt=[1], max_new_tokens=9), tokens=[5] * (cached + 1), num_prompt=1)
+        sequence.block, sequence.cached = Block("device", first, 9), cached
+        steps.append(Segment(sequence, 1, first=len(steps)))
+    sent: list[list[int]] = []
+    send = accelerator.sent
+
+    def noted(tensor: torch.Tensor, *others: Any) -> torch.Tensor:
+        sent.append(tensor.flatten().tolist())
+        return send(tensor, *others)
+
+    monkeypatch.setattr(accelerator, "sent", noted)
+    batch = StepBatch(steps, torch.device("cpu"))
+    assert batch.device_slots is not None
+    assert batch.device_slots.tolist() == [43, 17, 91, 91]
+    assert (batch.num_steps, batch.num_rows, batch.device_rows) == (3, 4, None)
+    assert [each for each in sent if each[:3] == [43, 17, 91]] == [[43, 17, 91, 91]]
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(1, 1), (5, 8), (17, 24), (256, 256), (257, 512)])
