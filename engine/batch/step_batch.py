@@ -5,6 +5,7 @@ The shapes say nothing of the sequences, so one captured computation serves many
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,14 @@ class StepBatch(Rows):
             "position_ids": self._positions,
             "use_cache": False,
         }
+
+    def copy(self) -> StepBatch:
+        """The same rows, in memory of their own, and without the segments: it may outlive those who decode."""
+        other = copy(self)
+        assert self.device_slots is not None
+        other.segments, other.device_slots = [], self.device_slots.clone()
+        other.firsts, other.lengths, other.present = self.firsts.clone(), self.lengths.clone(), self.present.clone()
+        return other
 
     def take(self, other: StepBatch) -> None:
         """Take over the numbers of another micro-batch of the same shape, in the same memory."""

@@ -24,12 +24,14 @@ from engine.errors import UnsupportedError
 from engine.memory import accelerator
 from engine.model.attention import flash, interface
 from engine.model.replayed.arguments import Arguments
+from engine.model.replayed.recording import Recording
 from engine.model.stub import LayerCall
 from engine.planning import planner
 from engine.schedule.block import Block
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence
 from engine.schedule.turns import are_steps
+from engine.verification.difference import KindOfRows, StageDifference
 
 
 class Recorder:
@@ -81,6 +83,45 @@ def test_replayed_steps_equal_transformers(
         assert not found
         assert largest < parity.TOLERANCE
     assert recorder.replayed > 2 * recorder.made > 2
+
+
+def replayed(stage: StageDifference) -> KindOfRows:
+    return next(kind for kind in stage.kinds if kind.name == "replayed")
+
+
+def test_replayed_steps_are_compared_layer_by_layer_as_they_are_replayed(
+    build: Callable[[str], Path], recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault that only replays have is found in the layer that has it, in the rows that are replayed."""
+    with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as engine:
+        done = engine.run(JOBS)
+        num_replays, recorder.replayed = engine.parts.lanes[0].executor.steps.num_replays, 0
+        found = engine.compare_with_stock(JOBS, done)
+        assert all(stage.is_within for stage in found.stages)
+        first, *others = found.stages[1:-1]
+        assert recorder.replayed == 3 * num_replays  # in each layer the sweeps that the engine replayed
+        assert replayed(first).num_rows > num_replays
+        assert {replayed(stage) for stage in others} == {replayed(first)}
+        run = Recording.run
+
+        def wrong(self: Recording, batch: StepBatch, *others: Any) -> torch.Tensor:
+            return run(self, batch, *others) * (1.01 if context.layer == 1 else 1)
+
+        def late(self: StepBatch, other: StepBatch) -> None:
+            lengths = self.lengths.clone()
+            take(self, other)
+            self.lengths.copy_(lengths)
+
+        context, take = engine.parts.model.sweeping, StepBatch.take
+        with monkeypatch.context() as patch:
+            patch.setattr(Recording, "run", wrong)
+            stages = engine.compare_with_stock(JOBS, done).stages
+        assert [stage.name for stage in stages if not stage.is_within] == ["layer 1"]
+        assert stages[2].num_beyond == replayed(stages[2]).num_beyond == replayed(first).num_rows
+        monkeypatch.setattr(StepBatch, "take", late)
+        stages = engine.compare_with_stock(JOBS, done).stages
+        assert [stage.name for stage in stages if not stage.is_within] == ["layer 0", "layer 1", "layer 2"]
+        assert all(0 < stage.num_beyond == replayed(stage).num_beyond for stage in stages[1:-1])
 
 
 def test_what_cannot_be_recorded_is_computed(
