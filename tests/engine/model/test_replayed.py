@@ -93,15 +93,18 @@ def test_replayed_steps_are_compared_layer_by_layer_as_they_are_replayed(
     build: Callable[[str], Path], recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault that only replays have is found in the layer that has it, in the rows that are replayed."""
+    jobs = [Job(prompt=[*range(5, 30), own], max_new_tokens=9) for own in (40, 41, 42)]
     with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as engine:
-        done = engine.run(JOBS)
+        done = engine.run(jobs)
         num_replays, recorder.replayed = engine.parts.lanes[0].executor.steps.num_replays, 0
-        found = engine.compare_with_stock(JOBS, done)
+        found = engine.compare_with_stock(jobs, done)
         assert all(stage.is_within for stage in found.stages)
         first, *others = found.stages[1:-1]
         assert recorder.replayed == 3 * num_replays  # in each layer the sweeps that the engine replayed
         assert replayed(first).num_rows > num_replays
         assert {replayed(stage) for stage in others} == {replayed(first)}
+        assert engine.run(jobs) == done  # all layers are replayed together again
+        assert recorder.replayed == 4 * num_replays
         run = Recording.run
 
         def wrong(self: Recording, batch: StepBatch, *others: Any) -> torch.Tensor:
@@ -115,11 +118,11 @@ def test_replayed_steps_are_compared_layer_by_layer_as_they_are_replayed(
         context, take = engine.parts.model.sweeping, StepBatch.take
         with monkeypatch.context() as patch:
             patch.setattr(Recording, "run", wrong)
-            stages = engine.compare_with_stock(JOBS, done).stages
+            stages = engine.compare_with_stock(jobs, done).stages
         assert [stage.name for stage in stages if not stage.is_within] == ["layer 1"]
         assert stages[2].num_beyond == replayed(stages[2]).num_beyond == replayed(first).num_rows
         monkeypatch.setattr(StepBatch, "take", late)
-        stages = engine.compare_with_stock(JOBS, done).stages
+        stages = engine.compare_with_stock(jobs, done).stages
         assert [stage.name for stage in stages if not stage.is_within] == ["layer 0", "layer 1", "layer 2"]
         assert all(0 < stage.num_beyond == replayed(stage).num_beyond for stage in stages[1:-1])
 
