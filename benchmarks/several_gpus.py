@@ -14,8 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.controlled import Process
 from engine.member import Member
 from engine.memory.tiers import Memory
 from engine.policy import Policy
@@ -81,45 +80,6 @@ SETTINGS = {
 }
 
 
-class Process:
-    """An engine on one device, told by lines what to do."""
-
-    def __init__(self, shape: str, policy: dict[str, Any], handle: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.several_gpus", "--serve", shape, json.dumps(policy)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[handle],
-            text=True,
-            cwd=ROOT,
-        )
-
-    def tell(self, message: Any) -> None:
-        """Send a line."""
-        assert self._process.stdin is not None
-        print(json.dumps(message), file=self._process.stdin, flush=True)
-
-    def hear(self) -> Any:
-        """The next answer; `RuntimeError` where the process ends or cannot go on."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer = json.loads(line)
-                if "error" in answer:
-                    raise RuntimeError(answer["error"])
-                return answer
-        raise RuntimeError(f"a process ended with exit code {self._process.wait()}")
-
-    def end(self) -> None:
-        """Let the process end; it is killed where it does not."""
-        with contextlib.suppress(OSError):
-            self.tell(None)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(60)
-        self._process.kill()
-        self._process.wait()
-
-
 def serve(shape: str, policy: dict[str, Any]) -> None:
     """Open an engine as the parent says, and run what it asks for."""
     from engine.errors import EngineError
@@ -160,7 +120,10 @@ def opened(setting: Setting, devices: Sequence[str], way: str | None) -> Iterato
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         handle = os.memfd_create("weights")
         stack.callback(os.close, handle)
-        processes = [Process(setting.shape, {**policy, "device": device}, handle) for device in devices]
+        processes = [
+            Process("benchmarks.several_gpus", [setting.shape, json.dumps({**policy, "device": device})], [handle])
+            for device in devices
+        ]
         for process in processes:
             stack.callback(process.end)
         memories = [process.hear() for process in processes]

@@ -17,8 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.controlled import Process
 from engine.member import Member
 from engine.memory.tiers import Memory
 from engine.policy import Policy
@@ -53,53 +52,6 @@ SLEEPING = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 
 POLICY = {"gpu-memory": "3GB", "cpu-memory": "6GB", "gpu-batch-size": 16, "num-gpu-batches": 1}
 WORK = ["1x64x0+64:32", "1x256x0+128:1"]
 ENOUGH = 0.9
-
-
-class Process:
-    """An engine on one device, told by lines what to do."""
-
-    def __init__(self, shape: Path, policy: dict[str, Any], count: int, sleep: float) -> None:
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.stages",
-                "--serve",
-                str(shape),
-                json.dumps(policy),
-                str(count),
-                str(sleep),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-
-    def tell(self, message: Any) -> None:
-        """Send a line."""
-        assert self._process.stdin is not None
-        print(json.dumps(message), file=self._process.stdin, flush=True)
-
-    def hear(self) -> Any:
-        """The next answer; `RuntimeError` where the process ends or cannot go on."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer = json.loads(line)
-                if "error" in answer:
-                    raise RuntimeError(answer["error"])
-                return answer
-        raise RuntimeError(f"a process ended with exit code {self._process.wait()}")
-
-    def end(self) -> None:
-        """Let the process end; it is killed where it does not."""
-        with contextlib.suppress(OSError):
-            self.tell(None)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(30)
-        self._process.kill()
-        self._process.wait()
 
 
 def serve(shape: str, policy: dict[str, Any], count: int, sleep: float) -> None:
@@ -158,7 +110,8 @@ def opened(
         wanted = [("whole", device) for device in devices] + [("part", devices[0])]
         processes = []
         for name, device in wanted:
-            processes.append(Process(Path(folder) / name, {**policy, "device": device}, count, sleep))
+            served = [f"{folder}/{name}", json.dumps({**policy, "device": device}), str(count), str(sleep)]
+            processes.append(Process("benchmarks.stages", served))
             stack.callback(processes[-1].end)
         memories = [process.hear() for process in processes]
         least = {**memories[0], **{key: min(each[key] for each in memories) for key in ("device", "host", "disk")}}

@@ -177,6 +177,7 @@ class Engine(Front):
                         room=lane.room,
                         plan=parts.plan,
                         limits=lane.executor.limits,
+                        steps=lane.executor.steps,
                         share_prefix=parts.policy.share_prefix,
                         window=parts.window,
                         checkpoint=None if parts.weights.source is None else parts.path,

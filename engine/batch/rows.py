@@ -26,10 +26,15 @@ class Scatter:
 class Rows:
     """The rows of a micro-batch, and where their keys and values will be stored."""
 
-    def __init__(self, segments: list[Segment], device: torch.device, most_states: int = 0) -> None:
-        """most_states: the most recurrent states that a layer updates at once; 0 for models without states."""
+    def __init__(
+        self, segments: list[Segment], device: torch.device, most_states: int = 0, num_copies: int = 0
+    ) -> None:
+        """most_states: the most recurrent states that a layer updates at once; 0 for models without states.
+
+        num_copies: so many copies of the last row follow; only where all rows stay on the device.
+        """
         self.segments = segments
-        self.num_rows = segments[-1].end
+        self.num_rows = segments[-1].end + num_copies
         self.state_groups = state_groups(segments, self.num_rows, most_states, device) if most_states else []
         """Spans whose states are updated together, in the order in which they must be."""
         self.offloaded: list[tuple[Segment, Block]] = []
@@ -57,6 +62,8 @@ class Rows:
             rows += range(segment.first, segment.first + segment.num_rows)
             slots += _slots(segment, block)
         if rows:
+            rows += rows[-1:] * num_copies
+            slots += slots[-1:] * num_copies
             self.device_rows = None if len(rows) == self.num_rows else accelerator.sent(torch.tensor(rows), device)
             self.device_slots = accelerator.sent(torch.tensor(slots), device)
         if steps:

@@ -5,6 +5,7 @@ The shapes say nothing of the sequences, so one captured computation serves many
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +40,19 @@ class StepBatch(Rows):
 
     def __init__(self, segments: list[Segment], device: torch.device) -> None:
         """segments: decode steps of one row, whose keys and values, and those of their prefixes, are on the device."""
-        super().__init__(segments, device)
         num_steps = len(segments)
         count = padded_count(num_steps)
+        super().__init__(segments, device, num_copies=count - num_steps)
         padded = [*segments, *segments[-1:] * (count - num_steps)]
         ends = [segment.span.start + segment.past + 1 for segment in segments]
         levels = max(len(segment.span.chain) for segment in segments)
         self.shape = StepShape(count, levels, max(_LEAST_LENGTH, 1 << (max(ends) - 1).bit_length()))
         self.num_steps = num_steps
         """The number of rows that are not padding."""
-        self.num_rows = count
         self.ids = torch.tensor([[segment.tokens[0] for segment in padded]])
         """The token ids `[1, rows]`, on the host."""
         contexts = [_context(segment, level) for level in range(levels + 1) for segment in padded]
         firsts, lengths, present = (torch.tensor(each).view(levels + 1, count) for each in zip(*contexts, strict=True))
-        self.device_slots = accelerator.sent(firsts[0] + lengths[0] - 1, device)
         self._device = device
         positions = torch.tensor([[segment.span.start + segment.past for segment in padded]])
         self._positions = accelerator.sent(positions, device)
@@ -73,6 +72,14 @@ class StepBatch(Rows):
             "position_ids": self._positions,
             "use_cache": False,
         }
+
+    def copy(self) -> StepBatch:
+        """The same rows, in memory of their own, and without the segments: it may outlive those who decode."""
+        other = copy(self)
+        assert self.device_slots is not None
+        other.segments, other.device_slots = [], self.device_slots.clone()
+        other.firsts, other.lengths, other.present = self.firsts.clone(), self.lengths.clone(), self.present.clone()
+        return other
 
     def take(self, other: StepBatch) -> None:
         """Take over the numbers of another micro-batch of the same shape, in the same memory."""

@@ -19,19 +19,21 @@ class JointRoom:
         self.refusal: str | None = None
         """Why a tier could not grow at the last attempt; None if it could."""
 
-    def allocate(self, num_rows: int) -> Block | None:
+    def allocate(self, num_rows: int, *, with_state: bool = True) -> Block | None:
         """Allocate space for a span of `num_rows` tokens; None when every allowed tier is full."""
         self.refusal = None
         for tier in self._rows.tiers_in_turn():
-            found = self._allocate_on(tier, num_rows)
+            found = self._allocate_on(tier, num_rows, with_state)
             if found is None and self._release(tier):  # one kind may have taken what the other lacks
-                found = self._allocate_on(tier, num_rows)
+                found = self._allocate_on(tier, num_rows, with_state)
             if found is not None:
                 return found
             self.refusal = self._rows.refusal or self._slots.refusal
         return None
 
-    def _allocate_on(self, tier: Tier, num_rows: int) -> Block | None:
+    def _allocate_on(self, tier: Tier, num_rows: int, with_state: bool) -> Block | None:
+        if not with_state:
+            return self._rows.allocate_on(tier, num_rows)
         slot = self._slots.allocate_on(tier, 1)  # first: rows of a model without attention take nothing anywhere
         rows = None if slot is None else self._rows.allocate_on(tier, num_rows)
         if slot is not None and rows is not None:

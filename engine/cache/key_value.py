@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from engine.batch.decode_group import DecodeGroup
 from engine.batch.micro_batch import MicroBatch
 from engine.batch.rows import Rows, Scatter
+from engine.cache.ahead import Ahead
 from engine.cache.layer_memory import LayerMemory
 from engine.cache.shape import KVShape
 from engine.cache.tables import Tables, cache_row_bytes
 from engine.cache.transfer import KVTransfer, put_rows
 from engine.kernels.codec import Codec
 from engine.memory.arena import Arena
-from engine.memory.disk.rows import DiskRows, Fetch
+from engine.memory.disk.rows import DiskRows
 from engine.memory.tiers import TIERS, Tier
-from engine.planning.limits import STAGING_BUFFERS
 from engine.policy import Share
 from engine.schedule.sequence import Prefix, Span
 
@@ -64,12 +62,10 @@ class KVCache(LayerMemory):
         self._disk = DiskRows(arena, sizes["disk"])
         self.room = Tables(sizes, dtypes, arena, budgets, share, self._disk, self._transfer.settle, counted=counted)
         """The allocator of rows."""
-        self._stages = self._transfer.is_asynchronous and not compute_on_host
-        """Whether own tokens on other tiers are brought to the device in advance."""
-        self._coming: Iterator[tuple[int, DecodeGroup]] = iter(())
-        self._staged: deque[tuple[int, DecodeGroup, tuple[torch.Tensor, Any] | Fetch]] = deque()
-        """The layer and group whose own tokens are being fetched: from the host with the event of arrival, or from
-        disk."""
+        from_host = self._transfer.is_asynchronous and not compute_on_host
+        places = self.room, self._transfer, self._disk, arena.device
+        self._ahead = Ahead[DecodeGroup](*places, _runs, from_host=from_host)
+        """The own tokens of decode groups."""
 
     def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
         """Prepare a sweep over micro-batches: from now on the cache may read what the sweep before wrote.
@@ -80,34 +76,11 @@ class KVCache(LayerMemory):
         self._disk.settle()
         self._fresh, self._fresh_layer = {}, -1  # of spans that may be gone: their ids come again
         groups = [group for batch in batches if isinstance(batch, MicroBatch) for group in batch.decode_groups]
-        ahead = [group for group in groups if self._is_ahead(group)]
+        ahead = [group for group in groups if self._ahead.brings(group)]
         passed = [
             layer for layer in (range(len(self.shapes)) if layers is None else layers) if self.shapes[layer].width
         ]
-        self._coming = ((layer, group) for layer in passed for group in ahead)
-        self._staged.clear()
-        for _ in range(STAGING_BUFFERS - 1):
-            self._fetch_next()
-
-    def _is_ahead(self, group: DecodeGroup) -> bool:
-        """Whether the own tokens of a group are brought to the device in advance."""
-        return group.tier == "disk" or (self._stages and group.tier == "host")
-
-    def _fetch_next(self) -> None:
-        """Start to copy the own tokens of the group that follows the one fetched last."""
-        following = next(self._coming, None)
-        if following is None:
-            return
-        layer, group = following
-        if group.tier == "disk":
-            runs = [(run.first, run.end - run.first) for run in group.stored_runs]
-            self._staged.append((layer, group, self._disk.fetch(layer, runs)))
-        else:
-            self._staged.append((layer, group, self._transfer.fetch(self._stored_rows(layer, group))))
-
-    def _stored_rows(self, layer: int, group: DecodeGroup) -> list[torch.Tensor]:
-        """The stored rows of a group on the host, run by run."""
-        return [self.room.by_tier["host"][layer][run.first : run.end] for run in group.stored_runs]
+        self._ahead.begin((layer, group) for layer in passed for group in ahead)
 
     def write(self, layer: int, batch: Rows, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Store a micro-batch's `new` keys and values `[rows, heads, dim]` of a layer in their blocks.
@@ -241,20 +214,10 @@ class KVCache(LayerMemory):
         """A table of rows `[…, width]` in which the group's own tokens begin at its `own_borders`."""
         if group.is_on_device:
             return self.room.by_tier["device"][layer]
-        if not self._is_ahead(group):  # the new rows are there already
-            runs = self._stored_rows(layer, group)
+        if not self._ahead.brings(group):  # the new rows are there already
+            runs = self._ahead.stored(layer, group)
             return self.decoded(layer, runs[0] if len(runs) == 1 else torch.cat(runs))
-        of_layer, of_group, fetched = self._staged.popleft()
-        assert of_layer == layer
-        assert of_group is group
-        if isinstance(fetched, Fetch):
-            staged = self.room.as_stored(fetched.rows(), "disk")
-            staged = staged.to(new[0].device, non_blocking=self._transfer.is_asynchronous)
-        else:
-            staged = fetched[0]
-            self._transfer.await_arrival(fetched[1])
-        self._fetch_next()
-        rows = self.decoded(layer, staged)
+        rows = self.decoded(layer, self._ahead.take(layer, group))
         rows.index_copy_(0, group.new_index.to(rows.device), pack(*new))
         return rows
 
@@ -281,6 +244,10 @@ class KVCache(LayerMemory):
         self._disk.close()
         self.room.close()
         self._fresh = {}
+
+
+def _runs(group: DecodeGroup) -> list[tuple[int, int]]:
+    return [(run.first, run.end - run.first) for run in group.stored_runs]
 
 
 def pack(*new: torch.Tensor) -> torch.Tensor:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from engine.batch.rows import Rows
 from engine.batch.state_group import StateGroup
+from engine.cache.ahead import Ahead
 from engine.cache.state_shape import StateShape, StateTensor
 from engine.cache.tables import Tables
 from engine.cache.transfer import KVTransfer
 from engine.memory.arena import Arena
-from engine.memory.disk.rows import DiskRows, Fetch
+from engine.memory.disk.rows import DiskRows
 from engine.memory.tiers import TIERS, Tier
-from engine.planning.limits import STAGING_BUFFERS
 from engine.policy import Share
 from engine.schedule.sequence import Prefix
 
-_AHEAD = STAGING_BUFFERS - 1
 State = list[torch.Tensor]
 """The state of one layer: a tensor `[spans, …]` for each tensor of its shape."""
 
@@ -73,9 +70,9 @@ class StateCache:
         self._to_come: dict[int, int] = {}
         """The number of these that have not begun in the current layer."""
         self._layer = -1
-        self._coming: Iterator[tuple[StateGroup, int]] = iter(())
-        self._ahead: deque[tuple[StateGroup, int, tuple[torch.Tensor, Any] | Fetch]] = deque()
-        """The group and table whose rows are being brought to the device."""
+        places = self.room, self._transfer, self._disk, arena.device
+        self._ahead = Ahead[StateGroup](*places, _runs, from_host=self._transfer.is_asynchronous)
+        """The states that groups continue."""
 
     def stage_ahead(self, batches: Sequence[Rows], layers: Iterable[int] | None = None) -> None:
         """Begin a sweep over micro-batches: start to bring the states that are not on the device there.
@@ -88,28 +85,9 @@ class StateCache:
         for group in (group for batch in batches for group in batch.state_groups):
             for prefix, count in zip(group.prefixes, group.num_continuing, strict=True):
                 self._users[id(prefix)] = self._users.get(id(prefix), 0) + count
-        groups = [group for batch in batches for group in batch.state_groups if self._is_ahead(group)]
+        groups = [group for batch in batches for group in batch.state_groups if self._ahead.brings(group)]
         passed = range(len(self._tensors)) if layers is None else layers
-        self._coming = ((group, table) for layer in passed for group in groups for table, _ in self._tensors[layer])
-        self._ahead.clear()
-        for _ in range(_AHEAD):
-            self._fetch_next()
-
-    def _is_ahead(self, group: StateGroup) -> bool:
-        return group.tier == "disk" or (group.tier == "host" and self._transfer.is_asynchronous)
-
-    def _fetch_next(self) -> None:
-        following = next(self._coming, None)
-        if following is None:
-            return
-        group, table = following
-        if group.tier == "disk":
-            fetched = self._disk.fetch(table, [(slot, count) for _, slot, count in group.disk_runs])
-            self._ahead.append((group, table, fetched))
-        else:
-            rows = self.room.by_tier["host"][table]
-            pieces = [rows[slot : slot + count] for _, slot, count in group.host_runs]
-            self._ahead.append((group, table, self._transfer.fetch(pieces)))
+        self._ahead.begin((table, group) for layer in passed for group in groups for table, _ in self._tensors[layer])
 
     def begin(self, layer: int, group: StateGroup) -> State | None:
         """The state that a group's rows continue in a layer, on the device; None at the start. It may be changed.
@@ -136,19 +114,10 @@ class StateCache:
         if group.tier == "device":
             assert group.device_slots is not None
             return self.room.by_tier["device"][table].index_select(0, group.device_slots)
-        if not self._is_ahead(group):
-            rows = self.room.by_tier["host"][table]
-            return torch.cat([rows[slot : slot + count] for _, slot, count in group.host_runs]).to(self._arena.device)
-        of_group, of_table, fetched = self._ahead.popleft()
-        assert of_group is group
-        assert of_table == table
-        if isinstance(fetched, Fetch):
-            staged = fetched.rows().to(self._arena.device, non_blocking=self._transfer.is_asynchronous)
-        else:
-            self._transfer.await_arrival(fetched[1])
-            staged = fetched[0].clone()  # the buffer's turn comes again while the state is still computed with
-        self._fetch_next()
-        return staged
+        if not self._ahead.brings(group):
+            return torch.cat(self._ahead.stored(table, group)).to(self._arena.device)
+        rows = self._ahead.take(table, group)
+        return rows.clone() if group.tier == "host" else rows  # the buffer is needed for others meanwhile
 
     def _behind(self, layer: int, prefix: Prefix) -> State:
         """The state `[1, …]` after a prefix's last token, on the device; it must not be changed."""
@@ -194,6 +163,10 @@ class StateCache:
         self._disk.close()
         self.room.close()
         self._fresh = {}
+
+
+def _runs(group: StateGroup) -> list[tuple[int, int]]:
+    return [(slot, count) for _, slot, count in group.host_runs or group.disk_runs]
 
 
 def _seen(rows: torch.Tensor, tensor: StateTensor) -> torch.Tensor:

@@ -89,8 +89,8 @@ class Tables:
         on_device = self._max_rows["device"] if self._share is None else round(num_rows * self._share.gpu / 100)
         return max(0, min(num_rows - on_device, self._max_rows["host"] + self._max_rows["disk"]))
 
-    def allocate(self, num_rows: int) -> Block | None:
-        """Allocate space for a span of `num_rows` tokens; None when every allowed tier is full."""
+    def allocate(self, num_rows: int, *, with_state: bool = True) -> Block | None:
+        """Allocate space for a span of `num_rows` tokens, which has no state; None when every allowed tier is full."""
         found = (self.allocate_on(tier, num_rows) for tier in self.tiers_in_turn())
         return next((block for block in found if block is not None), None)
 

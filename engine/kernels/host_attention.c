@@ -2,7 +2,8 @@
 
    A task is a sequence and a block of kv heads: of each row it reads one piece of keys and, later, one of values, both
    consecutive in memory. Pieces become float32 in a buffer that stays in the first cache. Compiled by
-   engine/host_kernel.py, which calls `attend` from several threads; each takes the next task when it has done one. */
+   engine/kernels/host_kernel.py, which calls `attend` from several threads; each takes the next task when it has done
+   one. */
 
 #include <math.h>
 #include <stdint.h>

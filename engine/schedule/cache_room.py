@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class CacheRoom(Protocol):
     """Allocates storage for what layers keep: keys and values of tokens, and a state of each span."""
 
-    def allocate(self, num_rows: int) -> Block | None:
-        """Allocate storage for a span of `num_rows` tokens; None while there is no space."""
+    def allocate(self, num_rows: int, *, with_state: bool = True) -> Block | None:
+        """Allocate storage for a span of `num_rows` tokens, and for its state if it has one; None: no space now."""
 
     def free(self, block: Block) -> None:
         """Free a block."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from engine.planning.limits import Limits
+from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import padded_length, rows_of
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
@@ -45,16 +46,35 @@ def is_long(span: Span, most: int, limits: Limits) -> bool:
     return limits.continues and not is_whole and span.cached == 0 and span.num_rows > most
 
 
-def split(spans: Iterable[Span], most: int, prefixes: list[Prefix]) -> dict[int, list[Prefix]]:
-    """Split spans into pieces of at most `most` rows; return each span's new prefixes by its identity.
+def split(spans: Iterable[Span], limits: Limits, prefixes: list[Prefix]) -> dict[int, list[Prefix]]:
+    """Split spans of more rows than a piece may have; return each one's new prefixes by the span's identity.
 
-    The new prefixes are also added to `prefixes`. Sequences must follow their parents again.
+    The new prefixes are also added to `prefixes`. Where there are any, sequences must follow their parents again.
     """
-    heads = {id(span): span.split(most) for span in spans}
+    most = limits.rows_per_piece
+    heads = {} if most is None else {id(span): span.split(most) for span in spans if is_long(span, most, limits)}
     prefixes.extend(head for each in heads.values() for head in each)
-    for prefix in sorted(prefixes, key=lambda prefix: prefix.start):
+    for prefix in sorted(prefixes, key=lambda prefix: prefix.start) if heads else ():
         prefix.follow(prefix.parent)
     return heads
+
+
+def place(span: Span, heads: list[Prefix], cache: CacheRoom) -> bool:
+    """Divide the space of a span that was split among its pieces; whether all have some.
+
+    heads: all of them but the last, which the span is now. Each is continued in the sweep that computes it, and by the
+    next one alone: none needs space for its state, and without one nothing else can continue it later.
+    """
+    before = span.block
+    if before is None:
+        return True
+    cache.free(before)
+    has_state = before.slot is not None
+    is_closed = has_state or (isinstance(span, Prefix) and span.is_closed)
+    for head in heads:
+        head.block, head.is_closed = cache.allocate(head.capacity, with_state=False), is_closed
+    span.block = cache.allocate(span.capacity, with_state=has_state)
+    return all(part.block is not None for part in (*heads, span))
 
 
 def beginning(new: list[Segment], most: int, taken: int) -> list[Segment]:

@@ -12,7 +12,7 @@ from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
 from engine.schedule.intake import Intake, most_admitted, most_hidden
 from engine.schedule.passing import continued_prefixes, idle_prefixes, spare_blocks
-from engine.schedule.pieces import beginning, is_long, is_too_long, largest, named, no_room, smaller, split, whole
+from engine.schedule.pieces import beginning, is_too_long, largest, named, no_room, place, smaller, split, whole
 from engine.schedule.prefix import share_prefixes
 from engine.schedule.segment import AddDrafts, Segment, add_drafts
 from engine.schedule.sequence import Prefix, Sequence, Span
@@ -161,20 +161,14 @@ class Scheduler:
             for part in parts
         ]
         for span in (segment.span for segment in segments if id(segment.span) in heads):
-            is_kept = span.block is not None
-            self._free(span)
-            for part in spans[id(span)] if is_kept else ():
-                part.block = self._cache.allocate(part.capacity)
-            if is_kept and any(part.block is None for part in spans[id(span)]):
+            if not place(span, heads[id(span)], self._cache):
                 pieces = self._lose(
                     span, pieces, self._cache.refusal or "the KV cache has no room for a prompt in pieces"
                 )
         return pieces
 
     def _split(self, spans: Iterable[Span]) -> dict[int, list[Prefix]]:
-        most = self.limits.rows_per_piece
-        long = [span for span in spans if most is not None and is_long(span, most, self.limits)]
-        heads = split(long, most, self._prefixes) if long and most is not None else {}
+        heads = split(spans, self.limits, self._prefixes)
         for sequence in chain(self.running, self._waiting) if heads else ():
             sequence.follow(sequence.parent)
         return heads

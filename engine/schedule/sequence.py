@@ -103,7 +103,7 @@ class Prefix(Span):
     next_greedy: int | None = None
     """The greedy choice after the last token; only if `scored`."""
     is_closed: bool = False
-    """Whether it cannot be continued any more: it is computed, and its state was released."""
+    """Whether no other span can continue it: the state after its last token is not kept."""
 
     @property
     def is_scored(self) -> bool:

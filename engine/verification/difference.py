@@ -49,7 +49,7 @@ class KindOfRows:
     """The rows of a stage that the engine computes in one way."""
 
     name: str
-    """"prefix", "prompt" or "decode"."""
+    """How the engine computes them: "prefix", "prompt", "decode" or, of recorded decode steps, "replayed"."""
     num_rows: int
     num_beyond: int
     """The number of rows whose relative difference is above the tolerance."""

@@ -10,19 +10,18 @@ from pathlib import Path
 
 import torch
 
-from engine.batch.micro_batch import MicroBatch
 from engine.cache.key_value import KVCache
 from engine.cache.state import StateCache
 from engine.model.causal_model import CausalModel
 from engine.model.continuation import can_continue
-from engine.model.padded import PaddedBatch
+from engine.model.replayed.steps import Steps
 from engine.model.stock import StockForward
-from engine.model.stub import LayerCall
 from engine.planning.limits import Limits
 from engine.planning.planner import Plan
 from engine.schedule.cache_room import CacheRoom
 from engine.verification.chain import Chain, Table
 from engine.verification.difference import TOLERANCES, Meter, RootMeanSquare, StageDifference, tolerance_of
+from engine.verification.embedded import EmbeddedBatch, EmbeddedSweep
 from engine.verification.head import score
 from engine.verification.layout import Layout, lay_out_rows
 from engine.verification.passes import pass_limits, passes
@@ -48,6 +47,7 @@ class Driven:
     room: CacheRoom
     plan: Plan
     limits: Limits
+    steps: Steps
     share_prefix: bool
     window: int | None
     checkpoint: Path | None
@@ -80,7 +80,8 @@ class LayerwiseComparison:
 
     Each layer's weights arrive once. Stock layers compute every text's next hidden states; the engine's own
     micro-batches, cut by its scheduler, compute the layer from the same states, sweep by sweep: prefixes, prompts and
-    decode steps with the cache. Device and host hold the current layer, as in a sweep, and hidden states.
+    decode steps with the cache. Steps that the engine replays are replays of a recording of that layer here. Device and
+    host hold the current layer, as in a sweep, and hidden states.
     """
 
     def __init__(self, driven: Driven) -> None:
@@ -153,7 +154,8 @@ class LayerwiseComparison:
         driven, model = self._driven, self._driven.model
         listed = list(texts.values())
         limits, room = driven.limits, driven.room
-        replayed = replay(listed, model, driven.plan.limits, limits, room, share_prefix=driven.share_prefix)
+        planned, share = driven.plan.limits, driven.share_prefix
+        replayed = replay(listed, model, driven.steps, planned, limits, room, share_prefix=share)
         values = None if driven.checkpoint is None else UnitValues(driven.checkpoint, model)
         try:
             driven.stream.acquire(0)
@@ -171,7 +173,8 @@ class LayerwiseComparison:
             for layer in range(len(model.layers)):
                 if layer > 0:
                     driven.stream.acquire(layer)
-                self._compare_layer(layer, stock, plain, ours, values)
+                with driven.steps.of_layers(range(layer, layer + 1)):
+                    self._compare_layer(layer, stock, plain, ours, values)
                 driven.stream.release(layer)
                 for chain in chains:
                     chain.step()
@@ -208,7 +211,7 @@ class LayerwiseComparison:
         model = self._driven.model
         return Table(layout.num_rows, model.hidden_size, model.hidden_dtype, model.device, home)
 
-    def _embed(self, steps: Sequence[Step], chains: Sequence[Chain], layout: Layout) -> list[_Sweep]:
+    def _embed(self, steps: Sequence[Step], chains: Sequence[Chain], layout: Layout) -> list[EmbeddedSweep]:
         """Embed everything in both ways."""
         model = self._driven.model
         places = {"device": model.device, "table_device": chains[0].before.home}
@@ -228,9 +231,10 @@ class LayerwiseComparison:
                     with model.sweeping.arithmetic:
                         hidden, calls = model.record(batch.inputs())
                     rows = rows_of(batch, layout.first_row, **places)
-                    batches.append(_Batch(batch, calls, rows))
-                    self._measure("embedding", rows, hidden, chains[0].before.take(rows.table), None)
-            ours.append(_Sweep(step, batches))
+                    batches.append(EmbeddedBatch(batch, calls, rows))
+                    theirs = chains[0].before.take(rows.table)
+                    self._measure("embedding", rows, rows.kinds, hidden, theirs, None)
+            ours.append(EmbeddedSweep(step, batches))
         return ours
 
     def _look_up(self, ids: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -243,7 +247,7 @@ class LayerwiseComparison:
             yield
 
     def _compare_layer(
-        self, layer: int, stock: Chain, plain: Chain | None, ours: Sequence[_Sweep], values: UnitValues | None
+        self, layer: int, stock: Chain, plain: Chain | None, ours: Sequence[EmbeddedSweep], values: UnitValues | None
     ) -> None:
         driven, model, name = self._driven, self._driven.model, f"layer {layer}"
         with driven.stream.whole(layer):
@@ -254,17 +258,15 @@ class LayerwiseComparison:
                     plain.compute(layer)
                 for rectangle_rows in stock.all_rows():
                     self._losses[name].add(stock.after.take(rectangle_rows), plain.after.take(rectangle_rows))
-        model.sweeping.cache, model.sweeping.states, model.sweeping.layer = driven.cache, driven.states, layer
+        model.sweeping.cache, model.sweeping.states = driven.cache, driven.states
         for sweep in ours:
             driven.cache.stage_ahead(sweep.step.batches, [layer])
             driven.states.stage_ahead(sweep.step.batches, [layer])
             with sweep.step.in_place():
                 for each in sweep.batches:
-                    model.sweeping.batch = each.batch
                     before = stock.before.take(each.rows.table)
-                    with model.sweeping.around_layer():
-                        after = model.layer(layer, before, each.calls[layer])
-                    self._measure(name, each.rows, after, stock.after.take(each.rows.table), before)
+                    after, kinds = each.through(layer, before, model, driven.steps)
+                    self._measure(name, each.rows, kinds, after, stock.after.take(each.rows.table), before)
 
     def _bound(self, layer: int, values: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """Inside, a layer's parameters are the checkpoint's own."""
@@ -275,24 +277,15 @@ class LayerwiseComparison:
         return unit.holding({name: values[name].to(model.device, model.state[name].dtype) for name in unit.owners})
 
     def _measure(
-        self, name: str, rows: BatchRows, ours: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor | None
+        self,
+        name: str,
+        rows: BatchRows,
+        kinds: torch.Tensor,
+        ours: torch.Tensor,
+        theirs: torch.Tensor,
+        before: torch.Tensor | None,
     ) -> None:
         if rows.real is not None:
             ours, theirs = ours.index_select(0, rows.real), theirs.index_select(0, rows.real)
             before = None if before is None else before.index_select(0, rows.real)
-        self._meters[name].add(ours, theirs, before, rows.kinds)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A micro-batch of the engine's, and its rows of the tables."""
-
-    batch: MicroBatch | PaddedBatch
-    calls: list[LayerCall]
-    rows: BatchRows
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    step: Step
-    batches: list[_Batch]
+        self._meters[name].add(ours, theirs, before, kinds)

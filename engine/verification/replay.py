@@ -10,8 +10,10 @@ import torch
 
 from engine.batch.micro_batch import MicroBatch
 from engine.batch.rows import Rows
+from engine.batch.step_batch import StepBatch
 from engine.model.causal_model import CausalModel
 from engine.model.padded import PaddedBatch
+from engine.model.replayed.steps import Steps
 from engine.planning.limits import Limits
 from engine.schedule.block import Block
 from engine.schedule.cache_room import CacheRoom
@@ -20,15 +22,15 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Span
 from engine.verification.text import KnownSequence, Text
 
-KINDS = ("prefix", "prompt", "decode")
-"""The kinds of rows by the way in which the engine computes their attention."""
+KINDS = ("prefix", "prompt", "decode", "replayed")
+"""The kinds of rows by the way in which the engine computes them; the last are decode steps, too."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One sweep: its micro-batches, and the cache blocks of the spans that it reads and writes."""
 
-    batches: Sequence[MicroBatch | PaddedBatch]
+    batches: Sequence[MicroBatch | PaddedBatch | StepBatch]
     rooms: Sequence[tuple[Span, Block | None]]
 
     @contextmanager
@@ -67,7 +69,14 @@ class Replay:
 
 
 def replay(
-    texts: Iterable[Text], model: CausalModel, planned: Limits, limits: Limits, room: CacheRoom, *, share_prefix: bool
+    texts: Iterable[Text],
+    model: CausalModel,
+    replayed: Steps,
+    planned: Limits,
+    limits: Limits,
+    room: CacheRoom,
+    *,
+    share_prefix: bool,
 ) -> Replay:
     """Schedule texts as the engine does, up to their ends; all cache blocks are freed before this returns.
 
@@ -86,7 +95,7 @@ def replay(
             for failed in scheduler.take_failed():
                 assert failed.error is not None
                 raise failed.error
-            steps.append(_step(cut, model, limits))
+            steps.append(_step(cut, model, replayed, limits))
             for segment in (segment for batch in cut for segment in batch):
                 _advance(segment)
             scheduler.finish([each for each in scheduler.running if isinstance(each, KnownSequence) and each.is_told])
@@ -95,19 +104,22 @@ def replay(
     return Replay(sequences, steps)
 
 
-def _step(cut: list[list[Segment]], model: CausalModel, limits: Limits) -> Step:
+def _step(cut: list[list[Segment]], model: CausalModel, replayed: Steps, limits: Limits) -> Step:
     spans: dict[int, Span] = {}
     for segment in (segment for batch in cut for segment in batch):
         spans.update({id(span): span for span in (*segment.span.chain, segment.span)})
     return Step(
-        [
-            PaddedBatch(batch, model.device, model.sweeping, limits.most_states)
-            if model.is_padded
-            else MicroBatch(batch, model.device, limits)
-            for batch in cut
-        ],
+        [_batch(segments, model, replayed, limits) for segments in cut],
         [(span, span.block) for span in spans.values()],
     )
+
+
+def _batch(
+    segments: list[Segment], model: CausalModel, replayed: Steps, limits: Limits
+) -> MicroBatch | PaddedBatch | StepBatch:
+    if model.is_padded:
+        return PaddedBatch(segments, model.device, model.sweeping, limits.most_states)
+    return replayed.take(segments) or MicroBatch(segments, model.device, limits)
 
 
 def _advance(segment: Segment) -> None:
@@ -129,6 +141,7 @@ def rows_of(
         rows[first:end] = torch.arange(begin, begin + segment.num_rows)
         rows[end : segment.end] = begin + segment.num_rows - 1
         kinds[first:end] = KINDS.index(_kind(segment))
+    rows[batch.segments[-1].end :] = rows[batch.segments[-1].end - 1]  # copies of the last row
     real = (kinds >= 0).nonzero()[:, 0]
     return BatchRows(
         rows.to(table_device), None if len(real) == len(kinds) else real.to(device), kinds[real].to(device)

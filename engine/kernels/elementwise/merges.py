@@ -16,7 +16,7 @@ def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, s
     Log-sum-exps are `[heads, rows]`; the weight of the prefix is its share of the sum of exponentials. The weight is
     rounded to the dtype of both outputs, and then their weighted mean is.
     """
-    kernel = kernel_for(output.device) if compiled.is_there(output) else None
+    kernel = kernel_for(output.device) if compiled.takes(output, shared) else None
     if kernel is not None and _fits(output, logsumexp, shared, shared_logsumexp):
         kernel(output, logsumexp, shared, shared_logsumexp)
         return
@@ -25,11 +25,9 @@ def merge(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, s
 
 
 def _fits(output: torch.Tensor, logsumexp: torch.Tensor, shared: torch.Tensor, shared_logsumexp: torch.Tensor) -> bool:
-    """Whether dtypes and devices are those that the kernel supports."""
+    """Whether strides, and the dtype of the log-sum-exps, are those that the kernel supports."""
     return (
-        output.dtype == shared.dtype
-        and output.dtype in (torch.float16, torch.bfloat16)
-        and output.is_contiguous()
+        output.is_contiguous()
         and shared.is_contiguous()
         and all(x.dtype == torch.float32 and x.stride(1) == 1 for x in (logsumexp, shared_logsumexp))
     )

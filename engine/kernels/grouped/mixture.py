@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.kernels import compiled
 from engine.kernels.compiled import where_compiled
 from engine.kernels.grouped import by_torch
 from engine.kernels.grouped.by_torch import rows_of_experts
@@ -19,9 +20,8 @@ def mixture(matrices: Matrices, hidden: torch.Tensor, index: torch.Tensor, weigh
 
     Choices of experts that do not exist (`index` of `matrices.count` or more) add nothing.
     """
-    computed = (hidden, matrices.first, matrices.second)
-    is_narrow = hidden.dtype in (torch.float16, torch.bfloat16) and all(x.dtype == hidden.dtype for x in computed)
-    kernel = _kernel_for(hidden.device) if is_narrow else None
+    is_of_one = hidden.dtype == matrices.first.dtype == matrices.second.dtype
+    kernel = _kernel_for(hidden.device) if is_of_one and hidden.dtype in compiled.DTYPES else None
     return (kernel or by_torch.mixture)(matrices, hidden, index, weights, _announced(matrices, index))
 
 

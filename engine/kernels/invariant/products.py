@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.kernels import compiled
 from engine.kernels.compiled import where_compiled
 from engine.kernels.invariant.tiles import Tiles
 
@@ -154,9 +155,7 @@ def _widest(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 def _kernel_for(rows: torch.Tensor) -> _Kernel | None:
     """Our own kernel, if it supports this dtype and device."""
-    if rows.dtype not in (torch.float16, torch.bfloat16) or rows.device.type != "cuda":
-        return None
-    return _compiled_for(rows.device)
+    return _compiled_for(rows.device) if compiled.takes(rows) else None
 
 
 @where_compiled

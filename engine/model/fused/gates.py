@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.kernels import compiled
 from engine.kernels.elementwise.gates import Activation, Kernel, gated, kernel_for
 from engine.kernels.host import rows as host_rows
+from engine.model.fused.replacing import Replacement, replace
+from engine.model.fused.row_kernel import RowKernel, row_kernel
 from engine.model.sweep_context import SweepContext
 
 _SIZES = (1e-2, 1.0, 30.0, 1e3)
 """The magnitudes of the numbers with which a module is tested: the largest show where it clamps them."""
-_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "sweeping"})
 
 
 @dataclass(frozen=True)
@@ -54,37 +54,20 @@ def fuse_gates(layers: Iterable[nn.Module], context: SweepContext, device: torch
 
     A module is a gated product if the input of its last linear layer has the bits of `gated`, for random rows.
     """
-    is_short = dtype in (torch.float16, torch.bfloat16)
-    kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.gate_product)
+    kernel: RowKernel[Kernel] | None = row_kernel(device, dtype, kernel_for, host_rows.gate_product)
     if kernel is None:
         return
-    known: dict[Any, Gate | None] = {}
-    """Results by what a module consists of: most layers have the same."""
-    for layer in layers:
-        for module in layer.modules():
-            if module is layer or "forward" in vars(module) or not _linear_layers(module):
-                continue
-            made = _made_of(module)
-            if made not in known:
-                known[made] = gate_of(module, dtype)
-            if (told := known[made]) is not None:
-                module.__dict__["forward"] = partial(_computed, module, module.forward, told, kernel, context)
+
+    def replacement(module: nn.Module) -> Replacement | None:
+        told = gate_of(module, dtype)
+        return None if told is None else lambda each: partial(_computed, each, each.forward, told, kernel, context)
+
+    within = (module for layer in layers for module in layer.modules() if module is not layer)
+    replace(filter(_linear_layers, within), replacement)
 
 
 def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-
-
-def _made_of(module: nn.Module) -> tuple[Any, ...]:
-    """A key that is equal for modules that compute the same: classes, sizes, and all other settings."""
-    parts = [("", module), *module.named_modules()]
-    return tuple((name, type(part), part.extra_repr(), *_given(part)) for name, part in parts)
-
-
-def _given(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(part).items():
-        if name not in _OF_EVERY_MODULE:
-            yield name, value if isinstance(value, bool | int | float | str) else id(value)
 
 
 def gate_of(module: nn.Module, dtype: torch.dtype) -> Gate | None:
@@ -162,22 +145,16 @@ def _computed(
     module: nn.Module,
     plain: Callable[..., torch.Tensor],
     told: Gate,
-    kernel: Kernel,
+    kernel: RowKernel[Kernel],
     context: SweepContext,
     hidden_states: torch.Tensor,
     *others: Any,
     **named: Any,
 ) -> torch.Tensor:
-    is_on_host = kernel is host_rows.gate_product
-    is_there = host_rows.takes(hidden_states) if is_on_host else compiled.is_there(hidden_states)
-    if others or named or context.is_stock or not is_there:
+    if others or named or context.is_stock or not kernel.takes(hidden_states):
         return plain(hidden_states, *others, **named)
     return told(module, hidden_states, partial(_product, kernel))
 
 
-def _product(kernel: Kernel, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    if kernel is host_rows.gate_product:
-        is_fit = host_rows.takes(gate, up)
-    else:
-        is_fit = gate.dtype == up.dtype and gate.dtype in (torch.float16, torch.bfloat16)
-    return kernel(gate, up, activation) if is_fit else gated(gate, up, activation)
+def _product(kernel: RowKernel[Kernel], gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return (kernel.call if kernel.takes(gate, up) else gated)(gate, up, activation)

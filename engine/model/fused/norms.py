@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.kernels import compiled
 from engine.kernels.elementwise.norms import Kernel, LayerNorm, RMSNorm, Scaling, kernel_for
 from engine.kernels.host import rows as host_rows
+from engine.model.fused.replacing import Replacement, replace
+from engine.model.fused.row_kernel import RowKernel, row_kernel
 from engine.model.sweep_context import SweepContext
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _SIZES = (1e-4, 1e-2, 1.0, 30.0)
 """The magnitudes of the numbers with which a module is tested: the smallest show the epsilon."""
-_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "sweeping"})
 _ROWS = 16
 """The number of rows of each magnitude."""
 
@@ -29,28 +29,15 @@ def fuse_norms(layers: Iterable[nn.Module], context: SweepContext, device: torch
 
     A module is a norm if its result for random rows has the bits of `RMSNorm` or `LayerNorm` by torch's functions.
     """
-    is_short = dtype in (torch.float16, torch.bfloat16)
-    kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.norm)
+    kernel: RowKernel[Kernel] | None = row_kernel(device, dtype, kernel_for, host_rows.norm)
     if kernel is None:
         return
-    known: dict[Any, Norm | None] = {}
-    """Results by what a module consists of: most layers have the same norms."""
-    for layer in layers:
-        for module in layer.modules():
-            made = _made_of(module)
-            if made not in known:
-                known[made] = norm_of(module, dtype)
-            if (told := known[made]) is not None:
-                module.__dict__["forward"] = partial(_normed, module, module.forward, told, kernel, context)
 
+    def replacement(module: nn.Module) -> Replacement | None:
+        told = norm_of(module, dtype)
+        return None if told is None else lambda each: partial(_normed, each, each.forward, told, kernel, context)
 
-def _made_of(module: nn.Module) -> tuple[Any, ...]:
-    """A key that is equal for modules that compute the same: class, sizes, and all other settings."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    plain = tuple(sorted((k, v) for k, v in own.items() if isinstance(v, bool | int | float | str)))
-    shapes = tuple((name, value.shape, value.dtype) for name, value in module.named_parameters())
-    is_told = len(plain) == len(own) and not module._buffers and not module._modules
-    return (type(module), plain, shapes) if is_told else (id(module),)
+    replace((module for layer in layers for module in layer.modules() if not module._modules), replacement)
 
 
 def norm_of(module: nn.Module, dtype: torch.dtype) -> Norm | None:
@@ -87,7 +74,7 @@ def _normed(
     module: nn.Module,
     plain: Callable[..., torch.Tensor],
     told: Norm,
-    kernel: Kernel,
+    kernel: RowKernel[Kernel],
     context: SweepContext,
     hidden_states: torch.Tensor,
     *others: Any,
@@ -96,7 +83,6 @@ def _normed(
     weight = module._parameters["weight"]
     assert weight is not None
     is_other = bool(others or named)  # such as a gate, which a norm may be called with or without
-    is_there = host_rows.takes(hidden_states, weight) if kernel is host_rows.norm else compiled.is_there(hidden_states)
-    if is_other or context.is_stock or hidden_states.dtype != weight.dtype or not is_there:
+    if is_other or context.is_stock or not kernel.takes(hidden_states, weight):
         return plain(hidden_states, *others, **named)
-    return kernel(hidden_states, weight, told.eps, told.scaling, module._parameters.get("bias"))
+    return kernel.call(hidden_states, weight, told.eps, told.scaling, module._parameters.get("bias"))

@@ -38,7 +38,7 @@ def fuse_rectifiers(model: Drivable, device: torch.device, dtype: torch.dtype) -
 
     Only on CUDA devices, in 16 bits; not with `batch-invariant`, whose products are others.
     """
-    is_wanted = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    is_wanted = device.type == "cuda" and dtype in compiled.DTYPES
     if not is_wanted or model.is_padded or model.sweeping.is_batch_invariant:
         return
     known: dict[Any, list[Pair]] = {}
@@ -127,7 +127,7 @@ def _multiplied(
     input: torch.Tensor,
 ) -> torch.Tensor:
     bias = module._parameters["bias"]
-    if context.is_stock or bias is None or input.dtype != bias.dtype or not compiled.is_there(input):
+    if context.is_stock or bias is None or not compiled.takes(input, bias):
         return plain(input)
     weight = module._parameters["weight"]
     assert weight is not None

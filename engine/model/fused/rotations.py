@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.kernels import compiled
 from engine.kernels.elementwise.rotations import Kernel, kernel_for, rotated
 from engine.kernels.host import rows as host_rows
+from engine.model.fused.replacing import Replacement, replace
+from engine.model.fused.row_kernel import RowKernel, row_kernel
 from engine.model.sweep_context import SweepContext
 
 _TAKES = ("q", "k", "cos", "sin")
@@ -34,24 +35,20 @@ def fuse_rotations(
     A module's `forward` is called with its own view of its file's globals, in which such a function is exchanged; the
     function that others see stays as it is.
     """
-    is_short = dtype in (torch.float16, torch.bfloat16)
-    kernel = kernel_for(device) if is_short else host_rows.kernel_for(device, dtype, host_rows.rotate)
+    kernel: RowKernel[Kernel] | None = row_kernel(device, dtype, kernel_for, host_rows.rotate)
     if kernel is None:
         return
-    known: dict[Any, Callable[..., Any] | None] = {}
-    for layer in layers:
-        for module in layer.modules():
-            plain = type(module).forward
-            if "forward" in vars(module):
-                continue
-            if plain not in known:
-                known[plain] = _with_kernel(plain, kernel, context, dtype)
-            if (changed := known[plain]) is not None:
-                module.__dict__["forward"] = partial(changed, module)
+
+    def replacement(module: nn.Module) -> Replacement | None:
+        changed = _with_kernel(type(module).forward, kernel, context, dtype)
+        return None if changed is None else lambda each: partial(changed, each)
+
+    every = (module for layer in layers for module in layer.modules())
+    replace(every, replacement, kind=lambda module: type(module).forward)
 
 
 def _with_kernel(
-    forward: Callable[..., Any], kernel: Kernel, context: SweepContext, dtype: torch.dtype
+    forward: Callable[..., Any], kernel: RowKernel[Kernel], context: SweepContext, dtype: torch.dtype
 ) -> Callable[..., Any] | None:
     """`forward` with a kernel in place of rotations; None where it has no known one."""
     inner = inspect.unwrap(forward)
@@ -126,23 +123,21 @@ def _renewed(function: Callable[..., Any], exchanged: dict[str, Any]) -> Callabl
 
 def _rotated(
     plain: _Rotation,
-    kernel: Kernel,
+    kernel: RowKernel[Kernel],
     context: SweepContext,
     per_pair: int,
     *tensors: torch.Tensor,
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     is_plain = context.is_stock or named or len(tensors) != len(_TAKES)
-    if is_plain or not _fits(*tensors, per_pair=per_pair):
-        return plain(*tensors, **named)
-    if not (host_rows.takes(*tensors) if kernel is host_rows.rotate else compiled.is_there(tensors[0])):
+    if is_plain or not kernel.takes(*tensors) or not _fits(*tensors, per_pair=per_pair):
         return plain(*tensors, **named)
     query, key, cosine, sine = tensors
-    return kernel(query, key, cosine, sine, per_pair)
+    return kernel.call(query, key, cosine, sine, per_pair)
 
 
 def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, per_pair: int) -> bool:
-    """Whether the kernel supports these sizes, dtypes and devices."""
+    """Whether the kernel supports these sizes."""
     if query.ndim != 4 or key.ndim != 4 or cosine.ndim != 3:
         return False
     _, _, rows, dim = query.shape
@@ -152,6 +147,5 @@ def _fits(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: to
         and key.shape[2:] == (rows, dim)
         and cosine.shape == sine.shape == (1, rows, width)
         and (2 * width == dim if per_pair == 1 else width % 2 == 0 and width <= dim)
-        and query.dtype == key.dtype == cosine.dtype == sine.dtype
         and all(each.stride(-1) == 1 for each in (query, key, cosine, sine))
     )

@@ -30,13 +30,12 @@ class Recording:
 
         Raises `RuntimeError` where the model does what cannot be recorded.
         """
-        self._batch = batch
-        self._batch.segments = []  # it outlives those who decode
+        self._batch = batch.copy()
         self._form = arguments.form
         self._hidden = hidden.clone()
         self._tensors = [tensor.clone() for tensor in arguments.tensors]
         calls = arguments.calls_with(self._tensors)
-        self._replay, self._found = recorder.record(lambda: through(batch, self._hidden, calls))
+        self._replay, self._found = recorder.record(lambda: through(self._batch, self._hidden, calls))
 
     def fits(self, arguments: Arguments) -> bool:
         """Whether layers are called as they were recorded, except for the numbers in tensors."""
@@ -44,8 +43,7 @@ class Recording:
 
     def run(self, batch: StepBatch, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """The hidden states `[rows, width]` after the last layer, for a micro-batch of the same shape."""
-        if batch is not self._batch:
-            self._batch.take(batch)
+        self._batch.take(batch)
         self._hidden.copy_(hidden)
         for here, tensor in zip(self._tensors, arguments.tensors, strict=True):
             here.copy_(tensor)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -30,6 +31,7 @@ class Steps:
     def __init__(self, model: CausalModel, cache: KVCache, *, is_wanted: bool) -> None:
         self._model, self._cache = model, cache
         self._is_wanted = is_wanted
+        self._layers = range(len(model.layers))
         self._recordings: OrderedDict[StepShape, Recording | None] = OrderedDict()
         """The recordings by shape; None for a shape that was computed once."""
         self._places: list[int] = []
@@ -48,8 +50,12 @@ class Steps:
     def run(self, batch: StepBatch) -> torch.Tensor:
         """The hidden states `[steps, width]` after the last layer; weights must be loaded, embeddings looked up."""
         hidden, calls = self._model.record(batch.inputs())
+        return self.through(batch, hidden, calls)[: batch.num_steps]
+
+    def through(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
+        """The hidden states `[rows, width]` after the last of the layers, replayed where there is a recording."""
         found = self._replayed(batch, hidden, calls)
-        return (self._through(batch, hidden, calls) if found is None else found)[: batch.num_steps]
+        return self._computed(batch, hidden, calls) if found is None else found
 
     def _replayed(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor | None:
         """The result of a replay; None where there is no recording, yet or at all."""
@@ -80,13 +86,24 @@ class Steps:
     def _recorded(self, batch: StepBatch, hidden: torch.Tensor, arguments: Arguments) -> Recording:
         try:
             self._recorder = self._recorder or accelerator.Recorder(hidden.device)
-            return Recording(batch, hidden, arguments, self._through, self._recorder)
+            return Recording(batch, hidden, arguments, self._computed, self._recorder)
         except Exception as error:
             if not accelerator.is_out_of_memory(error):
                 raise
         accelerator.release_memory(hidden.device)  # torch does not do so by itself while it records
         self._recorder = self._recorder or accelerator.Recorder(hidden.device)
-        return Recording(batch, hidden, arguments, self._through, self._recorder)
+        return Recording(batch, hidden, arguments, self._computed, self._recorder)
+
+    @contextmanager
+    def of_layers(self, layers: range) -> Iterator[None]:
+        """Inside, `through` takes micro-batches through these layers only; all recordings are made anew."""
+        before, self._layers = self._layers, layers
+        self._recordings.clear()
+        try:
+            yield
+        finally:
+            self._layers = before
+            self._recordings.clear()
 
     def clear(self) -> None:
         """Release all recordings and their memory."""
@@ -98,10 +115,10 @@ class Steps:
         self.clear()
         self.refusal = reason
 
-    def _through(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
+    def _computed(self, batch: StepBatch, hidden: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
         sweeping = self._model.sweeping
         sweeping.batch = batch
-        for layer, call in enumerate(calls):
+        for layer in self._layers:
             sweeping.layer = layer
-            hidden = self._model.layer(layer, hidden, call)
+            hidden = self._model.layer(layer, hidden, calls[layer])
         return hidden

@@ -106,3 +106,30 @@ def test_a_norm_that_is_called_with_a_gate_computes_it_itself(
     assert not module(rows).any()
     assert torch.equal(module(rows, gate=rows), expected[0])
     assert torch.equal(module(rows, rows), expected[1])
+
+
+def test_norms_made_alike_are_looked_at_once_and_each_other_one_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[nn.Module] = []
+
+    def noted(module: nn.Module, dtype: torch.dtype) -> norms.Norm | None:
+        looked_at.append(module)
+        return norm_of(module, dtype)
+
+    def kernel(
+        rows: torch.Tensor, weight: torch.Tensor, eps: float, scaling: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return -RMSNorm(eps, Scaling(scaling))(rows, weight)  # not what the module itself gives
+
+    monkeypatch.setattr(norms, "norm_of", noted)
+    monkeypatch.setattr(norms, "kernel_for", lambda device: kernel)
+    monkeypatch.setattr(compiled, "is_there", lambda rows: True)
+    layers = [nn.ModuleList(LlamaRMSNorm(48, eps=eps).to(DTYPE) for eps in (0.1, own)) for own in (0.1, 0.2, 0.3)]
+    every = [module for layer in layers for module in layer.children()]
+    rows = torch.randn(3, 48).to(DTYPE)
+    expected = [module(rows) for module in every]
+    norms.fuse_norms(layers, SweepContext(), torch.device("cpu"), DTYPE)
+    assert all(torch.equal(module(rows), -one) for module, one in zip(every, expected, strict=True))
+    assert looked_at == [every[0], every[3], every[5]]
+    norms.fuse_norms(layers, SweepContext(), torch.device("cpu"), DTYPE)  # what is replaced stays so
+    assert all(torch.equal(module(rows), -one) for module, one in zip(every, expected, strict=True))
+    assert len(looked_at) == 3

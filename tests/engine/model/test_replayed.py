@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import parity
 import pytest
@@ -18,17 +19,19 @@ from played_flash import Kernel
 from transformers import PreTrainedModel
 
 from engine import Engine, Job
-from engine.batch.step_batch import padded_count
+from engine.batch.step_batch import StepBatch, padded_count
 from engine.errors import UnsupportedError
 from engine.memory import accelerator
 from engine.model.attention import flash, interface
 from engine.model.replayed.arguments import Arguments
+from engine.model.replayed.recording import Recording
 from engine.model.stub import LayerCall
 from engine.planning import planner
 from engine.schedule.block import Block
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence
 from engine.schedule.turns import are_steps
+from engine.verification.difference import KindOfRows, StageDifference
 
 
 class Recorder:
@@ -80,6 +83,48 @@ def test_replayed_steps_equal_transformers(
         assert not found
         assert largest < parity.TOLERANCE
     assert recorder.replayed > 2 * recorder.made > 2
+
+
+def replayed(stage: StageDifference) -> KindOfRows:
+    return next(kind for kind in stage.kinds if kind.name == "replayed")
+
+
+def test_replayed_steps_are_compared_layer_by_layer_as_they_are_replayed(
+    build: Callable[[str], Path], recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault that only replays have is found in the layer that has it, in the rows that are replayed."""
+    jobs = [Job(prompt=[*range(5, 30), own], max_new_tokens=9) for own in (40, 41, 42)]
+    with Engine.from_pretrained(str(build("llama")), policy={"device": "cpu"}) as engine:
+        done = engine.run(jobs)
+        num_replays, recorder.replayed = engine.parts.lanes[0].executor.steps.num_replays, 0
+        found = engine.compare_with_stock(jobs, done)
+        assert all(stage.is_within for stage in found.stages)
+        first, *others = found.stages[1:-1]
+        assert recorder.replayed == 3 * num_replays  # in each layer the sweeps that the engine replayed
+        assert replayed(first).num_rows > num_replays
+        assert {replayed(stage) for stage in others} == {replayed(first)}
+        assert engine.run(jobs) == done  # all layers are replayed together again
+        assert recorder.replayed == 4 * num_replays
+        run = Recording.run
+
+        def wrong(self: Recording, batch: StepBatch, *others: Any) -> torch.Tensor:
+            return run(self, batch, *others) * (1.01 if context.layer == 1 else 1)
+
+        def late(self: StepBatch, other: StepBatch) -> None:
+            lengths = self.lengths.clone()
+            take(self, other)
+            self.lengths.copy_(lengths)
+
+        context, take = engine.parts.model.sweeping, StepBatch.take
+        with monkeypatch.context() as patch:
+            patch.setattr(Recording, "run", wrong)
+            stages = engine.compare_with_stock(jobs, done).stages
+        assert [stage.name for stage in stages if not stage.is_within] == ["layer 1"]
+        assert stages[2].num_beyond == replayed(stages[2]).num_beyond == replayed(first).num_rows
+        monkeypatch.setattr(StepBatch, "take", late)
+        stages = engine.compare_with_stock(jobs, done).stages
+        assert [stage.name for stage in stages if not stage.is_within] == ["layer 0", "layer 1", "layer 2"]
+        assert all(0 < stage.num_beyond == replayed(stage).num_beyond for stage in stages[1:-1])
 
 
 def test_what_cannot_be_recorded_is_computed(
@@ -137,6 +182,28 @@ def test_prefixes_that_are_elsewhere_are_not_waited_for() -> None:
     assert not are_steps([Segment(sequence, 1)])
     prefix.block = Block("device", 4, 2)
     assert are_steps([Segment(sequence, 1)])
+
+
+def test_the_places_of_new_rows_are_sent_once_those_of_copies_included(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps, padded to four rows: the copy writes where the last step does."""
+    steps = []
+    for first, cached in ((40, 3), (10, 7), (90, 1)):
+        sequence = Sequence(job=Job(prompt=[1], max_new_tokens=9), tokens=[5] * (cached + 1), num_prompt=1)
+        sequence.block, sequence.cached = Block("device", first, 9), cached
+        steps.append(Segment(sequence, 1, first=len(steps)))
+    sent: list[list[int]] = []
+    send = accelerator.sent
+
+    def noted(tensor: torch.Tensor, *others: Any) -> torch.Tensor:
+        sent.append(tensor.flatten().tolist())
+        return send(tensor, *others)
+
+    monkeypatch.setattr(accelerator, "sent", noted)
+    batch = StepBatch(steps, torch.device("cpu"))
+    assert batch.device_slots is not None
+    assert batch.device_slots.tolist() == [43, 17, 91, 91]
+    assert (batch.num_steps, batch.num_rows, batch.device_rows) == (3, 4, None)
+    assert [each for each in sent if each[:3] == [43, 17, 91]] == [[43, 17, 91, 91]]
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(1, 1), (5, 8), (17, 24), (256, 256), (257, 512)])

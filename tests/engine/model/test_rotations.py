@@ -15,6 +15,7 @@ from engine.kernels.elementwise.rotations import rotated
 from engine.model.causal_model import CausalModel
 from engine.model.fused import rotations
 from engine.model.fused.rotations import numbers_per_pair
+from engine.model.fused.row_kernel import RowKernel
 from engine.model.stock import StockForward
 from engine.model.sweep_context import SweepContext
 
@@ -91,5 +92,6 @@ def test_a_call_in_another_form_goes_to_the_families_own_function() -> None:
         return q, len(named) + 10 * (k is not None)
 
     kept, states = SweepContext(), torch.randn(1, 2, 3, 4).to(DTYPE)
-    assert rotations._rotated(plain, rotated, kept, 2, states, cos=states, sin=states) == (states, 2)
-    assert rotations._rotated(plain, rotated, kept, 2, states, states, cos=states) == (states, 11)
+    kernel = RowKernel(rotated, is_on_host=False)
+    assert rotations._rotated(plain, kernel, kept, 2, states, cos=states, sin=states) == (states, 2)
+    assert rotations._rotated(plain, kernel, kept, 2, states, states, cos=states) == (states, 11)

@@ -26,6 +26,7 @@ from engine.memory.arena import Arena
 from engine.memory.disk.rows import DiskRows
 from engine.memory.tiers import TIERS, Tier
 from engine.model.causal_model import CausalModel
+from engine.schedule.block import Block
 from flexgen_helm.checking.random_model import save_small
 
 Build = Callable[[str], Path]
@@ -90,6 +91,37 @@ def test_a_state_that_a_failed_sweep_has_changed_is_computed_anew(
         assert len(failed) == 2
         assert engine.parts.lanes[0].scheduler.limits.most_states < engine.plan.limits.most_states
     assert parity.differences(expected, done)[0] == []
+
+
+def test_a_prompt_in_pieces_needs_one_state_where_a_sweep_ran_out_of_memory(
+    build: Build, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is enough for 64 rows at once, and for three states: of what two prompts share, and of each of them."""
+    words = random.Random(5)
+    shared, *own = ([words.randrange(3, 490) for _ in range(count)] for count in (70, 45, 50))
+    jobs = [Job(prompt=[*shared, *each], max_new_tokens=3, prompt_logprobs=True) for each in own]
+    with Engine.from_pretrained(str(build("qwen3-next")), policy={"device": "cpu"}) as engine:
+        layer, slots, rows = engine.parts.model.layer, engine.parts.lanes[0].states.room, list[int]()
+        allocate = slots.allocate_on
+
+        def run(index: int, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+            if index == 2 and len(hidden) > 64:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            rows.append(len(hidden) if index == 2 else 0)
+            return layer(index, hidden, call)
+
+        def allocated(tier: Tier, num_slots: int) -> Block | None:
+            return None if sum(slots.num_blocks.values()) == 3 else allocate(tier, num_slots)
+
+        monkeypatch.setattr(engine.parts.model, "layer", run)
+        monkeypatch.setattr(slots, "allocate_on", allocated)
+        done = engine.run(jobs)
+        assert set(slots.num_blocks.values()) == {0}
+    assert sum(rows) == 70 + 45 + 50 + 2 * 2
+    for job, completion in zip(jobs, done, strict=True):
+        assert completion.error is None
+        oracle = models.reference_logprobs(reference("qwen3-next"), [*job.prompt, *completion.tokens])
+        assert [*(completion.prompt_logprobs or ())[1:], *completion.logprobs] == pytest.approx(oracle, abs=1e-4)
 
 
 def test_hidden_states_are_as_wide_as_the_family_adds_them_up(build: Build) -> None:

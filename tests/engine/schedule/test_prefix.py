@@ -196,7 +196,7 @@ class Cache:
 
     refusal: str | None = None
 
-    def allocate(self, num_rows: int) -> Any:
+    def allocate(self, num_rows: int, *, with_state: bool = True) -> Any:
         """A block, while there is room."""
         if num_rows > self.room:
             return None

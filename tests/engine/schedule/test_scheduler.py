@@ -35,13 +35,14 @@ class Room:
 
     refusal: str | None = None
 
-    def allocate(self, num_rows: int) -> Block | None:
-        if self.slots.capacity and not self.slots.num_free:
+    def allocate(self, num_rows: int, *, with_state: bool = True) -> Block | None:
+        with_state = with_state and bool(self.slots.capacity)
+        if with_state and not self.slots.num_free:
             return None
         first = self.extents.take(num_rows)
         if first is None:
             return None
-        slot = self.slots.take(1) if self.slots.capacity else None
+        slot = self.slots.take(1) if with_state else None
         return Block("device" if first < self.on_device else "host", first, num_rows, slot)
 
     def expect(self, sizes: list[int]) -> None:
@@ -77,9 +78,12 @@ class Runner:
     failed: list[Sequence] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
-    def sweep(self) -> None:
+    def sweep(self, num_short: int = 0) -> None:
+        """num_short: how often the sweep runs out of memory and is cut smaller."""
         before = list(self.scheduler.running)
         batches = self.scheduler.next_sweep()
+        for _ in range(num_short):
+            batches = batches and self.scheduler.cut_smaller(batches, "too little memory")
         self.failed += self.scheduler.take_failed()
         self.check(before, batches)
         for segment in (segment for batch in batches for segment in batch):
@@ -401,6 +405,23 @@ def test_pieces_of_long_prompts_keep_one_state() -> None:
     assert same.chain == ()  # the states between pieces are gone
     runner.run(20)
     assert runner.failed == []
+
+
+def test_pieces_of_a_prompt_need_no_state_each_where_a_sweep_ran_out_of_memory() -> None:
+    """There are two states: of 300 tokens that two prompts share, and of the one that comes first."""
+    runner = make_runner(1000, most_states=2, num_slots=2)
+    same = words(0, 300)
+    sequences = [Sequence.of(Job(prompt=[*same, *words(i, 150)], max_new_tokens=3)) for i in (1, 2)]
+    runner.scheduler.add(sequences)
+    runner.sweep(num_short=2)
+    assert (runner.failed, runner.rows) == ([], [450])
+    assert max(len(span.tokens) for span in (*sequences[0].chain, sequences[0])) <= 113  # a quarter
+    later = Sequence.of(Job(prompt=[*same[:100], *words(3, 9)], max_new_tokens=1))
+    runner.scheduler.add([later])
+    assert later.chain == ()  # the pieces of what is shared have no state that it could continue
+    runner.run(20)
+    assert runner.failed == []
+    assert [each.generated for each in runner.done] == [[1] * 3, [1], [1] * 3]
 
 
 def test_who_begins_anew_continues_the_prefixes_that_are_still_there() -> None:

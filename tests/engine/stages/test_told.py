@@ -31,7 +31,7 @@ class Room:
     def __init__(self) -> None:
         self._num_rows = self._num_slots = 0
 
-    def allocate(self, num_rows: int) -> Block:
+    def allocate(self, num_rows: int, *, with_state: bool = True) -> Block:
         self._num_rows, self._num_slots = self._num_rows + num_rows, self._num_slots + 1
         tiers: tuple[Tier, ...] = ("device", "host", "disk")
         return Block(tiers[self._num_slots % 3], self._num_rows, num_rows, self._num_slots)
