@@ -146,7 +146,7 @@ class RaySupply:
                     if is_time := now - looked >= _NODES_S:
                         looked = now
                         self._start_wanted()
-                    if now >= say_at and (self._coming or not self._hosts):
+                    if now >= say_at and (self._coming or not self._served_nodes):
                         say_at = now + _SAY_S
                         _log.warning("%s", self._waiting())
                 if is_time:
