@@ -81,8 +81,8 @@ def _join(ray: Any, address: str) -> None:
         within = f"{_ANSWER_S + _CONNECT_S:.0f} s"
         # Ray sends its token to clusters that it finds by itself, but to no address that was given.
         raise ConfigError(
-            f"--ray {address}: no Ray cluster has let this command in within {within}; if it is one that asks for a token "
-            "(`ray start` made one where ~/.ray/auth_token is), set RAY_AUTH_MODE=token"
+            f"--ray {address}: no Ray cluster has let this command in within {within}; one that asks for a token "
+            "(`ray start` does where ~/.ray/auth_token is) needs RAY_AUTH_MODE=token"
         ) from None
     except Exception as error:
         line = one_line(error)
