@@ -167,7 +167,7 @@ class Driver:
 
     def _watch(self) -> None:
         with self._changed:
-            while not (self._is_closing or self._fault):
+            while self._hosts or not (self._is_closing or self._fault):
                 self._changed.wait(_LOOK_S)
                 self.look()
 

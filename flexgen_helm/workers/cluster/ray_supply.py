@@ -146,7 +146,7 @@ class RaySupply:
                     if is_time := now - looked >= _NODES_S:
                         looked = now
                         self._start_wanted()
-                    if now >= say_at and self._coming:
+                    if now >= say_at and (self._coming or not self._served_nodes):
                         say_at = now + _SAY_S
                         _log.warning("%s", self._waiting())
                 if is_time:
@@ -157,6 +157,10 @@ class RaySupply:
                 return
 
     def _waiting(self) -> str:
+        if not self._coming:
+            return (
+                f"no machine is there yet for a worker: {told_room(self._ray)}; a cluster that grows needs --workers N"
+            )
         slot, count = next(iter(self._coming.values())).slot, len(self._coming)
         who = f"{count} workers of {slot} each wait" if count > 1 else f"a worker of {slot} waits"
         return f"{who} for room: {told_room(self._ray)}"
@@ -231,5 +235,7 @@ class RaySupply:
         from ray._private.state import state
 
         draining = state.get_draining_nodes()
-        for host in [host for host in self._hosts if host.node in draining and not host.is_leaving]:
+        with self._lock:
+            hosts = [host for host in self._hosts if host.node in draining and not host.is_leaving]
+        for host in hosts:
             host.be_drained()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -219,6 +221,20 @@ def test_closing_delivers_the_sweep_at_hand_and_tells_those_who_wait() -> None:
     assert supply.losses == []
     with pytest.raises(EngineError, match="closed"):
         driver.submit(Asked(1).call)
+
+
+def test_a_host_that_falls_silent_while_the_driver_closes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.hosts.driver._LOOK_S", 0.01)
+    supply = MadeSupply()
+    driver = driver_of(supply, silence_s=0.2, clock=time.monotonic)
+    supply.bring(silent := ready("a"))
+    open_all(supply)
+    monkeypatch.setattr(silent, "leave", lambda: None)
+    closing = threading.Thread(target=driver.close, daemon=True)
+    closing.start()
+    closing.join(60.0)
+    assert not closing.is_alive()
+    assert silent.is_gone
 
 
 def test_a_call_that_is_dropped_is_answered_no_more() -> None:
