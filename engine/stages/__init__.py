@@ -1,4 +1,1 @@
-"""A model's layers in stages of several processes: what they tell each other, and what all but the last one do.
-
-Imports memory, schedule, batch, cache and model.
-"""
+"""A model's layers in stages of several processes (pipeline parallelism): messages, and the stages that do not lead."""

@@ -73,7 +73,7 @@ class Place:
         process.send(self.opening)
 
     def is_hopeless(self, *, is_alone: bool) -> bool:
-        """Whether its process has ended too often; where it is the only place, all that counts is that weights came."""
+        """Whether its processes have died too often; for an only place, just those without weights in place count."""
         return self.num_starts >= _MOST_DEATHS or (not is_alone and self.num_deaths >= _MOST_DEATHS)
 
     def condemn(self) -> None:

@@ -100,7 +100,7 @@ class FlexGenAPI(HuggingFaceAPI):
         if base_url is not None:
             raise ConfigError(f"base_url {base_url}: the model runs here; leave it out")
         if config.max_connections is None and config.adaptive_connections is None and not config.batch:
-            config.max_connections = _MOST_CONNECTIONS  # the harness reads it there, and nowhere before its own rule
+            config.max_connections = _MOST_CONNECTIONS  # the harness reads it there before it applies its own rule
         named = Policy.load(policy)
         loaded = dataclasses.replace(
             named,
@@ -245,7 +245,7 @@ class FlexGenAPI(HuggingFaceAPI):
         template = str(self.tokenizer.get_chat_template()) if self._is_templated else ""
         try:
             probe = self._prompts.chat_text([{"role": "user", "content": "a"}]) if self._is_templated else "a"
-        except Exception:  # templates raise what they like
+        except Exception:  # templates can raise any exception
             probe = "a"
         return Reasoner.of(
             self.tokenizer,
