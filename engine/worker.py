@@ -162,7 +162,7 @@ class Serving:
         self._outbox.put(Compared(outcome=outcome))
 
     def _follow_loading(self, engine: Engine) -> None:
-        """Tell when weights and digest are there, or that they cannot be; who asks for an answer is told of it, too."""
+        """Report when the weights and the digest are there, or why not; calls that wait for answers fail likewise."""
         try:
             engine.wait_until_loaded()
             self._outbox.put(Loaded())

@@ -238,7 +238,7 @@ class FlexGenLM(TemplateLM):
             if not context or not 1 <= len(continuation) <= self.max_length:
                 sizes = f"{len(context)} + {len(continuation)} tokens"
                 raise JobError(f"{_name(name)}: {sizes}; each part needs one, the last may have {self.max_length}")
-            tokens = (context + continuation)[-(self.max_length + 1) :]  # the last one takes no place in the window
+            tokens = (context + continuation)[-(self.max_length + 1) :]  # the last token takes no place in the window
             jobs.append(Job(prompt=tuple(tokens), max_new_tokens=0, prompt_logprobs=True))
         for place, done in self._run(jobs, names, quiet):
             size = len(pairs[place][1])
@@ -279,7 +279,7 @@ class FlexGenLM(TemplateLM):
         if isinstance(thought, int) and thought in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(thought) :]
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if beyond and text != self.tokenizer.decode(tokens[:-1], skip_special_tokens=True):  # else it is a special one
+        if beyond and text != self.tokenizer.decode(tokens[:-1], skip_special_tokens=True):  # else it is special
             text = text[:-beyond]
         if isinstance(thought, int):
             text, thought = text.lstrip(), None

@@ -101,7 +101,7 @@ class _Fields:
         self._given = given
 
     def __call__(self, name: str, read: Callable[[Any], Any], default: Any = ...) -> Any:
-        """The field's value; `default` where it is left out or null, which `...` refuses."""
+        """Return the field's value, or `default` if it is missing or null; a default `...` makes the field required."""
         if name not in self._given:
             if default is ...:
                 raise RefusedBody(f"field {name!r} is missing", name)

@@ -1,4 +1,4 @@
-"""`flexgen-helm demo`: a real scenario of HELM's with a small real model, from nothing but a package registry."""
+"""`flexgen-helm demo`: runs a real scenario of HELM with a small real model; needs only the package registry."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def demo_parser() -> Parser:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    """Run the demo; raises as `run`."""
+    """Run the demo; raises what `run` raises."""
     args = demo_parser().parse_args(arguments)
     return run(["--output-path", args.output_path, *(["--debug"] if args.debug else [])])

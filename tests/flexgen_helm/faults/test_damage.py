@@ -1,4 +1,4 @@
-"""Protects: files that are damaged, or that change, are noticed or do no harm; so do commands at the same time."""
+"""Protects: damaged or changing files, and concurrent commands, are detected or harmless."""
 
 from __future__ import annotations
 
