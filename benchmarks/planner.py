@@ -1,9 +1,4 @@
-"""Is the policy that `auto` chooses the best, and is its estimate right? `python -m benchmarks.planner [--cases N …]`.
-
-For each case (a shape, a limit on the card's memory, a workload) the search's choice and a grid of other policies are
-run, one after the other in one process, on random weights; for a large shape, its choice alone. Needs the machine's
-hardware profile (`doctor --profile`).
-"""
+"""Whether the policy of `auto` is the best, and its estimate right: `python -m benchmarks.planner [--cases N …]`."""
 
 from __future__ import annotations
 
@@ -67,9 +62,9 @@ CASES = (
 
 
 def grid(found: list[Estimate], points: int) -> list[Estimate]:
-    """As many of `found`, half of them with attention on the host if any, over the range of percents on the device.
+    """Choose `points` of `found` over the range of device percents, half of them with attention on the host if any.
 
-    None of what is estimated at thrice the best: it would take long to see what it is.
+    Estimates of more than three times the best are left out, because they would take long to run.
     """
     chosen: list[Estimate] = []
     found = sorted(
