@@ -11,8 +11,8 @@ from flexgen_helm.terminal.parser import Parser
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 DESCRIPTION = """
-Print a script by which a shell completes the commands, flags, choices and file names of flexgen-helm. Write it where
-the shell looks for such scripts; a new shell has it then. Needs shtab: pip install 'flexgen-helm[completion]'.
+Print a script with which a shell completes the commands, flags, choices and file names of flexgen-helm. Write it to
+where the shell looks for such scripts, and start a new shell. Needs shtab: pip install 'flexgen-helm[completion]'.
 """
 EXAMPLES = (
     "flexgen-helm completion bash > ~/.local/share/bash-completion/completions/flexgen-helm",

@@ -19,11 +19,11 @@ def add_cluster_flags(group: argparse._ActionsContainer) -> None:
         metavar="ADDRESS",
         help="run the model on a Ray cluster: host:port, auto, or local (RAY_ADDRESS, else a cluster started here)",
     )
-    group.add_argument("--workers", type=int, metavar="N", help="of the cluster (one for each machine)")
-    group.add_argument("--gpus-per-worker", type=int, metavar="K", help="0 computes on CPUs (all that a machine has)")
+    group.add_argument("--workers", type=int, metavar="N", help="number of workers (default: one per machine)")
     group.add_argument(
-        "--no-wait", action="store_true", help="end at once where the cluster has no room for all of them"
+        "--gpus-per-worker", type=int, metavar="K", help="GPUs per worker; 0: CPUs (default: all of a machine)"
     )
+    group.add_argument("--no-wait", action="store_true", help="end at once if the cluster has no room for all workers")
 
 
 def check_cluster_flags(args: argparse.Namespace) -> None:
