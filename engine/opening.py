@@ -275,7 +275,7 @@ def _open_model(
     if policy.compress_cache:
         check_encodable(model.kv_shapes, model.dtype, {at: each.dtype for at, each in model.indexers.items()})
     if policy.compress_weight and model.quantization:
-        raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
+        raise UnsupportedError(f"compress-weight: {path} is already quantized; leave compress-weight out")
     return model, tokenizer, special
 
 

@@ -77,6 +77,6 @@ class GenerationSettings:
         if settings:
             told = ", ".join(f"{name} {value}" for name, value in settings.items())
             raise UnsupportedError(
-                f"generation_config.json in {self._path} asks for {told}, which is not supported; take it out of that "
-                "file if the model is to be run without"
+                f"generation_config.json in {self._path} sets {told}, which is not supported; remove it from that "
+                "file to run the model without it"
             )

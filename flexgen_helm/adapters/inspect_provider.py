@@ -271,4 +271,4 @@ def _refuse_what_is_not_carried_out(config: GenerateConfig) -> None:
     if config.prompt_logprobs not in (None, 1):
         raise ConfigError(f"prompt_logprobs {config.prompt_logprobs}: of the prompt's tokens alone (1)")
     if config.top_logprobs not in (None, 0, 1):
-        raise JobError(f"top_logprobs {config.top_logprobs}: the likeliest token alone is told (1)")
+        raise JobError(f"top_logprobs {config.top_logprobs}: only the most likely token can be returned (1)")

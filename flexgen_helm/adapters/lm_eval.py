@@ -86,7 +86,7 @@ class FlexGenLM(TemplateLM):
         super().__init__()
         refuse_others(others, inspect.signature(FlexGenLM).parameters.keys() - {"others"})
         if enable_thinking and think_end_token is None:
-            raise ConfigError("model_args: enable_thinking needs think_end_token, lest thoughts are taken for answers")
+            raise ConfigError("model_args: enable_thinking needs think_end_token, so that no thinking counts as answer")
         if not pretrained:
             raise ConfigError("model_args name no model; write pretrained=, a hub id or a directory")
         pretrained = with_revision(pretrained, None if revision is None else str(revision))
@@ -249,7 +249,7 @@ class FlexGenLM(TemplateLM):
         kwargs: dict[str, Any] = dict(utils.normalize_gen_kwargs(gen_kwargs))
         is_sampled, temperature = kwargs.pop("do_sample"), float(kwargs.pop("temperature", 0.0))
         if is_sampled and temperature == 0.0:
-            raise ConfigError("generation arguments: do_sample=True needs a temperature above 0, as hf asks for, too")
+            raise ConfigError("generation arguments: do_sample=True needs a temperature above 0, as with hf")
         until = [
             each for each in utils.handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.eos_token) if each
         ]

@@ -52,7 +52,7 @@ def refuse_others(given: Mapping[str, Any], known: Collection[str]) -> None:
         if name in _SAID_HERE:
             raise ConfigError(f"model_args: {name}={value} is not supported: {_SAID_HERE[name]}; leave it out")
         nearest = did_you_mean(name, known)
-        template = "" if "did you mean" in nearest else "; what a chat template is told goes into chat_template_args"
+        template = "" if "did you mean" in nearest else "; put arguments of the chat template into chat_template_args"
         raise ConfigError(f"model_args: unknown argument {name!r}{nearest}{template}")
 
 

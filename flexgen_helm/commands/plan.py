@@ -230,7 +230,7 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
             shown = ", ".join(f"{each} {_s(times[each])}" for each in by_time if times[each] >= least)
             yield f"{name}: bound by {by_time[0]} ({shown})"
     if found.hidden_s > 0:
-        yield f"prompts come in a few at a time: {_s(found.hidden_s)} of what comes to the device comes beside them"
+        yield f"prompts are admitted a few at a time: {_s(found.hidden_s)} of transfers to the device happen meanwhile"
     cache, limits = found.plan.cache_budgets, found.plan.limits
     for tier, place in zip(TIERS, ("GPU", "host", "disk"), strict=True):
         held = f"{found.weights[tier] / 1e9:.1f} GB of weights"

@@ -81,8 +81,8 @@ def _run_spec(run_path: Path) -> RunSpec:
             )
     if needs_judge(run_spec):
         raise ConfigError(
-            f"{run_path} was judged by another model, whose part is not made again; to see whether its answers come "
-            "out again, run the entry in a suite of its own, without --judge, and compare the two scenario_state.json"
+            f"{run_path} was judged by another model, whose verdicts are not reproduced; to compare answers, run the "
+            "entry in a new suite without --judge, and compare the two scenario_state.json files"
         )
     return run_spec
 
@@ -138,9 +138,7 @@ def _check_checkpoint(found: Provenance, entries: Entries) -> None:
     if not then.keys() >= {"weights", "files"}:
         raise ConfigError(f"the record of {found.run} does not say which checkpoint answered; run it again")
     if told := differences(then, now):
-        raise CheckpointError(
-            f"{model} has changed since the run was made: other {told}; put the files back that were there"
-        )
+        raise CheckpointError(f"{model} has changed since the run was made: other {told}; restore the former files")
 
 
 def _run(run_spec: RunSpec, began: datetime, scratch: Path, local_path: Path) -> None:

@@ -113,8 +113,8 @@ class Layers:
         most, count = max(excused, key=lambda stage: stage.relative), sum(each.num_excused for each in excused)
         return (
             f"{told}, but for {count} of {sum(each.num_rows for each in excused)} rows of "
-            f"{', '.join(each.name for each in excused)}, by up to {most.relative:.1e} in {most.name}: they are "
-            "excused, since rounding sends a few rows to other experts where scores nearly tie"
+            f"{', '.join(each.name for each in excused)}, by up to {most.relative:.1e} in {most.name}: these are "
+            "tolerated, because rounding sends a few rows to other experts where scores nearly tie"
         )
 
     def _table(self) -> str:

@@ -119,7 +119,9 @@ class FlexGenClient(CachingClient):
         notes, window = [*self._translator.notes, *self._answers.notes], self._window
         own = engines.served(self._model, self.policy).description.window if window is not None else None
         if own is not None and window != own:
-            notes.append(f"sequences of {self._model} have up to {window} positions, as window says, in place of {own}")
+            notes.append(
+                f"sequences of {self._model} have up to {window} positions, as set by window, in place of {own}"
+            )
         return notes
 
     @property

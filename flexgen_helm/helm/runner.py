@@ -171,7 +171,7 @@ class FlexGenRunner(Runner):
         if run_path not in self._completed:
             lack = lack_of(Path(run_path), self._asked, self.judge_deployment)
             if lack:
-                hwarn(f"{run_path} is not taken for completed, since {lack}; it is run again")
+                hwarn(f"{run_path} does not count as completed, because {lack}; it is run again")
             self._completed[run_path] = not lack
         return self._completed[run_path]
 

@@ -66,8 +66,8 @@ def _told(run: str, annotator: AnnotatorSpec, judge: Judge) -> AnnotatorSpec:
     if kind is None:
         name = annotator.class_name.rsplit(".", 1)[-1]
         raise ConfigError(
-            f"{run}: --judge cannot take the place of the model that {name} asks, since what this annotator makes of "
-            "an answer that it cannot read is not known; leave the entry out, or judge it with helm-run"
+            f"{run}: --judge cannot replace the model of {name}, because it is not known what this annotator makes of "
+            "an answer that it cannot read; leave the entry out, or judge it with helm-run"
         )
     return kind.tell(annotator, judge)
 

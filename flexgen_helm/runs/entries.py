@@ -119,9 +119,9 @@ def build_run_specs(
                     first = origins.setdefault(run_spec.name, assigned.description)
                     if run_spec != run_specs.setdefault(run_spec.name, run_spec):
                         raise ConfigError(
-                            f"run entries {first!r} and {assigned.description!r} are different runs of one name, "
-                            f"{run_spec.name!r}, and would overwrite each other; run one of them with a --suite of "
-                            "its own"
+                            f"run entries {first!r} and {assigned.description!r} are different runs with the same name "
+                            f"{run_spec.name!r}, and would overwrite each other; run one of them in another "
+                            "--suite"
                         )
         except EngineError as error:
             problems.setdefault(str(error), error)  # a model that is missing is missing in every entry

@@ -48,7 +48,7 @@ def add_to_yaml_lists(
             if not same_name:
                 texts[path] = _with_entry(path, key, text or "", entry)
             elif as_now(same_name[-1]) != entry:
-                notices.append(f"{path} has another entry {entry['name']}; it was kept as it is")
+                notices.append(f"{path} has another entry {entry['name']}; that entry was kept")
         for path, text in texts.items():
             is_new = not path.exists()
             _replace(path, text)

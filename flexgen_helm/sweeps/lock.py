@@ -56,7 +56,7 @@ class SuiteLock:
             owner = self._owner()
             os.close(handle)
             raise SuiteHeld(
-                f"another sweep is at work on suite {self._path.parent.name}: {owner}; wait for it, or take another "
+                f"another sweep is running in suite {self._path.parent.name}: {owner}; wait for it, or take another "
                 "--suite"
             ) from None
         except OSError as error:

@@ -101,7 +101,7 @@ class EngineProcesses:
 
     def _check_is_here(self) -> None:
         if self.cluster is not None:
-            raise UnsupportedError("the model runs on workers: what they may use is found there")
+            raise UnsupportedError("the model runs on workers, each of which determines its own resources")
 
     def load(self, path: str, policy: Policy, window: int | None = None) -> RemoteEngine:
         """Open a model in the idle processes, or in new ones; returns when `Engine.from_pretrained` would."""

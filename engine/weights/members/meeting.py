@@ -46,7 +46,7 @@ def naming_the_lost(told: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise EngineError(f"{told} has gone: {one_line(error)}; start all of them again") from error
+        raise EngineError(f"{told} has ended: {one_line(error)}; start all of them again") from error
 
 
 def part() -> None:

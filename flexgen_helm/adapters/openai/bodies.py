@@ -119,7 +119,7 @@ def _max_tokens(read: _Fields, given: Mapping[str, Any], endpoint: Endpoint) -> 
         raise RefusedBody("give either 'max_completion_tokens' or 'max_tokens'", "max_tokens")
     found = read("max_completion_tokens", _whole, read("max_tokens", _whole, None))
     if found == 0:
-        raise RefusedBody("max_tokens 0 of a chat asks for nothing; it is a number from 1", "max_tokens")
+        raise RefusedBody("max_tokens 0 of a chat requests nothing; it must be at least 1", "max_tokens")
     return None if found is None else int(found)
 
 
@@ -150,7 +150,7 @@ def _check(asked: Asked, given: Mapping[str, Any]) -> None:
     if "top_logprobs" in given and not asked.logprobs:
         raise RefusedBody("'top_logprobs' needs logprobs: true", "top_logprobs")
     if asked.max_tokens == 0 and not asked.echo:
-        raise RefusedBody("max_tokens 0 without echo asks for nothing", "max_tokens")
+        raise RefusedBody("max_tokens 0 without echo requests nothing", "max_tokens")
     if "best_of" in given and given["best_of"] != asked.num_choices:
         raise RefusedBody(f"field 'best_of': {shown(given['best_of'])} is not n, {asked.num_choices}", "best_of")
     if "stream_options" in given and not asked.stream:

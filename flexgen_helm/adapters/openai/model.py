@@ -105,7 +105,7 @@ class Model:
         most = asked.max_tokens
         if most is None:
             if self.prompts.window is None:
-                raise RefusedBody("the model sets no limit of its own; give max_completion_tokens", "max_tokens")
+                raise RefusedBody("the model sets no limit; give max_completion_tokens", "max_tokens")
             most = max(1, self.prompts.window - len(ids))
         rule = self.reasoner.rule(text)
         return Job(

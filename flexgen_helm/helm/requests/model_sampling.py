@@ -55,7 +55,7 @@ class ModelSampling:
         if odd:
             told = ", ".join(f"{name} {value}" for name, value in odd.items())
             raise UnsupportedError(
-                f"sampling: model, and the generation_config.json of {model} samples by {told}, which is not "
+                f"sampling: model, and the generation_config.json of {model} sets {told}, which is not "
                 "supported; leave sampling out"
             )
         given = {name: value for name in _DEFAULTS if (value := config.get(name)) is not None}

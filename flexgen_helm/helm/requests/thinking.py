@@ -143,8 +143,8 @@ def _closing(tokenizer: PreTrainedTokenizerBase, style: Style | None, budget: ob
         )
     if style is None:
         raise ConfigError(
-            f"thinking_budget {budget} of {model}: nothing tells how it thinks; say so by reasoning "
-            f"({', '.join(STYLES)}, or the two strings that it stands between), or leave the budget out"
+            f"thinking_budget {budget} of {model}: how it thinks is not known; set reasoning "
+            f"({', '.join(STYLES)}, or the two strings around it), or leave the budget out"
         )
     ids = tuple(map(int, tokenizer.encode(style.closing, add_special_tokens=False)))
     if style.closing not in str(tokenizer.decode(list(ids))):

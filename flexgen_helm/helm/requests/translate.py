@@ -242,8 +242,8 @@ class Translator:
         if self._refused and request.max_tokens > 0:
             told = ", ".join(f"{name} {value}" for name, value in self._refused.items())
             raise UnsupportedError(
-                f"generation_config.json of {self._model} asks for {told}, which is not supported; take it out of that "
-                "file if the model is to be run without"
+                f"generation_config.json of {self._model} sets {told}, which is not supported; remove it from that "
+                "file to run the model without it"
             )
         rules = self._rules
         if rules is not None and request.max_tokens > 0:
