@@ -1,4 +1,4 @@
-"""What processes of `HelmSideThere` are forked from imports this: all that making and finishing runs takes."""
+"""The modules for making and finishing runs, imported by the server from which `HelmSideThere` processes are forked."""
 
 from __future__ import annotations
 
