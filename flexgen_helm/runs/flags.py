@@ -18,9 +18,9 @@ from flexgen_helm.terminal.parser import Parser
 
 POLICY = "where weights, KV cache and activations are kept, and how; these flags override --policy's settings"
 PolicySpec = str | dict[str, Any]
-"""A policy as a deployment's `args` have it: a name, a file, or the mapping itself."""
+"""A policy as in a deployment's `args`: a name, a file, or the mapping itself."""
 CHAT_TEMPLATE = {"yes": True, "no": False, "auto": None}
-"""A deployment's `apply_chat_template` by the word of the flag; None is left out, and HELM's rule holds."""
+"""A deployment's `apply_chat_template` by the flag's value; None is left out, so that HELM's rule applies."""
 
 
 RUN_EXAMPLES = (
@@ -48,7 +48,7 @@ def run_parser(
     _add_entry_flags(parser.group("what to run"))
     add_policy_flags(parser.group("policy", POLICY))
     output = parser.group("output")
-    # None tells what was not given: the demo has a place of its own.
+    # None means not given: the demo has a default of its own.
     output.add_argument(
         "-o", "--output-path", metavar="DIR", help="directory of the suites (default: benchmark_output)"
     )
@@ -82,7 +82,7 @@ def _add_entry_flags(group: argparse._ActionsContainer) -> None:
 
 
 def add_policy_flags(group: argparse._ActionsContainer) -> None:
-    """Add what `policy_from_flags` reads."""
+    """Add the flags that `policy_from_flags` reads."""
     group.add_argument("--policy", help="a shipped policy's name, a YAML file, or auto (default)")
     add_memory_flags(group)
     group.add_argument(
@@ -108,13 +108,13 @@ def add_policy_flags(group: argparse._ActionsContainer) -> None:
         ("--compress-cache", _bits, "BITS", "compress the KV cache to 4 or 8 bits"),
     ):
         group.add_argument(flag, type=kind, nargs="?", const=True, metavar=metavar, help=what)
-    # What the first letters of these two have always meant in FlexGen's scripts, --cpu-memory or not.
+    # FlexGen's scripts use these abbreviations of two flags, which must not become ambiguous by --cpu-memory.
     group.add_argument("--cpu", dest="cpu_cache_compute", type=_boolean, nargs="?", const=True, help=argparse.SUPPRESS)
     group.add_argument("--gpu", dest="gpu_batch_size", type=int, help=argparse.SUPPRESS)
 
 
 def add_memory_flags(group: argparse._ActionsContainer) -> None:
-    """Add the limits of the two upper tiers, which every command knows by these names."""
+    """Add the limits of GPU and host memory, which have these names in every command."""
     group.add_argument(
         "--gpu-memory", metavar="SIZE", help="limit of what torch reserves on the GPU: 16GB, 16GiB or 16 (GiB)"
     )
@@ -122,7 +122,7 @@ def add_memory_flags(group: argparse._ActionsContainer) -> None:
 
 
 def add_stop_flag(parser: Parser) -> None:
-    """Add the flag of commands whose answers are kept, so that they may end before they are finished."""
+    """Add the flag of commands that store answers, and may therefore end before they are finished."""
     parser.group("what to run").add_argument(
         "--stop-before",
         type=moment,
@@ -132,7 +132,7 @@ def add_stop_flag(parser: Parser) -> None:
 
 
 def add_length_flag(parser: argparse._ActionsContainer) -> None:
-    """Add the flag of what `registration` makes HELM's max_sequence_length of."""
+    """Add the flag that sets HELM's max_sequence_length."""
     parser.add_argument(
         "--max-sequence-length",
         type=int,
@@ -142,7 +142,7 @@ def add_length_flag(parser: argparse._ActionsContainer) -> None:
 
 
 def add_shaping_flags(parser: argparse._ActionsContainer) -> None:
-    """Add what `shaping_from_flags` reads."""
+    """Add the flags that `shaping_from_flags` reads."""
     parser.add_argument(
         "--apply-chat-template",
         choices=tuple(CHAT_TEMPLATE),
@@ -211,9 +211,9 @@ def _reasoning(words: Sequence[str] | None) -> str | dict[str, str] | None:
 
 
 def policy_from_flags(args: argparse.Namespace) -> PolicySpec | None:
-    """Return the policy that `--policy` and the flags over it mean, in the form a deployment's `args` take.
+    """Return the policy that `--policy` and the flags define, in the form of a deployment's `args`.
 
-    None if none of them is given; a command may have a part of them. Raises `ConfigError` if it is no policy.
+    None if no flag is given; a command may have only some of them. Raises `ConfigError` for an invalid policy.
     """
     overrides = {
         key: value
@@ -253,7 +253,7 @@ def checked_policy(name: str) -> str:
 
 
 def parse_run_flags(arguments: Sequence[str], parser: Parser | None = None) -> argparse.Namespace:
-    """Parse the command line of `run` (or of another `run_parser`); `ConfigError` for what cannot be meant."""
+    """Parse the command line of `run` (or of another `run_parser`); `ConfigError` for invalid values."""
     args = (parser or run_parser()).parse_args(arguments)
     if args.suite is not None:
         check_suite_name(args.suite)

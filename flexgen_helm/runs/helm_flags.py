@@ -1,4 +1,4 @@
-"""HELM's own flags and defaults, written down here because HELM's parser comes only with all that it imports."""
+"""HELM's own flags and defaults, copied here because importing HELM's parser would import all of HELM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_helm_flags(group: argparse._ActionsContainer) -> None:
-    """Add those that `run_parser` does not have in a group of ours."""
+    """Add HELM's flags that `run_parser` does not add to other groups."""
     for flag, metavar, what in (
         ("--models-to-run", "MODEL", "run entries that name no model for these models; skip entries of other models"),
         ("--groups-to-run", "GROUP", "only entries of these groups (default: all)"),

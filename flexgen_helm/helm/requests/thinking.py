@@ -86,7 +86,7 @@ class Reasoner:
 
     @property
     def key(self) -> dict[str, Any] | None:
-        """The parts that can change a result, for cache keys, where the prompt shows whether it opens the thinking."""
+        """The parts that can change a result, for cache keys, if prompts show whether they open the thinking."""
         if self.style is None:
             return None
         return {"marks": list(_marks(self.style)), "budget": self.budget}
